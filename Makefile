@@ -1,0 +1,58 @@
+# Everything a person types. `make` alone lists the targets.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro chat lint format test test-all bench-merge docs clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: .venv/.ready ## make .venv with the pinned packages, and put llama.cpp's converter in place
+
+repro: setup ## run the whole pipeline: base model and data in, measured GGUF files out
+	@python -m lathe check
+	dvc repro
+
+chat: setup ## talk to the best GGUF; PROMPT="…" answers once
+	@python -m lathe chat $(if $(PROMPT),--prompt "$$PROMPT")
+
+lint: setup ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: setup ## rewrite the code as ruff wants it
+	ruff check --fix .
+	ruff format .
+
+test: lint ## lint and all tests but the long ones
+	pytest -m "not slow"
+
+test-all: lint ## every test
+	pytest
+
+bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B parameters
+	python benchmarks/merge.py
+
+docs: setup ## rewrite docs/params.md, and pictures and results in the README
+	python -m lathe schema > docs/params.md
+	python docs/build.py
+
+clean: ## remove the environment, the converter and what tools cached; data, models and metrics stay
+	rm -rf .venv .llama.cpp .mypy_cache .ruff_cache .pytest_cache
+
+# An installation that was cut short may hold half a package that pip takes for a whole one: begin it anew.
+.venv/.ready: requirements.txt requirements-dev.txt requirements-converter.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
+		{ echo "error: $(PYTHON) is not Python 3.11; install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@if [ -e .venv/.installing ]; then rm -rf .venv; fi
+	@mkdir -p .venv && touch .venv/.installing
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m lathe.converter
+	@rm .venv/.installing && touch $@

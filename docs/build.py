@@ -1,0 +1,154 @@
+"""Draw the README's pictures and fill in its results from dvc.yaml and the committed metrics.
+
+writes  docs/pipeline.svg, docs/result.svg, the table between the `results` marks of README.md
+run     python docs/build.py
+"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from dvc.repo import Repo
+
+ROOT = Path(__file__).resolve().parents[1]
+FIRST_MARK, LAST_MARK = "<!-- results -->", "<!-- end of results -->"
+INK, ACCENT, SOFT, MUTED = "#1f2933", "#2563a8", "#e8eff7", "#7b8794"
+
+
+def main() -> None:
+    # Equal inputs give equal bytes: no date, no random element names, text as text.
+    plt.rcParams.update({"svg.hashsalt": "lathe", "svg.fonttype": "none", "font.family": "sans-serif"})
+    draw_pipeline(ROOT / "docs/pipeline.svg")
+    draw_result(ROOT / "docs/result.svg")
+    readme = ROOT / "README.md"
+    before, mark, rest = readme.read_text(encoding="utf-8").partition(FIRST_MARK)
+    _, end, after = rest.partition(LAST_MARK)
+    readme.write_text(f"{before}{mark}\n{results()}\n{end}{after}", encoding="utf-8")
+
+
+def results() -> str:
+    """Return the table of test scores as Markdown."""
+    report: dict[str, dict[str, Any]] = json.loads((ROOT / "metrics/evaluate/test.json").read_text(encoding="utf-8"))
+    lines = [
+        "| artifact | exact match | valid JSON | ROUGE-L | perplexity | stops by itself | size |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, scores in report.items():
+        shares = [f"{100 * scores[key]:.1f} %" for key in ("exact_match", "json_valid")]
+        cells = [
+            f"`{name}`" + (" (f16)" if name in {"base", "merged"} else ""),
+            *shares,
+            f"{scores['rouge_l']:.3f}",
+            f"{scores['perplexity']:,.4g}" if scores["perplexity"] < 100 else f"{scores['perplexity']:,.0f}",
+            f"{100 * scores['stop_rate']:.1f} %",
+            f"{scores['bytes'] / 1e6:.2f} MB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_pipeline(target: Path) -> None:
+    """Boxes are the stages of dvc.yaml, a matrix as one box with its items; arrows are what they hand on."""
+    items, edges = _stages()
+    column = _columns(items, edges)
+    rows: dict[int, list[str]] = {}
+    for name in items:
+        rows.setdefault(column[name], []).append(name)
+    place = {
+        name: (index * 2.6, -1.3 * (order - (len(names) - 1) / 2))
+        for index, names in rows.items()
+        for order, name in enumerate(names)
+    }
+    figure, axes = plt.subplots(figsize=(13, 4))
+    for first, second in sorted(edges):
+        # An arrow to a later column passes over (for what goes below: under) the boxes between.
+        (x0, y0), (x1, y1) = place[first], place[second]
+        skips = column[second] - column[first] > 1
+        lift = 0.5 if y1 >= y0 else -0.5
+        start, end = ((x0, y0 + lift), (x1, y1 + lift)) if skips else ((x0 + 1.22, y0), (x1 - 1.22, y1))
+        style = f"arc3,rad={-0.22 if lift > 0 else 0.18}" if skips else "arc3"
+        props = {"arrowstyle": "-|>", "color": MUTED, "linewidth": 1.1, "connectionstyle": style, "shrinkA": 0}
+        axes.annotate("", xy=end, xytext=start, arrowprops={**props, "shrinkB": 0}, zorder=1)
+    for name, (x, y) in place.items():
+        shown = "\n".join(items[name])
+        axes.text(
+            x, y, name, ha="center", va="bottom" if shown else "center", fontsize=9, weight="bold", color=INK, zorder=3
+        )
+        axes.text(x, y - 0.06, shown, ha="center", va="top", fontsize=7, color=MUTED, zorder=3)
+        box = plt.Rectangle((x - 1.22, y - 0.5), 2.44, 1.0, facecolor=SOFT, edgecolor=ACCENT, linewidth=1.2, zorder=2)
+        axes.add_patch(box)
+    axes.set_xlim(-1.3, max(x for x, _ in place.values()) + 1.3)
+    axes.set_ylim(min(y for _, y in place.values()) - 1.3, max(y for _, y in place.values()) + 1.3)
+    axes.axis("off")
+    _save(figure, target)
+
+
+def draw_result(target: Path) -> None:
+    """Left the loss curves, right the test scores against file size."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
+    for name, label in (("train", "training"), ("eval", "validation")):
+        points = _curve(ROOT / f"metrics/train/plots/metrics/{name}/loss.tsv")
+        left.plot(*zip(*points, strict=True), label=label, color=ACCENT if name == "train" else INK)
+    left.set(xlabel="optimizer step", ylabel="loss (nats per answer token)", yscale="log")
+    left.legend(frameon=False)
+    report: dict[str, dict[str, Any]] = json.loads((ROOT / "metrics/evaluate/test.json").read_text(encoding="utf-8"))
+    for artifact, scores in report.items():
+        x, y = scores["bytes"] / 1e6, 100 * scores["exact_match"]
+        right.scatter(x, y, color=MUTED if artifact == "base" else ACCENT, zorder=3)
+        above = report["merged"]["bytes"] == scores["bytes"] or artifact != "Q4_K_M"
+        right.annotate(
+            artifact, (x, y), textcoords="offset points", xytext=(0, 8 if above else -14), ha="center", fontsize=9
+        )
+    right.set(xlabel="size of the GGUF (MB)", ylabel="test exact match (%)", ylim=(-6, 112))
+    right.set_xlim(0, 1.15 * max(scores["bytes"] for scores in report.values()) / 1e6)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    _save(figure, target)
+
+
+def _stages() -> tuple[dict[str, list[str]], set[tuple[str, str]]]:
+    with Repo(str(ROOT)) as repo:
+        graph = repo.index.graph
+        stages = [stage for stage in repo.index.stages if stage.cmd]
+    items: dict[str, list[str]] = {}
+    for stage in stages:
+        name, _, item = stage.name.partition("@")
+        items.setdefault(name, [])
+        if item:
+            items[name].append(item)
+    edges = {
+        (second.name.partition("@")[0], first.name.partition("@")[0])
+        for first, second in graph.edges
+        if first.cmd and second.cmd
+    }
+    return items, {(first, second) for first, second in edges if first != second}
+
+
+def _columns(items: dict[str, list[str]], edges: set[tuple[str, str]]) -> dict[str, int]:
+    """Place each stage one column after the last of those it needs."""
+    column = dict.fromkeys(items, 0)
+    for _ in items:
+        for first, second in edges:
+            column[second] = max(column[second], column[first] + 1)
+    return column
+
+
+def _curve(file: Path) -> list[tuple[int, float]]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(lines, delimiter="\t")]
+
+
+def _save(figure: Any, target: Path) -> None:
+    figure.savefig(target, bbox_inches="tight", metadata={"Date": None}, facecolor="white")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""`python -m lathe …`: what is not a stage of the pipeline."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lathe import paths, stage
+from lathe.errors import InputError
+from lathe.params import Config, did_you_mean, load, read_yaml
+
+
+def main() -> None:
+    """Parse the command line and run one command."""
+    parser = argparse.ArgumentParser(prog="python -m lathe", description="Tools around the Lathe pipeline.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("config", help="print the resolved configuration, or a part of it")
+    command.add_argument(
+        "section", nargs="?", metavar="SECTION", help="a key such as training or training.learning_rate"
+    )
+    command.add_argument("--stage", metavar="NAME", help="only what this stage of dvc.yaml depends on")
+    command.add_argument("-S", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as in dvc")
+    command.set_defaults(run=lambda args: print_config(args.section, args.stage, args.overrides))
+
+    command = commands.add_parser("check", help="check params.yaml and presets.yaml; print nothing if they are right")
+    command.set_defaults(run=lambda args: load())
+
+    command = commands.add_parser("schema", help="document every key of params.yaml: type, unit, range, meaning")
+    command.set_defaults(run=lambda args: print_schema())
+
+    command = commands.add_parser("chat", help="talk to the GGUF with the best validation score")
+    command.add_argument("--gguf", type=Path, metavar="FILE", help="another file to talk to")
+    command.add_argument("--prompt", metavar="TEXT", help="answer this once and exit")
+    command.set_defaults(run=lambda args: talk(args.gguf, args.prompt))
+
+    args = parser.parse_args()
+    stage.guard(lambda: args.run(args))
+
+
+def print_config(section: str | None, stage_name: str | None, overrides: list[str]) -> None:
+    """Print as YAML the parameters and selected presets, after `overrides`, or the named part of them."""
+    tree = _resolved(_overridden(overrides))
+    if stage_name:
+        tree = _of_stage(tree, stage_name)
+    for key in section.split(".") if section else []:
+        if not isinstance(tree, dict) or key not in tree:
+            known = list(tree) if isinstance(tree, dict) else []
+            raise InputError(f"{section}: no such key; {did_you_mean(key, known)}")
+        tree = tree[key]
+    sys.stdout.write(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).removesuffix("...\n"))
+
+
+def print_schema() -> None:
+    """Print a Markdown page that documents every key."""
+    from lathe.schema import markdown
+
+    sys.stdout.write(markdown())
+
+
+def talk(gguf: Path | None, prompt: str | None) -> None:
+    """Chat with `gguf`, by default the artifact that scored best on validation."""
+    from lathe.chat import chat
+
+    settings = load().params.generate
+    chat(
+        gguf or _best_gguf(),
+        prompt=prompt,
+        max_new_tokens=settings.max_new_tokens,
+        n_ctx=settings.n_ctx,
+        threads=os.cpu_count() or 1,
+    )
+
+
+def _best_gguf() -> Path:
+    from lathe.evaluate import best
+
+    report = paths.METRICS / "evaluate/validation.json"
+    if not report.exists():
+        raise InputError(f"{report.relative_to(paths.ROOT)}: no such file; run `make repro` first")
+    artifact = best(json.loads(report.read_text(encoding="utf-8")), load().params.quantize.types)
+    file = paths.GGUF / f"{artifact}.gguf"
+    if not file.exists():
+        raise InputError(f"{file.relative_to(paths.ROOT)}: no such file; run `make repro` first")
+    return file
+
+
+def _overridden(overrides: list[str]) -> Config:
+    if not overrides:
+        return load()
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import apply_overrides
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / paths.PARAMS.name
+        copy.write_text(paths.PARAMS.read_text(encoding="utf-8"), encoding="utf-8")
+        try:
+            apply_overrides(copy, overrides)
+        except DvcException as error:
+            cause = str(error.__cause__ or error).strip().splitlines()[0]
+            raise InputError(f"-S {' '.join(overrides)}: {cause}; see `python -m lathe schema` for the keys") from None
+        return load(copy)
+
+
+def _resolved(config: Config) -> dict[str, Any]:
+    tree = config.params.model_dump()
+    presets = {
+        "models": {config.params.model: config.model.model_dump(exclude_none=True)},
+        "datasets": {config.params.dataset: config.dataset.model_dump(exclude_none=True)},
+    }
+    return {**tree, **presets}
+
+
+def _of_stage(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    stages = read_yaml(paths.ROOT / "dvc.yaml")["stages"]
+    if name not in stages:
+        raise InputError(f"--stage {name}: no such stage in dvc.yaml; {did_you_mean(name, list(stages))}")
+    definition = stages[name].get("do", stages[name])
+    keys: list[str] = []
+    for entry in definition.get("params", []):
+        if isinstance(entry, str):
+            keys.append(entry)
+        else:
+            keys += ["models", "datasets"] if name == "fetch" else ["datasets"]
+    chosen: dict[str, Any] = {}
+    for key in keys:
+        source, target = tree, chosen
+        *parents, last = key.split(".")
+        for parent in parents:
+            source, target = source[parent], target.setdefault(parent, {})
+        target[last] = source[last]
+    return chosen

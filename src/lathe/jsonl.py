@@ -1,0 +1,29 @@
+"""The one form in which rows lie on disk: JSON Lines."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lathe.errors import InputError
+
+
+def write_jsonl(rows: Iterable[Any], file: Path) -> None:
+    """Write one compact JSON value per line, UTF-8, equal bytes for equal rows on every machine."""
+    with file.open("w", encoding="utf-8", newline="\n") as lines:
+        for row in rows:
+            lines.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def read_jsonl(file: Path) -> list[Any]:
+    """Read what `write_jsonl` wrote; raises InputError where the file was harmed since."""
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; run the stage that writes it")
+    rows = []
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise InputError(f"{file}:{number}: not a JSON line; run the stage that writes it again") from None
+    return rows

@@ -1,0 +1,360 @@
+"""Every hyperparameter: its type, range, unit and meaning. No second place holds a default.
+
+`load()` reads `params.yaml` and `presets.yaml` and reports every problem of both at once, one line each:
+the key, the value, the rule and a remedy.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from lathe import paths
+from lathe.errors import InputError
+
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]
+Split = Literal["train", "validation", "test"]
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def entry(meaning: str, unit: str | None = None) -> Any:
+    """Describe a required key; the text is also the comment beside it in `params.yaml`."""
+    return Field(description=meaning, json_schema_extra={"unit": unit} if unit else None)
+
+
+class Section(BaseModel):
+    """A group of keys: unknown ones are refused, no type is coerced, nothing can be changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Preprocess(Section):
+    """From raw rows to validated, split chat messages."""
+
+    validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = entry(
+        "share of the training rows that becomes the validation split where the source has none"
+    )
+    test_fraction: Annotated[float, Field(gt=0, lt=0.5)] = entry(
+        "share of the training rows that becomes the test split where the source has none"
+    )
+    max_dropped_fraction: Fraction = entry("share of unusable rows above which the stage fails")
+    supervise: Literal["all", "last"] = entry(
+        "assistant turns of a conversation that are learnt: all of them or the last"
+    )
+
+
+class Training(Section):
+    """How the adapter is trained; a step is an optimizer step."""
+
+    max_length: Annotated[int, Field(ge=8)] = entry("longest row, prompt and answer together", "tokens")
+    num_train_epochs: PositiveFloat = entry("passes over the training split", "epochs")
+    max_steps: Positive | None = entry("stop after so many steps; null: num_train_epochs decides", "steps")
+    per_device_train_batch_size: Positive = entry("rows in one forward pass of one device", "rows")
+    per_device_eval_batch_size: Positive = entry("the same in evaluation", "rows")
+    gradient_accumulation_steps: Positive = entry("forward passes whose gradients make one step", "passes")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = entry("peak learning rate")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = entry(
+        "course of the learning rate after warmup"
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = entry("share of all steps in which the rate rises from 0")
+    weight_decay: NonNegativeFloat = entry("decoupled weight decay of the trained tensors")
+    max_grad_norm: PositiveFloat = entry("gradients are scaled down to this norm")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"] = entry(
+        "optimizer, by its name in transformers"
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = entry(
+        "arithmetic of the forward pass; auto: bf16 where the device (a CPU too) has it, else fp32"
+    )
+    gradient_checkpointing: bool = entry("recompute activations in the backward pass: less memory, slower")
+    logging_steps: Positive = entry("distance between two points of the loss curve", "steps")
+    eval_steps: Positive = entry("distance between two evaluations on the validation split", "steps")
+
+
+class Lora(Section):
+    """The adapter that is trained on the frozen base."""
+
+    r: Positive = entry("rank of the update")
+    lora_alpha: PositiveFloat = entry("the update is scaled by lora_alpha / r")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = entry("dropout before the update, in training")
+    target_modules: Name | Annotated[list[Name], Field(min_length=1)] = entry(
+        "layers that get an update: a list of names, all-linear, or a regular expression"
+    )
+    modules_to_save: Annotated[list[Name], Field(min_length=1)] | None = entry(
+        "layers trained whole and saved beside the adapter, such as lm_head; null: none"
+    )
+    use_rslora: bool = entry("scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)")
+    use_dora: bool = entry("learn the magnitude of each weight column apart from its direction (DoRA)")
+
+
+class Quantization(Section):
+    """In what form the frozen base lies in memory while the adapter is trained."""
+
+    load_in_4bit: bool = entry("4-bit base (QLoRA) if true, 16-bit base if false")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = entry("4-bit number format of bitsandbytes")
+    bnb_4bit_use_double_quant: bool = entry("quantize the scales too: 0.4 bit per weight less")
+    bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = entry(
+        "type that 4-bit weights are multiplied in; auto: as training.precision"
+    )
+
+
+class Merge(Section):
+    """How base and adapter become one model; never through quantized weights."""
+
+    dtype: Literal["auto", "bfloat16", "float16"] = entry("type of the merged weights; auto: as the base")
+    max_shard_size_bytes: Annotated[int, Field(ge=1_000_000)] = entry(
+        "largest weight file to write where the base is one file", "bytes"
+    )
+
+
+class Convert(Section):
+    """From safetensors to GGUF, with llama.cpp's own converter."""
+
+    llama_cpp_dir: Name | None = entry("llama.cpp checkout to convert with; null: the one of `make setup`")
+
+
+class Quantize(Section):
+    """The GGUF files that are shipped."""
+
+    types: Annotated[list[Name], Field(min_length=1)] = entry("one GGUF per llama.cpp quantization type")
+
+    @model_validator(mode="after")
+    def _unique(self) -> "Quantize":
+        twice = sorted({name for name in self.types if self.types.count(name) > 1})
+        if twice:
+            raise ValueError(f"types lists {', '.join(twice)} twice; name each type once")
+        return self
+
+
+class Generate(Section):
+    """Greedy answers of every artifact on the held-out rows."""
+
+    max_new_tokens: Positive = entry("longest answer", "tokens")
+    n_ctx: Annotated[int, Field(ge=16)] = entry("room for a row, prompt and answer together", "tokens")
+    n_parallel: Positive = entry("rows decoded in one batch", "rows")
+    max_rows: Positive | None = entry("answer only the first rows of each split; null: all of them", "rows")
+
+
+class Evaluate(Section):
+    """What the answers are scored by."""
+
+    metrics: Annotated[list[Literal["exact_match", "json_valid", "rouge_l"]], Field(min_length=1)] = entry(
+        "scores to compute; json_valid only where the references are JSON"
+    )
+
+
+class Params(Section):
+    """The whole of `params.yaml`."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = entry(
+        "of all that is random: built-in data and model, splits, adapter, order"
+    )
+    model: Name = entry("base model: a name under `models` in presets.yaml")
+    dataset: Name = entry("dataset: a name under `datasets` in presets.yaml")
+    preprocess: Preprocess
+    training: Training
+    lora: Lora
+    quantization: Quantization
+    merge: Merge
+    convert: Convert
+    quantize: Quantize
+    generate: Generate
+    evaluate: Evaluate
+
+
+class BuiltinModel(Section):
+    """The tiny Llama that the pipeline makes itself."""
+
+    source: Literal["builtin"]
+
+
+class LocalModel(Section):
+    """A folder of the user's own: config.json, safetensors, tokenizer."""
+
+    source: Literal["local"]
+    path: Name = Field(description="folder under models/local")
+
+
+ModelPreset = Annotated[BuiltinModel | LocalModel, Field(discriminator="source")]
+
+
+class Columns(Section):
+    """How a row's columns become chat messages."""
+
+    messages: Name | None = Field(None, description="column that holds a list of {role, content}")
+    prompt: Name | None = Field(None, description="column that holds the request")
+    completion: Name | None = Field(None, description="column that holds the answer")
+    prompt_template: Name | None = Field(None, description="text of the request with {column} fields")
+    system_prompt: Name | None = Field(None, description="system message for conversations that have none")
+    limits: dict[Split, Positive] | None = Field(None, description="keep at most so many rows of a split")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Columns":
+        if self.messages and (self.prompt or self.completion or self.prompt_template):
+            raise ValueError("messages excludes prompt, completion and prompt_template; keep one way")
+        if self.prompt and self.prompt_template:
+            raise ValueError("prompt excludes prompt_template; keep one of them")
+        if bool(self.prompt or self.prompt_template) != bool(self.completion):
+            raise ValueError("completion goes with one of prompt, prompt_template; give both or neither")
+        return self
+
+
+class BuiltinDataset(Columns):
+    """The household commands that the pipeline makes itself."""
+
+    source: Literal["builtin"]
+
+
+class LocalDataset(Columns):
+    """A file or folder of the user's own: JSONL, JSON, CSV or Parquet."""
+
+    source: Literal["local"]
+    path: Name = Field(description="file or folder under data/local")
+
+
+DatasetPreset = Annotated[BuiltinDataset | LocalDataset, Field(discriminator="source")]
+
+
+class Presets(Section):
+    """The whole of `presets.yaml`: models and datasets by name."""
+
+    models: dict[Name, ModelPreset]
+    datasets: dict[Name, DatasetPreset]
+
+
+class Config(Section):
+    """What a run is made from: the parameters and the two presets they select."""
+
+    params: Params
+    model: ModelPreset
+    dataset: DatasetPreset
+
+
+def load(params_file: Path = paths.PARAMS, presets_file: Path = paths.PRESETS) -> Config:
+    """Read and validate both files.
+
+    Raises InputError with one line per problem, all problems of both files at once.
+    """
+    tree, presets_tree = read_yaml(params_file), read_yaml(presets_file)
+    problems = _problems(Params, tree, params_file.name) + _problems(Presets, presets_tree, presets_file.name)
+    for key, table in (("model", "models"), ("dataset", "datasets")):
+        problems += _unknown_preset(tree, presets_tree, key, table, params_file.name, presets_file.name)
+    if problems:
+        raise InputError("\n".join(problems))
+    params, presets = Params.model_validate(tree), Presets.model_validate(presets_tree)
+    return Config(params=params, model=presets.models[params.model], dataset=presets.datasets[params.dataset])
+
+
+def read_yaml(file: Path) -> Any:
+    """Read a YAML file with DVC's own library and settings (YAML 1.2: `5e-05` is a number)."""
+    try:
+        return YAML(typ="safe").load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; restore it with `git checkout {file.name}`") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file.name}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = " ".join((error.problem or "unreadable").split())
+        raise InputError(f"{file.name}:{line}: not valid YAML: {problem}; mend this line") from None
+    except YAMLError as error:
+        raise InputError(f"{file.name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """Return `; did you mean X?` for a near name, else the list of known ones."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def _problems(model: type[Section], tree: Any, file: str) -> list[str]:
+    try:
+        TypeAdapter(model).validate_python(tree)
+    except ValidationError as error:
+        by_path: dict[tuple[Any, ...], list[Any]] = {}
+        for problem in error.errors():
+            path = _path_in_file(problem["loc"], tree, missing=problem["type"] == "missing")
+            by_path.setdefault(path, []).append(problem)
+        return [_sentence(path, problems, model, tree, file) for path, problems in by_path.items()]
+    return []
+
+
+def _sentence(path: tuple[Any, ...], problems: list[Any], model: type[Section], tree: Any, file: str) -> str:
+    # A value of several allowed types fails once per type; where it fits one, only that one's rule matters.
+    deeper = [problem for problem in problems if not problem["type"].endswith("_type")]
+    problem, given = (deeper or problems)[0], problems[0]["input"]
+    key = ".".join(map(str, path)) or "the whole file"
+    match problem["type"]:
+        case "extra_forbidden":
+            remedy = did_you_mean(str(path[-1]), _keys(model, path[:-1], tree))
+            return f"{file}: {key} is not a known key; {remedy}"
+        case "missing":
+            return f"{file}: {key} is missing; add it (`python -m lathe schema` says what it means)"
+        case "literal_error":
+            known = [text.strip("'") for text in re.split(r", | or ", problem["ctx"]["expected"])]
+            return f"{file}: {key} is {_shown(given)}; must be one of {', '.join(known)}{_near(given, known)}"
+        case "union_tag_not_found" | "union_tag_invalid":
+            source = given.get("source") if isinstance(given, dict) else given
+            return f"{file}: {key}.source is {_shown(source)}; must be one of builtin, local"
+        case "value_error":
+            return f"{file}: {key}: {problem['msg'].removeprefix('Value error, ')}"
+        case "too_short":
+            return f"{file}: {key} is {_shown(given)}; must have at least {problem['ctx']['min_length']} item"
+    rules = [rule["msg"].removeprefix("Input should be ").removeprefix("a valid ") for rule in deeper or problems]
+    return f"{file}: {key} is {_shown(given)}; must be {' or '.join(dict.fromkeys(rules))}"
+
+
+def _near(given: Any, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _path_in_file(location: tuple[Any, ...], tree: Any, *, missing: bool) -> tuple[Any, ...]:
+    # Pydantic puts a union's member into the location; the path in the file is what the user knows.
+    path: list[Any] = []
+    for index, step in enumerate(location):
+        if (isinstance(tree, dict) and step in tree) or (isinstance(tree, list) and isinstance(step, int)):
+            tree = tree[step]
+        elif not (missing and index == len(location) - 1):
+            continue
+        path.append(step)
+    return tuple(path)
+
+
+def _keys(model: type[Section], parent: tuple[Any, ...], tree: Any) -> list[str]:
+    if not parent:
+        return list(model.model_fields)
+    if model is Presets:
+        for step in parent:
+            tree = tree[step]
+        members: dict[str, dict[str, type[Section]]] = {
+            "models": {"builtin": BuiltinModel, "local": LocalModel},
+            "datasets": {"builtin": BuiltinDataset, "local": LocalDataset},
+        }
+        return list(members[parent[0]][tree["source"]].model_fields)
+    section = model.model_fields[parent[0]].annotation
+    assert isinstance(section, type)
+    assert issubclass(section, Section)
+    return list(section.model_fields)
+
+
+def _unknown_preset(tree: Any, presets: Any, key: str, table: str, params_name: str, presets_name: str) -> list[str]:
+    name = tree.get(key) if isinstance(tree, dict) else None
+    known = presets.get(table) if isinstance(presets, dict) else None
+    if not isinstance(name, str) or not isinstance(known, dict) or name in known:
+        return []
+    remedy = did_you_mean(name, [str(preset) for preset in known])
+    return [f"{params_name}: {key} is {name!r}; must be a name under {table} in {presets_name}; {remedy}"]

@@ -1,0 +1,70 @@
+"""Where everything lies, and how a file or folder appears whole or not at all."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# The checkout this very file belongs to: a queued or temporary experiment runs in a checkout of its own.
+ROOT = Path(__file__).resolve().parents[2]
+
+# The checkout that the user works in: temporary experiments run below its .dvc, without what Git ignores.
+MAIN = next((path.parent for path in ROOT.parents if path.name == ".dvc"), ROOT)
+
+PARAMS = ROOT / "params.yaml"
+PRESETS = ROOT / "presets.yaml"
+
+DATA_LOCAL = ROOT / "data/local"
+DATA_RAW = ROOT / "data/raw"
+DATA_PROCESSED = ROOT / "data/processed"
+DATA_GENERATED = ROOT / "data/generated"
+
+MODELS_LOCAL = ROOT / "models/local"
+MODEL_BASE = ROOT / "models/base"
+MODEL_ADAPTER = ROOT / "models/adapter"
+MODEL_MERGED = ROOT / "models/merged"
+GGUF = ROOT / "models/gguf"
+
+METRICS = ROOT / "metrics"
+LLAMA_CPP = MAIN / ".llama.cpp"
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """Yield a sibling path to write to; it becomes `target` on success and is removed on failure."""
+    partial = _partial(target)
+    try:
+        yield partial
+        partial.replace(target)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty sibling folder to fill; it replaces `target` on success and is removed on failure."""
+    partial = _partial(target)
+    partial.mkdir()
+    try:
+        yield partial
+        _remove(target)
+        partial.rename(target)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _partial(target: Path) -> Path:
+    # A fixed name, so that the next run clears away what a killed one left.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    _remove(partial)
+    return partial
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""What every stage does around its own steps: arguments, parameters, refusals, timings."""
+
+import argparse
+import inspect
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+from lathe import track
+from lathe.errors import InputError
+from lathe.params import Config, load
+
+# What a stage measured besides seconds and memory, such as {"tokens_per_second": 812.5}.
+Speeds = dict[str, float]
+
+
+def run(main: Callable[[Config], Speeds | None]) -> None:
+    """Run a stage that does one thing; its script's docstring is the help text."""
+    name, parser = _parser(main)
+    parser.parse_args()
+    guard(lambda: _timed(name, None, lambda: main(load())))
+
+
+def run_items(main: Callable[[Config, str], Speeds | None], items: Callable[[Config], list[str]]) -> None:
+    """Run a stage once per item named on the command line; without one, for all of `items`.
+
+    An item is what `dvc.yaml` runs the stage's script for: an artifact, a quantization type.
+    """
+    name, parser = _parser(main)
+    parser.add_argument("items", nargs="*", metavar="ITEM", help="what to run it for (default: all)")
+    chosen = parser.parse_args().items
+
+    def each() -> None:
+        config = load()
+        known = items(config)
+        for item in chosen:
+            if item not in known:
+                raise InputError(f"{name} {item}: no such item; known: {', '.join(known)}")
+        for item in chosen or known:
+            _timed(name, item, lambda item=item: main(config, item), known)  # type: ignore[misc]
+
+    guard(each)
+
+
+def guard(action: Callable[[], None]) -> None:
+    """Run `action`; answer bad input with its message alone and exit code 2, Ctrl-C with 130."""
+    _set_up_logging()
+    try:
+        action()
+    except InputError as error:
+        sys.exit(_refuse(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+
+
+def _refuse(error: InputError) -> int:
+    print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)  # noqa: T201
+    return 2
+
+
+def _parser(main: Callable[..., object]) -> tuple[str, argparse.ArgumentParser]:
+    module = inspect.getmodule(main)
+    assert module is not None
+    assert module.__file__ is not None
+    name = os.path.splitext(os.path.basename(module.__file__))[0]
+    parser = argparse.ArgumentParser(
+        prog=f"python stages/{name}.py",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return name, parser
+
+
+def _timed(name: str, item: str | None, action: Callable[[], Speeds | None], items: Sequence[str] = ()) -> None:
+    started = time.perf_counter()
+    speeds = action() or {}
+    track.write_timings(name, item, seconds=time.perf_counter() - started, speeds=speeds, items=items)
+
+
+def _set_up_logging() -> None:
+    level = os.environ.get("LATHE_LOG_LEVEL", "INFO").upper()
+    known = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+    if level not in known:
+        sys.exit(_refuse(InputError(f"LATHE_LOG_LEVEL is {level!r}; must be one of {', '.join(known)}")))
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("lathe").setLevel(level)
+    if level != "DEBUG":  # what the user can do nothing about
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -1,0 +1,275 @@
+"""From chat messages to text and token ids, through the model's own chat template.
+
+One template everywhere: training, evaluation and generation call `render`, and `encode` tokenises what it returns.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import jinja2
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
+from lathe.errors import InputError
+
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
+
+# What `strftime_now` formats in templates that state the date (Llama 3, SmolLM3); the current date would make two runs
+# differ. It is the fallback that Llama 3's own template holds.
+TODAY = datetime(2024, 7, 26)
+
+ROWS_PER_BATCH = 1024  # bounds the texts held at once; the tokenizer spreads a batch over the cores
+
+
+class TemplateError(InputError):
+    """A conversation that the chat template cannot render as a prompt and an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One training sequence.
+
+    `input_ids` and `supervised` have one entry per token; `row` is the index of the conversation it came from.
+    """
+
+    row: int
+    input_ids: list[int]
+    supervised: list[bool]
+
+
+def render(
+    chat_template: str,
+    messages: Conversation,
+    *,
+    bos_token: str,
+    eos_token: str,
+    add_generation_prompt: bool = False,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
+    """Return the messages as the model reads them; with `add_generation_prompt`, up to where its answer begins.
+
+    The text holds whatever special tokens the template writes, BOS among them, so it is tokenised without adding any.
+    A template that asks for the date gets a fixed one. Raises TemplateError where the template refuses the messages.
+    """
+    try:
+        _compile_jinja_template(chat_template).environment.globals["strftime_now"] = TODAY.strftime
+        texts, _ = render_jinja_template(
+            conversations=[messages],
+            tools=tools,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=bos_token,
+            eos_token=eos_token,
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"the chat template's line {error.lineno} is not valid Jinja: {_line(error)}") from None
+    except (jinja2.TemplateError, TypeError) as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise TemplateError(
+            f"the chat template refuses the roles [{roles}]: {_line(error)}; give conversations in its form"
+        ) from None
+    return texts[0]
+
+
+def render_for(tokenizer: Any, messages: Conversation, *, add_generation_prompt: bool = False) -> str:
+    """Return `render` with a Hugging Face tokenizer's template and special tokens."""
+    return render(
+        tokenizer.chat_template,
+        messages,
+        bos_token=tokenizer.bos_token or "",
+        eos_token=tokenizer.eos_token or "",
+        add_generation_prompt=add_generation_prompt,
+    )
+
+
+def prompt_and_answer(
+    chat_template: str, messages: Conversation, *, bos_token: str, eos_token: str
+) -> tuple[str, str, str]:
+    """Return the prompt of the last message, the answer as the template writes it behind, and what it adds at the end.
+
+    The three texts make up `render(messages)`; the last begins with the end token, after white space perhaps. Raises
+    TemplateError where the rendering does not begin with the prompt or does not hold the answer.
+    """
+    prompt = render(chat_template, messages[:-1], bos_token=bos_token, eos_token=eos_token, add_generation_prompt=True)
+    whole = render(chat_template, messages, bos_token=bos_token, eos_token=eos_token)
+    if not whole.startswith(prompt):
+        raise TemplateError(
+            f"the chat template's generation prompt ends with {prompt[-20:]!r}, but its answers do not begin so; "
+            "use a template whose generation prompt is how it writes answers"
+        )
+    written = whole[len(prompt) :]
+    # Reasoning before the answer proper is rewritten by many templates; the answer itself is only stripped.
+    answer = str(messages[-1]["content"]).rpartition("</think>")[2].strip()
+    if answer not in written:
+        raise TemplateError(f"the chat template does not write the answer {_shown(answer)} as it is; use one that does")
+    end = written.index(answer) + len(answer)
+    return prompt, written[:end], written[end:]
+
+
+def encode(
+    tokenizer: Any, conversations: Sequence[Conversation], *, supervise: Literal["all", "last"]
+) -> list[Encoded]:
+    """Tokenise conversations for training; raises TemplateError that names the first row that cannot be encoded.
+
+    `tokenizer` is a fast Hugging Face tokenizer with a chat template; `supervise` says which assistant turns are
+    learnt. The method, for each of these turns:
+
+    1. The prompt is `render(messages before the turn, add_generation_prompt=True)`, tokenised alone: exactly the ids
+       that inference starts from, whatever would have merged across its end.
+    2. What is supervised is what the template writes after that prompt when the turn is the last one, up to and
+       including the first special token behind the answer (`<|im_end|>`, `<|eot_id|>`, `</s>`): what the model has to
+       say, and to stop. The white space behind is not part of it. Where the template marks no end, the tokenizer's EOS
+       is appended, or an answer would never stop.
+    3. The answer's ids are those it has behind its prompt in one text, so that SentencePiece adds no space of its own;
+       where the tokenizer would merge its first characters with the prompt's last ones, those it has behind EOS.
+    4. Turns share one sequence as long as the ids so far begin the next turn's prompt. Where they do not (a template
+       that drops earlier reasoning, one without an end mark), the next turn begins a sequence of its own: every turn is
+       learnt once, behind the ids that inference would have.
+
+    A template may write more than the answer after its generation prompt: Qwen3's writes an empty `<think>` block
+    into the last turn. It is supervised, because the model has to say it in order to go on; see `answer_lead`.
+
+    A sequence begins with exactly one BOS if the template writes one or the tokenizer adds one to plain text.
+    """
+    sequences: list[Encoded] = []
+    for row, result in enumerate(encode_each(tokenizer, conversations, supervise=supervise)):
+        if isinstance(result, TemplateError):
+            raise TemplateError(f"row {row + 1}: {result}")
+        sequences += result
+    return sequences
+
+
+def encode_each(
+    tokenizer: Any, conversations: Sequence[Conversation], *, supervise: Literal["all", "last"]
+) -> Iterator[list[Encoded] | TemplateError]:
+    """Yield, conversation by conversation, the sequences that `encode` makes of it or the error that prevents it."""
+    format_ = _Format.of(tokenizer)
+    for start in range(0, len(conversations), ROWS_PER_BATCH):
+        turns = [_turns(format_, messages, supervise) for messages in conversations[start : start + ROWS_PER_BATCH]]
+        flat = [turn for row in turns if not isinstance(row, TemplateError) for turn in row]
+        ids = iter(_tokenize_turns(tokenizer, format_, flat))
+        for row, result in enumerate(turns, start):
+            yield result if isinstance(result, TemplateError) else _join(row, [next(ids) for _ in result])
+
+
+def answer_lead(chat_template: str, *, bos_token: str, eos_token: str) -> str:
+    r"""Return what the template writes between its generation prompt and a plain answer, white space aside.
+
+    Empty for most; `<think>\n\n</think>\n\n` for Qwen3. A model trained by `encode` begins its completions with it, so
+    it is to be removed before a completion is compared with the bare answer.
+    """
+    probe = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+    _, written, _ = prompt_and_answer(chat_template, probe, bos_token=bos_token, eos_token=eos_token)
+    lead = written.removesuffix("an answer")
+    return lead if lead.strip() else ""
+
+
+def control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Return a pattern of the texts that the tokenizer reads as control tokens, such as `<|im_end|>` or `</s>`.
+
+    A message that holds one would end its own turn. The unknown token is not among them.
+    """
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens |= {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
+    tokens.discard(tokenizer.unk_token)
+    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """What of a tokenizer decides how a conversation is written."""
+
+    chat_template: str
+    bos_token: str
+    eos_token: str
+    control_tokens: re.Pattern[str]
+    added_bos: int | None  # the id that the tokenizer puts before plain text
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "_Format":
+        if not tokenizer.chat_template:
+            raise TemplateError("the tokenizer has no chat template; choose an instruction-tuned model")
+        if not tokenizer.eos_token:
+            raise TemplateError(
+                "the tokenizer has no eos_token, so no answer could end; set it in tokenizer_config.json"
+            )
+        bos = tokenizer.bos_token_id
+        return cls(
+            chat_template=tokenizer.chat_template,
+            bos_token=tokenizer.bos_token or "",
+            eos_token=tokenizer.eos_token,
+            control_tokens=control_tokens(tokenizer),
+            added_bos=bos if bos is not None and tokenizer("text")["input_ids"][0] == bos else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    prompt: str
+    answer: str  # with its end token
+
+
+def _turns(format_: _Format, messages: Conversation, supervise: str) -> list[_Turn] | TemplateError:
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        return TemplateError("no supervised token: there is no assistant message; add the answer")
+    try:
+        return [_turn(format_, messages[: index + 1]) for index in (answers if supervise == "all" else answers[-1:])]
+    except TemplateError as error:
+        return error
+
+
+def _turn(format_: _Format, messages: Conversation) -> _Turn:
+    prompt, answer, rest = prompt_and_answer(
+        format_.chat_template, messages, bos_token=format_.bos_token, eos_token=format_.eos_token
+    )
+    end = format_.control_tokens.search(rest)
+    return _Turn(prompt, answer + (rest[: end.end()] if end else rest.rstrip() + format_.eos_token))
+
+
+def _tokenize_turns(tokenizer: Any, format_: _Format, turns: list[_Turn]) -> list[tuple[list[int], list[int]]]:
+    """Return the ids of each turn's prompt and of its answer."""
+    ids = _tokenize(tokenizer, [turn.prompt for turn in turns] + [turn.prompt + turn.answer for turn in turns])
+    prompts, wholes = ids[: len(turns)], ids[len(turns) :]
+    answers = [whole[len(prompt) :] for prompt, whole in zip(prompts, wholes, strict=True)]
+    merged = [index for index, prompt in enumerate(prompts) if wholes[index][: len(prompt)] != prompt]
+    behind_eos = _tokenize(tokenizer, [format_.eos_token + turns[index].answer for index in merged])
+    for index, whole in zip(merged, behind_eos, strict=True):
+        answers[index] = whole[1:]
+    if format_.added_bos is not None:
+        prompts = [prompt if prompt[:1] == [format_.added_bos] else [format_.added_bos, *prompt] for prompt in prompts]
+    return list(zip(prompts, answers, strict=True))
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _join(row: int, turns: list[tuple[list[int], list[int]]]) -> list[Encoded]:
+    sequences: list[Encoded] = []
+    for prompt, answer in turns:
+        if not sequences or prompt[: len(sequences[-1].input_ids)] != sequences[-1].input_ids:
+            sequences.append(Encoded(row, [], []))
+        sequence = sequences[-1]
+        context = prompt[len(sequence.input_ids) :]
+        sequence.input_ids.extend(context + answer)
+        sequence.supervised.extend([False] * len(context) + [True] * len(answer))
+    return sequences
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

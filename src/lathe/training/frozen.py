@@ -1,0 +1,20 @@
+"""Proof that training left the base alone."""
+
+import hashlib
+from typing import Any
+
+import torch
+
+
+def digests(model: Any) -> dict[str, str]:
+    """Return the SHA-256 of the bytes of every tensor that is not trained, by its name."""
+    return {
+        name: _digest(parameter.data)
+        for name, parameter in sorted(model.named_parameters())
+        if not parameter.requires_grad
+    }
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    flat = tensor.detach().contiguous().view(-1).cpu()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()

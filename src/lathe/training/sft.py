@@ -1,0 +1,213 @@
+"""Supervised fine-tuning of an adapter with TRL; only the answers' tokens carry loss."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PrinterCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from lathe.errors import InputError
+from lathe.model import add_adapter, load_base, load_tokenizer, resolve_precision
+from lathe.params import Lora, Quantization, Training
+from lathe.template import Encoded, encode
+from lathe.training.curves import Curves
+from lathe.training.frozen import digests
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # label of a token that carries no loss, as in torch's cross entropy
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left to record beside the adapter."""
+
+    frozen: dict[str, str]  # name of every frozen tensor -> SHA-256 of its bytes, the same before and after
+    tokens_per_second: float
+    supervised_tokens_per_second: float
+
+
+def train(
+    base: Path,
+    splits: dict[str, list[dict[str, Any]]],
+    adapter: Path,
+    metrics: Path,
+    *,
+    seed: int,
+    training: Training,
+    lora: Lora,
+    quantization: Quantization,
+    supervise: Literal["all", "last"],
+) -> Trained:
+    """Train an adapter for `base` on the rows of `splits["train"]` and save it into the empty folder `adapter`.
+
+    The loss curves go to the dvclive folder `metrics`; `splits["validation"]` is evaluated every `eval_steps`.
+    Raises InputError where a parameter does not fit the model and where the loss is not finite.
+    """
+    set_seed(seed)  # before the model and the adapter are made
+    precision = resolve_precision(training.precision)
+    tokenizer = load_tokenizer(base)
+    model = load_base(base, quantization, precision=precision)
+    _check_length(model, training)
+    model = add_adapter(model, lora)
+    frozen_before = digests(model)
+
+    rows = {split: _encode(tokenizer, splits[split], supervise) for split in ("train", "validation")}
+    with Curves(metrics) as curves:
+        trainer = AnswerTrainer(
+            model=model,
+            args=_arguments(training, seed=seed, precision=precision),
+            train_dataset=_dataset(rows["train"]),
+            eval_dataset=_dataset(rows["validation"]),
+            processing_class=tokenizer,
+            callbacks=[curves.callback()],
+        )
+        trainer.remove_callback(PrinterCallback)  # the curves log the same
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        if not _evaluated_last(trainer.state):
+            trainer.evaluate()
+
+    frozen_after = digests(model)
+    if moved := [name for name, digest in frozen_before.items() if frozen_after[name] != digest]:
+        raise RuntimeError(f"training moved {len(moved)} tensors that are frozen, {moved[0]} first")
+    _save(model, adapter)
+    epochs = trainer.state.epoch or 0.0
+    return Trained(
+        frozen=frozen_after,
+        tokens_per_second=round(epochs * sum(len(row.input_ids) for row in rows["train"]) / seconds, 1),
+        supervised_tokens_per_second=round(epochs * sum(sum(row.supervised) for row in rows["train"]) / seconds, 1),
+    )
+
+
+class AnswerTrainer(SFTTrainer):
+    """TRL's trainer with logits only where an answer token is predicted, and float32 adapter weights.
+
+    TRL casts a 4-bit model's adapter to bf16, where a small update is rounded away, and computes entropy and
+    accuracy over the vocabulary at every step; on a real vocabulary that costs more than the step itself.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the mean negative log-likelihood per supervised token of the whole step, all passes together."""
+        loss, supervised_tokens = self._summed_loss(model, inputs)
+        return loss / (supervised_tokens if num_items_in_batch is None else num_items_in_batch)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Log the loss per supervised token; the stock loop averages over batches, whatever they hold."""
+        self.model.eval()
+        loss = torch.zeros((), device=self.args.device)
+        tokens = torch.zeros((), device=self.args.device)
+        for inputs in self.get_eval_dataloader(eval_dataset):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                batch_loss, batch_tokens = self._summed_loss(self.model, self._prepare_inputs(inputs))
+            loss += batch_loss
+            tokens += batch_tokens
+        loss, tokens = self.accelerator.reduce(loss), self.accelerator.reduce(tokens)
+        self.model.train()
+        measured = {f"{metric_key_prefix}_loss": (loss / tokens).item()}
+        self.log(dict(measured))
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
+        return measured
+
+    def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        # labels: (rows, tokens). The token at t predicts the label at t + 1; only columns in which some row is
+        # supervised get logits, (rows, columns, vocabulary).
+        targets = inputs["labels"][:, 1:]
+        columns = (targets != IGNORED).any(dim=0).nonzero().flatten()
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            logits_to_keep=columns,
+            use_cache=False,
+        )
+        kept = targets[:, columns]
+        loss = torch.nn.functional.cross_entropy(
+            outputs.logits.float().flatten(0, 1), kept.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return loss, (kept != IGNORED).sum()
+
+
+def _evaluated_last(state: Any) -> bool:
+    return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
+
+
+def _check_length(model: Any, training: Training) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and training.max_length > longest:
+        raise InputError(
+            f"training.max_length is {training.max_length} tokens; the model reads at most {longest}; lower it"
+        )
+
+
+def _encode(tokenizer: Any, rows: list[dict[str, Any]], supervise: Literal["all", "last"]) -> Sequence[Encoded]:
+    return encode(tokenizer, [row["messages"] for row in rows], supervise=supervise)
+
+
+def _dataset(rows: Sequence[Encoded]) -> Any:
+    from datasets import Dataset
+
+    labels = [
+        [token if kept else IGNORED for token, kept in zip(row.input_ids, row.supervised, strict=True)] for row in rows
+    ]
+    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": labels})
+
+
+def _arguments(training: Training, *, seed: int, precision: str) -> SFTConfig:
+    on_cpu = not torch.cuda.is_available()
+    return SFTConfig(
+        output_dir="unused",  # nothing is saved there: save_strategy is "no"
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+        data_seed=seed,
+        use_cpu=on_cpu,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        num_train_epochs=training.num_train_epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=training.per_device_train_batch_size,
+        per_device_eval_batch_size=training.per_device_eval_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=training.warmup_ratio,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim=training.optim,
+        gradient_checkpointing=training.gradient_checkpointing,
+        logging_steps=training.logging_steps,
+        eval_strategy="steps",
+        eval_steps=training.eval_steps,
+        max_length=training.max_length,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=not on_cpu,
+        disable_tqdm=True,  # lathe.training.curves draws the bar
+    )
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Save the adapter alone, without paths and with names in order: equal runs give equal bytes."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form with nothing filled in
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = "models/base"
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(config[key], list):
+            config[key] = sorted(config[key])
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,23 @@
+"""Run this checkout's code, with the packages that `make setup` installed.
+
+A queued or temporary experiment runs in a checkout of its own, while the environment's editable install points to
+the main one: `src/` of this very checkout goes first on the import path. No other file edits `sys.path`.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# `.venv/bin/dvc repro` without activating finds some other python: go on with the environment's. A temporary
+# experiment's checkout lies below the main one, so its parents are searched too.
+if importlib.util.find_spec("ruamel") is None:
+    for folder in (ROOT, *ROOT.parents):
+        python = folder / ".venv/bin/python"
+        if python.exists() and Path(sys.executable) != python:
+            os.execv(python, [str(python), *sys.argv])
+    sys.exit(f"error: {sys.executable} lacks Lathe's packages; run `make setup`, then `source .venv/bin/activate`")
+
+sys.path.insert(0, str(ROOT / "src"))

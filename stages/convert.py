@@ -1,0 +1,37 @@
+"""Convert safetensors to a 16-bit GGUF with llama.cpp's own converter, and prove that token ids agree.
+
+reads   models/{base,merged}/, data/processed/validation.jsonl, params.yaml: convert
+writes  models/gguf/{base,merged}-f16.gguf, metrics/convert/{base,merged}.json
+items   base, merged
+"""
+
+import _path  # noqa: F401
+
+from lathe import paths, stage, track
+from lathe.params import Config
+
+
+def main(config: Config, item: str) -> None:
+    from lathe import gguf
+    from lathe.jsonl import read_jsonl
+    from lathe.model import load_tokenizer
+    from lathe.template import render_for
+
+    model = paths.ROOT / "models" / item
+    target = paths.GGUF / f"{item}-f16.gguf"
+    chosen = config.params.convert.llama_cpp_dir
+    tokenizer = load_tokenizer(model)
+    rows = read_jsonl(paths.DATA_PROCESSED / "validation.jsonl")
+    chats = [render_for(tokenizer, row["messages"]) for row in rows]
+    with paths.whole_file(target) as partial:
+        gguf.convert(
+            model, partial, outtype="f16", llama_cpp=paths.ROOT / chosen if chosen else paths.LLAMA_CPP, metadata={}
+        )
+        compared = gguf.check_tokens(model, partial, [*gguf.SAMPLE_TEXTS, *chats])
+    track.write_json(
+        paths.METRICS / f"convert/{item}.json", {"bytes": target.stat().st_size, "tokens_compared": compared}
+    )
+
+
+if __name__ == "__main__":
+    stage.run_items(main, lambda _: ["base", "merged"])

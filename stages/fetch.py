@@ -1,0 +1,40 @@
+"""Bring the selected base model and dataset into the pipeline.
+
+reads   params.yaml: model, dataset, seed; their entries in presets.yaml; models/local/, data/local/
+writes  models/base/, data/raw/, metrics/fetch/{model,dataset}.json
+items   model, dataset
+"""
+
+import _path  # noqa: F401
+
+from lathe import paths, sources, stage, track
+from lathe.params import Config
+
+ITEMS = ["model", "dataset"]
+
+
+def main(config: Config, item: str) -> None:
+    seed = config.params.seed
+    target = paths.MODEL_BASE if item == "model" else paths.DATA_RAW
+    with paths.whole_folder(target) as folder:
+        if item == "model":
+            sources.fetch_model(config.model, folder, seed=seed)
+        else:
+            sources.fetch_dataset(config.dataset, folder, seed=seed)
+    track.write_json(paths.METRICS / "fetch" / f"{item}.json", _facts(config, item))
+
+
+def _facts(config: Config, item: str) -> dict[str, object]:
+    target = paths.MODEL_BASE if item == "model" else paths.DATA_RAW
+    files = sorted(file for file in target.iterdir() if file.is_file())
+    preset = config.model if item == "model" else config.dataset
+    return {
+        "name": config.params.model if item == "model" else config.params.dataset,
+        "source": preset.source,
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+
+
+if __name__ == "__main__":
+    stage.run_items(main, lambda _: ITEMS)

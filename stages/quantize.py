@@ -1,0 +1,27 @@
+"""Quantize the merged model, one GGUF per type, in process through llama.cpp.
+
+reads   models/gguf/merged-f16.gguf, params.yaml: quantize
+writes  models/gguf/<TYPE>.gguf, metrics/quantize/<TYPE>.json
+items   the types in quantize.types
+"""
+
+import os
+
+import _path  # noqa: F401
+
+from lathe import paths, stage, track
+from lathe.params import Config
+
+
+def main(config: Config, item: str) -> None:
+    from lathe import gguf
+
+    target = paths.GGUF / f"{item}.gguf"
+    with paths.whole_file(target) as partial:
+        gguf.quantize(paths.GGUF / "merged-f16.gguf", partial, type=item, threads=os.cpu_count() or 1)
+    facts = gguf.describe(target)
+    track.write_json(paths.METRICS / f"quantize/{item}.json", {key: facts[key] for key in ("bytes", "bits_per_weight")})
+
+
+if __name__ == "__main__":
+    stage.run_items(main, lambda config: config.params.quantize.types)

@@ -1,0 +1,39 @@
+"""Train a LoRA adapter on the frozen base, 4-bit or 16-bit; only the answers carry loss.
+
+reads   models/base/, data/processed/, params.yaml: seed, training, lora, quantization, preprocess.supervise
+writes  models/adapter/, metrics/train/ (loss curves, last values, freeze_proof.json)
+"""
+
+import _path  # noqa: F401
+
+from lathe import paths, stage, track
+from lathe.params import Config
+from lathe.stage import Speeds
+
+
+def main(config: Config) -> Speeds:
+    from lathe.jsonl import read_jsonl
+    from lathe.training.sft import train
+
+    params = config.params
+    with paths.whole_folder(paths.MODEL_ADAPTER) as folder:
+        trained = train(
+            paths.MODEL_BASE,
+            {split: read_jsonl(paths.DATA_PROCESSED / f"{split}.jsonl") for split in ("train", "validation")},
+            folder,
+            paths.METRICS / "train",
+            seed=params.seed,
+            training=params.training,
+            lora=params.lora,
+            quantization=params.quantization,
+            supervise=params.preprocess.supervise,
+        )
+    track.write_json(paths.METRICS / "train/freeze_proof.json", {"moved": [], "sha256": trained.frozen})
+    return {
+        "tokens_per_second": trained.tokens_per_second,
+        "supervised_tokens_per_second": trained.supervised_tokens_per_second,
+    }
+
+
+if __name__ == "__main__":
+    stage.run(main)

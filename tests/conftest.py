@@ -1,0 +1,154 @@
+"""Checkouts to run the real scripts in, and a model small enough for seconds."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from lathe import paths
+
+# Enough for every stage to do its work, not to do it well.
+SMALL = {
+    "model": "small",
+    "dataset": "few",
+    "training.max_length": 256,
+    "training.max_steps": 4,
+    "training.per_device_train_batch_size": 4,
+    "training.logging_steps": 1,
+    "training.eval_steps": 2,
+    "training.learning_rate": 0.01,
+    "generate.max_new_tokens": 12,
+    "generate.n_ctx": 256,
+    "generate.n_parallel": 4,
+    "generate.max_rows": 6,
+    "quantize.types": ["Q8_0", "Q4_K_M"],
+}
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of one layer, built like the tiny one but hardly trained."""
+    from dataclasses import replace
+
+    from lathe.builtin import tiny
+
+    folder = tmp_path_factory.mktemp("small_model")
+    recipe = replace(
+        tiny.RECIPE, intermediate_size=256, num_hidden_layers=1, documents=400, steps=3, batch_size=8, threads=1
+    )
+    tiny.build(folder, 1, recipe)
+    return folder
+
+
+class Checkout:
+    """A copy of this repository, committed to Git, in a folder of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "HF_HUB_OFFLINE": "1",
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+
+    def run(self, *command: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command in the checkout; a failure that is not expected shows what it printed."""
+        done = subprocess.run(
+            command, cwd=self.root, env=self.environment, capture_output=True, text=True, check=False, **options
+        )
+        assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def stage(self, name: str, *items: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run one stage's script."""
+        return self.run(sys.executable, f"stages/{name}.py", *items, check=check)
+
+    def set(self, overrides: dict[str, Any]) -> None:
+        """Edit params.yaml as a user would, comments kept."""
+        yaml, file = YAML(), self.root / "params.yaml"
+        tree = yaml.load(file)
+        for key, value in overrides.items():
+            *parents, last = key.split(".")
+            section = tree
+            for parent in parents:
+                section = section[parent]
+            section[last] = value
+        yaml.dump(tree, file)
+
+    def json(self, path: str) -> Any:
+        """Read a JSON file of the checkout."""
+        return json.loads((self.root / path).read_text(encoding="utf-8"))
+
+    def commit(self) -> None:
+        """Commit everything that Git does not ignore."""
+        self.run("git", "add", "--all")
+        self.run("git", "commit", "--quiet", "--message", "a state to start from")
+
+
+def make_checkout(root: Path) -> Checkout:
+    """Copy what Git knows or would add, and make it a repository with one commit."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=paths.ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        source, target = paths.ROOT / name, root / name
+        if source.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+    (root / ".llama.cpp").symlink_to(paths.LLAMA_CPP)
+    checkout = Checkout(root)
+    checkout.run("git", "init", "--quiet", "--initial-branch=main")
+    checkout.run("git", "config", "user.name", "A User")
+    checkout.run("git", "config", "user.email", "user@example.invalid")
+    checkout.commit()
+    return checkout
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    """A checkout as a fresh clone has it."""
+    return make_checkout(tmp_path / "lathe")
+
+
+def add_small_inputs(checkout: Checkout, model: Path) -> None:
+    """Give the checkout the small model and sixty rows of its own as local files, and select them."""
+    from lathe.builtin import commands
+
+    shutil.copytree(model, checkout.root / "models/local/small")
+    rows = commands.rows(1)["train"][:60]
+    folder = checkout.root / "data/local"
+    with (folder / "few.jsonl").open("w") as lines:
+        for row in rows:
+            ask, reply = (message["content"] for message in row["messages"])
+            lines.write(json.dumps({"ask": ask, "reply": reply}) + "\n")
+    presets = checkout.root / "presets.yaml"
+    tree = YAML().load(presets)
+    tree["models"]["small"] = {"source": "local", "path": "models/local/small"}
+    tree["datasets"]["few"] = {
+        "source": "local",
+        "path": "data/local/few.jsonl",
+        "prompt": "ask",
+        "completion": "reply",
+    }
+    YAML().dump(tree, presets)
+    checkout.run("dvc", "add", "--quiet", "data/local/few.jsonl", "models/local/small")
+    checkout.set(SMALL)
+    checkout.commit()
+
+
+@pytest.fixture
+def small_checkout(checkout: Checkout, small_model: Path) -> Checkout:
+    """A checkout that runs the whole pipeline in seconds."""
+    add_small_inputs(checkout, small_model)
+    return checkout

@@ -1,0 +1,155 @@
+"""dvc.yaml, the scripts, the parameters and the imports hold together."""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+
+from lathe import params, paths
+
+# What only carries things about cannot change an output, and must not re-run a stage when it gains a key.
+INFRASTRUCTURE = {"lathe", "lathe.errors", "lathe.params", "lathe.paths", "lathe.stage", "lathe.track"}
+
+
+@pytest.fixture(scope="module")
+def stages():
+    """Every stage of dvc.yaml as DVC resolves it."""
+    with Repo(str(paths.ROOT)) as repo:
+        return [stage for stage in repo.index.stages if stage.cmd]
+
+
+def group(stage) -> str:
+    return stage.name.split("@")[0]
+
+
+def script(stage) -> Path:
+    return paths.ROOT / stage.cmd.split()[1]
+
+
+def module_file(module: str) -> Path | None:
+    file = paths.ROOT / "src" / Path(*module.split("."))
+    for candidate in (file.with_suffix(".py"), file / "__init__.py"):
+        if candidate.exists():
+            return candidate
+    return None
+
+
+def imported(file: Path) -> set[str]:
+    """The lathe modules that a file imports, in functions too, or runs by name; not for type checking alone."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(file.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and re.fullmatch(r"lathe(\.\w+)+", node.value)
+        ):
+            found.add(node.value)
+        nodes += ast.iter_child_nodes(node)
+    return {module for module in found if module.startswith("lathe") and module_file(module)}
+
+
+def reached(file: Path) -> set[str]:
+    seen: set[str] = set()
+    waiting = imported(file)
+    while waiting:
+        module = waiting.pop()
+        if module in seen or module in INFRASTRUCTURE:
+            continue
+        seen.add(module)
+        target = module_file(module)
+        assert target
+        waiting |= imported(target)
+    return seen
+
+
+def test_each_stage_depends_on_exactly_the_library_modules_that_its_script_reaches(stages):
+    for name in {group(stage) for stage in stages}:
+        listed: set[Path] = set()
+        found = paths.ROOT
+        for stage in stages:
+            if group(stage) == name:
+                found = script(stage)
+                for dep in stage.deps:
+                    path = paths.ROOT / str(dep.def_path)
+                    listed |= set(path.rglob("*.py")) if path.is_dir() else {path}
+        code = {path for path in listed if path.suffix == ".py" and "src" in path.parts}
+        needed = {module_file(module) for module in reached(found)}
+        # An empty __init__.py changes nothing.
+        assert {p for p in code if p.name != "__init__.py"} == {p for p in needed if p and p.name != "__init__.py"}, (
+            name
+        )
+        assert found in listed, f"{name} does not depend on its own script"
+
+
+def test_each_stage_has_a_script_and_each_script_a_stage(stages):
+    scripts = {file for file in (paths.ROOT / "stages").glob("*.py") if not file.name.startswith("_")}
+    assert {script(stage) for stage in stages} == scripts
+
+
+def test_each_section_of_the_parameters_is_tracked_by_a_stage_or_drives_a_matrix():
+    text = (paths.ROOT / "dvc.yaml").read_text()
+    for name in params.Params.model_fields:
+        assert any(mark in text for mark in (f"- {name}\n", f"${{{name}", f"${{{name}.")), name
+
+
+def test_metrics_and_plots_stay_in_git_and_everything_else_in_the_cache(stages):
+    for stage in stages:
+        for out in stage.outs:
+            path = str(out.def_path)
+            if out.__class__.__name__ == "ParamsDependency":
+                continue
+            assert out.use_cache == (not path.startswith("metrics/")), path
+
+
+@pytest.mark.parametrize("file", sorted((paths.ROOT / "stages").glob("[a-z]*.py")), ids=lambda file: file.stem)
+def test_help_of_each_stage_says_what_it_reads_and_writes(file):
+    done = subprocess.run([sys.executable, str(file), "--help"], capture_output=True, text=True, check=True)
+    assert "\nreads " in done.stdout
+    assert "\nwrites " in done.stdout
+
+
+def test_a_stage_runs_the_code_of_its_own_checkout(tmp_path):
+    """An editable install points to the main checkout; a temporary experiment must not run that."""
+    for folder in ("stages", "src"):
+        subprocess.run(["cp", "-r", str(paths.ROOT / folder), str(tmp_path / folder)], check=True)
+    program = "import _path, lathe; print(lathe.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path / "stages",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "stages")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+
+
+def test_the_readme_shows_the_committed_results():
+    spec = importlib.util.spec_from_file_location("build", paths.ROOT / "docs/build.py")
+    assert spec
+    assert spec.loader
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    assert build.results() in (paths.ROOT / "README.md").read_text()
+
+
+def test_the_readme_has_a_line_for_every_script_and_module():
+    readme = (paths.ROOT / "README.md").read_text()
+    for folder in ("stages", "src/lathe"):
+        for file in sorted((paths.ROOT / folder).rglob("*.py")):
+            if file.name != "__init__.py":
+                assert file.name in readme, file

@@ -1,0 +1,132 @@
+"""One real `dvc repro` on a small configuration, then what re-runs after each kind of change."""
+
+import re
+import time
+
+import pytest
+from conftest import Checkout, add_small_inputs, make_checkout
+
+STAGES = {"fetch", "preprocess", "train", "merge", "convert", "quantize", "generate", "generate_quantized", "evaluate"}
+
+
+def ran(done) -> list[str]:
+    return re.findall(r"Running stage '([^']+)'", done.stdout)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory, small_model) -> Checkout:
+    """A checkout whose pipeline has run once; each test leaves it reproduced."""
+    checkout = make_checkout(tmp_path_factory.mktemp("repro") / "lathe")
+    add_small_inputs(checkout, small_model)
+    first = checkout.run("dvc", "repro")
+    assert {name.split("@")[0] for name in ran(first)} == STAGES
+    checkout.commit()
+    return checkout
+
+
+def test_every_artifact_is_measured_on_both_splits(checkout):
+    for split in ("validation", "test"):
+        report = checkout.json(f"metrics/evaluate/{split}.json")
+        assert list(report) == ["base", "merged", "Q8_0", "Q4_K_M"]
+        for scores in report.values():
+            assert 0 <= scores["exact_match"] <= 1
+            assert 0 <= scores["json_valid"] <= 1
+            assert scores["perplexity"] > 1
+            assert scores["bytes"] > 1000
+
+
+def test_nothing_frozen_moved_and_the_loss_fell(checkout):
+    proof = checkout.json("metrics/train/freeze_proof.json")
+    assert proof["moved"] == []
+    assert len(proof["sha256"]) > 5
+    lines = (checkout.root / "metrics/train/plots/metrics/train/loss.tsv").read_text().splitlines()
+    steps = [line.split("\t") for line in lines[1:]]
+    assert [int(step) for step, _ in steps] == [1, 2, 3, 4]
+    assert float(steps[-1][1]) < float(steps[0][1])
+
+
+def test_a_second_run_does_nothing_and_is_quick(checkout):
+    checkout.run("dvc", "status")
+    started = time.perf_counter()
+    again = checkout.run("dvc", "repro")
+    assert ran(again) == []
+    assert "up to date" in again.stdout
+    assert time.perf_counter() - started < 10  # `make bench` has the real figure; this only guards against re-hashing
+    assert checkout.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_an_added_type_runs_its_own_items_and_the_evaluation_only(checkout):
+    checkout.set({"quantize.types": ["Q8_0", "Q4_K_M", "Q4_0"]})
+    assert ran(checkout.run("dvc", "repro")) == ["quantize@Q4_0", "generate_quantized@Q4_0", "evaluate"]
+    assert "Q4_0" in checkout.json("metrics/evaluate/validation.json")
+
+
+def test_a_type_taken_off_the_list_leaves_nothing_behind(checkout):
+    checkout.set({"quantize.types": ["Q8_0", "Q4_K_M"]})
+    assert ran(checkout.run("dvc", "repro")) == ["evaluate"]
+    assert not (checkout.root / "models/gguf/Q4_0.gguf").exists()
+    assert not (checkout.root / "data/generated/Q4_0").exists()
+    assert checkout.run("git", "diff", "--stat", "--", "metrics/evaluate").stdout == ""
+
+
+def test_an_edited_local_file_is_fetched_again(checkout):
+    file = checkout.root / "data/local/few.jsonl"
+    lines = file.read_text().splitlines()
+    edited = [lines[0].replace('"ask": "', '"ask": "please, '), *lines[1:]]
+    file.unlink()  # the file is a link into DVC's cache
+    file.write_text("\n".join(edited) + "\n")
+    checkout.run("dvc", "add", "--quiet", "data/local/few.jsonl")
+    again = ran(checkout.run("dvc", "repro"))
+    assert again[:3] == ["fetch@dataset", "preprocess", "train"]
+    assert "fetch@model" not in again
+    checkout.commit()
+
+
+def test_an_experiment_with_another_rate_runs_training_and_what_follows(checkout):
+    done = checkout.run("dvc", "exp", "run", "--name", "slower", "-S", "training.learning_rate=5e-5")
+    names = ran(done)
+    assert names[0] == "train"
+    assert not {name for name in names if name.startswith(("fetch", "preprocess", "convert@base", "generate@base"))}
+    shown = checkout.run("dvc", "exp", "show", "--csv").stdout.splitlines()
+    assert any("slower" in line and "5e-05" in line for line in shown)
+    assert re.search(r"eval\.loss +\d", checkout.run("dvc", "metrics", "diff").stdout)
+    checkout.run("git", "checkout", "--quiet", ".")
+    checkout.run("dvc", "checkout", "--quiet")
+
+
+def test_a_temporary_experiment_runs_its_own_code_and_leaves_the_workspace_alone(checkout):
+    """The changed code exists only in the experiment's checkout; the workspace's is put back while nothing runs."""
+    script = checkout.root / "stages/evaluate.py"
+    original = script.read_text()
+    head = "def main(config: Config) -> None:\n"
+    script.write_text(original.replace(head, f"{head}    print('ran', paths.__file__)\n"))
+    done = checkout.run("dvc", "exp", "run", "--temp", "--name", "elsewhere")
+    assert ran(done) == ["evaluate"]
+    assert re.search(r"ran .*/\.dvc/tmp/exps/.*/src/lathe/paths\.py", done.stdout)
+    script.write_text(original)
+    assert checkout.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_the_table_of_experiments_has_no_column_that_does_not_matter(checkout):
+    columns = checkout.run("dvc", "exp", "show", "--csv").stdout.splitlines()[0].split(",")
+    metrics_and_params = [
+        column for column in columns if not column.startswith(("data/", "models/", "src/", "stages/"))
+    ]
+    assert len(metrics_and_params) < 140
+    for noise in ("deltas", "items", "train.grad_norm", "fsdp", "hub_", "torch_compile"):
+        assert not [column for column in columns if noise in column], noise
+
+
+def test_outputs_are_pushed_to_the_local_remote_and_come_back(checkout):
+    checkout.run("dvc", "push")
+    (checkout.root / "models/gguf/Q8_0.gguf").unlink()
+    checkout.run("rm", "-rf", ".dvc/cache")
+    checkout.run("dvc", "pull", "models/gguf/Q8_0.gguf")
+    assert (checkout.root / "models/gguf/Q8_0.gguf").stat().st_size > 1000
+
+
+def test_the_plots_are_drawn(checkout):
+    checkout.run("dvc", "plots", "show")
+    page = (checkout.root / "dvc_plots/index.html").read_text()
+    for title in ("Loss", "Score by artifact", "Size against score"):
+        assert title in page

@@ -1,0 +1,79 @@
+# ruff: noqa: F811 - fixtures are imported, then named as arguments
+import io
+from typing import Any
+
+import pytest
+from gguf_models import Made, tiny  # noqa: F401 - fixture
+
+from lathe.chat import chat
+from lathe.generate import Generator
+from lathe.template import render
+
+OPTIONS: Any = {"max_new_tokens": 8, "n_ctx": 512, "threads": 1}
+
+
+def answer(made: Made, *contents: str) -> str:
+    """What the model says after these messages, of user and assistant in turn."""
+    messages = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    with Generator(made.gguf, n_parallel=1, n_ctx=512, threads=1) as generator:
+        prompt = render(
+            generator.template,
+            messages,
+            bos_token=generator.bos_token,
+            eos_token=generator.eos_token,
+            add_generation_prompt=True,
+        )
+        return generator.complete([prompt], max_new_tokens=8)[0].text
+
+
+def talk(made: Made, requests: str, out: io.StringIO | None = None) -> str:
+    out = out or io.StringIO()
+    chat(made.gguf, prompt=None, source=io.StringIO(requests), out=out, **OPTIONS)
+    return out.getvalue()
+
+
+def test_a_prompt_is_answered_once(tiny: Made, capsys):
+    chat(tiny.gguf, prompt="lamp on", **OPTIONS)
+    assert capsys.readouterr().out == answer(tiny, "lamp on") + "\n"
+
+
+def test_a_conversation_remembers_until_it_is_reset(tiny: Made):
+    first = answer(tiny, "lamp on")
+    second = answer(tiny, "lamp on", first, "and off")
+    assert second != answer(tiny, "and off")
+    assert talk(tiny, "lamp on\nand off\n") == f"{first}\n{second}\n"
+    assert talk(tiny, "lamp on\n/reset\nand off\n") == f"{first}\n{answer(tiny, 'and off')}\n"
+
+
+def test_exit_ends_and_empty_lines_are_passed_over(tiny: Made):
+    assert talk(tiny, "\n\nlamp on\n/exit\nand off\n") == answer(tiny, "lamp on") + "\n"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(tiny: Made):
+    class Interrupting(io.StringIO):
+        pieces = 0
+
+        def write(self, text: str) -> int:
+            self.pieces += 1
+            if self.pieces == 3:
+                raise KeyboardInterrupt
+            return super().write(text)
+
+    said = talk(tiny, "lamp on\n/reset\nand off\n", Interrupting())
+    stopped, after = said.split(" …\n")
+    assert answer(tiny, "lamp on").startswith(stopped)
+    assert after == answer(tiny, "and off") + "\n"
+
+
+def test_a_request_too_long_is_refused_and_forgotten(tiny: Made):
+    said = talk(tiny, "please " * 600 + "\nlamp on\n")
+    refusal, after = said.split("or /reset\n")
+    assert "leave no room for an answer in a context of 512" in refusal
+    assert after == answer(tiny, "lamp on") + "\n"
+
+
+@pytest.mark.parametrize("system", ["be brief", "answer with JSON only"])
+def test_a_system_message_stands_before_the_conversation(tiny: Made, system):
+    out = io.StringIO()
+    chat(tiny.gguf, prompt="lamp on", system=system, out=out, **OPTIONS)
+    assert out.getvalue() != answer(tiny, "lamp on") + "\n"

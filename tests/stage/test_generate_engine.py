@@ -1,0 +1,184 @@
+# ruff: noqa: F811 - fixtures are imported, then named as arguments
+import math
+
+import pytest
+from gguf_models import Made, countdown, tiny  # noqa: F401 - fixtures
+
+from lathe import generate, gguf
+from lathe.errors import InputError
+from lathe.generate import Generator
+
+END = 4  # `<|im_end|>`
+
+PROMPTS = [
+    f"<s><|im_start|>user\nplease switch {'on' if n % 2 else 'off'} the attic lamp at {n}:30{' now' * (n % 7)}"
+    f"<|im_end|>\n<|im_start|>assistant\n"
+    for n in range(19)
+]
+
+
+def opened(path, n_parallel=8, n_ctx=512, threads=1):
+    return Generator(path, n_parallel=n_parallel, n_ctx=n_ctx, threads=threads)
+
+
+def test_every_answer_is_the_known_one_and_stays_with_its_prompt(countdown: Made):
+    with opened(countdown.gguf) as generator:
+        # Last tokens from all over the vocabulary: answers of many lengths, so that slots are refilled often.
+        prompts = ["<s>please switch on" + letter for letter in "lampatticswitchoff :30zäx7!Q"] * 3
+        answers = generator.complete(prompts, max_new_tokens=300)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            last = generator.tokenize(prompt)[-1]
+            counted = b"".join(generator.model.piece(token) for token in range(last - 1, END, -1))
+            expected = (last - END, "stop") if last - END <= 300 else (300, "length")
+            assert (answer.tokens, answer.finish_reason) == expected
+            if answer.finish_reason == "stop":
+                assert answer.text == counted.decode("utf-8", "replace")
+    assert len({answer.tokens for answer in answers}) > 4
+
+
+# In exact arithmetic a row's logits do not depend on its neighbours. In floats they would, because llama.cpp takes
+# other kernels for one row, for a few and for many; `Cache` keeps to one of them: equal needs no tolerance here.
+@pytest.mark.parametrize("quant", ["F16", "Q8_0", "Q4_K_M", "Q4_1"])
+def test_answers_do_not_depend_on_how_many_rows_are_decoded_together(tiny: Made, tmp_path, quant):
+    path = tmp_path / "model.gguf"
+    gguf.quantize(tiny.gguf, path, type=quant, threads=2)
+    with opened(path) as generator:
+        one_by_one = [generator.complete([prompt], max_new_tokens=8)[0] for prompt in PROMPTS]
+        assert generator.complete(PROMPTS, max_new_tokens=8) == one_by_one
+    with opened(path, n_parallel=15, threads=2) as generator:
+        assert generator.complete(PROMPTS, max_new_tokens=8) == one_by_one
+    assert len({answer.text for answer in one_by_one}) > 10
+
+
+def test_each_token_is_the_one_transformers_ranks_first(tiny: Made):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32)
+    with opened(tiny.gguf) as generator:
+        for prompt in PROMPTS[:3]:
+            tokens = generator.tokenize(prompt)
+            assert generator.complete([prompt], max_new_tokens=10)[0].tokens == 10
+            for _ in range(10):
+                [answer] = generator.complete([prompt], max_new_tokens=1)
+                with torch.no_grad():
+                    logits = model(torch.tensor([tokens])).logits[0, -1]
+                # Rounding to f16 may swap two tokens that are as good as equal.
+                likely = torch.nonzero(logits > logits.max() - 0.05).flatten().tolist()
+                pieces = {generator.model.piece(token).decode("utf-8", "replace"): token for token in likely}
+                assert answer.text in pieces
+                tokens.append(pieces[answer.text])
+                prompt += answer.text
+                if generator.tokenize(prompt) != tokens:
+                    break  # the text so far is no longer split into the tokens that were generated
+
+
+def test_the_loss_of_the_references_is_that_of_transformers(tiny: Made):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    references = [f'{{"action": "on", "at": {n}}}' for n in range(8)]
+    model = LlamaForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32)
+    expected, count = 0.0, 0
+    with opened(tiny.gguf) as generator:
+        for prompt, reference in zip(PROMPTS[:8], references, strict=True):
+            begin = len(generator.tokenize(prompt))
+            tokens = torch.tensor([[*generator.tokenize(prompt + reference), END]])
+            with torch.no_grad():
+                logits = model(tokens).logits[0, begin - 1 : -1]
+            expected += float(torch.nn.functional.cross_entropy(logits, tokens[0, begin:], reduction="sum"))
+            count += tokens.shape[1] - begin
+        loss, scored = generator.reference_nll(PROMPTS[:8], references)
+    assert scored == count
+    assert loss == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_reference_scored_in_pieces_has_the_same_loss(tiny: Made, monkeypatch):
+    references = ["please switch off the kitchen lamp " * 5] * 3
+    with opened(tiny.gguf) as generator:
+        whole = generator.reference_nll(PROMPTS[:3], references)
+        monkeypatch.setattr(generate, "_MAX_LOGITS", 9 * generator.model.n_vocab)
+        in_pieces = generator.reference_nll(PROMPTS[:3], references)
+    assert in_pieces[1] == whole[1] > 100
+    assert in_pieces[0] == pytest.approx(whole[0], rel=1e-4)
+
+
+def test_a_certain_reference_has_almost_no_loss_and_a_wrong_one_has_much(countdown: Made):
+    with opened(countdown.gguf) as generator:
+        # After `<pad>` (5) the end token (4) is certain; a reference is followed by it, so the empty one is right.
+        certain, count = generator.reference_nll(["<s><pad>"], [""])
+        wrong, wrong_count = generator.reference_nll(["<s><pad>"], ["<pad>"])
+    assert (count, wrong_count) == (1, 2)
+    assert certain < 1e-3
+    assert wrong > math.log(400)
+
+
+def test_what_all_prompts_begin_with_is_decoded_once(tiny: Made, monkeypatch):
+    fed = []
+    feed = generate.Cache.feed
+
+    def counting_feed(self, slot, tokens, *, first_output):
+        before = self.length(slot)
+        logits = feed(self, slot, tokens, first_output=first_output)
+        fed.append(self.length(slot) - before)
+        return logits
+
+    monkeypatch.setattr(generate.Cache, "feed", counting_feed)
+    system = "<s><|im_start|>system\n" + "you look after the lamps of the house; " * 5 + "<|im_end|>\n"
+    with opened(tiny.gguf) as generator:
+        prompts = [system + prompt.removeprefix("<s>") for prompt in PROMPTS]
+        generator.complete(prompts, max_new_tokens=2)
+        prefix, total = len(generator.tokenize(system)), sum(len(generator.tokenize(prompt)) for prompt in prompts)
+    assert fed[0] >= prefix
+    assert sum(fed) <= total - prefix * (len(prompts) - 1)
+
+
+def test_a_prompt_has_exactly_one_bos(tiny: Made):
+    with opened(tiny.gguf) as generator:
+        assert generator.tokenize("<s>lamp") == generator.tokenize("lamp")
+        assert generator.tokenize("lamp")[0] == generator.model.bos
+        assert generator.tokenize("lamp").count(generator.model.bos) == 1
+        assert (generator.bos_token, generator.eos_token) == ("<s>", "<|im_end|>")
+
+
+def test_a_prompt_that_fills_the_context_is_refused_by_its_row(tiny: Made):
+    with opened(tiny.gguf, n_ctx=32) as generator:
+        with pytest.raises(InputError, match=r"row 1: \d+ tokens leave no room for an answer in a context of 32"):
+            generator.complete(["lamp", "please switch on the lamp " * 20], max_new_tokens=4)
+        assert [answer.finish_reason for answer in generator.complete(["lamp"], max_new_tokens=100)] == ["length"]
+        with pytest.raises(InputError, match=r"row 0: .* context of 32"):
+            generator.reference_nll(["lamp"], ["please switch on the lamp " * 20])
+
+
+def test_no_rows_give_no_answers(tiny: Made):
+    with opened(tiny.gguf) as generator:
+        assert generator.complete([], max_new_tokens=4) == []
+        assert generator.reference_nll([], []) == (0.0, 0)
+
+
+def test_a_streamed_answer_is_the_answer_and_a_longer_conversation_goes_on_from_it(tiny: Made, monkeypatch):
+    fed = []
+    with opened(tiny.gguf) as generator:
+        [answer] = generator.complete(PROMPTS[:1], max_new_tokens=20)
+        assert "".join(generator.stream(PROMPTS[0], max_new_tokens=20)) == answer.text
+        feed = generate.Cache.feed
+
+        def noting_feed(self, slot, tokens, **options):
+            fed.append(len(tokens) - self.length(slot))
+            return feed(self, slot, tokens, **options)
+
+        monkeypatch.setattr(generate.Cache, "feed", noting_feed)
+        longer = PROMPTS[0] + "lamp<|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n"
+        [expected] = generator.complete([longer], max_new_tokens=20)
+        fed.clear()
+        assert "".join(generator.stream(longer, max_new_tokens=20)) == expected.text
+        assert fed == [len(generator.tokenize(longer)) - len(generator.tokenize(PROMPTS[0]))]
+
+
+def test_an_abandoned_stream_leaves_a_usable_cache(tiny: Made):
+    with opened(tiny.gguf) as generator:
+        stream = generator.stream(PROMPTS[0], max_new_tokens=20)
+        next(stream)
+        stream.close()
+        [expected] = generator.complete(PROMPTS[1:2], max_new_tokens=20)
+        assert "".join(generator.stream(PROMPTS[1], max_new_tokens=20)) == expected.text

@@ -1,0 +1,194 @@
+# ruff: noqa: F811 - fixtures are imported, then named as arguments
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from gguf_models import METADATA, Made, convert, qwen, tiny  # noqa: F401 - fixtures
+
+from lathe import converter_run, gguf, paths
+from lathe.errors import InputError
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_bytes_depend_neither_on_the_place_nor_on_the_hour(tiny: Made, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "another clone" / tiny.folder.name
+    shutil.copytree(tiny.folder, elsewhere)
+    monkeypatch.setenv("TZ", "Asia/Kathmandu")
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.chdir(tmp_path)
+    again = convert(elsewhere, tmp_path / ".merged-f16.gguf.partial")
+    assert again.read_bytes() == tiny.gguf.read_bytes()
+
+
+def test_metadata_is_added_and_replaces_what_the_converter_wrote(tiny: Made, tmp_path):
+    named = convert(tiny.folder, tmp_path / "named.gguf", metadata={"lathe.x": "ü 1", "general.name": "Household"})
+    metadata = gguf.describe(named)["metadata"]
+    assert metadata["lathe.x"] == "ü 1"
+    assert metadata["general.name"] == "Household"
+    assert gguf.describe(tiny.gguf)["metadata"].items() >= METADATA.items()
+
+
+def test_the_description_counts_parameters_as_the_model_does(tiny: Made):
+    from safetensors import safe_open
+
+    with safe_open(tiny.folder / "model.safetensors", "numpy") as weights:
+        count = sum(int(weights.get_slice(name).get_shape()[0]) for name in weights.keys() if "norm" in name)  # noqa: SIM118
+        for name in weights.keys():  # noqa: SIM118
+            if "norm" not in name:
+                rows, columns = weights.get_slice(name).get_shape()
+                count += rows * columns
+    described = gguf.describe(tiny.gguf)
+    assert described["parameters"] == count
+    assert described["bytes"] == tiny.gguf.stat().st_size
+    assert described["tensor_types"] == {"F16": 16, "F32": 5}
+    assert 16 < described["bits_per_weight"] < 16.1
+    assert "<|im_start|>" in described["chat_template"]
+
+
+def test_token_ids_agree_with_a_sentencepiece_vocabulary(tiny: Made):
+    assert gguf.check_tokens(tiny.folder, tiny.gguf, list(gguf.SAMPLE_TEXTS)) > 1000
+
+
+def test_token_ids_agree_with_the_real_qwen_vocabulary(qwen: Made):
+    assert gguf.check_tokens(qwen.folder, qwen.gguf, list(gguf.SAMPLE_TEXTS)) > 500
+
+
+def test_a_gguf_of_another_tokenizer_is_refused_with_the_text_and_both_id_lists(tiny: Made, qwen: Made):
+    with pytest.raises(InputError, match=r"the token ids of 'lamp' differ: transformers \[\d.*\], llama.cpp \[\d.*\]"):
+        gguf.check_tokens(tiny.folder, qwen.gguf, ["lamp"])
+
+
+def test_an_end_token_that_would_not_stop_llama_cpp_is_refused(tiny: Made, tmp_path):
+    shutil.copytree(tiny.folder, tmp_path / "m")
+    edit_json(tmp_path / "m/tokenizer_config.json", eos_token="<pad>")
+    with pytest.raises(InputError, match="'<pad>', the tokenizer's eos_token, does not end a generation"):
+        gguf.check_tokens(tmp_path / "m", tiny.gguf, ["lamp"])
+
+
+def test_another_chat_template_is_refused(tiny: Made, tmp_path):
+    shutil.copytree(tiny.folder, tmp_path / "m")
+    with (tmp_path / "m/chat_template.jinja").open("a") as template:
+        template.write(" ")
+    with pytest.raises(InputError, match="its chat template is not the one in"):
+        gguf.check_tokens(tmp_path / "m", tiny.gguf, ["lamp"])
+
+
+def test_a_template_that_forgets_the_bos_the_vocabulary_adds_is_refused(tiny: Made, tmp_path):
+    shutil.copytree(tiny.folder, tmp_path / "m")
+    template = tmp_path / "m/chat_template.jinja"
+    template.write_text(template.read_text().removeprefix("{{ bos_token }}"))
+    made = convert(tmp_path / "m", tmp_path / "m.gguf")
+    with pytest.raises(InputError, match=r"transformers \[3, .*llama.cpp \[1, 3, "):
+        gguf.check_tokens(tmp_path / "m", made, ["lamp"])
+
+
+def test_fewer_bits_make_a_smaller_file_and_keep_the_metadata(tiny: Made, tmp_path):
+    bits = []
+    for name in ("Q8_0", "Q4_1", "Q4_K_M", "Q2_K"):
+        gguf.quantize(tiny.gguf, tmp_path / name, type=name, threads=2)
+        described = gguf.describe(tmp_path / name)
+        bits.append(described["bits_per_weight"])
+        assert described["metadata"].items() >= METADATA.items()
+        assert described["chat_template"] == gguf.describe(tiny.gguf)["chat_template"]
+    assert bits == sorted(bits, reverse=True)
+    assert bits[0] == pytest.approx(8.5, abs=0.1)
+
+
+def test_quantizing_gives_the_same_bytes_whatever_the_threads(tiny: Made, tmp_path):
+    gguf.quantize(tiny.gguf, tmp_path / "one", type="Q4_K_M", threads=1)
+    gguf.quantize(tiny.gguf, tmp_path / "two", type="Q4_K_M", threads=2)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_rows_that_fit_no_block_are_warned_of(qwen: Made, tiny: Made, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    gguf.quantize(tiny.gguf, tmp_path / "fits", type="Q4_K_M", threads=2)
+    assert not caplog.records
+    gguf.quantize(qwen.gguf, tmp_path / "odd", type="Q4_K_M", threads=2)
+    [record] = caplog.records
+    assert "do not divide into its blocks; stored in larger types: Q5_0 × " in record.getMessage()
+
+
+def test_an_unknown_type_is_answered_with_the_near_one_and_the_list(tiny: Made, tmp_path):
+    with pytest.raises(InputError, match=r"'q4_km' is no quant type; did you mean 'Q4_K_M'\? known: .*Q8_0"):
+        gguf.quantize(tiny.gguf, tmp_path / "x", type="q4_km", threads=1)
+
+
+def test_a_type_that_needs_an_importance_matrix_is_refused_and_leaves_no_file(tiny: Made, tmp_path):
+    with pytest.raises(InputError, match="cannot make IQ2_XXS of it: this quantization requires an importance"):
+        gguf.quantize(tiny.gguf, tmp_path / "x", type="IQ2_XXS", threads=1)
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_the_converter_refuses_is_refused_in_one_line(tiny: Made, tmp_path):
+    shutil.copytree(tiny.folder, tmp_path / "m")
+    edit_json(tmp_path / "m/config.json", architectures=["NoSuchModel"])
+    with pytest.raises(InputError, match=r"converter refuses it: Model NoSuchModel is not supported") as caught:
+        convert(tmp_path / "m", tmp_path / "x.gguf")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_code_that_comes_with_a_model_is_not_run_even_where_the_converter_would_trust_it(
+    tiny: Made, tmp_path, monkeypatch
+):
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny.folder, tmp_path / "m")
+    (tmp_path / "m/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
+    edit_json(tmp_path / "m/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", AutoTokenizer.from_pretrained)  # put back afterwards
+    converter_run._refuse_remote_code()
+    AutoTokenizer.from_pretrained(tmp_path / "m", trust_remote_code=True)  # as conversion/deepseek.py does
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"outtype": "fp16"}, "'fp16' is no output type; did you mean 'f16'"),
+        ({"llama_cpp": Path("/nowhere")}, "/nowhere: no convert_hf_to_gguf.py; run `make setup`"),
+        ({"folder": Path("/nowhere")}, "/nowhere: no config.json"),
+        ({}, r"no model\*\.safetensors"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_anything_starts(tmp_path, change, message):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=message):
+        convert(**{"folder": tmp_path, "out": tmp_path / "x.gguf", **change})
+
+
+def test_a_file_that_is_no_gguf_or_was_cut_is_refused(tiny: Made, tmp_path):
+    (tmp_path / "text").write_text("not a model at all")
+    with pytest.raises(InputError, match="not a GGUF file"):
+        gguf.describe(tmp_path / "text")
+    (tmp_path / "cut").write_bytes(tiny.gguf.read_bytes()[:500])
+    with pytest.raises(InputError, match="header is damaged"):
+        gguf.describe(tmp_path / "cut")
+    with pytest.raises(InputError, match=r"llama.cpp cannot load it \(.+\)"):
+        gguf.check_tokens(tiny.folder, tmp_path / "cut", ["lamp"])
+
+
+def test_every_type_of_the_library_is_offered():
+    import llama_cpp
+
+    types = gguf.quant_types()
+    assert types["Q4_K_M"] == llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    assert types["F32"] == llama_cpp.LLAMA_FTYPE_ALL_F32
+    assert "GUESSED" not in types
+    assert len(types) == sum(name.startswith("LLAMA_FTYPE_") for name in dir(llama_cpp)) - 1
+
+
+def test_importing_the_module_loads_neither_torch_nor_llama_cpp():
+    import subprocess
+
+    code = "import lathe.gguf, sys; sys.exit(bool({'torch', 'transformers', 'llama_cpp', 'gguf'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(paths.ROOT / "src")})
+    assert done.returncode == 0

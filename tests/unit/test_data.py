@@ -1,0 +1,910 @@
+"""From files of every shape to validated, disjoint splits, with an account of every row."""
+
+import csv
+import io
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lathe.data import prepare
+from lathe.data.reading import read_rows
+from lathe.errors import InputError
+from lathe.jsonl import read_jsonl, write_jsonl
+
+GOOD = {"prompt": "a question", "completion": "an answer"}
+
+
+@dataclass
+class Preset:
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    prompt_template: str | None = None
+    system_prompt: str | None = None
+    limits: dict[str, int] | None = None
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token per byte and per chat marker, so that lengths can be counted by hand."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"]
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}"
+        "{% if message.content == 'REFUSE' %}{{ raise_exception('no such word') }}{% endif %}"
+        "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.fixture
+def raw(tmp_path):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def run(raw, tokenizer):
+    """Prepare the folder `raw` with a preset and lenient settings; keywords change one of them."""
+
+    def prepare_raw(preset=None, **changes):
+        settings = {
+            "max_length": 1000,
+            "seed": 42,
+            "validation_fraction": 0.1,
+            "test_fraction": 0.1,
+            "max_dropped_fraction": 1.0,
+            "supervise": "all",
+        }
+        return prepare(raw, preset or Preset(), tokenizer=tokenizer, **(settings | changes))
+
+    return prepare_raw
+
+
+def pairs(count, start=0):
+    return [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(start, start + count)]
+
+
+def as_bytes(rows, suffix) -> bytes:
+    match suffix:
+        case ".jsonl":
+            return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        case ".json":
+            return json.dumps(rows, ensure_ascii=False, indent=1).encode()
+        case ".csv":
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+            return text.getvalue().encode()
+        case ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            table = io.BytesIO()
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+            return table.getvalue()
+    raise ValueError(suffix)
+
+
+def put(folder, name, rows) -> None:
+    (folder / name).write_bytes(as_bytes(rows, Path(name).suffix))
+
+
+def put_splits(folder, train) -> None:
+    """Write train.jsonl as given and sound validation and test files beside it."""
+    (folder / "train.jsonl").write_bytes(train)
+    put(folder, "validation.jsonl", pairs(2, start=1000))
+    put(folder, "test.jsonl", pairs(2, start=2000))
+
+
+def prompts(prepared, split) -> set[str]:
+    return {row["messages"][-2]["content"] for row in prepared.splits[split]}
+
+
+def dropped(prepared, split="train") -> dict[str, int]:
+    return prepared.report["splits"][split]["dropped"]
+
+
+def assert_the_account_adds_up(prepared):
+    report = prepared.report
+    for name, split in report["splits"].items():
+        came = split["read"] + split["taken_from_train"]
+        assert came == split["kept"] + split["given_to_others"] + sum(split["dropped"].values()), name
+        assert split["kept"] == len(prepared.splits[name])
+    rows = report["rows"]
+    assert rows["read"] == rows["kept"] + rows["dropped"] == sum(file["rows"] for file in report["files"].values())
+
+
+TRICKY = [
+    {"prompt": 'quotes " and, commas\nand lines', "completion": "ответ «да» 🍎"},
+    {"prompt": "tabs\tand \\ slashes", "completion": " leading and trailing "},
+    *pairs(30),
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_format_gives_the_same_rows(raw, run, suffix):
+    put(raw, f"data{suffix}", TRICKY)
+    prepared = run()
+    found = {
+        (row["messages"][0]["content"], row["messages"][1]["content"])
+        for rows in prepared.splits.values()
+        for row in rows
+    }
+    assert found == {(row["prompt"], row["completion"]) for row in TRICKY}
+    assert prepared.report["files"] == {f"data{suffix}": {"split": "train", "format": suffix[1:], "rows": 32}}
+    assert_the_account_adds_up(prepared)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(raw, run, suffix):
+    text = as_bytes(pairs(30), suffix).replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    (raw / f"data{suffix}").write_bytes(b"\xef\xbb\xbf" + text)
+    prepared = run(max_dropped_fraction=0.0)
+    assert prepared.report["rows"] == {"read": 30, "kept": 30, "dropped": 0}
+
+
+def test_one_row_becomes_one_line_of_messages(raw, run, tmp_path):
+    put_splits(raw, as_bytes([{"prompt": "Вопрос", "completion": "a\u2028b"}], ".jsonl"))
+    write_jsonl(run().splits["train"], tmp_path / "train.jsonl")
+    expected = (
+        '{"messages":[{"role":"user","content":"Вопрос"},{"role":"assistant","content":"a\u2028b"}]}\n'
+    ).encode()
+    assert (tmp_path / "train.jsonl").read_bytes() == expected
+    assert read_jsonl(tmp_path / "train.jsonl") == [json.loads(expected)]
+
+
+def test_a_harmed_or_missing_jsonl_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no such file; run the stage that writes it"):
+        read_jsonl(tmp_path / "train.jsonl")
+    (tmp_path / "train.jsonl").write_text('{"a": 1}\n{"a"')
+    with pytest.raises(InputError, match=r"train.jsonl:2: not a JSON line; run the stage that writes it again"):
+        read_jsonl(tmp_path / "train.jsonl")
+
+
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_column_of_messages_is_kept_as_it_is(raw, run, suffix):
+    put(raw, f"train{suffix}", [{"messages": CHAT}])
+    put(raw, f"validation{suffix}", [{"messages": CHAT[1:3]}])
+    put(raw, f"test{suffix}", [{"messages": CHAT[3:]}])
+    prepared = run()
+    assert prepared.splits["train"] == [{"messages": CHAT}]
+    assert prepared.report["columns"] == {"messages": "messages", "detected": True}
+
+
+@pytest.mark.parametrize(
+    ("preset", "row", "messages", "columns"),
+    [
+        (
+            Preset(prompt="question", completion="answer"),
+            {"question": "q", "answer": "a", "other": 1},
+            [("user", "q"), ("assistant", "a")],
+            {"prompt": "question", "completion": "answer", "detected": False},
+        ),
+        (
+            Preset(prompt_template="{instruction}\n\n{input} {{x}}", completion="output"),
+            {"instruction": "Add", "input": "", "output": "3"},
+            [("user", "Add\n\n {x}"), ("assistant", "3")],
+            {"prompt_template": "{instruction}\n\n{input} {{x}}", "completion": "output", "detected": False},
+        ),
+        (
+            Preset(messages="chat", system_prompt="Be kind."),
+            {"chat": CHAT[1:3]},
+            [("system", "Be kind."), ("user", "a"), ("assistant", "b")],
+            {"messages": "chat", "detected": False},
+        ),
+        (
+            Preset(messages="chat", system_prompt="Be kind."),
+            {"chat": CHAT[:3]},
+            [("system", "Be brief."), ("user", "a"), ("assistant", "b")],
+            {"messages": "chat", "detected": False},
+        ),
+        (
+            Preset(messages="chat"),
+            {"chat": [{"role": "system", "content": ""}, *CHAT[1:3]]},
+            [("user", "a"), ("assistant", "b")],
+            {"messages": "chat", "detected": False},
+        ),
+    ],
+)
+def test_a_preset_says_how_columns_become_messages(raw, run, preset, row, messages, columns):
+    put(raw, "train.jsonl", [row])
+    for split in ("validation", "test"):
+        other = {name: [{"role": "user", "content": split}, ANSWER] if name == "chat" else split for name in row}
+        put(raw, f"{split}.jsonl", [other])
+    prepared = run(preset)
+    (found,) = prepared.splits["train"]
+    assert [(message["role"], message["content"]) for message in found["messages"]] == messages
+    assert prepared.report["columns"] == columns
+
+
+def line(**columns) -> bytes:
+    return json.dumps(columns).encode()
+
+
+def chat(*messages) -> bytes:
+    return json.dumps({"messages": messages}).encode()
+
+
+SYSTEM = {"role": "system", "content": "s"}
+
+BAD_LINES = [
+    # name, the line, reason, field, problem
+    (
+        "line cut short",
+        b'{"prompt": "q", "comp',
+        "malformed_json",
+        None,
+        "is not a JSON object: unterminated string starting at column 17",
+    ),
+    ("two values", b'{"a": 1} {"b": 2}', "malformed_json", None, "is not a JSON object: extra data at column 10"),
+    (
+        "single quotes",
+        b"{'prompt': 'q'}",
+        "malformed_json",
+        None,
+        "is not a JSON object: expecting property name enclosed in double quotes at column 2",
+    ),
+    (
+        "raw NUL",
+        b'{"prompt": "q\0", "completion": "a"}',
+        "malformed_json",
+        None,
+        "is not a JSON object: invalid control character at column 14",
+    ),
+    ("deep", b"[" * 100_000, "malformed_json", None, "is not a JSON object: nested too deeply"),
+    ("a list", b"[1, 2]", "not_an_object", None, "is a list; expected an object with named columns"),
+    ("a text", b'"text"', "not_an_object", None, "is the text 'text'; expected an object with named columns"),
+    ("null", b"null", "not_an_object", None, "is null; expected an object with named columns"),
+    (
+        "key twice",
+        b'{"prompt": "q", "prompt": "r", "completion": "a"}',
+        "duplicate_key",
+        "prompt",
+        "occurs twice in one object; expected once",
+    ),
+    ("no answer column", line(prompt="q"), "missing_column", "completion", "is missing; the row has 'prompt'"),
+    ("no columns", b"{}", "missing_column", "prompt", "is missing; the row has none"),
+    ("null answer", line(prompt="q", completion=None), "not_text", "completion", "is null; expected text"),
+    ("number", line(prompt=12, completion="a"), "not_text", "prompt", "is the number 12; expected text"),
+    ("NaN", b'{"prompt": NaN, "completion": "a"}', "not_text", "prompt", "is the number nan; expected text"),
+    ("true", line(prompt="q", completion=True), "not_text", "completion", "is true; expected text"),
+    ("list", line(prompt=["q"], completion="a"), "not_text", "prompt", "is a list; expected text"),
+    ("object", line(prompt={}, completion="a"), "not_text", "prompt", "is an object; expected text"),
+    ("empty prompt", line(prompt="", completion="a"), "empty_prompt", "prompt", "is empty; expected text"),
+    ("blank answer", line(prompt="q", completion=" \n"), "empty_answer", "completion", "is empty; expected text"),
+    (
+        "NUL",
+        line(prompt="q", completion="a\0"),
+        "invalid_unicode",
+        "completion",
+        "holds a NUL character; expected text without",
+    ),
+    (
+        "lone surrogate",
+        b'{"prompt": "q\\ud83d", "completion": "a"}',
+        "invalid_unicode",
+        "prompt",
+        "holds half a surrogate pair (\\ud83d)",
+    ),
+    (
+        "control token",
+        line(prompt="q", completion="a<|im_end|>b"),
+        "control_token",
+        "completion",
+        "holds the model's control token '<|im_end|>'",
+    ),
+    (
+        "refused by the template",
+        line(prompt="REFUSE", completion="a"),
+        "template",
+        None,
+        "the chat template refuses the roles [user]: no such word; give conversations in its form",
+    ),
+    (
+        "too long",
+        line(prompt="q", completion="a" * 1000),
+        "too_long",
+        None,
+        "is 1021 tokens long (20 prompt, 1001 answer); expected at most training.max_length 1000",
+    ),
+]
+
+BAD_CHATS = [
+    (
+        "a text",
+        b'{"messages": "q"}',
+        "not_a_list",
+        "messages",
+        "is the text 'q'; expected a list of {role, content} objects",
+    ),
+    ("null", b'{"messages": null}', "not_a_list", "messages", "is null; expected a list of {role, content} objects"),
+    ("none", chat(), "no_answer", "messages", "is empty; expected at least a user and an assistant message"),
+    (
+        "null message",
+        chat(None, ANSWER),
+        "not_an_object",
+        "messages[0]",
+        "is null; expected an object with role and content",
+    ),
+    (
+        "key twice",
+        b'{"messages": [{"role": "user", "role": "user", "content": "q"}]}',
+        "duplicate_key",
+        "messages[0].role",
+        "occurs twice in one object; expected once",
+    ),
+    ("no content", chat({"role": "user"}), "missing_key", "messages[0].content", "is missing; the message has 'role'"),
+    (
+        "ShareGPT keys",
+        chat({"from": "human", "value": "q"}),
+        "missing_key",
+        "messages[0].role",
+        "is missing; the message has 'from', 'value'",
+    ),
+    (
+        "unknown role",
+        chat({"role": "human", "content": "q"}, ANSWER),
+        "unknown_role",
+        "messages[0].role",
+        "is the text 'human'; expected one of system, user, assistant",
+    ),
+    (
+        "null role",
+        chat({"role": None, "content": "q"}, ANSWER),
+        "unknown_role",
+        "messages[0].role",
+        "is null; expected one of system, user, assistant",
+    ),
+    (
+        "content of parts",
+        chat({"role": "user", "content": [{"type": "text", "text": "q"}]}, ANSWER),
+        "not_text",
+        "messages[0].content",
+        "is a list; expected text",
+    ),
+    (
+        "null content",
+        chat({"role": "user", "content": None}, ANSWER),
+        "not_text",
+        "messages[0].content",
+        "is null; expected text",
+    ),
+    (
+        "tool call",
+        chat(USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}),
+        "tool_call",
+        "messages[1].tool_calls",
+        "is not supported; expected text messages only",
+    ),
+    (
+        "empty question",
+        chat({"role": "user", "content": " "}, ANSWER),
+        "empty_prompt",
+        "messages[0].content",
+        "is empty; expected text",
+    ),
+    (
+        "empty answer",
+        chat(USER, {"role": "assistant", "content": ""}),
+        "empty_answer",
+        "messages[1].content",
+        "is empty; expected text",
+    ),
+    (
+        "empty system in the middle",
+        chat(USER, {"role": "system", "content": ""}, ANSWER),
+        "empty_prompt",
+        "messages[1].content",
+        "is empty; expected text",
+    ),
+    (
+        "question last",
+        chat(USER, ANSWER, USER),
+        "no_answer",
+        "messages",
+        "ends with user; expected an assistant message last",
+    ),
+    ("system alone", chat(SYSTEM), "no_answer", "messages", "ends with system; expected an assistant message last"),
+    (
+        "answer first",
+        chat(ANSWER, USER, ANSWER),
+        "roles_out_of_order",
+        "messages[0].role",
+        "assistant comes first; expected system or user",
+    ),
+    (
+        "two questions",
+        chat(USER, USER, ANSWER),
+        "roles_out_of_order",
+        "messages[1].role",
+        "user follows user; expected assistant",
+    ),
+    (
+        "two system messages",
+        chat(SYSTEM, SYSTEM, USER, ANSWER),
+        "roles_out_of_order",
+        "messages[1].role",
+        "system follows system; expected user",
+    ),
+    (
+        "disorder behind an empty system message",
+        chat({"role": "system", "content": ""}, USER, ANSWER, ANSWER),
+        "roles_out_of_order",
+        "messages[3].role",
+        "assistant follows assistant; expected user",
+    ),
+    (
+        "lone surrogate",
+        b'{"messages": [{"role": "user", "content": "\\udc00"}, {"role": "assistant", "content": "a"}]}',
+        "invalid_unicode",
+        "messages[0].content",
+        "holds half a surrogate pair (\\udc00)",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "reason", "field", "problem"),
+    [pytest.param(json.dumps(GOOD).encode(), *case[1:], id=case[0]) for case in BAD_LINES]
+    + [pytest.param(chat(USER, ANSWER), *case[1:], id=f"messages: {case[0]}") for case in BAD_CHATS],
+)
+def test_a_bad_row_is_dropped_counted_and_shown(raw, run, good, bad, reason, field, problem):
+    if b"messages" in good:
+        (raw / "validation.jsonl").write_bytes(chat({"role": "user", "content": "v"}, ANSWER))
+        (raw / "test.jsonl").write_bytes(chat({"role": "user", "content": "t"}, ANSWER))
+        (raw / "train.jsonl").write_bytes(good + b"\n\n" + bad + b"\n")
+    else:
+        put_splits(raw, good + b"\n\n" + bad + b"\n")
+    prepared = run()
+    assert dropped(prepared) == {reason: 1}
+    assert prepared.report["dropped_examples"] == {
+        "train": {reason: [{"at": "train.jsonl:3", "field": field, "problem": problem}]}
+    }
+    assert_the_account_adds_up(prepared)
+
+    with pytest.raises(InputError) as refused:
+        run(max_dropped_fraction=0.0)
+    rows = 4 if b"messages" in good else 6
+    shown = f"{field} {problem}" if field else problem
+    assert str(refused.value) == (
+        f"train.jsonl:3: {reason}: {shown}; 1 of {rows} rows are unusable, more than "
+        "preprocess.max_dropped_fraction 0.0 allows; mend them or raise it"
+    )
+
+
+def test_as_many_bad_rows_as_allowed_are_dropped_and_one_more_is_refused(raw, run):
+    bad = [{"prompt": "q"}] * 5
+    put(raw, "train.jsonl", pairs(95) + bad)
+    assert dropped(run(max_dropped_fraction=0.05)) == {"missing_column": 5}
+    put(raw, "train.jsonl", pairs(94) + bad + bad[:1])
+    with pytest.raises(InputError, match=r"^train.jsonl:95: missing_column: .* 6 of 100 rows are unusable"):
+        run(max_dropped_fraction=0.05)
+
+
+def test_at_most_three_examples_are_shown_per_reason(raw, run):
+    put(raw, "train.jsonl", pairs(30) + [{"prompt": "q"}] * 7)
+    examples = run().report["dropped_examples"]["train"]["missing_column"]
+    assert [example["at"] for example in examples] == ["train.jsonl:31", "train.jsonl:32", "train.jsonl:33"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "at"),
+    [
+        ("train.csv", b'prompt,completion\n"two\nlines",a\nq,\nr,b\n', "train.csv:4"),
+        (
+            "train.json",
+            b'[{"prompt": "p", "completion": "a"},\n\n {"prompt": "q", "completion": ""}]',
+            "train.json row 2",
+        ),
+        (
+            "train.parquet",
+            as_bytes([GOOD, {"prompt": "q", "completion": ""}], ".parquet"),
+            "train.parquet row 2",
+        ),
+    ],
+)
+def test_a_bad_row_is_named_by_line_or_row_number(raw, run, name, rows, at):
+    (raw / name).write_bytes(rows)
+    put(raw, "validation.jsonl", pairs(1, 100))
+    put(raw, "test.jsonl", pairs(1, 200))
+    (example,) = run().report["dropped_examples"]["train"]["empty_answer"]
+    assert example["at"] == at
+
+
+def test_a_csv_row_with_a_field_too_many_is_dropped(raw, run):
+    (raw / "train.csv").write_bytes(b"prompt,completion\nq,a\nr,b,c\n")
+    put(raw, "validation.jsonl", pairs(1, 100))
+    put(raw, "test.jsonl", pairs(1, 200))
+    (example,) = run().report["dropped_examples"]["train"]["wrong_field_count"]
+    assert example == {"at": "train.csv:3", "field": None, "problem": "has 3 fields; expected 2 as in the header"}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_row_of_ten_megabytes_is_read(raw, suffix):
+    rows = [{"prompt": "q", "completion": "x" * 10_000_000}, GOOD]
+    put(raw, f"train{suffix}", rows)
+    assert [row.value for row in read_rows(raw / f"train{suffix}")] == rows
+
+
+BAD_FILES = [
+    # name, content, message
+    ("data.jsonl", b"", "data.jsonl: holds no row; give a file with data or remove it"),
+    ("data.jsonl", b"\n \n", "data.jsonl: holds no row; give a file with data or remove it"),
+    ("data.json", b"", "data.json: holds no row; give a file with data or remove it"),
+    ("data.json", b"[]", "data.json: holds no row; give a file with data or remove it"),
+    ("data.csv", b"", "data.csv: holds no row; give a file with data or remove it"),
+    ("data.csv", b"prompt,completion\n", "data.csv: holds no row; give a file with data or remove it"),
+    (
+        "data.jsonl",
+        b'{"prompt": "q", "completion": "a"}\n{"prompt": "\xff", "completion": "a"}\n',
+        "data.jsonl:2: byte 0xff is not UTF-8; save the file as UTF-8",
+    ),
+    (
+        "data.json",
+        b'[{"prompt": "q",\n "completion": "\xe9"}]',
+        "data.json:2: byte 0xe9 is not UTF-8; save the file as UTF-8",
+    ),
+    (
+        "data.csv",
+        "prompt,completion\nq,é\n".encode("latin-1"),
+        "data.csv:2: byte 0xe9 is not UTF-8; save the file as UTF-8",
+    ),
+    (
+        "data.jsonl",
+        json.dumps(GOOD).encode("utf-16"),
+        "data.jsonl:1: byte 0xff is not UTF-8; save the file as UTF-8",
+    ),
+    (
+        "data.json",
+        b'[{"prompt": "q", "completion": "a"},\n{"prompt": "r"',
+        "data.json:2: not a JSON array: expecting ',' delimiter at column 15; is the file cut short?",
+    ),
+    (
+        "data.json",
+        b'{"prompt": "q", "completion": "a"}\n{"prompt": "r", "completion": "b"}',
+        "data.json:2: not a JSON array: extra data at column 1; rename it to .jsonl",
+    ),
+    (
+        "data.json",
+        b'{"data": []}',
+        "data.json:1: holds an object; expected an array of objects, or one object per line in a .jsonl",
+    ),
+    ("data.json", b"[" * 100_000, "data.json: not a JSON array: nested too deeply; mend the file"),
+    (
+        "data.csv",
+        b'prompt,completion\nq,a\n"r,b\ns,c\n',
+        "data.csv:3: the quote opened in this row is never closed; close it",
+    ),
+    (
+        "data.csv",
+        b'prompt,completion\nq,"a"b\n',
+        "data.csv:2: not CSV: ',' expected after '\"'; mend this row",
+    ),
+    ("data.csv", b"prompt,,completion\nq,x,a\n", "data.csv:1: the header names no column 2; name it"),
+    ("data.csv", b"prompt,prompt\nq,a\n", "data.csv:1: the header names 'prompt' twice; rename one of them"),
+    (
+        "data.jsonl",
+        b'{"text": "q", "label": 1}\n',
+        "data.jsonl: has the columns 'text', 'label'; expected messages, or prompt and completion; name yours in the "
+        "dataset's preset (messages, prompt + completion, prompt_template + completion)",
+    ),
+    (
+        "data.txt",
+        b"text",
+        "data.txt: not a data file; expected one of *.jsonl, *.json, *.csv, *.parquet; remove or convert it",
+    ),
+    (
+        "test.jsonl",
+        json.dumps(GOOD).encode(),
+        "test.jsonl: there is no train split beside it; name the training file train.*",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_a_file_at_fault_as_a_whole_is_refused(raw, run, name, content, message):
+    (raw / name).write_bytes(content)
+    with pytest.raises(InputError) as refused:
+        run()
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("cut", [4, 100, -10])
+def test_a_parquet_cut_short_is_refused(raw, run, cut):
+    (raw / "data.parquet").write_bytes(as_bytes(pairs(50), ".parquet")[:cut])
+    with pytest.raises(
+        InputError, match=r"^data.parquet after row 0: not a whole Parquet file: .*; is it cut short\?$"
+    ):
+        run()
+
+
+def test_an_empty_folder_is_refused(run):
+    with pytest.raises(InputError, match=r"^raw: holds no data file; expected one of \*.jsonl, \*.json"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["train.jsonl", "extra.jsonl"],
+            "extra.jsonl: belongs to no split while other files do; begin its name with one of train, validation, "
+            "test, or remove it",
+        ),
+        (
+            ["train.jsonl", "training.jsonl"],
+            "training.jsonl: train.jsonl is the train split too; keep one of them, or name shards alike "
+            "(train-0.jsonl, train-1.jsonl)",
+        ),
+        (
+            ["train.csv", "train.jsonl"],
+            "train.jsonl: train.csv is the train split too; keep one of them, or name shards alike "
+            "(train-0.jsonl, train-1.jsonl)",
+        ),
+        (
+            ["dev.jsonl", "train.jsonl", "val.jsonl"],
+            "val.jsonl: dev.jsonl is the validation split too; keep one of them, or name shards alike "
+            "(train-0.jsonl, train-1.jsonl)",
+        ),
+    ],
+)
+def test_ambiguous_file_names_are_refused(raw, run, names, message):
+    for name in names:
+        put(raw, name, pairs(10))
+    with pytest.raises(InputError) as refused:
+        run()
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "validation.jsonl", "test.jsonl"),
+        ("training.json", "valid.json", "test.json"),
+        ("train-00000-of-00001.parquet", "val-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
+        ("Train.csv", "DEV.csv", "test_v2.csv"),
+        ("train.jsonl", "eval.csv", "test.parquet"),
+    ],
+)
+def test_files_are_found_by_the_name_of_their_split(raw, run, names):
+    for start, name in zip((0, 100, 200), names, strict=True):
+        put(raw, name, pairs(5, start))
+    (raw / ".gitignore").write_text("*")
+    prepared = run()
+    assert prompts(prepared, "train") == {f"question {n}" for n in range(5)}
+    assert prompts(prepared, "validation") == {f"question {n}" for n in range(100, 105)}
+    assert prompts(prepared, "test") == {f"question {n}" for n in range(200, 205)}
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        (
+            Preset(prompt="question", completion="completion"),
+            "train.jsonl: no row has the column 'question', which the dataset's preset names; "
+            "its columns: 'prompt', 'completion'",
+        ),
+        (
+            Preset(prompt_template="{prompt} {context}", completion="completion"),
+            "train.jsonl: no row has the column 'context', which the dataset's preset names; "
+            "its columns: 'prompt', 'completion'",
+        ),
+        (
+            Preset(prompt_template="{prompt", completion="completion"),
+            "presets.yaml: prompt_template '{prompt': expected '}' before end of string; "
+            "write {column} for a column and {{ or }} for a brace",
+        ),
+        (
+            Preset(prompt_template="prompt} ", completion="completion"),
+            "presets.yaml: prompt_template 'prompt} ': Single '}' encountered in format string; "
+            "write {column} for a column and {{ or }} for a brace",
+        ),
+        (
+            Preset(prompt_template="{}", completion="completion"),
+            "presets.yaml: prompt_template '{}': a field is only a name; "
+            "write {column} for a column and {{ or }} for a brace",
+        ),
+        (
+            Preset(prompt_template="{prompt!r:>10}", completion="completion"),
+            "presets.yaml: prompt_template '{prompt!r:>10}': a field is only a name; "
+            "write {column} for a column and {{ or }} for a brace",
+        ),
+        (
+            Preset(prompt_template="Say it", completion="completion"),
+            "presets.yaml: prompt_template 'Say it': names no column; "
+            "write {column} for a column and {{ or }} for a brace",
+        ),
+        (
+            Preset(prompt="prompt"),
+            "presets.yaml: the dataset names only half of its columns; completion goes with one of prompt, "
+            "prompt_template",
+        ),
+    ],
+)
+def test_a_preset_that_does_not_fit_the_columns_is_refused(raw, run, preset, message):
+    put(raw, "train.jsonl", pairs(30))
+    with pytest.raises(InputError) as refused:
+        run(preset)
+    assert str(refused.value) == message
+
+
+def test_missing_splits_are_taken_from_train(raw, run):
+    put(raw, "data.jsonl", pairs(200))
+    prepared = run()
+    assert [prepared.report["splits"][name]["kept"] for name in ("train", "validation", "test")] == [160, 20, 20]
+    assert prepared.report["splits"]["train"]["given_to_others"] == 40
+    everything = prompts(prepared, "train") | prompts(prepared, "validation") | prompts(prepared, "test")
+    assert len(everything) == 200
+    assert_the_account_adds_up(prepared)
+
+
+def test_a_given_split_is_not_added_to(raw, run):
+    put(raw, "train.jsonl", pairs(100))
+    put(raw, "test.jsonl", pairs(7, 500))
+    prepared = run()
+    assert prompts(prepared, "test") == {f"question {n}" for n in range(500, 507)}
+    assert [len(prepared.splits[name]) for name in ("train", "validation")] == [90, 10]
+
+
+def test_reordering_or_splitting_the_input_changes_no_row_of_the_output(raw, run):
+    rows = pairs(300) + pairs(20) + [{"prompt": " question  3", "completion": "answer 3\n"}]
+    preset = Preset(limits={"train": 150, "validation": 20})
+    put(raw, "data.jsonl", rows)
+    whole = run(preset)
+    random.Random(1).shuffle(rows)
+    (raw / "data.jsonl").unlink()
+    put(raw, "a.jsonl", rows[:100])
+    put(raw, "b.jsonl", rows[100:])
+    shuffled = run(preset)
+    assert shuffled.splits == whole.splits
+    assert shuffled.report["splits"] == whole.report["splits"]
+
+
+def test_another_seed_gives_another_membership(raw, run):
+    put(raw, "data.jsonl", pairs(300))
+    assert prompts(run(seed=1), "test") != prompts(run(seed=2), "test")
+    assert prompts(run(seed=1), "test") == prompts(run(seed=1), "test")
+
+
+def test_the_system_prompt_does_not_move_rows_between_splits(raw, run):
+    put(raw, "data.jsonl", pairs(100))
+    assert prompts(run(Preset(system_prompt="Be brief.")), "test") == prompts(run(), "test")
+
+
+def test_a_row_added_moves_at_most_one_prompt_per_boundary(raw, run):
+    put(raw, "data.jsonl", pairs(200))
+    before = run()
+    put(raw, "data.jsonl", pairs(201))
+    after = run()
+    assert len(prompts(before, "test") - prompts(after, "test")) <= 1
+    assert len(prompts(before, "validation") - prompts(after, "validation")) <= 2
+
+
+def test_duplicates_are_removed_though_white_space_or_unicode_form_differ(raw, run):
+    same = [
+        {"prompt": "café  au\nlait", "completion": "yes"},
+        {"prompt": "cafe\u0301 au lait ", "completion": " yes"},
+        {"prompt": "café au lait", "completion": "no"},
+    ]
+    put_splits(raw, as_bytes(same, ".jsonl"))
+    prepared = run(max_dropped_fraction=0.0)
+    assert dropped(prepared) == {"duplicate": 1}
+    (example,) = prepared.report["dropped_examples"]["train"]["duplicate"]
+    assert {example["at"], example["problem"].removeprefix("the same as ")} == {"train.jsonl:1", "train.jsonl:2"}
+    assert {row["messages"][1]["content"].strip() for row in prepared.splits["train"]} == {"yes", "no"}
+
+
+def test_a_prompt_of_two_splits_stays_in_test_before_validation_before_train(raw, run):
+    put(raw, "train.jsonl", pairs(10))
+    put(raw, "validation.jsonl", pairs(4, 8))
+    put(raw, "test.jsonl", [*pairs(3, 11), {"prompt": "question 0", "completion": "another answer"}])
+    prepared = run(max_dropped_fraction=0.0)
+    assert prompts(prepared, "test") == {"question 0", "question 11", "question 12", "question 13"}
+    assert prompts(prepared, "validation") == {f"question {n}" for n in (8, 9, 10)}
+    assert prompts(prepared, "train") == {f"question {n}" for n in range(1, 8)}
+    assert prepared.report["overlap"] == {"train_in_test": 1, "train_in_validation": 2, "validation_in_test": 1}
+    assert prepared.report["dropped_examples"]["validation"]["in_other_split"] == [
+        {"at": "validation.jsonl:4", "field": None, "problem": "its prompt is that of test.jsonl:1 in test"}
+    ]
+    assert_the_account_adds_up(prepared)
+
+
+def test_answers_to_one_prompt_stay_in_one_split(raw, run):
+    rows = [{"prompt": f"question {n % 50}", "completion": f"answer {n}"} for n in range(200)]
+    put(raw, "data.jsonl", rows)
+    prepared = run()
+    assert [len(prompts(prepared, name)) for name in ("train", "validation", "test")] == [40, 5, 5]
+    assert [len(prepared.splits[name]) for name in ("train", "validation", "test")] == [160, 20, 20]
+
+
+def test_limits_keep_so_many_rows_and_count_the_others(raw, run):
+    put(raw, "data.jsonl", pairs(200))
+    prepared = run(Preset(limits={"train": 30, "test": 500}), max_dropped_fraction=0.0)
+    assert [len(prepared.splits[name]) for name in ("train", "validation", "test")] == [30, 20, 20]
+    assert dropped(prepared) == {"over_limit": 130}
+    assert prompts(prepared, "train") < prompts(run(), "train")
+    assert_the_account_adds_up(prepared)
+
+
+def test_too_few_rows_to_split_are_refused(raw, run):
+    put(raw, "data.jsonl", pairs(2))
+    with pytest.raises(InputError) as refused:
+        run()
+    assert str(refused.value) == (
+        "the dataset has 2 different prompts; test and validation cannot be taken from so few; "
+        "add rows, or a file for test and validation"
+    )
+    put(raw, "data.jsonl", pairs(3))
+    assert [len(rows) for rows in run().splits.values()] == [1, 1, 1]
+
+
+def test_a_split_of_which_nothing_is_left_is_refused(raw, run):
+    put(raw, "train.jsonl", pairs(5))
+    put(raw, "validation.jsonl", pairs(2, 100))
+    put(raw, "test.jsonl", pairs(5))
+    with pytest.raises(
+        InputError, match=r"^no usable train row is left \(5 in_other_split\); give train rows that can be kept$"
+    ):
+        run()
+
+
+def test_the_report_counts_tokens_per_split(raw, run):
+    # <|im_start|> user \n . <|im_end|> \n <|im_start|> assistant \n = 1+4+1 + prompt + 1+1 + 1+9+1 tokens
+    train = [{"prompt": "q" * n, "completion": "a" * 9} for n in range(1, 11)]
+    put_splits(raw, as_bytes(train, ".jsonl"))
+    report = run().report["splits"]["train"]
+    assert report["tokens"] == {
+        "prompt": {"min": 20, "p50": 24, "p90": 28, "p99": 29, "max": 29},
+        "answer": {"min": 10, "p50": 10, "p90": 10, "p99": 10, "max": 10},
+        "total": {"min": 30, "p50": 34, "p90": 38, "p99": 39, "max": 39},
+    }
+    assert report["supervised_tokens"] == 100
+    assert report["supervised_share"] == round(100 / 345, 4)
+
+
+def test_a_row_that_just_fits_is_kept(raw, run):
+    put_splits(raw, as_bytes([{"prompt": "q", "completion": "a" * 49}, {"prompt": "r", "completion": "a"}], ".jsonl"))
+    assert dropped(run(max_length=70)) == {}
+    assert dropped(run(max_length=69)) == {"too_long": 1}
+
+
+def test_the_report_is_json_names_no_folder_and_is_the_same_twice(raw, run):
+    put(raw, "data.jsonl", [*pairs(100), {"prompt": "q"}])
+    text = json.dumps(run().report, sort_keys=True)
+    assert text == json.dumps(run().report, sort_keys=True)
+    assert str(raw.parent) not in text
+
+
+def test_supervising_the_last_turn_alone_lowers_the_share(raw, run):
+    long_chat = {"messages": CHAT}
+    rows = [long_chat, *({"messages": [{"role": "user", "content": str(n)}, ANSWER]} for n in range(20))]
+    put(raw, "train.jsonl", rows[:1])
+    put(raw, "validation.jsonl", rows[1:10])
+    put(raw, "test.jsonl", rows[10:])
+    every, last = (run(supervise=turns).report["splits"]["train"]["supervised_tokens"] for turns in ("all", "last"))
+    assert (every, last) == (4, 2)

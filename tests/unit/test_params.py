@@ -1,0 +1,178 @@
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from dvc.utils.serialize import load_yaml
+
+from lathe import params, paths, schema
+from lathe.errors import InputError
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Return a function that edits a copy of params.yaml (or presets.yaml) and gives the lines of the refusal."""
+
+    def refuse(old: str, new: str, file: str = "params.yaml") -> list[str]:
+        for name in ("params.yaml", "presets.yaml"):
+            shutil.copy(paths.ROOT / name, tmp_path / name)
+        text = (tmp_path / file).read_text()
+        assert old in text, old
+        (tmp_path / file).write_text(text.replace(old, new, 1))
+        with pytest.raises(InputError) as caught:
+            params.load(tmp_path / "params.yaml", tmp_path / "presets.yaml")
+        return str(caught.value).splitlines()
+
+    return refuse
+
+
+def test_the_committed_files_are_valid():
+    config = params.load()
+    assert config.params.model == "tiny"
+    assert config.dataset.source == "builtin"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seed: 42", "sed: 42", "sed is not a known key; did you mean 'seed'?"),
+        ("seed: 42", "seed: null", "seed is null; must be integer"),
+        ("seed: 42", "seed: true", "seed is True; must be integer"),
+        ("seed: 42", "seed: -1", "seed is -1; must be greater than or equal to 0"),
+        ("  r: 16", "  r: 1.5", "lora.r is 1.5; must be integer"),
+        ("  r: 16", "  r: '16'", "lora.r is '16'; must be integer"),
+        (
+            "max_grad_norm: 1.0",
+            "max_grad_norm: .nan",
+            "training.max_grad_norm is nan; must be a finite number",
+        ),
+        ("max_steps: null", "max_steps: 0", "training.max_steps is 0; must be greater than or equal to 1"),
+        (
+            "lr_scheduler_type: cosine",
+            "lr_scheduler_type: cosin",
+            "training.lr_scheduler_type is 'cosin'; must be one of linear, cosine, constant, constant_with_warmup; "
+            "did you mean 'cosine'?",
+        ),
+        (
+            "target_modules: all-linear",
+            "target_modules: 5",
+            "lora.target_modules is 5; must be string or list",
+        ),
+        (
+            "target_modules: all-linear",
+            "target_modules: []",
+            "lora.target_modules is []; must have at least 1 item",
+        ),
+        ("- Q4_1", "- Q8_0", "quantize: types lists Q8_0 twice; name each type once"),
+        (
+            "model: tiny",
+            "model: tyni",
+            "model is 'tyni'; must be a name under models in presets.yaml; did you mean 'tiny'?",
+        ),
+        (
+            "dataset: commands",
+            "dataset: comands",
+            "dataset is 'comands'; must be a name under datasets in presets.yaml; did you mean 'commands'?",
+        ),
+    ],
+)
+def test_a_bad_value_is_refused_with_key_value_rule_and_remedy(refused, old, new, message):
+    assert f"params.yaml: {message}" in refused(old, new)
+
+
+def test_all_problems_of_both_files_are_reported_at_once(refused):
+    lines = refused("seed: 42", "seed: x\nmodle: tiny")
+    assert "params.yaml: seed is 'x'; must be integer" in lines
+    assert "params.yaml: modle is not a known key; did you mean 'model'?" in lines
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "source: builtin",
+            "source: magic",
+            "presets.yaml: models.tiny.source is 'magic'; must be one of builtin, local",
+        ),
+        (
+            "prompt: question",
+            "promt: question",
+            "presets.yaml: datasets.gsm8k-local.promt is not a known key; did you mean 'prompt'?",
+        ),
+        (
+            "completion: answer",
+            "messages: answer",
+            "presets.yaml: datasets.gsm8k-local: messages excludes prompt, completion and prompt_template; "
+            "keep one way",
+        ),
+    ],
+)
+def test_a_bad_preset_is_refused(refused, old, new, message):
+    assert message in refused(old, new, file="presets.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\nb: 2\n", "params.yaml:2: not valid YAML: expected ',' or ']', but got ':'; mend this line"),
+        ("seed: 1\nseed: 2\n", 'params.yaml:2: not valid YAML: found duplicate key "seed"'),
+        ("a: \x00", "params.yaml: not valid YAML"),
+    ],
+)
+def test_what_is_not_yaml_is_refused_with_its_line(tmp_path, text, message):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(InputError, match=re.escape(message)):
+        params.load(tmp_path / "params.yaml", paths.PRESETS)
+
+
+def test_what_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "params.yaml").write_bytes(b"seed: \xff")
+    with pytest.raises(InputError, match="byte 6 is not UTF-8"):
+        params.load(tmp_path / "params.yaml", paths.PRESETS)
+
+
+@pytest.mark.parametrize("value", ["5e-05", "1e3", "1_000", "010", "yes", "~", "12:30", ".inf", "+.5", "2020-01-01"])
+def test_yaml_is_read_as_dvc_reads_it(tmp_path, value):
+    file = tmp_path / "params.yaml"
+    file.write_text(f"key: {value}\n")
+    assert params.read_yaml(file) == load_yaml(str(file))
+
+
+def test_an_override_written_by_dvc_in_scientific_notation_is_a_number(tmp_path):
+    text = paths.PARAMS.read_text().replace("learning_rate: 0.006", "learning_rate: 5e-05")
+    (tmp_path / "params.yaml").write_text(text)
+    assert params.load(tmp_path / "params.yaml").params.training.learning_rate == 5e-05
+
+
+def test_every_key_of_params_yaml_carries_its_documented_meaning_and_unit():
+    lines = paths.PARAMS.read_text().splitlines()
+    for name, field in params.Params.model_fields.items():
+        kind = field.annotation
+        is_section = isinstance(kind, type) and issubclass(kind, params.Section)
+        for key, described in (kind.model_fields if is_section else {name: field}).items():
+            indent = "  " if is_section else ""
+            written = [line for line in lines if re.match(rf"{indent}{key}:", line)]
+            assert any(line.endswith(f" # {schema.comment(described)}") for line in written), (
+                name,
+                key,
+                written,
+            )
+
+
+def test_the_parameter_page_is_what_the_schema_prints():
+    assert Path(paths.ROOT / "docs/params.md").read_text() == schema.markdown()
+
+
+def test_every_key_is_read_by_the_code():
+    code = "".join(
+        file.read_text()
+        for folder in ("stages", "src/lathe")
+        for file in sorted((paths.ROOT / folder).rglob("*.py"))
+        if file.name not in {"params.py", "schema.py"}
+    )
+    for section, field in params.Params.model_fields.items():
+        kind = field.annotation
+        keys = kind.model_fields if isinstance(kind, type) and issubclass(kind, params.Section) else [section]
+        for key in keys:
+            assert re.search(rf"\.{key}\b", code), f"{section}.{key} is never read"
