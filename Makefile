@@ -11,7 +11,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-setup: .venv/.ready ## make .venv with the pinned packages, and put llama.cpp's converter in place
+setup: .venv/.ready .llama.cpp/.pinned ## make .venv with the pinned packages, and put llama.cpp's converter in place
 
 repro: setup ## run the whole pipeline: base model and data in, measured GGUF files out
 	@python -m lathe check
@@ -46,7 +46,7 @@ clean: ## remove the environment, the converter and what tools cached; data, mod
 	rm -rf .venv .llama.cpp .mypy_cache .ruff_cache .pytest_cache
 
 # An installation that was cut short may hold half a package that pip takes for a whole one: begin it anew.
-.venv/.ready: requirements.txt requirements-dev.txt requirements-converter.txt constraints.txt pyproject.toml
+.venv/.ready: requirements.txt requirements-dev.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
 		{ echo "error: $(PYTHON) is not Python 3.11; install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@if [ -e .venv/.installing ]; then rm -rf .venv; fi
@@ -54,5 +54,8 @@ clean: ## remove the environment, the converter and what tools cached; data, mod
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(BIN)/python -m lathe.converter
 	@rm .venv/.installing && touch $@
+
+.llama.cpp/.pinned: requirements-converter.txt | .venv/.ready
+	$(BIN)/python -m lathe.converter
+	@touch $@

@@ -4,10 +4,10 @@ A request is put together from a small grammar: a target (device and room), an a
 delay or a time of day, said plainly, politely or clumsily. The answer names what was understood, keys always in the
 same order, or says why the request cannot be carried out:
 
-    Would you kindly dim the light in the loft to 40 percent at half past nine?
+    Would you kindly set the light in the loft to 40 percent at half past nine?
     {"action":"set","device":"lamp","room":"attic","value":40,"time":"9:30"}
 
-    lock kitchen radio pls
+    lock up the kitchen's radio pls
     {"error":"impossible"}
 
 Some pairs of a device and a room are kept out of everything that a model may learn from and appear in the test split
@@ -15,7 +15,7 @@ alone, so that a model which only remembers pairs is found out. `delay` is in mi
 """
 
 import json
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -27,7 +27,6 @@ VALIDATION_ROWS = 500
 TEST_ROWS = 500
 TEST_ROWS_OF_UNSEEN_PAIRS = 150
 UNSEEN_ROOMS_PER_DEVICE = 1
-DOCUMENTS = 16_000
 ERROR_SHARE = 0.18
 # How often each error is asked for, relative to the others: what depends on two words at once is the hardest to learn.
 ERRORS = {
@@ -182,10 +181,11 @@ def rows(seed: int) -> dict[str, list[dict]]:
     }
 
 
-def documents(seed: int, count: int = DOCUMENTS) -> list[str]:
-    """Return one-line texts that teach the words and what they mean, in none of the forms of the dataset's answers.
+def documents(seed: int, count: int) -> list[str]:
+    """Return `count` one-line texts that teach the words and what they mean, in a notation that is not the answers'.
 
-    No document repeats a request of any split or mentions a pair of device and room that is kept for the test.
+    Most read `request -> (key=value;...)`; some only say what a time of day means, some are lines of an inventory.
+    None repeats a request of any split or mentions a pair of device and room that is kept for the test.
     """
     rng = Random(f"commands documents {seed}")
     known, _ = known_and_unseen_pairs(seed)
@@ -382,9 +382,3 @@ def _clock(rng: Random) -> tuple[str, Answer]:
         said = f"{hour % 12}:{minute:02} {half}" if minute else f"{hour % 12} {half}"
         return f"at {said}", {"time": time}
     return (f"at {time}" if minute else f"at {hour} o'clock"), {"time": time}
-
-
-def seen_pairs(split: Sequence[dict]) -> Set[tuple[str, str]]:
-    """Return the pairs of device and room that the answers of a split name."""
-    answers = [json.loads(row["messages"][-1]["content"]) for row in split]
-    return {(answer["device"], answer["room"]) for answer in answers if "device" in answer}

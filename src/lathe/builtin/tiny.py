@@ -47,8 +47,13 @@ does not answer.
 class Recipe:
     """How large the model is and how it is trained.
 
-    Sizes are in pieces, units or layers; `steps` are optimizer steps of `batch_size` documents; `warmup` is the share
-    of them in which the rate rises; `threads` is fixed because the split of a sum over threads changes its last bits.
+    `vocab_size` is in pieces, `max_position_embeddings` in tokens; `steps` are optimizer steps of `batch_size`
+    documents each; `warmup` is the share of them in which the rates rise, from where they fall to 0 in a line.
+    `learning_rate` is AdamW's, for embeddings and norms; `muon_learning_rate` is for all other matrices.
+    `request_weight` is the loss of a request's token beside one of its meaning. `threads` is fixed because the split
+    of a sum over threads changes its last bits.
+
+    llama.cpp's K-quants need rows of 256 weights or a multiple: hidden and intermediate size.
     """
 
     vocab_size: int
@@ -198,7 +203,7 @@ def _new_model(tokenizer: Any, recipe: Recipe) -> Any:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         ),
-        # On rows of thirty tokens the plain form is twice as fast as the fused one.
+        # On rows of thirty tokens the plain form is faster: 0.064 s of one core for forward and backward, not 0.090.
         attn_implementation="eager",
     )
 
@@ -208,10 +213,11 @@ def _train(model: Any, documents: Sequence[Sequence[int]], arrow: int, seed: int
     native_bf16 = _has_native_bf16()
     optimizers = _optimizers(model, recipe)
     warmup_steps = max(1, round(recipe.steps * recipe.warmup))
+    decay_steps = max(1, recipe.steps - warmup_steps)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            lambda step: min((step + 1) / warmup_steps, (recipe.steps - step) / (recipe.steps - warmup_steps)),
+            lambda step: min((step + 1) / warmup_steps, (recipe.steps - step) / decay_steps),
         )
         for optimizer in optimizers
     ]
@@ -245,7 +251,7 @@ def _train(model: Any, documents: Sequence[Sequence[int]], arrow: int, seed: int
 def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of the layers and AdamW for embeddings and norms.
 
-    With AdamW alone the same loss took three times as many steps, and some seeds never found it.
+    With AdamW alone, at one rate and one seed, the loss after 300 steps was above the one that Muon reached in 90.
     """
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
