@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -125,6 +125,18 @@ class Quantize(Section):
     """The GGUF files that are shipped."""
 
     types: Annotated[list[Name], Field(min_length=1)] = entry("one GGUF per llama.cpp quantization type")
+
+    @field_validator("types")
+    @classmethod
+    def _known(cls, types: list[str]) -> list[str]:
+        # Asked here, by every stage, and not only by the one that quantizes: hours of training may lie between.
+        from lathe.gguf import quant_types
+
+        known = list(quant_types())
+        unknown = [name for name in types if name not in known]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no quantization type; {did_you_mean(unknown[0], known)}")
+        return types
 
     @model_validator(mode="after")
     def _unique(self) -> "Quantize":
@@ -270,9 +282,10 @@ def read_yaml(file: Path) -> Any:
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """Return `; did you mean X?` for a near name, else the list of known ones."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    """Return `did you mean 'X'?` for a near name, whatever its case, else the list of known ones."""
+    by_folded = {item.casefold(): item for item in known}
+    near = difflib.get_close_matches(name.casefold(), list(by_folded), n=1, cutoff=0.5)
+    return f"did you mean {by_folded[near[0]]!r}?" if near else f"known: {', '.join(sorted(known))}"
 
 
 def _problems(model: type[Section], tree: Any, file: str) -> list[str]:

@@ -63,6 +63,7 @@ def test_the_committed_files_are_valid():
             "target_modules: []",
             "lora.target_modules is []; must have at least 1 item",
         ),
+        ("- Q4_1", "- q4_0", "quantize.types: 'q4_0' is no quantization type; did you mean 'Q4_0'?"),
         ("- Q4_1", "- Q8_0", "quantize: types lists Q8_0 twice; name each type once"),
         (
             "model: tiny",
