@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from lathe import params
 from lathe.builtin import commands
 from lathe.errors import InputError
-from lathe.training.sft import train
+from lathe.training.sft import train, unusual_rate
 
 CONFIG = params.load().params
 SPLITS = {"train": commands.rows(1)["train"][:24], "validation": commands.rows(1)["validation"][:6]}
@@ -114,6 +114,14 @@ def test_what_does_not_fit_the_model_is_refused(trained, changes, message):
 def test_a_loss_that_is_not_finite_stops_the_run(trained):
     with pytest.raises(InputError, match=r"loss is (nan|inf) at step \d"):
         trained(learning_rate=1e30, max_grad_norm=1e30, precision="fp32")
+
+
+@pytest.mark.parametrize(
+    ("rate", "weights", "warned"),
+    [(6e-3, 2_000_000, False), (6e-3, 600_000_000, True), (2e-4, 8_000_000_000, False), (1e-7, 2_000_000, True)],
+)
+def test_a_rate_that_fits_another_size_of_model_is_warned_of(rate, weights, warned):
+    assert (unusual_rate(rate, weights=weights) is not None) == warned
 
 
 def test_the_curves_have_one_point_per_logged_step(trained, tmp_path):

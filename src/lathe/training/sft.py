@@ -55,6 +55,8 @@ def train(
     tokenizer = load_tokenizer(base)
     model = load_base(base, quantization, precision=precision)
     _check_length(model, training)
+    if warning := unusual_rate(training.learning_rate, weights=model.num_parameters()):
+        logger.warning(warning)
     model = add_adapter(model, lora)
     frozen_before = digests(model)
 
@@ -84,6 +86,21 @@ def train(
         frozen=frozen_after,
         tokens_per_second=round(epochs * sum(len(row.input_ids) for row in rows["train"]) / seconds, 1),
         supervised_tokens_per_second=round(epochs * sum(sum(row.supervised) for row in rows["train"]) / seconds, 1),
+    )
+
+
+def unusual_rate(rate: float, *, weights: int) -> str | None:
+    """Return a warning where `rate` is far from what adapters of models of so many weights are trained with, or None.
+
+    The committed params.yaml is a toy's; its rate ruins a real model, and a real model's rate teaches the toy nothing.
+    """
+    # LoRA's usual 1e-5 to 1e-3 is for models from 0.1 B weights; ones of a few million take ten times as much.
+    lowest, highest = (1e-6, 2e-3) if weights >= 100_000_000 else (1e-5, 5e-2)
+    if lowest <= rate <= highest:
+        return None
+    return (
+        f"training.learning_rate is {rate:g}; an adapter on {weights / 1e6:,.0f} M weights usually takes {lowest:g} to "
+        f"{highest:g}; the values in params.yaml are a toy's"
     )
 
 
