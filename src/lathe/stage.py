@@ -1,6 +1,7 @@
 """What every stage does around its own steps: arguments, parameters, refusals, timings."""
 
 import argparse
+import errno
 import inspect
 import logging
 import os
@@ -15,6 +16,14 @@ from lathe.params import Config, load
 
 # What a stage measured besides seconds and memory, such as {"tokens_per_second": 812.5}.
 Speeds = dict[str, float]
+
+# What the user can mend about a disk; any other OSError is a fault of ours and keeps its traceback.
+REMEDIES = {
+    errno.ENOSPC: "free some space, `dvc gc --workspace` for one, and run again",
+    errno.EDQUOT: "free some space, `dvc gc --workspace` for one, and run again",
+    errno.EROFS: "the file system is read-only; run in a folder that can be written to",
+    errno.EACCES: "make the file or folder readable and writable for this user",
+}
 
 
 def run(main: Callable[[Config], Speeds | None]) -> None:
@@ -46,12 +55,17 @@ def run_items(main: Callable[[Config, str], Speeds | None], items: Callable[[Con
 
 
 def guard(action: Callable[[], None]) -> None:
-    """Run `action`; answer bad input with its message alone and exit code 2, Ctrl-C with 130."""
+    """Run `action`; answer bad input, or a disk that takes no more, in one line with exit code 2, Ctrl-C with 130."""
     _set_up_logging()
     try:
         action()
     except InputError as error:
         sys.exit(_refuse(error))
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        where = error.filename or "the disk"
+        sys.exit(_refuse(InputError(f"{where}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}")))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         sys.exit(130)

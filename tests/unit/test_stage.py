@@ -1,4 +1,6 @@
+import errno
 import logging
+import os
 
 import pytest
 
@@ -14,6 +16,26 @@ def test_bad_input_is_one_line_per_problem_and_exit_code_2(capsys):
         stage.guard(refuse)
     assert caught.value.code == 2
     assert capsys.readouterr().err == ("error: params.yaml: a is 1; must be 2\nerror: params.yaml: b is 3; must be 4\n")
+
+
+def test_a_full_disk_is_one_line_with_a_remedy(capsys):
+    def fill():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "models/merged/model.safetensors")
+
+    with pytest.raises(SystemExit) as caught:
+        stage.guard(fill)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        "error: models/merged/model.safetensors: No space left on device; free some space"
+    )
+
+
+def test_another_fault_of_the_system_keeps_its_traceback():
+    def fail():
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(OSError, match="Input/output error"):
+        stage.guard(fail)
 
 
 def test_ctrl_c_ends_with_130(capsys):
