@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from lathe import paths
+from lathe import paths, stage
 from lathe.errors import InputError
 
 PACKAGE = "llama-cpp-python"
@@ -33,14 +33,9 @@ WANTED = (
 STAMP = ".pinned"
 
 
-def main() -> int:
+def main() -> None:
     """Install the pinned converter into `.llama.cpp`; answer bad circumstances in one line, exit code 2."""
-    try:
-        install(paths.LLAMA_CPP, REQUIREMENT)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    stage.guard(lambda: install(paths.LLAMA_CPP, REQUIREMENT))
 
 
 def install(target: Path, requirement: Path) -> bool:
@@ -123,4 +118,4 @@ def _wanted_files(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, P
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -283,9 +283,7 @@ def read_yaml(file: Path) -> Any:
 
 def did_you_mean(name: str, known: list[str]) -> str:
     """Return `did you mean 'X'?` for a near name, whatever its case, else the list of known ones."""
-    by_folded = {item.casefold(): item for item in known}
-    near = difflib.get_close_matches(name.casefold(), list(by_folded), n=1, cutoff=0.5)
-    return f"did you mean {by_folded[near[0]]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    return _near(name, known) or f"known: {', '.join(sorted(known))}"
 
 
 def _problems(model: type[Section], tree: Any, file: str) -> list[str]:
@@ -313,7 +311,8 @@ def _sentence(path: tuple[Any, ...], problems: list[Any], model: type[Section], 
             return f"{file}: {key} is missing; add it (`python -m lathe schema` says what it means)"
         case "literal_error":
             known = [text.strip("'") for text in re.split(r", | or ", problem["ctx"]["expected"])]
-            return f"{file}: {key} is {_shown(given)}; must be one of {', '.join(known)}{_near(given, known)}"
+            near = _near(str(given), known)
+            return f"{file}: {key} is {_shown(given)}; must be one of {', '.join(known)}{near and f'; {near}'}"
         case "union_tag_not_found" | "union_tag_invalid":
             source = given.get("source") if isinstance(given, dict) else given
             return f"{file}: {key}.source is {_shown(source)}; must be one of builtin, local"
@@ -325,9 +324,10 @@ def _sentence(path: tuple[Any, ...], problems: list[Any], model: type[Section], 
     return f"{file}: {key} is {_shown(given)}; must be {' or '.join(dict.fromkeys(rules))}"
 
 
-def _near(given: Any, known: list[str]) -> str:
-    near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def _near(name: str, known: list[str]) -> str:
+    by_folded = {item.casefold(): item for item in known}
+    near = difflib.get_close_matches(name.casefold(), list(by_folded), n=1, cutoff=0.5)
+    return f"did you mean {by_folded[near[0]]!r}?" if near else ""
 
 
 def _shown(value: Any) -> str:

@@ -54,7 +54,7 @@ def run_items(main: Callable[[Config, str], Speeds | None], items: Callable[[Con
     guard(each)
 
 
-def guard(action: Callable[[], None]) -> None:
+def guard(action: Callable[[], object]) -> None:
     """Run `action`; answer bad input, or a disk that takes no more, in one line with exit code 2, Ctrl-C with 130."""
     _set_up_logging()
     try:
