@@ -1,4 +1,4 @@
-"""Quantize the merged model, one GGUF per type, in process through llama.cpp.
+"""Quantize the merged model, one GGUF per type, in process through llama.cpp or with a program of the user's.
 
 reads   models/gguf/merged-f16.gguf, params.yaml: quantize
 writes  models/gguf/<TYPE>.gguf, metrics/quantize/<TYPE>.json
@@ -17,8 +17,15 @@ def main(config: Config, item: str) -> None:
     from lathe import gguf
 
     target = paths.GGUF / f"{item}.gguf"
+    binary = config.params.quantize.binary
     with paths.whole_file(target) as partial:
-        gguf.quantize(paths.GGUF / "merged-f16.gguf", partial, type=item, threads=os.cpu_count() or 1)
+        gguf.quantize(
+            paths.GGUF / "merged-f16.gguf",
+            partial,
+            type=item,
+            threads=os.cpu_count() or 1,
+            binary=paths.ROOT / binary if binary else None,
+        )
     facts = gguf.describe(target)
     track.write_json(paths.METRICS / f"quantize/{item}.json", {key: facts[key] for key in ("bytes", "bits_per_weight")})
 

@@ -138,9 +138,16 @@ def check_tokens(model: Path, gguf: Path, texts: list[str]) -> int:
     return compared
 
 
-def quantize(source: Path, out: Path, *, type: str, threads: int) -> None:  # noqa: A002 - the field's own word
+def quantize(
+    source: Path,
+    out: Path,
+    *,
+    type: str,  # noqa: A002 - the field's own word
+    threads: int,
+    binary: Path | None = None,
+) -> None:
     """Write the 16- or 32-bit GGUF `source` to `out` in a type of `quant_types()`, with llama.cpp's own
-    quantizer.
+    quantizer: the installed library, or the `llama-quantize` program `binary`.
 
     A tensor whose rows do not divide into the type's blocks (256 values for the K and most I types) gets a larger
     type from llama.cpp; that is logged as a warning with the number of such tensors. Metadata is kept. The
@@ -152,25 +159,11 @@ def quantize(source: Path, out: Path, *, type: str, threads: int) -> None:  # no
         raise InputError(_unknown("quant type", type, tuple(types)))
     if not source.is_file():
         raise InputError(f"{source}: no such GGUF file; quantizing starts from a 16-bit one")
-    llama_cpp = library()
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = types[type]
-    params.nthread = threads
-    with listening() as log:
-        failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params)
-    if failed:
-        out.unlink(missing_ok=True)
-        raise InputError(f"{source}: llama.cpp cannot make {type} of it: {log.reason}")
-    for line in log.lines:
-        if match := re.search(r"(\d+) of (\d+) tensor\(s\) required fallback quantization", line):
-            fallbacks = Counter(re.findall(r"falling back to +(\w+)", "\n".join(log.lines)))
-            logger.warning(
-                "%s: rows of %s of %s tensors do not divide into its blocks; stored in larger types: %s",
-                type,
-                match[1],
-                match[2],
-                ", ".join(f"{kind.upper()} × {n}" for kind, n in sorted(fallbacks.items())),
-            )
+    if binary:
+        said = _quantize_with_program(binary, source, out, type, threads)
+    else:
+        said = _quantize_with_library(source, out, type, types[type], threads)
+    _warn_of_fallbacks(type, said)
 
 
 @cache
@@ -204,6 +197,57 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
+def _quantize_with_library(source: Path, out: Path, name: str, ftype: int, threads: int) -> list[str]:
+    llama_cpp = library()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = ftype
+    params.nthread = threads
+    with listening() as log:
+        failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params)
+    if failed:
+        out.unlink(missing_ok=True)
+        raise InputError(f"{source}: llama.cpp cannot make {name} of it: {log.reason}")
+    return log.lines
+
+
+def _quantize_with_program(binary: Path, source: Path, out: Path, name: str, threads: int) -> list[str]:
+    command = [str(binary), str(source), str(out), name, str(threads)]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise InputError(
+            f"quantize.binary: {binary} cannot be run ({error.strerror}); name llama.cpp's llama-quantize, or null"
+        ) from None
+    logger.debug("%s\n%s", " ".join(command), done.stdout)
+    if done.returncode != 0 or not out.is_file():
+        out.unlink(missing_ok=True)
+        raise InputError(
+            f"{source}: {binary} cannot make {name} of it: {_last_line(done.stdout)} "
+            f"(LATHE_LOG_LEVEL=debug shows all it said)"
+        )
+    return done.stdout.splitlines()
+
+
+def _warn_of_fallbacks(name: str, said: list[str]) -> None:
+    for line in said:
+        if match := re.search(r"(\d+) of (\d+) tensor\(s\) required fallback quantization", line):
+            fallbacks = Counter(re.findall(r"falling back to +(\w+)", "\n".join(said)))
+            logger.warning(
+                "%s: rows of %s of %s tensors do not divide into its blocks; stored in larger types: %s",
+                name,
+                match[1],
+                match[2],
+                ", ".join(f"{kind.upper()} × {n}" for kind, n in sorted(fallbacks.items())),
+            )
+
+
 def _converter_environment() -> dict[str, str]:
     # PYTHONPATH: this checkout's own lathe, not the installed one. NO_LOCAL_GGUF would make it use another
     # gguf-py.
@@ -214,8 +258,12 @@ def _converter_environment() -> dict[str, str]:
 
 def _last_line(output: str) -> str:
     # A traceback ends with its error, and the converter's own refusals are its last log line.
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return re.sub(r"^(?:\w+:)?(?:ERROR|Error)[:\w-]*:\s*", "", lines[-1]) if lines else "it gives no reason"
+    lines = [line.strip() for line in output.splitlines() if line.strip(" ^~")]
+    if not lines:
+        return "it gives no reason"
+    if lines[-1] == "AssertionError" and len(lines) > 1:  # which of them stands one line above
+        return lines[-2].partition("  #")[0]
+    return re.sub(r"^(?:\w+:)?(?:ERROR|Error)[:\w-]*:\s*", "", lines[-1])
 
 
 def _equal_ids(gguf: Path, text: str, expected: list[int], found: list[int]) -> int:

@@ -20,9 +20,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lathe.errors import InputError
+from lathe.weights import (
+    ADAPTER_FILE,
+    INDEX_FILE,
+    ITEMSIZES,
+    SINGLE_FILE,
+    Stored,
+    Weights,
+    open_adapter,
+    open_model,
+    read_config,
+    read_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,19 +41,8 @@ log = logging.getLogger(__name__)
 # malloc hands every buffer back to the system and the pages come in anew: half the time of a merge.
 CHUNK_ELEMENTS = 1 << 16
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-ADAPTER_FILE = "adapter_model.safetensors"
-
 # The safetensors dtypes a change can be added to; every other dtype is only ever copied.
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Bytes per element of what torch can read, in the order of safetensors' own enumeration.
-ITEMSIZES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("C64", "F64", "I64", "U64"), 8),
-}
 OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16"}
 CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -112,10 +112,10 @@ def merge(base: Path, adapter: Path, out: Path, *, dtype: str, max_shard_size_by
         raise InputError(f"merge dtype {dtype!r} is not known: give 'auto', 'bfloat16' or 'float16'")
     if max_shard_size_bytes < 1:
         raise InputError(f"max_shard_size_bytes {max_shard_size_bytes} must be at least 1")
-    base_config = _read_base_config(base)
-    base_weights = _open_base(base)
+    base_config = read_config(base)
+    base_weights = open_model(base)
     adapter_config = _read_adapter_config(adapter, str(base_config.get("model_type")))
-    adapter_weights = _open_adapter(adapter)
+    adapter_weights = open_adapter(adapter)
 
     changes = _read_changes(adapter_weights, adapter_config)
     targets = _plan(base_weights, base_config, adapter_weights, adapter_config, changes, dtype)
@@ -145,101 +145,9 @@ def _one_thread() -> Iterator[None]:
 # The two folders ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """One tensor as a safetensors file declares it."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """The tensors of a folder by name, in the order in which they lie in its files."""
-
-    folder: Path
-    tensors: dict[str, _Stored]
-
-    def read(self, name: str) -> torch.Tensor:
-        # Opened anew for every tensor: while a file is open, each page read from it counts as memory in use.
-        with _safe_open(self.tensors[name].path) as file:
-            return file.get_tensor(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
-
-
-def _open_base(base: Path) -> _Weights:
-    if (base / SINGLE_FILE).is_file():
-        return _Weights(base, _declared(base / SINGLE_FILE))
-    if not (base / INDEX_FILE).is_file():
-        pickles = sorted(path.name for path in base.iterdir() if path.suffix in {".bin", ".pt", ".pth"})
-        if pickles:
-            raise InputError(f"{base / pickles[0]}: pickled weights can run code and are not read: save as safetensors")
-        raise InputError(f"{base}: no weights, neither {SINGLE_FILE} nor {INDEX_FILE}: give a whole model folder")
-
-    index = _read_json(base / INDEX_FILE)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{base / INDEX_FILE}: no 'weight_map', so no shard is known: copy the model folder again")
-    tensors: dict[str, _Stored] = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or not (base / shard).is_file():
-            raise InputError(f"{base / shard}: missing, but {INDEX_FILE} names it: copy the model folder again")
-        declared = _declared(base / shard)
-        tensors.update({name: stored for name, stored in declared.items() if weight_map.get(name) == shard})
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            raise InputError(
-                f"{base / shard}: no tensor {name}, but {INDEX_FILE} names it: copy the model folder again"
-            )
-    return _Weights(base, tensors)
-
-
-def _open_adapter(adapter: Path) -> _Weights:
-    path = adapter / ADAPTER_FILE
-    if path.is_file():
-        return _Weights(adapter, _declared(path))
-    pickle = adapter / "adapter_model.bin"
-    if pickle.is_file():
-        raise InputError(f"{pickle}: pickled weights can run code and are not read: save the adapter as safetensors")
-    raise InputError(f"{path}: missing: give the folder that PEFT's save_pretrained wrote")
-
-
-def _declared(path: Path) -> dict[str, _Stored]:
-    with _safe_open(path) as file:
-        slices = {name: file.get_slice(name) for name in file.offset_keys()}
-        declared = {name: _Stored(path, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    for name, stored in declared.items():
-        if stored.dtype not in ITEMSIZES:
-            raise InputError(f"{path}: {name} is stored as {stored.dtype}, which is not read: give 16-bit weights")
-    return declared
-
-
-def _safe_open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a whole safetensors file ({reason}): copy or download it again") from None
-
-
-def _read_base_config(base: Path) -> dict[str, Any]:
-    if not base.is_dir():
-        raise InputError(f"{base}: not a folder: give the folder of the base model")
-    config = _read_json(base / "config.json")
-    if config.get("quantization_config"):
-        raise InputError(
-            f"{base / 'config.json'}: 'quantization_config' is set, a merge needs weights never quantized: "
-            "give the 16-bit model"
-        )
-    return config
-
-
 def _read_adapter_config(adapter: Path, model_type: str) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
-    config = _read_json(path)
+    config = read_json(path)
 
     def refuse(key: str, why: str, remedy: str = "merge it with PEFT itself") -> None:
         raise InputError(f"{path}: {key} {json.dumps(config.get(key))} {why}: {remedy}")
@@ -263,18 +171,6 @@ def _read_adapter_config(adapter: Path, model_type: str) -> dict[str, Any]:
         if not isinstance(config.get(key), int | float) or isinstance(config[key], bool) or config[key] <= 0:
             refuse(key, "must be a number above 0", "save the adapter again")
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing: give the whole folder") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error}): copy it again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object: copy it again")
-    return value
 
 
 # What the adapter says ----------------------------------------------------------------------------
@@ -302,7 +198,7 @@ class _Change:
     addend: str | None = None
 
 
-def _read_changes(adapter: _Weights, config: dict[str, Any]) -> dict[str, _Change]:
+def _read_changes(adapter: Weights, config: dict[str, Any]) -> dict[str, _Change]:
     """Sort the adapter's tensors into one change per base tensor; every one of them ends up in a change."""
     fields = _read_fields(adapter, config)
     changes = {}
@@ -358,7 +254,7 @@ _SUFFIXES = (
 _WRAPPER = re.compile(r"\.(token_adapter\.base_layer|base_layer|modules_to_save|original_module)(?=\.(weight|bias)$)")
 
 
-def _read_fields(adapter: _Weights, config: dict[str, Any]) -> dict[str, dict[str, str]]:
+def _read_fields(adapter: Weights, config: dict[str, Any]) -> dict[str, dict[str, str]]:
     prefix = "base_model.model."
     fields: dict[str, dict[str, str]] = {}
     for name in sorted(adapter.tensors):
@@ -417,7 +313,7 @@ def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
 
 
 def _check_factors(
-    adapter: _Weights, module: str, factors: tuple[str, str], found: dict[str, str], rank: int
+    adapter: Weights, module: str, factors: tuple[str, str], found: dict[str, str], rank: int
 ) -> tuple[str, str]:
     for name in factors:
         if name not in found:
@@ -432,7 +328,7 @@ def _check_factors(
     return (a, b) if factors[0] == "lora_embedding_A" else (b, a)
 
 
-def _check_magnitude(adapter: _Weights, module: str, found: dict[str, str], config: dict[str, Any]) -> str | None:
+def _check_magnitude(adapter: Weights, module: str, found: dict[str, str], config: dict[str, Any]) -> str | None:
     if bool(config.get("use_dora")) != ("magnitude" in found):
         has = "has" if "magnitude" in found else "has no"
         raise InputError(
@@ -472,9 +368,9 @@ class _Target:
 
 
 def _plan(
-    base: _Weights,
+    base: Weights,
     base_config: dict[str, Any],
-    adapter: _Weights,
+    adapter: Weights,
     adapter_config: dict[str, Any],
     changes: dict[str, _Change],
     dtype: str,
@@ -517,7 +413,7 @@ def _plan(
     return targets
 
 
-def _tied_pair(base: _Weights, config: dict[str, Any], changes: dict[str, _Change]) -> tuple[str | None, str | None]:
+def _tied_pair(base: Weights, config: dict[str, Any], changes: dict[str, _Change]) -> tuple[str | None, str | None]:
     """The names of embeddings and head where the base shares one weight between the two, else two Nones."""
     found = [name for name in base.tensors if name.endswith(".weight") and _module_of(name).rpartition(".")[2] in HEADS]
     if len(found) != 1:
@@ -535,7 +431,7 @@ def _tied_pair(base: _Weights, config: dict[str, Any], changes: dict[str, _Chang
 
 
 def _change_of_tied_head(
-    embeddings: str, head: str, changes: dict[str, _Change], adapter: _Weights, config: dict[str, Any]
+    embeddings: str, head: str, changes: dict[str, _Change], adapter: Weights, config: dict[str, Any]
 ) -> _Change | None:
     """How the head of a tied model changes on its own; None where it stays tied to the embeddings."""
     change = changes.get(embeddings, _Change())
@@ -555,7 +451,7 @@ def _change_of_tied_head(
     return own
 
 
-def _same_change(embeddings: _Change, head: _Change, adapter: _Weights) -> bool:
+def _same_change(embeddings: _Change, head: _Change, adapter: Weights) -> bool:
     """Whether the two changes make the same weight, so that it may stay shared."""
 
     def same(one: str | None, other: str | None, *, transposed: bool = False) -> bool:
@@ -575,7 +471,7 @@ def _same_change(embeddings: _Change, head: _Change, adapter: _Weights) -> bool:
     return all(same(one, other, transposed=True) for one, other in zip(embeddings.low_rank, head.low_rank, strict=True))
 
 
-def _merged_shape(source: str, stored: _Stored, change: _Change, base: _Weights, adapter: _Weights) -> tuple[int, ...]:
+def _merged_shape(source: str, stored: Stored, change: _Change, base: Weights, adapter: Weights) -> tuple[int, ...]:
     """The shape after the change; raises InputError where the adapter's tensors do not fit the base's."""
     shape = stored.shape
 
@@ -619,7 +515,7 @@ def _adapter_names(change: _Change) -> list[str]:
     return [name for name in names if name]
 
 
-def _check_vocabulary(targets: list[_Target], base: _Weights) -> None:
+def _check_vocabulary(targets: list[_Target], base: Weights) -> None:
     """Embeddings and head must have one number of rows."""
     sized = [t for t in targets if _module_of(t.name).rpartition(".")[2] in {*HEADS, *HEADS.values()}]
     resized = [t for t in sized if t.shape != base.shape(t.source)]
@@ -632,7 +528,7 @@ def _check_vocabulary(targets: list[_Target], base: _Weights) -> None:
 
 
 def _check_coverage(
-    targets: list[_Target], base: _Weights, base_config: dict[str, Any], adapter_config: dict[str, Any]
+    targets: list[_Target], base: Weights, base_config: dict[str, Any], adapter_config: dict[str, Any]
 ) -> None:
     """Refuse the adapter of a shallower model: LoRA on a module by its name reaches every layer's."""
     modules = adapter_config.get("target_modules")
@@ -661,7 +557,7 @@ def _check_coverage(
 # The merged files ---------------------------------------------------------------------------------
 
 
-def _divide(targets: list[_Target], base: _Weights, max_shard_size_bytes: int) -> list[list[_Target]]:
+def _divide(targets: list[_Target], base: Weights, max_shard_size_bytes: int) -> list[list[_Target]]:
     """Group the targets into files: the base's own division, cut further where a file would be too large."""
     shards: list[list[_Target]] = []
     size, path = 0, None
@@ -676,7 +572,7 @@ def _divide(targets: list[_Target], base: _Weights, max_shard_size_bytes: int) -
     return shards
 
 
-def _write_shards(shards: list[list[_Target]], base: _Weights, adapter: _Weights, out: Path) -> MergeReport:
+def _write_shards(shards: list[list[_Target]], base: Weights, adapter: Weights, out: Path) -> MergeReport:
     total, changed, largest, written = 0, 0, 0.0, 0
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
@@ -717,7 +613,7 @@ def _header(shard: list[_Target]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(file: BinaryIO, target: _Target, base: _Weights, adapter: _Weights) -> tuple[float, bool]:
+def _write_tensor(file: BinaryIO, target: _Target, base: Weights, adapter: Weights) -> tuple[float, bool]:
     """Write one tensor; return the largest absolute change and whether anything changed."""
     dtype = FLOATS.get(target.dtype)
     original = _as_rows(base.read(target.source))
@@ -756,7 +652,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).numpy().data
 
 
-def _check_finite(merged: torch.Tensor, original: torch.Tensor, target: _Target, base: _Weights) -> None:
+def _check_finite(merged: torch.Tensor, original: torch.Tensor, target: _Target, base: Weights) -> None:
     if math.isfinite(_largest(merged)):
         return
     if original.numel() and not math.isfinite(_largest(original)):
@@ -780,7 +676,7 @@ def _largest(tensor: torch.Tensor) -> float:
 
 
 def _merged_rows(
-    original: torch.Tensor, change: _Change, adapter: _Weights, dtype: torch.dtype
+    original: torch.Tensor, change: _Change, adapter: Weights, dtype: torch.dtype
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield the merged tensor some rows at a time: (which rows, the rows in `dtype`)."""
     # PEFT loads what replaces a tensor in the precision of the base before anything is added to it.
@@ -892,7 +788,7 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _write_config(path: Path, config: dict[str, Any], targets: list[_Target], base: _Weights, out: Path) -> None:
+def _write_config(path: Path, config: dict[str, Any], targets: list[_Target], base: Weights, out: Path) -> None:
     """Correct dtype, vocabulary size and tying where the merge changed them; else keep the very bytes."""
     correct: dict[str, Any] = {}
     dtypes = Counter[str]()

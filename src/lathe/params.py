@@ -125,6 +125,9 @@ class Quantize(Section):
     """The GGUF files that are shipped."""
 
     types: Annotated[list[Name], Field(min_length=1)] = entry("one GGUF per llama.cpp quantization type")
+    binary: Name | None = entry(
+        "llama-quantize program to quantize with, such as one built with CUDA; null: the library of `make setup`"
+    )
 
     @field_validator("types")
     @classmethod

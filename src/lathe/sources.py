@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lathe import paths
+from lathe import paths, weights
 from lathe.errors import InputError
 from lathe.params import BuiltinDataset, BuiltinModel, DatasetPreset, LocalDataset, LocalModel, ModelPreset
 
@@ -27,13 +27,13 @@ MODEL_PATTERNS = (
     "NOTICE*",
     "README*",
 )
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
 def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> None:
     """Fill the empty `folder` with a Hugging Face model: config, safetensors, tokenizer, chat template.
 
-    Raises InputError where a local folder is missing, lies elsewhere than under models/local, or is no such model.
+    Raises InputError where a local folder is missing, lies elsewhere than under models/local, or is no such model: a
+    file is missing or cut short, the weights are pickled or quantized.
     """
     match preset:
         case BuiltinModel():
@@ -43,7 +43,10 @@ def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> None:
         case LocalModel():
             source = _local(preset.path, paths.MODELS_LOCAL)
             for file in _model_files(source, preset.path):
-                _link(file, folder / file.name)
+                # DVC makes a stage's outputs read-only, and what is linked with them too: right for gigabytes of
+                # weights, a nuisance for the texts beside them, which people edit.
+                copy = _link if file.suffix == ".safetensors" else shutil.copyfile
+                copy(file, folder / file.name)
 
 
 def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> None:
@@ -72,6 +75,13 @@ def _local(path: str, home: Path) -> Path:
             f"presets.yaml: path {path!r} is not under {home.relative_to(paths.ROOT)}/, which is what DVC watches; "
             "put or link the files there"
         )
+    for part in (source, *source.parents[: len(source.relative_to(home).parts) - 1]):
+        if part.is_symlink() and part.is_dir():
+            shown = part.relative_to(paths.ROOT)
+            raise InputError(
+                f"{shown}: is a link to a folder, behind which DVC sees no change; link the files in it: "
+                f"`rm {shown} && cp -rs {part.resolve()} {shown}`"
+            )
     if not source.exists():
         raise InputError(f"{path}: no such file or folder; put it there and run `dvc add {path}`")
     return source
@@ -83,13 +93,9 @@ def _model_files(source: Path, shown: str) -> list[Path]:
     for name in ("config.json", "tokenizer_config.json"):
         if not (source / name).is_file():
             raise InputError(f"{shown}: holds no {name}; give a complete Hugging Face model folder")
-    if not any(source.glob("*.safetensors")):
-        pickles = sorted(file.name for pattern in PICKLES for file in source.glob(pattern))
-        if pickles:
-            raise InputError(
-                f"{shown}/{pickles[0]}: pickled weights are never loaded; save the model with safe_serialization=True"
-            )
-        raise InputError(f"{shown}: holds no *.safetensors; put the model's weights there")
+    # What would fail an hour later, in `train` or `merge`, is seen in the headers.
+    weights.read_config(source)
+    weights.open_model(source)
     return sorted({file for pattern in MODEL_PATTERNS for file in source.glob(pattern) if file.is_file()})
 
 

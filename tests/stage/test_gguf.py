@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gguf_models import METADATA, Made, convert, qwen, tiny  # noqa: F401 - fixtures
+from gguf_models import METADATA, Made, convert, quantize_program, qwen, tiny  # noqa: F401 - fixtures
 
 from lathe import converter_run, gguf, paths
 from lathe.errors import InputError
@@ -126,6 +126,28 @@ def test_a_type_that_needs_an_importance_matrix_is_refused_and_leaves_no_file(ti
     assert not (tmp_path / "x").exists()
 
 
+def test_an_external_program_quantizes_to_the_same_bytes(tiny: Made, tmp_path, quantize_program, caplog):
+    caplog.set_level(logging.DEBUG)
+    gguf.quantize(tiny.gguf, tmp_path / "one", type="Q4_K_M", threads=2)
+    gguf.quantize(tiny.gguf, tmp_path / "two", type="Q4_K_M", threads=2, binary=quantize_program)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert "quantizing with a program of its own" in caplog.text
+
+
+def test_an_external_program_that_cannot_be_run_or_fails_is_refused_in_one_line(tiny: Made, tmp_path, quantize_program):
+    out = tmp_path / "x"
+    with pytest.raises(InputError, match=r"none cannot be run \(No such file or directory\); name llama.cpp's"):
+        gguf.quantize(tiny.gguf, out, type="Q8_0", threads=1, binary=tmp_path / "none")
+    with pytest.raises(InputError, match=r"cannot be run \(Permission denied\)"):
+        gguf.quantize(tiny.gguf, out, type="Q8_0", threads=1, binary=tmp_path)
+    with pytest.raises(
+        InputError, match=r"llama-quantize cannot make IQ2_XXS of it: .*requires an importance"
+    ) as caught:
+        gguf.quantize(tiny.gguf, out, type="IQ2_XXS", threads=1, binary=quantize_program)
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+
+
 def test_what_the_converter_refuses_is_refused_in_one_line(tiny: Made, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "m")
     edit_json(tmp_path / "m/config.json", architectures=["NoSuchModel"])
@@ -133,6 +155,15 @@ def test_what_the_converter_refuses_is_refused_in_one_line(tiny: Made, tmp_path)
         convert(tmp_path / "m", tmp_path / "x.gguf")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "x.gguf").exists()
+
+
+def test_a_bare_assertion_of_the_converter_is_named(qwen: Made, tmp_path):
+    shutil.copytree(qwen.folder, tmp_path / "m")
+    edit_json(tmp_path / "m/config.json", vocab_size=100)
+    with pytest.raises(
+        InputError, match=r"converter refuses it: assert max\(tokenizer.vocab.values\(\)\) < vocab_size "
+    ):
+        convert(tmp_path / "m", tmp_path / "x.gguf")
 
 
 def test_code_that_comes_with_a_model_is_not_run_even_where_the_converter_would_trust_it(

@@ -1,4 +1,8 @@
+import json
+
+import numpy
 import pytest
+from safetensors.numpy import save_file
 
 from lathe import paths, sources
 from lathe.errors import InputError
@@ -18,6 +22,19 @@ def home(tmp_path, monkeypatch):
 
 def fetch_model(home):
     sources.fetch_model(LocalModel(source="local", path="models/local/mine"), home / "out", seed=1)
+
+
+def write_model(folder, shards=("model.safetensors",)):
+    """The least that is taken for a model: two tensors per file."""
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text("{}")
+    weight_map = {}
+    for shard in shards:
+        tensors = {f"{shard}.{name}": numpy.zeros((4, 4), numpy.float16) for name in "ab"}
+        save_file(tensors, folder / shard)
+        weight_map.update(dict.fromkeys(tensors, shard))
+    if len(shards) > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def test_a_local_file_is_copied_unchanged_and_stays_the_users_own(home):
@@ -45,9 +62,11 @@ def test_a_local_path_that_cannot_be_fetched_is_refused(home, path, message):
 
 def test_a_local_model_is_linked_not_copied_and_brings_no_code_or_pickles(home):
     folder = home / "models/local/mine"
-    for name in ("config.json", "tokenizer_config.json", "model.safetensors", "modeling_mine.py", "extra.bin"):
+    write_model(folder)
+    for name in ("modeling_mine.py", "extra.bin"):
         (folder / name).write_text("{}")
     fetch_model(home)
+    assert not (home / "out/config.json").samefile(folder / "config.json")  # DVC would make the user's read-only
     assert sorted(file.name for file in (home / "out").iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -56,11 +75,34 @@ def test_a_local_model_is_linked_not_copied_and_brings_no_code_or_pickles(home):
     assert (home / "out/model.safetensors").samefile(folder / "model.safetensors")
 
 
+def test_a_model_of_linked_files_brings_what_they_point_to(home):
+    elsewhere, folder = home / "elsewhere", home / "models/local/mine"
+    elsewhere.mkdir()
+    write_model(elsewhere)
+    for file in elsewhere.iterdir():
+        (folder / file.name).symlink_to(file)
+    fetch_model(home)
+    for file in elsewhere.iterdir():
+        assert not (home / "out" / file.name).is_symlink()
+        assert (home / "out" / file.name).read_bytes() == file.read_bytes()
+    assert (home / "out/model.safetensors").samefile(elsewhere / "model.safetensors")
+
+
+@pytest.mark.parametrize("inside", ["", "deeper/"])
+def test_a_linked_folder_is_refused_because_dvc_sees_no_change_behind_it(home, inside):
+    elsewhere = home / "elsewhere"
+    (elsewhere / "deeper").mkdir(parents=True)
+    (home / "data/local/linked").symlink_to(elsewhere)
+    preset = LocalDataset(source="local", path=f"data/local/linked/{inside}")
+    with pytest.raises(InputError, match=r"data/local/linked: is a link to a folder.*cp -rs \S+/elsewhere data/local"):
+        sources.fetch_dataset(preset, home / "out", seed=1)
+
+
 def test_a_model_folder_with_pickles_alone_is_refused(home):
     folder = home / "models/local/mine"
     for name in ("config.json", "tokenizer_config.json", "pytorch_model.bin"):
         (folder / name).write_text("{}")
-    with pytest.raises(InputError, match=r"pytorch_model\.bin: pickled weights are never loaded"):
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: pickled weights can run code"):
         fetch_model(home)
 
 
@@ -69,7 +111,10 @@ def test_a_model_folder_with_pickles_alone_is_refused(home):
     [
         ([], "holds no config.json"),
         (["config.json"], "holds no tokenizer_config.json"),
-        (["config.json", "tokenizer_config.json"], r"holds no \*.safetensors"),
+        (
+            ["config.json", "tokenizer_config.json"],
+            "no weights, neither model.safetensors nor model.safetensors.index.json",
+        ),
     ],
 )
 def test_an_incomplete_model_folder_is_refused(home, files, message):
@@ -77,3 +122,31 @@ def test_an_incomplete_model_folder_is_refused(home, files, message):
         (home / "models/local/mine" / name).write_text("{}")
     with pytest.raises(InputError, match=message):
         fetch_model(home)
+
+
+SHARDS = tuple(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("shards", "harm", "message"),
+    [
+        (1, lambda folder: cut(folder / "model.safetensors"), "model.safetensors: not a whole safetensors file"),
+        (1, lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors: not a whole"),
+        (3, lambda folder: cut(folder / SHARDS[1]), f"{SHARDS[1]}: not a whole safetensors file"),
+        (3, lambda folder: (folder / SHARDS[2]).unlink(), f"{SHARDS[2]}: missing, but model.safetensors.index.json"),
+        (1, lambda folder: (folder / "config.json").write_text('{"a": '), "config.json: not JSON"),
+        (1, lambda folder: (folder / "config.json").write_text('{"quantization_config": {"bits": 4}}'), "is set, a"),
+    ],
+)
+def test_a_harmed_or_quantized_model_folder_is_refused_before_anything_is_trained(home, shards, harm, message):
+    write_model(home / "models/local/mine", SHARDS if shards == 3 else ("model.safetensors",))
+    fetch_model(home)
+    harm(home / "models/local/mine")
+    with pytest.raises(InputError) as caught:
+        fetch_model(home)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """Small models with real vocabularies, and their GGUF files, made once per test run."""
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,28 @@ def countdown(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A random Qwen3 with the real Qwen2 vocabulary, rows of 64 weights, and its f16 GGUF."""
     return _qwen(tmp_path_factory.getbasetemp() / "qwen")
+
+
+@pytest.fixture
+def quantize_program(tmp_path: Path) -> Path:
+    """A program with the command line of llama.cpp's `llama-quantize`, over the library that it is made of.
+
+    The program itself takes minutes to build.
+    """
+    file = tmp_path / "llama-quantize"
+    lines = (
+        f"#!{sys.executable}",
+        "import sys",
+        "from pathlib import Path",
+        "from lathe import gguf",
+        "source, out, name, threads = sys.argv[1:]",
+        "print('quantizing with a program of its own')",
+        "Path(sys.argv[0] + '.used').touch()",
+        "gguf.quantize(Path(source), Path(out), type=name, threads=int(threads))",
+    )
+    file.write_text("\n".join(lines) + "\n")
+    file.chmod(0o755)
+    return file
 
 
 def convert(folder: Path, out: Path, **options: Any) -> Path:
@@ -122,27 +145,55 @@ def _sentencepiece_tokenizer(folder: Path) -> Any:
 
 @functools.cache
 def _qwen(folder: Path) -> Made:
-    import torch
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-
-    folder.mkdir()
-    tokenizer = AutoTokenizer.from_pretrained(paths.LLAMA_CPP / "models", gguf_file="ggml-vocab-qwen2.gguf")
-    tokenizer.eos_token = "<|im_end|>"
-    tokenizer.chat_template = CHAT_TEMPLATE.removeprefix("{{ bos_token }}")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=151936,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    make_qwen3(folder)
     return Made(folder, convert(folder, folder.with_suffix(".gguf")))
+
+
+def make_qwen3(folder: Path) -> None:
+    """Fill a new folder with a random Qwen3 that has the real Qwen2 vocabulary and Qwen3's own chat template."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = _real_tokenizer("ggml-vocab-qwen2.gguf", "Qwen-Qwen3-0.6B.jinja", eos_token="<|im_end|>")
+    config = Qwen3Config(
+        vocab_size=151936, head_dim=16, tie_word_embeddings=True, bos_token_id=None, eos_token_id=151645, **_SMALL
+    )
+    _save(Qwen3ForCausalLM, config, tokenizer, folder)
+
+
+def make_llama3(folder: Path) -> None:
+    """Fill a new folder with a random Llama that has the real Llama 3 vocabulary and its own chat template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    template = "meta-llama-Llama-3.1-8B-Instruct.jinja"
+    tokenizer = _real_tokenizer("ggml-vocab-llama-bpe.gguf", template, eos_token="<|eot_id|>")
+    # One more than Llama 3 has: reading the vocabulary from GGUF, transformers adds an <|endoftext|>.
+    config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=128000, eos_token_id=128009, **_SMALL)
+    _save(LlamaForCausalLM, config, tokenizer, folder)
+
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def _real_tokenizer(vocabulary: str, template: str, eos_token: str) -> Any:
+    from transformers import AutoTokenizer
+
+    models = paths.LLAMA_CPP / "models"
+    tokenizer = AutoTokenizer.from_pretrained(models, gguf_file=vocabulary)
+    tokenizer.eos_token = eos_token
+    tokenizer.chat_template = (models / "templates" / template).read_text()
+    return tokenizer
+
+
+def _save(kind: Any, config: Any, tokenizer: Any, folder: Path) -> None:
+    import torch
+
+    torch.manual_seed(1)
+    kind(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
