@@ -6,11 +6,13 @@ writes  data/processed/{train,validation,test}.jsonl, metrics/preprocess/report.
 
 import _path  # noqa: F401
 
-from lathe import paths, stage, track
+from lathe import model_folder, paths, stage, track
 from lathe.params import Config
 
 
 def main(config: Config) -> None:
+    model_folder.check_length(paths.MODEL_BASE, config.params.training.max_length)
+
     from lathe.data import prepare
     from lathe.jsonl import write_jsonl
     from lathe.model import load_tokenizer

@@ -6,12 +6,14 @@ writes  models/adapter/, metrics/train/ (loss curves, last values, freeze_proof.
 
 import _path  # noqa: F401
 
-from lathe import paths, stage, track
+from lathe import model_folder, paths, stage, track
 from lathe.params import Config
 from lathe.stage import Speeds
 
 
 def main(config: Config) -> Speeds:
+    model_folder.check_length(paths.MODEL_BASE, config.params.training.max_length)
+
     from lathe.jsonl import read_jsonl
     from lathe.training.sft import train
 

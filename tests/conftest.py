@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ruamel.yaml import YAML
 
 from lathe import paths
@@ -73,15 +74,15 @@ class Checkout:
 
     def set(self, overrides: dict[str, Any]) -> None:
         """Edit params.yaml as a user would, comments kept."""
-        yaml, file = YAML(), self.root / "params.yaml"
-        tree = yaml.load(file)
+        editor, file = YAML(), self.root / "params.yaml"
+        tree = editor.load(file)
         for key, value in overrides.items():
             *parents, last = key.split(".")
             section = tree
             for parent in parents:
                 section = section[parent]
             section[last] = value
-        yaml.dump(tree, file)
+        editor.dump(tree, file)
 
     def json(self, path: str) -> Any:
         """Read a JSON file of the checkout."""
@@ -147,8 +148,19 @@ def add_small_inputs(checkout: Checkout, model: Path) -> None:
     checkout.commit()
 
 
-@pytest.fixture
-def small_checkout(checkout: Checkout, small_model: Path) -> Checkout:
-    """A checkout that runs the whole pipeline in seconds."""
+@pytest.fixture(scope="session")
+def reproduced(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Checkout:
+    """A small checkout whose whole pipeline has run and is committed; to be copied, not changed."""
+    checkout = make_checkout(tmp_path_factory.mktemp("reproduced") / "lathe")
     add_small_inputs(checkout, small_model)
+    ran = checkout.run("dvc", "repro").stdout
+    for stage in yaml.safe_load((checkout.root / "dvc.yaml").read_text())["stages"]:
+        assert f"Running stage '{stage}" in ran
+    checkout.commit()
     return checkout
+
+
+def copy_of(checkout: Checkout, root: Path) -> Checkout:
+    """Copy a checkout with its results and its cache."""
+    shutil.copytree(checkout.root, root, symlinks=True)
+    return Checkout(root)

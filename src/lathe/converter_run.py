@@ -12,9 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lathe import stage
+
 
 def main() -> None:
     """Patch the writer and the tokenizer loader, then run convert_hf_to_gguf.py as if it had been called itself."""
+    stage.end_with_parent()
     folder, metadata, *arguments = sys.argv[1:]
     script = Path(folder) / "convert_hf_to_gguf.py"
     # As Python itself would have it for a script: the converter finds its files through sys.path[0].

@@ -16,7 +16,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
-from lathe import paths
+from lathe import paths, stage
 from lathe.errors import InputError
 from lathe.llama import Model, library, listening
 
@@ -96,6 +96,7 @@ def convert(model: Path, out: Path, *, outtype: str, llama_cpp: Path, metadata: 
     )
     logger.debug("%s\n%s%s", " ".join(command), done.stdout, done.stderr)
     if done.returncode != 0:
+        _raise_disk_fault(done.stderr, out)
         out.unlink(missing_ok=True)
         raise InputError(
             f"{model}: llama.cpp's converter refuses it: {_last_line(done.stderr)} "
@@ -205,6 +206,7 @@ def _quantize_with_library(source: Path, out: Path, name: str, ftype: int, threa
     with listening() as log:
         failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params)
     if failed:
+        _raise_disk_fault(log.reason, out)
         out.unlink(missing_ok=True)
         raise InputError(f"{source}: llama.cpp cannot make {name} of it: {log.reason}")
     return log.lines
@@ -220,6 +222,7 @@ def _quantize_with_program(binary: Path, source: Path, out: Path, name: str, thr
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            preexec_fn=stage.end_with_parent,
         )
     except OSError as error:
         raise InputError(
@@ -227,12 +230,24 @@ def _quantize_with_program(binary: Path, source: Path, out: Path, name: str, thr
         ) from None
     logger.debug("%s\n%s", " ".join(command), done.stdout)
     if done.returncode != 0 or not out.is_file():
+        _raise_disk_fault(done.stdout, out)
         out.unlink(missing_ok=True)
         raise InputError(
             f"{source}: {binary} cannot make {name} of it: {_last_line(done.stdout)} "
             f"(LATHE_LOG_LEVEL=debug shows all it said)"
         )
     return done.stdout.splitlines()
+
+
+def _raise_disk_fault(said: str, out: Path) -> None:
+    """Raise the OSError behind a failed write to `out`, if that is what the converter or llama.cpp reports."""
+    if match := re.search(r"\[Errno (\d+)\]", said):
+        number = int(match[1])
+        raise OSError(number, os.strerror(number), str(out))
+    # All that a C++ stream and numpy tell; writing some more ourselves gives the reason.
+    if "iostream error" in said or re.search(r"\d+ requested and \d+ written", said):
+        with out.open("ab", buffering=0) as file:
+            file.write(bytes(1 << 20))
 
 
 def _warn_of_fallbacks(name: str, said: list[str]) -> None:
@@ -258,7 +273,7 @@ def _converter_environment() -> dict[str, str]:
 
 def _last_line(output: str) -> str:
     # A traceback ends with its error, and the converter's own refusals are its last log line.
-    lines = [line.strip() for line in output.splitlines() if line.strip(" ^~")]
+    lines = [line.strip() for line in output.splitlines() if line.strip(" ^~") and not re.search(r"\d%\|", line)]
     if not lines:
         return "it gives no reason"
     if lines[-1] == "AssertionError" and len(lines) > 1:  # which of them stands one line above

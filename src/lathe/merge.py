@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 
 from lathe.errors import InputError
-from lathe.weights import (
+from lathe.model_folder import (
     ADAPTER_FILE,
     INDEX_FILE,
     ITEMSIZES,
@@ -33,6 +33,7 @@ from lathe.weights import (
     open_model,
     read_config,
     read_json,
+    text_value,
 )
 
 log = logging.getLogger(__name__)
@@ -421,7 +422,7 @@ def _tied_pair(base: Weights, config: dict[str, Any], changes: dict[str, _Change
     embeddings = found[0]
     head = HEADS[_module_of(embeddings).rpartition(".")[2]] + ".weight"
     # A configuration that does not say leaves it to the class; weights without a head then mean tied.
-    says_tied = _text_value(config, "tie_word_embeddings")
+    says_tied = text_value(config, "tie_word_embeddings")
     if head not in base.tensors:
         return (None, None) if says_tied is False else (embeddings, head)
     touched = embeddings in changes or head in changes
@@ -535,7 +536,7 @@ def _check_coverage(
     chosen = adapter_config.get("layers_to_transform") is not None or adapter_config.get("exclude_modules")
     if not isinstance(modules, list) or chosen or any(re.search(r"\.\d+\.", name) for name in modules):
         return
-    layers = _text_value(base_config, "num_hidden_layers")
+    layers = text_value(base_config, "num_hidden_layers")
     numbered = re.compile(r"^(.*?\.)(\d+)(\..*)$")
     covered = set()
     for target in targets:
@@ -804,7 +805,7 @@ def _write_config(path: Path, config: dict[str, Any], targets: list[_Target], ba
         correct["dtype"] = correct["torch_dtype"] = dtypes.most_common(1)[0][0]
 
     corrected = _corrected(config, correct)
-    if "tie_word_embeddings" in correct and _text_value(config, "tie_word_embeddings") is None:
+    if "tie_word_embeddings" in correct and text_value(config, "tie_word_embeddings") is None:
         corrected["tie_word_embeddings"] = False
     if corrected == config:
         shutil.copyfile(path, out)
@@ -818,12 +819,6 @@ def _corrected(config: dict[str, Any], correct: dict[str, Any]) -> dict[str, Any
     if isinstance(config.get("text_config"), dict):
         result["text_config"] = _corrected(config["text_config"], correct)
     return result
-
-
-def _text_value(config: dict[str, Any], key: str) -> Any:
-    """A value of the language model's configuration, which multimodal models keep one level down."""
-    text = config.get("text_config")
-    return config.get(key, text.get(key) if isinstance(text, dict) else None)
 
 
 def _write_json(path: Path, value: dict[str, Any], *, sort_keys: bool) -> None:

@@ -286,7 +286,7 @@ def read_yaml(file: Path) -> Any:
 
 def did_you_mean(name: str, known: list[str]) -> str:
     """Return `did you mean 'X'?` for a near name, whatever its case, else the list of known ones."""
-    return _near(name, known) or f"known: {', '.join(sorted(known))}"
+    return _near(name, known) or f"known: {', '.join(sorted(map(_printed, known)))}"
 
 
 def _problems(model: type[Section], tree: Any, file: str) -> list[str]:
@@ -305,7 +305,7 @@ def _sentence(path: tuple[Any, ...], problems: list[Any], model: type[Section], 
     # A value of several allowed types fails once per type; where it fits one, only that one's rule matters.
     deeper = [problem for problem in problems if not problem["type"].endswith("_type")]
     problem, given = (deeper or problems)[0], problems[0]["input"]
-    key = ".".join(map(str, path)) or "the whole file"
+    key = ".".join(map(_printed, path)) or "the whole file"
     match problem["type"]:
         case "extra_forbidden":
             remedy = did_you_mean(str(path[-1]), _keys(model, path[:-1], tree))
@@ -331,6 +331,10 @@ def _near(name: str, known: list[str]) -> str:
     by_folded = {item.casefold(): item for item in known}
     near = difflib.get_close_matches(name.casefold(), list(by_folded), n=1, cutoff=0.5)
     return f"did you mean {by_folded[near[0]]!r}?" if near else ""
+
+
+def _printed(name: Any) -> str:
+    return str(name) if str(name).isprintable() else repr(name)
 
 
 def _shown(value: Any) -> str:

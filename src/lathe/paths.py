@@ -33,12 +33,9 @@ LLAMA_CPP = MAIN / ".llama.cpp"
 def whole_file(target: Path) -> Iterator[Path]:
     """Yield a sibling path to write to; it becomes `target` on success and is removed on failure."""
     partial = _partial(target)
-    try:
+    with _removed_on_failure(partial):
         yield partial
         partial.replace(target)
-    except BaseException:
-        _remove(partial)
-        raise
 
 
 @contextmanager
@@ -46,11 +43,19 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """Yield an empty sibling folder to fill; it replaces `target` on success and is removed on failure."""
     partial = _partial(target)
     partial.mkdir()
-    try:
+    with _removed_on_failure(partial):
         yield partial
         _remove(target)
         partial.rename(target)
-    except BaseException:
+
+
+@contextmanager
+def _removed_on_failure(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(partial)  # a failed write does not say what to
         _remove(partial)
         raise
 

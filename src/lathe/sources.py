@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lathe import paths, weights
+from lathe import model_folder, paths
 from lathe.errors import InputError
 from lathe.params import BuiltinDataset, BuiltinModel, DatasetPreset, LocalDataset, LocalModel, ModelPreset
 
@@ -94,8 +94,8 @@ def _model_files(source: Path, shown: str) -> list[Path]:
         if not (source / name).is_file():
             raise InputError(f"{shown}: holds no {name}; give a complete Hugging Face model folder")
     # What would fail an hour later, in `train` or `merge`, is seen in the headers.
-    weights.read_config(source)
-    weights.open_model(source)
+    model_folder.read_config(source)
+    model_folder.open_model(source)
     return sorted({file for pattern in MODEL_PATTERNS for file in source.glob(pattern) if file.is_file()})
 
 

@@ -1,10 +1,12 @@
 """What every stage does around its own steps: arguments, parameters, refusals, timings."""
 
 import argparse
+import ctypes
 import errno
 import inspect
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -57,6 +59,8 @@ def run_items(main: Callable[[Config, str], Speeds | None], items: Callable[[Con
 def guard(action: Callable[[], object]) -> None:
     """Run `action`; answer bad input, or a disk that takes no more, in one line with exit code 2, Ctrl-C with 130."""
     _set_up_logging()
+    if "DVC_STAGE" in os.environ:  # run by DVC; one that is run by hand may outlive its terminal
+        end_with_parent()
     try:
         action()
     except InputError as error:
@@ -64,11 +68,18 @@ def guard(action: Callable[[], object]) -> None:
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        where = error.filename or "the disk"
+        where = error.filename2 or error.filename or "the disk"
         sys.exit(_refuse(InputError(f"{where}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}")))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         sys.exit(130)
+
+
+def end_with_parent() -> None:
+    """Ask Linux to end this process when its parent is gone: a killed `dvc repro` leaves nothing running."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _refuse(error: InputError) -> int:

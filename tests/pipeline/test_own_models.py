@@ -11,7 +11,7 @@ from conftest import Checkout, add_small_inputs
 from gguf_models import make_llama3, make_qwen3, quantize_program  # noqa: F401 - a fixture
 
 from lathe import gguf, paths
-from lathe.weights import INDEX_FILE
+from lathe.model_folder import INDEX_FILE
 
 # One type and few rows: what is asked is whether every stage takes the model.
 FEW = {"quantize.types": ["Q8_0"], "generate.max_rows": 2, "training.max_steps": 2, "training.eval_steps": 2}

@@ -102,7 +102,6 @@ def test_only_the_answers_carry_loss(small_model):
         ({"target_modules": r".*\.query"}, r"lora.target_modules: the expression '.*\\.query' matches no layer"),
         ({"target_modules": "("}, "lora.target_modules is '('; not a regular expression"),
         ({"modules_to_save": ["head"]}, "lora.modules_to_save: 'head' matches no layer"),
-        ({"max_length": 100_000}, "training.max_length is 100000 tokens; the model reads at most 2048; lower it"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(trained, changes, message):

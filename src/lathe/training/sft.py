@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from lathe.errors import InputError
-from lathe.model import add_adapter, load_base, load_tokenizer, resolve_precision
+from lathe.model import add_adapter, check_targets, load_base, load_tokenizer, resolve_precision
 from lathe.params import Lora, Quantization, Training
 from lathe.template import Encoded, encode
 from lathe.training.curves import Curves
@@ -52,9 +54,9 @@ def train(
     """
     set_seed(seed)  # before the model and the adapter are made
     precision = resolve_precision(training.precision)
+    check_targets(base, lora)
     tokenizer = load_tokenizer(base)
     model = load_base(base, quantization, precision=precision)
-    _check_length(model, training)
     if warning := unusual_rate(training.learning_rate, weights=model.num_parameters()):
         logger.warning(warning)
     model = add_adapter(model, lora)
@@ -163,14 +165,6 @@ def _evaluated_last(state: Any) -> bool:
     return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
 
 
-def _check_length(model: Any, training: Training) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and training.max_length > longest:
-        raise InputError(
-            f"training.max_length is {training.max_length} tokens; the model reads at most {longest}; lower it"
-        )
-
-
 def _encode(tokenizer: Any, rows: list[dict[str, Any]], supervise: Literal["all", "last"]) -> Sequence[Encoded]:
     return encode(tokenizer, [row["messages"] for row in rows], supervise=supervise)
 
@@ -219,7 +213,12 @@ def _arguments(training: Training, *, seed: int, precision: str) -> SFTConfig:
 
 def _save(model: Any, folder: Path) -> None:
     """Save the adapter alone, without paths and with names in order: equal runs give equal bytes."""
-    model.save_pretrained(folder, save_embedding_layers=False)
+    try:
+        model.save_pretrained(folder, save_embedding_layers=False)
+    except SafetensorError as error:
+        if match := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
+        raise
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form with nothing filled in
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))

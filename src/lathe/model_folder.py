@@ -1,4 +1,4 @@
-"""Folders of safetensors: which tensors lie in which file, and each of them read only when asked for."""
+"""A model folder as it lies on disk: its configuration, and its safetensors, each tensor read only when asked for."""
 
 import json
 from dataclasses import dataclass
@@ -108,6 +108,20 @@ def read_config(base: Path) -> dict[str, Any]:
             "give the 16-bit model"
         )
     return config
+
+
+def check_length(folder: Path, max_length: int) -> None:
+    """Raise InputError where `max_length` (tokens) is more than the model in `folder` reads."""
+    config = read_json(folder / "config.json")
+    longest = text_value(config, "max_position_embeddings")
+    if isinstance(longest, int) and max_length > longest:
+        raise InputError(f"training.max_length is {max_length} tokens; the model reads at most {longest}; lower it")
+
+
+def text_value(config: dict[str, Any], key: str) -> Any:
+    """Return a value of the language model's configuration, which multimodal models keep one level down."""
+    text = config.get("text_config")
+    return config.get(key, text.get(key) if isinstance(text, dict) else None)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""Pulling the plug: whatever is killed, and whenever, a plain rerun ends as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import Checkout, add_small_inputs, copy_of, make_checkout
+
+ITEMS = [
+    *("fetch@model", "fetch@dataset", "preprocess", "train", "merge", "convert@base", "convert@merged"),
+    *("quantize@Q8_0", "quantize@Q4_K_M", "generate@base", "generate@merged"),
+    *("generate_quantized@Q8_0", "generate_quantized@Q4_K_M", "evaluate"),
+]
+VICTIMS = ("all of it", "dvc", "the stage")
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Checkout]:
+    """A checkout in which nothing has run; each test runs one item to its end, in the order of the pipeline."""
+    checkout = make_checkout(tmp_path_factory.mktemp("interrupted") / "lathe")
+    add_small_inputs(checkout, small_model)
+    checkout.environment["TMPDIR"] = str(tmp_path_factory.mktemp("temporary"))
+    yield checkout
+    assert not list(Path(checkout.environment["TMPDIR"]).iterdir())
+
+
+def outputs(checkout: Checkout) -> dict[str, list[str]]:
+    """The hashes of what each item wrote."""
+    lock = yaml.safe_load((checkout.root / "dvc.lock").read_text())["stages"]
+    return {item: [out["md5"] for out in lock[item]["outs"]] for item in ITEMS if item in lock}
+
+
+def processes_in(root: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cwd", "status"]):
+        cwd, status = process.info["cwd"], process.info["status"]
+        if cwd and Path(cwd).is_relative_to(root) and status != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def kill(process: "subprocess.Popen[bytes]", victim: str) -> None:
+    stages = [child for child in psutil.Process(process.pid).children() if "stages/" in " ".join(child.cmdline())]
+    if victim == "all of it":
+        os.killpg(process.pid, signal.SIGKILL)
+    elif victim == "the stage" and stages:
+        stages[0].kill()
+    else:
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("item", ITEMS)
+def test_an_item_killed_at_any_moment_ends_the_same_when_run_again(
+    reproduced: Checkout, interrupted: Checkout, item: str
+) -> None:
+    root, name = interrupted.root, item.partition("@")[0]
+    timings = reproduced.json(f"metrics/timings/{name}.json")
+    longest = max([entry["seconds"] for entry in timings.get("items", [])] or [timings["seconds"]])
+    for victim in VICTIMS:
+        moment = random.uniform(0.5, 3.0 + longest)  # dvc and the imports take some three seconds more
+        print(f"{item}: {victim} is killed after {moment:.2f} s")
+        command = ["dvc", "repro", "--single-item", "--force", item]
+        with subprocess.Popen(command, cwd=root, env=interrupted.environment, start_new_session=True) as process:
+            try:
+                process.wait(moment)
+            except subprocess.TimeoutExpired:
+                kill(process, victim)
+        deadline = time.monotonic() + 10
+        while processes_in(root) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert processes_in(root) == []
+
+    interrupted.run("dvc", "repro", "--single-item", item)
+    assert outputs(interrupted)[item] == outputs(reproduced)[item]
+    left = [path for top in ("data", "models", "metrics") for path in (root / top).rglob("*.partial")]
+    assert left == []
+
+
+@pytest.mark.parametrize("victim", ["dvc", "the stage"])
+def test_a_killed_conversion_leaves_no_process_and_ends_the_same_when_run_again(
+    reproduced: Checkout, tmp_path: Path, victim: str
+) -> None:
+    """The one stage with a process of its own beneath it."""
+    checkout = copy_of(reproduced, tmp_path / "lathe")
+    command = ["dvc", "repro", "--single-item", "--force", "convert@merged"]
+    with subprocess.Popen(command, cwd=checkout.root, env=checkout.environment, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while not any("converter_run" in " ".join(p.cmdline()) for p in psutil.Process(process.pid).children(True)):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+        kill(process, victim)
+    deadline = time.monotonic() + 10
+    while processes_in(checkout.root) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes_in(checkout.root) == []
+    checkout.run("dvc", "repro", "--single-item", "convert@merged")
+    assert outputs(checkout) == outputs(reproduced)
+    assert not list((checkout.root / "models").rglob("*.partial"))
