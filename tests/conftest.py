@@ -164,3 +164,10 @@ def copy_of(checkout: Checkout, root: Path) -> Checkout:
     """Copy a checkout with its results and its cache."""
     shutil.copytree(checkout.root, root, symlinks=True)
     return Checkout(root)
+
+
+def output_hashes(checkout: Checkout) -> dict[str, list[str]]:
+    """What dvc.lock says of the outputs of every item that dvc.yaml now has."""
+    lock = yaml.safe_load((checkout.root / "dvc.lock").read_text())["stages"]
+    listed = checkout.run("dvc", "stage", "list", "--all", "--name-only").stdout.split()
+    return {item: [out["md5"] for out in lock[item]["outs"]] for item in listed if item in lock}

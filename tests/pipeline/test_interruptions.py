@@ -10,8 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
-from conftest import Checkout, add_small_inputs, copy_of, make_checkout
+from conftest import Checkout, add_small_inputs, copy_of, make_checkout, output_hashes
 
 ITEMS = [
     *("fetch@model", "fetch@dataset", "preprocess", "train", "merge", "convert@base", "convert@merged"),
@@ -29,12 +28,6 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> 
     checkout.environment["TMPDIR"] = str(tmp_path_factory.mktemp("temporary"))
     yield checkout
     assert not list(Path(checkout.environment["TMPDIR"]).iterdir())
-
-
-def outputs(checkout: Checkout) -> dict[str, list[str]]:
-    """The hashes of what each item wrote."""
-    lock = yaml.safe_load((checkout.root / "dvc.lock").read_text())["stages"]
-    return {item: [out["md5"] for out in lock[item]["outs"]] for item in ITEMS if item in lock}
 
 
 def processes_in(root: Path) -> list[psutil.Process]:
@@ -79,7 +72,7 @@ def test_an_item_killed_at_any_moment_ends_the_same_when_run_again(
         assert processes_in(root) == []
 
     interrupted.run("dvc", "repro", "--single-item", item)
-    assert outputs(interrupted)[item] == outputs(reproduced)[item]
+    assert output_hashes(interrupted)[item] == output_hashes(reproduced)[item]
     left = [path for top in ("data", "models", "metrics") for path in (root / top).rglob("*.partial")]
     assert left == []
 
@@ -103,5 +96,5 @@ def test_a_killed_conversion_leaves_no_process_and_ends_the_same_when_run_again(
         time.sleep(0.05)
     assert processes_in(checkout.root) == []
     checkout.run("dvc", "repro", "--single-item", "convert@merged")
-    assert outputs(checkout) == outputs(reproduced)
+    assert output_hashes(checkout) == output_hashes(reproduced)
     assert not list((checkout.root / "models").rglob("*.partial"))

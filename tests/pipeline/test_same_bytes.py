@@ -1,0 +1,44 @@
+"""Two fresh clones end with the same hash for every output, whatever they are called and wherever they are run."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Checkout, add_small_inputs, make_checkout, output_hashes
+
+from lathe import paths
+from lathe.model import has_native_bf16
+
+ELSEWHERE = {"LC_ALL": "C", "TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "7", "USER": "somebody", "LANGUAGE": "de"}
+
+
+def test_another_folder_locale_time_zone_and_user_change_no_byte(
+    reproduced: Checkout, small_model: Path, tmp_path: Path
+) -> None:
+    other = make_checkout(tmp_path / "another clone, übersetzt")
+    add_small_inputs(other, small_model)
+    other.environment.update(ELSEWHERE)
+    other.run("dvc", "repro")
+    assert output_hashes(other) == output_hashes(reproduced)
+
+
+@pytest.mark.slow
+def test_two_clones_of_the_committed_pipeline_end_alike_and_as_committed(tmp_path: Path) -> None:
+    locks = []
+    for name, environment in (("one", {}), ("the other", ELSEWHERE)):
+        root = tmp_path / name
+        subprocess.run(["git", "clone", "--quiet", str(paths.ROOT), str(root)], check=True)
+        (root / ".llama.cpp").symlink_to(paths.LLAMA_CPP)
+        clone = Checkout(root)
+        clone.environment.update(environment)
+        clone.run("dvc", "repro")
+        locks.append(output_hashes(clone))
+        (root / "dvc.lock").rename(root / "made.lock")
+    assert locks[0] == locks[1]
+    if not (has_native_bf16() and torch.backends.cpu.get_cpu_capability() == "AVX512"):
+        pytest.skip("the committed dvc.lock was made on a CPU with AVX-512 bf16; this one is another type")
+    if torch.cpu._is_amx_tile_supported() or torch.get_num_threads() != 2:
+        pytest.skip("the committed dvc.lock was made without AMX and on two cores")
+    clone.run("git", "checkout", "--quiet", "dvc.lock")
+    assert output_hashes(clone) == locks[0]
