@@ -94,7 +94,7 @@ def test_all_problems_of_both_files_are_reported_at_once(refused):
         (
             "source: builtin",
             "source: magic",
-            "presets.yaml: models.tiny.source is 'magic'; must be one of builtin, local",
+            "presets.yaml: models.tiny.source is 'magic'; must be one of builtin, local, hub",
         ),
         (
             "prompt: question",
