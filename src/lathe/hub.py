@@ -36,8 +36,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, disable_progress_bars
+from huggingface_hub.utils.logging import disable_propagation
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
+from lathe import paths
 from lathe.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -77,14 +79,15 @@ class Repository:
         refuses or cannot be reached.
         """
         disable_progress_bars()  # one bar of ours instead of one per file
+        disable_propagation()  # or what the library says appears twice
         self.kind, self.name, self.revision = kind, name, revision
         self.folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)
         self.commit = revision if revision and COMMIT.fullmatch(revision) else None
         if self.commit is None:
             self.commit = self._resolved()
             logger.warning(
-                "%s is not pinned: %r may mean other files tomorrow; to keep these, put into its entry in presets.yaml\n"
-                "    revision: %s",
+                "%s is not pinned: %r may mean other files tomorrow; to keep these, put into its entry in "
+                "presets.yaml\n    revision: %s",
                 name,
                 revision or "main",
                 self.commit,
@@ -135,17 +138,20 @@ class Repository:
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def _resolved(self) -> str:
-        revision = self.revision
+        ref = self.folder / "refs" / (self.revision or constants.DEFAULT_REVISION)
+        known = ref.read_text().strip() if ref.is_file() else None
         try:
-            return str(self._info(revision).sha)
+            commit = str(self._info(self.revision).sha)
         except UnreachableError as unreachable:
-            known = self.folder / "refs" / (revision or constants.DEFAULT_REVISION)
-            if not known.is_file():
+            if not known:
                 raise
             raise UnreachableError(
-                f"{unreachable}; to use what the cache has of it, pin its entry in presets.yaml: "
-                f"`revision: {known.read_text().strip()}`"
+                f"{unreachable}; to use what the cache has of it, pin its entry in presets.yaml: `revision: {known}`"
             ) from None
+        if commit != known:  # for the other tools that use this cache
+            with paths.whole_file(ref) as partial:
+                partial.write_text(commit)
+        return commit
 
     def _info(self, revision: str | None) -> Any:
         return self._ask(
@@ -157,7 +163,7 @@ class Repository:
         pointer = self._snapshot / path
         if not pointer.exists():
             return False
-        # In the cache's layout a file is a link to a blob named by its hash; where links are off, nothing tells the hash.
+        # In the cache's layout a file is a link to a blob named by its hash; with links off nothing tells the hash.
         etag = pointer.readlink().name if pointer.is_symlink() else ""
         if (not COMMIT.fullmatch(etag) and not SHA256.fullmatch(etag)) or _hash(pointer, etag) == etag:
             return True
@@ -329,6 +335,7 @@ class _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.bar.refresh()
         self.bar.close()
 
     def of_file(self) -> "_FileProgress":
@@ -357,6 +364,10 @@ class _FileProgress:
 
 
 class _Lines(tqdm.tqdm):
+    def __init__(self, **options: Any) -> None:
+        shape = "{desc}: {n_fmt} of {total_fmt}B, {rate_fmt}, {remaining} to go"
+        super().__init__(bar_format=shape, **options)
+
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if msg is None:
             logger.info("%s", self)

@@ -1,6 +1,8 @@
 """Which files of a dataset repository are which split, and how they come to `preprocess`."""
 
+import json
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -19,6 +21,7 @@ from lathe.params import did_you_mean
 logger = logging.getLogger(__name__)
 
 CARDS = ("README.md", ".huggingface.yaml")  # where a repository says which files are which configuration and split
+CONVERTED = re.compile(r"([^/]+)/([^/]+)/\d{4}\.parquet")  # configuration and split in `refs/convert/parquet`
 ARCHIVES = (".zip", ".tar")  # would have to be opened to tell what is in them
 
 # The builders of the `datasets` library whose rows are texts and numbers, each with the files of its that `preprocess`
@@ -80,6 +83,8 @@ class Layout:
                 (folder / path).touch()
         for path, file in self.repository.files(path for path in CARDS if path in self.repository.paths).items():
             shutil.copyfile(file, folder / path)
+        if not (folder / "README.md").exists():
+            (folder / "README.md").write_text(_card_of_conversion(self.repository.paths))
         try:
             configs = [str(each) for each in datasets.get_dataset_config_names(str(folder))]
             chosen = config or datasets.get_dataset_default_config_name(str(folder))
@@ -95,8 +100,8 @@ class Layout:
         except (DatasetsError, OSError, ValueError) as error:
             problem = str(error).splitlines()[0].replace(str(folder), name).rstrip(".")
             raise InputError(
-                f"{name}: holds no data files that can be read ({problem}); where it has but a script, try the hub's own "
-                "conversion, `revision: refs/convert/parquet`"
+                f"{name}: holds no data files that can be read ({problem}); try the hub's own conversion, `revision: "
+                "refs/convert/parquet`, or put files of yours under data/local"
             ) from None
         kind = builder.__module__.rpartition(".")[2]
         if kind not in READ_UNCHANGED:
@@ -126,12 +131,27 @@ class Layout:
             try:
                 builder = reader(cache_dir=cache, data_files={name: [str(file) for file in files]}, **self._options)
                 builder.download_and_prepare()
-                builder.as_dataset(split=wanted).to_parquet(folder / f"{split}.parquet")
+                rows = builder.as_dataset(split=wanted)
+                if not len(rows):
+                    raise ValueError("it has no rows")
+                rows.to_parquet(folder / f"{split}.parquet")
             except (DatasetsError, ValueError) as error:
                 problem = str(error.__cause__ or error).splitlines()[0].rstrip(".")
                 raise InputError(
                     f"presets.yaml: {split}_split is {wanted!r}, but {self.repository.name} cannot give it: {problem}"
                 ) from None
+
+
+def _card_of_conversion(files: list[str]) -> str:
+    """Return a README that declares what the hub's own conversion says by its folders alone; else an empty one."""
+    configs: dict[str, dict[str, list[str]]] = {}
+    for match in filter(None, map(CONVERTED.fullmatch, files)):
+        configs.setdefault(match[1], {}).setdefault(match[2], []).append(match[0])
+    declared = [
+        {"config_name": name, "data_files": [{"split": split, "path": path} for split, path in splits.items()]}
+        for name, splits in configs.items()
+    ]
+    return f"---\n{json.dumps({'configs': declared})}\n---\n" if declared else ""
 
 
 def _quieten() -> None:

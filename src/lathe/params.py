@@ -23,6 +23,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 Split = Literal["train", "validation", "test"]
 
+SPLIT_OR_SLICE = r"\w+(\.\w+)*(\[(-?\d+)?:(-?\d+)?\]|\[(-?\d+%)?:(-?\d+%)?\])?"
+
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -272,8 +274,10 @@ class HubDataset(HubRepository, Columns):
     @field_validator("train_split", "validation_split", "test_split")
     @classmethod
     def _split_or_slice(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"\w+(\.\w+)*(\[(-?\d+%?)?:(-?\d+%?)?\])?", value):
-            raise ValueError(f"{value!r} is neither a split nor a slice of one; write 'train', or 'train[:1000]'")
+        if value is not None and not re.fullmatch(SPLIT_OR_SLICE, value):
+            raise ValueError(
+                f"{value!r} is neither a split nor a slice of one; write 'train', 'train[:1000]', or 'train[5%:10%]'"
+            )
         return value
 
 

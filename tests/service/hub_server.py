@@ -114,7 +114,7 @@ def _handler(hub: Hub, server: str) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     def __init__(self, status: int, code: str | None, message: str) -> None:
         self.status, self.code, self.message = status, code, message
 
@@ -127,10 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self._answer()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._answer()
 
     def _answer(self) -> None:
@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         try:
             status, body, headers = self._cdn() if self.server_kind == "cdn" else self._hub()
-        except _Refused as refused:
+        except _RefusedError as refused:
             headers = {"X-Error-Message": refused.message} | ({"X-Error-Code": refused.code} if refused.code else {})
             self._send(refused.status, json.dumps({"error": refused.message}).encode(), headers)
             return
@@ -159,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        end = fault and (fault.cut_after or fault.stall_after)
+        end = (fault.cut_after or fault.stall_after) if fault else None
         self.wfile.write(body[:end])
         if fault and fault.stall_after:
             self.hub.closing.wait(60)
@@ -176,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token != GOOD_TOKEN:
-            raise _Refused(401, None, "Invalid credentials in Authorization header")
+            raise _RefusedError(401, None, "Invalid credentials in Authorization header")
         if match := re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/revision/([^/]+))?", url.path):
             repository, commit = self._find(match[1], match[2], match[3], token)
             return 200, json.dumps(_information(repository, commit)).encode(), {"Content-Type": "application/json"}
@@ -185,27 +185,27 @@ class _Handler(BaseHTTPRequestHandler):
             return self._page(list(_entries(repository, commit)), int(parse_qs(url.query).get("cursor", ["0"])[0]))
         if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url.path):
             return self._resolve(*self._find("dataset" if match[1] else "model", match[2], match[3], token), match[4])
-        raise _Refused(404, None, "Not found")
+        raise _RefusedError(404, None, "Not found")
 
     def _find(self, kind: str, name: str, revision: str | None, token: str) -> tuple[Repository, str]:
         repository = self.hub.repositories.get((kind, name))
         if repository is None:
             if token:
-                raise _Refused(404, "RepoNotFound", "Repository not found")
-            raise _Refused(401, None, "Invalid username or password.")
+                raise _RefusedError(404, "RepoNotFound", "Repository not found")
+            raise _RefusedError(401, None, "Invalid username or password.")
         revision = unquote(revision or "main")
         commit = repository.refs.get(revision, revision)
         if commit not in repository.commits:
-            raise _Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise _RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return repository, commit
 
     def _resolve(self, repository: Repository, commit: str, path: str) -> tuple[int, bytes, dict[str, str]]:
         token = "Authorization" in self.headers
         if repository.gated and not (token and repository.granted):
-            raise _Refused(403 if token else 401, "GatedRepo", f"Access to {repository.name} is restricted")
+            raise _RefusedError(403 if token else 401, "GatedRepo", f"Access to {repository.name} is restricted")
         body = repository.commits[commit].get(unquote(path))
         if body is None:
-            raise _Refused(404, "EntryNotFound", "Entry not found")
+            raise _RefusedError(404, "EntryNotFound", "Entry not found")
         headers = {"X-Repo-Commit": commit, "ETag": f'"{digest(body)}"'}
         if not is_large(path):
             return 200, body, headers
