@@ -82,6 +82,7 @@ class Repository:
         disable_propagation()  # or what the library says appears twice
         self.kind, self.name, self.revision = kind, name, revision
         self.folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)
+        self._verified: set[str] = set()
         self.commit = revision if revision and COMMIT.fullmatch(revision) else None
         if self.commit is None:
             self.commit = self._resolved()
@@ -104,24 +105,25 @@ class Repository:
             pass
         try:
             return sorted(self._listing)
-        except UnreachableError as unreachable:
+        except UnreachableError:
             # Without the hub nobody knows whether a dataset in the cache is whole; a model's index tells.
             if self.kind == "dataset" or not any(self._snapshot.glob("*.safetensors")):
                 raise
-            logger.info("%s; taking what the cache has of it", unreachable)
+            logger.info("%s: the hub cannot be asked for the list of its files; taking those in the cache", self.name)
             return sorted(file.name for file in self._snapshot.iterdir())
 
-    def files(self, paths: Iterable[str]) -> dict[str, Path]:
+    def files(self, wanted: Iterable[str]) -> dict[str, Path]:
         """Return where these files lie in the cache, each verified by its hash, after downloading those it lacks.
 
         Raises InputError where the hub refuses, the disk is too small, or what came is not what the hub announced; that
         is removed, and the next run downloads it again.
         """
-        wanted = list(paths)
-        missing = [path for path in wanted if not self._is_cached(path)]
+        chosen = list(wanted)
+        missing = [path for path in chosen if path not in self._verified and not self._is_cached(path)]
         if missing:
             self._download([self._listing[path] for path in missing])
-        return {path: self._snapshot / path for path in wanted}
+        self._verified.update(chosen)
+        return {path: self._snapshot / path for path in chosen}
 
     @property
     def _snapshot(self) -> Path:
@@ -135,7 +137,10 @@ class Repository:
         entries = self._ask(
             lambda: list(HfApi().list_repo_tree(self.name, repo_type=self.kind, revision=self.commit, recursive=True))
         )
-        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+        files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+        if strange := [path for path in files if path.startswith("/") or ".." in path.split("/")]:
+            raise InputError(f"{self.name}: {strange[0]!r} would lie outside of its folder; use another repository")
+        return files
 
     def _resolved(self) -> str:
         ref = self.folder / "refs" / (self.revision or constants.DEFAULT_REVISION)
@@ -174,8 +179,14 @@ class Repository:
 
     def _download(self, files: list[RepoFile]) -> None:
         self._require_space(
-            sum(file.size - _size(self._partial(file)) for file in files if not self._blob(file).exists())
+            sum(file.size - _size(self._partial(file)) for file in files if not _size(self._blob(file)))
         )
+        for file in files:
+            if file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
+                raise InputError(
+                    f"{self.name}: {file.path} has {_bytes(file.size)}, more than the hub gives in one piece; run "
+                    f"`hf download {self.name} --repo-type {self.kind} --revision {self.commit}` first"
+                )
         with _Progress(self.name, total=sum(file.size for file in files)) as progress:
             for file in files:
                 self._download_file(file, progress)
@@ -196,37 +207,43 @@ class Repository:
         lock.parent.mkdir(parents=True, exist_ok=True)
         blob.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
-            if not blob.exists():
-                if _size(partial) > file.size:
-                    partial.unlink()
-                counted = progress.of_file()
-                self._ask(lambda: self._get(file, partial, counted), again=BROKEN_DOWN)
-                if _hash(partial, blob.name) != blob.name:
-                    partial.unlink()
-                    raise InputError(
-                        f"{self.name}: {file.path} came with another hash than the hub announced ({blob.name[:12]}…); "
-                        "it is removed, run again to download it anew"
-                    )
-                partial.rename(blob)
-            elif _hash(blob, blob.name) != blob.name:
-                blob.unlink()
-                raise InputError(f"{blob}: damaged; it is removed, run again to download it anew")
-            else:
-                progress.of_file()(initial=file.size)
+            if blob.exists() and _hash(blob, blob.name) == blob.name:  # of another commit
+                progress.bar.update(file.size)
+                return
+            if _size(partial) > file.size:
+                partial.unlink()
+            counted = progress.of_file()
+            self._ask(lambda: self._get(file, partial, counted), again=BROKEN_DOWN)
+            if _hash(partial, blob.name) != blob.name:
+                partial.unlink()
+                raise InputError(
+                    f"{self.name}: {file.path} came with another hash than the hub announced ({blob.name[:12]}…); it "
+                    "is removed, run again to download it anew"
+                )
+            partial.replace(blob)
 
     def _get(self, file: RepoFile, partial: Path, progress: "_FileProgress") -> None:
         url = hf_hub_url(self.name, file.path, repo_type=self.kind, revision=self.commit)
         headers = {**build_hf_headers(library_name="lathe"), "Accept-Encoding": "identity"}
         with partial.open("ab") as target:
-            # A redirect to another host is followed without the Authorization header.
-            http_get(
-                url,
-                target,
-                resume_size=target.tell(),
-                headers=headers,
-                expected_size=file.size,
-                tqdm_class=progress,  # type: ignore[arg-type]
-            )
+            try:
+                # A redirect to another host is followed without the Authorization header.
+                http_get(
+                    url,
+                    target,
+                    resume_size=target.tell(),
+                    headers=headers,
+                    expected_size=file.size,
+                    tqdm_class=progress,  # type: ignore[arg-type]
+                )
+            except OSError as error:
+                if "Consistency check failed" not in str(error):  # how it tells of a size that is not the announced one
+                    raise
+                partial.unlink()
+                raise InputError(
+                    f"{self.name}: {file.path} came in another size than the hub announced ({file.size} bytes); it is "
+                    "removed, run again to download it anew"
+                ) from None
 
     def _blob(self, file: RepoFile) -> Path:
         return self.folder / "blobs" / (file.lfs.sha256 if file.lfs else file.blob_id)
@@ -258,18 +275,12 @@ class Repository:
                 del waits[0]
                 logger.warning("%s: %s; asking again in %.0f s", self.name, _first_line(problem), seconds)
                 time.sleep(seconds)
-            except OSError as error:
-                if "Consistency check failed" not in str(error):  # http_get's word for a size that is not the announced
-                    raise
-                raise InputError(
-                    f"{self.name}: a file came cut short or too long: {_first_line(error)}; run again"
-                ) from None
 
     def _refusal(self, error: BaseException) -> InputError:
         page = f"{constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
         if isinstance(error, OfflineModeIsEnabled):
             return UnreachableError(
-                f"{self.name} is not whole in the cache, and HF_HUB_OFFLINE is set; unset it to download"
+                f"{self.name}: the hub has to be asked, but HF_HUB_OFFLINE is set; unset it and run again"
             )
         if not isinstance(error, HfHubHTTPError):
             return UnreachableError(

@@ -139,7 +139,8 @@ def _model_files(names: list[str], shown: str) -> list[str]:
                 f"{shown}/{pickles[0]}: pickled weights are never loaded; save the model with safe_serialization=True"
             )
         raise InputError(f"{shown}: holds no *.safetensors; put the model's weights there")
-    return sorted({name for pattern in MODEL_PATTERNS for name in fnmatch.filter(names, pattern)})
+    wanted = {name for pattern in MODEL_PATTERNS for name in fnmatch.filter(names, pattern)}
+    return sorted(wanted - {name for pattern in (*PICKLES, "*.py") for name in fnmatch.filter(names, pattern)})
 
 
 def _indexed(names: list[str], index: Path, shown: str) -> list[str]:

@@ -13,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +51,8 @@ UNWANTED_FILES = {
     "pytorch_model.bin": b"pickled",
     "training_args.bin": b"pickled",
     "modeling_mine.py": b"raise SystemExit('run')",
+    "tokenizer_mine.py": b"raise SystemExit('run')",
+    "tokenizer.pkl": b"pickled",
     "original/consolidated.safetensors": b"twice",
     "onnx/model.onnx": b"onnx",
     "consolidated.safetensors": b"twice",
@@ -157,7 +160,7 @@ def test_a_pinned_model_is_fetched_whole_without_pickles_code_or_second_copies(u
     base = user.file("models/base")
     assert names(base) == sorted(MODEL_FILES)
     assert all((base / name).read_bytes() == data for name, data in MODEL_FILES.items())
-    assert not user.hub.asked(r"resolve/.*(bin|py|onnx|consolidated|fp16)")
+    assert not user.hub.asked(r"resolve/.*(bin|py|pkl|onnx|consolidated|fp16)")
     size = sum(map(len, MODEL_FILES.values()))
     assert user.checkout.json("metrics/fetch/model.json") == {
         "name": "chosen",
@@ -170,7 +173,7 @@ def test_a_pinned_model_is_fetched_whole_without_pickles_code_or_second_copies(u
     }
 
 
-@pytest.mark.parametrize("revision", [None, "main", "v1.0"])
+@pytest.mark.parametrize("revision", [None, "v1.0"])
 def test_a_branch_or_tag_is_resolved_and_the_line_that_pins_it_is_printed(user: User, revision: str | None) -> None:
     repository = user.hub.add("model", MODEL, MODEL_FILES)
     commit = repository.commit(MODEL_FILES | {"LICENSE": b"of the tag"}, ref=revision or "main")
@@ -271,6 +274,16 @@ def test_a_file_damaged_in_the_cache_is_found_and_downloaded_anew(user: User) ->
     assert user.file("models/base/model.safetensors").read_bytes() == MODEL_FILES["model.safetensors"]
 
 
+def test_what_comes_in_another_size_is_refused_and_removed(user: User) -> None:
+    repository = user.hub.add("model", MODEL, MODEL_FILES)
+    repository.announced_sizes["model.safetensors"] = 5
+    assert user.refused() == (
+        f"{MODEL}: model.safetensors came in another size than the hub announced (5 bytes); it is removed, run again "
+        "to download it anew"
+    )
+    assert not user.partials()
+
+
 def test_too_little_disk_is_told_before_anything_is_downloaded(user: User) -> None:
     repository = user.hub.add("model", MODEL, MODEL_FILES)
     repository.announced_sizes["model.safetensors"] = 10**18
@@ -326,7 +339,7 @@ def test_a_token_that_is_not_accepted_or_may_not_read_is_told(user: User) -> Non
     assert "the token of HF_TOKEN may not read it (403); give it read access at" in user.refused()
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [429, 500])
 def test_a_hub_that_is_busy_for_a_moment_is_asked_again(user: User, status: int) -> None:
     commit = user.hub.add("model", MODEL, MODEL_FILES).refs["main"]
     user.hub.faults = [
@@ -409,6 +422,16 @@ def test_what_was_fetched_once_is_fetched_again_offline_and_the_branch_is_not_gu
     line = user.refused(revision="main")
     assert line.endswith(f"; to use what the cache has of it, pin its entry in presets.yaml: `revision: {commit}`")
     assert not user.hub.requests
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no second file system to keep the cache on")
+def test_a_cache_on_another_file_system_is_copied_from(user: User) -> None:
+    commit = user.hub.add("model", MODEL, MODEL_FILES).refs["main"]
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as home:
+        user.environment["HF_HOME"] = home
+        user.fetch("model", revision=commit)
+    base = user.file("models/base")
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == MODEL_FILES
 
 
 def test_a_cache_that_holds_but_a_part_is_completed(user: User) -> None:
@@ -617,9 +640,18 @@ def test_dvc_fetches_once_and_preprocess_reads_what_came(user: User) -> None:
     user.checkout.run("dvc", "repro", "--quiet", "fetch@dataset")
     rows = user.checkout.run("python", "-c", READ_RAW).stdout
     assert rows == "40 0 + 0?\n"
+    # One file in three places: the hub's cache, DVC's cache, data/raw.
+    raw = user.file("data/raw/train.parquet")
+    assert raw.samefile(next(user.cache.rglob("snapshots/*/train.parquet")))
+    assert raw.stat().st_nlink == 3
+    assert raw.stat().st_mode & 0o777 == 0o444
+
     user.hub.requests.clear()
     user.checkout.run("dvc", "repro", "--quiet", "fetch@dataset")
     assert not user.hub.requests
+    raw.unlink()
+    user.checkout.run("dvc", "checkout", "--quiet", "fetch@dataset")
+    assert raw.read_bytes() == parquet(ROWS)
 
 
 READ_RAW = """
