@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import yaml
 from datasets.exceptions import DatasetsError
 
 from lathe import paths
@@ -20,7 +21,8 @@ from lathe.params import did_you_mean
 
 logger = logging.getLogger(__name__)
 
-CARDS = ("README.md", ".huggingface.yaml")  # where a repository says which files are which configuration and split
+# Where a repository says which files are which configuration and split.
+CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 CONVERTED = re.compile(r"([^/]+)/([^/]+)/\d{4}\.parquet")  # configuration and split in `refs/convert/parquet`
 ARCHIVES = (".zip", ".tar")  # would have to be opened to tell what is in them
 
@@ -97,7 +99,7 @@ class Layout:
                     f"presets.yaml: config is {chosen!r}, which {name} has not; {did_you_mean(chosen, configs)}"
                 )
             builder = datasets.load_dataset_builder(str(folder), name=chosen, cache_dir=str(folder / ".cache"))
-        except (DatasetsError, OSError, ValueError) as error:
+        except (DatasetsError, OSError, ValueError, yaml.YAMLError) as error:
             problem = str(error).splitlines()[0].replace(str(folder), name).rstrip(".")
             raise InputError(
                 f"{name}: holds no data files that can be read ({problem}); try the hub's own conversion, `revision: "

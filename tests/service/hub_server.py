@@ -1,7 +1,8 @@
 """A model hub on 127.0.0.1 that the real client talks to, with the faults that a real one has.
 
-It speaks what `huggingface_hub` needs: repository information, paged listings, `resolve` with HEAD and GET, ETags, and
-for large files a redirect to a second server under another host name, as a CDN, that serves ranges.
+It speaks what `huggingface_hub` needs: repository information, paged listings, `resolve` with HEAD and GET, ETags, a
+redirect on the same host for small files, and for large ones a redirect to a second server under another host name, as
+a CDN, that serves ranges.
 """
 
 import hashlib
@@ -185,6 +186,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._page(list(_entries(repository, commit)), int(parse_qs(url.query).get("cursor", ["0"])[0]))
         if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url.path):
             return self._resolve(*self._find("dataset" if match[1] else "model", match[2], match[3], token), match[4])
+        if match := re.fullmatch(r"/api/resolve-cache/(model|dataset)s/([^/]+/[^/]+)/([^/]+)/(.+)", url.path):
+            repository, commit = self._find(match[1], match[2], match[3], token)
+            body = repository.commits[commit][unquote(match[4])]
+            return 200, body, {"X-Repo-Commit": commit, "ETag": f'"{digest(body)}"'}
         raise _RefusedError(404, None, "Not found")
 
     def _find(self, kind: str, name: str, revision: str | None, token: str) -> tuple[Repository, str]:
@@ -208,7 +213,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(404, "EntryNotFound", "Entry not found")
         headers = {"X-Repo-Commit": commit, "ETag": f'"{digest(body)}"'}
         if not is_large(path):
-            return 200, body, headers
+            return (
+                307,
+                b"",
+                headers | {"Location": f"/api/resolve-cache/{repository.kind}s/{repository.name}/{commit}/{path}"},
+            )
         sha = hashlib.sha256(body).hexdigest()
         self.hub.blobs[sha] = body
         linked = {"X-Linked-Etag": f'"{sha}"', "X-Linked-Size": str(len(body))}

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import Checkout, make_checkout
+from conftest import SMALL, Checkout, make_checkout
 from hub_server import GOOD_TOKEN, Fault, Hub
 from ruamel.yaml import YAML
 
@@ -249,7 +249,7 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 def test_what_comes_with_another_hash_is_refused_removed_and_downloaded_anew_by_the_next_run(user: User) -> None:
     user.hub.add("model", MODEL, MODEL_FILES)
-    for pattern, path in ((r"GET /[0-9a-f]{64}", "model.safetensors"), (r"GET .*/resolve/.*/LICENSE", "LICENSE")):
+    for pattern, path in ((r"GET /[0-9a-f]{64}", "model.safetensors"), (r"GET .*/resolve-cache/.*/LICENSE", "LICENSE")):
         user.hub.faults = [Fault(pattern, corrupt=True)]
         assert "came with another hash than the hub announced" in user.refused()
         assert not user.file("models/base").exists()
@@ -553,7 +553,9 @@ def test_the_files_of_a_configuration_are_linked_under_the_names_of_their_splits
 
 
 def test_a_file_with_no_split_in_its_name_is_the_training_split(user: User) -> None:
-    user.hub.add("dataset", DATASET, {"databricks-rows-15k.jsonl": jsonl(ROWS), "README.md": b"# Rows"})
+    infos = b'{"owner--rows": {"description": "", "splits": {"train": {"name": "train", "num_examples": 40}}}}'
+    files = {"databricks-rows-15k.jsonl": jsonl(ROWS), "README.md": b"# Rows", "dataset_infos.json": infos}
+    user.hub.add("dataset", DATASET, files)
     user.fetch("dataset", train_split="train")
     assert names(user.file("data/raw")) == ["train.jsonl"]
     assert user.file("data/raw/train.jsonl").read_bytes() == jsonl(ROWS)
@@ -607,6 +609,11 @@ def test_the_configurations_of_the_hubs_own_conversion_are_not_mixed(user: User)
             f"{DATASET}: holds no data files that can be read (",
         ),
         (
+            {"train.jsonl": jsonl(ROWS), "README.md": b"---\nconfigs: [\n---\n# Rows"},
+            {"train_split": "train"},
+            f"{DATASET}: holds no data files that can be read (while parsing",
+        ),
+        (
             {"train.png": b"png"},
             {"train_split": "train"},
             f"{DATASET}: its files are for the builder 'imagefolder', not rows of text",
@@ -652,6 +659,21 @@ def test_dvc_fetches_once_and_preprocess_reads_what_came(user: User) -> None:
     raw.unlink()
     user.checkout.run("dvc", "checkout", "--quiet", "fetch@dataset")
     assert raw.read_bytes() == parquet(ROWS)
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_runs_on_a_model_and_a_dataset_of_the_hub(user: User, small_model: Path) -> None:
+    user.hub.add("model", MODEL, {file.name: file.read_bytes() for file in small_model.iterdir()})
+    rows = [{"ask": f"say {i} in the {room}", "reply": f"{room} {i}"} for i in range(30) for room in ("hall", "attic")]
+    user.hub.add("dataset", DATASET, {"data/train-00000-of-00001.parquet": parquet(rows)})
+    user.checkout.set(SMALL)
+    user.choose("dataset", train_split="train", prompt="ask", completion="reply")
+    user.choose("model")
+    user.checkout.run("dvc", "repro", "--quiet")
+    assert set(user.checkout.json("metrics/evaluate/test.json")) == {"base", "merged", "Q8_0", "Q4_K_M"}
+    user.hub.requests.clear()
+    user.checkout.run("dvc", "repro", "--quiet")
+    assert not user.hub.requests
 
 
 READ_RAW = """
