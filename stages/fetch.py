@@ -1,6 +1,6 @@
 """Bring the selected base model and dataset into the pipeline.
 
-reads   params.yaml: model, dataset, seed; their entries in presets.yaml; models/local/, data/local/
+reads   params.yaml: model, dataset, seed; their entries in presets.yaml; models/local/, data/local/, the hub
 writes  models/base/, data/raw/, metrics/fetch/{model,dataset}.json
 items   model, dataset
 """
@@ -18,19 +18,20 @@ def main(config: Config, item: str) -> None:
     target = paths.MODEL_BASE if item == "model" else paths.DATA_RAW
     with paths.whole_folder(target) as folder:
         if item == "model":
-            sources.fetch_model(config.model, folder, seed=seed)
+            origin = sources.fetch_model(config.model, folder, seed=seed)
         else:
-            sources.fetch_dataset(config.dataset, folder, seed=seed)
-    track.write_json(paths.METRICS / "fetch" / f"{item}.json", _facts(config, item))
+            origin = sources.fetch_dataset(config.dataset, folder, seed=seed)
+    track.write_json(paths.METRICS / "fetch" / f"{item}.json", _facts(config, item, origin))
 
 
-def _facts(config: Config, item: str) -> dict[str, object]:
+def _facts(config: Config, item: str, origin: sources.Origin) -> dict[str, object]:
     target = paths.MODEL_BASE if item == "model" else paths.DATA_RAW
     files = sorted(file for file in target.iterdir() if file.is_file())
     preset = config.model if item == "model" else config.dataset
     return {
         "name": config.params.model if item == "model" else config.params.dataset,
         "source": preset.source,
+        **origin,
         "files": len(files),
         "bytes": sum(file.stat().st_size for file in files),
     }

@@ -23,6 +23,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 Split = Literal["train", "validation", "test"]
 
+SPLIT_OR_SLICE = r"\w+(\.\w+)*(\[(-?\d+)?:(-?\d+)?\]|\[(-?\d+%)?:(-?\d+%)?\])?"
+
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -198,7 +200,31 @@ class LocalModel(Section):
     path: Name = Field(description="folder under models/local")
 
 
-ModelPreset = Annotated[BuiltinModel | LocalModel, Field(discriminator="source")]
+class HubRepository(Section):
+    """A repository on the Hugging Face Hub."""
+
+    id: Name = Field(description="repository, as in `Qwen/Qwen3-0.6B` or `openai/gsm8k`")
+    revision: Name | None = Field(
+        None, description="commit, tag or branch; only a commit means the same files for good"
+    )
+
+    @field_validator("id")
+    @classmethod
+    def _owner_and_name(cls, value: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value):
+            raise ValueError(
+                f"{value!r} is not a repository; write OWNER/NAME as on the hub, such as 'Qwen/Qwen3-0.6B'"
+            )
+        return value
+
+
+class HubModel(HubRepository):
+    """A model on the Hugging Face Hub."""
+
+    source: Literal["hub"]
+
+
+ModelPreset = Annotated[BuiltinModel | LocalModel | HubModel, Field(discriminator="source")]
 
 
 class Columns(Section):
@@ -235,7 +261,30 @@ class LocalDataset(Columns):
     path: Name = Field(description="file or folder under data/local")
 
 
-DatasetPreset = Annotated[BuiltinDataset | LocalDataset, Field(discriminator="source")]
+class HubDataset(HubRepository, Columns):
+    """A dataset on the Hugging Face Hub: its data files; code that lies beside them is never run."""
+
+    source: Literal["hub"]
+    config: Name | None = Field(None, description="one of its configurations, where it has several")
+    train_split: Name = Field(description="its split to train on, or a slice of it: `train[:1000]`, `train[:5%]`")
+    validation_split: Name | None = Field(
+        None, description="its split to steer by, or a slice; without one it is taken from the training rows"
+    )
+    test_split: Name | None = Field(
+        None, description="its split to report, or a slice; without one it is taken from the training rows"
+    )
+
+    @field_validator("train_split", "validation_split", "test_split")
+    @classmethod
+    def _split_or_slice(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(SPLIT_OR_SLICE, value):
+            raise ValueError(
+                f"{value!r} is neither a split nor a slice of one; write 'train', 'train[:1000]', or 'train[5%:10%]'"
+            )
+        return value
+
+
+DatasetPreset = Annotated[BuiltinDataset | LocalDataset | HubDataset, Field(discriminator="source")]
 
 
 class Presets(Section):
@@ -318,7 +367,7 @@ def _sentence(path: tuple[Any, ...], problems: list[Any], model: type[Section], 
             return f"{file}: {key} is {_shown(given)}; must be one of {', '.join(known)}{near and f'; {near}'}"
         case "union_tag_not_found" | "union_tag_invalid":
             source = given.get("source") if isinstance(given, dict) else given
-            return f"{file}: {key}.source is {_shown(source)}; must be one of builtin, local"
+            return f"{file}: {key}.source is {_shown(source)}; must be one of builtin, local, hub"
         case "value_error":
             return f"{file}: {key}: {problem['msg'].removeprefix('Value error, ')}"
         case "too_short":
@@ -361,8 +410,8 @@ def _keys(model: type[Section], parent: tuple[Any, ...], tree: Any) -> list[str]
         for step in parent:
             tree = tree[step]
         members: dict[str, dict[str, type[Section]]] = {
-            "models": {"builtin": BuiltinModel, "local": LocalModel},
-            "datasets": {"builtin": BuiltinDataset, "local": LocalDataset},
+            "models": {"builtin": BuiltinModel, "local": LocalModel, "hub": HubModel},
+            "datasets": {"builtin": BuiltinDataset, "local": LocalDataset, "hub": HubDataset},
         }
         return list(members[parent[0]][tree["source"]].model_fields)
     section = model.model_fields[parent[0]].annotation

@@ -1,5 +1,6 @@
 """Where everything lies, and how a file or folder appears whole or not at all."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,14 @@ def _removed_on_failure(partial: Path) -> Iterator[None]:
             error.filename = str(partial)  # a failed write does not say what to
         _remove(partial)
         raise
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` a hard link to the file that `source` names, or a copy of it on another file system."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _partial(target: Path) -> Path:

@@ -26,8 +26,10 @@ def markdown() -> str:
     for title, preset in (
         ("models: builtin", params.BuiltinModel),
         ("models: local", params.LocalModel),
+        ("models: hub", params.HubModel),
         ("datasets: builtin", params.BuiltinDataset),
         ("datasets: local", params.LocalDataset),
+        ("datasets: hub", params.HubDataset),
     ):
         fields = {name: field for name, field in preset.model_fields.items() if name != "source"}
         blocks += [f"## {title}", preset.__doc__ or "", *([_table(fields)] if fields else [])]

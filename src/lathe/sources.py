@@ -1,12 +1,23 @@
-"""Where base models and datasets come from: built by the pipeline, or a user's own files."""
+"""Where base models and datasets come from: built by the pipeline, a user's own files, or the Hugging Face Hub."""
 
+import fnmatch
+import json
 import os
 import shutil
 from pathlib import Path
 
 from lathe import model_folder, paths
 from lathe.errors import InputError
-from lathe.params import BuiltinDataset, BuiltinModel, DatasetPreset, LocalDataset, LocalModel, ModelPreset
+from lathe.params import (
+    BuiltinDataset,
+    BuiltinModel,
+    DatasetPreset,
+    HubDataset,
+    HubModel,
+    LocalDataset,
+    LocalModel,
+    ModelPreset,
+)
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -28,12 +39,15 @@ MODEL_PATTERNS = (
     "README*",
 )
 
+# What is known of a source beside its files: for the hub its repository, the revision asked for, and the commit it was.
+Origin = dict[str, str | None]
 
-def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> None:
+
+def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> Origin:
     """Fill the empty `folder` with a Hugging Face model: config, safetensors, tokenizer, chat template.
 
-    Raises InputError where a local folder is missing, lies elsewhere than under models/local, or is no such model: a
-    file is missing or cut short, the weights are pickled or quantized.
+    Raises InputError where a local folder is missing, lies elsewhere than under models/local, or is no such model, and
+    where the hub cannot or will not give it.
     """
     match preset:
         case BuiltinModel():
@@ -42,17 +56,44 @@ def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> None:
             tiny.build(folder, seed)
         case LocalModel():
             source = _local(preset.path, paths.MODELS_LOCAL)
-            for file in _model_files(source, preset.path):
+            if not source.is_dir():
+                raise InputError(
+                    f"{preset.path}: is a file; give the folder that holds config.json and the safetensors"
+                )
+            names = _model_files([file.name for file in source.iterdir() if file.is_file()], preset.path)
+            # What would fail an hour later, in `train` or `merge`, is seen in the headers.
+            model_folder.read_config(source)
+            model_folder.open_model(source)
+            for name in names:
                 # DVC makes a stage's outputs read-only, and what is linked with them too: right for gigabytes of
                 # weights, a nuisance for the texts beside them, which people edit.
-                copy = _link if file.suffix == ".safetensors" else shutil.copyfile
-                copy(file, folder / file.name)
+                bring = paths.link if name.endswith(".safetensors") else shutil.copyfile
+                bring(source / name, folder / name)
+        case HubModel():
+            from lathe.hub import Repository
+
+            repository = Repository("model", preset.id, preset.revision)
+            names = _model_files([path for path in repository.paths if "/" not in path], preset.id)
+            model_folder.read_config(repository.files(["config.json"])["config.json"].parent)
+            if model_folder.INDEX_FILE in names:
+                names = _indexed(names, repository.files([model_folder.INDEX_FILE])[model_folder.INDEX_FILE], preset.id)
+            elif model_folder.SINGLE_FILE in names:
+                names = [
+                    name for name in names if not name.endswith(".safetensors") or name == model_folder.SINGLE_FILE
+                ]
+            for name, file in repository.files(names).items():
+                paths.link(file, folder / name)
+            model_folder.open_model(folder)
+            return {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
+    return {}
 
 
-def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> None:
+def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
     """Fill the empty `folder` with the dataset's files, unchanged.
 
-    Raises InputError where a local path is missing, lies elsewhere than under data/local, or holds no data file.
+    Files of the hub are named for the splits they are used as; a slice of a split, or a format that `preprocess` does
+    not read, becomes Parquet. Raises InputError where a local path is missing, lies elsewhere than under data/local, or
+    holds no data file, and where the hub cannot or will not give it.
     """
     match preset:
         case BuiltinDataset():
@@ -66,6 +107,21 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> None:
             for file in _data_files(source, preset.path):
                 # Copied, not linked: DVC makes a stage's outputs read-only, and these are the user's own files.
                 shutil.copyfile(file, folder / file.name)
+        case HubDataset():
+            from lathe.hub import Repository
+            from lathe.hub_dataset import Layout
+
+            repository = Repository("dataset", preset.id, preset.revision)
+            layout = Layout(repository, preset.config)
+            for split, wanted in (
+                ("train", preset.train_split),
+                ("validation", preset.validation_split),
+                ("test", preset.test_split),
+            ):
+                if wanted:
+                    layout.place(split, wanted, folder)
+            return {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
+    return {}
 
 
 def _local(path: str, home: Path) -> Path:
@@ -87,16 +143,29 @@ def _local(path: str, home: Path) -> Path:
     return source
 
 
-def _model_files(source: Path, shown: str) -> list[Path]:
-    if not source.is_dir():
-        raise InputError(f"{shown}: is a file; give the folder that holds config.json and the safetensors")
+def _model_files(names: list[str], shown: str) -> list[str]:
     for name in ("config.json", "tokenizer_config.json"):
-        if not (source / name).is_file():
+        if name not in names:
             raise InputError(f"{shown}: holds no {name}; give a complete Hugging Face model folder")
-    # What would fail an hour later, in `train` or `merge`, is seen in the headers.
-    model_folder.read_config(source)
-    model_folder.open_model(source)
-    return sorted({file for pattern in MODEL_PATTERNS for file in source.glob(pattern) if file.is_file()})
+    if not fnmatch.filter(names, "*.safetensors"):
+        pickles = sorted(name for name in names if name.endswith(model_folder.PICKLES))
+        if pickles:
+            raise InputError(
+                f"{shown}/{pickles[0]}: pickled weights are never loaded; save the model with safe_serialization=True"
+            )
+        raise InputError(f"{shown}: holds no *.safetensors; put the model's weights there")
+    wanted = {name for pattern in MODEL_PATTERNS for name in fnmatch.filter(names, pattern)}
+    return sorted(name for name in wanted if not name.endswith((*model_folder.PICKLES, ".py")))
+
+
+def _indexed(names: list[str], index: Path, shown: str) -> list[str]:
+    # Some repositories hold the weights a second time, in their maker's own layout (`consolidated.safetensors`).
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if lacking := sorted(shards - set(names)):
+        raise InputError(
+            f"{shown}: holds no {lacking[0]}, which {model_folder.INDEX_FILE} names; give a complete model"
+        )
+    return [name for name in names if not name.endswith(".safetensors") or name in shards]
 
 
 def _data_files(source: Path, shown: str) -> list[Path]:
@@ -105,10 +174,3 @@ def _data_files(source: Path, shown: str) -> list[Path]:
     if not files:
         raise InputError(f"{shown}: holds no data file; expected one of {', '.join('*' + s for s in DATA_SUFFIXES)}")
     return files
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)

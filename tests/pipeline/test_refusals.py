@@ -104,7 +104,7 @@ CASES = {
         lambda checkout: (checkout.root / "data/local/few.jsonl").unlink(), "fetch:dataset", "no such file or", True
     ),
     "no weights": Case(
-        model(lambda folder: (folder / "model.safetensors").unlink()), "fetch:model", "no weights, neither", True
+        model(lambda folder: (folder / "model.safetensors").unlink()), "fetch:model", "holds no *.safetensors", True
     ),
     "truncated weights": Case(
         model(lambda folder: replace(folder / "model.safetensors", lambda old: old[:-1])),
@@ -112,7 +112,7 @@ CASES = {
         "model.safetensors: not a whole safetensors file",
         True,
     ),
-    "pickled weights": Case(model(pickle_instead), "fetch:model", "pickled weights can run code", True),
+    "pickled weights": Case(model(pickle_instead), "fetch:model", "pickled weights are never loaded", True),
     "no tokenizer": Case(
         model(lambda folder: (folder / "tokenizer_config.json").unlink()),
         "fetch:model",

@@ -94,7 +94,24 @@ def test_all_problems_of_both_files_are_reported_at_once(refused):
         (
             "source: builtin",
             "source: magic",
-            "presets.yaml: models.tiny.source is 'magic'; must be one of builtin, local",
+            "presets.yaml: models.tiny.source is 'magic'; must be one of builtin, local, hub",
+        ),
+        (
+            "id: Qwen/Qwen3-0.6B",
+            "id: Qwen Qwen3-0.6B",
+            "presets.yaml: models.qwen3-600m.id: 'Qwen Qwen3-0.6B' is not a repository; write OWNER/NAME as on the "
+            "hub, such as 'Qwen/Qwen3-0.6B'",
+        ),
+        (
+            "train_split: train",
+            "train_split: train[5%:100]",
+            "presets.yaml: datasets.gsm8k.train_split: 'train[5%:100]' is neither a split nor a slice of one; write "
+            "'train', 'train[:1000]', or 'train[5%:10%]'",
+        ),
+        (
+            "train_split: train",
+            "train_spilt: train",
+            "presets.yaml: datasets.gsm8k.train_spilt is not a known key; did you mean 'train_split'?",
         ),
         (
             "prompt: question",

@@ -102,7 +102,7 @@ def test_a_model_folder_with_pickles_alone_is_refused(home):
     folder = home / "models/local/mine"
     for name in ("config.json", "tokenizer_config.json", "pytorch_model.bin"):
         (folder / name).write_text("{}")
-    with pytest.raises(InputError, match=r"pytorch_model\.bin: pickled weights can run code"):
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: pickled weights are never loaded"):
         fetch_model(home)
 
 
@@ -113,7 +113,7 @@ def test_a_model_folder_with_pickles_alone_is_refused(home):
         (["config.json"], "holds no tokenizer_config.json"),
         (
             ["config.json", "tokenizer_config.json"],
-            "no weights, neither model.safetensors nor model.safetensors.index.json",
+            r"holds no \*.safetensors",
         ),
     ],
 )

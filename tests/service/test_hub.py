@@ -1,0 +1,685 @@
+"""`fetch` from the hub: the real script and the real client against a server on 127.0.0.1."""
+
+import fcntl
+import gzip
+import hashlib
+import io
+import json
+import os
+import pty
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import SMALL, Checkout, make_checkout
+from hub_server import GOOD_TOKEN, Fault, Hub
+from ruamel.yaml import YAML
+
+MODEL = "owner/model"
+DATASET = "owner/rows"
+CHUNK = 10 * 1024 * 1024  # what the client writes at a time: less than this of a broken download is lost
+
+
+def weights(megabytes: float) -> bytes:
+    return random.Random(1).randbytes(int(megabytes * 1024 * 1024))
+
+
+MODEL_FILES = {
+    "config.json": b"{}",
+    "generation_config.json": b'{"eos_token_id": 2}',
+    "tokenizer.json": b'{"version": "1.0"}',
+    "tokenizer_config.json": b'{"model_max_length": 8}',
+    "chat_template.jinja": b"{{ messages }}",
+    "LICENSE": b"Apache-2.0",
+    "README.md": b"# A model",
+    "model.safetensors": weights(0.1),
+}
+UNWANTED_FILES = {
+    ".gitattributes": b"*.bin filter=lfs",
+    "pytorch_model.bin": b"pickled",
+    "training_args.bin": b"pickled",
+    "modeling_mine.py": b"raise SystemExit('run')",
+    "tokenizer_mine.py": b"raise SystemExit('run')",
+    "tokenizer.pkl": b"pickled",
+    "original/consolidated.safetensors": b"twice",
+    "onnx/model.onnx": b"onnx",
+    "consolidated.safetensors": b"twice",
+    "model.fp16.safetensors": b"twice",
+}
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    return make_checkout(tmp_path_factory.mktemp("hub") / "lathe")
+
+
+class User:
+    """Someone with a checkout and a hub cache."""
+
+    def __init__(self, checkout: Checkout, hub: Hub, home: Path) -> None:
+        self.checkout, self.hub, self.cache = checkout, hub, home / "hub"
+        kept = {name: value for name, value in checkout.environment.items() if not name.startswith("HF_")}
+        self.environment = checkout.environment = {
+            **kept,
+            "HF_HOME": str(home),
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "*",
+        }
+
+    def choose(self, item: str, **preset: Any) -> None:
+        file = self.checkout.root / "presets.yaml"
+        tree = YAML().load(file)
+        tree[f"{item}s"]["chosen"] = {"source": "hub", "id": MODEL if item == "model" else DATASET, **preset}
+        YAML().dump(tree, file)
+        self.checkout.set({item: "chosen"})
+
+    def fetch(self, item: str, *, check: bool = True, **preset: Any) -> subprocess.CompletedProcess[str]:
+        self.choose(item, **preset)
+        done = self.checkout.stage("fetch", item, check=check)
+        if done.returncode == 0:
+            self.checkout.set({"model": "tiny", "dataset": "commands"})
+        return done
+
+    def refused(self, item: str = "model", **preset: Any) -> str:
+        """Return the one line of a refusal."""
+        done = self.fetch(item, check=False, **preset)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, done.stderr
+        assert done.stderr.splitlines()[-1] == errors[0], "something was said after the refusal"
+        return errors[0].removeprefix("error: ")
+
+    def file(self, path: str) -> Path:
+        return self.checkout.root / path
+
+    def partials(self) -> list[Path]:
+        return list(self.cache.rglob("*.incomplete"))
+
+
+@pytest.fixture
+def user(shared: Checkout, hub: Hub, tmp_path: Path) -> Iterator[User]:
+    environment = shared.environment
+    yield User(shared, hub, tmp_path / "home")
+    shared.environment = environment
+    shared.run("git", "checkout", "--quiet", ".")
+    for folder in ("models/base", "data/raw"):
+        shutil.rmtree(shared.root / folder, ignore_errors=True)
+
+
+def named(**keys: str | None) -> dict[str, Any]:
+    """Leave out what is None."""
+    return {key: value for key, value in keys.items() if value}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+ROWS = [{"question": f"{i} + {i}?", "answer": f"{2 * i}"} for i in range(40)]
+
+
+# Models.
+
+
+def test_a_pinned_model_is_fetched_whole_without_pickles_code_or_second_copies(user: User) -> None:
+    repository = user.hub.add("model", MODEL, MODEL_FILES | UNWANTED_FILES)
+    commit = repository.refs["main"]
+    repository.commit({"config.json": b"a later commit"})
+    done = user.fetch("model", revision=commit)
+    assert "pinned" not in done.stderr
+    base = user.file("models/base")
+    assert names(base) == sorted(MODEL_FILES)
+    assert all((base / name).read_bytes() == data for name, data in MODEL_FILES.items())
+    assert not user.hub.asked(r"resolve/.*(bin|py|pkl|onnx|consolidated|fp16)")
+    size = sum(map(len, MODEL_FILES.values()))
+    assert user.checkout.json("metrics/fetch/model.json") == {
+        "name": "chosen",
+        "source": "hub",
+        "id": MODEL,
+        "revision": commit,
+        "commit": commit,
+        "files": len(MODEL_FILES),
+        "bytes": size,
+    }
+
+
+@pytest.mark.parametrize("revision", [None, "v1.0"])
+def test_a_branch_or_tag_is_resolved_and_the_line_that_pins_it_is_printed(user: User, revision: str | None) -> None:
+    repository = user.hub.add("model", MODEL, MODEL_FILES)
+    commit = repository.commit(MODEL_FILES | {"LICENSE": b"of the tag"}, ref=revision or "main")
+    done = user.fetch("model", **named(revision=revision))
+    assert f"\n    revision: {commit}\n" in done.stderr
+    assert user.checkout.json("metrics/fetch/model.json")["revision"] == revision
+    assert user.checkout.json("metrics/fetch/model.json")["commit"] == commit
+    assert user.file("models/base/LICENSE").read_bytes() == b"of the tag"
+
+
+def test_of_a_sharded_model_the_files_of_its_index_are_taken(user: User) -> None:
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}).encode()
+    files = {name: data for name, data in MODEL_FILES.items() if name != "model.safetensors"}
+    files |= {"model.safetensors.index.json": index, shards[0]: b"one", shards[1]: b"two"}
+    user.hub.add("model", MODEL, files | {"consolidated.safetensors": b"twice"})
+    user.fetch("model")
+    assert names(user.file("models/base")) == sorted(files)
+
+    user.hub.add("model", MODEL, {name: data for name, data in files.items() if name != shards[1]})
+    assert user.refused() == (
+        f"{MODEL}: holds no {shards[1]}, which model.safetensors.index.json names; give a complete model"
+    )
+
+
+def test_a_repository_with_pickles_alone_is_refused_before_anything_is_downloaded(user: User) -> None:
+    files = {name: data for name, data in MODEL_FILES.items() if name != "model.safetensors"}
+    user.hub.add("model", MODEL, files | {"pytorch_model.bin": b"pickled"})
+    assert "pytorch_model.bin: pickled weights are never loaded" in user.refused()
+    assert not user.hub.asked("resolve")
+
+
+# Large files, and what can happen to them on the way.
+
+
+def test_a_download_cut_in_the_middle_is_resumed_where_it_stopped(user: User) -> None:
+    data = weights(24)
+    user.hub.add("model", MODEL, MODEL_FILES | {"model.safetensors": data})
+    user.hub.faults = [Fault(r"GET /[0-9a-f]{64}\?", cut_after=CHUNK + 5_000_000, times=1)]
+    user.fetch("model")
+    ranges = [request.headers.get("range") for request in user.hub.requests if request.server == "cdn"]
+    assert f"bytes={CHUNK}-" in ranges
+    assert user.file("models/base/model.safetensors").read_bytes() == data
+
+
+def test_a_run_that_was_killed_is_resumed_by_the_next(user: User) -> None:
+    data = weights(24)
+    commit = user.hub.add("model", MODEL, MODEL_FILES | {"model.safetensors": data}).refs["main"]
+    user.hub.faults = [Fault(r"GET /[0-9a-f]{64}\?.*", stall_after=2 * CHUNK + 1000, times=100)]
+    user.choose("model", revision=commit)
+    running = subprocess.Popen(
+        [sys.executable, "stages/fetch.py", "model"], cwd=user.checkout.root, env=user.environment
+    )
+    wait_until(lambda: [partial.stat().st_size for partial in user.partials()] == [2 * CHUNK])
+    running.kill()
+    running.wait()
+
+    user.hub.requests.clear()
+    user.hub.faults.clear()
+    user.fetch("model", revision=commit)
+    asked = user.hub.asked(f"GET /{hashlib.sha256(data).hexdigest()}")
+    assert [request.headers.get("range") for request in asked] == [f"bytes={2 * CHUNK}-"]
+    assert user.file("models/base/model.safetensors").read_bytes() == data
+    assert not user.partials()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_what_comes_with_another_hash_is_refused_removed_and_downloaded_anew_by_the_next_run(user: User) -> None:
+    user.hub.add("model", MODEL, MODEL_FILES)
+    for pattern, path in ((r"GET /[0-9a-f]{64}", "model.safetensors"), (r"GET .*/resolve-cache/.*/LICENSE", "LICENSE")):
+        user.hub.faults = [Fault(pattern, corrupt=True)]
+        assert "came with another hash than the hub announced" in user.refused()
+        assert not user.file("models/base").exists()
+        assert not user.partials()
+        user.hub.faults.clear()
+        user.fetch("model")
+        assert (user.file("models/base") / path).read_bytes() == MODEL_FILES[path]
+        shutil.rmtree(user.cache)
+        shutil.rmtree(user.file("models/base"))
+
+
+def test_a_file_damaged_in_the_cache_is_found_and_downloaded_anew(user: User) -> None:
+    commit = user.hub.add("model", MODEL, MODEL_FILES).refs["main"]
+    user.fetch("model", revision=commit)
+    [blob] = [
+        file for file in user.cache.rglob("blobs/*") if file.stat().st_size == len(MODEL_FILES["model.safetensors"])
+    ]
+    blob.unlink()
+    blob.write_bytes(b"damaged")
+    done = user.fetch("model", revision=commit)
+    assert f"{MODEL}: model.safetensors in the cache is damaged" in done.stderr
+    assert user.file("models/base/model.safetensors").read_bytes() == MODEL_FILES["model.safetensors"]
+
+
+def test_what_comes_in_another_size_is_refused_and_removed(user: User) -> None:
+    repository = user.hub.add("model", MODEL, MODEL_FILES)
+    repository.announced_sizes["model.safetensors"] = 5
+    assert user.refused() == (
+        f"{MODEL}: model.safetensors came in another size than the hub announced (5 bytes); it is removed, run again "
+        "to download it anew"
+    )
+    assert not user.partials()
+
+
+def test_too_little_disk_is_told_before_anything_is_downloaded(user: User) -> None:
+    repository = user.hub.add("model", MODEL, MODEL_FILES)
+    repository.announced_sizes["model.safetensors"] = 10**18
+    line = user.refused()
+    assert line.startswith(f"{MODEL} takes 1.00EB in {user.cache}, where ")
+    assert line.endswith("are free; free some, or set HF_HOME to a folder on a larger disk")
+    assert not user.hub.asked("GET .*/resolve/")
+
+
+# What the hub may answer instead.
+
+
+def test_a_wrong_name_is_told_with_and_without_a_token(user: User) -> None:
+    assert user.refused(id="owner/modle") == (
+        f"owner/modle: no such model on {user.hub.endpoint}, or not a public one; check `id` in presets.yaml, or set "
+        f"HF_TOKEN to a token that may read it ({user.hub.endpoint}/settings/tokens)"
+    )
+    user.environment["HF_TOKEN"] = GOOD_TOKEN
+    assert user.refused(id="owner/modle") == (
+        f"owner/modle: no such model on {user.hub.endpoint}, or the account of HF_TOKEN may not see it; check `id` in "
+        "presets.yaml"
+    )
+    assert f"no such dataset on {user.hub.endpoint}" in user.refused("dataset", id="owner/modle", train_split="train")
+
+
+@pytest.mark.parametrize("revision", ["v9", "0" * 40])
+def test_a_wrong_revision_is_told(user: User, revision: str) -> None:
+    user.hub.add("model", MODEL, MODEL_FILES)
+    assert user.refused(revision=revision) == (
+        f"{MODEL} has no revision {revision!r}; give a commit, tag or branch from "
+        f"{user.hub.endpoint}/{MODEL}/commits/main"
+    )
+
+
+def test_a_gated_repository_is_told_with_and_without_a_token_and_given_to_whom_may(user: User) -> None:
+    repository = user.hub.add("model", MODEL, MODEL_FILES)
+    repository.gated = True
+    page = f"{MODEL} is gated; accept its terms at {user.hub.endpoint}/{MODEL}"
+    assert user.refused() == f"{page} and set HF_TOKEN to a token of that account"
+    user.environment["HF_TOKEN"] = GOOD_TOKEN
+    assert user.refused() == f"{page} with the account of your token"
+    repository.granted = True
+    user.fetch("model")
+    assert names(user.file("models/base")) == sorted(MODEL_FILES)
+
+
+def test_a_token_that_is_not_accepted_or_may_not_read_is_told(user: User) -> None:
+    user.hub.add("model", MODEL, MODEL_FILES)
+    user.environment["HF_TOKEN"] = "hf_expired"
+    assert "the hub does not accept the token of HF_TOKEN; make a new one at" in user.refused()
+    user.environment["HF_TOKEN"] = GOOD_TOKEN
+    user.hub.faults = [Fault("/api/models/", status=403)]
+    assert "the token of HF_TOKEN may not read it (403); give it read access at" in user.refused()
+
+
+@pytest.mark.parametrize("status", [429, 500])
+def test_a_hub_that_is_busy_for_a_moment_is_asked_again(user: User, status: int) -> None:
+    commit = user.hub.add("model", MODEL, MODEL_FILES).refs["main"]
+    user.hub.faults = [
+        Fault(pattern, status=status, headers={"Retry-After": "0"}, times=1)
+        for pattern in (
+            "/api/models/owner/model/revision",
+            "/tree/",
+            "GET .*/resolve/.*/config.json",
+            "HEAD .*/LICENSE",
+        )
+    ]
+    user.fetch("model", revision=commit)
+    assert names(user.file("models/base")) == sorted(MODEL_FILES)
+    assert [fault.times for fault in user.hub.faults] == [0, 0, 0, 0]
+
+
+def test_a_hub_that_stays_busy_or_broken_is_told_after_some_tries(user: User) -> None:
+    user.hub.add("model", MODEL, MODEL_FILES)
+    user.hub.faults = [Fault("/api/models/", status=429, headers={"Retry-After": "3600"})]
+    assert user.refused() == (
+        f"{MODEL}: the hub takes no more requests for now (429); run again in 3600 s; with HF_TOKEN set the hub allows "
+        "more"
+    )
+    user.hub.requests.clear()
+    user.hub.faults = [Fault("/api/models/", status=500, headers={"Retry-After": "0"})]
+    assert user.refused() == (
+        f"{MODEL}: the hub answers 500 (Internal Server Error); run again later, what is downloaded is kept"
+    )
+    assert len(user.hub.asked("/api/models/")) == 4
+
+
+def test_no_hub_at_all_is_told(user: User) -> None:
+    user.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    for preset in ({}, {"revision": "0" * 40}):
+        assert user.refused(**preset) == (
+            f"{MODEL}: no answer from http://127.0.0.1:9 ([Errno 111] Connection refused); check the network, and "
+            "HTTPS_PROXY and HF_ENDPOINT where they are set"
+        )
+
+
+# The user's own cache.
+
+
+def cached_by_another_tool(user: User, commit: str) -> None:
+    """Fill the cache as `from_pretrained` does: file by file, without a listing."""
+    program = "import sys, huggingface_hub as h\nfor path in sys.argv[3:]: h.hf_hub_download(*sys.argv[1:2], path, {})"
+    user.checkout.run("python", "-c", program.format("revision=sys.argv[2]"), MODEL, commit, *MODEL_FILES)
+
+
+def test_a_model_in_the_users_cache_is_linked_without_a_network(user: User) -> None:
+    commit = user.hub.add("model", MODEL, MODEL_FILES).refs["main"]
+    cached_by_another_tool(user, commit)
+    user.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    user.fetch("model", revision=commit)
+    for name in MODEL_FILES:
+        assert user.file(f"models/base/{name}").samefile(next(user.cache.rglob(f"snapshots/{commit}/{name}")))
+        assert not user.file(f"models/base/{name}").is_symlink()
+
+
+def test_a_model_in_the_users_cache_is_not_downloaded_again(user: User) -> None:
+    commit = user.hub.add("model", MODEL, MODEL_FILES).refs["main"]
+    cached_by_another_tool(user, commit)
+    user.hub.requests.clear()
+    user.fetch("model", revision=commit)
+    assert not user.hub.asked("resolve")
+
+
+@pytest.mark.parametrize("how", ["no hub", "HF_HUB_OFFLINE"])
+def test_what_was_fetched_once_is_fetched_again_offline_and_the_branch_is_not_guessed(user: User, how: str) -> None:
+    commit = user.hub.add("model", MODEL, MODEL_FILES).refs["main"]
+    user.fetch("model", revision="main")
+    shutil.rmtree(user.file("models/base"))
+    if how == "no hub":
+        user.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    else:
+        user.environment["HF_HUB_OFFLINE"] = "1"
+    user.hub.requests.clear()
+    user.fetch("model", revision=commit)
+    assert names(user.file("models/base")) == sorted(MODEL_FILES)
+    line = user.refused(revision="main")
+    assert line.endswith(f"; to use what the cache has of it, pin its entry in presets.yaml: `revision: {commit}`")
+    assert not user.hub.requests
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no second file system to keep the cache on")
+def test_a_cache_on_another_file_system_is_copied_from(user: User) -> None:
+    commit = user.hub.add("model", MODEL, MODEL_FILES).refs["main"]
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as home:
+        user.environment["HF_HOME"] = home
+        user.fetch("model", revision=commit)
+    base = user.file("models/base")
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == MODEL_FILES
+
+
+def test_a_cache_that_holds_but_a_part_is_completed(user: User) -> None:
+    repository = user.hub.add("model", MODEL, MODEL_FILES)
+    commit = repository.refs["main"]
+    cached_by_another_tool(user, commit)
+    later = repository.commit(MODEL_FILES | {"LICENSE": b"another"})
+    user.hub.requests.clear()
+    user.fetch("model", revision=later)
+    assert len(user.hub.asked("GET .*/resolve/")) == 1
+
+
+# Secrets and progress.
+
+
+def test_the_token_goes_to_the_hub_alone_and_is_never_printed_or_kept(user: User) -> None:
+    user.hub.add("model", MODEL, MODEL_FILES).gated = True
+    user.hub.repositories["model", MODEL].granted = True
+    user.environment |= {"HF_TOKEN": GOOD_TOKEN, "LATHE_LOG_LEVEL": "debug", "HF_DEBUG": "1"}
+    user.hub.faults = [Fault(r"GET /[0-9a-f]{64}\?", cut_after=10, times=1)]
+    done = user.fetch("model")
+    by_server = {
+        server: {request.headers.get("authorization") for request in user.hub.requests if request.server == server}
+        for server in ("hub", "cdn")
+    }
+    assert by_server == {"hub": {f"Bearer {GOOD_TOKEN}"}, "cdn": {None}}
+    assert GOOD_TOKEN not in done.stdout + done.stderr
+    folders = [user.file(name) for name in ("models", "data", "metrics")] + [user.cache.parent]
+    kept = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    assert not [file for file in kept if GOOD_TOKEN.encode() in file.read_bytes()]
+
+
+def test_without_a_terminal_progress_comes_as_lines(user: User) -> None:
+    user.hub.add("model", MODEL, MODEL_FILES)
+    done = user.fetch("model")
+    assert "\r" not in done.stderr
+    assert re.search(rf"INFO lathe.hub: {MODEL}: 0.00 of \d+kB, .*\? to go\n", done.stderr)
+    assert re.search(rf"INFO lathe.hub: {MODEL}: (\d+k) of \1B, .* 00:00 to go\n", done.stderr)
+
+
+def test_on_a_terminal_a_bar_tells_how_long_it_will_take(user: User) -> None:
+    user.hub.add("model", MODEL, MODEL_FILES | {"model.safetensors": weights(24)})
+    user.hub.faults = [Fault(r"GET /[0-9a-f]{64}\?", cut_after=CHUNK + 1000, times=1)]
+    user.choose("model")
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
+    running = subprocess.Popen(
+        [sys.executable, "stages/fetch.py", "model"], cwd=user.checkout.root, env=user.environment, stderr=theirs
+    )
+    os.close(theirs)
+    shown = ""
+    while piece := read_terminal(ours):
+        shown += piece
+    assert running.wait() == 0, shown
+    assert re.search(rf"\r{MODEL}: +\d+%\|.*\d+.\dM/25.\dM \[\d\d:\d\d<\d\d:\d\d, ", shown), shown
+
+
+def read_terminal(descriptor: int) -> str:
+    try:
+        return os.read(descriptor, 1 << 16).decode()
+    except OSError:  # how Linux tells that the other end is closed
+        return ""
+
+
+# Datasets.
+
+
+def test_the_files_of_a_configuration_are_linked_under_the_names_of_their_splits(user: User) -> None:
+    card = {
+        "configs": [
+            {
+                "config_name": name,
+                "data_files": [
+                    {"split": "train", "path": f"{name}/train-*"},
+                    {"split": "holdout", "path": f"{name}/test-*"},
+                ],
+            }
+            for name in ("main", "socratic")
+        ]
+    }
+    files = {
+        f"{name}/{part}.parquet": parquet([{"question": f"{name} {part}", "answer": "1"}])
+        for name in ("main", "socratic")
+        for part in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")
+    }
+    readme = f"---\n{json.dumps(card)}\n---\n# Rows\n".encode()
+    commit = user.hub.add(
+        "dataset", DATASET, files | {"README.md": readme, "rows.py": b"raise SystemExit('run')"}
+    ).refs["main"]
+    done = user.fetch("dataset", revision=commit, config="main", train_split="train", test_split="holdout")
+    assert "rows.py is not run" in done.stderr
+    raw = user.file("data/raw")
+    assert names(raw) == ["test.parquet", "train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    assert (raw / "train-00001-of-00002.parquet").read_bytes() == files["main/train-00001-of-00002.parquet"]
+    assert (raw / "test.parquet").samefile(next(user.cache.rglob("main/test-00000-of-00001.parquet")))
+    assert not user.hub.asked("resolve/.*(socratic|rows.py)")
+    assert user.checkout.json("metrics/fetch/dataset.json") == {
+        "name": "chosen",
+        "source": "hub",
+        "id": DATASET,
+        "revision": commit,
+        "commit": commit,
+        "files": 3,
+        "bytes": sum(len(data) for path, data in files.items() if path.startswith("main/")),
+    }
+
+    # Again without a hub; and what the repository does not have is told.
+    user.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    user.fetch("dataset", revision=commit, config="main", train_split="train", test_split="holdout")
+    assert user.refused("dataset", revision=commit, train_split="train") == (
+        f"presets.yaml: {DATASET} has several configurations; choose one with `config:`: main, socratic"
+    )
+    assert user.refused("dataset", revision=commit, config="mian", train_split="train") == (
+        f"presets.yaml: config is 'mian', which {DATASET} has not; did you mean 'main'?"
+    )
+    assert user.refused("dataset", revision=commit, config="main", train_split="train", test_split="test") == (
+        f"presets.yaml: test_split is 'test', but {DATASET} has no split 'test'; known: holdout, train"
+    )
+
+
+def test_a_file_with_no_split_in_its_name_is_the_training_split(user: User) -> None:
+    infos = b'{"owner--rows": {"description": "", "splits": {"train": {"name": "train", "num_examples": 40}}}}'
+    files = {"databricks-rows-15k.jsonl": jsonl(ROWS), "README.md": b"# Rows", "dataset_infos.json": infos}
+    user.hub.add("dataset", DATASET, files)
+    user.fetch("dataset", train_split="train")
+    assert names(user.file("data/raw")) == ["train.jsonl"]
+    assert user.file("data/raw/train.jsonl").read_bytes() == jsonl(ROWS)
+
+
+def test_a_slice_or_another_format_becomes_the_same_parquet_every_time(user: User) -> None:
+    readme = (
+        b'---\nconfigs:\n- config_name: default\n  sep: ";"\n  data_files:\n  - split: train\n    path: rows.csv\n---\n'
+    )
+    table = "question;answer\n" + "".join(f"{row['question']};{row['answer']}\n" for row in ROWS)
+    cases: list[tuple[dict[str, bytes], dict[str, Any], dict[str, int]]] = [
+        (
+            {"train.jsonl": jsonl(ROWS)},
+            {"train_split": "train[:75%]", "validation_split": "train[30:35]", "test_split": "train[-5:]"},
+            {"train": 30, "validation": 5, "test": 5},
+        ),
+        ({"train.json": jsonl(ROWS), "test.json": json.dumps(ROWS).encode()}, {"train_split": "train"}, {"train": 40}),
+        ({"train.jsonl.gz": gzip.compress(jsonl(ROWS))}, {"train_split": "train"}, {"train": 40}),
+        ({"rows.csv": table.encode(), "README.md": readme}, {"train_split": "train"}, {"train": 40}),
+    ]
+    for files, splits, counts in cases:
+        user.hub.add("dataset", DATASET, files)
+        seen = []
+        for _ in range(2 if "validation" in counts else 1):
+            user.fetch("dataset", **splits)
+            raw = user.file("data/raw")
+            assert names(raw) == sorted(f"{split}.parquet" for split in counts)
+            tables = {split: pyarrow.parquet.read_table(raw / f"{split}.parquet") for split in counts}
+            assert {split: table.num_rows for split, table in tables.items()} == counts
+            assert tables["train"]["question"][7].as_py() == "7 + 7?"
+            seen.append({name: (raw / name).read_bytes() for name in names(raw)})
+            shutil.rmtree(user.cache.parent)
+        assert seen[0] == seen[-1]
+
+
+def test_the_configurations_of_the_hubs_own_conversion_are_not_mixed(user: User) -> None:
+    repository = user.hub.add("dataset", DATASET, {"rows.py": b"raise SystemExit('run')"})
+    files = {f"{name}/train/{i:04d}.parquet": parquet([{"row": f"{name} {i}"}]) for name in "ab" for i in range(2)}
+    repository.commit(files, ref="refs/convert/parquet")
+    user.fetch("dataset", revision="refs/convert/parquet", config="b", train_split="train")
+    found = [(user.file("data/raw") / name).read_bytes() for name in names(user.file("data/raw"))]
+    assert found == [files["b/train/0000.parquet"], files["b/train/0001.parquet"]]
+
+
+@pytest.mark.parametrize(
+    ("files", "splits", "message"),
+    [
+        (
+            {"rows.py": b"raise SystemExit('run')", "README.md": b"# Rows"},
+            {"train_split": "train"},
+            f"{DATASET}: holds no data files that can be read (",
+        ),
+        (
+            {"train.jsonl": jsonl(ROWS), "README.md": b"---\nconfigs: [\n---\n# Rows"},
+            {"train_split": "train"},
+            f"{DATASET}: holds no data files that can be read (while parsing",
+        ),
+        (
+            {"train.png": b"png"},
+            {"train_split": "train"},
+            f"{DATASET}: its files are for the builder 'imagefolder', not rows of text",
+        ),
+        (
+            {"train.jsonl": jsonl(ROWS)},
+            {"train_split": "train[50:60]"},
+            f"presets.yaml: train_split is 'train[50:60]', but {DATASET} cannot give it: ",
+        ),
+        (
+            {"train.json": b'[{"question": 1}, {"quest'},
+            {"train_split": "train"},
+            f"presets.yaml: train_split is 'train', but {DATASET} cannot give it: ",
+        ),
+    ],
+)
+def test_a_dataset_that_cannot_be_read_is_told(user: User, files: Any, splits: Any, message: str) -> None:
+    user.hub.add("dataset", DATASET, files)
+    assert user.refused("dataset", **splits).startswith(message)
+    assert not user.file("data/raw").exists()
+
+
+# In the pipeline.
+
+
+def test_dvc_fetches_once_and_preprocess_reads_what_came(user: User) -> None:
+    commit = user.hub.add("dataset", DATASET, {"train.parquet": parquet(ROWS), "test.parquet": parquet(ROWS[:3])}).refs[
+        "main"
+    ]
+    user.choose("dataset", revision=commit, train_split="train", prompt="question", completion="answer")
+    user.checkout.run("dvc", "repro", "--quiet", "fetch@dataset")
+    rows = user.checkout.run("python", "-c", READ_RAW).stdout
+    assert rows == "40 0 + 0?\n"
+    # One file in three places: the hub's cache, DVC's cache, data/raw.
+    raw = user.file("data/raw/train.parquet")
+    assert raw.samefile(next(user.cache.rglob("snapshots/*/train.parquet")))
+    assert raw.stat().st_nlink == 3
+    assert raw.stat().st_mode & 0o777 == 0o444
+
+    user.hub.requests.clear()
+    user.checkout.run("dvc", "repro", "--quiet", "fetch@dataset")
+    assert not user.hub.requests
+    raw.unlink()
+    user.checkout.run("dvc", "checkout", "--quiet", "fetch@dataset")
+    assert raw.read_bytes() == parquet(ROWS)
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_runs_on_a_model_and_a_dataset_of_the_hub(user: User, small_model: Path) -> None:
+    user.hub.add("model", MODEL, {file.name: file.read_bytes() for file in small_model.iterdir()})
+    rows = [{"ask": f"say {i} in the {room}", "reply": f"{room} {i}"} for i in range(30) for room in ("hall", "attic")]
+    user.hub.add("dataset", DATASET, {"data/train-00000-of-00001.parquet": parquet(rows)})
+    user.checkout.set(SMALL)
+    user.choose("dataset", train_split="train", prompt="ask", completion="reply")
+    user.choose("model")
+    user.checkout.run("dvc", "repro", "--quiet")
+    assert set(user.checkout.json("metrics/evaluate/test.json")) == {"base", "merged", "Q8_0", "Q4_K_M"}
+    user.hub.requests.clear()
+    user.checkout.run("dvc", "repro", "--quiet")
+    assert not user.hub.requests
+
+
+READ_RAW = """
+import sys; sys.path.insert(0, "src")
+from lathe import paths
+from lathe.data.reading import read_rows, split_files
+rows = [row for file in split_files(paths.DATA_RAW)["train"] for row in read_rows(file)]
+print(len(rows), rows[0].value["question"])
+"""
