@@ -54,8 +54,8 @@ def kill(process: "subprocess.Popen[bytes]", victim: str) -> None:
 def test_an_item_killed_at_any_moment_ends_the_same_when_run_again(
     reproduced: Checkout, interrupted: Checkout, item: str
 ) -> None:
-    root, name = interrupted.root, item.partition("@")[0]
-    timings = reproduced.json(f"metrics/timings/{name}.json")
+    root, script = interrupted.root, item.partition("@")[0].removesuffix("_quantized")
+    timings = reproduced.json(f"metrics/timings/{script}.json")
     longest = max([entry["seconds"] for entry in timings.get("items", [])] or [timings["seconds"]])
     for victim in VICTIMS:
         moment = random.uniform(0.5, 3.0 + longest)  # dvc and the imports take some three seconds more
