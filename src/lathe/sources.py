@@ -5,10 +5,9 @@ import shutil
 from pathlib import Path
 
 from lathe import paths
+from lathe.data.files import data_files, suffixes
 from lathe.errors import InputError
 from lathe.params import BuiltinDataset, BuiltinModel, DatasetPreset, LocalDataset, LocalModel, ModelPreset
-
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 # What a model folder may give: safetensors, and the texts that describe them. Nothing that is unpickled or run.
 MODEL_PATTERNS = (
@@ -47,7 +46,7 @@ def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> None:
 
 
 def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> None:
-    """Fill the empty `folder` with the dataset's files, unchanged.
+    """Fill the empty `folder` with the dataset's files, unchanged; those of a folder `train/` are named `train-*`.
 
     Raises InputError where a local path is missing, lies elsewhere than under data/local, or holds no data file.
     """
@@ -60,9 +59,15 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> None:
                 write_jsonl(rows, folder / f"{split}.jsonl")
         case LocalDataset():
             source = _local(preset.path, paths.DATA_LOCAL)
-            for file in _data_files(source, preset.path):
+            files = data_files(source)
+            if not files:
+                raise InputError(
+                    f"{preset.path}: holds no data file; expected one of {suffixes()}, or folders train, validation, "
+                    "test of them"
+                )
+            for name, file in files.items():
                 # Copied, not linked: DVC makes a stage's outputs read-only, and these are the user's own files.
-                shutil.copyfile(file, folder / file.name)
+                shutil.copyfile(file, folder / name)
 
 
 def _local(path: str, home: Path) -> Path:
@@ -91,14 +96,6 @@ def _model_files(source: Path, shown: str) -> list[Path]:
             )
         raise InputError(f"{shown}: holds no *.safetensors; put the model's weights there")
     return sorted({file for pattern in MODEL_PATTERNS for file in source.glob(pattern) if file.is_file()})
-
-
-def _data_files(source: Path, shown: str) -> list[Path]:
-    files = [source] if source.is_file() else sorted(source.iterdir())
-    files = [file for file in files if file.suffix.lower() in DATA_SUFFIXES]
-    if not files:
-        raise InputError(f"{shown}: holds no data file; expected one of {', '.join('*' + s for s in DATA_SUFFIXES)}")
-    return files
 
 
 def _link(source: Path, target: Path) -> None:
