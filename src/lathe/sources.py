@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lathe import paths
+from lathe import paths, templates
 from lathe.data.files import data_files, suffixes
 from lathe.errors import InputError
 from lathe.params import BuiltinDataset, BuiltinModel, DatasetPreset, LocalDataset, LocalModel, ModelPreset
@@ -32,7 +32,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> None:
     """Fill the empty `folder` with a Hugging Face model: config, safetensors, tokenizer, chat template.
 
-    Raises InputError where a local folder is missing, lies elsewhere than under models/local, or is no such model.
+    Raises InputError where a local folder is missing, lies elsewhere than under models/local, or is no such model, and
+    where the preset's template does not fit it.
     """
     match preset:
         case BuiltinModel():
@@ -43,6 +44,8 @@ def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> None:
             source = _local(preset.path, paths.MODELS_LOCAL)
             for file in _model_files(source, preset.path):
                 _link(file, folder / file.name)
+            if preset.template:
+                templates.install(preset.template, folder)
 
 
 def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> None:

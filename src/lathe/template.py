@@ -3,6 +3,7 @@
 One template everywhere: training, evaluation and generation call `render`, and `encode` tokenises what it returns.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,18 @@ def prompt_and_answer(
     answer = str(messages[-1]["content"]).rpartition("</think>")[2].strip()
     if answer not in written:
         raise TemplateError(f"the chat template does not write the answer {_shown(answer)} as it is; use one that does")
-    end = written.index(answer) + len(answer)
+    for message in messages:
+        if message["role"] == "tool" or message.get("tool_calls"):
+            _check_tools_are_written(message, written if message is messages[-1] else prompt)
+    if messages[-1].get("tool_calls"):
+        # Where calls end only the template knows: they take the place of a text, so what ends that ends them.
+        text = [*messages[:-1], {"role": "assistant", "content": "an answer"}]
+        _, _, rest = prompt_and_answer(chat_template, text, bos_token=bos_token, eos_token=eos_token)
+        end = len(written.removesuffix(rest).rstrip())
+        if not written.endswith(rest):
+            raise TemplateError("the chat template ends a tool call in another way than a text; use one that does not")
+    else:
+        end = written.index(answer) + len(answer)
     return prompt, written[:end], written[end:]
 
 
@@ -265,6 +277,17 @@ def _join(row: int, turns: list[tuple[list[int], list[int]]]) -> list[Encoded]:
         sequence.input_ids.extend(context + answer)
         sequence.supervised.extend([False] * len(context) + [True] * len(answer))
     return sequences
+
+
+def _check_tools_are_written(message: Message, rendered: str) -> None:
+    """Raise TemplateError where a tool's answer, or a call of one, is not in the rendering."""
+    expected = [str(message["content"]).strip()] if message["role"] == "tool" else []
+    for call in message.get("tool_calls") or []:
+        expected += [call["function"]["name"], *call["function"]["arguments"]]
+    for text in expected:
+        if text not in rendered and json.dumps(text, ensure_ascii=False)[1:-1] not in rendered:
+            what = "tool message" if message["role"] == "tool" else "tool call"
+            raise TemplateError(f"the chat template does not write the {what} {_shown(text)}; use one that does")
 
 
 def _shown(text: str) -> str:
