@@ -91,12 +91,20 @@ def prompt_and_answer(
 ) -> tuple[str, str, str]:
     """Return the prompt of the last message, the answer as the template writes it behind, and what it adds at the end.
 
-    The three texts make up `render(messages)`; the last begins with the end token, after white space perhaps. Raises
-    TemplateError where the rendering does not begin with the prompt or does not hold the answer.
+    The prompt is the one of inference. The three texts make up `render(messages)`, but for a template that writes
+    earlier messages otherwise once there is an answer; the last begins with the end token, after white space perhaps.
+    Raises TemplateError where an answer is not written behind the prompt, or not as it is.
     """
     prompt = render(chat_template, messages[:-1], bos_token=bos_token, eos_token=eos_token, add_generation_prompt=True)
     whole = render(chat_template, messages, bos_token=bos_token, eos_token=eos_token)
     if not whole.startswith(prompt):
+        # Mistral Nemo's writes the system message only where a request comes last: then the answer is written as
+        # behind that request alone.
+        start = max((at for at, message in enumerate(messages[:-1]) if message["role"] == "user"), default=0)
+        if start > 0:
+            return prompt, *prompt_and_answer(
+                chat_template, messages[start:], bos_token=bos_token, eos_token=eos_token
+            )[1:]
         raise TemplateError(
             f"the chat template's generation prompt ends with {prompt[-20:]!r}, but its answers do not begin so; "
             "use a template whose generation prompt is how it writes answers"
