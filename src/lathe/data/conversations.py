@@ -224,7 +224,7 @@ class _Preference:
             messages = [*prompt, {"role": "assistant", "content": answer}]
         else:
             messages = _transcript(self.text(value, column), column)
-        check_order(messages, column, start=0)
+        check_order(messages, column)
         return messages
 
     def _prompt(self, row: dict[str, Any]) -> list[Message]:

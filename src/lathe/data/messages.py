@@ -70,7 +70,7 @@ def conversation(text: TextRule, value: Any, field: str, *, sharegpt: bool = Fal
     tools between, the assistant last.
     """
     messages = turns(text, value, field, sharegpt=sharegpt)
-    check_order(messages, field, start=len(value) - len(messages))
+    check_order(messages, field, start=len(value) - len(messages), key="from" if sharegpt else "role")
     return messages
 
 
@@ -90,7 +90,7 @@ def turns(text: TextRule, value: Any, field: str, *, sharegpt: bool = False) -> 
     return messages
 
 
-def check_order(messages: list[Message], field: str, *, start: int = 0) -> None:
+def check_order(messages: list[Message], field: str, *, start: int = 0, key: str = "role") -> None:
     """Raise RowFault where a message follows one that it cannot follow, or the last is not the assistant's."""
     if not messages:
         raise RowFault("no_answer", field, "is empty; expected at least a user and an assistant message")
@@ -101,7 +101,7 @@ def check_order(messages: list[Message], field: str, *, start: int = 0) -> None:
             before = f"follows {_who(previous)}" if previous else "comes first"
             raise RowFault(
                 "roles_out_of_order",
-                f"{field}[{index}].role",
+                f"{field}[{index}].{key}",
                 f"{message['role']} {before}; expected {' or '.join(expected)}",
             )
         previous = message
