@@ -918,3 +918,37 @@ def test_supervising_the_last_turn_alone_lowers_the_share(raw, run):
     put(raw, "test.jsonl", rows[10:])
     every, last = (run(supervise=turns).report["splits"]["train"]["supervised_tokens"] for turns in ("all", "last"))
     assert (every, last) == (4, 2)
+
+
+def test_a_preference_pair_keeps_its_rejected_answer_in_the_processed_row(raw, run):
+    rows = [{"prompt": f"q{n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(40)]
+    put(raw, "data.jsonl", rows)
+    prepared = run(max_dropped_fraction=0.0)
+    found = {
+        (row["messages"][0]["content"], row["messages"][1]["content"], row["rejected"][0]["content"])
+        for split in prepared.splits.values()
+        for row in split
+    }
+    assert found == {tuple(row.values()) for row in rows}
+    assert prepared.report["columns"]["format"] == "preference"
+
+
+def test_rows_that_differ_in_their_tool_calls_alone_are_no_duplicates(raw, run, tokenizer):
+    def calling(question, city):
+        call = {"name": "weather", "arguments": {"city": city}}
+        user = {"role": "user", "content": question}
+        return {"messages": [user, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = plain.replace(
+        "message.content + '", "message.content + (message.tool_calls or '')|string + '"
+    )
+    try:
+        for name, cities in (("train", ["Oslo", "Rome", "Rome"]), ("validation", ["Bonn"]), ("test", ["Bern"])):
+            put(raw, f"{name}.jsonl", [calling(name, city) for city in cities])
+        prepared = run()
+    finally:
+        tokenizer.chat_template = plain
+    assert dropped(prepared) == {"duplicate": 1}
+    assert len(prepared.splits["train"]) == 2
+    assert all(row["messages"][1]["tool_calls"] for row in prepared.splits["train"])
