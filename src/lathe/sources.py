@@ -7,7 +7,7 @@ from pathlib import Path
 from lathe import paths, templates
 from lathe.data.files import data_files, suffixes
 from lathe.errors import InputError
-from lathe.params import BuiltinDataset, BuiltinModel, DatasetPreset, LocalDataset, LocalModel, ModelPreset
+from lathe.params import BuiltinDataset, BuiltinModel, DatasetPreset, LocalDataset, LocalModel, ModelPreset, Templated
 
 # What a model folder may give: safetensors, and the texts that describe them. Nothing that is unpickled or run.
 MODEL_PATTERNS = (
@@ -44,8 +44,8 @@ def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> None:
             source = _local(preset.path, paths.MODELS_LOCAL)
             for file in _model_files(source, preset.path):
                 _link(file, folder / file.name)
-            if preset.template:
-                templates.install(preset.template, folder)
+    if isinstance(preset, Templated) and preset.template:
+        templates.install(preset.template, folder)
 
 
 def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> None:
