@@ -491,3 +491,36 @@ def test_two_files_that_would_have_one_name_are_refused(tmp_path):
     put(tmp_path, "train/a.jsonl", "train-a.jsonl")
     with pytest.raises(InputError, match=r"^train/a.jsonl: train-a.jsonl lies beside its folder; keep one of them$"):
         data_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.arrow"])
+def test_a_row_of_ten_megabytes_is_read_from_these_too(tmp_path, name):
+    rows = [{"prompt": "q", "completion": "x" * 10_000_000}, GOOD]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / name).write_bytes(gzip.compress(lines, 1) if name.endswith(".gz") else table(rows, form="stream"))
+    assert [row.value for row in read_rows(tmp_path / name)] == rows
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted_in_a_gzip_file(tmp_path, suffix):
+    text = {
+        ".jsonl": json.dumps(GOOD) + "\r\n",
+        ".json": json.dumps([GOOD], indent=1).replace("\n", "\r\n"),
+        ".csv": "prompt,completion\r\na question,an answer\r\n",
+    }[suffix]
+    file = tmp_path / f"x{suffix}.gz"
+    file.write_bytes(gzip.compress(b"\xef\xbb\xbf" + text.encode()))
+    assert [row.value for row in read_rows(file)] == [GOOD]
+
+
+def test_a_nul_in_a_csv_is_named(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"prompt,completion\nq,a\0b\n")
+    (row,) = read_rows(tmp_path / "x.csv")
+    assert isinstance(row.value, dict)
+    columns = Columns(LocalDataset(source="local", path="data/local/x"), row.value, "x.csv", CONTROL)
+    with pytest.raises(RowFault) as refused:
+        columns.conversation(row.value)
+    assert (row.at, str(refused.value.fault)) == (
+        "x.csv:2",
+        "completion holds a NUL character; expected text without",
+    )

@@ -119,10 +119,10 @@ class _Messages:
     """A column that holds the whole conversation."""
 
     def __init__(self, text: TextRule, preset: "DatasetPreset", form: str, names: list[str]) -> None:
-        self.text, self.system, self.sharegpt = text, _system_column(preset, names), form == "sharegpt"
+        self.text, self.system, self.sharegpt = text, _system_column(preset), form == "sharegpt"
         self.column = preset.messages or FORMATS[form][0]
         self.used = (self.column,)
-        self.description: dict[str, Any] = {"messages": self.column, **_shown(system=self.system)}
+        self.description: dict[str, Any] = {"messages": self.column, **_shown(names, system=self.system)}
 
     def conversation(self, row: dict[str, Any]) -> list[Message]:
         if row.get(TOOLS) not in (None, "", "[]", [], {}):
@@ -138,7 +138,7 @@ class _Pairs:
     """A request and its answer, each made of columns."""
 
     def __init__(self, text: TextRule, preset: "DatasetPreset", form: str, names: list[str]) -> None:
-        self.text, self.system = text, _system_column(preset, names)
+        self.text, self.system = text, _system_column(preset)
         self.request = _Request(text, preset, form, names)
         self.answer_column = preset.completion or FORMATS[form][1]
         self.answer: Callable[[Any, str], str] = text
@@ -146,7 +146,7 @@ class _Pairs:
         self.description: dict[str, Any] = {
             **self.request.description,
             "completion": self.answer_column,
-            **_shown(system=self.system),
+            **_shown(names, system=self.system),
         }
         if form == "classification":
             self.answer = _LabelRule(text, preset.labels)
@@ -170,19 +170,18 @@ class _Preference:
     """
 
     def __init__(self, text: TextRule, preset: "DatasetPreset", form: str, names: list[str]) -> None:
-        self.text, self.system = text, _system_column(preset, names)
+        self.text, self.system = text, _system_column(preset)
         self.request = _Request(text, preset, form, names) if preset.prompt_template else None
         self.prompt = self.request.field if self.request else preset.prompt or "prompt"
         self.chosen = preset.completion or FORMATS[form][0]
         self.rejected = preset.rejected or FORMATS[form][1]
         named = (preset.prompt,) if preset.prompt else ()
         self.used = (*(self.request.used if self.request else named), self.chosen, self.rejected)
-        shown = _shown(prompt=self.prompt if self.prompt in names else None)
         self.description: dict[str, Any] = {
-            **(self.request.description if self.request else shown),
+            **(self.request.description if self.request else _shown(names, prompt=self.prompt)),
             "completion": self.chosen,
             "rejected": self.rejected,
-            **_shown(system=self.system),
+            **_shown(names, system=self.system),
         }
 
     def conversation(self, row: dict[str, Any]) -> list[Message]:
@@ -328,14 +327,15 @@ def _with_system(text: TextRule, column: str | None, row: dict[str, Any], messag
     return [{"role": "system", "content": content}, *messages]
 
 
-def _system_column(preset: "DatasetPreset", names: list[str]) -> str | None:
+def _system_column(preset: "DatasetPreset") -> str | None:
     # Where the preset names columns, these are all that is read.
     named = preset.prompt or preset.completion or preset.prompt_template
-    return SYSTEM if SYSTEM in names and not named else None
+    return None if named else SYSTEM
 
 
-def _shown(**columns: str | None) -> dict[str, str]:
-    return {key: column for key, column in columns.items() if column}
+def _shown(names: list[str], **columns: str | None) -> dict[str, str]:
+    """Return those of the columns that a row need not have and the first one has."""
+    return {key: column for key, column in columns.items() if column in names and column}
 
 
 def _holds(messages: list[Message], prompt: list[Message]) -> bool:
