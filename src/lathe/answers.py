@@ -33,11 +33,13 @@ def answer(generator: Generator, conversations: Sequence[Conversation], *, max_n
     rows = [
         {
             "prompt": prompt,
-            "reference": str(conversation[-1]["content"]),
+            "reference": written.removeprefix(lead)
+            if conversation[-1].get("tool_calls")
+            else str(conversation[-1]["content"]),
             "completion": completion.text.removeprefix(lead),
             "finish_reason": completion.finish_reason,
         }
-        for prompt, conversation, completion in zip(prompts, conversations, completions, strict=True)
+        for (prompt, written, _), conversation, completion in zip(asked, conversations, completions, strict=True)
     ]
     stopped = sum(completion.finish_reason == "stop" for completion in completions)
     facts = {

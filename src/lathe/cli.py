@@ -12,7 +12,7 @@ import yaml
 
 from lathe import paths, stage
 from lathe.errors import InputError
-from lathe.params import Config, did_you_mean, load, read_yaml
+from lathe.params import SPLITS, Config, did_you_mean, load, read_yaml
 
 
 def main() -> None:
@@ -33,6 +33,13 @@ def main() -> None:
 
     command = commands.add_parser("schema", help="document every key of params.yaml: type, unit, range, meaning")
     command.set_defaults(run=lambda args: print_schema())
+
+    command = commands.add_parser("inspect", help="print processed rows as the model sees them, learnt tokens marked")
+    command.add_argument("--split", choices=SPLITS, default="train", help="which rows (default: train)")
+    command.add_argument("--rows", type=int, default=3, metavar="N", help="how many, from the first (default: 3)")
+    command.add_argument("--row", type=int, metavar="N", help="this one alone, by its line")
+    command.add_argument("--ids", action="store_true", help="one token a line, behind its id")
+    command.set_defaults(run=lambda args: inspect(args.split, args.rows, args.row, ids=args.ids))
 
     command = commands.add_parser("chat", help="talk to the GGUF with the best validation score")
     command.add_argument("--gguf", type=Path, metavar="FILE", help="another file to talk to")
@@ -61,6 +68,16 @@ def print_schema() -> None:
     from lathe.schema import markdown
 
     sys.stdout.write(markdown())
+
+
+def inspect(split: str, rows: int, row: int | None, *, ids: bool) -> None:
+    """Print rows of data/processed as training reads them."""
+    from lathe.show import show
+
+    for option, number in (("--rows", rows), ("--row", row)):
+        if number is not None and number < 1:
+            raise InputError(f"{option} {number}: must be at least 1; rows are counted from 1")
+    show(split, rows=rows, row=row, ids=ids, supervise=load().params.preprocess.supervise, out=sys.stdout)
 
 
 def talk(gguf: Path | None, prompt: str | None) -> None:

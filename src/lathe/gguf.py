@@ -131,7 +131,10 @@ def check_tokens(model: Path, gguf: Path, texts: list[str]) -> int:
                 raise InputError(f"{gguf}: its chat template is not the one in {model}; convert again from this folder")
             prompt = _chat_prompt(tokenizer)
             expected = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            if expected[:2] == [tokenizer.bos_token_id] * 2:
+            bos = tokenizer.bos_token_id
+            if bos is not None and expected[:1] != [bos] and tokenizer("text")["input_ids"][0] == bos:
+                expected = [bos, *expected]
+            if expected[:2] == [bos] * 2:
                 raise InputError(
                     f"{model}: its chat template begins a prompt with two {tokenizer.bos_token!r}; remove one"
                 )

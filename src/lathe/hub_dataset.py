@@ -28,7 +28,7 @@ ARCHIVES = (".zip", ".tar")  # would have to be opened to tell what is in them
 
 # The builders of the `datasets` library whose rows are texts and numbers, each with the files of its that `preprocess`
 # reads itself. (A .json on the hub may be one array or one object per line: the library tells them apart.)
-READ_UNCHANGED = {"parquet": ".parquet", "json": ".jsonl", "csv": ".csv", "arrow": None}
+READ_UNCHANGED = {"parquet": ".parquet", "json": ".jsonl", "csv": ".csv", "arrow": ".arrow"}
 
 
 class Layout:

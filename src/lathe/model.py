@@ -40,7 +40,10 @@ def load_tokenizer(folder: Path) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template:
-        raise InputError(f"{folder.name}: the model has no chat template; choose an instruction-tuned model")
+        raise InputError(
+            f"{folder.name}: the model has no chat template; choose an instruction-tuned model, or give its preset one "
+            "(template: chatml)"
+        )
     return tokenizer
 
 

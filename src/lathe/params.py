@@ -22,6 +22,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 Split = Literal["train", "validation", "test"]
+Format = Literal[
+    "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "preference", "classification"
+]
 
 SPLIT_OR_SLICE = r"\w+(\.\w+)*(\[(-?\d+)?:(-?\d+)?\]|\[(-?\d+%)?:(-?\d+%)?\])?"
 
@@ -193,7 +196,17 @@ class BuiltinModel(Section):
     source: Literal["builtin"]
 
 
-class LocalModel(Section):
+class Templated(Section):
+    """How the model's conversations are written, where its own chat template is missing or not wanted."""
+
+    template: Name | None = Field(
+        None,
+        description="chat template instead of the model's own: chatml, llama-3, mistral, gemma, plain, "
+        "or a file under models/local",
+    )
+
+
+class LocalModel(Templated):
     """A folder of the user's own: config.json, safetensors, tokenizer."""
 
     source: Literal["local"]
@@ -218,7 +231,7 @@ class HubRepository(Section):
         return value
 
 
-class HubModel(HubRepository):
+class HubModel(HubRepository, Templated):
     """A model on the Hugging Face Hub."""
 
     source: Literal["hub"]
@@ -230,21 +243,37 @@ ModelPreset = Annotated[BuiltinModel | LocalModel | HubModel, Field(discriminato
 class Columns(Section):
     """How a row's columns become chat messages."""
 
-    messages: Name | None = Field(None, description="column that holds a list of {role, content}")
+    format: Format | None = Field(None, description="what the columns hold; without it, their names tell")
+    messages: Name | None = Field(None, description="column that holds a list of {role, content}, or of {from, value}")
     prompt: Name | None = Field(None, description="column that holds the request")
-    completion: Name | None = Field(None, description="column that holds the answer")
+    completion: Name | None = Field(None, description="column that holds the answer, or its label")
     prompt_template: Name | None = Field(None, description="text of the request with {column} fields")
+    rejected: Name | None = Field(None, description="column that holds the worse answer of a preference pair")
+    labels: Annotated[list[Name], Field(min_length=1)] | None = Field(
+        None, description="text of each class, where the label column holds its number, from 0"
+    )
     system_prompt: Name | None = Field(None, description="system message for conversations that have none")
     limits: dict[Split, Positive] | None = Field(None, description="keep at most so many rows of a split")
 
     @model_validator(mode="after")
     def _one_way(self) -> "Columns":
-        if self.messages and (self.prompt or self.completion or self.prompt_template):
+        parts = bool(self.prompt or self.completion or self.prompt_template)
+        if self.messages and parts:
             raise ValueError("messages excludes prompt, completion and prompt_template; keep one way")
         if self.prompt and self.prompt_template:
             raise ValueError("prompt excludes prompt_template; keep one of them")
-        if bool(self.prompt or self.prompt_template) != bool(self.completion):
+        meant = self.format or ("preference" if self.rejected else "classification" if self.labels else None)
+        if meant is None and bool(self.prompt or self.prompt_template) != bool(self.completion):
             raise ValueError("completion goes with one of prompt, prompt_template; give both or neither")
+        for key, given, formats in (
+            ("messages", self.messages, ("messages", "sharegpt")),
+            ("rejected", self.rejected, ("preference",)),
+            ("labels", self.labels, ("classification",)),
+        ):
+            if given and (meant or formats[0]) not in formats:
+                raise ValueError(f"{key} does not go with the format {meant}; it belongs to {' and '.join(formats)}")
+        if parts and meant in ("messages", "sharegpt"):
+            raise ValueError(f"the format {meant} is read from one column; name it in messages, and nothing else")
         return self
 
 
@@ -255,7 +284,7 @@ class BuiltinDataset(Columns):
 
 
 class LocalDataset(Columns):
-    """A file or folder of the user's own: JSONL, JSON, CSV or Parquet."""
+    """A file or folder of the user's own: JSONL, JSON, CSV, Parquet or Arrow; gzip of the first three."""
 
     source: Literal["local"]
     path: Name = Field(description="file or folder under data/local")

@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lathe import model_folder, paths
+from lathe import model_folder, paths, templates
+from lathe.data.files import data_files, suffixes
 from lathe.errors import InputError
 from lathe.params import (
     BuiltinDataset,
@@ -17,9 +19,11 @@ from lathe.params import (
     LocalDataset,
     LocalModel,
     ModelPreset,
+    Templated,
 )
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+if TYPE_CHECKING:
+    from lathe.hub import Repository
 
 # What a model folder may give: safetensors, and the texts that describe them. Nothing that is unpickled or run.
 MODEL_PATTERNS = (
@@ -46,50 +50,30 @@ Origin = dict[str, str | None]
 def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> Origin:
     """Fill the empty `folder` with a Hugging Face model: config, safetensors, tokenizer, chat template.
 
-    Raises InputError where a local folder is missing, lies elsewhere than under models/local, or is no such model, and
-    where the hub cannot or will not give it.
+    Raises InputError where a local folder is missing, lies elsewhere than under models/local, or is no such model,
+    where the hub cannot or will not give it, and where the preset's template does not fit it.
     """
+    origin: Origin = {}
     match preset:
         case BuiltinModel():
             from lathe.builtin import tiny
 
             tiny.build(folder, seed)
         case LocalModel():
-            source = _local(preset.path, paths.MODELS_LOCAL)
-            if not source.is_dir():
-                raise InputError(
-                    f"{preset.path}: is a file; give the folder that holds config.json and the safetensors"
-                )
-            names = _model_files([file.name for file in source.iterdir() if file.is_file()], preset.path)
-            # What would fail an hour later, in `train` or `merge`, is seen in the headers.
-            model_folder.read_config(source)
-            model_folder.open_model(source)
-            for name in names:
-                # DVC makes a stage's outputs read-only, and what is linked with them too: right for gigabytes of
-                # weights, a nuisance for the texts beside them, which people edit.
-                bring = paths.link if name.endswith(".safetensors") else shutil.copyfile
-                bring(source / name, folder / name)
+            _bring(_local_model(preset.path), folder)
         case HubModel():
             from lathe.hub import Repository
 
             repository = Repository("model", preset.id, preset.revision)
-            names = _model_files([path for path in repository.paths if "/" not in path], preset.id)
-            model_folder.read_config(repository.files(["config.json"])["config.json"].parent)
-            if model_folder.INDEX_FILE in names:
-                names = _indexed(names, repository.files([model_folder.INDEX_FILE])[model_folder.INDEX_FILE], preset.id)
-            elif model_folder.SINGLE_FILE in names:
-                names = [
-                    name for name in names if not name.endswith(".safetensors") or name == model_folder.SINGLE_FILE
-                ]
-            for name, file in repository.files(names).items():
-                paths.link(file, folder / name)
-            model_folder.open_model(folder)
-            return {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
-    return {}
+            _bring(_hub_model(repository), folder)
+            origin = {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
+    if isinstance(preset, Templated) and preset.template:
+        templates.install(preset.template, folder)
+    return origin
 
 
 def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
-    """Fill the empty `folder` with the dataset's files, unchanged.
+    """Fill the empty `folder` with the dataset's files, unchanged; those of a folder `train/` are named `train-*`.
 
     Files of the hub are named for the splits they are used as; a slice of a split, or a format that `preprocess` does
     not read, becomes Parquet. Raises InputError where a local path is missing, lies elsewhere than under data/local, or
@@ -104,9 +88,15 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
                 write_jsonl(rows, folder / f"{split}.jsonl")
         case LocalDataset():
             source = _local(preset.path, paths.DATA_LOCAL)
-            for file in _data_files(source, preset.path):
+            files = data_files(source)
+            if not files:
+                raise InputError(
+                    f"{preset.path}: holds no data file; expected one of {suffixes()}, or folders train, validation, "
+                    "test of them"
+                )
+            for name, file in files.items():
                 # Copied, not linked: DVC makes a stage's outputs read-only, and these are the user's own files.
-                shutil.copyfile(file, folder / file.name)
+                shutil.copyfile(file, folder / name)
         case HubDataset():
             from lathe.hub import Repository
             from lathe.hub_dataset import Layout
@@ -143,6 +133,40 @@ def _local(path: str, home: Path) -> Path:
     return source
 
 
+def _local_model(path: str) -> dict[str, Path]:
+    """Return the files to take of a model folder, by name."""
+    source = _local(path, paths.MODELS_LOCAL)
+    if not source.is_dir():
+        raise InputError(f"{path}: is a file; give the folder that holds config.json and the safetensors")
+    names = _model_files([file.name for file in source.iterdir() if file.is_file()], path)
+    # What would fail an hour later, in `train` or `merge`, is seen in the headers.
+    model_folder.read_config(source)
+    model_folder.open_model(source)
+    return {name: source / name for name in names}
+
+
+def _hub_model(repository: "Repository") -> dict[str, Path]:
+    """Return the files to take of a repository, by name, where they lie in the hub's cache."""
+    names = _model_files([path for path in repository.paths if "/" not in path], repository.name)
+    model_folder.read_config(repository.files(["config.json"])["config.json"].parent)
+    if model_folder.INDEX_FILE in names:
+        names = _indexed(names, repository.files([model_folder.INDEX_FILE])[model_folder.INDEX_FILE], repository.name)
+    elif model_folder.SINGLE_FILE in names:
+        names = [name for name in names if not name.endswith(".safetensors") or name == model_folder.SINGLE_FILE]
+    files = repository.files(names)
+    model_folder.open_model(files["config.json"].parent)
+    return files
+
+
+def _bring(files: dict[str, Path], folder: Path) -> None:
+    """Link the weights, copy the texts beside them."""
+    for name, file in files.items():
+        # DVC makes a stage's outputs read-only, and what is linked with them too: right for gigabytes of weights, a
+        # nuisance for texts, which people edit, and a template of the preset's changes.
+        bring = paths.link if name.endswith(".safetensors") else shutil.copyfile
+        bring(file, folder / name)
+
+
 def _model_files(names: list[str], shown: str) -> list[str]:
     for name in ("config.json", "tokenizer_config.json"):
         if name not in names:
@@ -166,11 +190,3 @@ def _indexed(names: list[str], index: Path, shown: str) -> list[str]:
             f"{shown}: holds no {lacking[0]}, which {model_folder.INDEX_FILE} names; give a complete model"
         )
     return [name for name in names if not name.endswith(".safetensors") or name in shards]
-
-
-def _data_files(source: Path, shown: str) -> list[Path]:
-    files = [source] if source.is_file() else sorted(source.iterdir())
-    files = [file for file in files if file.suffix.lower() in DATA_SUFFIXES]
-    if not files:
-        raise InputError(f"{shown}: holds no data file; expected one of {', '.join('*' + s for s in DATA_SUFFIXES)}")
-    return files

@@ -3,6 +3,7 @@
 One template everywhere: training, evaluation and generation call `render`, and `encode` tokenises what it returns.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,12 +91,20 @@ def prompt_and_answer(
 ) -> tuple[str, str, str]:
     """Return the prompt of the last message, the answer as the template writes it behind, and what it adds at the end.
 
-    The three texts make up `render(messages)`; the last begins with the end token, after white space perhaps. Raises
-    TemplateError where the rendering does not begin with the prompt or does not hold the answer.
+    The prompt is the one of inference. The three texts make up `render(messages)`, but for a template that writes
+    earlier messages otherwise once there is an answer; the last begins with the end token, after white space perhaps.
+    Raises TemplateError where an answer is not written behind the prompt, or not as it is.
     """
     prompt = render(chat_template, messages[:-1], bos_token=bos_token, eos_token=eos_token, add_generation_prompt=True)
     whole = render(chat_template, messages, bos_token=bos_token, eos_token=eos_token)
     if not whole.startswith(prompt):
+        # Mistral Nemo's writes the system message only where a request comes last: then the answer is written as
+        # behind that request alone.
+        start = max((at for at, message in enumerate(messages[:-1]) if message["role"] == "user"), default=0)
+        if start > 0:
+            return prompt, *prompt_and_answer(
+                chat_template, messages[start:], bos_token=bos_token, eos_token=eos_token
+            )[1:]
         raise TemplateError(
             f"the chat template's generation prompt ends with {prompt[-20:]!r}, but its answers do not begin so; "
             "use a template whose generation prompt is how it writes answers"
@@ -105,7 +114,18 @@ def prompt_and_answer(
     answer = str(messages[-1]["content"]).rpartition("</think>")[2].strip()
     if answer not in written:
         raise TemplateError(f"the chat template does not write the answer {_shown(answer)} as it is; use one that does")
-    end = written.index(answer) + len(answer)
+    for message in messages:
+        if message["role"] == "tool" or message.get("tool_calls"):
+            _check_tools_are_written(message, written if message is messages[-1] else prompt)
+    if messages[-1].get("tool_calls"):
+        # Where calls end only the template knows: they take the place of a text, so what ends that ends them.
+        text = [*messages[:-1], {"role": "assistant", "content": "an answer"}]
+        _, _, rest = prompt_and_answer(chat_template, text, bos_token=bos_token, eos_token=eos_token)
+        end = len(written.removesuffix(rest).rstrip())
+        if not written.endswith(rest):
+            raise TemplateError("the chat template ends a tool call in another way than a text; use one that does not")
+    else:
+        end = written.index(answer) + len(answer)
     return prompt, written[:end], written[end:]
 
 
@@ -265,6 +285,17 @@ def _join(row: int, turns: list[tuple[list[int], list[int]]]) -> list[Encoded]:
         sequence.input_ids.extend(context + answer)
         sequence.supervised.extend([False] * len(context) + [True] * len(answer))
     return sequences
+
+
+def _check_tools_are_written(message: Message, rendered: str) -> None:
+    """Raise TemplateError where a tool's answer, or a call of one, is not in the rendering."""
+    expected = [str(message["content"]).strip()] if message["role"] == "tool" else []
+    for call in message.get("tool_calls") or []:
+        expected += [call["function"]["name"], *call["function"]["arguments"]]
+    for text in expected:
+        if text not in rendered and json.dumps(text, ensure_ascii=False)[1:-1] not in rendered:
+            what = "tool message" if message["role"] == "tool" else "tool call"
+            raise TemplateError(f"the chat template does not write the {what} {_shown(text)}; use one that does")
 
 
 def _shown(text: str) -> str:

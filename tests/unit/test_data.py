@@ -19,10 +19,13 @@ GOOD = {"prompt": "a question", "completion": "an answer"}
 
 @dataclass
 class Preset:
+    format: str | None = None
     messages: str | None = None
     prompt: str | None = None
     completion: str | None = None
     prompt_template: str | None = None
+    rejected: str | None = None
+    labels: list[str] | None = None
     system_prompt: str | None = None
     limits: dict[str, int] | None = None
 
@@ -193,7 +196,7 @@ def test_a_column_of_messages_is_kept_as_it_is(raw, run, suffix):
     put(raw, f"test{suffix}", [{"messages": CHAT[3:]}])
     prepared = run()
     assert prepared.splits["train"] == [{"messages": CHAT}]
-    assert prepared.report["columns"] == {"messages": "messages", "detected": True}
+    assert prepared.report["columns"] == {"format": "messages", "messages": "messages", "detected": True}
 
 
 @pytest.mark.parametrize(
@@ -203,31 +206,36 @@ def test_a_column_of_messages_is_kept_as_it_is(raw, run, suffix):
             Preset(prompt="question", completion="answer"),
             {"question": "q", "answer": "a", "other": 1},
             [("user", "q"), ("assistant", "a")],
-            {"prompt": "question", "completion": "answer", "detected": False},
+            {"format": "prompt_completion", "prompt": "question", "completion": "answer", "detected": False},
         ),
         (
             Preset(prompt_template="{instruction}\n\n{input} {{x}}", completion="output"),
             {"instruction": "Add", "input": "", "output": "3"},
             [("user", "Add\n\n {x}"), ("assistant", "3")],
-            {"prompt_template": "{instruction}\n\n{input} {{x}}", "completion": "output", "detected": False},
+            {
+                "format": "prompt_completion",
+                "prompt_template": "{instruction}\n\n{input} {{x}}",
+                "completion": "output",
+                "detected": False,
+            },
         ),
         (
             Preset(messages="chat", system_prompt="Be kind."),
             {"chat": CHAT[1:3]},
             [("system", "Be kind."), ("user", "a"), ("assistant", "b")],
-            {"messages": "chat", "detected": False},
+            {"format": "messages", "messages": "chat", "detected": False},
         ),
         (
             Preset(messages="chat", system_prompt="Be kind."),
             {"chat": CHAT[:3]},
             [("system", "Be brief."), ("user", "a"), ("assistant", "b")],
-            {"messages": "chat", "detected": False},
+            {"format": "messages", "messages": "chat", "detected": False},
         ),
         (
             Preset(messages="chat"),
             {"chat": [{"role": "system", "content": ""}, *CHAT[1:3]]},
             [("user", "a"), ("assistant", "b")],
-            {"messages": "chat", "detected": False},
+            {"format": "messages", "messages": "chat", "detected": False},
         ),
     ],
 )
@@ -364,21 +372,21 @@ BAD_CHATS = [
         chat({"from": "human", "value": "q"}),
         "missing_key",
         "messages[0].role",
-        "is missing; the message has 'from', 'value'",
+        "is missing; the message has 'from', 'value'; ShareGPT's keys are read with format: sharegpt",
     ),
     (
         "unknown role",
         chat({"role": "human", "content": "q"}, ANSWER),
         "unknown_role",
         "messages[0].role",
-        "is the text 'human'; expected one of system, user, assistant",
+        "is the text 'human'; expected one of system, user, assistant, tool",
     ),
     (
         "null role",
         chat({"role": None, "content": "q"}, ANSWER),
         "unknown_role",
         "messages[0].role",
-        "is null; expected one of system, user, assistant",
+        "is null; expected one of system, user, assistant, tool",
     ),
     (
         "content of parts",
@@ -395,11 +403,11 @@ BAD_CHATS = [
         "is null; expected text",
     ),
     (
-        "tool call",
+        "tool call without arguments",
         chat(USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}),
         "tool_call",
-        "messages[1].tool_calls",
-        "is not supported; expected text messages only",
+        "messages[1].tool_calls[0].arguments",
+        "is missing; the call has 'name'",
     ),
     (
         "empty question",
@@ -456,7 +464,7 @@ BAD_CHATS = [
         chat({"role": "system", "content": ""}, USER, ANSWER, ANSWER),
         "roles_out_of_order",
         "messages[3].role",
-        "assistant follows assistant; expected user",
+        "assistant follows assistant; expected user or tool",
     ),
     (
         "lone surrogate",
@@ -609,14 +617,16 @@ BAD_FILES = [
     ("data.csv", b"prompt,prompt\nq,a\n", "data.csv:1: the header names 'prompt' twice; rename one of them"),
     (
         "data.jsonl",
-        b'{"text": "q", "label": 1}\n',
-        "data.jsonl: has the columns 'text', 'label'; expected messages, or prompt and completion; name yours in the "
+        b'{"title": "q", "body": "a"}\n',
+        "data.jsonl: has the columns 'title', 'body'; expected those of a format (messages; conversations; instruction "
+        "+ output; prompt + completion; question + answer; chosen + rejected; text + label); name yours in the "
         "dataset's preset (messages, prompt + completion, prompt_template + completion)",
     ),
     (
         "data.txt",
         b"text",
-        "data.txt: not a data file; expected one of *.jsonl, *.json, *.csv, *.parquet; remove or convert it",
+        "data.txt: not a data file; expected one of *.jsonl, *.json, *.csv, *.parquet, *.arrow, *.jsonl.gz, *.json.gz, "
+        "*.csv.gz; remove or convert it",
     ),
     (
         "test.jsonl",
@@ -908,3 +918,37 @@ def test_supervising_the_last_turn_alone_lowers_the_share(raw, run):
     put(raw, "test.jsonl", rows[10:])
     every, last = (run(supervise=turns).report["splits"]["train"]["supervised_tokens"] for turns in ("all", "last"))
     assert (every, last) == (4, 2)
+
+
+def test_a_preference_pair_keeps_its_rejected_answer_in_the_processed_row(raw, run):
+    rows = [{"prompt": f"q{n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(40)]
+    put(raw, "data.jsonl", rows)
+    prepared = run(max_dropped_fraction=0.0)
+    found = {
+        (row["messages"][0]["content"], row["messages"][1]["content"], row["rejected"][0]["content"])
+        for split in prepared.splits.values()
+        for row in split
+    }
+    assert found == {tuple(row.values()) for row in rows}
+    assert prepared.report["columns"]["format"] == "preference"
+
+
+def test_rows_that_differ_in_their_tool_calls_alone_are_no_duplicates(raw, run, tokenizer):
+    def calling(question, city):
+        call = {"name": "weather", "arguments": {"city": city}}
+        user = {"role": "user", "content": question}
+        return {"messages": [user, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = plain.replace(
+        "message.content + '", "message.content + (message.tool_calls or '')|string + '"
+    )
+    try:
+        for name, cities in (("train", ["Oslo", "Rome", "Rome"]), ("validation", ["Bonn"]), ("test", ["Bern"])):
+            put(raw, f"{name}.jsonl", [calling(name, city) for city in cities])
+        prepared = run()
+    finally:
+        tokenizer.chat_template = plain
+    assert dropped(prepared) == {"duplicate": 1}
+    assert len(prepared.splits["train"]) == 2
+    assert all(row["messages"][1]["tool_calls"] for row in prepared.splits["train"])

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lathe.data.conversations import Columns, RowFault
-from lathe.data.reading import SPLITS, Fault, read_rows, split_files
+from lathe.data.conversations import Columns
+from lathe.data.files import SPLITS, split_files, suffix_of
+from lathe.data.messages import RowFault
+from lathe.data.reading import Fault, read_rows
 from lathe.data.splits import Row, Splits, divide, keyed
 from lathe.errors import InputError
 
@@ -24,7 +26,10 @@ QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 @dataclass(frozen=True)
 class Prepared:
-    """The rows of each split, `{"messages": [{"role", "content"}, ...]}`, and the report on all that were read."""
+    """The rows of each split, `{"messages": [{"role", "content"}, ...]}`, and the report on all that were read.
+
+    A row made of a preference pair holds `rejected` too: the worse answer, as a list of one message.
+    """
 
     splits: dict[str, list[dict[str, Any]]]
     report: dict[str, Any]
@@ -73,7 +78,7 @@ def prepare(
     account.check(max_dropped_fraction, measured)
     account.check_not_empty(splits)
     return Prepared(
-        splits={name: [{"messages": row.messages} for row in splits.rows[name]] for name in SPLITS},
+        splits={name: [{"messages": row.messages, **row.extras} for row in splits.rows[name]] for name in SPLITS},
         report=account.report(splits, lengths),
     )
 
@@ -197,12 +202,13 @@ def _read(
                 names.update(dict.fromkeys(raw_row.value))
                 columns = columns or Columns(preset, names, file.name, control_tokens)
                 try:
-                    rows[split].append(keyed(raw_row.at, columns.conversation(raw_row.value), seed))
+                    messages, extras = columns.conversation(raw_row.value), columns.extras(raw_row.value)
+                    rows[split].append(keyed(raw_row.at, messages, seed, extras))
                 except RowFault as error:
                     account.dropped[split].add(raw_row.at, error.fault, unusable=True)
             if columns and names:
                 columns.require(names, file.name)
-            account.files[file.name] = {"split": split, "format": file.suffix.lower()[1:], "rows": count}
+            account.files[file.name] = {"split": split, "format": (suffix_of(file) or "")[1:], "rows": count}
     if columns:
         account.columns = {**columns.description, "detected": columns.detected}
     return rows

@@ -1,33 +1,40 @@
-"""From a raw row's columns to a validated conversation."""
+"""From a raw row's columns to a validated conversation, by the format of the dataset."""
 
 import re
 import string
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from lathe.data.reading import Fault, RepeatedKey, kind
+from lathe.data.messages import Message, RowFault, TextRule, check_order, conversation, listed, pair, turns
+from lathe.data.reading import kind
 from lathe.errors import InputError
 
 if TYPE_CHECKING:
     from lathe.params import DatasetPreset
 
-Message = dict[str, str]
+# The columns by which each format is known, and is read unless the preset names others.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "question_answer": ("question", "answer"),
+    "preference": ("chosen", "rejected"),
+    "classification": ("text", "label"),
+}
 
-ROLES = ("system", "user", "assistant")
+ALPACA_INPUT = "input"  # a row may lack it, or leave it empty
+SYSTEM = "system"  # likewise, in every format that has no list of messages for it
+TOOLS = "tools"
 
-
-class RowFault(Exception):  # noqa: N818
-    """A row that cannot become a conversation; carries the Fault."""
-
-    def __init__(self, reason: str, field: str | None, problem: str) -> None:
-        super().__init__(problem)
-        self.fault = Fault(reason, field, problem)
+SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
 class Columns:
     """How the columns of a dataset become messages: as its preset says, or as its column names tell.
 
-    `used` are the columns that every row must have, `description` is what the report says of them.
+    `used` are the columns that every row must have, `description` is what the report says of them, `detected` whether
+    the column names alone decided.
     """
 
     def __init__(
@@ -38,141 +45,327 @@ class Columns:
         No text may hold one of the `control_tokens`: it would end its own turn.
         """
         names = list(names)
-        text = _TextRule(control_tokens)
-        messages, prompt, completion = preset.messages, preset.prompt, preset.completion
-        template = preset.prompt_template
-        self.detected = not (messages or prompt or completion or template)
-        if self.detected:
-            if "messages" in names:
-                messages = "messages"
-            elif "prompt" in names and "completion" in names:
-                prompt, completion = "prompt", "completion"
-            else:
-                raise InputError(
-                    f"{file}: has the columns {_listed(names)}; expected messages, or prompt and completion; "
-                    "name yours in the dataset's preset (messages, prompt + completion, prompt_template + completion)"
-                )
-        self.used: tuple[str, ...]
-        self.read: Callable[[dict[str, Any]], list[Message]]
-        self.description: dict[str, Any]
-        if messages:
-            self.used, self.read = (messages,), lambda row: _conversation(text, row[messages], messages)
-            self.description = {"messages": messages}
-        elif template and completion:
-            parts = _template_parts(template)
-            self.used = (*dict.fromkeys(column for _, column in parts if column), completion)
-            self.read = lambda row: _pair(
-                _filled(text, parts, row), "prompt_template", text(row[completion], completion), completion
-            )
-            self.description = {"prompt_template": template, "completion": completion}
-        elif prompt and completion:
-            self.used = (prompt, completion)
-            self.read = lambda row: _pair(
-                text(row[prompt], prompt), prompt, text(row[completion], completion), completion
-            )
-            self.description = {"prompt": prompt, "completion": completion}
-        else:
-            raise InputError(
-                "presets.yaml: the dataset names only half of its columns; completion goes with one of prompt, "
-                "prompt_template"
-            )
+        text = TextRule(control_tokens)
+        named = _named_format(preset)
+        self.detected = not named
+        form = named or _detected_format(names, file)
+        self.format = _READERS[form](text, preset, form, names)
+        self.used = self.format.used
+        self.description = {"format": form, **self.format.description}
 
     def conversation(self, row: dict[str, Any]) -> list[Message]:
         """Return the row's messages; raises RowFault."""
         for column in self.used:
             if column not in row:
-                raise RowFault("missing_column", column, f"is missing; the row has {_listed(row)}")
-        return self.read(row)
+                raise RowFault("missing_column", column, f"is missing; the row has {listed(row)}")
+        return self.format.conversation(row)
+
+    def extras(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return what a processed row keeps beside its messages, of a row that `conversation` has accepted.
+
+        A preference pair keeps `rejected`: a list of one message, which stands for the last of `messages`.
+        """
+        return self.format.extras(row)
 
     def require(self, names: Iterable[str], file: str) -> None:
         """Raise InputError where a column is in no row of the file."""
         names = list(names)
         for column in self.used:
             if column not in names:
-                raise InputError(
-                    f"{file}: no row has the column {column!r}, which the dataset's preset names; "
-                    f"its columns: {_listed(names)}"
+                why = (
+                    f"which the format {self.description['format']} needs"
+                    if self.detected
+                    else "which the dataset's preset names"
                 )
+                raise InputError(f"{file}: no row has the column {column!r}, {why}; its columns: {listed(names)}")
 
 
-class _TextRule:
-    """Lets plain text pass, and nothing else."""
+def _named_format(preset: "DatasetPreset") -> str | None:
+    if preset.format:
+        return preset.format
+    if preset.messages:
+        return "messages"
+    if preset.rejected:
+        return "preference"
+    if preset.labels:
+        return "classification"
+    if preset.completion and (preset.prompt or preset.prompt_template):
+        return "prompt_completion"
+    if preset.completion or preset.prompt or preset.prompt_template:
+        raise InputError(
+            "presets.yaml: the dataset names only half of its columns; completion goes with one of prompt, "
+            "prompt_template"
+        )
+    return None
 
-    def __init__(self, control_tokens: re.Pattern[str]) -> None:
-        self.control_tokens = control_tokens
+
+def _detected_format(names: list[str], file: str) -> str:
+    fitting = [form for form, columns in FORMATS.items() if set(columns) <= set(names)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise InputError(
+            f"{file}: its columns {listed(names)} fit the formats {' and '.join(fitting)}; say in the dataset's preset "
+            f"which one is meant (format: {fitting[0]})"
+        )
+    known = "; ".join(" + ".join(columns) for columns in FORMATS.values())
+    raise InputError(
+        f"{file}: has the columns {listed(names)}; expected those of a format ({known}); name yours in the dataset's "
+        "preset (messages, prompt + completion, prompt_template + completion)"
+    )
+
+
+class _Messages:
+    """A column that holds the whole conversation."""
+
+    def __init__(self, text: TextRule, preset: "DatasetPreset", form: str, names: list[str]) -> None:
+        self.text, self.system, self.sharegpt = text, _system_column(preset), form == "sharegpt"
+        self.column = preset.messages or FORMATS[form][0]
+        self.used = (self.column,)
+        self.description: dict[str, Any] = {"messages": self.column, **_shown(names, system=self.system)}
+
+    def conversation(self, row: dict[str, Any]) -> list[Message]:
+        if row.get(TOOLS) not in (None, "", "[]", [], {}):
+            raise RowFault("tools", TOOLS, "is not supported; put the definitions of the tools into a system message")
+        messages = conversation(self.text, row[self.column], self.column, sharegpt=self.sharegpt)
+        return _with_system(self.text, self.system, row, messages)
+
+    def extras(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+
+class _Pairs:
+    """A request and its answer, each made of columns."""
+
+    def __init__(self, text: TextRule, preset: "DatasetPreset", form: str, names: list[str]) -> None:
+        self.text, self.system = text, _system_column(preset)
+        self.request = _Request(text, preset, form, names)
+        self.answer_column = preset.completion or FORMATS[form][1]
+        self.answer: Callable[[Any, str], str] = text
+        self.used: tuple[str, ...] = (*self.request.used, self.answer_column)
+        self.description: dict[str, Any] = {
+            **self.request.description,
+            "completion": self.answer_column,
+            **_shown(names, system=self.system),
+        }
+        if form == "classification":
+            self.answer = _LabelRule(text, preset.labels)
+            if preset.labels:
+                self.description["labels"] = preset.labels
+
+    def conversation(self, row: dict[str, Any]) -> list[Message]:
+        answer = self.answer(row[self.answer_column], self.answer_column)
+        messages = pair(self.request(row), self.request.field, answer, self.answer_column)
+        return _with_system(self.text, self.system, row, messages)
+
+    def extras(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+
+class _Preference:
+    r"""Two answers to one request, of which `chosen` is learnt.
+
+    Both are texts, or both lists of messages. A list that begins with the assistant's message goes on where the prompt
+    ends; any other holds the whole conversation. Texts without a prompt are transcripts that begin with "\n\nHuman:".
+    """
+
+    def __init__(self, text: TextRule, preset: "DatasetPreset", form: str, names: list[str]) -> None:
+        self.text, self.system = text, _system_column(preset)
+        self.request = _Request(text, preset, form, names) if preset.prompt_template else None
+        self.prompt = self.request.field if self.request else preset.prompt or "prompt"
+        self.chosen = preset.completion or FORMATS[form][0]
+        self.rejected = preset.rejected or FORMATS[form][1]
+        named = (preset.prompt,) if preset.prompt else ()
+        self.used = (*(self.request.used if self.request else named), self.chosen, self.rejected)
+        self.description: dict[str, Any] = {
+            **(self.request.description if self.request else _shown(names, prompt=self.prompt)),
+            "completion": self.chosen,
+            "rejected": self.rejected,
+            **_shown(names, system=self.system),
+        }
+
+    def conversation(self, row: dict[str, Any]) -> list[Message]:
+        chosen, rejected = self._whole(row, self.chosen), self._whole(row, self.rejected)
+        if chosen[:-1] != rejected[:-1]:
+            raise RowFault(
+                "different_prompts",
+                self.rejected,
+                f"answers another conversation than {self.chosen}; expected the same up to the last message",
+            )
+        if chosen[-1] == rejected[-1]:
+            raise RowFault("same_answers", self.rejected, f"is equal to {self.chosen}; expected another answer")
+        return _with_system(self.text, self.system, row, chosen)
+
+    def extras(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"rejected": self._whole(row, self.rejected)[-1:]}
+
+    def _whole(self, row: dict[str, Any], column: str) -> list[Message]:
+        value = row[column]
+        if isinstance(row[self.chosen], list) != isinstance(value, list):
+            raise RowFault(
+                "not_alike",
+                column,
+                f"is {kind(value)} but {self.chosen} is {kind(row[self.chosen])}; expected both alike",
+            )
+        prompt = self._prompt(row)
+        if isinstance(value, list):
+            messages = turns(self.text, value, column)
+            if messages and messages[0]["role"] == "assistant" and prompt:
+                messages = [*prompt, *messages]
+            elif prompt and not _holds(messages, prompt):
+                raise RowFault(
+                    "different_prompts", column, f"does not hold the {self.prompt}; expected the conversation it begins"
+                )
+        elif prompt:
+            answer = self.text(value, column)
+            if not answer.strip():
+                raise RowFault("empty_answer", column, "is empty; expected text")
+            messages = [*prompt, {"role": "assistant", "content": answer}]
+        else:
+            messages = _transcript(self.text(value, column), column)
+        check_order(messages, column)
+        return messages
+
+    def _prompt(self, row: dict[str, Any]) -> list[Message]:
+        field = self.prompt
+        value: Any = self.request(row) if self.request else row.get(field)
+        if value is None and field not in self.used:
+            return []
+        if isinstance(value, list):
+            return turns(self.text, value, field)
+        prompt = self.text(value, field)
+        if not prompt.strip():
+            raise RowFault("empty_prompt", field, "is empty; expected text")
+        return [{"role": "user", "content": prompt}]
+
+
+class _Request:
+    """What is asked: one column, a template of several, or Alpaca's instruction and input."""
+
+    def __init__(self, text: TextRule, preset: "DatasetPreset", form: str, names: list[str]) -> None:
+        self.text = text
+        self.column = preset.prompt or FORMATS[form][0]
+        self.parts = _template_parts(preset.prompt_template) if preset.prompt_template else None
+        self.input = ALPACA_INPUT if form == "alpaca" and not preset.prompt_template else None
+        self.field = "prompt_template" if self.parts else self.column
+        self.used: tuple[str, ...] = (self.column,)
+        self.description: dict[str, Any] = {"prompt": self.column}
+        if preset.prompt_template and self.parts:
+            self.used = tuple(dict.fromkeys(column for _, column in self.parts if column))
+            self.description = {"prompt_template": preset.prompt_template}
+        elif self.input in names:
+            self.description["input"] = self.input
+
+    def __call__(self, row: dict[str, Any]) -> str:
+        """Return the request; raises RowFault where a column is no text."""
+        if self.parts:
+            parts = (literal + (self.text(row[column], column) if column else "") for literal, column in self.parts)
+            return "".join(parts).rstrip()  # where the last column is empty, nothing but blank lines stands behind
+        request = self.text(row[self.column], self.column)
+        more = row.get(self.input) if self.input else None
+        if self.input and more is not None and self.text(more, self.input).strip():
+            return f"{request}\n\n{more}"
+        return request
+
+
+class _LabelRule:
+    """Lets the text of a label pass; a number is a place in the list of names."""
+
+    def __init__(self, text: TextRule, names: list[str] | None) -> None:
+        self.text, self.names = text, names
 
     def __call__(self, value: Any, field: str) -> str:
-        if not isinstance(value, str):
-            raise RowFault("not_text", field, f"is {kind(value)}; expected text")
-        if "\0" in value:
-            raise RowFault("invalid_unicode", field, "holds a NUL character; expected text without")
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                code = f"\\u{ord(value[error.start]):04x}"
-                raise RowFault("invalid_unicode", field, f"holds half a surrogate pair ({code})") from None
-        if token := self.control_tokens.search(value):
-            raise RowFault("control_token", field, f"holds the model's control token {token[0]!r}")
-        return value
-
-
-def _conversation(text: _TextRule, value: Any, field: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise RowFault("not_a_list", field, f"is {kind(value)}; expected a list of {{role, content}} objects")
-    messages = []
-    for index, item in enumerate(value):
-        message = _message(text, item, f"{field}[{index}]")
-        if message["content"].strip():
-            messages.append(message)
-        elif message["role"] != "system" or index > 0:  # many sources fill in "" where there is no system message
-            reason = "empty_answer" if message["role"] == "assistant" else "empty_prompt"
-            raise RowFault(reason, f"{field}[{index}].content", "is empty; expected text")
-    _check_order(messages, field, start=len(value) - len(messages))
-    return messages
-
-
-def _message(text: _TextRule, value: Any, field: str) -> Message:
-    if isinstance(value, RepeatedKey):
-        raise RowFault("duplicate_key", f"{field}.{value.key}", "occurs twice in one object; expected once")
-    if not isinstance(value, dict):
-        raise RowFault("not_an_object", field, f"is {kind(value)}; expected an object with role and content")
-    for key in ("role", "content"):
-        if key not in value:
-            raise RowFault("missing_key", f"{field}.{key}", f"is missing; the message has {_listed(value)}")
-    role = value["role"]
-    if role not in ROLES:
-        raise RowFault("unknown_role", f"{field}.role", f"is {kind(role)}; expected one of {', '.join(ROLES)}")
-    for key in ("tool_calls", "function_call"):
-        if value.get(key):
-            raise RowFault("tool_call", f"{field}.{key}", "is not supported; expected text messages only")
-    return {"role": role, "content": text(value["content"], f"{field}.content")}
-
-
-def _check_order(messages: list[Message], field: str, *, start: int) -> None:
-    if not messages:
-        raise RowFault("no_answer", field, "is empty; expected at least a user and an assistant message")
-    for index, message in enumerate(messages):
-        first = index == 0
-        previous = None if first else messages[index - 1]["role"]
-        expected = {None: "system or user", "system": "user", "user": "assistant", "assistant": "user"}[previous]
-        if message["role"] not in expected.split(" or "):
-            before = "comes first" if first else f"follows {previous}"
+        """Return the label's text; raises RowFault."""
+        number = _whole_number(value)
+        if self.names is None:
+            if number is not None:
+                remedy = "name the labels in the dataset's preset (`labels`), or give it prompt and completion"
+                raise RowFault("unnamed_label", field, f"is {kind(value)}; expected the label's text; {remedy}")
+            return self.text(value, field).strip()
+        if isinstance(value, str) and value.strip() in self.names:
+            return value.strip()
+        if number is None:
+            known = listed(self.names)
+            raise RowFault("unknown_label", field, f"is {kind(value)}; expected one of {known}, or its number from 0")
+        if not 0 <= number < len(self.names):
             raise RowFault(
-                "roles_out_of_order",
-                f"{field}[{start + index}].role",
-                f"{message['role']} {before}; expected {expected}",
+                "label_out_of_range",
+                field,
+                f"is {kind(value)}; expected 0 to {len(self.names) - 1}, a place in the preset's `labels`",
             )
-    if messages[-1]["role"] != "assistant":
-        raise RowFault("no_answer", field, f"ends with {messages[-1]['role']}; expected an assistant message last")
+        return self.names[number]
 
 
-def _pair(prompt: str, prompt_field: str, answer: str, answer_field: str) -> list[Message]:
-    if not prompt.strip():
-        raise RowFault("empty_prompt", prompt_field, "is empty; expected text")
-    if not answer.strip():
-        raise RowFault("empty_answer", answer_field, "is empty; expected text")
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+_READERS: dict[str, type[_Messages] | type[_Pairs] | type[_Preference]] = {
+    "messages": _Messages,
+    "sharegpt": _Messages,
+    "alpaca": _Pairs,
+    "prompt_completion": _Pairs,
+    "question_answer": _Pairs,
+    "preference": _Preference,
+    "classification": _Pairs,
+}
+
+
+def _whole_number(value: Any) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,9}", value.strip(), re.ASCII):
+        return int(value)
+    return None
+
+
+def _with_system(text: TextRule, column: str | None, row: dict[str, Any], messages: list[Message]) -> list[Message]:
+    content = row.get(column) if column else None
+    if column is None or content is None or not text(content, column).strip():
+        return messages
+    if messages[0]["role"] == "system":
+        raise RowFault(
+            "two_system_messages", column, "is given though the messages begin with one; expected one of them"
+        )
+    return [{"role": "system", "content": content}, *messages]
+
+
+def _system_column(preset: "DatasetPreset") -> str | None:
+    # Where the preset names columns, these are all that is read.
+    named = preset.prompt or preset.completion or preset.prompt_template
+    return None if named else SYSTEM
+
+
+def _shown(names: list[str], **columns: str | None) -> dict[str, str]:
+    """Return those of the columns that a row need not have and the first one has."""
+    return {key: column for key, column in columns.items() if column in names and column}
+
+
+def _holds(messages: list[Message], prompt: list[Message]) -> bool:
+    """Tell whether the conversation holds the prompt: as it stands, or as the text of one of the user's messages."""
+    if len(prompt) == 1:
+        return any(
+            message["role"] == "user" and message["content"].strip() == prompt[0]["content"].strip()
+            for message in messages
+        )
+    return messages[: len(prompt)] == prompt
+
+
+def _transcript(value: str, field: str) -> list[Message]:
+    before, *spoken = SPEAKER.split(value)
+    if before.strip() or not spoken:
+        raise RowFault(
+            "no_prompt",
+            field,
+            "is a text beside no prompt column; expected one, or a transcript that begins with '\\n\\nHuman:'",
+        )
+    messages = []
+    for speaker, said in zip(spoken[::2], spoken[1::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if not said.strip():
+            raise RowFault(
+                "empty_answer" if role == "assistant" else "empty_prompt",
+                field,
+                f"has an empty turn of {speaker}; expected text",
+            )
+        messages.append({"role": role, "content": said.strip()})
+    return messages
 
 
 def _template_parts(template: str) -> list[tuple[str, str | None]]:
@@ -188,13 +381,3 @@ def _template_parts(template: str) -> list[tuple[str, str | None]]:
     if not any(column for _, column, _, _ in parsed):
         raise InputError(f"presets.yaml: prompt_template {template!r}: names no column; {remedy}")
     return [(literal, column) for literal, column, _, _ in parsed]
-
-
-def _filled(text: _TextRule, parts: list[tuple[str, str | None]], row: dict[str, Any]) -> str:
-    return "".join(literal + (text(row[column], column) if column else "") for literal, column in parts)
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    shown = ", ".join(repr(name) for name in names[:12]) + (", ..." if len(names) > 12 else "")
-    return shown or "none"

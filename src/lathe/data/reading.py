@@ -1,24 +1,22 @@
 """From files as the source gave them to rows that know where they stand."""
 
 import csv
+import gzip
 import json
-import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
+from lathe.data.files import suffix_of
 from lathe.errors import InputError
 
-SPLITS = ("train", "validation", "test")
+ROWS_PER_BATCH = 1000  # made Python objects at once, of an Arrow or Parquet file
 
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("test",),
-}
-_SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+ARROW_FILE = b"ARROW1"
+ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,63 +46,31 @@ class RepeatedKey:
     key: str
 
 
-def split_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the data files of a folder by split, shards sorted by name; hidden files are passed over.
-
-    Files are named for their split (`train.jsonl`, `val-00000-of-00002.parquet`); a folder of which no file is, is all
-    train. Raises InputError for another extension, and where names do not say which file is which.
-    """
-    files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
-    if not files:
-        raise InputError(f"{folder.name}: holds no data file; expected one of {_extensions()}")
-    for file in files:
-        if file.suffix.lower() not in READERS or not file.is_file():
-            raise InputError(f"{file.name}: not a data file; expected one of {_extensions()}; remove or convert it")
-
-    names = {file: _split_name(file) for file in files}
-    if not any(names.values()):
-        return {"train": files}
-    by_split: dict[str, list[Path]] = {}
-    for file, name in names.items():
-        if name is None:
-            raise InputError(
-                f"{file.name}: belongs to no split while other files do; begin its name with one of "
-                f"{', '.join(SPLITS)}, or remove it"
-            )
-        others = by_split.setdefault(_SPLIT_OF[name], [])
-        if others and (names[others[0]], others[0].suffix.lower()) != (name, file.suffix.lower()):
-            raise InputError(
-                f"{file.name}: {others[0].name} is the {_SPLIT_OF[name]} split too; keep one of them, "
-                "or name shards alike (train-0.jsonl, train-1.jsonl)"
-            )
-        others.append(file)
-    return {split: by_split[split] for split in SPLITS if split in by_split}
-
-
 def read_rows(file: Path) -> Iterator[RawRow]:
-    """Yield the rows of a JSONL, JSON, CSV or Parquet file; a value that is a Fault is a row that cannot be read.
+    """Yield the rows of a data file, of one of `files.SUFFIXES`; a value that is a Fault is a row that cannot be read.
 
-    Raises InputError where the file as a whole is at fault: not UTF-8, cut short, empty, a quote left open.
+    Rows are read as they are asked for; a JSON array alone is read whole. Raises InputError where the file as a whole
+    is at fault: not UTF-8, cut short, empty, a quote left open.
     """
-    empty = True
-    for row in READERS[file.suffix.lower()](file):
-        empty = False
-        yield row
-    if empty:
+    number = 0
+    try:
+        for row in READERS[suffix_of(file) or ""](file):
+            number += 1
+            yield row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(
+            f"{file.name} after row {number}: not a whole gzip file: {_first_line(error)}; is it cut short?"
+        ) from None
+    if number == 0:
         raise InputError(f"{file.name}: holds no row; give a file with data or remove it")
 
 
-def _split_name(file: Path) -> str | None:
-    word = re.split(r"[-_.]", file.name.lower(), maxsplit=1)[0]
-    return word if word in _SPLIT_OF else None
-
-
-def _extensions() -> str:
-    return ", ".join(f"*{suffix}" for suffix in READERS)
+def _opened(file: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(file)) if file.suffix.lower() == ".gz" else file.open("rb")
 
 
 def _read_jsonl(file: Path) -> Iterator[RawRow]:
-    with file.open("rb") as lines:
+    with _opened(file) as lines:
         for number, line in enumerate(lines, start=1):
             text = _text(line, file, number).rstrip("\r\n")
             if not text.strip():
@@ -117,7 +83,8 @@ def _read_jsonl(file: Path) -> Iterator[RawRow]:
 
 
 def _read_json(file: Path) -> Iterator[RawRow]:
-    text = _text(file.read_bytes(), file, 1)
+    with _opened(file) as whole:
+        text = _text(whole.read(), file, 1)
     if not text.strip():
         return
     try:
@@ -137,7 +104,7 @@ def _read_json(file: Path) -> Iterator[RawRow]:
 
 def _read_csv(file: Path) -> Iterator[RawRow]:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 kB
-    with file.open("rb") as lines:
+    with _opened(file) as lines:
         reader = csv.reader((_text(line, file, number) for number, line in enumerate(lines, start=1)), strict=True)
         header: list[str] | None = None
         while True:
@@ -160,22 +127,69 @@ def _read_csv(file: Path) -> Iterator[RawRow]:
 
 
 def _read_parquet(file: Path) -> Iterator[RawRow]:
-    import pyarrow
     import pyarrow.parquet
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            yield from table.iter_batches(batch_size=ROWS_PER_BATCH)
+
+    return _table_rows(file, "Parquet", batches)
+
+
+def _read_arrow(file: Path) -> Iterator[RawRow]:
+    """Both forms of Arrow's IPC: the file, and the stream that `datasets.save_to_disk` writes."""
+    import pyarrow
+
+    def batches() -> Iterator[Any]:
+        with file.open("rb") as start:
+            is_file = start.read(len(ARROW_FILE)) == ARROW_FILE
+        with pyarrow.OSFile(str(file)) as source:
+            if is_file:
+                table = pyarrow.ipc.open_file(source)
+                for index in range(table.num_record_batches):
+                    yield table.get_batch(index)
+                return
+            yield from pyarrow.ipc.open_stream(source)
+            # A stream cut between two batches reads like a shorter one.
+            source.seek(max(0, source.size() - len(ARROW_STREAM_END)))
+            if source.read() != ARROW_STREAM_END:
+                raise pyarrow.ArrowInvalid("the end mark of the stream is missing")
+
+    return _table_rows(file, "Arrow", batches)
+
+
+def _table_rows(file: Path, form: str, batches: Callable[[], Iterator[Any]]) -> Iterator[RawRow]:
+    import pyarrow
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=4096):
-                for value in batch.to_pylist():
+        for batch in batches():
+            _header(batch.schema.names, file, None)
+            labels = _label_names(batch.schema)
+            for start in range(0, batch.num_rows, ROWS_PER_BATCH):
+                for value in batch.slice(start, ROWS_PER_BATCH).to_pylist():
                     number += 1
+                    for column, names in labels.items():
+                        if isinstance(value[column], int):
+                            value[column] = names[value[column]] if 0 <= value[column] < len(names) else None
                     yield RawRow(f"{file.name} row {number}", value)
     except UnicodeDecodeError:
         raise InputError(f"{file.name} after row {number}: a text is not UTF-8; write the file anew") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(
-            f"{file.name} after row {number}: not a whole Parquet file: {_first_line(error)}; is it cut short?"
+            f"{file.name} after row {number}: not a whole {form} file: {_first_line(error)}; is it cut short?"
         ) from None
+
+
+def _label_names(schema: Any) -> dict[str, list[str]]:
+    """Return the names of each class label column, which `datasets` stores as numbers and describes in the schema."""
+    described = (schema.metadata or {}).get(b"huggingface")
+    features = json.loads(described).get("info", {}).get("features", {}) if described else {}
+    return {
+        column: feature["names"]
+        for column, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and column in schema.names
+    }
 
 
 READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
@@ -183,6 +197,10 @@ READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".jsonl.gz": _read_jsonl,
+    ".json.gz": _read_json,
+    ".csv.gz": _read_csv,
 }
 
 
@@ -225,12 +243,13 @@ def _csv_problem(error: csv.Error) -> str:
     return f"not CSV: {_first_line(error)}; mend this row"
 
 
-def _header(names: list[str], file: Path, line: int) -> list[str]:
+def _header(names: list[str], file: Path, line: int | None) -> list[str]:
+    at = f"{file.name}:{line}" if line else file.name
     for name in names:
         if not name.strip():
-            raise InputError(f"{file.name}:{line}: the header names no column {names.index(name) + 1}; name it")
+            raise InputError(f"{at}: the header names no column {names.index(name) + 1}; name it")
         if names.count(name) > 1:
-            raise InputError(f"{file.name}:{line}: the header names {name!r} twice; rename one of them")
+            raise InputError(f"{at}: the header names {name!r} twice; rename one of them")
     return names
 
 

@@ -4,19 +4,24 @@ import hashlib
 import json
 import unicodedata
 from dataclasses import dataclass, field
+from typing import Any
 
-from lathe.data.conversations import Message
+from lathe.data.messages import Message
 from lathe.errors import InputError
 
 
 @dataclass(slots=True)
 class Row:
-    """A validated conversation; `content` and `prompt` are seeded digests of all it says and of all but its answer."""
+    """A validated conversation; `content` and `prompt` are seeded digests of all it says and of all but its answer.
+
+    `extras` is what the processed row keeps beside its messages.
+    """
 
     at: str
     messages: list[Message]
     content: bytes
     prompt: bytes
+    extras: dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -38,12 +43,13 @@ class Splits:
     overlap: dict[str, int] = field(default_factory=dict)
 
 
-def keyed(at: str, messages: list[Message], seed: int) -> Row:
+def keyed(at: str, messages: list[Message], seed: int, extras: dict[str, Any]) -> Row:
     """Return the row with its digests; texts that differ in white space or Unicode form alone are the same."""
     texts = [
-        [message["role"], " ".join(unicodedata.normalize("NFC", message["content"]).split())] for message in messages
+        [message["role"], " ".join(unicodedata.normalize("NFC", message["content"]).split()), *_calls(message)]
+        for message in messages
     ]
-    return Row(at, messages, content=_digest(texts, seed), prompt=_digest(texts[:-1], seed))
+    return Row(at, messages, content=_digest(texts, seed), prompt=_digest(texts[:-1], seed), extras=extras)
 
 
 def divide(
@@ -70,6 +76,10 @@ def divide(
         splits.removed[name] += [Removed(row, "over_limit", f"the split keeps {limit} rows") for row in over]
         del splits.rows[name][limit:]
     return splits
+
+
+def _calls(message: Message) -> list[str]:
+    return [json.dumps(call["function"], sort_keys=True) for call in message.get("tool_calls", [])]
 
 
 def _digest(texts: list[list[str]], seed: int) -> bytes:
