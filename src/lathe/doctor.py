@@ -410,15 +410,13 @@ def _model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
         return root / preset.path
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(preset.id, "config.json", revision=preset.revision)
-    if not isinstance(cached, str):
-        try:
+    try:
+        cached = try_to_load_from_cache(preset.id, "config.json", revision=preset.revision)
+        if not isinstance(cached, str):
             cached = hf_hub_download(preset.id, "config.json", revision=preset.revision, etag_timeout=3)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(
-                f"config.json of {preset.id} is neither in the hub cache nor to be had: {reason}"
-            ) from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"config.json of {preset.id} is neither in the hub's cache nor to be had: {reason}") from None
     return Path(cached).parent
 
 
