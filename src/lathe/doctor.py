@@ -4,7 +4,6 @@ Each check answers in lines of `ok`, `warning` or `fail` with the remedy, and no
 library is imported here: where packages are missing, this is what says so.
 """
 
-import contextlib
 import importlib.metadata
 import json
 import os
@@ -14,6 +13,7 @@ import socket
 import subprocess
 import sys
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,8 +31,9 @@ PYTHON = (3, 11)
 # What torch, transformers, TRL and the rest take in a process before it holds a model.
 LIBRARIES_BYTES = 650_000_000
 
-# Above this share of what is free it may still fail: malloc keeps freed blocks, and other processes want some too.
-NEARLY_FULL = 0.7
+# Above these shares of what is free it may still fail. glibc's malloc keeps what is freed: training on the CPU was seen to
+# take 2.2 times the bytes of its tensors.
+NEARLY_FULL = {"disk": 0.9, "cuda": 0.9, "cpu": 0.45}
 
 COLOURS = {"ok": "32", "warning": "33", "fail": "31"}
 SECONDS_FOR_A_CONNECTION = 2.0
@@ -109,7 +110,7 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
     findings += _guarded("remotes", lambda: check_remotes(here.root, here.environment))
     if config:
         findings += _guarded("credentials", lambda: check_credentials(config[0], here.environment))
-        findings += _guarded("model", lambda: check_model(config[0], here))
+        findings += _guarded("memory", lambda: check_model(config[0], here))
     return findings
 
 
@@ -294,25 +295,28 @@ def check_credentials(config: "Config", environment: Mapping[str, str]) -> Findi
 
 def check_model(config: "Config", here: Circumstances) -> Findings:
     """Memory of the training and disk of every output, for the model as its config.json describes it."""
+    import torch
+
     from lathe.estimate import estimate_disk, estimate_training_memory
 
     params = config.params
     try:
         model = _model_config(config.model, here.root)
-        memory = estimate_training_memory(model, params.training, params.lora, params.quantization)
-        disk = estimate_disk(model, params.lora, params.merge, params.quantize.types)
-    except InputError as error:
+    except InputError as error:  # no network now; there may be one when it is fetched
         yield Finding("memory", "warning", f"cannot be estimated: {error}")
         yield Finding("disk", "warning", "cannot be estimated: as memory")
         return
-    yield check_memory(memory, params.training, params.quantization, here.free_memory())
+    disk = estimate_disk(model, params.lora, params.merge, params.quantize.types)
+    memory = estimate_training_memory(model, params.training, params.lora, params.quantization)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    yield check_memory(memory, params.training, params.quantization, here.free_memory(), device)
     if (here.root / "models/base/config.json").is_file():
         disk["models/base"] = 0
     yield from check_disk(here, disk)
 
 
 def check_memory(
-    memory: "TrainingMemory", training: "Training", quantization: "Quantization", available: int
+    memory: "TrainingMemory", training: "Training", quantization: "Quantization", available: int, device: str
 ) -> Finding:
     """Hold the estimate of a training against the memory that is free on the device that would train."""
     from lathe.estimate import explain, readable_bytes
@@ -326,7 +330,7 @@ def check_memory(
     details = {**parts, "total": memory.total, "available": available}
     if memory.total > available:
         return Finding("memory", "fail", text, explain(memory, training, quantization), details)
-    if memory.total > NEARLY_FULL * available:
+    if memory.total > NEARLY_FULL[device] * available:
         remedy = f"it may not fit; {explain(memory, training, quantization)}"
         return Finding("memory", "warning", text, remedy, details)
     return Finding("memory", "ok", text, details=details)
@@ -359,7 +363,7 @@ def check_disk(here: Circumstances, outputs: Mapping[str, int | None]) -> Findin
         remedy = "free some space, `dvc gc --workspace` for one, or name fewer quantize.types"
         if size > free:
             yield Finding("disk", "fail", text, remedy, details)
-        elif size > NEARLY_FULL * free:
+        elif size > NEARLY_FULL["disk"] * free:
             yield Finding("disk", "warning", text, remedy, details)
         else:
             yield Finding("disk", "ok", text, details=details)
@@ -408,11 +412,13 @@ def _model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
         return {"model_type": "llama", "tie_word_embeddings": True, "dtype": "bfloat16", **asdict(RECIPE)}
     if preset.source == "local":
         return root / preset.path
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
     try:
         cached = try_to_load_from_cache(preset.id, "config.json", revision=preset.revision)
         if not isinstance(cached, str):
+            if not constants.HF_HUB_OFFLINE:
+                _connect(constants.ENDPOINT)  # the hub's client would try for 20 seconds
             cached = hf_hub_download(preset.id, "config.json", revision=preset.revision, etag_timeout=3)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -475,11 +481,21 @@ def _s3_remote(
     if not known:
         remedy = f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY before `dvc push -r {name}`"
         return Finding("remotes", "warning" if is_default else "ok", f"{shown}: no credentials", remedy)
-    endpoint = urllib.parse.urlsplit(str(remote.get("endpointurl") or "https://s3.amazonaws.com"))
-    host, port = endpoint.hostname or "", endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    endpoint = str(remote.get("endpointurl") or "https://s3.amazonaws.com")
     try:
-        with contextlib.closing(socket.create_connection((host, port), timeout=SECONDS_FOR_A_CONNECTION)):
-            return Finding("remotes", "ok", f"{shown}: credentials are there, {host} answers")
+        _connect(endpoint)
     except OSError as error:
-        text = f"{shown}: {host}:{port} does not answer: {error}"
-        return Finding("remotes", "warning", text, "check the network and the remote's endpointurl")
+        return Finding("remotes", "warning", f"{shown}: {error}", "check the network and the remote's endpointurl")
+    return Finding("remotes", "ok", f"{shown}: credentials are there, and its endpoint answers")
+
+
+def _connect(url: str) -> None:
+    """Open a connection and close it; raise OSError if nobody answers soon. Behind a proxy nothing is tried."""
+    endpoint = urllib.parse.urlsplit(url)
+    if endpoint.scheme in urllib.request.getproxies():
+        return
+    address = endpoint.hostname or "", endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    try:
+        socket.create_connection(address, timeout=SECONDS_FOR_A_CONNECTION).close()
+    except OSError as error:
+        raise OSError(f"{address[0]}:{address[1]} does not answer ({error.strerror or error})") from None

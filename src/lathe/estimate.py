@@ -108,9 +108,10 @@ def estimate_training_memory(
     logits       the part of that as wide as the vocabulary: 12 bytes per supervised position
                  and entry in the backward pass
 
-    On the CPU, with malloc told to return what is freed, the resident size grew by 0.94 to 1.08 times the estimate; by
-    up to 1.7 times on models of a few million weights without that, since glibc keeps freed blocks below 32 MB. A
-    16-bit checkpoint that is packed to 4 bits stays mapped besides, in pages that the kernel takes back when it must.
+    This is what the tensors take. With malloc told to return what is freed (MALLOC_MMAP_THRESHOLD_=262144), the resident
+    size grew by 0.91 to 1.09 times the estimate in ten trainings on the CPU; glibc's malloc as it is keeps freed
+    blocks, and made that 1.4 to 2.2 times. A 16-bit checkpoint that is packed to 4 bits stays mapped besides, in pages
+    that the kernel takes back when it must: 1.1 to 1.4 times.
     What a kernel uses inside is not seen, and attention is counted as torch's fused kernel for the CPU does it. On a
     GPU the estimate is untested.
 

@@ -268,7 +268,7 @@ def test_memory_is_held_against_the_estimate(qwen, memory, status, said):
     assert finding.details["available"] == memory
 
 
-@pytest.mark.parametrize(("disk", "status"), [(100 * GB, "ok"), (7 * GB, "warning"), (2 * GB, "fail")])
+@pytest.mark.parametrize(("disk", "status"), [(100 * GB, "ok"), (13 * GB // 2, "warning"), (2 * GB, "fail")])
 def test_disk_is_held_against_every_output(qwen, repository, disk, status):
     configured(repository, '[cache]\n    type = "hardlink,symlink"\n')
     _, finding = doctor.check_model(with_model(qwen), circumstances(repository, disk=disk))
@@ -279,29 +279,22 @@ def test_disk_is_held_against_every_output(qwen, repository, disk, status):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "lora", "said"),
     [
-        (None, "config.json: no such file"),
-        ("{", "not valid JSON"),
-        ('{"model_type": "qwen99"}', "model_type is 'qwen99'; no architecture of the installed transformers"),
+        (None, {}, "config.json: no such file"),
+        ("{", {}, "not valid JSON"),
+        ('{"model_type": "qwen99"}', {}, "model_type is 'qwen99'; no architecture of the installed transformers"),
+        (json.dumps(QWEN), {"target_modules": ["query"]}, "lora.target_modules: 'query' matches no layer"),
     ],
 )
-def test_a_model_that_cannot_be_estimated_is_said_to_be_so(qwen, content, said):
+def test_a_model_that_training_would_refuse_is_a_fail(qwen, content, lora, said):
     (qwen / "config.json").unlink()
     if content is not None:
         (qwen / "config.json").write_text(content)
-    memory, disk = doctor.check_model(with_model(qwen), circumstances())
-    assert (memory.status, disk.status) == ("warning", "warning")
-    assert said in memory.text
-
-
-def test_parameters_that_do_not_fit_the_model_are_a_warning_and_the_rest_goes_on(qwen):
-    config = with_model(qwen)
-    lora = config.params.lora.model_copy(update={"target_modules": ["query"]})
-    config = config.model_copy(update={"params": config.params.model_copy(update={"lora": lora})})
-    memory, disk = doctor.check_model(config, circumstances())
-    assert "lora.target_modules: 'query' matches no layer" in memory.text
-    assert disk.status == "warning"
+    config = with_params(lora=lora).model_copy(update={"model": SimpleNamespace(source="local", path=str(qwen))})
+    [finding] = doctor._guarded("memory", lambda: doctor.check_model(config, circumstances()))
+    assert (finding.check, finding.status) == ("memory", "fail")
+    assert said in finding.text
 
 
 HUB = """

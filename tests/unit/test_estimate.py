@@ -248,7 +248,6 @@ def test_a_training_takes_what_was_estimated(small_model, tmp_path):
         "Llama, checkpointing": {"config": LLAMA, "training": {"gradient_checkpointing": True}},
     }
     for name, (measured, expected) in trainings(cases, small_model, tmp_path).items():
-        print(name, measured / expected)
         assert 0.8 < measured / expected < 1.25, f"{name}: {measured / 1e6:.0f} MB, not {expected / 1e6:.0f}"
 
 
@@ -266,7 +265,6 @@ def test_more_trainings_take_what_was_estimated(small_model, tmp_path):
         "DoRA": {"config": QWEN, "lora": {"use_dora": True}},
     }
     for name, (measured, expected) in trainings(cases, small_model, tmp_path).items():
-        print(name, measured / expected)
         assert 0.8 < measured / expected < 1.25, f"{name}: {measured / 1e6:.0f} MB, not {expected / 1e6:.0f}"
     # The 16-bit checkpoint stays mapped beside the packed weights, in pages that the kernel may take back.
     for name, (measured, expected) in trainings(
