@@ -31,8 +31,8 @@ PYTHON = (3, 11)
 # What torch, transformers, TRL and the rest take in a process before it holds a model.
 LIBRARIES_BYTES = 650_000_000
 
-# Above these shares of what is free it may still fail. glibc's malloc keeps what is freed: training on the CPU was seen to
-# take 2.2 times the bytes of its tensors.
+# Above these shares of what is free it may still fail: glibc's malloc keeps what is freed, and training on the CPU was
+# seen to take 2.2 times the bytes of its tensors.
 NEARLY_FULL = {"disk": 0.9, "cuda": 0.9, "cpu": 0.45}
 
 COLOURS = {"ok": "32", "warning": "33", "fail": "31"}

@@ -108,10 +108,10 @@ def estimate_training_memory(
     logits       the part of that as wide as the vocabulary: 12 bytes per supervised position
                  and entry in the backward pass
 
-    This is what the tensors take. With malloc told to return what is freed (MALLOC_MMAP_THRESHOLD_=262144), the resident
-    size grew by 0.91 to 1.09 times the estimate in ten trainings on the CPU; glibc's malloc as it is keeps freed
-    blocks, and made that 1.4 to 2.2 times. A 16-bit checkpoint that is packed to 4 bits stays mapped besides, in pages
-    that the kernel takes back when it must: 1.1 to 1.4 times.
+    This is what the tensors take. With malloc told to return what is freed (MALLOC_MMAP_THRESHOLD_=262144), the
+    resident size grew by 0.91 to 1.09 times the estimate in ten trainings on the CPU; glibc's malloc as it is keeps
+    freed blocks, and made that 1.4 to 2.2 times. A 16-bit checkpoint that is packed to 4 bits stays mapped besides, in
+    pages that the kernel takes back when it must: 1.1 to 1.4 times.
     What a kernel uses inside is not seen, and attention is counted as torch's fused kernel for the CPU does it. On a
     GPU the estimate is untested.
 

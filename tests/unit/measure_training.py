@@ -32,12 +32,13 @@ QUICK = {
 
 def main(small_model: Path, cases: dict[str, Any]) -> None:
     [row] = encode(load_tokenizer(small_model), [ROW["messages"]], supervise="all")
-    shape = {"length": len(row.input_ids), "supervised_tokens": sum(row.supervised)}
     run(small_model, **sections({}))  # what is loaded and set up once is no part of a training
     results = {}
     for name, case in cases.items():
         chosen = sections(case)
-        expected = estimate_training_memory(Path(case["model"]), **chosen, **shape).total
+        expected = estimate_training_memory(
+            Path(case["model"]), **chosen, length=len(row.input_ids), supervised_tokens=sum(row.supervised)
+        ).total
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = resident("VmRSS")
