@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lathe import paths, stage
+from lathe import doctor, paths, stage
 from lathe.errors import InputError
 from lathe.params import SPLITS, Config, did_you_mean, load, read_yaml
 
@@ -30,6 +30,11 @@ def main() -> None:
 
     command = commands.add_parser("check", help="check params.yaml and presets.yaml; print nothing if they are right")
     command.set_defaults(run=lambda args: load())
+
+    command = commands.add_parser("doctor", help="check machine, packages, memory, disk and remotes before a run")
+    command.add_argument("-S", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as in dvc")
+    command.add_argument("--json", action="store_true", help="print the findings as JSON")
+    command.set_defaults(run=lambda args: sys.exit(doctor.run(lambda: _overridden(args.overrides), as_json=args.json)))
 
     command = commands.add_parser("schema", help="document every key of params.yaml: type, unit, range, meaning")
     command.set_defaults(run=lambda args: print_schema())

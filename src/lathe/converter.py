@@ -45,17 +45,24 @@ def install(target: Path, requirement: Path) -> bool:
     installed llama-cpp-python is of another version, if pip cannot download the package, or if its hash
     differs.
     """
-    pin = _pin(requirement)
-    stamp = target / STAMP
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == pin:
+    if in_place(target, requirement):
         return False
     with paths.whole_folder(target) as folder:
         # Inside the folder that is being made, so that the next run clears it away if this one is killed.
         download = folder / ".download"
         _unpack(_download(requirement, download), folder)
         shutil.rmtree(download)
-        (folder / STAMP).write_text(pin, encoding="utf-8")
+        (folder / STAMP).write_text(_pin(requirement), encoding="utf-8")
     return True
+
+
+def in_place(target: Path, requirement: Path) -> bool:
+    """Tell whether `target` holds the converter that the file `requirement` pins.
+
+    Raises InputError if the installed llama-cpp-python is of another version.
+    """
+    stamp, pin = target / STAMP, _pin(requirement)
+    return stamp.is_file() and stamp.read_text(encoding="utf-8") == pin
 
 
 def _pin(requirement: Path) -> str:

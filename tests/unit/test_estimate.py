@@ -1,0 +1,304 @@
+"""Estimates against what models, files and trainings really take."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lathe import gguf, params, paths
+from lathe.errors import InputError
+from lathe.estimate import (
+    TrainingMemory,
+    estimate_disk,
+    estimate_training_memory,
+    explain,
+    readable_bytes,
+)
+from lathe.model import add_adapter, load_base
+
+CONFIG = params.load().params
+TRAINING = CONFIG.training.model_copy(update={"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2})
+WITHOUT_4BIT = CONFIG.quantization.model_copy(update={"load_in_4bit": False})
+
+QWEN = {
+    "model_type": "qwen3",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 32_000,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA = {
+    **QWEN,
+    "model_type": "llama",
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "tie_word_embeddings": False,
+}
+# The published shapes.
+QWEN3_600M = {
+    **QWEN,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+}
+QWEN3_8B = {
+    **QWEN3_600M,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
+}
+
+
+def estimated(config: Any, *, training=TRAINING, lora=CONFIG.lora, quantization=CONFIG.quantization) -> TrainingMemory:
+    return estimate_training_memory(config, training, lora, quantization)
+
+
+def changed(section: Any, **values: Any) -> Any:
+    return section.model_copy(update=values)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_weights_are_counted_as_bitsandbytes_packs_them(small_model, double_quant):
+    quantization = changed(CONFIG.quantization, bnb_4bit_use_double_quant=double_quant)
+    training = changed(TRAINING, precision="bf16")
+    model = load_base(small_model, quantization, precision="bf16")
+    taken = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    for parameter in model.parameters():
+        if state := getattr(parameter, "quant_state", None):
+            taken += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    assert estimated(small_model, training=training, quantization=quantization).weights == pytest.approx(
+        taken, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        {"r": 3},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": r".*\.layers\.0\.mlp\.\w+_proj"},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_the_adapter_is_counted_as_training_makes_it(small_model, choice):
+    lora = changed(CONFIG.lora, **choice)
+    model = add_adapter(load_base(small_model, WITHOUT_4BIT, precision="fp32"), lora)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    memory = estimated(small_model, lora=lora)
+    assert memory.adapter == 4 * trained
+    assert memory.gradients == 4 * trained
+
+
+def test_published_sizes_are_met():
+    """Parameters of Qwen3-0.6B and -8B as their cards give them; the published Q4_K_M files have 397 and 5,027 MB."""
+    small, large = (estimate_disk(config, CONFIG.lora, CONFIG.merge, ["Q4_K_M"]) for config in (QWEN3_600M, QWEN3_8B))
+    assert small["models/base"] == 2 * 596_049_920
+    assert large["models/base"] == 2 * 8_190_735_360
+    assert small["models/gguf/Q4_K_M.gguf"] == pytest.approx(397e6, rel=0.03)
+    assert large["models/gguf/Q4_K_M.gguf"] == pytest.approx(5_027e6, rel=0.03)
+
+
+def test_what_the_data_alone_decides_is_not_estimated():
+    disk = estimate_disk(QWEN, CONFIG.lora, CONFIG.merge, ["Q8_0"])
+    assert [path for path, size in disk.items() if size is None] == ["data/raw", "data/processed", "data/generated"]
+
+
+def test_gguf_files_have_the_estimated_size(small_model, tmp_path):
+    types = ["Q8_0", "Q4_K_M", "Q4_1", "Q2_K", "Q5_K_S", "MXFP4_MOE"]
+    wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+    folder = random_model(tmp_path, {**LLAMA, **wide, "vocab_size": 8000}, small_model)
+    source, target = tmp_path / "f16.gguf", tmp_path / "quantized.gguf"
+    gguf.convert(folder, source, outtype="f16", llama_cpp=paths.LLAMA_CPP, metadata={})
+    disk = estimate_disk(folder, CONFIG.lora, CONFIG.merge, types)
+    assert disk["models/gguf/merged-f16.gguf"] == pytest.approx(source.stat().st_size, rel=0.03)
+    for name in types:
+        gguf.quantize(source, target, type=name, threads=2)
+        assert disk[f"models/gguf/{name}.gguf"] == pytest.approx(target.stat().st_size, rel=0.03), name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_checkpointing_takes_less_and_a_longer_batch_more(precision):
+    training = changed(TRAINING, precision=precision)
+    plain = estimated(QWEN3_600M, training=training)
+    assert (
+        estimated(QWEN3_600M, training=changed(training, gradient_checkpointing=True)).activations
+        < plain.activations / 5
+    )
+    assert estimated(QWEN3_600M, training=changed(training, max_length=2048)).activations > 1.9 * plain.activations
+    assert estimated(QWEN3_600M, training=changed(training, per_device_train_batch_size=4)).logits > 1.9 * plain.logits
+
+
+def test_only_supervised_positions_have_logits():
+    memory = estimate_training_memory(
+        QWEN3_600M, TRAINING, CONFIG.lora, CONFIG.quantization, length=512, supervised_tokens=100
+    )
+    assert memory.logits == 12 * TRAINING.per_device_train_batch_size * 100 * QWEN3_600M["vocab_size"]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma3_text", "phi3", "mixtral", "gpt_neox"])
+def test_other_architectures_are_counted_too(architecture):
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[architecture](
+        hidden_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4
+    )
+    memory = estimated(config.to_dict(), training=changed(TRAINING, max_length=64))
+    assert min(memory.weights, memory.adapter, memory.activations, memory.evaluation) > 0
+
+
+@pytest.mark.parametrize(
+    ("training", "quantization", "expected"),
+    [
+        ({}, {}, "activations, .*; set training.gradient_checkpointing to true"),
+        (
+            {"gradient_checkpointing": True, "per_device_train_batch_size": 8},
+            {},
+            r"logits, .*; lower training.per_device_train_batch_size \(now 8\), raise gradient_accumulation_steps",
+        ),
+        (
+            {"per_device_eval_batch_size": 64},
+            {},
+            r"evaluation, .*; lower training.per_device_eval_batch_size \(now 64\)",
+        ),
+        ({"max_length": 64, "gradient_checkpointing": True}, {}, "weights, .*; choose a smaller model"),
+        ({"max_length": 64}, {"load_in_4bit": False}, "weights, .*; set quantization.load_in_4bit to true"),
+    ],
+)
+def test_the_largest_part_is_named_with_what_to_change(training, quantization, expected):
+    training, quantization = changed(TRAINING, **training), changed(CONFIG.quantization, **quantization)
+    memory = estimated(QWEN3_600M, training=training, quantization=quantization)
+    said = explain(memory, training, quantization)
+    assert re.fullmatch(f"most of it is {expected}.*", said), said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "config.json: model_type is None; no architecture of the installed transformers"),
+        ({"model_type": "qwen99"}, "config.json: model_type is 'qwen99'; no architecture"),
+        ({"model_type": "vit"}, "config.json: no causal language model"),
+        ({**QWEN, "num_key_value_heads": 3}, "config.json: its layers do not fit together"),
+        ({**QWEN, "hidden_size": "wide"}, "config.json: transformers refuses it"),
+    ],
+)
+def test_a_configuration_of_no_use_is_refused_in_one_line(config, message):
+    with pytest.raises(InputError) as caught:
+        estimated(config)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), ("{", "not valid JSON"), ("[]", "holds list, not an object")],
+)
+def test_a_damaged_config_file_is_refused_in_one_line(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        estimated(tmp_path)
+
+
+def test_layers_that_do_not_exist_are_refused():
+    with pytest.raises(InputError, match=r"lora\.target_modules: 'query' matches no layer"):
+        estimated(QWEN, lora=changed(CONFIG.lora, target_modules=["query"]))
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(999, "0.999 kB"), (12_300_000, "12.3 MB"), (999_600_000, "1,000 MB"), (1.5e12, "1.5 TB")]
+)
+def test_bytes_are_shown_in_decimal_units(count, shown):
+    assert readable_bytes(count) == shown
+
+
+def test_a_training_takes_what_was_estimated(small_model, tmp_path):
+    """Two shapes, one with checkpointing: peaks of the resident size in a process of its own.
+
+    Malloc is told to return what is freed: what it keeps is no part of an estimate of what is needed.
+    """
+    cases = {
+        "Qwen3": {"config": QWEN},
+        "Llama, checkpointing": {"config": LLAMA, "training": {"gradient_checkpointing": True}},
+    }
+    for name, (measured, expected) in trainings(cases, small_model, tmp_path).items():
+        assert 0.8 < measured / expected < 1.25, f"{name}: {measured / 1e6:.0f} MB, not {expected / 1e6:.0f}"
+
+
+@pytest.mark.slow
+def test_more_trainings_take_what_was_estimated(small_model, tmp_path):
+    packed = {"load_in_4bit": True}
+    large = {**QWEN, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16}
+    cases = {
+        "Qwen3, checkpointing": {"config": QWEN, "training": {"gradient_checkpointing": True}},
+        "Llama": {"config": LLAMA},
+        "fp32": {"config": QWEN, "training": {"precision": "fp32"}},
+        "evaluation": {"config": QWEN, "training": {"gradient_checkpointing": True, "per_device_eval_batch_size": 24}},
+        "large": {"config": large},
+        "large, checkpointing": {"config": large, "training": {"gradient_checkpointing": True}},
+        "DoRA": {"config": QWEN, "lora": {"use_dora": True}},
+    }
+    for name, (measured, expected) in trainings(cases, small_model, tmp_path).items():
+        assert 0.8 < measured / expected < 1.25, f"{name}: {measured / 1e6:.0f} MB, not {expected / 1e6:.0f}"
+    # The 16-bit checkpoint stays mapped beside the packed weights, in pages that the kernel may take back.
+    for name, (measured, expected) in trainings(
+        {"4 bits": {"config": LLAMA, "quantization": packed}}, small_model, tmp_path
+    ).items():
+        assert 0.8 < measured / expected < 1.6, f"{name}: {measured / 1e6:.0f} MB, not {expected / 1e6:.0f}"
+
+
+def random_model(folder: Path, config: dict[str, Any], tokenizer: Path) -> Path:
+    """Save a model of random weights with the small model's tokenizer, whose 768 pieces are few of its vocabulary."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    target = folder / f"{config['model_type']}-{config['hidden_size']}"
+    if not target.exists():
+        made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).save_pretrained(target)
+        for file in tokenizer.iterdir():
+            if file.name.startswith(("token", "chat", "special")):
+                shutil.copy(file, target / file.name)
+    return target
+
+
+def trainings(cases: dict[str, Any], small_model: Path, folder: Path) -> dict[str, tuple[int, int]]:
+    """Train once for each case, one after the other; return measured and estimated bytes of each."""
+    todo = {
+        name: {**case, "model": str(random_model(folder, case["config"], small_model))} for name, case in cases.items()
+    }
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("measure_training.py")), str(small_model), json.dumps(todo)],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "OMP_WAIT_POLICY": "PASSIVE"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: tuple(result) for name, result in json.loads(done.stdout.splitlines()[-1]).items()}
