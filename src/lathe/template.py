@@ -6,6 +6,7 @@ One template everywhere: training, evaluation and generation call `render`, and 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from datetime import datetime
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ Conversation = Sequence[Message]
 TODAY = datetime(2024, 7, 26)
 
 ROWS_PER_BATCH = 1024  # bounds the texts held at once; the tokenizer spreads a batch over the cores
+
+_TEXT_MESSAGE = {"role", "content"}
 
 
 class TemplateError(InputError):
@@ -55,7 +58,18 @@ def render(
     A template that asks for the date gets a fixed one. Raises TemplateError where the template refuses the messages.
     """
     try:
-        _compile_jinja_template(chat_template).environment.globals["strftime_now"] = TODAY.strftime
+        template = _compile_jinja_template(chat_template)
+        template.environment.globals["strftime_now"] = TODAY.strftime
+        if tools is None and all(map(_is_text_message, messages)):
+            # All that render_jinja_template would add is copies of the messages, which take as long as the rendering.
+            return template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                bos_token=bos_token,
+                eos_token=eos_token,
+            )
         texts, _ = render_jinja_template(
             conversations=[messages],
             tools=tools,
@@ -143,10 +157,17 @@ def encode(
 
 
 def encode_each(
-    tokenizer: Any, conversations: Sequence[Conversation], *, supervise: Literal["all", "last"]
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    *,
+    supervise: Literal["all", "last"],
+    format_: "Format | None" = None,
 ) -> Iterator[list[Encoded] | TemplateError]:
-    """Yield, conversation by conversation, the sequences that `encode` makes of it or the error that prevents it."""
-    format_ = _Format.of(tokenizer)
+    """Yield, conversation by conversation, the sequences that `encode` makes of it or the error that prevents it.
+
+    Who calls often with few conversations gives the tokenizer's `Format.of`, which takes a while to find.
+    """
+    format_ = format_ or Format.of(tokenizer)
     for start in range(0, len(conversations), ROWS_PER_BATCH):
         turns = [_turns(format_, messages, supervise) for messages in conversations[start : start + ROWS_PER_BATCH]]
         flat = [turn for row in turns if not isinstance(row, TemplateError) for turn in row]
@@ -180,17 +201,18 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Format:
+class Format:
     """What of a tokenizer decides how a conversation is written."""
 
     chat_template: str
     bos_token: str
     eos_token: str
     control_tokens: re.Pattern[str]
+    segment_starts: re.Pattern[str]
     added_bos: int | None  # the id that the tokenizer puts before plain text
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "_Format":
+    def of(cls, tokenizer: Any) -> "Format":
         if not tokenizer.chat_template:
             raise TemplateError("the tokenizer has no chat template; choose an instruction-tuned model")
         if not tokenizer.eos_token:
@@ -203,8 +225,13 @@ class _Format:
             bos_token=tokenizer.bos_token or "",
             eos_token=tokenizer.eos_token,
             control_tokens=control_tokens(tokenizer),
+            segment_starts=_segment_starts(tokenizer),
             added_bos=bos if bos is not None and tokenizer("text")["input_ids"][0] == bos else None,
         )
+
+
+def _is_text_message(message: Message) -> bool:
+    return message.keys() == _TEXT_MESSAGE and isinstance(message["content"], str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +240,7 @@ class _Turn:
     answer: str  # with its end token
 
 
-def _turns(format_: _Format, messages: Conversation, supervise: str) -> list[_Turn] | TemplateError:
+def _turns(format_: Format, messages: Conversation, supervise: str) -> list[_Turn] | TemplateError:
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         return TemplateError("no supervised token: there is no assistant message; add the answer")
@@ -223,7 +250,7 @@ def _turns(format_: _Format, messages: Conversation, supervise: str) -> list[_Tu
         return error
 
 
-def _turn(format_: _Format, messages: Conversation) -> _Turn:
+def _turn(format_: Format, messages: Conversation) -> _Turn:
     prompt, answer, rest = prompt_and_answer(
         format_.chat_template, messages, bos_token=format_.bos_token, eos_token=format_.eos_token
     )
@@ -231,13 +258,15 @@ def _turn(format_: _Format, messages: Conversation) -> _Turn:
     return _Turn(prompt, answer + (rest[: end.end()] if end else rest.rstrip() + format_.eos_token))
 
 
-def _tokenize_turns(tokenizer: Any, format_: _Format, turns: list[_Turn]) -> list[tuple[list[int], list[int]]]:
+def _tokenize_turns(tokenizer: Any, format_: Format, turns: list[_Turn]) -> list[tuple[list[int], list[int]]]:
     """Return the ids of each turn's prompt and of its answer."""
-    ids = _tokenize(tokenizer, [turn.prompt for turn in turns] + [turn.prompt + turn.answer for turn in turns])
+    ids = _tokenize(
+        tokenizer, format_, [turn.prompt for turn in turns] + [turn.prompt + turn.answer for turn in turns]
+    )
     prompts, wholes = ids[: len(turns)], ids[len(turns) :]
     answers = [whole[len(prompt) :] for prompt, whole in zip(prompts, wholes, strict=True)]
     merged = [index for index, prompt in enumerate(prompts) if wholes[index][: len(prompt)] != prompt]
-    behind_eos = _tokenize(tokenizer, [format_.eos_token + turns[index].answer for index in merged])
+    behind_eos = _tokenize(tokenizer, format_, [format_.eos_token + turns[index].answer for index in merged])
     for index, whole in zip(merged, behind_eos, strict=True):
         answers[index] = whole[1:]
     if format_.added_bos is not None:
@@ -245,14 +274,59 @@ def _tokenize_turns(tokenizer: Any, format_: _Format, turns: list[_Turn]) -> lis
     return list(zip(prompts, answers, strict=True))
 
 
-def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+def _tokenize(tokenizer: Any, format_: Format, texts: list[str]) -> list[list[int]]:
+    """Return the ids of each text; a segment that several texts share is tokenised once."""
+    segments = [_segments(format_.segment_starts, text) for text in texts]
+    unique = list(dict.fromkeys(chain.from_iterable(segments)))
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    encoded = backend.encode_batch_fast(unique, add_special_tokens=False)
+    ids = {segment: encoding.ids for segment, encoding in zip(unique, encoded, strict=True)}
+    return [_concatenated([ids[segment] for segment in parts]) for parts in segments]
+
+
+def _concatenated(parts: list[list[int]]) -> list[int]:
+    whole: list[int] = []
+    for part in parts:
+        whole += part
+    return whole
+
+
+def _segments(starts: re.Pattern[str], text: str) -> list[str]:
+    cuts = [match.start() for match in starts.finditer(text)]
+    return [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True) if start < stop]
+
+
+def _segment_starts(tokenizer: Any) -> re.Pattern[str]:
+    """Return a pattern of the special tokens before which a text can be cut without changing its ids.
+
+    The tokenizer looks for added tokens first, from left to right, and tokenises what lies between them piece by piece.
+    That makes a cut safe before a token that is sought in the text as it stands, needs no neighbours to be found, takes
+    no white space from the left, and cannot lose its first characters to another added token.
+    """
+    if tokenizer.backend_tokenizer.encode_special_tokens:
+        return re.compile("(?!)")
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.content and not token.normalized]
+    texts = {token.content for token in added}
+    safe = sorted(
+        token.content
+        for token in added
+        if token.special
+        and not (token.single_word or token.lstrip or token.content[0].isspace())
+        and not any(_can_cover(other, token.content) for other in texts)
     )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+    return re.compile("|".join(map(re.escape, safe)) or "(?!)")
+
+
+def _can_cover(other: str, token: str) -> bool:
+    """Tell whether `other`, found from further left in a text, can hold the first characters of `token`."""
+    start = other.find(token[0], 1)
+    while start > 0:
+        if token.startswith(other[start:]) or other.startswith(token, start):
+            return True
+        start = other.find(token[0], start + 1)
+    return False
 
 
 def _join(row: int, turns: list[tuple[list[int], list[int]]]) -> list[Encoded]:
