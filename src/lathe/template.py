@@ -6,8 +6,8 @@ One template everywhere: training, evaluation and generation call `render`, and 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from datetime import datetime
+from itertools import chain
 from typing import Any, Literal
 
 import jinja2
@@ -213,6 +213,7 @@ class Format:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Format":
+        """Return how the tokenizer writes; raises TemplateError where it cannot write conversations."""
         if not tokenizer.chat_template:
             raise TemplateError("the tokenizer has no chat template; choose an instruction-tuned model")
         if not tokenizer.eos_token:
@@ -260,9 +261,7 @@ def _turn(format_: Format, messages: Conversation) -> _Turn:
 
 def _tokenize_turns(tokenizer: Any, format_: Format, turns: list[_Turn]) -> list[tuple[list[int], list[int]]]:
     """Return the ids of each turn's prompt and of its answer."""
-    ids = _tokenize(
-        tokenizer, format_, [turn.prompt for turn in turns] + [turn.prompt + turn.answer for turn in turns]
-    )
+    ids = _tokenize(tokenizer, format_, [turn.prompt for turn in turns] + [turn.prompt + turn.answer for turn in turns])
     prompts, wholes = ids[: len(turns)], ids[len(turns) :]
     answers = [whole[len(prompt) :] for prompt, whole in zip(prompts, wholes, strict=True)]
     merged = [index for index, prompt in enumerate(prompts) if wholes[index][: len(prompt)] != prompt]
