@@ -1,7 +1,7 @@
 """Turn raw rows into validated chat messages, split into train, validation and test.
 
-reads   data/raw/, models/base/ (tokenizer), params.yaml: seed, preprocess, training (length, steps); the dataset's preset
-writes  data/processed/{train,validation,test}.jsonl, metrics/preprocess/report.json and its plots' lengths.csv, rows.csv
+reads   data/raw/, models/base/ (tokenizer), params.yaml: seed, preprocess, training (length, steps); dataset's preset
+writes  data/processed/{train,validation,test}.jsonl, metrics/preprocess/{report.json,lengths.csv,rows.csv}
 """
 
 import time

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from itertools import chain
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ Conversation = Sequence[Message]
 # differ. It is the fallback that Llama 3's own template holds.
 TODAY = datetime(2024, 7, 26)
 
-ROWS_PER_BATCH = 1024  # bounds the texts held at once; the tokenizer spreads a batch over the cores
+# The tokenizer spreads a batch over the cores; the ids of a larger one no longer lie in the caches of the processor.
+ROWS_PER_BATCH = 128
 
 _TEXT_MESSAGE = {"role", "content"}
 
@@ -58,18 +60,19 @@ def render(
     A template that asks for the date gets a fixed one. Raises TemplateError where the template refuses the messages.
     """
     try:
-        template = _compile_jinja_template(chat_template)
-        template.environment.globals["strftime_now"] = TODAY.strftime
+        template, known = _compiled(chat_template)
         if tools is None and all(map(_is_text_message, messages)):
-            # All that render_jinja_template would add is copies of the messages, which take as long as the rendering.
-            return template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=bos_token,
-                eos_token=eos_token,
-            )
+            # What render_jinja_template adds, copies of the messages above all, takes longer than the rendering.
+            context = {
+                **known,
+                "messages": messages,
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                "bos_token": bos_token,
+                "eos_token": eos_token,
+            }
+            return "".join(template.root_render_func(template.new_context(context, shared=True)))
         texts, _ = render_jinja_template(
             conversations=[messages],
             tools=tools,
@@ -229,6 +232,14 @@ class Format:
             segment_starts=_segment_starts(tokenizer),
             added_bos=bos if bos is not None and tokenizer("text")["input_ids"][0] == bos else None,
         )
+
+
+@lru_cache
+def _compiled(chat_template: str) -> tuple[jinja2.Template, dict[str, Any]]:
+    """Return the template as transformers compiles it, and what it knows besides the conversation."""
+    template = _compile_jinja_template(chat_template)
+    template.environment.globals["strftime_now"] = TODAY.strftime
+    return template, dict(template.globals)
 
 
 def _is_text_message(message: Message) -> bool:

@@ -3,11 +3,12 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 
 import numpy
 from numpy.typing import NDArray
@@ -21,18 +22,20 @@ from lathe.data.spool import Reader, Rows
 from lathe.data.tally import Tally, merged
 from lathe.data.truncation import Messages, Side, truncated
 from lathe.jsonl import line
-from lathe.template import ROWS_PER_BATCH, Encoded, Format, TemplateError, encode_each
+from lathe.template import Encoded, Format, TemplateError, encode_each
 
 # Fewer than these are not worth a process.
 ROWS_PER_PROCESS = 512
+
+# Held in memory at once.
+ROWS_PER_BATCH = 512
 
 Lengths = NDArray[numpy.int32]  # (rows, fields)
 
 Example = TypeVar("Example")
 
 
-@dataclass(frozen=True, slots=True)
-class Length:
+class Length(NamedTuple):
     """A row in tokens: of its longest sequence, and of all the sequences that it makes."""
 
     prompt: int
@@ -43,7 +46,7 @@ class Length:
     sequences: int
 
 
-FIELDS = Length.__match_args__
+FIELDS = Length._fields
 
 _NO_ROWS: Numbers = numpy.empty(0, dtype=numpy.int64)
 _NO_LENGTHS: Lengths = numpy.empty((0, len(FIELDS)), dtype=numpy.int32)
@@ -192,7 +195,7 @@ class _Worker:
         lines = [self.reader.line(row) for row in numbers]
         values = [json.loads(text) for text in lines]
         places: list[int] = []
-        lengths: list[tuple[int, ...]] = []
+        lengths: list[Length] = []
         words: list[list[int]] = []
         for place, length in enumerate(self.lengths_of([value["messages"] for value in values])):
             value, text, at = values[place], lines[place], partial(self.reader.at, numbers[place])
@@ -206,7 +209,7 @@ class _Worker:
             said = _said(value["messages"])
             self.scripts.setdefault(script(said), Tally()).add(at)
             words.append(self.words.of(said))
-            lengths.append(astuple(length))
+            lengths.append(length)
             places.append(place)
         kept = numpy.array(places, dtype=numpy.int64)
         self.kept.append(numbers[kept])
@@ -253,14 +256,15 @@ class _Worker:
 
 
 def _length(encoded: Sequence[Encoded]) -> Length:
-    longest = max(encoded, key=lambda sequence: len(sequence.input_ids))
+    totals = [(len(sequence.input_ids), sequence.supervised.count(True)) for sequence in encoded]
+    total, answer = max(totals, key=itemgetter(0))
     return Length(
-        prompt=len(longest.input_ids) - sum(longest.supervised),
-        answer=sum(longest.supervised),
-        total=len(longest.input_ids),
-        supervised=sum(sum(sequence.supervised) for sequence in encoded),
-        tokens=sum(len(sequence.input_ids) for sequence in encoded),
-        sequences=len(encoded),
+        prompt=total - answer,
+        answer=answer,
+        total=total,
+        supervised=sum(supervised for _, supervised in totals),
+        tokens=sum(tokens for tokens, _ in totals),
+        sequences=len(totals),
     )
 
 

@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy
 from numpy.typing import NDArray
@@ -26,23 +27,30 @@ Numbers = NDArray[numpy.int64]
 # Writing without spaces: there each character is a word.
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
-_ASCII_WORD = re.compile(r"\w+", re.ASCII)
+
+# The same for ASCII, where it takes a quarter of the time: what belongs to no word becomes a space.
+_ASCII_WORDS = bytes(
+    ord(chr(byte).lower()) if byte < 128 and (chr(byte).isalnum() or chr(byte) == "_") else ord(" ")
+    for byte in range(256)
+)
 
 _WORDS_REMEMBERED = 200_000
 
 
-class WordHashes(dict[str, int]):
+class WordHashes(dict[bytes | str, int]):
     """Words and their hashes, looked up once: much faster than hashing each time."""
 
-    def __missing__(self, word: str) -> int:
+    def __missing__(self, word: bytes | str) -> int:
         if len(self) >= _WORDS_REMEMBERED:
             self.clear()
-        self[word] = value = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        data = word if isinstance(word, bytes) else word.encode()
+        self[word] = value = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
         return value
 
     def of(self, text: str) -> list[int]:
         """Return the hashes of the text's words, whatever their case."""
-        return list(map(self.__getitem__, (_ASCII_WORD if text.isascii() else _WORD).findall(text.lower())))
+        words = text.encode().translate(_ASCII_WORDS).split() if text.isascii() else _WORD.findall(text.lower())
+        return [self[word] for word in words]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +83,7 @@ def sequences(rows: Sequence[Sequence[int]]) -> Sequences:
     """Return the sequences of rows given as hashes of their words."""
     padded = [[*row, *[0] * (N - len(row))] if 0 < len(row) < N else row for row in rows]
     lengths = numpy.array([len(row) for row in padded], dtype=numpy.int64)
-    words = numpy.fromiter((word for row in padded for word in row), dtype=numpy.uint64, count=int(lengths.sum()))
+    words = numpy.fromiter(chain.from_iterable(padded), dtype=numpy.uint64, count=int(lengths.sum()))
     counts = numpy.maximum(lengths - (N - 1), 0)
     if not counts.any():
         return Sequences(words[:0], counts)

@@ -153,7 +153,7 @@ class Account:
                     "dropped": dropped[name],
                     "truncated": self._truncated(self.measured[name]),
                     **_token_statistics(self.measured[name]),
-                    "length_outliers": _length_outliers(self.measured[name], reader),
+                    "length_outliers": _length_outliers(self.measured[name]),
                     "scripts": _scripts(self.measured[name]),
                 }
                 for name in SPLITS
@@ -163,7 +163,8 @@ class Account:
                 "rule": f"at least {NEAR:.0%} of a row's sequences of {N} words are in the other split",
                 **{f"{pair[0]}_in_{pair[1]}": self._near(pair, reader) for pair in sorted(self.near)},
             },
-            "dropped_examples": {name: self._examples(name) for name in SPLITS if dropped[name]},
+            "dropped_examples": {name: self._dropped_examples(name) for name in SPLITS if dropped[name]},
+            "examples": {name: _examples(self.measured[name], reader) for name in SPLITS},
         }
 
     def _truncated(self, measured: Measured) -> dict[str, Any]:
@@ -173,7 +174,6 @@ class Account:
             "side": self._side(),
             "tokens": cut.tokens,
             "supervised_tokens": cut.supervised_tokens,
-            "examples": [{"at": at, "problem": problem} for at, problem in cut.rows.examples],
         }
 
     def _near(self, pair: tuple[str, str], reader: Reader) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class Account:
             "examples": [{"at": at, "problem": problem} for at, problem in shown],
         }
 
-    def _examples(self, name: str) -> dict[str, list[dict[str, str | None]]]:
+    def _dropped_examples(self, name: str) -> dict[str, list[dict[str, str | None]]]:
         faults = [*self.faults[name].items(), *self.measured[name].faults.items()]
         found = {
             reason: [{"at": at, "field": fault.field, "problem": fault.problem} for at, fault in tally.examples]
@@ -237,30 +237,34 @@ def _quantile(ordered: NDArray[numpy.int32], share: float) -> int:
     return int(ordered[max(0, math.ceil(share * len(ordered)) - 1)])
 
 
-def _length_outliers(measured: Measured, reader: Reader) -> dict[str, Any]:
-    totals = measured.length("total")
-    order = numpy.argsort(totals, kind="stable")
-    ordered = totals[order]
-    low, high = _quantile(ordered, 0.25), _quantile(ordered, 0.75)
+def _length_outliers(measured: Measured) -> dict[str, int]:
+    totals = numpy.sort(measured.length("total"))
+    low, high = _quantile(totals, 0.25), _quantile(totals, 0.75)
     limit = high + FAR_OUT * (high - low)
-
-    def shown(rows: NDArray[numpy.int64]) -> list[dict[str, Any]]:
-        return [{"at": reader.at(measured.rows[row]), "tokens": int(totals[row])} for row in rows]
-
-    return {
-        "above_tokens": limit,
-        "rows": int((totals > limit).sum()),
-        "longest": shown(order[::-1][:EXAMPLES]),
-        "shortest": shown(order[:EXAMPLES]),
-    }
+    return {"above_tokens": limit, "rows": int((totals > limit).sum())}
 
 
-def _scripts(measured: Measured) -> dict[str, Any]:
+def _scripts(measured: Measured) -> dict[str, int]:
+    """Return how many rows are mostly in which script, the most frequent first."""
     by_count = sorted(measured.scripts.items(), key=lambda item: (-item[1].count, item[0]))
+    return {name: tally.count for name, tally in by_count}
+
+
+def _examples(measured: Measured, reader: Reader) -> dict[str, Any]:
+    """Return where rows stand that one may want to look at."""
+    totals = measured.length("total")
+    by_length = numpy.argsort(totals, kind="stable")
+    _, *others = _scripts(measured)
     return {
-        "rows": {name: tally.count for name, tally in by_count},
-        "examples": {name: tally.examples for name, tally in by_count[1:]},
+        "longest": [_with_length(measured, row, reader) for row in by_length[::-1][:EXAMPLES]],
+        "shortest": [_with_length(measured, row, reader) for row in by_length[:EXAMPLES]],
+        "truncated": [{"at": at, "problem": problem} for at, problem in measured.cut.rows.examples],
+        "other_scripts": {name: measured.scripts[name].examples for name in others},
     }
+
+
+def _with_length(measured: Measured, row: int, reader: Reader) -> dict[str, Any]:
+    return {"at": reader.at(measured.rows[row]), "tokens": int(measured.length("total")[row])}
 
 
 def _histograms(measured: dict[str, Measured]) -> list[dict[str, Any]]:

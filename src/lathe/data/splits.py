@@ -18,7 +18,7 @@ from lathe.errors import InputError
 
 Numbers = NDArray[numpy.int64]  # of rows
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 # Rows that left a split for one reason: where each stood, and the problem.
@@ -94,7 +94,7 @@ def _essence(message: Mapping[str, Any]) -> str:
             content = unicodedata.normalize("NFC", content)
         content = " ".join(content.split())
     calls = [call["function"] for call in message.get("tool_calls", [])]
-    essence = _encode([message["role"], content])
+    essence = f"[{_json(message['role'])},{_json(content)}]"
     return essence + json.dumps(calls, sort_keys=True) if calls else essence
 
 
