@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 N = 8  # words in a sequence; a shorter row is one sequence
 NEAR = 0.7  # share of a row's sequences from which on it counts as nearly in the other split
 
-# Rows whose sequences are kept in memory, as text; the first in the order of digests, which is a random sample.
-SAMPLE_BYTES = 64_000_000
+# So much of a held-out split's text is looked for elsewhere: its first rows in the order of digests, a random sample.
+SAMPLE_BYTES = 16_000_000
 
 NOWHERE = numpy.iinfo(numpy.int64).max
 
