@@ -63,7 +63,8 @@ class Sequences:
     def first(self, rows: int) -> "Sequences":
         """Return those of the first rows."""
         counts = self.counts[:rows]
-        return Sequences(self.hashes[: counts.sum()], counts)
+        # Copies: a view of nothing would still hold all of it.
+        return Sequences(self.hashes[: counts.sum()].copy(), counts.copy())
 
 
 # For an index: positions in it, and the place where each was seen first.
