@@ -274,7 +274,8 @@ def _histograms(measured: dict[str, Measured]) -> list[dict[str, Any]]:
         {"split": name, "part": part, "tokens": number * width, "rows": int(rows)}
         for part in ("prompt", "answer", "total")
         for name in SPLITS
-        for number, rows in enumerate(numpy.bincount(measured[name].length(part) // width))
+        # The last, empty one ends the one before it.
+        for number, rows in enumerate([*numpy.bincount(measured[name].length(part) // width), 0])
     ]
 
 
