@@ -10,7 +10,7 @@ tokenizer and a first pass over few rows are not counted. Where other work share
 of the two, all processes together, can be compared.
 
 Memory, with --million alone: a million made-up rows. The peak is that of all processes together, pages they share
-counted once (PSS, sampled), and the largest single one's (ru_maxrss). Prints Markdown tables.
+counted once (PSS, sampled from /proc), and the largest single one's (ru_maxrss). Prints Markdown tables.
 """
 
 import argparse
@@ -131,21 +131,27 @@ class _Peak:
         return self.largest
 
     def _sample(self) -> None:
-        import psutil
+        while held := sum(map(_held_bytes, _with_descendants(self.pid))):
+            self.largest = max(self.largest, held)
+            time.sleep(SECONDS_BETWEEN_SAMPLES)
 
-        try:
-            process = psutil.Process(self.pid)
-            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                held = 0
-                for each in [process, *process.children(recursive=True)]:
-                    try:
-                        held += each.memory_full_info().pss
-                    except psutil.NoSuchProcess:  # it has ended since it was listed
-                        continue
-                self.largest = max(self.largest, held)
-                time.sleep(SECONDS_BETWEEN_SAMPLES)
-        except psutil.NoSuchProcess:  # it ended between two looks
-            return
+
+def _with_descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    try:
+        below = [int(child) for child in children.read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return []
+    return [pid, *(each for child in below for each in _with_descendants(child))]
+
+
+def _held_bytes(pid: int) -> int:
+    """Return the process's share of the memory that it holds, 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 def _run_child(child: str, tokenizer_folder: Path, raw: Path, work: Path) -> None:
