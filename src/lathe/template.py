@@ -4,7 +4,7 @@ One template everywhere: training, evaluation and generation call `render`, and 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -270,30 +270,53 @@ def _turn(format_: Format, messages: Conversation) -> _Turn:
     return _Turn(prompt, answer + (rest[: end.end()] if end else rest.rstrip() + format_.eos_token))
 
 
-def _tokenize_turns(tokenizer: Any, format_: Format, turns: list[_Turn]) -> list[tuple[list[int], list[int]]]:
-    """Return the ids of each turn's prompt and of its answer."""
-    ids = _tokenize(tokenizer, format_, [turn.prompt for turn in turns] + [turn.prompt + turn.answer for turn in turns])
-    prompts, wholes = ids[: len(turns)], ids[len(turns) :]
-    answers = [whole[len(prompt) :] for prompt, whole in zip(prompts, wholes, strict=True)]
-    merged = [index for index, prompt in enumerate(prompts) if wholes[index][: len(prompt)] != prompt]
-    behind_eos = _tokenize(tokenizer, format_, [format_.eos_token + turns[index].answer for index in merged])
-    for index, whole in zip(merged, behind_eos, strict=True):
-        answers[index] = whole[1:]
+def _tokenize_turns(tokenizer: Any, format_: Format, turns: list[_Turn]) -> list[tuple[list[int], int]]:
+    """Return the ids of each turn, prompt and answer, and how many of them are the prompt's."""
+    prompts = [_segments(format_.segment_starts, turn.prompt) for turn in turns]
+    wholes = [_segments(format_.segment_starts, turn.prompt + turn.answer) for turn in turns]
+    ids = _ids(tokenizer, chain.from_iterable(chain(prompts, wholes)))
+    tokenized: list[tuple[list[int], int]] = []
+    merged: dict[
+        int, list[int]
+    ] = {}  # the prompts of turns whose answer begins with characters of its prompt's last id
+    for index, (prompt, whole) in enumerate(zip(prompts, wholes, strict=True)):
+        whole_ids = _concatenated([ids[segment] for segment in whole])
+        start = _common_length(prompt, whole, ids)
+        if start is None:
+            merged[index] = _concatenated([ids[segment] for segment in prompt])
+        tokenized.append((whole_ids, start or 0))
+    behind_eos = [_segments(format_.segment_starts, format_.eos_token + turns[index].answer) for index in merged]
+    ids = _ids(tokenizer, chain.from_iterable(behind_eos))
+    for (index, prompt_ids), segments in zip(merged.items(), behind_eos, strict=True):
+        answer_ids = _concatenated([ids[segment] for segment in segments])[1:]
+        tokenized[index] = prompt_ids + answer_ids, len(prompt_ids)
     if format_.added_bos is not None:
-        prompts = [prompt if prompt[:1] == [format_.added_bos] else [format_.added_bos, *prompt] for prompt in prompts]
-    return list(zip(prompts, answers, strict=True))
+        bos = [format_.added_bos]
+        tokenized = [
+            (each, start) if each[:1] == bos and start else (bos + each, start + 1) for each, start in tokenized
+        ]
+    return tokenized
 
 
-def _tokenize(tokenizer: Any, format_: Format, texts: list[str]) -> list[list[int]]:
-    """Return the ids of each text; a segment that several texts share is tokenised once."""
-    segments = [_segments(format_.segment_starts, text) for text in texts]
-    unique = list(dict.fromkeys(chain.from_iterable(segments)))
+def _common_length(prompt: list[str], whole: list[str], ids: dict[str, list[int]]) -> int | None:
+    """Return how many ids the prompt has if the whole begins with them, else None; both are given in segments."""
+    if not prompt:
+        return 0
+    *before, last = prompt
+    place = len(before)
+    if len(whole) < len(prompt) or whole[:place] != before or ids[whole[place]][: len(ids[last])] != ids[last]:
+        return None
+    return sum([len(ids[segment]) for segment in prompt])
+
+
+def _ids(tokenizer: Any, segments: Iterable[str]) -> dict[str, list[int]]:
+    """Return the ids of each segment; one that several texts share is tokenised once."""
+    unique = list(dict.fromkeys(segments))
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     encoded = backend.encode_batch_fast(unique, add_special_tokens=False)
-    ids = {segment: encoding.ids for segment, encoding in zip(unique, encoded, strict=True)}
-    return [_concatenated([ids[segment] for segment in parts]) for parts in segments]
+    return {segment: encoding.ids for segment, encoding in zip(unique, encoded, strict=True)}
 
 
 def _concatenated(parts: list[list[int]]) -> list[int]:
@@ -339,15 +362,15 @@ def _can_cover(other: str, token: str) -> bool:
     return False
 
 
-def _join(row: int, turns: list[tuple[list[int], list[int]]]) -> list[Encoded]:
+def _join(row: int, turns: list[tuple[list[int], int]]) -> list[Encoded]:
     sequences: list[Encoded] = []
-    for prompt, answer in turns:
-        if not sequences or prompt[: len(sequences[-1].input_ids)] != sequences[-1].input_ids:
-            sequences.append(Encoded(row, [], []))
-        sequence = sequences[-1]
-        context = prompt[len(sequence.input_ids) :]
-        sequence.input_ids.extend(context + answer)
-        sequence.supervised.extend([False] * len(context) + [True] * len(answer))
+    for ids, start in turns:
+        known = len(sequences[-1].input_ids) if sequences else 0
+        if not known or known > start or ids[:known] != sequences[-1].input_ids:
+            sequences.append(Encoded(row, ids, [False] * start + [True] * (len(ids) - start)))
+        else:
+            sequences[-1].input_ids.extend(ids[known:])
+            sequences[-1].supervised.extend([False] * (start - known) + [True] * (len(ids) - start))
     return sequences
 
 

@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any
 
 import numpy
@@ -17,9 +18,6 @@ from lathe.data.tally import EXAMPLES, Tally
 from lathe.errors import InputError
 
 Numbers = NDArray[numpy.int64]  # of rows
-
-_json = json.JSONEncoder(ensure_ascii=False).encode
-
 
 # Rows that left a split for one reason: where each stood, and the problem.
 Removed = Tally[tuple[str, str]]
@@ -92,9 +90,11 @@ def _essence(message: Mapping[str, Any]) -> str:
     if isinstance(content, str):
         if not content.isascii():
             content = unicodedata.normalize("NFC", content)
-        content = " ".join(content.split())
+        content = encode_basestring(" ".join(content.split()))
+    else:
+        content = json.dumps(content)
     calls = [call["function"] for call in message.get("tool_calls", [])]
-    essence = f"[{_json(message['role'])},{_json(content)}]"
+    essence = f"[{encode_basestring(message['role'])},{content}]"
     return essence + json.dumps(calls, sort_keys=True) if calls else essence
 
 
