@@ -1,8 +1,10 @@
 """Turn raw rows into validated chat messages, split into train, validation and test.
 
-reads   data/raw/, models/base/ (tokenizer), params.yaml: seed, preprocess, training.max_length; the dataset's preset
-writes  data/processed/{train,validation,test}.jsonl, metrics/preprocess/report.json
+reads   data/raw/, models/base/ (tokenizer), params.yaml: seed, preprocess, training (length, steps); dataset's preset
+writes  data/processed/{train,validation,test}.jsonl, metrics/preprocess/{report.json,lengths.csv,rows.csv}
 """
+
+import time
 
 import _path  # noqa: F401
 
@@ -10,29 +12,32 @@ from lathe import model_folder, paths, stage, track
 from lathe.params import Config
 
 
-def main(config: Config) -> None:
+def main(config: Config) -> stage.Speeds:
     model_folder.check_length(paths.MODEL_BASE, config.params.training.max_length)
 
     from lathe.data import prepare
-    from lathe.jsonl import write_jsonl
+    from lathe.data.report import training_steps
     from lathe.model import load_tokenizer
 
-    settings = config.params.preprocess
-    prepared = prepare(
-        paths.DATA_RAW,
-        config.dataset,
-        tokenizer=load_tokenizer(paths.MODEL_BASE),
-        max_length=config.params.training.max_length,
-        seed=config.params.seed,
-        validation_fraction=settings.validation_fraction,
-        test_fraction=settings.test_fraction,
-        max_dropped_fraction=settings.max_dropped_fraction,
-        supervise=settings.supervise,
-    )
+    params = config.params
+    tokenizer = load_tokenizer(paths.MODEL_BASE)
+    started = time.perf_counter()
     with paths.whole_folder(paths.DATA_PROCESSED) as folder:
-        for split, rows in prepared.splits.items():
-            write_jsonl(rows, folder / f"{split}.jsonl")
-    track.write_json(paths.METRICS / "preprocess/report.json", prepared.report)
+        prepared = prepare(
+            paths.DATA_RAW,
+            config.dataset,
+            folder,
+            tokenizer=tokenizer,
+            seed=params.seed,
+            max_length=params.training.max_length,
+            settings=params.preprocess,
+        )
+    seconds = time.perf_counter() - started
+    steps = training_steps(prepared.train_sequences, params.training)
+    track.write_json(paths.METRICS / "preprocess/report.json", {**prepared.report, "training": steps})
+    for name, rows in prepared.tables.items():
+        track.write_csv(paths.METRICS / f"preprocess/{name}.csv", rows)
+    return {"rows_per_second": round(prepared.report["rows"]["read"] / seconds, 1)}
 
 
 if __name__ == "__main__":

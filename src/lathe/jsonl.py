@@ -7,12 +7,19 @@ from typing import Any
 
 from lathe.errors import InputError
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 
 def write_jsonl(rows: Iterable[Any], file: Path) -> None:
     """Write one compact JSON value per line, UTF-8, equal bytes for equal rows on every machine."""
-    with file.open("w", encoding="utf-8", newline="\n") as lines:
+    with file.open("wb") as lines:
         for row in rows:
-            lines.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+            lines.write(line(row))
+
+
+def line(row: Any) -> bytes:
+    """Return the line that `write_jsonl` writes of a row."""
+    return _encode(row).encode() + b"\n"
 
 
 def read_jsonl(file: Path) -> list[Any]:

@@ -52,6 +52,13 @@ class Preprocess(Section):
         "share of the training rows that becomes the test split where the source has none"
     )
     max_dropped_fraction: Fraction = entry("share of unusable rows above which the stage fails")
+    too_long: Literal["drop", "truncate_prompt", "truncate_answer"] = entry(
+        "rows over training.max_length: drop them, cut what comes before the last answer, or cut the end of an answer"
+    )
+    max_truncated_fraction: Fraction = entry("share of rows cut by too_long above which the stage fails")
+    max_overlap_fraction: Fraction = entry(
+        "share of a held-out split's rows that are nearly in another split above which the stage fails"
+    )
     supervise: Literal["all", "last"] = entry(
         "assistant turns of a conversation that are learnt: all of them or the last"
     )

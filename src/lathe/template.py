@@ -5,9 +5,11 @@ One template everywhere: training, evaluation and generation call `render`, and 
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
+from itertools import chain
 from typing import Any, Literal
 
 import jinja2
@@ -22,7 +24,10 @@ Conversation = Sequence[Message]
 # differ. It is the fallback that Llama 3's own template holds.
 TODAY = datetime(2024, 7, 26)
 
-ROWS_PER_BATCH = 1024  # bounds the texts held at once; the tokenizer spreads a batch over the cores
+# The tokenizer spreads a batch over the cores; the ids of a larger one no longer lie in the caches of the processor.
+ROWS_PER_BATCH = 128
+
+_TEXT_MESSAGE = {"role", "content"}
 
 
 class TemplateError(InputError):
@@ -56,7 +61,19 @@ def render(
     A template that asks for the date gets a fixed one. Raises TemplateError where the template refuses the messages.
     """
     try:
-        _compile_jinja_template(chat_template).environment.globals["strftime_now"] = TODAY.strftime
+        template, known = _compiled(chat_template)
+        if tools is None and all(map(_is_text_message, messages)):
+            # What render_jinja_template adds, copies of the messages above all, takes longer than the rendering.
+            context = {
+                **known,
+                "messages": messages,
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                "bos_token": bos_token,
+                "eos_token": eos_token,
+            }
+            return "".join(template.root_render_func(template.new_context(context, shared=True)))
         texts, _ = render_jinja_template(
             conversations=[messages],
             tools=tools,
@@ -163,10 +180,17 @@ def encode(
 
 
 def encode_each(
-    tokenizer: Any, conversations: Sequence[Conversation], *, supervise: Literal["all", "last"]
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    *,
+    supervise: Literal["all", "last"],
+    format_: "Format | None" = None,
 ) -> Iterator[list[Encoded] | TemplateError]:
-    """Yield, conversation by conversation, the sequences that `encode` makes of it or the error that prevents it."""
-    format_ = _Format.of(tokenizer)
+    """Yield, conversation by conversation, the sequences that `encode` makes of it or the error that prevents it.
+
+    Who calls often with few conversations gives the tokenizer's `Format.of`, which takes a while to find.
+    """
+    format_ = format_ or Format.of(tokenizer)
     for start in range(0, len(conversations), ROWS_PER_BATCH):
         turns = [_turns(format_, messages, supervise) for messages in conversations[start : start + ROWS_PER_BATCH]]
         flat = [turn for row in turns if not isinstance(row, TemplateError) for turn in row]
@@ -200,17 +224,19 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Format:
+class Format:
     """What of a tokenizer decides how a conversation is written."""
 
     chat_template: str
     bos_token: str
     eos_token: str
     control_tokens: re.Pattern[str]
+    segment_starts: re.Pattern[str]
     added_bos: int | None  # the id that the tokenizer puts before plain text
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "_Format":
+    def of(cls, tokenizer: Any) -> "Format":
+        """Return how the tokenizer writes; raises TemplateError where it cannot write conversations."""
         if not tokenizer.chat_template:
             raise TemplateError("the tokenizer has no chat template; choose an instruction-tuned model")
         if not tokenizer.eos_token:
@@ -223,8 +249,21 @@ class _Format:
             bos_token=tokenizer.bos_token or "",
             eos_token=tokenizer.eos_token,
             control_tokens=control_tokens(tokenizer),
+            segment_starts=_segment_starts(tokenizer),
             added_bos=bos if bos is not None and tokenizer("text")["input_ids"][0] == bos else None,
         )
+
+
+@lru_cache
+def _compiled(chat_template: str) -> tuple[jinja2.Template, dict[str, Any]]:
+    """Return the template as transformers compiles it, and what it knows besides the conversation."""
+    template = _compile_jinja_template(chat_template)
+    template.environment.globals["strftime_now"] = TODAY.strftime
+    return template, dict(template.globals)
+
+
+def _is_text_message(message: Message) -> bool:
+    return message.keys() == _TEXT_MESSAGE and isinstance(message["content"], str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +272,7 @@ class _Turn:
     answer: str  # with its end token
 
 
-def _turns(format_: _Format, messages: Conversation, supervise: str) -> list[_Turn] | TemplateError:
+def _turns(format_: Format, messages: Conversation, supervise: str) -> list[_Turn] | TemplateError:
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         return TemplateError("no supervised token: there is no assistant message; add the answer")
@@ -243,7 +282,7 @@ def _turns(format_: _Format, messages: Conversation, supervise: str) -> list[_Tu
         return error
 
 
-def _turn(format_: _Format, messages: Conversation) -> _Turn:
+def _turn(format_: Format, messages: Conversation) -> _Turn:
     prompt, answer, rest = prompt_and_answer(
         format_.chat_template, messages, bos_token=format_.bos_token, eos_token=format_.eos_token
     )
@@ -251,39 +290,107 @@ def _turn(format_: _Format, messages: Conversation) -> _Turn:
     return _Turn(prompt, answer + (rest[: end.end()] if end else rest.rstrip() + format_.eos_token))
 
 
-def _tokenize_turns(tokenizer: Any, format_: _Format, turns: list[_Turn]) -> list[tuple[list[int], list[int]]]:
-    """Return the ids of each turn's prompt and of its answer."""
-    ids = _tokenize(tokenizer, [turn.prompt for turn in turns] + [turn.prompt + turn.answer for turn in turns])
-    prompts, wholes = ids[: len(turns)], ids[len(turns) :]
-    answers = [whole[len(prompt) :] for prompt, whole in zip(prompts, wholes, strict=True)]
-    merged = [index for index, prompt in enumerate(prompts) if wholes[index][: len(prompt)] != prompt]
-    behind_eos = _tokenize(tokenizer, [format_.eos_token + turns[index].answer for index in merged])
-    for index, whole in zip(merged, behind_eos, strict=True):
-        answers[index] = whole[1:]
+def _tokenize_turns(tokenizer: Any, format_: Format, turns: list[_Turn]) -> list[tuple[list[int], int]]:
+    """Return the ids of each turn, prompt and answer, and how many of them are the prompt's."""
+    prompts = [_segments(format_.segment_starts, turn.prompt) for turn in turns]
+    wholes = [_segments(format_.segment_starts, turn.prompt + turn.answer) for turn in turns]
+    ids = _ids(tokenizer, chain.from_iterable(chain(prompts, wholes)))
+    tokenized: list[tuple[list[int], int]] = []
+    merged: dict[
+        int, list[int]
+    ] = {}  # the prompts of turns whose answer begins with characters of its prompt's last id
+    for index, (prompt, whole) in enumerate(zip(prompts, wholes, strict=True)):
+        whole_ids = _concatenated([ids[segment] for segment in whole])
+        start = _common_length(prompt, whole, ids)
+        if start is None:
+            merged[index] = _concatenated([ids[segment] for segment in prompt])
+        tokenized.append((whole_ids, start or 0))
+    behind_eos = [_segments(format_.segment_starts, format_.eos_token + turns[index].answer) for index in merged]
+    ids = _ids(tokenizer, chain.from_iterable(behind_eos))
+    for (index, prompt_ids), segments in zip(merged.items(), behind_eos, strict=True):
+        answer_ids = _concatenated([ids[segment] for segment in segments])[1:]
+        tokenized[index] = prompt_ids + answer_ids, len(prompt_ids)
     if format_.added_bos is not None:
-        prompts = [prompt if prompt[:1] == [format_.added_bos] else [format_.added_bos, *prompt] for prompt in prompts]
-    return list(zip(prompts, answers, strict=True))
+        bos = [format_.added_bos]
+        tokenized = [
+            (each, start) if each[:1] == bos and start else (bos + each, start + 1) for each, start in tokenized
+        ]
+    return tokenized
 
 
-def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+def _common_length(prompt: list[str], whole: list[str], ids: dict[str, list[int]]) -> int | None:
+    """Return how many ids the prompt has if the whole begins with them, else None; both are given in segments."""
+    if not prompt:
+        return 0
+    *before, last = prompt
+    place = len(before)
+    if len(whole) < len(prompt) or whole[:place] != before or ids[whole[place]][: len(ids[last])] != ids[last]:
+        return None
+    return sum([len(ids[segment]) for segment in prompt])
+
+
+def _ids(tokenizer: Any, segments: Iterable[str]) -> dict[str, list[int]]:
+    """Return the ids of each segment; one that several texts share is tokenised once."""
+    unique = list(dict.fromkeys(segments))
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    encoded = backend.encode_batch_fast(unique, add_special_tokens=False)
+    return {segment: encoding.ids for segment, encoding in zip(unique, encoded, strict=True)}
+
+
+def _concatenated(parts: list[list[int]]) -> list[int]:
+    whole: list[int] = []
+    for part in parts:
+        whole += part
+    return whole
+
+
+def _segments(starts: re.Pattern[str], text: str) -> list[str]:
+    cuts = [match.start() for match in starts.finditer(text)]
+    return [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True) if start < stop]
+
+
+def _segment_starts(tokenizer: Any) -> re.Pattern[str]:
+    """Return a pattern of the special tokens before which a text can be cut without changing its ids.
+
+    The tokenizer looks for added tokens first, from left to right, and tokenises what lies between them piece by piece.
+    That makes a cut safe before a token that is sought in the text as it stands, needs no neighbours to be found, takes
+    no white space from the left, and cannot lose its first characters to another added token.
+    """
+    if tokenizer.backend_tokenizer.encode_special_tokens:
+        return re.compile("(?!)")
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.content and not token.normalized]
+    texts = {token.content for token in added}
+    safe = sorted(
+        token.content
+        for token in added
+        if token.special
+        and not (token.single_word or token.lstrip or token.content[0].isspace())
+        and not any(_can_cover(other, token.content) for other in texts)
     )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+    return re.compile("|".join(map(re.escape, safe)) or "(?!)")
 
 
-def _join(row: int, turns: list[tuple[list[int], list[int]]]) -> list[Encoded]:
+def _can_cover(other: str, token: str) -> bool:
+    """Tell whether `other`, found from further left in a text, can hold the first characters of `token`."""
+    start = other.find(token[0], 1)
+    while start > 0:
+        if token.startswith(other[start:]) or other.startswith(token, start):
+            return True
+        start = other.find(token[0], start + 1)
+    return False
+
+
+def _join(row: int, turns: list[tuple[list[int], int]]) -> list[Encoded]:
     sequences: list[Encoded] = []
-    for prompt, answer in turns:
-        if not sequences or prompt[: len(sequences[-1].input_ids)] != sequences[-1].input_ids:
-            sequences.append(Encoded(row, [], []))
-        sequence = sequences[-1]
-        context = prompt[len(sequence.input_ids) :]
-        sequence.input_ids.extend(context + answer)
-        sequence.supervised.extend([False] * len(context) + [True] * len(answer))
+    for ids, start in turns:
+        known = len(sequences[-1].input_ids) if sequences else 0
+        if not known or known > start or ids[:known] != sequences[-1].input_ids:
+            sequences.append(Encoded(row, ids, [False] * start + [True] * (len(ids) - start)))
+        else:
+            sequences[-1].input_ids.extend(ids[known:])
+            sequences[-1].supervised.extend([False] * (start - known) + [True] * (len(ids) - start))
     return sequences
 
 

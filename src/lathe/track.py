@@ -1,5 +1,6 @@
 """What a stage leaves in `metrics/`: its scores and counts, and apart from them its timings."""
 
+import csv
 import json
 import resource
 import sys
@@ -14,6 +15,14 @@ def write_json(target: Path, content: Any) -> None:
     """Write JSON whole or not at all: floats as they are, keys in the order given, one trailing newline."""
     with paths.whole_file(target) as partial:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_csv(target: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a plot's rows, which all have the keys of the first, whole or not at all."""
+    with paths.whole_file(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_timings(

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,17 @@ from lathe.data import prepare
 from lathe.data.reading import read_rows
 from lathe.errors import InputError
 from lathe.jsonl import read_jsonl, write_jsonl
+from lathe.params import Preprocess
+
+LENIENT = Preprocess(
+    validation_fraction=0.1,
+    test_fraction=0.1,
+    max_dropped_fraction=1.0,
+    too_long="drop",
+    max_truncated_fraction=1.0,
+    max_overlap_fraction=1.0,
+    supervise="all",
+)
 
 GOOD = {"prompt": "a question", "completion": "an answer"}
 
@@ -59,20 +71,29 @@ def raw(tmp_path):
     return folder
 
 
+@dataclass
+class Outcome:
+    """What the stage would leave: the rows of each split as its file holds them, and the report."""
+
+    splits: dict[str, list[dict]]
+    report: dict
+
+
 @pytest.fixture
-def run(raw, tokenizer):
+def run(raw, tokenizer, tmp_path):
     """Prepare the folder `raw` with a preset and lenient settings; keywords change one of them."""
 
-    def prepare_raw(preset=None, **changes):
-        settings = {
-            "max_length": 1000,
-            "seed": 42,
-            "validation_fraction": 0.1,
-            "test_fraction": 0.1,
-            "max_dropped_fraction": 1.0,
-            "supervise": "all",
-        }
-        return prepare(raw, preset or Preset(), tokenizer=tokenizer, **(settings | changes))
+    def prepare_raw(preset=None, *, max_length=1000, seed=42, **changes):
+        out = tmp_path / "processed"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        settings = LENIENT.model_copy(update=changes)
+        prepared = prepare(
+            raw, preset or Preset(), out, tokenizer=tokenizer, seed=seed, max_length=max_length, settings=settings
+        )
+        assert sorted(file.name for file in out.iterdir()) == ["test.jsonl", "train.jsonl", "validation.jsonl"]
+        splits = {name: read_jsonl(out / f"{name}.jsonl") for name in ("train", "validation", "test")}
+        return Outcome(splits, prepared.report)
 
     return prepare_raw
 

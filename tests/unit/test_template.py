@@ -1,6 +1,7 @@
 """What the model reads, and which of its tokens are learnt."""
 
 import itertools
+import random
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,40 @@ def test_rows_come_out_in_order_over_several_batches(byte_bpe, monkeypatch):
     assert [sequence.row for sequence in sequences] == list(range(10))
     for number, sequence in enumerate(sequences):
         assert byte_bpe.decode(_supervised(sequence)[0]) == f"answer {number}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        {},
+        {"content": "<|im_start|>", "lstrip": True, "special": True},
+        {"content": "<|im_start|>", "rstrip": True, "special": True},
+        {"content": "<|im_end|>", "single_word": True, "special": True},
+        {"content": "word <|im_", "normalized": False},
+        {"content": "a<|im_start|>b", "normalized": False},
+        {"content": "<|im_end|>\n<|im_start|>", "special": True},
+        {"content": "end|>", "normalized": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["byte_bpe", "sentencepiece"])
+def test_ids_are_those_of_the_whole_text_whatever_tokens_were_added(name, added, tmp_path):
+    """Texts are tokenised in segments, from one special token to the next."""
+    from tokenizers import AddedToken
+
+    tokenizer = _byte_bpe(adds_bos=False) if name == "byte_bpe" else _sentencepiece(tmp_path)
+    if added:
+        content = added["content"]
+        tokenizer.add_tokens([AddedToken(**added)], special_tokens=added.get("special", False))
+        assert content in {token.content for token in tokenizer.added_tokens_decoder.values()}
+    tokenizer.chat_template = CHATML
+    odd = ["word <|im_end|>", "  a<|im_start|>b ", "x<|im_end|>y", "word", " <|im_start|>\n", "end|> <s> </s>", "▁ ▁a"]
+    generator = random.Random(1)
+    for _ in range(40):
+        request, answer = (" ".join(generator.choices(odd, k=3)) for _ in range(2))
+        (sequence,) = encode(tokenizer, [_chat(request, f"yes {answer} no")], supervise="all")
+        text = render_for(tokenizer, _chat(request, f"yes {answer} no")).rstrip("\n")
+        assert sequence.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_reasoning_in_an_answer_is_learnt_as_the_template_writes_it(byte_bpe):

@@ -3,134 +3,183 @@
 import hashlib
 import json
 import unicodedata
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any
 
-from lathe.data.messages import Message
+import numpy
+from numpy.typing import NDArray
+
+from lathe.data.files import SPLITS
+from lathe.data.spool import DIGEST_BYTES, Digests, Reader, Rows
+from lathe.data.tally import EXAMPLES, Tally
 from lathe.errors import InputError
 
+Numbers = NDArray[numpy.int64]  # of rows
 
-@dataclass(slots=True)
-class Row:
-    """A validated conversation; `content` and `prompt` are seeded digests of all it says and of all but its answer.
-
-    `extras` is what the processed row keeps beside its messages.
-    """
-
-    at: str
-    messages: list[Message]
-    content: bytes
-    prompt: bytes
-    extras: dict[str, Any]
-
-
-@dataclass(slots=True)
-class Removed:
-    """Rows that no split keeps, with the reason and the field it concerns."""
-
-    row: Row
-    reason: str
-    problem: str
+# Rows that left a split for one reason: where each stood, and the problem.
+Removed = Tally[tuple[str, str]]
 
 
 @dataclass(slots=True)
 class Splits:
-    """Rows by split in the order of their digests, what was removed from each, and what train gave to the others."""
+    """Row numbers by split in the order of their digests, what was removed from each, and what train gave to others.
 
-    rows: dict[str, list[Row]]
-    removed: dict[str, list[Removed]]
+    `removed` is by split and reason; `overlap` counts the rows removed from one split for being in another.
+    """
+
+    rows: dict[str, Numbers]
+    removed: dict[str, dict[str, Removed]]
     taken_from_train: dict[str, int] = field(default_factory=dict)
-    overlap: dict[str, int] = field(default_factory=dict)
+    overlap: Counter[str] = field(default_factory=Counter)
 
 
-def keyed(at: str, messages: list[Message], seed: int, extras: dict[str, Any]) -> Row:
-    """Return the row with its digests; texts that differ in white space or Unicode form alone are the same."""
-    texts = [
-        [message["role"], " ".join(unicodedata.normalize("NFC", message["content"]).split()), *_calls(message)]
-        for message in messages
-    ]
-    return Row(at, messages, content=_digest(texts, seed), prompt=_digest(texts[:-1], seed), extras=extras)
+def digests(row: Mapping[str, Any], seed: int) -> Digests:
+    """Return the row's digests; texts that differ in white space or Unicode form alone are the same."""
+    messages = row["messages"]
+    others = {key: value for key, value in row.items() if key != "messages"}
+    *before, last = map(_essence, messages)
+    key = seed.to_bytes(8, "little")
+    content = hashlib.blake2b(f"[{','.join(before)}".encode(), digest_size=DIGEST_BYTES, key=key)
+    prompt = content.copy()
+    prompt.update(b"]")
+    content.update(f"{',' if before else ''}{last}]".encode())
+    if others:
+        content.update(json.dumps(others, sort_keys=True).encode())
+    return Digests(content.digest(), prompt.digest())
 
 
 def divide(
-    rows: dict[str, list[Row]],
+    rows: Rows,
     *,
+    given: Collection[str],
     validation_fraction: float,
     test_fraction: float,
     limits: dict[str, int],
 ) -> Splits:
     """Return the three splits without duplicates and without a prompt that two of them share.
 
-    A split the source lacks is taken from train: the prompts with the smallest digests, `*_fraction` of all, at least
-    one. Of equal rows one stays; a prompt that is in two splits stays in test before validation before train; a split
-    over its limit keeps the rows with the smallest digests. None of this depends on the order of the input.
+    A split that is not `given` by the source is taken from train: the prompts with the smallest digests, `*_fraction`
+    of all, at least one. Of equal rows one stays; a prompt that is in two splits stays in test before validation before
+    train; a split over its limit keeps the rows with the smallest digests. None of this depends on the order of the
+    input.
     Raises InputError where a split would be empty.
     """
-    splits = Splits(rows={}, removed={name: [] for name in ("train", "validation", "test")})
-    for name, given in rows.items():
-        splits.rows[name] = _without_duplicates(given, splits.removed[name])
-    _remove_overlap(splits)
-    _take_from_train(splits, {"test": test_fraction, "validation": validation_fraction})
-    for name, limit in limits.items():
-        over = splits.rows[name][limit:]
-        splits.removed[name] += [Removed(row, "over_limit", f"the split keeps {limit} rows") for row in over]
-        del splits.rows[name][limit:]
+    splits = Splits(rows={}, removed={name: {} for name in SPLITS})
+    prompts = _ranks(rows.prompt)
+    with rows.reader() as reader:
+        for number, name in enumerate(SPLITS):
+            if name in given:
+                numbers = numpy.flatnonzero(rows.splits == number)
+                splits.rows[name] = _without_duplicates(numbers, rows, reader, splits.removed[name])
+        _remove_overlap(splits, prompts, reader)
+        _take_from_train(splits, prompts, {"test": test_fraction, "validation": validation_fraction})
+        for name, limit in limits.items():
+            over = splits.rows[name][limit:]
+            if len(over):
+                examples = [(reader.at(row), f"the split keeps {limit} rows") for row in over[:EXAMPLES]]
+                splits.removed[name]["over_limit"] = Removed(len(over), examples)
+            splits.rows[name] = splits.rows[name][:limit]
     return splits
 
 
-def _calls(message: Message) -> list[str]:
-    return [json.dumps(call["function"], sort_keys=True) for call in message.get("tool_calls", [])]
+def _essence(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    if isinstance(content, str):
+        if not content.isascii():
+            content = unicodedata.normalize("NFC", content)
+        content = encode_basestring(" ".join(content.split()))
+    else:
+        content = json.dumps(content)
+    calls = [call["function"] for call in message.get("tool_calls", [])]
+    essence = f"[{encode_basestring(message['role'])},{content}]"
+    return essence + json.dumps(calls, sort_keys=True) if calls else essence
 
 
-def _digest(texts: list[list[str]], seed: int) -> bytes:
-    data = json.dumps(texts, ensure_ascii=False, separators=(",", ":")).encode()
-    return hashlib.blake2b(data, digest_size=16, key=seed.to_bytes(8, "little")).digest()
+def _ranks(digests: NDArray[numpy.uint64]) -> Numbers:
+    """Return for each digest (high and low word) its place among the different ones, equal for equal digests."""
+    order = numpy.lexsort((digests[:, 1], digests[:, 0]))
+    ranks = numpy.empty(len(order), dtype=numpy.int64)
+    ranks[order] = numpy.cumsum(_begins(digests[order])) - 1
+    return ranks
 
 
-def _without_duplicates(rows: list[Row], removed: list[Removed]) -> list[Row]:
-    # Equal rows may still differ in white space: which one stays must not depend on their order either.
-    kept: dict[bytes, Row] = {}
-    for row in sorted(rows, key=lambda row: (row.content, [message["content"] for message in row.messages])):
-        first = kept.setdefault(row.content, row)
-        if first is not row:
-            removed.append(Removed(row, "duplicate", f"the same as {first.at}"))
-    return list(kept.values())
+def _begins(ordered: NDArray[numpy.uint64]) -> NDArray[numpy.bool_]:
+    """Tell of each of the sorted digests whether it differs from the one before it."""
+    begins = numpy.ones(len(ordered), dtype=numpy.bool_)
+    begins[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    return begins
 
 
-def _remove_overlap(splits: Splits) -> None:
-    owner: dict[bytes, tuple[str, str]] = {}
+def _without_duplicates(given: Numbers, rows: Rows, reader: Reader, removed: dict[str, Removed]) -> Numbers:
+    content = rows.content[given]
+    order = numpy.lexsort((content[:, 1], content[:, 0]))
+    given, content = given[order], content[order]
+    starts = numpy.flatnonzero(_begins(content))
+    kept = given[starts]
+    sizes = numpy.diff(numpy.append(starts, len(given)))
+    duplicates = Removed(count=len(given) - len(starts))
+    for group in numpy.flatnonzero(sizes > 1):
+        equal = given[starts[group] : starts[group] + sizes[group]]
+        # Equal rows may still differ in white space: which one stays must not depend on their order either.
+        kept[group] = min(equal, key=lambda row: _wording(reader, row))
+        for row in equal:
+            if len(duplicates.examples) == EXAMPLES:
+                break
+            if row != kept[group]:
+                duplicates.examples.append((reader.at(row), f"the same as {reader.at(kept[group])}"))
+    if duplicates.count:
+        removed["duplicate"] = duplicates
+    return kept
+
+
+def _wording(reader: Reader, row: int) -> tuple[list[str], bytes]:
+    value = reader.value(row)
+    return [str(message["content"]) for message in value["messages"]], reader.line(row)
+
+
+def _remove_overlap(splits: Splits, prompts: Numbers, reader: Reader) -> None:
+    nobody = -1
+    owner = numpy.full(prompts.max(initial=-1) + 1, nobody)
+    split_of = numpy.zeros(len(prompts), dtype=numpy.uint8)
     for name in ("test", "validation", "train"):
-        kept = []
-        for row in splits.rows.get(name, []):
-            other = owner.get(row.prompt)
-            if other is None:
-                kept.append(row)
-                continue
-            splits.removed[name].append(
-                Removed(row, "in_other_split", f"its prompt is that of {other[1]} in {other[0]}")
-            )
-            shared = f"{name}_in_{other[0]}"
-            splits.overlap[shared] = splits.overlap.get(shared, 0) + 1
-        if name in splits.rows:
-            splits.rows[name] = kept
-        for row in kept:
-            owner.setdefault(row.prompt, (name, row.at))
+        if name not in splits.rows:
+            continue
+        rows = splits.rows[name]
+        owners = owner[prompts[rows]]
+        shared = owners != nobody
+        if shared.any():
+            examples = [
+                (reader.at(row), f"its prompt is that of {reader.at(other)} in {SPLITS[split_of[other]]}")
+                for row, other in zip(rows[shared][:EXAMPLES], owners[shared], strict=False)
+            ]
+            splits.removed[name]["in_other_split"] = Removed(int(shared.sum()), examples)
+            for other, count in zip(*numpy.unique(split_of[owners[shared]], return_counts=True), strict=True):
+                splits.overlap[f"{name}_in_{SPLITS[other]}"] = int(count)
+        rows = splits.rows[name] = rows[~shared]
+        owner[prompts[rows[::-1]]] = rows[::-1]  # of several rows with one prompt the first
+        split_of[rows] = SPLITS.index(name)
 
 
-def _take_from_train(splits: Splits, fractions: dict[str, float]) -> None:
-    prompts = sorted({row.prompt for row in splits.rows["train"]})
+def _take_from_train(splits: Splits, prompts: Numbers, fractions: dict[str, float]) -> None:
+    train = splits.rows["train"]
+    different = numpy.unique(prompts[train])
     wanted = {
-        name: max(1, round(fraction * len(prompts))) for name, fraction in fractions.items() if name not in splits.rows
+        name: max(1, round(fraction * len(different)))
+        for name, fraction in fractions.items()
+        if name not in splits.rows
     }
-    if wanted and len(prompts) < 1 + sum(wanted.values()):
+    if wanted and len(different) < 1 + sum(wanted.values()):
         raise InputError(
-            f"the dataset has {len(prompts)} different prompts; {' and '.join(wanted)} cannot be taken from so few; "
+            f"the dataset has {len(different)} different prompts; {' and '.join(wanted)} cannot be taken from so few; "
             f"add rows, or a file for {' and '.join(wanted)}"
         )
     start = 0
     for name, count in wanted.items():
-        chosen = set(prompts[start : start + count])
+        chosen = numpy.isin(prompts[train], different[start : start + count])
         start += count
-        splits.rows[name] = [row for row in splits.rows["train"] if row.prompt in chosen]
-        splits.rows["train"] = [row for row in splits.rows["train"] if row.prompt not in chosen]
+        splits.rows[name], train = train[chosen], train[~chosen]
         splits.taken_from_train[name] = len(splits.rows[name])
+    splits.rows["train"] = train
