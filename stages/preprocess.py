@@ -1,6 +1,6 @@
 """Turn raw rows into validated chat messages, split into train, validation and test.
 
-reads   data/raw/, models/base/ (tokenizer), params.yaml: seed, preprocess, training (length, steps); dataset's preset
+reads   data/raw/, models/base/ (tokenizer), params.yaml: seed, preprocess, training.max_length; the dataset's preset
 writes  data/processed/{train,validation,test}.jsonl, metrics/preprocess/{report.json,lengths.csv,rows.csv}
 """
 
@@ -16,7 +16,6 @@ def main(config: Config) -> stage.Speeds:
     model_folder.check_length(paths.MODEL_BASE, config.params.training.max_length)
 
     from lathe.data import prepare
-    from lathe.data.report import training_steps
     from lathe.model import load_tokenizer
 
     params = config.params
@@ -33,8 +32,7 @@ def main(config: Config) -> stage.Speeds:
             settings=params.preprocess,
         )
     seconds = time.perf_counter() - started
-    steps = training_steps(prepared.train_sequences, params.training)
-    track.write_json(paths.METRICS / "preprocess/report.json", {**prepared.report, "training": steps})
+    track.write_json(paths.METRICS / "preprocess/report.json", prepared.report)
     for name, rows in prepared.tables.items():
         track.write_csv(paths.METRICS / f"preprocess/{name}.csv", rows)
     return {"rows_per_second": round(prepared.report["rows"]["read"] / seconds, 1)}

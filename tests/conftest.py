@@ -148,6 +148,13 @@ def add_small_inputs(checkout: Checkout, model: Path) -> None:
     checkout.commit()
 
 
+@pytest.fixture
+def small_checkout(checkout: Checkout, small_model: Path) -> Checkout:
+    """A checkout that runs the whole pipeline in seconds, and has not yet."""
+    add_small_inputs(checkout, small_model)
+    return checkout
+
+
 @pytest.fixture(scope="session")
 def reproduced(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Checkout:
     """A small checkout whose whole pipeline has run and is committed; to be copied, not changed."""

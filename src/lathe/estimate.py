@@ -1,4 +1,4 @@
-"""How much memory a training takes and how much disk the outputs of the stages, before there are any weights.
+"""How many steps and how much memory a training takes, and how much disk each output, before there are any weights.
 
 Everything follows from a model's config.json and the parameters. The model is made on torch's meta device, which knows
 shapes and holds no data, with the adapter that training would put on it; one step and one evaluation are then run on
@@ -8,6 +8,7 @@ about as long as a small one: a second or two, and some 100 MB.
 
 import contextlib
 import json
+import math
 import warnings
 import weakref
 from collections import Counter
@@ -83,6 +84,17 @@ class TrainingMemory:
         """The larger of a step and an evaluation, without what the process itself and its libraries take."""
         step = self.gradients + self.activations + self.logits
         return self.weights + self.adapter + self.optimizer + max(step, self.evaluation)
+
+
+def training_steps(sequences: int, training: Training) -> dict[str, int]:
+    """Return the optimizer steps of one epoch and of the whole training, on one device."""
+    batches = math.ceil(sequences / training.per_device_train_batch_size)
+    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    return {
+        "sequences": sequences,
+        "steps_per_epoch": per_epoch,
+        "steps": training.max_steps or math.ceil(training.num_train_epochs * per_epoch),
+    }
 
 
 def estimate_training_memory(

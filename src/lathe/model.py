@@ -47,32 +47,13 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def check_targets(folder: Path, lora: Lora) -> None:
+def check_adapter(folder: Path, lora: Lora) -> None:
     """Raise InputError where a name or expression of `lora` matches no layer; asks the model without its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    names = [name for name, _ in model.named_modules() if name]
-    leaves = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "weight")})
-    remedy = f"this model's layers: {', '.join(leaves)}"
-    if isinstance(lora.target_modules, list):
-        for target in lora.target_modules:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise InputError(f"lora.target_modules: {target!r} matches no layer; {remedy}")
-    elif lora.target_modules != "all-linear":
-        try:
-            pattern = re.compile(lora.target_modules)
-        except re.error as error:
-            raise InputError(
-                f"lora.target_modules is {lora.target_modules!r}; not a regular expression: {error}"
-            ) from None
-        if not any(pattern.fullmatch(name) for name in names):
-            raise InputError(f"lora.target_modules: the expression {lora.target_modules!r} matches no layer; {remedy}")
-    for target in lora.modules_to_save or []:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise InputError(f"lora.modules_to_save: {target!r} matches no layer; {remedy}")
+        _check_targets(AutoModelForCausalLM.from_config(config, trust_remote_code=False), lora)
 
 
 def load_base(folder: Path, quantization: Quantization, *, precision: str) -> Any:
@@ -96,9 +77,13 @@ def load_base(folder: Path, quantization: Quantization, *, precision: str) -> An
 
 
 def add_adapter(model: Any, lora: Lora) -> Any:
-    """Freeze the base and put a fresh float32 adapter on the layers that `lora.target_modules` names."""
+    """Freeze the base and put a fresh float32 adapter on the layers that `lora.target_modules` names.
+
+    Raises InputError where no layer, or no layer of one of the names, matches.
+    """
     from peft import LoraConfig, get_peft_model
 
+    _check_targets(model, lora)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -137,3 +122,25 @@ def _keep_weights_trainable_through(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _check_targets(model: Any, lora: Lora) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    leaves = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "weight")})
+    remedy = f"this model's layers: {', '.join(leaves)}"
+    if isinstance(lora.target_modules, list):
+        for target in lora.target_modules:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise InputError(f"lora.target_modules: {target!r} matches no layer; {remedy}")
+    elif lora.target_modules != "all-linear":
+        try:
+            pattern = re.compile(lora.target_modules)
+        except re.error as error:
+            raise InputError(
+                f"lora.target_modules is {lora.target_modules!r}; not a regular expression: {error}"
+            ) from None
+        if not any(pattern.fullmatch(name) for name in names):
+            raise InputError(f"lora.target_modules: the expression {lora.target_modules!r} matches no layer; {remedy}")
+    for target in lora.modules_to_save or []:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise InputError(f"lora.modules_to_save: {target!r} matches no layer; {remedy}")

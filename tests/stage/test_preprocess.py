@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from conftest import copy_of
 
 
 @pytest.fixture
@@ -20,8 +21,7 @@ def test_the_stage_leaves_rows_a_report_and_plots_that_draw_all_of_their_tables(
         "validation.jsonl",
     ]
     report = fetched.json("metrics/preprocess/report.json")
-    kept = report["splits"]["train"]["kept"]
-    assert report["training"] == {"sequences": kept, "steps_per_epoch": -(-kept // 4), "steps": 4}
+    assert report["splits"]["train"]["sequences"] == report["splits"]["train"]["kept"]
     text = (fetched.root / "metrics/preprocess/report.json").read_text()
     assert "second" not in text, "what varies from run to run stays out of the report"
     assert fetched.json("metrics/timings/preprocess.json")["rows_per_second"] > 0
@@ -54,3 +54,23 @@ def _parts(spec):
         yield spec
     for value in spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else ():
         yield from _parts(value)
+
+
+def test_the_estimate_foretells_steps_and_memory(reproduced):
+    estimate = reproduced.json("metrics/estimate/training.json")
+    kept = reproduced.json("metrics/preprocess/report.json")["splits"]["train"]["kept"]
+    assert estimate["sequences"] == kept
+    assert estimate["steps"] == 4  # SMALL's max_steps
+    parts = estimate["memory_bytes"]
+    assert parts["total"] >= parts["weights"] + parts["adapter"] + parts["optimizer"] > 0
+
+
+def test_an_architecture_that_cannot_be_estimated_is_warned_of_and_stops_nothing(reproduced, tmp_path):
+    checkout = copy_of(reproduced, tmp_path / "lathe")
+    config = checkout.root / "models/base/config.json"
+    changed = config.read_text().replace('"llama"', '"llama-of-tomorrow"')
+    config.unlink()  # linked into DVC's cache
+    config.write_text(changed)
+    done = checkout.stage("estimate")
+    assert "memory cannot be estimated: base/config.json: model_type is 'llama-of-tomorrow'" in done.stderr
+    assert checkout.json("metrics/estimate/training.json")["memory_bytes"] is None

@@ -9,10 +9,8 @@ import pytest
 from byte_chat import FRAME, Bench, byte_chat, chat
 
 from lathe.data.overlap import Index, N, WordHashes, near, sequences
-from lathe.data.report import training_steps
 from lathe.data.scripts import script
 from lathe.errors import InputError
-from lathe.params import load
 
 WORDS = [f"{a}{b}{c}" for a in "bcdfg" for b in "aeiou" for c in "klmnp"]
 
@@ -305,12 +303,3 @@ def test_the_report_is_the_same_whatever_the_number_of_processes(bench):
         assert other.files == one.files
         assert json.dumps(other.report) == json.dumps(one.report)
         assert other.tables == one.tables
-
-
-def test_optimizer_steps_are_counted_as_the_trainer_counts_them():
-    training = load().params.training.model_copy(
-        update={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_train_epochs": 2.5}
-    )
-    assert training_steps(100, training) == {"sequences": 100, "steps_per_epoch": 9, "steps": 23}
-    assert training_steps(1, training)["steps"] == 3
-    assert training_steps(100, training.model_copy(update={"max_steps": 7}))["steps"] == 7

@@ -20,6 +20,7 @@ from lathe.estimate import (
     estimate_training_memory,
     explain,
     readable_bytes,
+    training_steps,
 )
 from lathe.model import add_adapter, load_base
 
@@ -302,3 +303,12 @@ def trainings(cases: dict[str, Any], small_model: Path, folder: Path) -> dict[st
     )
     assert done.returncode == 0, done.stderr
     return {name: tuple(result) for name, result in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def test_optimizer_steps_are_counted_as_the_trainer_counts_them():
+    training = CONFIG.training.model_copy(
+        update={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_train_epochs": 2.5}
+    )
+    assert training_steps(100, training) == {"sequences": 100, "steps_per_epoch": 9, "steps": 23}
+    assert training_steps(1, training)["steps"] == 3
+    assert training_steps(100, training.model_copy(update={"max_steps": 7}))["steps"] == 7

@@ -23,11 +23,10 @@ ROWS_PER_UPDATE = 1000
 
 @dataclass(frozen=True)
 class Prepared:
-    """The report on all rows that were read, the tables of its plots by name, and how many sequences train has."""
+    """The report on all rows that were read, and the tables of its plots by name."""
 
     report: dict[str, Any]
     tables: dict[str, list[dict[str, Any]]]
-    train_sequences: int
 
 
 def prepare(
@@ -77,7 +76,7 @@ def prepare(
         account.check_measured(reader)
         report = account.report(reader)
     shutil.rmtree(scratch)
-    return Prepared(report, account.tables(), train_sequences=account.train_sequences())
+    return Prepared(report, account.tables())
 
 
 def _read(

@@ -16,7 +16,7 @@ from lathe.data.tally import EXAMPLES, Tally
 from lathe.errors import InputError
 
 if TYPE_CHECKING:
-    from lathe.params import Preprocess, Training
+    from lathe.params import Preprocess
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
@@ -127,10 +127,6 @@ class Account:
         ]
         return {reason: tally.count for reason, tally in sorted(tallies)}
 
-    def train_sequences(self) -> int:
-        """Return how many sequences the training rows make."""
-        return int(self.measured["train"].length("sequences").sum())
-
     def report(self, reader: Reader) -> dict[str, Any]:
         """Return the report as JSON values; `reader` tells where rows stood."""
         dropped = {name: self._dropped(name) for name in SPLITS}
@@ -207,21 +203,11 @@ class Account:
         return {"lengths": _histograms(self.measured), "rows": fates}
 
 
-def training_steps(sequences: int, training: "Training") -> dict[str, int]:
-    """Return the optimizer steps of one epoch and of the whole training, on one device."""
-    batches = math.ceil(sequences / training.per_device_train_batch_size)
-    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
-    return {
-        "sequences": sequences,
-        "steps_per_epoch": per_epoch,
-        "steps": training.max_steps or math.ceil(training.num_train_epochs * per_epoch),
-    }
-
-
 def _token_statistics(measured: Measured) -> dict[str, Any]:
     supervised = int(measured.length("supervised").sum(dtype=numpy.int64))
     tokens = int(measured.length("tokens").sum(dtype=numpy.int64))
     return {
+        "sequences": int(measured.length("sequences").sum()),
         "tokens": {part: _quantiles(measured.length(part)) for part in ("prompt", "answer", "total")},
         "supervised_tokens": supervised,
         "supervised_share": round(supervised / tokens, 4) if tokens else None,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from lathe.model import add_adapter, check_targets, load_base, load_tokenizer, resolve_precision
+from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, resolve_precision
 from lathe.params import Lora, Quantization, Training
 from lathe.template import Encoded, encode
 from lathe.training.curves import Curves
@@ -54,7 +54,7 @@ def train(
     """
     set_seed(seed)  # before the model and the adapter are made
     precision = resolve_precision(training.precision)
-    check_targets(base, lora)
+    check_adapter(base, lora)
     tokenizer = load_tokenizer(base)
     model = load_base(base, quantization, precision=precision)
     if warning := unusual_rate(training.learning_rate, weights=model.num_parameters()):

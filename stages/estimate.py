@@ -1,0 +1,45 @@
+"""Say beforehand what training will take: optimizer steps, and memory at its worst moment.
+
+reads   models/base/config.json, metrics/preprocess/report.json, params.yaml: training, lora, quantization
+writes  metrics/estimate/training.json
+"""
+
+import json
+import logging
+from dataclasses import asdict
+
+import _path  # noqa: F401
+
+from lathe import paths, stage, track
+from lathe.errors import InputError
+from lathe.params import Config
+
+logger = logging.getLogger("lathe.estimate")
+
+
+def main(config: Config) -> None:
+    from lathe.estimate import estimate_training_memory, explain, readable_bytes, training_steps
+
+    params = config.params
+    splits = json.loads((paths.METRICS / "preprocess/report.json").read_text(encoding="utf-8"))["splits"]
+    steps = training_steps(splits["train"]["sequences"], params.training)
+    longest = max(splits[name]["tokens"]["total"]["max"] for name in ("train", "validation"))
+    memory_bytes = None
+    try:
+        memory = estimate_training_memory(
+            paths.MODEL_BASE, params.training, params.lora, params.quantization, length=longest
+        )
+        memory_bytes = {"total": memory.total, **asdict(memory)}
+        logger.info(
+            "training takes %d steps and about %s of memory; %s",
+            steps["steps"],
+            readable_bytes(memory.total),
+            explain(memory, params.training, params.quantization),
+        )
+    except InputError as error:  # of an architecture that cannot be traced; it may well be trained
+        logger.warning("memory cannot be estimated: %s", error)
+    track.write_json(paths.METRICS / "estimate/training.json", {**steps, "memory_bytes": memory_bytes})
+
+
+if __name__ == "__main__":
+    stage.run(main)
