@@ -8,7 +8,7 @@ import numpy
 import pytest
 from byte_chat import FRAME, Bench, byte_chat, chat
 
-from lathe.data.overlap import Index, N, WordHashes, near, sequences
+from lathe.data.overlap import Index, N, near, sequences, word_hashes
 from lathe.data.scripts import script
 from lathe.errors import InputError
 
@@ -216,7 +216,6 @@ def test_a_row_too_long_for_train_is_nobodys_source(bench):
 
 def test_shares_of_sequences_are_those_counted_one_by_one():
     generator = random.Random(5)
-    words = WordHashes()
     held_out = [" ".join(generator.choices("abcd", k=generator.randint(0, 30))) for _ in range(50)]
     train = [" ".join(generator.choices("abcd", k=generator.randint(0, 400))) for _ in range(50)]
 
@@ -227,11 +226,11 @@ def test_shares_of_sequences_are_those_counted_one_by_one():
     known = {part for text in train for part in parts(text)}
     expected = {n for n, text in enumerate(held_out) if parts(text) and
                 sum(part in known for part in parts(text)) >= 0.7 * len(parts(text))}  # fmt: skip
-    found = sequences([words.of(text) for text in held_out])
+    found = sequences([word_hashes(text) for text in held_out])
     assert found.counts.tolist() == [len(parts(text)) for text in held_out]
     index = Index.of(found)
     for start in range(0, 50, 7):
-        batch = sequences([words.of(text) for text in train[start : start + 7]])
+        batch = sequences([word_hashes(text) for text in train[start : start + 7]])
         index.see(batch, numpy.arange(start, min(start + 7, 50)))
     count, examples = near(found, index, 50)
     assert 0 < count < 50
@@ -239,10 +238,9 @@ def test_shares_of_sequences_are_those_counted_one_by_one():
 
 
 def test_writing_without_spaces_is_compared_character_by_character():
-    words = WordHashes()
-    assert len(words.of("日本語のテキスト")) == 8
-    assert words.of("Straße, ÜBER!") == words.of("straße über")
-    assert words.of("plain_text 12") == words.of("PLAIN_TEXT – 12")
+    assert len(word_hashes("日本語のテキスト")) == 8
+    assert word_hashes("Straße, ÜBER!") == word_hashes("straße über")
+    assert word_hashes("plain_text 12") == word_hashes("PLAIN_TEXT – 12")
 
 
 # What else the report tells.

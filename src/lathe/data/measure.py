@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 import numpy
 from numpy.typing import NDArray
 
-from lathe.data.overlap import SAMPLE_BYTES, Index, Seen, Sequences, WordHashes, joined, sequences
+from lathe.data.overlap import SAMPLE_BYTES, Index, Seen, Sequences, joined, sequences, word_hashes
 from lathe.data.parallel import MOST_PROCESSES, each, usable_cores
 from lathe.data.reading import Fault
 from lathe.data.scripts import script
@@ -182,7 +182,6 @@ class _Worker:
     def __init__(self, rules: Rules, reader: Reader, target: BinaryIO) -> None:
         self.rules, self.reader, self.target = rules, reader, target
         self.format = Format.of(rules.tokenizer)
-        self.words = WordHashes()
         self.faults: dict[str, Tally[tuple[str, Fault]]] = {}
         self.scripts: dict[str, Tally[str]] = {}
         self.cut = Cut()
@@ -208,7 +207,7 @@ class _Worker:
             self.target.write(text)
             said = _said(value["messages"])
             self.scripts.setdefault(script(said), Tally()).add(at)
-            words.append(self.words.of(said))
+            words.append(word_hashes(said))
             lengths.append(length)
             places.append(place)
         kept = numpy.array(places, dtype=numpy.int64)

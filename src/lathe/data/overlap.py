@@ -4,11 +4,11 @@ The measure is the one by which PaLM's authors called an evaluation row contamin
 eight words occur in the training rows, each anywhere.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from zlib import crc32
 
 import numpy
 from numpy.typing import NDArray
@@ -34,23 +34,12 @@ _ASCII_WORDS = bytes(
     for byte in range(256)
 )
 
-_WORDS_REMEMBERED = 200_000
 
-
-class WordHashes(dict[bytes | str, int]):
-    """Words and their hashes, looked up once: much faster than hashing each time."""
-
-    def __missing__(self, word: bytes | str) -> int:
-        if len(self) >= _WORDS_REMEMBERED:
-            self.clear()
-        data = word if isinstance(word, bytes) else word.encode()
-        self[word] = value = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-        return value
-
-    def of(self, text: str) -> list[int]:
-        """Return the hashes of the text's words, whatever their case."""
-        words = text.encode().translate(_ASCII_WORDS).split() if text.isascii() else _WORD.findall(text.lower())
-        return [self[word] for word in words]
+def word_hashes(text: str) -> list[int]:
+    """Return a hash of each word of the text, whatever its case."""
+    if text.isascii():
+        return list(map(crc32, text.encode().translate(_ASCII_WORDS).split()))
+    return [crc32(word.encode()) for word in _WORD.findall(text.lower())]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +94,7 @@ class Index:
     """The sequences of one held-out split, and where each was seen first in another split."""
 
     hashes: Hashes  # sorted, each once
+    places: Numbers  # of each sequence of the split among them
     by_last_bits: NDArray[numpy.bool_]  # whether any hash ends so: most that are not here are told apart at once
     first_seen: Numbers = field(init=False)  # the row's place in its split
 
@@ -114,11 +104,11 @@ class Index:
     @classmethod
     def of(cls, found: Sequences) -> "Index":
         """Return the index of a split's sequences; it has seen nothing yet."""
-        hashes = numpy.unique(found.hashes)
+        hashes, places = numpy.unique(found.hashes, return_inverse=True)
         bits = min(26, max(10, 3 + len(hashes).bit_length()))
         by_last_bits = numpy.zeros(1 << bits, dtype=numpy.bool_)
         by_last_bits[(hashes & numpy.uint64(len(by_last_bits) - 1)).astype(numpy.int64)] = True
-        return cls(hashes, by_last_bits)
+        return cls(hashes, places, by_last_bits)
 
     def forget(self) -> None:
         """Begin anew, for another split."""
@@ -128,8 +118,9 @@ class Index:
         """Note which sequences occur in rows that stand at these places of their split."""
         likely = self.by_last_bits[(found.hashes & numpy.uint64(len(self.by_last_bits) - 1)).astype(numpy.int64)]
         hashes, at = found.hashes[likely], numpy.repeat(places, found.counts)[likely]
-        positions = self.positions(hashes)
-        known = positions < len(self.hashes)
+        positions = numpy.searchsorted(self.hashes, hashes)
+        positions[positions == len(self.hashes)] = 0
+        known = self.hashes[positions] == hashes if len(self.hashes) else numpy.zeros(0, dtype=numpy.bool_)
         numpy.minimum.at(self.first_seen, positions[known], at[known])
 
     def seen(self) -> Seen:
@@ -142,14 +133,6 @@ class Index:
         self.forget()
         for positions, places in seen:
             self.first_seen[positions] = numpy.minimum(self.first_seen[positions], places)
-
-    def positions(self, hashes: Hashes) -> Numbers:
-        """Return where each hash stands in the index, or the index's length where it does not."""
-        positions = numpy.searchsorted(self.hashes, hashes)
-        absent = positions == len(self.hashes)
-        absent[~absent] = self.hashes[positions[~absent]] != hashes[~absent]
-        positions[absent] = len(self.hashes)
-        return positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +151,7 @@ def near(found: Sequences, index: Index, examples: int) -> tuple[int, list[Near]
     With them come so many `examples`, the most alike first.
     """
     rows = numpy.repeat(numpy.arange(len(found.counts)), found.counts)
-    first_seen = index.first_seen[index.positions(found.hashes)]
+    first_seen = index.first_seen[index.places]
     hits = numpy.bincount(rows, weights=first_seen != NOWHERE, minlength=len(found.counts)).astype(numpy.int64)
     shares = hits / numpy.maximum(found.counts, 1)
     places = numpy.flatnonzero(shares >= NEAR)

@@ -77,7 +77,8 @@ def _received(receiver: Any) -> tuple[str, Any]:
 
 def _child(work: Callable[[Share, Done], Result], share: Share, sender: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
-    gc.freeze()  # what the parent made is not looked through again and again
+    gc.freeze()  # what the parent made is not looked through again and again,
+    gc.set_threshold(100_000)  # and what a batch makes goes without being looked for
 
     def done(rows: int) -> None:
         if os.getppid() != parent:
