@@ -6,6 +6,7 @@ run     python docs/build.py
 
 import csv
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+import networkx
 from dvc.repo import Repo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,37 +55,32 @@ def results() -> str:
 
 
 def draw_pipeline(target: Path) -> None:
-    """Boxes are the stages of dvc.yaml, a matrix as one box with its items; arrows are what they hand on."""
-    items, edges = _stages()
-    column = _columns(items, edges)
-    rows: dict[int, list[str]] = {}
-    for name in items:
-        rows.setdefault(column[name], []).append(name)
-    place = {
-        name: (index * 2.6, -1.3 * (order - (len(names) - 1) / 2))
-        for index, names in rows.items()
-        for order, name in enumerate(names)
-    }
-    figure, axes = plt.subplots(figsize=(13, 4))
-    for first, second in sorted(edges):
-        # An arrow to a later column passes over (for what goes below: under) the boxes between.
+    """Boxes are the stages of dvc.yaml, a matrix as one box with its items; arrows are what must come first."""
+    items, graph = _stages()
+    column = _columns(graph)
+    place: dict[str, tuple[float, float]] = {}
+    # The way to the end is a straight line; what branches off stands below it.
+    for name in sorted(items, key=lambda name: -len(networkx.descendants(graph, name))):
+        below = sum(column[other] == column[name] for other in place)
+        place[name] = (column[name] * 2.6, -1.5 * below)
+    figure, axes = plt.subplots(figsize=(13, 3.2))
+    for first, second in sorted(graph.edges):
         (x0, y0), (x1, y1) = place[first], place[second]
-        skips = column[second] - column[first] > 1
-        lift = 0.5 if y1 >= y0 else -0.5
-        start, end = ((x0, y0 + lift), (x1, y1 + lift)) if skips else ((x0 + 1.22, y0), (x1 - 1.22, y1))
-        style = f"arc3,rad={-0.22 if lift > 0 else 0.18}" if skips else "arc3"
-        props = {"arrowstyle": "-|>", "color": MUTED, "linewidth": 1.1, "connectionstyle": style, "shrinkA": 0}
+        start, end = (x0 + 1.12, y0), (x1 - 1.12, y1) if y1 <= y0 else (x1, y1 - 0.5)
+        bend = "arc3" if y0 == y1 else "angle3,angleA=0,angleB=90" if y1 > y0 else "arc3,rad=0.2"
+        props = {"arrowstyle": "-|>", "color": MUTED, "linewidth": 1.1, "connectionstyle": bend, "shrinkA": 0}
         axes.annotate("", xy=end, xytext=start, arrowprops={**props, "shrinkB": 0}, zorder=1)
     for name, (x, y) in place.items():
-        shown = "\n".join(items[name])
+        shown = textwrap.fill(" ".join(items[name]), 18)
+        title = name.replace("_", "_\n")
         axes.text(
-            x, y, name, ha="center", va="bottom" if shown else "center", fontsize=9, weight="bold", color=INK, zorder=3
+            x, y, title, ha="center", va="bottom" if shown else "center", fontsize=9, weight="bold", color=INK, zorder=3
         )
-        axes.text(x, y - 0.06, shown, ha="center", va="top", fontsize=7, color=MUTED, zorder=3)
-        box = plt.Rectangle((x - 1.22, y - 0.5), 2.44, 1.0, facecolor=SOFT, edgecolor=ACCENT, linewidth=1.2, zorder=2)
+        axes.text(x, y - 0.08, shown, ha="center", va="top", fontsize=7, color=MUTED, zorder=3)
+        box = plt.Rectangle((x - 1.12, y - 0.5), 2.24, 1.0, facecolor=SOFT, edgecolor=ACCENT, linewidth=1.2, zorder=2)
         axes.add_patch(box)
     axes.set_xlim(-1.3, max(x for x, _ in place.values()) + 1.3)
-    axes.set_ylim(min(y for _, y in place.values()) - 1.3, max(y for _, y in place.values()) + 1.3)
+    axes.set_ylim(min(y for _, y in place.values()) - 0.7, 0.7)
     axes.axis("off")
     _save(figure, target)
 
@@ -113,7 +110,8 @@ def draw_result(target: Path) -> None:
     _save(figure, target)
 
 
-def _stages() -> tuple[dict[str, list[str]], set[tuple[str, str]]]:
+def _stages() -> tuple[dict[str, list[str]], networkx.DiGraph]:
+    """Return the items of each stage, and the graph of stages without the arrows that others imply."""
     with Repo(str(ROOT)) as repo:
         graph = repo.index.graph
         stages = [stage for stage in repo.index.stages if stage.cmd]
@@ -123,21 +121,17 @@ def _stages() -> tuple[dict[str, list[str]], set[tuple[str, str]]]:
         items.setdefault(name, [])
         if item:
             items[name].append(item)
-    edges = {
+    named = [
         (second.name.partition("@")[0], first.name.partition("@")[0])
         for first, second in graph.edges
         if first.cmd and second.cmd
-    }
-    return items, {(first, second) for first, second in edges if first != second}
+    ]
+    return items, networkx.transitive_reduction(networkx.DiGraph((one, other) for one, other in named if one != other))
 
 
-def _columns(items: dict[str, list[str]], edges: set[tuple[str, str]]) -> dict[str, int]:
+def _columns(graph: networkx.DiGraph) -> dict[str, int]:
     """Place each stage one column after the last of those it needs."""
-    column = dict.fromkeys(items, 0)
-    for _ in items:
-        for first, second in edges:
-            column[second] = max(column[second], column[first] + 1)
-    return column
+    return {name: number for number, names in enumerate(networkx.topological_generations(graph)) for name in names}
 
 
 def _curve(file: Path) -> list[tuple[int, float]]:
