@@ -1,9 +1,11 @@
 """Convert safetensors to a 16-bit GGUF with llama.cpp's own converter, and prove that token ids agree.
 
-reads   models/{base,merged}/, data/processed/validation.jsonl, params.yaml: convert
+reads   models/{base,merged}/, data/processed/validation.jsonl, metrics/fetch/, params.yaml: convert
 writes  models/gguf/{base,merged}-f16.gguf, metrics/convert/{base,merged}.json
 items   base, merged
 """
+
+import json
 
 import _path  # noqa: F401
 
@@ -25,12 +27,28 @@ def main(config: Config, item: str) -> None:
     chats = [render_for(tokenizer, row["messages"]) for row in rows]
     with paths.whole_file(target) as partial:
         gguf.convert(
-            model, partial, outtype="f16", llama_cpp=paths.ROOT / chosen if chosen else paths.LLAMA_CPP, metadata={}
+            model,
+            partial,
+            outtype="f16",
+            llama_cpp=paths.ROOT / chosen if chosen else paths.LLAMA_CPP,
+            metadata=_origins(item),
         )
         compared = gguf.check_tokens(model, partial, [*gguf.SAMPLE_TEXTS, *chats])
     track.write_json(
         paths.METRICS / f"convert/{item}.json", {"bytes": target.stat().st_size, "tokens_compared": compared}
     )
+
+
+def _origins(item: str) -> dict[str, str]:
+    """Return what the file says of the model it was made from, and of the dataset: names, and commits of the hub."""
+    sources = {"base": "model"} if item == "base" else {"base": "model", "dataset": "dataset"}
+    origins = {}
+    for name, fetched in sources.items():
+        facts = json.loads((paths.METRICS / f"fetch/{fetched}.json").read_text(encoding="utf-8"))
+        for key in ("name", "source", "id", "revision", "commit"):
+            if facts.get(key):
+                origins[f"lathe.{name}.{key}"] = facts[key]
+    return origins
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ def check_credentials(config: "Config", environment: Mapping[str, str]) -> Findi
     elif environment.get("HF_TOKEN"):
         yield Finding("credentials", "ok", "HF_TOKEN is set")
     else:
-        text = f"HF_TOKEN is not set; the {' and the '.join(hub)} come from a hub"
+        text = f"HF_TOKEN is not set; the {' and the '.join(hub)} {'comes' if len(hub) == 1 else 'come'} from a hub"
         yield Finding("credentials", "warning", text, "set it if the repository is gated; open ones need none")
 
 

@@ -6,6 +6,8 @@ import time
 import pytest
 from conftest import Checkout, copy_of
 
+from lathe import gguf
+
 
 def ran(done) -> list[str]:
     return re.findall(r"Running stage '([^']+)'", done.stdout)
@@ -26,6 +28,17 @@ def test_every_artifact_is_measured_on_both_splits(checkout):
             assert 0 <= scores["json_valid"] <= 1
             assert scores["perplexity"] > 1
             assert scores["bytes"] > 1000
+
+
+def test_each_gguf_says_what_it_was_made_from(checkout):
+    base = gguf.describe(checkout.root / "models/gguf/base-f16.gguf")["metadata"]
+    shipped = gguf.describe(checkout.root / "models/gguf/Q4_K_M.gguf")["metadata"]
+    assert {key: value for key, value in base.items() if key.startswith("lathe.")} == {
+        "lathe.base.name": "small",
+        "lathe.base.source": "local",
+    }
+    assert shipped["lathe.base.name"] == "small"
+    assert shipped["lathe.dataset.name"] == "few"
 
 
 def test_nothing_frozen_moved_and_the_loss_fell(checkout):

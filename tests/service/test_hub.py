@@ -671,6 +671,11 @@ def test_the_whole_pipeline_runs_on_a_model_and_a_dataset_of_the_hub(user: User,
     user.choose("model")
     user.checkout.run("dvc", "repro", "--quiet")
     assert set(user.checkout.json("metrics/evaluate/test.json")) == {"base", "merged", "Q8_0", "Q4_K_M"}
+    shipped = gguf.describe(user.checkout.root / "models/gguf/Q4_K_M.gguf")["metadata"]
+    for name, fetched in (("base", "model"), ("dataset", "dataset")):
+        origin = user.checkout.json(f"metrics/fetch/{fetched}.json")
+        assert shipped[f"lathe.{name}.id"] == origin["id"]
+        assert shipped[f"lathe.{name}.commit"] == origin["commit"]
     user.hub.requests.clear()
     user.checkout.run("dvc", "repro", "--quiet")
     assert not user.hub.requests
@@ -678,8 +683,10 @@ def test_the_whole_pipeline_runs_on_a_model_and_a_dataset_of_the_hub(user: User,
 
 READ_RAW = """
 import sys; sys.path.insert(0, "src")
+from lathe import gguf
 from lathe import paths
-from lathe.data.reading import read_rows, split_files
+from lathe.data.files import split_files
+from lathe.data.reading import read_rows
 rows = [row for file in split_files(paths.DATA_RAW)["train"] for row in read_rows(file)]
 print(len(rows), rows[0].value["question"])
 """
