@@ -60,10 +60,13 @@ class Checkout:
             "OMP_WAIT_POLICY": "PASSIVE",
         }
 
-    def run(self, *command: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, check: bool = True, env: dict[str, str] | None = None, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command in the checkout; a failure that is not expected shows what it printed."""
+        environment = {**self.environment, **(env or {})}
         done = subprocess.run(
-            command, cwd=self.root, env=self.environment, capture_output=True, text=True, check=False, **options
+            command, cwd=self.root, env=environment, capture_output=True, text=True, check=False, **options
         )
         assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done

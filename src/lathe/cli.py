@@ -2,17 +2,23 @@
 
 import argparse
 import json
+import logging
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from lathe import doctor, paths, stage
 from lathe.errors import InputError
 from lathe.params import SPLITS, Config, did_you_mean, load, read_yaml
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -28,8 +34,10 @@ def main() -> None:
     command.add_argument("-S", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as in dvc")
     command.set_defaults(run=lambda args: print_config(args.section, args.stage, args.overrides))
 
-    command = commands.add_parser("check", help="check params.yaml and presets.yaml; print nothing if they are right")
-    command.set_defaults(run=lambda args: load())
+    command = commands.add_parser(
+        "check", help="check params.yaml and presets.yaml, and put right a dvc.lock cut short"
+    )
+    command.set_defaults(run=lambda args: check())
 
     command = commands.add_parser("doctor", help="check machine, packages, memory, disk and remotes before a run")
     command.add_argument("-S", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as in dvc")
@@ -66,6 +74,38 @@ def print_config(section: str | None, stage_name: str | None, overrides: list[st
             raise InputError(f"{section}: no such key; {did_you_mean(key, known)}")
         tree = tree[key]
     sys.stdout.write(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).removesuffix("...\n"))
+
+
+def check() -> None:
+    """Refuse wrong parameters and presets; put back a dvc.lock that a kill cut short."""
+    load()
+    lock = paths.ROOT / "dvc.lock"
+    # DVC does not write it whole or not at all, and takes nothing but a whole one.
+    if not lock.exists() or _is_whole(lock.read_text(encoding="utf-8", errors="replace")):
+        return
+    committed = subprocess.run(
+        ["git", "show", "HEAD:./dvc.lock"], cwd=paths.ROOT, capture_output=True, text=True, check=False
+    )
+    if committed.returncode != 0:
+        raise InputError("dvc.lock: cut short while DVC wrote it, and Git has none; remove it and run again")
+    with paths.whole_file(lock) as partial:
+        partial.write_text(committed.stdout, encoding="utf-8")
+    logger.warning(
+        "dvc.lock was cut short while DVC wrote it: the committed one is back; what ran since comes from cache"
+    )
+
+
+def _is_whole(lock: str) -> bool:
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from voluptuous import Invalid
+
+    if "<<<<<<<" in lock:
+        return True  # a conflict of Git is the user's to resolve
+    try:
+        COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(lock))
+    except (YAMLError, Invalid):
+        return False
+    return True
 
 
 def print_schema() -> None:

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,27 @@ def kill(process: "subprocess.Popen[bytes]", victim: str) -> None:
         process.kill()
 
 
+def run_again(checkout: Checkout, *arguments: str) -> None:
+    """What `make repro` does once there is an environment."""
+    checkout.run(sys.executable, "-m", "lathe", "check", env={"PYTHONPATH": str(checkout.root / "src")})
+    checkout.run("dvc", "repro", *arguments)
+
+
+def test_a_lock_cut_short_is_put_back_and_what_ran_since_comes_from_the_cache(
+    reproduced: Checkout, tmp_path: Path
+) -> None:
+    checkout = copy_of(reproduced, tmp_path / "lathe")
+    checkout.set({"quantize.types": ["Q8_0", "Q4_K_M", "Q4_0"]})
+    checkout.run("dvc", "repro", "quantize@Q4_0")
+    whole = output_hashes(checkout)
+    lock = checkout.root / "dvc.lock"
+    text = lock.read_text()
+    for cut in (0, 9, text.index("fetch@model") + 20, text.index("params:") + 9):
+        lock.write_text(text[:cut])
+        run_again(checkout, "quantize@Q4_0")
+        assert output_hashes(checkout) == whole
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("item", ITEMS)
 def test_an_item_killed_at_any_moment_ends_the_same_when_run_again(
@@ -71,7 +93,7 @@ def test_an_item_killed_at_any_moment_ends_the_same_when_run_again(
             time.sleep(0.05)
         assert processes_in(root) == []
 
-    interrupted.run("dvc", "repro", "--single-item", item)
+    run_again(interrupted, "--single-item", item)
     assert output_hashes(interrupted)[item] == output_hashes(reproduced)[item]
     left = [path for top in ("data", "models", "metrics") for path in (root / top).rglob("*.partial")]
     assert left == []
@@ -95,6 +117,6 @@ def test_a_killed_conversion_leaves_no_process_and_ends_the_same_when_run_again(
     while processes_in(checkout.root) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert processes_in(checkout.root) == []
-    checkout.run("dvc", "repro", "--single-item", "convert@merged")
+    run_again(checkout, "--single-item", "convert@merged")
     assert output_hashes(checkout) == output_hashes(reproduced)
     assert not list((checkout.root / "models").rglob("*.partial"))
