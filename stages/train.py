@@ -2,6 +2,8 @@
 
 reads   models/base/, data/processed/, params.yaml: seed, training, lora, quantization, preprocess.supervise
 writes  models/adapter/, metrics/train/ (loss curves, last values, freeze_proof.json)
+
+Interrupted, it goes on from its last checkpoint in .scratch/train/ when it is run again.
 """
 
 import _path  # noqa: F401
@@ -29,6 +31,7 @@ def main(config: Config) -> Speeds:
             lora=params.lora,
             quantization=params.quantization,
             supervise=params.preprocess.supervise,
+            scratch=paths.SCRATCH / "train",
         )
     track.write_json(paths.METRICS / "train/freeze_proof.json", {"moved": [], "sha256": trained.frozen})
     return {
