@@ -30,6 +30,7 @@ class ResumableTrainer(SFTTrainer):
     def __init__(self, *, checkpoints: Checkpoints | None, save_steps: int, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.checkpoints = checkpoints
+        self.unlogged: dict[str, Any] = {}
         self.signal: int | None = None
         if checkpoints:
             self.add_callback(_Saver(self, save_steps))
@@ -103,7 +104,7 @@ class ResumableTrainer(SFTTrainer):
 
     def restore_unlogged_loss(self) -> None:
         """Give the next point of the loss curve the steps before the checkpoint that belong to it."""
-        self._tr_loss = torch.full_like(self._tr_loss, self.unlogged["loss"])
+        self._tr_loss: torch.Tensor = torch.tensor(self.unlogged["loss"], device=self.args.device)
         self._globalstep_last_logged = self.unlogged["since"]
 
 
