@@ -111,8 +111,23 @@ def test_what_does_not_fit_the_model_is_refused(trained, changes, message):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(trained):
-    with pytest.raises(InputError, match=r"loss is (nan|inf) at step \d"):
+    with pytest.raises(InputError, match=r"^(loss|grad_norm) is (nan|inf) at step [23], .*train.jsonl:(\d+, ){3}\d+;"):
         trained(learning_rate=1e30, max_grad_norm=1e30, precision="fp32")
+
+
+def test_the_rows_named_are_those_of_the_step(small_model):
+    from lathe.model import load_tokenizer
+    from lathe.training.finite import not_finite
+    from lathe.training.sft import _encode
+
+    rows = _encode(load_tokenizer(small_model), SPLITS["train"], "all")
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[n].input_ids) for n in (4, 9)], batch_first=True)
+    packed = torch.tensor([rows[2].input_ids + rows[17].input_ids])
+    error = not_finite("loss", float("nan"), 3, [padded, packed], rows)
+    assert str(error) == (
+        "loss is nan at step 3, not a number, with the rows of data/processed/train.jsonl:3, 5, 10, 18; lower "
+        "training.learning_rate, or look at the rows: python -m lathe inspect --row 3"
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from lathe.params import Lora, Quantization, Training
 from lathe.template import Encoded, encode
 from lathe.training.checkpoints import Checkpoints, claimed, fingerprint
 from lathe.training.curves import Curves
+from lathe.training.finite import not_finite
 from lathe.training.frozen import digests
 from lathe.training.resume import ResumableTrainer
 
@@ -89,6 +90,7 @@ def train(
             eval_dataset=_dataset(rows["validation"]),
             processing_class=tokenizer,
             callbacks=[curves.callback()],
+            rows=rows["train"],
             checkpoints=checkpoints,
             save_steps=training.save_steps,
         )
@@ -133,8 +135,10 @@ class AnswerTrainer(ResumableTrainer):
     accuracy over the vocabulary at every step; on a real vocabulary that costs more than the step itself.
     """
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, rows: Sequence[Encoded], **arguments: Any) -> None:
         super().__init__(**arguments)
+        self.rows = rows
+        self.step_batches: list[torch.Tensor] = []  # token ids of the passes of the step at hand
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -145,6 +149,21 @@ class AnswerTrainer(ResumableTrainer):
         """Return the mean negative log-likelihood per supervised token of the whole step, all passes together."""
         loss, supervised_tokens = self._summed_loss(model, inputs)
         return loss / (supervised_tokens if num_items_in_batch is None else num_items_in_batch)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run one pass, and refuse a loss that is no number, naming step and rows."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise not_finite("loss", loss.item(), self.state.global_step + 1, [inputs["input_ids"]], self.rows)
+        self.step_batches.append(inputs["input_ids"])
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not self.args.fp16 and not torch.isfinite(norm):  # in fp16 the scaler skips such a step and goes on
+            raise not_finite("grad_norm", norm.item(), self.state.global_step + 1, self.step_batches, self.rows)
+        self.step_batches.clear()
+        return norm
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Log the loss per supervised token; the stock loop averages over batches, whatever they hold."""
