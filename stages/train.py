@@ -8,7 +8,7 @@ Interrupted, it goes on from its last checkpoint in .scratch/train/ when it is r
 
 import _path  # noqa: F401
 
-from lathe import model_folder, paths, stage, track
+from lathe import memory, model_folder, paths, stage, track
 from lathe.params import Config
 from lathe.stage import Speeds
 
@@ -20,7 +20,7 @@ def main(config: Config) -> Speeds:
     from lathe.training.sft import train
 
     params = config.params
-    with paths.whole_folder(paths.MODEL_ADAPTER) as folder:
+    with memory.explained(paths.MODEL_BASE, params), paths.whole_folder(paths.MODEL_ADAPTER) as folder:
         trained = train(
             paths.MODEL_BASE,
             {split: read_jsonl(paths.DATA_PROCESSED / f"{split}.jsonl") for split in ("train", "validation")},

@@ -10,7 +10,9 @@ from lathe.template import Encoded
 SHOWN = 32  # rows named; a step may have thousands
 
 
-def not_finite(what: str, value: float, step: int, batches: Sequence[torch.Tensor], rows: Sequence[Encoded]) -> InputError:
+def not_finite(
+    what: str, value: float, step: int, batches: Sequence[torch.Tensor], rows: Sequence[Encoded]
+) -> InputError:
     """Return the error that says `what` became nan or inf at `step`, naming the rows of `batches`.
 
     `batches` are token ids, (rows, tokens) each, padded or packed.

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, set_seed
 from trl import SFTConfig
 
+from lathe import memory
 from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, resolve_precision
 from lathe.params import Lora, Quantization, Training
 from lathe.template import Encoded, encode
@@ -40,6 +41,7 @@ class Trained:
     supervised_tokens_per_second: float
 
 
+@memory.given_back()
 def train(
     base: Path,
     splits: dict[str, list[dict[str, Any]]],
