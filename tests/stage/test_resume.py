@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -45,9 +46,10 @@ class Runs:
         self.base, self.folder, self.count = base, folder, 0
         self.scratch = folder / "scratch"
 
-    def run(self, splits: dict[str, list] = SPLITS, seed: int = 1, **changes: object) -> dict[str, str]:
+    def run(self, splits: dict[str, list] = SPLITS, seed: int = 1, **changes: Any) -> dict[str, str]:
         """Train, and return the digest of every file that a training leaves."""
         self.count += 1
+        chosen = {**TRAINING, "lora_dropout": 0.1, **changes}
         out = self.folder / str(self.count)
         (out / "adapter").mkdir(parents=True)
         train(
@@ -58,18 +60,23 @@ class Runs:
             seed=seed,
             supervise="all",
             scratch=self.scratch,
-            training=CONFIG.training.model_copy(update={**TRAINING, **changes}),
-            lora=CONFIG.lora.model_copy(update={"lora_dropout": 0.1}),
-            quantization=CONFIG.quantization,
+            **{
+                name: getattr(CONFIG, name).model_copy(
+                    update={
+                        key: value for key, value in chosen.items() if key in type(getattr(CONFIG, name)).model_fields
+                    }
+                )
+                for name in ("training", "lora", "quantization")
+            },
         )
         return digests(out)
 
-    def interrupt(self, number: int = signal.SIGTERM, after: int = 6) -> str:
+    def interrupt(self, number: int = signal.SIGTERM, after: int = 6, **changes: Any) -> str:
         """Train, send this process a signal once there is a checkpoint of that step, and return what was said."""
         watch = threading.Thread(target=self._signal_after, args=(number, after))
         watch.start()
         with pytest.raises(Interrupted) as caught:
-            self.run()
+            self.run(**changes)
         watch.join()
         assert caught.value.signal == number
         return str(caught.value)
@@ -120,6 +127,25 @@ def test_a_training_may_be_interrupted_again_and_again(runs, expected):
     for step in (3, 6):
         runs.interrupt(after=step)
     assert runs.run() == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"modules_to_save": ["lm_head"], "use_rslora": True},
+        {"use_dora": True, "optim": "adamw_torch", "precision": "fp32"},
+        {"load_in_4bit": False, "optim": "adamw_8bit"},
+        {"gradient_checkpointing": True, "lr_scheduler_type": "linear", "weight_decay": 0.1},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_kind_of_training_goes_on_exactly(runs, changes, caplog):
+    uninterrupted = runs.run(**changes)
+    runs.interrupt(**changes)
+    with caplog.at_level(logging.INFO, "lathe"):
+        assert runs.run(**changes) == uninterrupted
+    assert "going on after step" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["cut", "one bit", "never finished", "emptied"])
@@ -257,6 +283,7 @@ def kill_everything(process: "subprocess.Popen[str]") -> None:
 def killed_and_resumed(prepared: Checkout, finished: Checkout, root: Path, command: list[str], seed: int) -> None:
     checkout = copy_of(prepared, root)
     step = random.Random(seed).randrange(3, 31, 3)
+    print(f"killed after step {step}")
     interrupted(checkout, command, step, kill_everything)
     assert newest_step(checkout) >= step
     resumed = checkout.run(*command)
@@ -280,6 +307,7 @@ def test_killed_at_five_more_steps_it_ends_the_same(prepared, finished, tmp_path
     killed_and_resumed(prepared, finished, tmp_path / "lathe", command, seed)
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_script_says_in_one_line_how_to_go_on(prepared, finished, tmp_path):
     checkout = copy_of(prepared, tmp_path / "lathe")
     command = [sys.executable, "stages/train.py"]

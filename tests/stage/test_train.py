@@ -152,11 +152,11 @@ def test_the_curves_have_one_point_per_logged_step(trained, tmp_path):
 
 def test_memory_is_given_back_after_training(trained):
     """The first runs load what stays; from then on a run may leave nothing behind."""
-    held = []
+    held, before = [], tensors_alive()
     for _ in range(10):
         trained(max_steps=2)
         held.append((resident_bytes(), tensors_alive()))
-    assert held[-1][1] <= held[2][1]
+    assert held[-1][1] - before < 20, held  # the model alone has more
     assert held[-1][0] - held[2][0] < 30_000_000, held
 
 
