@@ -2,11 +2,13 @@
 
 reads   models/base/, data/processed/, params.yaml: seed, training, lora, quantization, preprocess.supervise
 writes  models/adapter/, metrics/train/ (loss curves, last values, freeze_proof.json)
+
+Interrupted, it goes on from its last checkpoint in .scratch/train/ when it is run again.
 """
 
 import _path  # noqa: F401
 
-from lathe import model_folder, paths, stage, track
+from lathe import memory, model_folder, paths, stage, track
 from lathe.params import Config
 from lathe.stage import Speeds
 
@@ -18,7 +20,7 @@ def main(config: Config) -> Speeds:
     from lathe.training.sft import train
 
     params = config.params
-    with paths.whole_folder(paths.MODEL_ADAPTER) as folder:
+    with memory.explained(paths.MODEL_BASE, params), paths.whole_folder(paths.MODEL_ADAPTER) as folder:
         trained = train(
             paths.MODEL_BASE,
             {split: read_jsonl(paths.DATA_PROCESSED / f"{split}.jsonl") for split in ("train", "validation")},
@@ -29,6 +31,7 @@ def main(config: Config) -> Speeds:
             lora=params.lora,
             quantization=params.quantization,
             supervise=params.preprocess.supervise,
+            scratch=paths.SCRATCH / "train",
         )
     track.write_json(paths.METRICS / "train/freeze_proof.json", {"moved": [], "sha256": trained.frozen})
     return {

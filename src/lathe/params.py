@@ -89,6 +89,7 @@ class Training(Section):
     gradient_checkpointing: bool = entry("recompute activations in the backward pass: less memory, slower")
     logging_steps: Positive = entry("distance between two points of the loss curve", "steps")
     eval_steps: Positive = entry("distance between two evaluations on the validation split", "steps")
+    save_steps: Positive = entry("distance between two checkpoints: what a kill loses at most", "steps")
 
 
 class Lora(Section):

@@ -28,6 +28,7 @@ GGUF = ROOT / "models/gguf"
 
 METRICS = ROOT / "metrics"
 LLAMA_CPP = MAIN / ".llama.cpp"
+SCRATCH = MAIN / ".scratch"  # what outlives a stage that was killed; known to neither Git nor DVC
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from lathe import track
-from lathe.errors import InputError
+from lathe.errors import InputError, Interrupted
 from lathe.params import Config, load
 
 # What a stage measured besides seconds and memory, such as {"tokens_per_second": 812.5}.
@@ -70,6 +70,9 @@ def guard(action: Callable[[], object]) -> None:
             raise
         where = error.filename2 or error.filename or "the disk"
         sys.exit(_refuse(InputError(f"{where}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}")))
+    except Interrupted as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        sys.exit(128 + error.signal)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         sys.exit(130)

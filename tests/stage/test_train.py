@@ -1,13 +1,19 @@
 """Training on a model of one layer: what moves, what does not, and that the same is the same."""
 
+import gc
 import hashlib
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lathe import params
+from lathe import params, paths
 from lathe.builtin import commands
 from lathe.errors import InputError
 from lathe.training.sft import train, unusual_rate
@@ -111,8 +117,23 @@ def test_what_does_not_fit_the_model_is_refused(trained, changes, message):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(trained):
-    with pytest.raises(InputError, match=r"loss is (nan|inf) at step \d"):
+    with pytest.raises(InputError, match=r"^(loss|grad_norm) is (nan|inf) at step [23], .*train.jsonl:(\d+, ){3}\d+;"):
         trained(learning_rate=1e30, max_grad_norm=1e30, precision="fp32")
+
+
+def test_the_rows_named_are_those_of_the_step(small_model):
+    from lathe.model import load_tokenizer
+    from lathe.training.finite import not_finite
+    from lathe.training.sft import _encode
+
+    rows = _encode(load_tokenizer(small_model), SPLITS["train"], "all")
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[n].input_ids) for n in (4, 9)], batch_first=True)
+    packed = torch.tensor([rows[2].input_ids + rows[17].input_ids])
+    error = not_finite("loss", float("nan"), 3, [padded, packed], rows)
+    assert str(error) == (
+        "loss is nan at step 3, not a number, with the rows of data/processed/train.jsonl:3, 5, 10, 18; lower "
+        "training.learning_rate, or look at the rows: python -m lathe inspect --row 3"
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,3 +148,37 @@ def test_the_curves_have_one_point_per_logged_step(trained, tmp_path):
     trained(eval_steps=2)
     lines = (tmp_path / "metrics1/plots/metrics/eval/loss.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["step", "2", "4"]
+
+
+def test_memory_is_given_back_after_training(trained):
+    """The first runs load what stays; from then on a run may leave nothing behind."""
+    held, before = [], tensors_alive()
+    for _ in range(10):
+        trained(max_steps=2)
+        held.append((resident_bytes(), tensors_alive()))
+    assert held[-1][1] - before < 20, held  # the model alone has more
+    assert held[-1][0] - held[2][0] < 30_000_000, held
+
+
+def resident_bytes() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def tensors_alive() -> int:
+    return sum(1 for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
+
+
+def test_out_of_memory_is_one_line_that_says_what_was_used_and_what_to_change(small_model):
+    """The limit is real, and so is the batch that does not fit: see the program."""
+    program = paths.ROOT / "tests/stage/out_of_memory.py"
+    environment = {**os.environ, "PYTHONPATH": str(paths.ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, str(program), str(small_model)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.fullmatch(
+        r"error: out of memory: this machine had no more when training used \d+ [MG]B; rows of 1024 tokens take .* GB "
+        r"beside the process itself; most of it is .*; set training.gradient_checkpointing to true",
+        done.stderr.splitlines()[-1],
+    )

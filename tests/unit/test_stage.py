@@ -1,11 +1,12 @@
 import errno
 import logging
 import os
+import signal
 
 import pytest
 
 from lathe import stage
-from lathe.errors import InputError
+from lathe.errors import InputError, Interrupted
 
 
 def test_bad_input_is_one_line_per_problem_and_exit_code_2(capsys):
@@ -45,6 +46,17 @@ def test_ctrl_c_ends_with_130(capsys):
     with pytest.raises(SystemExit) as caught:
         stage.guard(interrupt)
     assert caught.value.code == 130
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_work_stopped_in_good_order_says_how_to_go_on(capsys, number, code):
+    def stop():
+        raise Interrupted("interrupted at step 3", number)
+
+    with pytest.raises(SystemExit) as caught:
+        stage.guard(stop)
+    assert caught.value.code == code
+    assert capsys.readouterr().err == "interrupted at step 3\n"
 
 
 def test_the_log_level_comes_from_the_environment(monkeypatch):

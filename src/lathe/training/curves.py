@@ -55,30 +55,42 @@ class _Recorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # On a terminal a bar with an ETA; elsewhere the log lines of on_log tell how far it is.
-        self.bar = tqdm(total=state.max_steps, desc="training", unit="step", disable=not sys.stderr.isatty())
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            disable=not sys.stderr.isatty(),
+        )
+        for entry in state.log_history:  # of the run that this one goes on from
+            self._record(entry["step"], entry)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        known = {CURVES[name]: value for name, value in logs.items() if name in CURVES}
+        known = self._record(state.global_step, logs)
         if not known:
             return
-        self.live.step = state.global_step
-        for name, value in known.items():
-            if "loss" in name and not math.isfinite(value):
-                raise InputError(
-                    f"{name} is {value} at step {state.global_step}, not a number; lower training.learning_rate"
-                )
-            self.live.log_metric(name, value)
-        for name in ("grad_norm", "learning_rate"):  # their last values say nothing; the curves stay
-            self.live.summary.get("train", {}).pop(name, None)
-        self.live.make_summary()
         now = time.monotonic()
         if self.bar.disable and (now > self.said + SECONDS_BETWEEN_LINES or state.global_step == state.max_steps):
             self.said = now
             shown = ", ".join(f"{name} {value:.4g}" for name, value in known.items())
             logger.info("step %d of %d: %s", state.global_step, state.max_steps, shown)
+
+    def _record(self, step: int, logs: dict[str, float]) -> dict[str, float]:
+        known = {CURVES[name]: value for name, value in logs.items() if name in CURVES}
+        if not known:
+            return known
+        self.live.step = step
+        for name, value in known.items():
+            if "loss" in name and not math.isfinite(value):
+                raise InputError(f"{name} is {value} at step {step}, not a number; lower training.learning_rate")
+            self.live.log_metric(name, value)
+        for name in ("grad_norm", "learning_rate"):  # their last values say nothing; the curves stay
+            self.live.summary.get("train", {}).pop(name, None)
+        self.live.make_summary()
+        return known
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()

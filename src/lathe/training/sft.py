@@ -1,11 +1,13 @@
 """Supervised fine-tuning of an adapter with TRL; only the answers' tokens carry loss."""
 
+import hashlib
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +15,17 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
+from lathe import memory
 from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, resolve_precision
 from lathe.params import Lora, Quantization, Training
 from lathe.template import Encoded, encode
+from lathe.training.checkpoints import Checkpoints, claimed, fingerprint
 from lathe.training.curves import Curves
+from lathe.training.finite import not_finite
 from lathe.training.frozen import digests
+from lathe.training.resume import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +41,7 @@ class Trained:
     supervised_tokens_per_second: float
 
 
+@memory.given_back()
 def train(
     base: Path,
     splits: dict[str, list[dict[str, Any]]],
@@ -46,11 +53,15 @@ def train(
     lora: Lora,
     quantization: Quantization,
     supervise: Literal["all", "last"],
+    scratch: Path | None = None,
 ) -> Trained:
     """Train an adapter for `base` on the rows of `splits["train"]` and save it into the empty folder `adapter`.
 
     The loss curves go to the dvclive folder `metrics`; `splits["validation"]` is evaluated every `eval_steps`.
-    Raises InputError where a parameter does not fit the model and where the loss is not finite.
+    Every `save_steps` a checkpoint goes to the folder `scratch`, from where the same training goes on if it was
+    interrupted; at the end they are removed. Without `scratch` there are none.
+    Raises InputError where a parameter does not fit the model and where the loss is not finite, Interrupted after
+    SIGINT or SIGTERM.
     """
     set_seed(seed)  # before the model and the adapter are made
     precision = resolve_precision(training.precision)
@@ -63,7 +74,17 @@ def train(
     frozen_before = digests(model)
 
     rows = {split: _encode(tokenizer, splits[split], supervise) for split in ("train", "validation")}
-    with Curves(metrics) as curves:
+    decides = {
+        "training": training.model_dump(exclude={"save_steps"}),
+        "lora": lora.model_dump(),
+        "quantization": quantization.model_dump(),
+        "seed": seed,
+        "precision": precision,
+        "device": model.device.type,
+        "base": {**frozen_before, "config": (base / "config.json").read_text(encoding="utf-8")},
+        "rows": {split: _digest(encoded) for split, encoded in rows.items()},
+    }
+    with _checkpoints(scratch, decides) as checkpoints, Curves(metrics) as curves:
         trainer = AnswerTrainer(
             model=model,
             args=_arguments(training, seed=seed, precision=precision),
@@ -71,19 +92,22 @@ def train(
             eval_dataset=_dataset(rows["validation"]),
             processing_class=tokenizer,
             callbacks=[curves.callback()],
+            rows=rows["train"],
+            checkpoints=checkpoints,
+            save_steps=training.save_steps,
         )
         trainer.remove_callback(PrinterCallback)  # the curves log the same
         started = time.perf_counter()
-        trainer.train()
+        epochs = trainer.train_to_the_end()
         seconds = time.perf_counter() - started
         if not _evaluated_last(trainer.state):
             trainer.evaluate()
-
-    frozen_after = digests(model)
-    if moved := [name for name, digest in frozen_before.items() if frozen_after[name] != digest]:
-        raise RuntimeError(f"training moved {len(moved)} tensors that are frozen, {moved[0]} first")
-    _save(model, adapter)
-    epochs = trainer.state.epoch or 0.0
+        frozen_after = digests(model)
+        if moved := [name for name, digest in frozen_before.items() if frozen_after[name] != digest]:
+            raise RuntimeError(f"training moved {len(moved)} tensors that are frozen, {moved[0]} first")
+        _save(model, adapter)
+        if checkpoints:
+            checkpoints.remove()
     return Trained(
         frozen=frozen_after,
         tokens_per_second=round(epochs * sum(len(row.input_ids) for row in rows["train"]) / seconds, 1),
@@ -106,15 +130,17 @@ def unusual_rate(rate: float, *, weights: int) -> str | None:
     )
 
 
-class AnswerTrainer(SFTTrainer):
+class AnswerTrainer(ResumableTrainer):
     """TRL's trainer with logits only where an answer token is predicted, and float32 adapter weights.
 
     TRL casts a 4-bit model's adapter to bf16, where a small update is rounded away, and computes entropy and
     accuracy over the vocabulary at every step; on a real vocabulary that costs more than the step itself.
     """
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, rows: Sequence[Encoded], **arguments: Any) -> None:
         super().__init__(**arguments)
+        self.rows = rows
+        self.step_batches: list[torch.Tensor] = []  # token ids of the passes of the step at hand
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -125,6 +151,21 @@ class AnswerTrainer(SFTTrainer):
         """Return the mean negative log-likelihood per supervised token of the whole step, all passes together."""
         loss, supervised_tokens = self._summed_loss(model, inputs)
         return loss / (supervised_tokens if num_items_in_batch is None else num_items_in_batch)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run one pass, and refuse a loss that is no number, naming step and rows."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise not_finite("loss", loss.item(), self.state.global_step + 1, [inputs["input_ids"]], self.rows)
+        self.step_batches.append(inputs["input_ids"])
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not self.args.fp16 and not torch.isfinite(norm):  # in fp16 the scaler skips such a step and goes on
+            raise not_finite("grad_norm", norm.item(), self.state.global_step + 1, self.step_batches, self.rows)
+        self.step_batches.clear()
+        return norm
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Log the loss per supervised token; the stock loop averages over batches, whatever they hold."""
@@ -159,6 +200,23 @@ class AnswerTrainer(SFTTrainer):
             outputs.logits.float().flatten(0, 1), kept.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         return loss, (kept != IGNORED).sum()
+
+
+@contextmanager
+def _checkpoints(scratch: Path | None, decides: dict[str, Any]) -> Iterator[Checkpoints | None]:
+    if scratch is None:
+        yield None
+        return
+    with claimed(scratch, fingerprint(decides)) as checkpoints:
+        yield checkpoints
+
+
+def _digest(rows: Sequence[Encoded]) -> str:
+    # Of what is learnt, so that rows, tokenizer, template and `supervise` are all in it.
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.input_ids, row.supervised)).encode())
+    return digest.hexdigest()
 
 
 def _evaluated_last(state: Any) -> bool:

@@ -1,0 +1,159 @@
+"""Checkpoints on disk: whole or passed over, for one training alone, and never for another one than theirs.
+
+A training's folder below the scratch folder is named by a fingerprint of all that decides its result. It holds
+`checkpoint-<step>` folders as transformers writes them, each with the digests of its files.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+logger = logging.getLogger(__name__)
+
+DIGESTS = "sha256.json"  # written last: a checkpoint without it was never finished
+KEPT_CHECKPOINTS = 2  # of one training: the newest, and the one before should that prove damaged
+KEPT_TRAININGS = 8  # that were interrupted and not gone on with, beside the one that runs
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+CODE = sorted(
+    [*Path(__file__).parent.glob("*.py"), *(Path(__file__).parents[1] / f"{n}.py" for n in ("model", "template"))]
+)
+STOPPING = "stopping"
+
+
+class Checkpoints:
+    """The checkpoints of one training, which this process holds the lock of."""
+
+    def __init__(self, folder: Path, lock: TextIO) -> None:
+        self.folder = folder
+        self.lock = lock
+
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint that is whole; None where there is none."""
+        for checkpoint in reversed(self._listed()):
+            if _is_whole(checkpoint):
+                return checkpoint
+            logger.warning("%s is damaged; going on from the one before", checkpoint)
+        return None
+
+    @contextmanager
+    def saving(self) -> Iterator[Path]:
+        """Yield a folder for transformers to write a `checkpoint-<step>` into; it is kept once it is whole."""
+        partial = self.folder / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for written in partial.iterdir():
+            digests = {file.name: _digest(file) for file in sorted(written.iterdir())}
+            (written / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
+            target = self.folder / written.name
+            shutil.rmtree(target, ignore_errors=True)  # a damaged one that was passed over
+            written.rename(target)
+        for old in self._listed()[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def announce_stop(self) -> None:
+        """Tell who asks for the lock that it is free in a moment."""
+        self.lock.write(STOPPING)
+        self.lock.flush()
+
+    def remove(self) -> None:
+        """Remove them all: the training has ended well."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        Path(self.lock.name).unlink()
+
+    def _listed(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-*"), key=step_of)
+
+
+@contextmanager
+def claimed(scratch: Path, fingerprint: str) -> Iterator[Checkpoints | None]:
+    """Yield the checkpoints of the training with that fingerprint; None where another process is training the same.
+
+    The second does not wait: the first removes the checkpoints when it is done, so there would be nothing to go on
+    from. It waits for one that has been told to stop and is about to save. Of other trainings' checkpoints the newest
+    `KEPT_TRAININGS` stay.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    lock = _lock(scratch / f"{fingerprint}.lock", wait=True)
+    if lock is None:
+        logger.warning("the same training is running elsewhere; this one keeps no checkpoints")
+        yield None
+        return
+    with lock:
+        _forget_old(scratch, besides=fingerprint)
+        yield Checkpoints(scratch / fingerprint, lock)
+
+
+def fingerprint(decides: Mapping[str, Any]) -> str:
+    """Return the name of a training: a digest of what decides its result, of the packages and of the code."""
+    everything = {
+        **decides,
+        "packages": {name: version(name) for name in PACKAGES},
+        "code": {file.name: _digest(file) for file in CODE},
+    }
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer step after which a checkpoint was taken."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        digests = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
+        return all(_digest(checkpoint / name) == digest for name, digest in digests.items())
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _lock(file: Path, *, wait: bool) -> TextIO | None:
+    said = False
+    while True:
+        handle = file.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            stopping = handle.read() == STOPPING
+            handle.close()
+            if not (wait and stopping):
+                return None
+            if not said:
+                logger.info("waiting for an interrupted run of the same training to save its checkpoint")
+                said = True
+            time.sleep(0.1)
+            continue
+        if _is_still(file, handle):
+            handle.truncate(0)
+            return handle
+        handle.close()  # whoever held it has removed the file
+
+
+def _is_still(file: Path, handle: TextIO) -> bool:
+    try:
+        return os.path.samestat(file.stat(), os.fstat(handle.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _forget_old(scratch: Path, *, besides: str) -> None:
+    others = [folder for folder in scratch.iterdir() if folder.is_dir() and folder.name != besides]
+    for folder in sorted(others, key=lambda folder: folder.stat().st_mtime)[:-KEPT_TRAININGS]:
+        if lock := _lock(scratch / f"{folder.name}.lock", wait=False):
+            with lock:
+                Checkpoints(folder, lock).remove()

@@ -1,0 +1,51 @@
+"""Train under a limit of memory that the batch does not fit into, as stages/train.py does."""
+
+import re
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+from lathe import memory, params, stage
+from lathe.training.sft import train
+
+ROW = {"messages": [{"role": "user", "content": "lamp " * 250}, {"role": "assistant", "content": "on " * 75}]}
+ALLOWED_BYTES = 400_000_000
+
+
+def main(base: Path) -> None:
+    chosen = params.load().params
+    few = chosen.model_copy(update={"training": _training(chosen, per_device_train_batch_size=1)})
+    _train(base, few)  # what is loaded once is there
+    size = re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert size
+    limit = 1024 * int(size[1]) + ALLOWED_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    many = chosen.model_copy(update={"training": _training(chosen, per_device_train_batch_size=512)})
+    with memory.explained(base, many):
+        _train(base, many)
+
+
+def _training(chosen: params.Params, **changes: int) -> params.Training:
+    return chosen.training.model_copy(update={"max_steps": 1, "eval_steps": 100, **changes})
+
+
+def _train(base: Path, chosen: params.Params) -> None:
+    rows = chosen.training.per_device_train_batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "adapter").mkdir()
+        train(
+            base,
+            {"train": [ROW] * rows, "validation": [ROW]},
+            Path(folder) / "adapter",
+            Path(folder) / "metrics",
+            seed=1,
+            training=chosen.training,
+            lora=chosen.lora,
+            quantization=chosen.quantization,
+            supervise="all",
+        )
+
+
+if __name__ == "__main__":
+    stage.guard(lambda: main(Path(sys.argv[1])))
