@@ -84,10 +84,12 @@ def test_accumulated_passes_equal_one_large_pass(trained, load_in_4bit):
 
 def test_only_the_answers_carry_loss(small_model):
     from lathe.model import load_tokenizer
-    from lathe.training.sft import IGNORED, _dataset, _encode
+    from lathe.training.loss import IGNORED
+    from lathe.training.packing import row_dataset
+    from lathe.training.sft import _encode
 
     tokenizer = load_tokenizer(small_model)
-    for row, conversation in zip(_dataset(_encode(tokenizer, SPLITS["train"], "all")), SPLITS["train"], strict=True):
+    for row, conversation in zip(row_dataset(_encode(tokenizer, SPLITS["train"], "all")), SPLITS["train"], strict=True):
         learnt = [token for token in row["labels"] if token != IGNORED]
         assert tokenizer.decode(learnt) == conversation["messages"][-1]["content"] + "<|im_end|>"
 

@@ -18,12 +18,13 @@ from trl import SFTConfig, SFTTrainer
 from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, resolve_precision
 from lathe.params import Lora, Quantization, Training
 from lathe.template import Encoded, encode
+from lathe.training.attention import separate_rows
 from lathe.training.curves import Curves
 from lathe.training.frozen import digests
+from lathe.training.loss import IGNORED, summed_loss
+from lathe.training.packing import EndToEnd, Padded, packed_dataset, row_dataset
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100  # label of a token that carries no loss, as in torch's cross entropy
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ def train(
     model = load_base(base, quantization, precision=precision)
     if warning := unusual_rate(training.learning_rate, weights=model.num_parameters()):
         logger.warning(warning)
+    end_to_end = separate_rows(model, precision=precision)
+    if not end_to_end:
+        name = type(model).__name__
+        if training.packing:
+            raise InputError(f"training.packing is true; {name} does not keep packed rows apart; set it to false")
+        logger.warning("%s does not keep rows apart without padding: batches are padded, which is slower", name)
     model = add_adapter(model, lora)
     frozen_before = digests(model)
 
@@ -67,8 +74,13 @@ def train(
         trainer = AnswerTrainer(
             model=model,
             args=_arguments(training, seed=seed, precision=precision),
-            train_dataset=_dataset(rows["train"]),
-            eval_dataset=_dataset(rows["validation"]),
+            train_dataset=(
+                packed_dataset(rows["train"], max_length=training.max_length)
+                if training.packing
+                else row_dataset(rows["train"])
+            ),
+            eval_dataset=row_dataset(rows["validation"]),
+            data_collator=EndToEnd() if end_to_end else Padded(tokenizer.pad_token_id or 0),
             processing_class=tokenizer,
             callbacks=[curves.callback()],
         )
@@ -144,21 +156,10 @@ class AnswerTrainer(SFTTrainer):
         return measured
 
     def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        # labels: (rows, tokens). The token at t predicts the label at t + 1; only columns in which some row is
-        # supervised get logits, (rows, columns, vocabulary).
-        targets = inputs["labels"][:, 1:]
-        columns = (targets != IGNORED).any(dim=0).nonzero().flatten()
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            logits_to_keep=columns,
-            use_cache=False,
-        )
-        kept = targets[:, columns]
-        loss = torch.nn.functional.cross_entropy(
-            outputs.logits.float().flatten(0, 1), kept.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        return loss, (kept != IGNORED).sum()
+        del inputs["labels"]  # the model would compute a loss of its own
+        columns, targets = inputs.pop("columns"), inputs.pop("targets").flatten()
+        logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits
+        return summed_loss(logits.flatten(0, 1), targets), (targets != IGNORED).sum()
 
 
 def _evaluated_last(state: Any) -> bool:
@@ -167,15 +168,6 @@ def _evaluated_last(state: Any) -> bool:
 
 def _encode(tokenizer: Any, rows: list[dict[str, Any]], supervise: Literal["all", "last"]) -> Sequence[Encoded]:
     return encode(tokenizer, [row["messages"] for row in rows], supervise=supervise)
-
-
-def _dataset(rows: Sequence[Encoded]) -> Any:
-    from datasets import Dataset
-
-    labels = [
-        [token if kept else IGNORED for token, kept in zip(row.input_ids, row.supervised, strict=True)] for row in rows
-    ]
-    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": labels})
 
 
 def _arguments(training: Training, *, seed: int, precision: str) -> SFTConfig:
@@ -206,6 +198,7 @@ def _arguments(training: Training, *, seed: int, precision: str) -> SFTConfig:
         eval_steps=training.eval_steps,
         max_length=training.max_length,
         dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,  # the collator needs them all
         dataloader_pin_memory=not on_cpu,
         disable_tqdm=True,  # lathe.training.curves draws the bar
     )
