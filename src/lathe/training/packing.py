@@ -50,11 +50,14 @@ def packed_dataset(rows: Sequence[Encoded], *, max_length: int) -> Dataset:
 class EndToEnd:
     """Collates examples into one sequence without padding, longest row first.
 
-    Gives the model's arguments (`input_ids`, `position_ids`: (1, tokens)), `columns`: the tokens that predict a
-    supervised one, `targets`: (1, columns), and `labels`, from which Trainer counts the supervised tokens of a step.
+    Gives the model's arguments (`input_ids`, `position_ids`: (1, tokens)) and what the loss needs: `columns`: the
+    tokens that predict a supervised one, `targets`: (1, columns), and `labels`, from which Trainer counts the
+    supervised tokens of a step. `row_lengths` and `supervised_tokens` are Python's numbers, so that counting never
+    waits for a GPU.
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch of these examples."""
         rows = sorted(_rows(examples), key=lambda row: len(row[0]), reverse=True)
         lengths = [len(ids) for ids, _ in rows]
         labels = torch.tensor([[label for _, row in rows for label in row]])
@@ -76,6 +79,7 @@ class Padded:
     pad_token_id: int
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch of these examples, padded on the right."""
         longest = max(len(example["input_ids"]) for example in examples)
 
         def padded(name: str, value: int) -> torch.Tensor:
@@ -85,8 +89,17 @@ class Padded:
         return {
             "input_ids": padded("input_ids", self.pad_token_id),
             "attention_mask": (torch.arange(longest) < lengths).long(),
+            "row_lengths": tuple(lengths.flatten().tolist()),
             **_supervised(padded("labels", IGNORED)),
         }
+
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a batch goes into the model's forward: without labels, it computes no loss of its own."""
+    ours = {"labels", "columns", "targets", "supervised_tokens"}
+    if "attention_mask" in batch:  # padded: a stock model, which knows nothing of row_lengths
+        ours |= {"row_lengths"}
+    return {name: value for name, value in batch.items() if name not in ours}
 
 
 def _rows(examples: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
@@ -100,7 +113,13 @@ def _rows(examples: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
     return rows
 
 
-def _supervised(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+def _supervised(labels: torch.Tensor) -> dict[str, Any]:
     # The token at t predicts the label at t + 1.
-    columns = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().flatten()
-    return {"labels": labels, "columns": columns, "targets": labels[:, columns + 1]}
+    supervised = labels[:, 1:] != IGNORED
+    columns = supervised.any(dim=0).nonzero().flatten()
+    return {
+        "labels": labels,
+        "columns": columns,
+        "targets": labels[:, columns + 1],
+        "supervised_tokens": int(supervised.sum()),
+    }

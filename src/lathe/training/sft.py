@@ -15,14 +15,15 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from lathe.errors import InputError
 from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, resolve_precision
 from lathe.params import Lora, Quantization, Training
 from lathe.template import Encoded, encode
 from lathe.training.attention import separate_rows
 from lathe.training.curves import Curves
 from lathe.training.frozen import digests
-from lathe.training.loss import IGNORED, summed_loss
-from lathe.training.packing import EndToEnd, Padded, packed_dataset, row_dataset
+from lathe.training.loss import summed_loss
+from lathe.training.packing import EndToEnd, Padded, model_inputs, packed_dataset, row_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +96,10 @@ def train(
     if moved := [name for name, digest in frozen_before.items() if frozen_after[name] != digest]:
         raise RuntimeError(f"training moved {len(moved)} tensors that are frozen, {moved[0]} first")
     _save(model, adapter)
-    epochs = trainer.state.epoch or 0.0
     return Trained(
         frozen=frozen_after,
-        tokens_per_second=round(epochs * sum(len(row.input_ids) for row in rows["train"]) / seconds, 1),
-        supervised_tokens_per_second=round(epochs * sum(sum(row.supervised) for row in rows["train"]) / seconds, 1),
+        tokens_per_second=round(trainer.trained_tokens / seconds, 1),
+        supervised_tokens_per_second=round(trainer.trained_supervised_tokens / seconds, 1),
     )
 
 
@@ -130,11 +130,15 @@ class AnswerTrainer(SFTTrainer):
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        self.trained_tokens = 0  # without padding
+        self.trained_supervised_tokens = 0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the mean negative log-likelihood per supervised token of the whole step, all passes together."""
+        self.trained_tokens += sum(inputs["row_lengths"])
+        self.trained_supervised_tokens += inputs["supervised_tokens"]
         loss, supervised_tokens = self._summed_loss(model, inputs)
         return loss / (supervised_tokens if num_items_in_batch is None else num_items_in_batch)
 
@@ -155,11 +159,9 @@ class AnswerTrainer(SFTTrainer):
         self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
         return measured
 
-    def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        del inputs["labels"]  # the model would compute a loss of its own
-        columns, targets = inputs.pop("columns"), inputs.pop("targets").flatten()
-        logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits
-        return summed_loss(logits.flatten(0, 1), targets), (targets != IGNORED).sum()
+    def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        logits = model(**model_inputs(inputs), logits_to_keep=inputs["columns"], use_cache=False).logits
+        return summed_loss(logits.flatten(0, 1), inputs["targets"].flatten()), inputs["supervised_tokens"]
 
 
 def _evaluated_last(state: Any) -> bool:
