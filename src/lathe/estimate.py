@@ -334,7 +334,8 @@ def _worst_moments(
     depth = adapted.config.get_text_config().num_hidden_layers
     layers = next(module for module in adapted.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
     # A pack's attention is that of its rows, which is less.
-    longest, kept = (max(length, training.max_length),) * 2 if training.packing else (length, columns)
+    longest = max(length, training.max_length) if training.packing else length
+    kept = columns if longest == length else longest - 1
     passes = (
         (True, (training.per_device_train_batch_size, longest, kept)),
         (False, (training.per_device_eval_batch_size, length, columns)),

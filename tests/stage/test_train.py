@@ -109,7 +109,7 @@ def soft_capped_model(small_model, tmp_path):
 def test_a_model_that_would_mix_rows_is_padded_and_never_packed(soft_capped_model, trained, caplog):
     assert weights(trained(base=soft_capped_model, load_in_4bit=False))
     assert "batches are padded, which is slower" in caplog.text
-    with pytest.raises(InputError, match="training.packing is true; Gemma2ForCausalLM does not keep packed rows apart"):
+    with pytest.raises(InputError, match=r"packing is true; Gemma2ForCausalLM does not keep packed rows apart"):
         trained(base=soft_capped_model, load_in_4bit=False, packing=True)
 
 

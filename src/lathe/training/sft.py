@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +74,7 @@ def train(
     rows = {split: _encode(tokenizer, splits[split], supervise) for split in ("train", "validation")}
     with Curves(metrics) as curves:
         trainer = AnswerTrainer(
+            precision=precision,
             model=model,
             args=_arguments(training, seed=seed, precision=precision),
             train_dataset=(
@@ -125,13 +127,23 @@ class AnswerTrainer(SFTTrainer):
     accuracy over the vocabulary at every step; on a real vocabulary that costs more than the step itself.
     """
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, precision: str, **arguments: Any) -> None:
         super().__init__(**arguments)
+        self.precision = precision
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         self.trained_tokens = 0  # without padding
         self.trained_supervised_tokens = 0
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """Return bf16 autocast, where the forward pass is in bf16.
+
+        Asked to do so itself, accelerate would also give a float32 copy of all logits.
+        """
+        if self.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=bool(cache_enabled))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -181,7 +193,7 @@ def _arguments(training: Training, *, seed: int, precision: str) -> SFTConfig:
         seed=seed,
         data_seed=seed,
         use_cpu=on_cpu,
-        bf16=precision == "bf16",
+        bf16=False,  # AnswerTrainer's own matter
         fp16=precision == "fp16",
         num_train_epochs=training.num_train_epochs,
         max_steps=training.max_steps or -1,
