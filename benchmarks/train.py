@@ -1,6 +1,6 @@
 """Speed and memory of lathe's training against plain TRL's, on the same rows, model and adapter.
 
-python benchmarks/train.py [--rounds 2] [--models qwen3,tiny] [--only NAME] [--folder DIR]
+python benchmarks/train.py [--rounds 2] [--models qwen3,tiny] [--steps N] [--only NAME] [--folder DIR]
 
 Makes two random models in a temporary folder: one of Qwen3's shape with its vocabulary of 151,936 (hidden 512, 8
 layers) and a tiny one (hidden 256, 3 layers, 512 entries). Each is trained for a few steps (LoRA on all linear layers,
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,19 +101,22 @@ def main() -> None:
     """Make the models, run everything in turn, print the tables."""
     arguments = _arguments()
     if arguments.child:
-        _run_child(arguments.child, CASES[arguments.case], arguments.folder, arguments.peak, arguments.started)
+        case = CASES[arguments.case]
+        case = replace(case, steps=arguments.steps or case.steps)
+        _run_child(arguments.child, case, arguments.folder, arguments.peak, arguments.started)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-train-") as name:
         for case in arguments.models.split(","):
             folder = Path(name) / case
             folder.mkdir()
-            _run_apart("make", case, folder)
+            _run_apart("make", case, folder, arguments.steps)
             peaks = []
-            runs: dict[str, list[_Run]] = {tool: [] for tool in TOOLS if not arguments.only or arguments.only in tool}
+            runs: dict[str, list[_Run]] = {tool: [] for tool in TOOLS if tool in (arguments.only or TOOLS)}
             for turn in range(arguments.rounds):
-                peaks.append(float(_run_apart("peak", case, folder)))
+                peaks.append(float(_run_apart("peak", case, folder, arguments.steps)))
                 for tool in list(runs) if turn % 2 == 0 else reversed(list(runs)):
-                    runs[tool].append(_Run(**json.loads(_run_apart(tool, case, folder, peak=max(peaks)))))
+                    measured = _run_apart(tool, case, folder, arguments.steps, peak=max(peaks))
+                    runs[tool].append(_Run(**json.loads(measured)))
             sys.stdout.write(_report(CASES[case], runs, max(peaks)))
             sys.stdout.flush()
 
@@ -122,7 +125,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2, help="runs of each (default 2)")
     parser.add_argument("--models", default=",".join(CASES), help="which models, by commas (default all)")
-    parser.add_argument("--only", help="only what has this in its name")
+    parser.add_argument("--steps", type=int, help="steps of each run, at least 3 (default: 6 and 20)")
+    parser.add_argument("--only", action="append", choices=TOOLS, help="only this one; may be given several times")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made (default: the system's)")
     for hidden in ("--child", "--case"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -131,10 +135,11 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run_apart(child: str, case: str, folder: Path, peak: float = 0.0) -> str:
+def _run_apart(child: str, case: str, folder: Path, steps: int | None, peak: float = 0.0) -> str:
     """Run one step in a fresh process; return the last line that it wrote."""
     command = [sys.executable, __file__, "--child", child, "--case", case, "--folder", str(folder)]
     command += ["--peak", str(peak), "--started", str(time.time())]
+    command += ["--steps", str(steps)] if steps else []
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
