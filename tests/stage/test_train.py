@@ -34,7 +34,7 @@ def trained(small_model, tmp_path):
             )
             for name in ("training", "lora", "quantization")
         }
-        train(base, splits, folder, tmp_path / f"metrics{runs}", seed=1, supervise="all", **sections)
+        run.result = train(base, splits, folder, tmp_path / f"metrics{runs}", seed=1, supervise="all", **sections)
         return folder
 
     return run
@@ -91,6 +91,18 @@ def test_a_pack_trains_what_its_rows_train_one_by_one(trained, checkpointing):
     packed = weights(trained(rows, packing=True, per_device_train_batch_size=1, max_length=1000, **once))
     for name, tensor in alone.items():
         torch.testing.assert_close(packed[name], tensor, rtol=1e-2, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_tokens_per_second_count_each_row_once_an_epoch(trained, small_model, packing):
+    from lathe.model import load_tokenizer
+    from lathe.training.sft import _encode
+
+    trained(max_steps=None, num_train_epochs=1, packing=packing)
+    rows = _encode(load_tokenizer(small_model), SPLITS["train"], "all")
+    share = sum(sum(row.supervised) for row in rows) / sum(len(row.input_ids) for row in rows)
+    speed = trained.result
+    assert speed.supervised_tokens_per_second / speed.tokens_per_second == pytest.approx(share, rel=1e-2)
 
 
 @pytest.fixture

@@ -208,6 +208,7 @@ def _arguments(training: Training, *, seed: int, precision: str) -> SFTConfig:
         optim=training.optim,
         gradient_checkpointing=training.gradient_checkpointing,
         logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,  # it waits for the device at every pass, and hides what must stop the run
         eval_strategy="steps",
         eval_steps=training.eval_steps,
         max_length=training.max_length,
