@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from lathe import params
 from lathe.builtin import commands
 from lathe.errors import InputError
-from lathe.training.sft import train, unusual_rate
+from lathe.training.sft import Trained, train, unusual_rate
 
 CONFIG = params.load().params
 SPLITS = {"train": commands.rows(1)["train"][:24], "validation": commands.rows(1)["validation"][:6]}
@@ -19,7 +19,13 @@ QUICK = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "
 
 
 @pytest.fixture
-def trained(small_model, tmp_path):
+def results() -> dict[Path, Trained]:
+    """What each training of a test returned, by the adapter's folder."""
+    return {}
+
+
+@pytest.fixture
+def trained(small_model, tmp_path, results):
     """Return a function that trains with some parameters changed and gives the adapter's folder."""
     runs = 0
 
@@ -34,7 +40,8 @@ def trained(small_model, tmp_path):
             )
             for name in ("training", "lora", "quantization")
         }
-        run.result = train(base, splits, folder, tmp_path / f"metrics{runs}", seed=1, supervise="all", **sections)
+        result = train(base, splits, folder, tmp_path / f"metrics{runs}", seed=1, supervise="all", **sections)
+        results[folder] = result
         return folder
 
     return run
@@ -94,14 +101,13 @@ def test_a_pack_trains_what_its_rows_train_one_by_one(trained, checkpointing):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_tokens_per_second_count_each_row_once_an_epoch(trained, small_model, packing):
+def test_tokens_per_second_count_each_row_once_an_epoch(trained, results, small_model, packing):
     from lathe.model import load_tokenizer
     from lathe.training.sft import _encode
 
-    trained(max_steps=None, num_train_epochs=1, packing=packing)
+    speed = results[trained(max_steps=None, num_train_epochs=1, packing=packing)]
     rows = _encode(load_tokenizer(small_model), SPLITS["train"], "all")
     share = sum(sum(row.supervised) for row in rows) / sum(len(row.input_ids) for row in rows)
-    speed = trained.result
     assert speed.supervised_tokens_per_second / speed.tokens_per_second == pytest.approx(share, rel=1e-2)
 
 
