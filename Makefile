@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro chat lint format test test-all bench bench-merge bench-data docs clean
+.PHONY: help setup repro chat lint format test test-all bench bench-merge bench-data bench-train docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,7 +35,7 @@ test: lint ## lint and all tests but the long ones
 test-all: lint ## every test
 	pytest
 
-bench: bench-merge bench-data ## every benchmark
+bench: bench-merge bench-data bench-train ## every benchmark
 
 bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B parameters
 	python benchmarks/merge.py
@@ -43,6 +43,9 @@ bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B para
 bench-data: setup ## speed of preprocess against a plain datasets.map loop, and memory on a million rows
 	python benchmarks/data.py
 	python benchmarks/data.py --million
+
+bench-train: setup ## speed and memory of training against plain TRL's, on the processor or GPU at hand
+	python benchmarks/train.py
 
 docs: setup ## rewrite docs/params.md, and pictures and results in the README
 	python -m lathe schema > docs/params.md

@@ -87,7 +87,10 @@ class TrainingMemory:
 
 
 def training_steps(sequences: int, training: Training) -> dict[str, int]:
-    """Return the optimizer steps of one epoch and of the whole training, on one device."""
+    """Return the optimizer steps of one epoch and of the whole training, on one device.
+
+    How many rows share one is known after packing alone: where `training.packing` is set, these are at most so many.
+    """
     batches = math.ceil(sequences / training.per_device_train_batch_size)
     per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
     return {
@@ -117,8 +120,8 @@ def estimate_training_memory(
     adapter      float32; its gradients as many bytes, the optimizer's states `OPTIMIZER_BYTES`
     activations  what is alive at the worst moment of the step, counted on fake tensors, checkpointing included, and
                  the largest 4-bit layer unpacked
-    logits       the part of that as wide as the vocabulary: 12 bytes per supervised position
-                 and entry in the backward pass
+    logits       the part of that as wide as the vocabulary: per supervised position and entry two numbers of the
+                 precision in the backward pass
 
     This is what the tensors take. With malloc told to return what is freed (MALLOC_MMAP_THRESHOLD_=262144), the
     resident size grew by 0.91 to 1.09 times the estimate in ten trainings on the CPU; glibc's malloc as it is keeps
@@ -330,8 +333,11 @@ def _worst_moments(
 
     depth = adapted.config.get_text_config().num_hidden_layers
     layers = next(module for module in adapted.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
+    # A pack's attention is that of its rows, which is less.
+    longest = max(length, training.max_length) if training.packing else length
+    kept = columns if longest == length else longest - 1
     passes = (
-        (True, (training.per_device_train_batch_size, length, columns)),
+        (True, (training.per_device_train_batch_size, longest, kept)),
         (False, (training.per_device_eval_batch_size, length, columns)),
     )
     counted: list[list[Counter[str]]] = []
@@ -365,6 +371,8 @@ def _worst_moment(model: Any, rows: int, length: int, columns: int, precision: s
     """Run one batch as `AnswerTrainer` does, and return the bytes by kind at the moment when most were alive."""
     import torch
 
+    from lathe.training.loss import summed_loss
+
     ids = torch.zeros(rows, length, dtype=torch.long)
     mask, kept, targets = torch.ones_like(ids), torch.arange(columns), torch.zeros(rows, columns, dtype=torch.long)
     model.train(learning)
@@ -377,8 +385,8 @@ def _worst_moment(model: Any, rows: int, length: int, columns: int, precision: s
         alive.leave_out([parameter] if parameter.grad is None else [parameter, parameter.grad])
     with alive, torch.set_grad_enabled(learning):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
-            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits.float()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits
+            loss = summed_loss(logits.flatten(0, 1), targets.flatten())
         del logits
         if learning:
             loss.backward()

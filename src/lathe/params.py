@@ -70,6 +70,7 @@ class Training(Section):
     max_length: Annotated[int, Field(ge=8)] = entry("longest row, prompt and answer together", "tokens")
     num_train_epochs: PositiveFloat = entry("passes over the training split", "epochs")
     max_steps: Positive | None = entry("stop after so many steps; null: num_train_epochs decides", "steps")
+    packing: bool = entry("fill each row with several, up to max_length, that do not see one another")
     per_device_train_batch_size: Positive = entry("rows in one forward pass of one device", "rows")
     per_device_eval_batch_size: Positive = entry("the same in evaluation", "rows")
     gradient_accumulation_steps: Positive = entry("forward passes whose gradients make one step", "passes")

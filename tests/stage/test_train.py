@@ -4,6 +4,7 @@ import gc
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from lathe import params, paths
 from lathe.builtin import commands
 from lathe.errors import InputError
-from lathe.training.sft import train, unusual_rate
+from lathe.training.sft import Trained, train, unusual_rate
 
 CONFIG = params.load().params
 SPLITS = {"train": commands.rows(1)["train"][:24], "validation": commands.rows(1)["validation"][:6]}
@@ -24,11 +25,17 @@ QUICK = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "
 
 
 @pytest.fixture
-def trained(small_model, tmp_path):
+def results() -> dict[Path, Trained]:
+    """What each training of a test returned, by the adapter's folder."""
+    return {}
+
+
+@pytest.fixture
+def trained(small_model, tmp_path, results):
     """Return a function that trains with some parameters changed and gives the adapter's folder."""
     runs = 0
 
-    def run(splits=SPLITS, **changes) -> Path:
+    def run(splits=SPLITS, base=small_model, **changes) -> Path:
         nonlocal runs
         runs += 1
         folder = tmp_path / str(runs)
@@ -39,7 +46,8 @@ def trained(small_model, tmp_path):
             )
             for name in ("training", "lora", "quantization")
         }
-        train(small_model, splits, folder, tmp_path / f"metrics{runs}", seed=1, supervise="all", **sections)
+        result = train(base, splits, folder, tmp_path / f"metrics{runs}", seed=1, supervise="all", **sections)
+        results[folder] = result
         return folder
 
     return run
@@ -62,8 +70,9 @@ def test_every_tensor_of_the_adapter_moves(trained):
         assert not torch.equal(tensor, second[name]), name
 
 
-def test_the_same_seed_gives_the_same_bytes(trained):
-    assert digest(trained()) == digest(trained())
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_same_seed_gives_the_same_bytes(trained, packing):
+    assert digest(trained(packing=packing)) == digest(trained(packing=packing))
 
 
 def test_an_evaluation_in_between_changes_nothing(trained):
@@ -75,25 +84,67 @@ def test_training_on_a_16_bit_base_works_too(trained):
     assert weights(trained(load_in_4bit=False))
 
 
-@pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_accumulated_passes_equal_one_large_pass(trained, load_in_4bit):
+@pytest.mark.parametrize(("load_in_4bit", "packing"), [(False, False), (True, False), (False, True)])
+def test_accumulated_passes_equal_one_large_pass(trained, load_in_4bit, packing):
     """The loss is normalised by the supervised tokens of the whole step, however they are divided."""
-    whole = weights(trained(per_device_train_batch_size=8, load_in_4bit=load_in_4bit, precision="fp32"))
-    parts = weights(
-        trained(
-            per_device_train_batch_size=1, gradient_accumulation_steps=8, load_in_4bit=load_in_4bit, precision="fp32"
-        )
-    )
+    # Packs of two or three rows: 24 rows make enough of them for steps of eight.
+    same = {"load_in_4bit": load_in_4bit, "packing": packing, "max_length": 110, "max_steps": 3, "precision": "fp32"}
+    whole = weights(trained(per_device_train_batch_size=8, **same))
+    parts = weights(trained(per_device_train_batch_size=1, gradient_accumulation_steps=8, **same))
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, rtol=1e-2, atol=2e-4, msg=name)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pack_trains_what_its_rows_train_one_by_one(trained, checkpointing):
+    """One step on all rows, in one pack or in a pass each, moves every tensor alike."""
+    once = {"max_steps": 1, "warmup_ratio": 0.0, "precision": "fp32", "gradient_checkpointing": checkpointing}
+    rows = {**SPLITS, "train": SPLITS["train"][:8]}
+    alone = weights(trained(rows, packing=False, per_device_train_batch_size=1, gradient_accumulation_steps=8, **once))
+    packed = weights(trained(rows, packing=True, per_device_train_batch_size=1, max_length=1000, **once))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(packed[name], tensor, rtol=1e-2, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_tokens_per_second_count_each_row_once_an_epoch(trained, results, small_model, packing):
+    from lathe.model import load_tokenizer
+    from lathe.training.sft import _encode
+
+    speed = results[trained(max_steps=None, num_train_epochs=1, packing=packing)]
+    rows = _encode(load_tokenizer(small_model), SPLITS["train"], "all")
+    share = sum(sum(row.supervised) for row in rows) / sum(len(row.input_ids) for row in rows)
+    assert speed.supervised_tokens_per_second / speed.tokens_per_second == pytest.approx(share, rel=1e-2)
+
+
+@pytest.fixture
+def soft_capped_model(small_model, tmp_path):
+    """A model whose attention cannot be told rows apart without padding."""
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    folder = tmp_path / "soft_capped"
+    shutil.copytree(small_model, folder)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma2Config(vocab_size=768, num_key_value_heads=1, head_dim=16, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_would_mix_rows_is_padded_and_never_packed(soft_capped_model, trained, caplog):
+    assert weights(trained(base=soft_capped_model, load_in_4bit=False))
+    assert "batches are padded, which is slower" in caplog.text
+    with pytest.raises(InputError, match=r"packing is true; Gemma2ForCausalLM does not keep packed rows apart"):
+        trained(base=soft_capped_model, load_in_4bit=False, packing=True)
+
+
 def test_only_the_answers_carry_loss(small_model):
     from lathe.model import load_tokenizer
-    from lathe.training.sft import IGNORED, _dataset, _encode
+    from lathe.training.loss import IGNORED
+    from lathe.training.packing import row_dataset
+    from lathe.training.sft import _encode
 
     tokenizer = load_tokenizer(small_model)
-    for row, conversation in zip(_dataset(_encode(tokenizer, SPLITS["train"], "all")), SPLITS["train"], strict=True):
+    for row, conversation in zip(row_dataset(_encode(tokenizer, SPLITS["train"], "all")), SPLITS["train"], strict=True):
         learnt = [token for token in row["labels"] if token != IGNORED]
         assert tokenizer.decode(learnt) == conversation["messages"][-1]["content"] + "<|im_end|>"
 

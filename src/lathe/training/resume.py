@@ -35,23 +35,21 @@ class ResumableTrainer(SFTTrainer):
         if checkpoints:
             self.add_callback(_Saver(self, save_steps))
 
-    def train_to_the_end(self) -> float:
-        """Train from the newest checkpoint if there is one, and return the epochs that this run did itself.
+    def train_to_the_end(self) -> None:
+        """Train, from the newest checkpoint if there is one.
 
         Raises Interrupted after SIGINT or SIGTERM, when the step at hand is done and saved.
         """
         if self.checkpoints is None:
             self.train()
-            return self.state.epoch or 0.0
-        checkpoint, before = self.checkpoints.newest(), 0.0
+            return
+        checkpoint = self.checkpoints.newest()
         if checkpoint:
-            before = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["epoch"]
             logger.info("going on after step %d, where an earlier run was interrupted", step_of(checkpoint))
         with self._signals_noted(self.checkpoints):
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if self.signal:
             self._stop(self.checkpoints)
-        return (self.state.epoch or 0.0) - before
 
     @contextmanager
     def _signals_noted(self, checkpoints: Checkpoints) -> Iterator[None]:

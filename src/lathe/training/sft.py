@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,18 +18,20 @@ from transformers import PrinterCallback, set_seed
 from trl import SFTConfig
 
 from lathe import memory
+from lathe.errors import InputError
 from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, resolve_precision
 from lathe.params import Lora, Quantization, Training
 from lathe.template import Encoded, encode
+from lathe.training.attention import separate_rows
 from lathe.training.checkpoints import Checkpoints, claimed, fingerprint
 from lathe.training.curves import Curves
 from lathe.training.finite import not_finite
 from lathe.training.frozen import digests
+from lathe.training.loss import summed_loss
+from lathe.training.packing import EndToEnd, Padded, model_inputs, packed_dataset, row_dataset
 from lathe.training.resume import ResumableTrainer
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100  # label of a token that carries no loss, as in torch's cross entropy
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,12 @@ def train(
     model = load_base(base, quantization, precision=precision)
     if warning := unusual_rate(training.learning_rate, weights=model.num_parameters()):
         logger.warning(warning)
+    end_to_end = separate_rows(model, precision=precision)
+    if not end_to_end:
+        name = type(model).__name__
+        if training.packing:
+            raise InputError(f"training.packing is true; {name} does not keep packed rows apart; set it to false")
+        logger.warning("%s does not keep rows apart without padding: batches are padded, which is slower", name)
     model = add_adapter(model, lora)
     frozen_before = digests(model)
 
@@ -86,10 +94,16 @@ def train(
     }
     with _checkpoints(scratch, decides) as checkpoints, Curves(metrics) as curves:
         trainer = AnswerTrainer(
+            precision=precision,
             model=model,
             args=_arguments(training, seed=seed, precision=precision),
-            train_dataset=_dataset(rows["train"]),
-            eval_dataset=_dataset(rows["validation"]),
+            train_dataset=(
+                packed_dataset(rows["train"], max_length=training.max_length)
+                if training.packing
+                else row_dataset(rows["train"])
+            ),
+            eval_dataset=row_dataset(rows["validation"]),
+            data_collator=EndToEnd() if end_to_end else Padded(tokenizer.pad_token_id or 0),
             processing_class=tokenizer,
             callbacks=[curves.callback()],
             rows=rows["train"],
@@ -98,7 +112,7 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)  # the curves log the same
         started = time.perf_counter()
-        epochs = trainer.train_to_the_end()
+        trainer.train_to_the_end()
         seconds = time.perf_counter() - started
         if not _evaluated_last(trainer.state):
             trainer.evaluate()
@@ -110,8 +124,8 @@ def train(
             checkpoints.remove()
     return Trained(
         frozen=frozen_after,
-        tokens_per_second=round(epochs * sum(len(row.input_ids) for row in rows["train"]) / seconds, 1),
-        supervised_tokens_per_second=round(epochs * sum(sum(row.supervised) for row in rows["train"]) / seconds, 1),
+        tokens_per_second=round(trainer.trained_tokens / seconds, 1),
+        supervised_tokens_per_second=round(trainer.trained_supervised_tokens / seconds, 1),
     )
 
 
@@ -137,18 +151,32 @@ class AnswerTrainer(ResumableTrainer):
     accuracy over the vocabulary at every step; on a real vocabulary that costs more than the step itself.
     """
 
-    def __init__(self, *, rows: Sequence[Encoded], **arguments: Any) -> None:
+    def __init__(self, *, precision: str, rows: Sequence[Encoded], **arguments: Any) -> None:
         super().__init__(**arguments)
+        self.precision = precision
         self.rows = rows
         self.step_batches: list[torch.Tensor] = []  # token ids of the passes of the step at hand
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        self.trained_tokens = 0  # without padding
+        self.trained_supervised_tokens = 0
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """Return bf16 autocast, where the forward pass is in bf16.
+
+        Asked to do so itself, accelerate would also give a float32 copy of all logits.
+        """
+        if self.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=bool(cache_enabled))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the mean negative log-likelihood per supervised token of the whole step, all passes together."""
+        self.trained_tokens += sum(inputs["row_lengths"])
+        self.trained_supervised_tokens += inputs["supervised_tokens"]
         loss, supervised_tokens = self._summed_loss(model, inputs)
         return loss / (supervised_tokens if num_items_in_batch is None else num_items_in_batch)
 
@@ -184,22 +212,9 @@ class AnswerTrainer(ResumableTrainer):
         self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
         return measured
 
-    def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        # labels: (rows, tokens). The token at t predicts the label at t + 1; only columns in which some row is
-        # supervised get logits, (rows, columns, vocabulary).
-        targets = inputs["labels"][:, 1:]
-        columns = (targets != IGNORED).any(dim=0).nonzero().flatten()
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            logits_to_keep=columns,
-            use_cache=False,
-        )
-        kept = targets[:, columns]
-        loss = torch.nn.functional.cross_entropy(
-            outputs.logits.float().flatten(0, 1), kept.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        return loss, (kept != IGNORED).sum()
+    def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        logits = model(**model_inputs(inputs), logits_to_keep=inputs["columns"], use_cache=False).logits
+        return summed_loss(logits.flatten(0, 1), inputs["targets"].flatten()), inputs["supervised_tokens"]
 
 
 @contextmanager
@@ -227,15 +242,6 @@ def _encode(tokenizer: Any, rows: list[dict[str, Any]], supervise: Literal["all"
     return encode(tokenizer, [row["messages"] for row in rows], supervise=supervise)
 
 
-def _dataset(rows: Sequence[Encoded]) -> Any:
-    from datasets import Dataset
-
-    labels = [
-        [token if kept else IGNORED for token, kept in zip(row.input_ids, row.supervised, strict=True)] for row in rows
-    ]
-    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": labels})
-
-
 def _arguments(training: Training, *, seed: int, precision: str) -> SFTConfig:
     on_cpu = not torch.cuda.is_available()
     return SFTConfig(
@@ -245,7 +251,7 @@ def _arguments(training: Training, *, seed: int, precision: str) -> SFTConfig:
         seed=seed,
         data_seed=seed,
         use_cpu=on_cpu,
-        bf16=precision == "bf16",
+        bf16=False,  # AnswerTrainer's own matter
         fp16=precision == "fp16",
         num_train_epochs=training.num_train_epochs,
         max_steps=training.max_steps or -1,
@@ -260,10 +266,12 @@ def _arguments(training: Training, *, seed: int, precision: str) -> SFTConfig:
         optim=training.optim,
         gradient_checkpointing=training.gradient_checkpointing,
         logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,  # it waits for the device at every pass, and hides what must stop the run
         eval_strategy="steps",
         eval_steps=training.eval_steps,
         max_length=training.max_length,
         dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,  # the collator needs them all
         dataloader_pin_memory=not on_cpu,
         disable_tqdm=True,  # lathe.training.curves draws the bar
     )
