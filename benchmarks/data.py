@@ -16,7 +16,6 @@ counted once (PSS, sampled from /proc), and the largest single one's (ru_maxrss)
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import shutil
@@ -30,6 +29,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECES = 512
@@ -220,7 +221,7 @@ def _speed_report(runs: dict[str, list[dict[str, Any]]], what: str) -> str:
     costs = {child: [run["processor_seconds"] / run["rows"] * 1e6 for run in found] for child, found in runs.items()}
     lines = [
         f"{runs['lathe'][0]['rows']:,} rows ({what}), {PIECES} pieces, medians of {len(runs['lathe'])} pairs.",
-        f"Machine: {_machine()}.",
+        f"Machine: {machine.describe()}.",
         "",
         "| | lathe | datasets.map | ratio (range) |",
         "| --- | ---: | ---: | ---: |",
@@ -243,7 +244,7 @@ def _row(label: str, ours: list[float], theirs: list[float], ratio: Callable[[fl
 def _memory_report(run: dict[str, Any]) -> str:
     lines = [
         f"{run['rows']:,} made-up rows, {PIECES} pieces, one run.",
-        f"Machine: {_machine()}.",
+        f"Machine: {machine.describe()}.",
         "",
         "| seconds | rows/s | peak of all processes, MiB | largest process, MiB |",
         "| ---: | ---: | ---: | ---: |",
@@ -251,17 +252,6 @@ def _memory_report(run: dict[str, Any]) -> str:
         f"| {run['largest_process_bytes'] / MIB:,.0f} |",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _machine() -> str:
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(":")[2].strip() if names else processor
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    cores = len(os.sched_getaffinity(0))
-    return f"{processor}, {cores} cores, {memory:.0f} GiB, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ alone; memory is the peak resident set (ru_maxrss), for ours also above a Python
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -22,6 +21,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import machine
 
 HIDDEN, LAYERS, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, HEAD_DIM, VOCABULARY = (
     1024,
@@ -240,7 +241,7 @@ def _report(runs: dict[str, list[_Run]], idle: int, largest_shard: int, equal: i
     ]
     lines = [
         f"A random Qwen3-0.6B (bf16) and an adapter of r = {RANK}, medians of {len(runs['lathe'])} pairs.",
-        f"Machine: {_machine()}.",
+        f"Machine: {machine.describe()}.",
         "",
         "| | lathe | PEFT | PEFT / lathe (range) |",
         "| --- | ---: | ---: | ---: |",
@@ -255,17 +256,6 @@ def _report(runs: dict[str, list[_Run]], idle: int, largest_shard: int, equal: i
         f"the largest shard has {largest_shard / MIB:.0f} MiB. {equal} of {total} tensors are equal bit by bit.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _machine() -> str:
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(":")[2].strip() if names else processor
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    cores = len(os.sched_getaffinity(0))
-    return f"{processor}, {cores} cores, {memory:.0f} GiB, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ the end of the first step. The losses of equal steps must agree.
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,6 +26,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import machine
 
 RANK, SEED = 8, 1
 MIB = 1 << 20
@@ -388,7 +389,7 @@ def _report(case: _Case, runs: dict[str, list[_Run]], peak: float) -> str:
 
     lines = [
         f"A random model: {case.title}; rows of {case.longest // 4} to {case.longest} tokens, {case.rows} in a step.",
-        f"Machine: {_machine()}; bf16 products at {peak / 1e9:.0f} GFLOP/s.",
+        f"Machine: {machine.describe()}; bf16 products at {peak / 1e9:.0f} GFLOP/s.",
         "",
         "| | supervised tokens/s | lathe / this (range) | share of bf16 rate | peak, MiB | first step, s | last loss |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -400,18 +401,6 @@ def _report(case: _Case, runs: dict[str, list[_Run]], peak: float) -> str:
             f"| {median(tool, 'first_step_seconds'):.1f} | {runs[tool][-1].losses[-1]:.3f} |"
         )
     return "\n".join(lines) + "\n\n"
-
-
-def _machine() -> str:
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(":")[2].strip() if names else processor
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    cores = len(os.sched_getaffinity(0))
-    load = os.getloadavg()[0]
-    return f"{processor}, {cores} cores, {memory:.0f} GiB, Python {platform.python_version()}, load {load:.1f}"
 
 
 if __name__ == "__main__":
