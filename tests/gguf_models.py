@@ -47,18 +47,19 @@ def quantize_program(tmp_path: Path) -> Path:
 
     The program itself takes minutes to build.
     """
-    file = tmp_path / "llama-quantize"
+    file, script = tmp_path / "llama-quantize", tmp_path / "llama_quantize.py"
     lines = (
-        f"#!{sys.executable}",
         "import sys",
         "from pathlib import Path",
         "from lathe import gguf",
         "source, out, name, threads = sys.argv[1:]",
         "print('quantizing with a program of its own')",
-        "Path(sys.argv[0] + '.used').touch()",
+        f"Path({str(file)!r} + '.used').touch()",
         "gguf.quantize(Path(source), Path(out), type=name, threads=int(threads))",
     )
-    file.write_text("\n".join(lines) + "\n")
+    script.write_text("\n".join(lines) + "\n")
+    # Not in one file: the path of an interpreter behind #! may hold no space.
+    file.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{script}' \"$@\"\n")
     file.chmod(0o755)
     return file
 

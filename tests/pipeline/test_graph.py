@@ -29,7 +29,7 @@ def group(stage) -> str:
 
 
 def script(stage) -> Path:
-    return paths.ROOT / stage.cmd.split()[1]
+    return paths.ROOT / stage.cmd.split()[2]
 
 
 def module_file(module: str) -> Path | None:

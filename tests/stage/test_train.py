@@ -229,7 +229,7 @@ def test_out_of_memory_is_one_line_that_says_what_was_used_and_what_to_change(sm
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert re.fullmatch(
-        r"error: out of memory: this machine had no more when training used \d+ [MG]B; rows of 1024 tokens take .* GB "
-        r"beside the process itself; most of it is .*; set training.gradient_checkpointing to true",
+        r"error: out of memory: this machine had no more when training used [\d.]+ [MG]B; rows of 1024 tokens take "
+        r".* GB beside the process itself; most of it is .*; set training.gradient_checkpointing to true",
         done.stderr.splitlines()[-1],
     )
