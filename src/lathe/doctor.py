@@ -204,8 +204,10 @@ def check_device(precision: str) -> Findings:
 
 def check_threads(environment: Mapping[str, str]) -> Findings:
     """OpenMP's settings; the stages make waiting threads sleep unless the environment says otherwise."""
+    from lathe.data.parallel import usable_cores
+
     policy, count = environment.get("OMP_WAIT_POLICY", ""), environment.get("OMP_NUM_THREADS", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     problem = False
     if policy.upper() == "ACTIVE":
         problem = True

@@ -40,6 +40,13 @@ def processes_in(root: Path) -> list[psutil.Process]:
     return found
 
 
+def assert_nothing_runs_in(root: Path) -> None:
+    deadline = time.monotonic() + 10
+    while processes_in(root) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes_in(root) == []
+
+
 def kill(process: "subprocess.Popen[bytes]", victim: str) -> None:
     stages = [child for child in psutil.Process(process.pid).children() if "stages/" in " ".join(child.cmdline())]
     if victim == "all of it":
@@ -88,10 +95,7 @@ def test_an_item_killed_at_any_moment_ends_the_same_when_run_again(
                 process.wait(moment)
             except subprocess.TimeoutExpired:
                 kill(process, victim)
-        deadline = time.monotonic() + 10
-        while processes_in(root) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert processes_in(root) == []
+        assert_nothing_runs_in(root)
 
     run_again(interrupted, "--single-item", item)
     assert output_hashes(interrupted)[item] == output_hashes(reproduced)[item]
@@ -113,10 +117,7 @@ def test_a_killed_conversion_leaves_no_process_and_ends_the_same_when_run_again(
             assert process.poll() is None
             time.sleep(0.01)
         kill(process, victim)
-    deadline = time.monotonic() + 10
-    while processes_in(checkout.root) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert processes_in(checkout.root) == []
+    assert_nothing_runs_in(checkout.root)
     run_again(checkout, "--single-item", "convert@merged")
     assert output_hashes(checkout) == output_hashes(reproduced)
     assert not list((checkout.root / "models").rglob("*.partial"))

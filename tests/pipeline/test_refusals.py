@@ -231,30 +231,27 @@ def mount(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["mount", *arguments, str(folder)], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("stage", WRITERS)
-def test_a_full_disk_is_one_line_and_leaves_what_was_there(small_disk: Checkout, stage: str) -> None:
-    filler, kept = small_disk.root.parent / FILLER, contents(small_disk)
-    free = shutil.disk_usage(filler.parent).free
-    filler.write_bytes(bytes(free - (free % 4096)))
+def assert_refused_for_want_of_space(disk: Checkout, stage: str, *, free: int) -> None:
+    """Leave so many bytes free, and run the stage."""
+    filler, kept = disk.root.parent / FILLER, contents(disk)
+    filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free - free))
     try:
-        done = run(small_disk, stage)
+        done = run(disk, stage)
     finally:
         filler.unlink()
     assert_refused(done, "No space left on device; free some space")
-    assert contents(small_disk) == kept
+    assert contents(disk) == kept
+
+
+@pytest.mark.parametrize("stage", WRITERS)
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(small_disk: Checkout, stage: str) -> None:
+    assert_refused_for_want_of_space(small_disk, stage, free=0)
 
 
 @pytest.mark.parametrize("stage", ["train", "merge", "convert:merged", "quantize:Q8_0"])
 def test_a_disk_that_fills_up_in_the_middle_is_one_line_too(small_disk: Checkout, stage: str) -> None:
     """Forty kilobytes are less than any of these outputs; the fault then comes from Rust, C++ or numpy."""
-    filler, kept = small_disk.root.parent / FILLER, contents(small_disk)
-    filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free - 40960))
-    try:
-        done = run(small_disk, stage)
-    finally:
-        filler.unlink()
-    assert_refused(done, "No space left on device; free some space")
-    assert contents(small_disk) == kept
+    assert_refused_for_want_of_space(small_disk, stage, free=40960)
 
 
 @pytest.mark.parametrize("stage", WRITERS)
