@@ -22,6 +22,9 @@ def markdown() -> str:
     for name, field in Params.model_fields.items():
         if section := _section(field):
             blocks += [f"## {name}", section.__doc__ or "", _table(section.model_fields)]
+            for key, inner in section.model_fields.items():
+                if entry := _entry(inner.annotation):
+                    blocks += [f"### {name}.{key}", entry.__doc__ or "", _table(entry.model_fields)]
     blocks += ["# Presets", "Entries of `presets.yaml`; a key that is not needed is left out."]
     for title, preset in (
         ("models: builtin", params.BuiltinModel),
@@ -57,6 +60,14 @@ def _section(field: FieldInfo) -> type[Section] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
+def _entry(kind: Any) -> type[Section] | None:
+    """Return the class of a list's entries where these have keys of their own."""
+    if typing.get_origin(kind) is list:
+        [item] = typing.get_args(kind)
+        return item if isinstance(item, type) and issubclass(item, Section) else None
+    return None
+
+
 def _unit(field: FieldInfo) -> str | None:
     extra = field.json_schema_extra
     return str(extra["unit"]) if isinstance(extra, dict) else None
@@ -70,6 +81,8 @@ def _type(kind: Any) -> str:
         return " or ".join(_type(argument) for argument in arguments)
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)
+    if _entry(kind):
+        return "list, see below"
     if origin is list:
         return f"list of {_type(arguments[0])}"
     if origin is dict:
