@@ -1,6 +1,6 @@
 """Say beforehand what training will take: optimizer steps, and memory at its worst moment.
 
-reads   models/base/config.json, metrics/preprocess/report.json, params.yaml: training, lora, quantization
+reads   models/base/config.json, metrics/preprocess/report.json, params.yaml: training, sft.packing, lora, quantization
 writes  metrics/estimate/training.json
 """
 
@@ -26,9 +26,7 @@ def main(config: Config) -> None:
     longest = max(splits[name]["tokens"]["total"]["max"] for name in ("train", "validation"))
     memory_bytes = None
     try:
-        memory = estimate_training_memory(
-            paths.MODEL_BASE, params.training, params.lora, params.quantization, length=longest
-        )
+        memory = estimate_training_memory(paths.MODEL_BASE, params, length=longest)
         memory_bytes = {"total": memory.total, **asdict(memory)}
         logger.info(
             "training takes %d steps and about %s of memory; %s",

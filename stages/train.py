@@ -1,7 +1,8 @@
-"""Train a LoRA adapter on the frozen base, 4-bit or 16-bit; only the answers carry loss.
+"""Train a LoRA adapter on the frozen base, 4-bit or 16-bit, by the method of training.method.
 
-reads   models/base/, data/processed/, params.yaml: seed, training, lora, quantization, preprocess.supervise
-writes  models/adapter/, metrics/train/ (loss curves, last values, freeze_proof.json)
+reads   models/base/, data/processed/, params.yaml: seed, training, sft, dpo, grpo, lora, quantization,
+        preprocess.supervise
+writes  models/adapter/, metrics/train/ (curves, last values, freeze_proof.json), metrics/speed/
 
 Interrupted, it goes on from its last checkpoint in .scratch/train/ when it is run again.
 """
@@ -17,27 +18,20 @@ def main(config: Config) -> Speeds:
     model_folder.check_length(paths.MODEL_BASE, config.params.training.max_length)
 
     from lathe.jsonl import read_jsonl
-    from lathe.training.sft import train
+    from lathe.training.run import train
 
-    params = config.params
-    with memory.explained(paths.MODEL_BASE, params), paths.whole_folder(paths.MODEL_ADAPTER) as folder:
+    with memory.explained(paths.MODEL_BASE, config.params), paths.whole_folder(paths.MODEL_ADAPTER) as folder:
         trained = train(
             paths.MODEL_BASE,
             {split: read_jsonl(paths.DATA_PROCESSED / f"{split}.jsonl") for split in ("train", "validation")},
             folder,
             paths.METRICS / "train",
-            seed=params.seed,
-            training=params.training,
-            lora=params.lora,
-            quantization=params.quantization,
-            supervise=params.preprocess.supervise,
+            params=config.params,
+            speed=paths.METRICS / "speed",
             scratch=paths.SCRATCH / "train",
         )
     track.write_json(paths.METRICS / "train/freeze_proof.json", {"moved": [], "sha256": trained.frozen})
-    return {
-        "tokens_per_second": trained.tokens_per_second,
-        "supervised_tokens_per_second": trained.supervised_tokens_per_second,
-    }
+    return trained.speeds
 
 
 if __name__ == "__main__":

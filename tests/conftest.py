@@ -12,7 +12,7 @@ import pytest
 import yaml
 from ruamel.yaml import YAML
 
-from lathe import paths
+from lathe import params, paths
 
 # Enough for every stage to do its work, not to do it well.
 SMALL = {
@@ -174,6 +174,20 @@ def copy_of(checkout: Checkout, root: Path) -> Checkout:
     """Copy a checkout with its results and its cache."""
     shutil.copytree(checkout.root, root, symlinks=True)
     return Checkout(root)
+
+
+def changed(chosen: params.Params, changes: dict[str, Any]) -> params.Params:
+    """Return the parameters with keys changed, each named with its section or, in `training`, alone."""
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        if key == "seed":
+            chosen = chosen.model_copy(update={"seed": value})
+            continue
+        section = section or "training"
+        inner = getattr(chosen, section)
+        assert name in type(inner).model_fields, key
+        chosen = chosen.model_copy(update={section: inner.model_copy(update={name: value})})
+    return chosen
 
 
 def output_hashes(checkout: Checkout) -> dict[str, list[str]]:

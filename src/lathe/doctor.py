@@ -309,7 +309,7 @@ def check_model(config: "Config", here: Circumstances) -> Findings:
         yield Finding("disk", "warning", "cannot be estimated: as memory")
         return
     disk = estimate_disk(model, params.lora, params.merge, params.quantize.types)
-    memory = estimate_training_memory(model, params.training, params.lora, params.quantization)
+    memory = estimate_training_memory(model, params)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield check_memory(memory, params.training, params.quantization, here.free_memory(), device)
     if (here.root / "models/base/config.json").is_file():

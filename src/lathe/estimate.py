@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lathe.errors import InputError
-from lathe.params import Lora, Merge, Quantization, Training
+from lathe.params import Lora, Merge, Params, Quantization, Training
 
 # Bytes of state per trained weight, by the optimizer's name in transformers: AdamW keeps two moments, in float32 or,
 # for the 8-bit ones, a byte each (bitsandbytes leaves tensors below 4096 values in float32: little in sum).
@@ -89,7 +89,7 @@ class TrainingMemory:
 def training_steps(sequences: int, training: Training) -> dict[str, int]:
     """Return the optimizer steps of one epoch and of the whole training, on one device.
 
-    How many rows share one is known after packing alone: where `training.packing` is set, these are at most so many.
+    How many rows share one is known after packing alone: where `sft.packing` is set, these are at most so many.
     """
     batches = math.ceil(sequences / training.per_device_train_batch_size)
     per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
@@ -102,14 +102,12 @@ def training_steps(sequences: int, training: Training) -> dict[str, int]:
 
 def estimate_training_memory(
     model: Path | Mapping[str, Any],
-    training: Training,
-    lora: Lora,
-    quantization: Quantization,
+    params: Params,
     *,
     length: int | None = None,
     supervised_tokens: int | None = None,
 ) -> TrainingMemory:
-    """Estimate the memory of `lathe.training.sft.train` on the device that would train.
+    """Estimate the memory of `lathe.training.run.train` on the device that would train.
 
     `model` is a folder with config.json, or its content. `length` is that of the longest row in tokens, by default
     `training.max_length`; `supervised_tokens` in how many columns of a batch some row is supervised, which get logits,
@@ -134,6 +132,7 @@ def estimate_training_memory(
     """
     from lathe.model import resolve_precision
 
+    training, lora, quantization = params.training, params.lora, params.quantization
     precision = resolve_precision(training.precision)
     length = length or training.max_length
     columns = supervised_tokens or length - 1
@@ -143,7 +142,7 @@ def estimate_training_memory(
         frozen, largest_packed = _weights_bytes(base, quantization)
         adapted = _adapted(base, lora)
         trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-        step, evaluation = _worst_moments(adapted, training, precision, length, columns)
+        step, evaluation = _worst_moments(adapted, params, precision, length, columns)
     return TrainingMemory(
         weights=frozen,
         adapter=4 * trained,
@@ -321,7 +320,7 @@ def _weights_bytes(base: Any, quantization: Quantization) -> tuple[int, int]:
 
 
 def _worst_moments(
-    adapted: Any, training: Training, precision: str, length: int, columns: int
+    adapted: Any, params: Params, precision: str, length: int, columns: int
 ) -> tuple[Counter[str], Counter[str]]:
     """Bytes of activations and logits at the worst moment of a training step, and of an evaluation pass.
 
@@ -331,10 +330,11 @@ def _worst_moments(
     from torch import nn
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    training = params.training
     depth = adapted.config.get_text_config().num_hidden_layers
     layers = next(module for module in adapted.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
     # A pack's attention is that of its rows, which is less.
-    longest = max(length, training.max_length) if training.packing else length
+    longest = max(length, training.max_length) if params.sft.packing else length
     kept = columns if longest == length else longest - 1
     passes = (
         (True, (training.per_device_train_batch_size, longest, kept)),

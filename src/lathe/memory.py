@@ -55,7 +55,7 @@ def _advice(base: Path, params: Params, where: str, used: int) -> str:
 
     said = f"out of memory: {where} had no more when training used {readable_bytes(used)}"
     try:
-        memory = estimate_training_memory(base, params.training, params.lora, params.quantization)
+        memory = estimate_training_memory(base, params)
     except (MemoryError, InputError):  # too little is left to count in, or of an architecture that cannot be traced
         return f"{said}; lower training.per_device_train_batch_size or training.max_length"
     needed = (

@@ -99,6 +99,11 @@ def add_adapter(model: Any, lora: Lora) -> Any:
     return get_peft_model(model, config)
 
 
+def unwrapped(model: Any) -> Any:
+    """Return the model itself, without what PEFT puts around it."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def _quantization_config(quantization: Quantization, precision: str) -> Any:
     if not quantization.load_in_4bit:
         return None

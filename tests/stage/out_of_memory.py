@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from lathe import memory, params, stage
-from lathe.training.sft import train
+from lathe.training.run import train
 
 ROW = {"messages": [{"role": "user", "content": "lamp " * 250}, {"role": "assistant", "content": "on " * 75}]}
 ALLOWED_BYTES = 400_000_000
@@ -39,11 +39,7 @@ def _train(base: Path, chosen: params.Params) -> None:
             {"train": [ROW] * rows, "validation": [ROW]},
             Path(folder) / "adapter",
             Path(folder) / "metrics",
-            seed=1,
-            training=chosen.training,
-            lora=chosen.lora,
-            quantization=chosen.quantization,
-            supervise="all",
+            params=chosen,
         )
 
 

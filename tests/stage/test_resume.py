@@ -15,13 +15,13 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Checkout, copy_of, output_hashes
+from conftest import Checkout, changed, copy_of, output_hashes
 
 from lathe import params, paths
 from lathe.builtin import commands
 from lathe.errors import Interrupted
 from lathe.training.checkpoints import KEPT_TRAININGS, claimed
-from lathe.training.sft import train
+from lathe.training.run import train
 
 CONFIG = params.load().params
 SPLITS = {"train": commands.rows(1)["train"][:30], "validation": commands.rows(1)["validation"][:6]}
@@ -46,10 +46,10 @@ class Runs:
         self.base, self.folder, self.count = base, folder, 0
         self.scratch = folder / "scratch"
 
-    def run(self, splits: dict[str, list] = SPLITS, seed: int = 1, **changes: Any) -> dict[str, str]:
+    def run(self, splits: dict[str, list] = SPLITS, changes: dict[str, Any] | None = None) -> dict[str, str]:
         """Train, and return the digest of every file that a training leaves."""
         self.count += 1
-        chosen = {**TRAINING, "lora_dropout": 0.1, **changes}
+        chosen = changed(CONFIG, {**TRAINING, "seed": 1, "lora.lora_dropout": 0.1, **(changes or {})})
         out = self.folder / str(self.count)
         (out / "adapter").mkdir(parents=True)
         train(
@@ -57,26 +57,17 @@ class Runs:
             splits,
             out / "adapter",
             out / "metrics",
-            seed=seed,
-            supervise="all",
+            params=chosen,
             scratch=self.scratch,
-            **{
-                name: getattr(CONFIG, name).model_copy(
-                    update={
-                        key: value for key, value in chosen.items() if key in type(getattr(CONFIG, name)).model_fields
-                    }
-                )
-                for name in ("training", "lora", "quantization")
-            },
         )
         return digests(out)
 
-    def interrupt(self, number: int = signal.SIGTERM, after: int = 6, **changes: Any) -> str:
+    def interrupt(self, number: int = signal.SIGTERM, after: int = 6, changes: dict[str, Any] | None = None) -> str:
         """Train, send this process a signal once there is a checkpoint of that step, and return what was said."""
         watch = threading.Thread(target=self._signal_after, args=(number, after))
         watch.start()
         with pytest.raises(Interrupted) as caught:
-            self.run(**changes)
+            self.run(changes=changes)
         watch.join()
         assert caught.value.signal == number
         return str(caught.value)
@@ -134,18 +125,18 @@ def test_a_training_may_be_interrupted_again_and_again(runs, expected):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"modules_to_save": ["lm_head"], "use_rslora": True},
-        {"use_dora": True, "optim": "adamw_torch", "precision": "fp32"},
-        {"load_in_4bit": False, "optim": "adamw_8bit"},
+        {"lora.modules_to_save": ["lm_head"], "lora.use_rslora": True},
+        {"lora.use_dora": True, "optim": "adamw_torch", "precision": "fp32"},
+        {"quantization.load_in_4bit": False, "optim": "adamw_8bit"},
         {"gradient_checkpointing": True, "lr_scheduler_type": "linear", "weight_decay": 0.1},
     ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_every_kind_of_training_goes_on_exactly(runs, changes, caplog):
-    uninterrupted = runs.run(**changes)
-    runs.interrupt(**changes)
+    uninterrupted = runs.run(changes=changes)
+    runs.interrupt(changes=changes)
     with caplog.at_level(logging.INFO, "lathe"):
-        assert runs.run(**changes) == uninterrupted
+        assert runs.run(changes=changes) == uninterrupted
     assert "going on after step" in caplog.text
 
 
@@ -175,7 +166,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(runs, expected, 
 def test_a_changed_parameter_never_resumes(runs, changes, caplog):
     runs.interrupt()
     with caplog.at_level(logging.INFO, "lathe"):
-        runs.run(**changes)
+        runs.run(changes=changes)
     assert "going on" not in caplog.text
     assert len(runs.checkpoints()) == 2  # the interrupted training may still go on
 
@@ -191,7 +182,7 @@ def test_changed_data_never_resumes(runs, split, caplog):
 def test_how_often_is_saved_may_change_in_between(runs, expected, caplog):
     runs.interrupt()
     with caplog.at_level(logging.INFO, "lathe"):
-        assert runs.run(save_steps=1) == expected
+        assert runs.run(changes={"save_steps": 1}) == expected
     assert "going on" in caplog.text
 
 

@@ -7,17 +7,21 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from conftest import changed
+from pydantic import BaseModel
 from safetensors.torch import load_file
 
 from lathe import params, paths
 from lathe.builtin import commands
 from lathe.errors import InputError
-from lathe.training.sft import Trained, train, unusual_rate
+from lathe.template import Encoded, encode
+from lathe.training.run import Trained, train, unusual_rate
 
 CONFIG = params.load().params
 SPLITS = {"train": commands.rows(1)["train"][:24], "validation": commands.rows(1)["validation"][:6]}
@@ -40,14 +44,17 @@ def trained(small_model, tmp_path, results):
         runs += 1
         folder = tmp_path / str(runs)
         folder.mkdir()
-        sections = {
-            name: getattr(CONFIG, name).model_copy(
-                update={k: v for k, v in {**QUICK, **changes}.items() if k in type(getattr(CONFIG, name)).model_fields}
-            )
-            for name in ("training", "lora", "quantization")
+        sections: dict[str, type[BaseModel]] = {
+            "lora": params.Lora,
+            "quantization": params.Quantization,
+            "sft": params.Sft,
         }
-        result = train(base, splits, folder, tmp_path / f"metrics{runs}", seed=1, supervise="all", **sections)
-        results[folder] = result
+        named = {
+            next((f"{name}.{key}" for name, kind in sections.items() if key in kind.model_fields), key): value
+            for key, value in {**QUICK, **changes}.items()
+        }
+        chosen = changed(CONFIG, {"seed": 1, **named})
+        results[folder] = train(base, splits, folder, tmp_path / f"metrics{runs}", params=chosen)
         return folder
 
     return run
@@ -60,6 +67,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def digest(folder: Path) -> str:
     content = b"".join(file.read_bytes() for file in sorted(folder.iterdir()))
     return hashlib.sha256(content).hexdigest()
+
+
+def encoded(model: Path) -> Sequence[Encoded]:
+    """The rows of the training split as the trainer sees them."""
+    from lathe.model import load_tokenizer
+
+    return encode(load_tokenizer(model), [row["messages"] for row in SPLITS["train"]], supervise="all")
 
 
 def test_every_tensor_of_the_adapter_moves(trained):
@@ -108,13 +122,10 @@ def test_a_pack_trains_what_its_rows_train_one_by_one(trained, checkpointing):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_tokens_per_second_count_each_row_once_an_epoch(trained, results, small_model, packing):
-    from lathe.model import load_tokenizer
-    from lathe.training.sft import _encode
-
-    speed = results[trained(max_steps=None, num_train_epochs=1, packing=packing)]
-    rows = _encode(load_tokenizer(small_model), SPLITS["train"], "all")
+    speeds = results[trained(max_steps=None, num_train_epochs=1, packing=packing)].speeds
+    rows = encoded(small_model)
     share = sum(sum(row.supervised) for row in rows) / sum(len(row.input_ids) for row in rows)
-    assert speed.supervised_tokens_per_second / speed.tokens_per_second == pytest.approx(share, rel=1e-2)
+    assert speeds["supervised_tokens_per_second"] / speeds["tokens_per_second"] == pytest.approx(share, rel=1e-2)
 
 
 @pytest.fixture
@@ -133,7 +144,9 @@ def soft_capped_model(small_model, tmp_path):
 def test_a_model_that_would_mix_rows_is_padded_and_never_packed(soft_capped_model, trained, caplog):
     assert weights(trained(base=soft_capped_model, load_in_4bit=False))
     assert "batches are padded, which is slower" in caplog.text
-    with pytest.raises(InputError, match=r"packing is true; Gemma2ForCausalLM does not keep packed rows apart"):
+    with pytest.raises(
+        InputError, match=r"sft.packing is true; Gemma2ForCausalLM does not keep rows apart without padding; set"
+    ):
         trained(base=soft_capped_model, load_in_4bit=False, packing=True)
 
 
@@ -141,10 +154,9 @@ def test_only_the_answers_carry_loss(small_model):
     from lathe.model import load_tokenizer
     from lathe.training.loss import IGNORED
     from lathe.training.packing import row_dataset
-    from lathe.training.sft import _encode
 
     tokenizer = load_tokenizer(small_model)
-    for row, conversation in zip(row_dataset(_encode(tokenizer, SPLITS["train"], "all")), SPLITS["train"], strict=True):
+    for row, conversation in zip(row_dataset(encoded(small_model)), SPLITS["train"], strict=True):
         learnt = [token for token in row["labels"] if token != IGNORED]
         assert tokenizer.decode(learnt) == conversation["messages"][-1]["content"] + "<|im_end|>"
 
@@ -173,11 +185,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(trained):
 
 
 def test_the_rows_named_are_those_of_the_step(small_model):
-    from lathe.model import load_tokenizer
     from lathe.training.finite import not_finite
-    from lathe.training.sft import _encode
 
-    rows = _encode(load_tokenizer(small_model), SPLITS["train"], "all")
+    rows = encoded(small_model)
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[n].input_ids) for n in (4, 9)], batch_first=True)
     packed = torch.tensor([rows[2].input_ids + rows[17].input_ids])
     error = not_finite("loss", float("nan"), 3, [padded, packed], rows)

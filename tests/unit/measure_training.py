@@ -12,7 +12,7 @@ from lathe import params
 from lathe.estimate import estimate_training_memory
 from lathe.model import load_tokenizer
 from lathe.template import encode
-from lathe.training.sft import train
+from lathe.training.run import train
 
 ROW = {
     "messages": [
@@ -32,37 +32,41 @@ QUICK = {
 
 def main(small_model: Path, cases: dict[str, Any]) -> None:
     [row] = encode(load_tokenizer(small_model), [ROW["messages"]], supervise="all")
-    run(small_model, **sections({}))  # what is loaded and set up once is no part of a training
+    run(small_model, sections({}))  # what is loaded and set up once is no part of a training
     results = {}
     for name, case in cases.items():
         chosen = sections(case)
         expected = estimate_training_memory(
-            Path(case["model"]), **chosen, length=len(row.input_ids), supervised_tokens=sum(row.supervised)
+            Path(case["model"]), chosen, length=len(row.input_ids), supervised_tokens=sum(row.supervised)
         ).total
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = resident("VmRSS")
-        run(Path(case["model"]), **chosen)
+        run(Path(case["model"]), chosen)
         results[name] = resident("VmHWM") - before, expected
     print(json.dumps(results))
 
 
-def sections(case: dict[str, Any]) -> dict[str, Any]:
+def sections(case: dict[str, Any]) -> params.Params:
     base = params.load().params
-    return {
-        "training": base.training.model_copy(update={**QUICK, **case.get("training", {})}),
-        "lora": base.lora.model_copy(update=case.get("lora", {})),
-        "quantization": base.quantization.model_copy(update=case.get("quantization", {"load_in_4bit": False})),
-    }
+    return base.model_copy(
+        update={
+            "seed": 1,
+            "training": base.training.model_copy(update={**QUICK, **case.get("training", {})}),
+            "lora": base.lora.model_copy(update=case.get("lora", {})),
+            "quantization": base.quantization.model_copy(update=case.get("quantization", {"load_in_4bit": False})),
+        }
+    )
 
 
-def run(model: Path, **chosen: Any) -> None:
-    rows = chosen["training"].per_device_train_batch_size * chosen["training"].max_steps
+def run(model: Path, chosen: params.Params) -> None:
+    training = chosen.training
+    rows = training.per_device_train_batch_size * (training.max_steps or 1)
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "adapter"
         adapter.mkdir()
-        splits = {"train": [ROW] * rows, "validation": [ROW] * chosen["training"].per_device_eval_batch_size}
-        train(model, splits, adapter, Path(folder) / "metrics", seed=1, supervise="all", **chosen)
+        splits = {"train": [ROW] * rows, "validation": [ROW] * training.per_device_eval_batch_size}
+        train(model, splits, adapter, Path(folder) / "metrics", params=chosen)
 
 
 def resident(key: str) -> int:

@@ -75,7 +75,11 @@ QWEN3_8B = {
 
 
 def estimated(config: Any, *, training=TRAINING, lora=CONFIG.lora, quantization=CONFIG.quantization) -> TrainingMemory:
-    return estimate_training_memory(config, training, lora, quantization)
+    return estimate_training_memory(config, sections(training=training, lora=lora, quantization=quantization))
+
+
+def sections(**changed: Any) -> params.Params:
+    return CONFIG.model_copy(update=changed)
 
 
 def changed(section: Any, **values: Any) -> Any:
@@ -158,9 +162,7 @@ def test_checkpointing_takes_less_and_a_longer_batch_more(precision):
 
 def test_only_supervised_positions_have_logits():
     training = changed(TRAINING, precision="bf16")
-    memory = estimate_training_memory(
-        QWEN3_600M, training, CONFIG.lora, CONFIG.quantization, length=512, supervised_tokens=100
-    )
+    memory = estimate_training_memory(QWEN3_600M, sections(training=training), length=512, supervised_tokens=100)
     # In bf16 the logits and their gradient, and little besides.
     wide = training.per_device_train_batch_size * 100 * QWEN3_600M["vocab_size"]
     assert 4 * wide <= memory.logits < 4 * wide + 4 * CHUNK_BYTES
@@ -169,9 +171,7 @@ def test_only_supervised_positions_have_logits():
 def test_a_pack_is_counted_as_long_as_rows_may_be():
     training = changed(TRAINING, max_length=512)
     long, short, packed = (
-        estimate_training_memory(
-            QWEN, changed(training, packing=packing), CONFIG.lora, CONFIG.quantization, length=length
-        )
+        estimate_training_memory(QWEN, sections(training=training, sft=params.Sft(packing=packing)), length=length)
         for length, packing in ((512, False), (100, False), (100, True))
     )
     assert packed.activations == long.activations > short.activations

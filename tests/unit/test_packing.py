@@ -72,7 +72,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_rows_one_by_one(kind, ch
         expected += loss.item()
     alone = gradients(model)
 
-    assert separate_rows(model, precision="fp32")
+    assert separate_rows(model, "auto", precision="fp32")
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.train()
@@ -88,7 +88,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_rows_one_by_one(kind, ch
 @pytest.mark.parametrize("kind", MODELS)
 def test_no_token_of_a_row_changes_what_is_said_of_another(kind):
     model = made(kind, **MODELS[kind]).eval()
-    assert separate_rows(model, precision="fp32")
+    assert separate_rows(model, "auto", precision="fp32")
     batch = EndToEnd()(list(packed_dataset(rows(), max_length=60)))
     inputs = model_inputs(batch)
     before = model(**inputs).logits[0]
@@ -109,7 +109,7 @@ def test_padded_batches_have_the_same_loss_too():
     model = made("llama")
     examples = list(row_dataset(rows()))
     padded = loss_of(model, Padded(0)(examples))
-    assert separate_rows(model, precision="fp32")
+    assert separate_rows(model, "auto", precision="fp32")
     torch.testing.assert_close(loss_of(model, EndToEnd()(examples)), padded, rtol=1e-5, atol=0)
 
 
@@ -125,7 +125,7 @@ def test_padded_batches_have_the_same_loss_too():
 def test_models_that_would_mix_rows_are_left_as_they_were(kind, shape):
     model = made(kind, **shape)
     before = model.config._attn_implementation
-    assert not separate_rows(model, precision="fp32")
+    assert not separate_rows(model, "auto", precision="fp32")
     assert model.config._attn_implementation == before != NAME
 
 
@@ -171,7 +171,7 @@ def test_the_loss_is_that_of_torch_and_so_is_its_gradient(dtype, monkeypatch):
 
 def test_an_adapter_on_the_head_gets_gradients_through_the_loss():
     model = made("llama")
-    assert separate_rows(model, precision="fp32")
+    assert separate_rows(model, "auto", precision="fp32")
     model = add_adapter(model, params.load().params.lora.model_copy(update={"modules_to_save": ["lm_head"]}))
     loss_of(model, EndToEnd()(list(row_dataset(rows())))).backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -12,6 +12,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
+from lathe.errors import InputError
+from lathe.model import unwrapped
+
 NAME = "lathe_rows"
 FLASH = "flash_attention_2"
 
@@ -19,21 +22,42 @@ FLASH = "flash_attention_2"
 SHORTEST_OF_A_GROUP = 0.7
 
 
-def separate_rows(model: Any, *, precision: str) -> bool:
-    """Let `model` (without an adapter) take rows end to end, if it keeps them apart; tell whether it does.
+def check_attention(asked: str, *, precision: str) -> None:
+    """Raise InputError where `training.attn_implementation` asks for FlashAttention and it cannot be had."""
+    if asked == FLASH and not _flash(precision):
+        raise InputError(
+            f"training.attn_implementation is {FLASH!r}; needs a CUDA device, the package flash-attn and a 16-bit "
+            "precision; use auto or sdpa"
+        )
+
+
+def separate_rows(model: Any, asked: str, *, precision: str) -> bool:
+    """Let `model` take rows end to end, if it keeps them apart; tell whether it does. `asked`: a key's value.
 
     The model is asked, not a list of names: state-space layers, recurrences and attention of other kinds would carry
     something from one row into the next, and such a model is left as it was.
     """
-    before = model.config._attn_implementation
-    if before not in {"sdpa", "flash_attention_2"} or getattr(model.config, "attention_chunk_size", None):
+    model = unwrapped(model)
+    if asked in ("sdpa", "eager"):
+        model.set_attn_implementation(asked)
         return False
-    flash = model.device.type == "cuda" and precision != "fp32" and is_flash_attn_2_available()
-    model.set_attn_implementation(FLASH if flash else NAME)
+    before = model.config._attn_implementation
+    if before not in {"sdpa", FLASH} or getattr(model.config, "attention_chunk_size", None):
+        return False
+    model.set_attn_implementation(FLASH if model.device.type == "cuda" and _flash(precision) else NAME)
     if _keeps_rows_apart(model):
         return True
     model.set_attn_implementation(before)
     return False
+
+
+def pad_rows(model: Any, asked: str) -> None:
+    """Let `model` take padded batches, as other trainers and `generate` make them."""
+    model = unwrapped(model)
+    if asked != "auto":
+        model.set_attn_implementation(asked)
+    elif model.config._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
 
 
 def attention_arguments(lengths: list[int]) -> dict[str, Any]:
@@ -146,6 +170,10 @@ def _window(length: int, sliding_window: int, device: torch.device) -> torch.Ten
     """(1, 1, length, length): true where a query, by row, sees a key: the latest `sliding_window`, itself included."""
     visible = torch.ones(length, length, dtype=torch.bool, device=device)
     return visible.tril().triu(1 - sliding_window)[None, None]
+
+
+def _flash(precision: str) -> bool:
+    return precision != "fp32" and torch.cuda.is_available() and bool(is_flash_attn_2_available())
 
 
 def _keeps_rows_apart(model: Any) -> bool:

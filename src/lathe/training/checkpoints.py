@@ -1,7 +1,8 @@
 """Checkpoints on disk: whole or passed over, for one training alone, and never for another one than theirs.
 
 A training's folder below the scratch folder is named by a fingerprint of all that decides its result. It holds
-`checkpoint-<step>` folders as transformers writes them, each with the digests of its files.
+`checkpoint-<step>` folders as transformers writes them, each with the digests of its files, and `result` where it is
+done and another training goes on from it.
 """
 
 import fcntl
@@ -27,6 +28,7 @@ CODE = sorted(
     [*Path(__file__).parent.glob("*.py"), *(Path(__file__).parents[1] / f"{n}.py" for n in ("model", "template"))]
 )
 STOPPING = "stopping"
+RESULT = "result"
 
 
 class Checkpoints:
@@ -44,9 +46,14 @@ class Checkpoints:
             logger.warning("%s is damaged; going on from the one before", checkpoint)
         return None
 
+    def result(self) -> Path | None:
+        """Return what this training ended with; None where it has not ended."""
+        result = self.folder / RESULT
+        return result if _is_whole(result) else None
+
     @contextmanager
     def saving(self) -> Iterator[Path]:
-        """Yield a folder for transformers to write a `checkpoint-<step>` into; it is kept once it is whole."""
+        """Yield a folder to write a `checkpoint-<step>` or the RESULT into; it is kept once it is whole."""
         partial = self.folder / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -1,18 +1,22 @@
-"""Loss curves in dvclive at the optimizer step, and the progress the user sees."""
+"""Curves in dvclive at the optimizer step, and the progress the user sees."""
 
+import json
 import logging
 import math
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from dvclive import Live
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback
 
 from lathe.errors import InputError
+from lathe.training.speed import Speed
 
 logger = logging.getLogger(__name__)
 
@@ -22,16 +26,19 @@ CURVES = {
     "eval_loss": "eval/loss",
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
+    "num_tokens": "train/tokens",
 }
-SECONDS_BETWEEN_LINES = 5.0  # where there is no terminal to draw a bar on
+# Their last values say nothing beside the curves.
+NOT_SUMMED_UP = ("grad_norm", "learning_rate")
 
 
 class Curves:
-    """A dvclive folder for one training; as a context manager it writes the last state on success."""
+    """The dvclive folders of one training; as a context manager it writes the last state on success."""
 
-    def __init__(self, folder: Path) -> None:
-        # Its constructor deletes the files of an earlier run.
-        self.live = Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
+    def __init__(self, folder: Path, speed: Path | None = None) -> None:
+        """Begin both folders anew: `folder`, and `speed` for what varies from run to run."""
+        self.live = _live(folder)
+        self.speed = _live(speed) if speed else None
 
     def __enter__(self) -> "Curves":
         return self
@@ -39,22 +46,31 @@ class Curves:
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         if kind is None:
             self.live.end()
+            if self.speed:
+                self.speed.end()
 
-    def callback(self) -> TrainerCallback:
-        """Return what records a Trainer's logs here."""
-        return _Recorder(self.live)
+    def callback(self, prefix: str, speed: Speed) -> TrainerCallback:
+        """Return what records a Trainer's logs here, under names that begin with `prefix`."""
+        return _Recorder(self, prefix, speed)
+
+    def note(self, values: dict[str, dict[str, float]]) -> None:
+        """Put single values beside the last ones of the curves."""
+        self.live.summary.update(values)
+        self.live.make_summary()
 
 
 class _Recorder(TrainerCallback):
-    """The stock callback counts log calls as steps; this one logs at `state.global_step`."""
+    """The stock callback counts log calls as steps; this one logs at `state.global_step`.
 
-    def __init__(self, live: Live) -> None:
-        self.live = live
+    On a terminal there is a bar with an ETA, and everywhere one line of JSON per `logging_steps`.
+    """
+
+    def __init__(self, curves: Curves, prefix: str, speed: Speed) -> None:
+        self.curves, self.prefix, self.speed = curves, prefix, speed
         self.bar: Any = None
-        self.said = 0.0
+        self.started = (0, 0.0)  # step and time
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # On a terminal a bar with an ETA; elsewhere the log lines of on_log tell how far it is.
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -62,6 +78,7 @@ class _Recorder(TrainerCallback):
             unit="step",
             disable=not sys.stderr.isatty(),
         )
+        self.started = (state.global_step, time.monotonic())
         for entry in state.log_history:  # of the run that this one goes on from
             self._record(entry["step"], entry)
 
@@ -72,25 +89,48 @@ class _Recorder(TrainerCallback):
         known = self._record(state.global_step, logs)
         if not known:
             return
-        now = time.monotonic()
-        if self.bar.disable and (now > self.said + SECONDS_BETWEEN_LINES or state.global_step == state.max_steps):
-            self.said = now
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in known.items())
-            logger.info("step %d of %d: %s", state.global_step, state.max_steps, shown)
-
-    def _record(self, step: int, logs: dict[str, float]) -> dict[str, float]:
-        known = {CURVES[name]: value for name, value in logs.items() if name in CURVES}
-        if not known:
-            return known
-        self.live.step = step
-        for name, value in known.items():
-            if "loss" in name and not math.isfinite(value):
-                raise InputError(f"{name} is {value} at step {step}, not a number; lower training.learning_rate")
-            self.live.log_metric(name, value)
-        for name in ("grad_norm", "learning_rate"):  # their last values say nothing; the curves stay
-            self.live.summary.get("train", {}).pop(name, None)
-        self.live.make_summary()
-        return known
+        rates = self.speed.since_last() if "loss" in logs else {}
+        if rates and self.curves.speed:
+            self.curves.speed.step = state.global_step
+            for name, value in rates.items():
+                self.curves.speed.log_metric(f"{self.prefix}train/{name}", value)
+            self.curves.speed.make_summary()
+        line = {"step": state.global_step, "of": state.max_steps, **known, **rates}
+        if rates:
+            line["seconds_left"] = self._seconds_left(state)
+        with logging_redirect_tqdm() if not self.bar.disable else nullcontext():
+            logger.info(json.dumps({name: _short(value) for name, value in line.items()}))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
+
+    def _record(self, step: int, logs: dict[str, float]) -> dict[str, float]:
+        known = {self.prefix + CURVES[name]: value for name, value in logs.items() if name in CURVES}
+        if not known:
+            return known
+        live = self.curves.live
+        live.step = step
+        for name, value in known.items():
+            if "loss" in name and not math.isfinite(value):
+                raise InputError(f"{name} is {value} at step {step}, not a number; lower training.learning_rate")
+            live.log_metric(name, value)
+        summary = live.summary
+        for part in f"{self.prefix}train".split("/"):
+            summary = summary.get(part, {})
+        for name in NOT_SUMMED_UP:
+            summary.pop(name, None)
+        live.make_summary()
+        return known
+
+    def _seconds_left(self, state: Any) -> int:
+        step, moment = self.started
+        return round((time.monotonic() - moment) / (state.global_step - step) * (state.max_steps - state.global_step))
+
+
+def _live(folder: Path) -> Live:
+    # Its constructor deletes the files of an earlier run.
+    return Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
+
+
+def _short(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.4g}")

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 
-def digests(model: Any) -> dict[str, str]:
-    """Return the SHA-256 of the bytes of every tensor that is not trained, by its name."""
+def digests(model: Any, *, trained: bool = False) -> dict[str, str]:
+    """Return the SHA-256 of the bytes of every tensor that is frozen, or of every trained one, by its name."""
     return {
         name: _digest(parameter.data)
         for name, parameter in sorted(model.named_parameters())
-        if not parameter.requires_grad
+        if parameter.requires_grad == trained
     }
 
 

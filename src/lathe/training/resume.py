@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
-from trl import SFTTrainer
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from lathe.errors import Interrupted
-from lathe.training.checkpoints import Checkpoints, step_of
+from lathe.training.best import Best
+from lathe.training.checkpoints import RESULT, Checkpoints, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -21,35 +22,64 @@ logger = logging.getLogger(__name__)
 UNLOGGED = "unlogged_loss.json"
 
 
-class ResumableTrainer(SFTTrainer):
-    """TRL's trainer with checkpoints that are whole or absent; nothing in them is read with pickle.
+class Resumable(Trainer):
+    """What a TRL trainer gets from us: checkpoints that are whole or absent, signals heeded, the best weights kept.
 
+    To be named before TRL's class among the bases of a trainer. Nothing in a checkpoint is read with pickle:
     transformers writes optimizer, scheduler and random states with torch.save and reads them with `weights_only`.
     """
 
-    def __init__(self, *, checkpoints: Checkpoints | None, save_steps: int, **arguments: Any) -> None:
+    def __init__(self, *, checkpoints: Checkpoints | None, save_steps: int, best: Best, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.checkpoints = checkpoints
+        self.best = best
         self.unlogged: dict[str, Any] = {}
         self.signal: int | None = None
-        if checkpoints:
-            self.add_callback(_Saver(self, save_steps))
+        self.trained_tokens = 0  # without padding, since this process began
+        self.trained_supervised_tokens = 0
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:  # TRL casts a 4-bit model's adapter to bf16, which rounds small updates away
+                parameter.data = parameter.data.float()
+        self.add_callback(_Saver(self, save_steps))
+        self.add_callback(_Judge(self))
 
     def train_to_the_end(self) -> None:
-        """Train, from the newest checkpoint if there is one.
+        """Train, from the newest checkpoint if there is one, and evaluate what came out.
 
         Raises Interrupted after SIGINT or SIGTERM, when the step at hand is done and saved.
         """
-        if self.checkpoints is None:
+        checkpoint = None
+        if self.checkpoints:
+            if result := self.checkpoints.result():
+                self._take_result(result)
+                return
+            checkpoint = self.checkpoints.newest()
+            if checkpoint:
+                logger.info("going on after step %d, where an earlier run was interrupted", step_of(checkpoint))
+            with self._signals_noted(self.checkpoints):
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if self.signal:
+                self._stop(self.checkpoints)
+        else:
             self.train()
+        if not _evaluated_last(self.state):
+            self.evaluate()
+        self.best.put_back(self.model, self.state)
+
+    def keep_result(self) -> None:
+        """Keep the weights and curves of a phase that is done, for a run that is interrupted in the next one."""
+        if self.checkpoints is None or self.checkpoints.result():
             return
-        checkpoint = self.checkpoints.newest()
-        if checkpoint:
-            logger.info("going on after step %d, where an earlier run was interrupted", step_of(checkpoint))
-        with self._signals_noted(self.checkpoints):
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if self.signal:
-            self._stop(self.checkpoints)
+        with self.checkpoints.saving() as folder:
+            self._save(str(folder / RESULT))
+            self.state.save_to_json(str(folder / RESULT / TRAINER_STATE_NAME))
+
+    def _take_result(self, result: Path) -> None:
+        logger.info("this phase was done before: going on behind it")
+        super()._load_from_checkpoint(str(result))
+        self.state = TrainerState.load_from_json(str(result / TRAINER_STATE_NAME))
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     @contextmanager
     def _signals_noted(self, checkpoints: Checkpoints) -> Iterator[None]:
@@ -91,14 +121,16 @@ class ResumableTrainer(SFTTrainer):
             unlogged = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
             [written] = folder.iterdir()
             (written / UNLOGGED).write_text(json.dumps(unlogged), encoding="utf-8")
+            self.best.save(written)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # The adapter alone: transformers would add the tokenizer, and its arguments as a pickle.
-        self.model.save_pretrained(output_dir, save_embedding_layers=False)
+        self.model.save_pretrained(output_dir, save_embedding_layers=False, selected_adapters=["default"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.unlogged = json.loads((Path(resume_from_checkpoint) / UNLOGGED).read_text(encoding="utf-8"))
+        self.best.load(Path(resume_from_checkpoint))
 
     def restore_unlogged_loss(self) -> None:
         """Give the next point of the loss curve the steps before the checkpoint that belong to it."""
@@ -109,16 +141,16 @@ class ResumableTrainer(SFTTrainer):
 class _Saver(TrainerCallback):
     """Decides after which steps a checkpoint is written."""
 
-    def __init__(self, trainer: ResumableTrainer, save_steps: int) -> None:
+    def __init__(self, trainer: Resumable, save_steps: int) -> None:
         self.trainer = trainer
         self.save_steps = save_steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step:
+        if self.trainer.unlogged:
             self.trainer.restore_unlogged_loss()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % self.save_steps == 0:
+        if self.trainer.checkpoints and state.global_step % self.save_steps == 0:
             control.should_save = True
         self._heed_signal(state, control)
 
@@ -130,3 +162,22 @@ class _Saver(TrainerCallback):
             control.should_save = control.should_training_stop = True
         if state.global_step >= state.max_steps:
             control.should_save = False  # transformers would go on from there with a step too many
+
+
+class _Judge(TrainerCallback):
+    """Lets the best weights be noted after each evaluation, and stops where they have not been beaten for long."""
+
+    def __init__(self, trainer: Resumable) -> None:
+        self.trainer = trainer
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        best = self.trainer.best
+        best.note(self.trainer.model, state)
+        if best.out_of_patience(state) and state.global_step < state.max_steps:
+            logger.info("stopping early at step %d: %s", state.global_step, best.said(state))
+            control.should_training_stop = True
+            control.should_save = False  # transformers would go on from there with a step too many
+
+
+def _evaluated_last(state: Any) -> bool:
+    return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)

@@ -1,0 +1,222 @@
+"""A training from the base to the saved adapter, whatever the method: one phase, or a supervised one before it."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PrinterCallback, set_seed
+from transformers.utils import is_liger_kernel_available
+
+from lathe import memory
+from lathe.errors import InputError
+from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, resolve_precision
+from lathe.params import Params
+from lathe.training.attention import check_attention
+from lathe.training.best import Best
+from lathe.training.checkpoints import Checkpoints, claimed, fingerprint
+from lathe.training.curves import Curves
+from lathe.training.frozen import digests
+from lathe.training.resume import Resumable
+from lathe.training.setting import Setting
+from lathe.training.speed import Speed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left to record beside the adapter."""
+
+    frozen: dict[str, str]  # name of every frozen tensor -> SHA-256 of its bytes, the same before and after
+    speeds: dict[str, float]  # of the last phase, such as {"tokens_per_second": 812.5}
+
+
+@dataclass(frozen=True)
+class _Phase:
+    method: str
+    params: Params
+    curves: str  # what the names of its curves begin with
+
+
+@memory.given_back()
+def train(
+    base: Path,
+    splits: dict[str, list[dict[str, Any]]],
+    adapter: Path,
+    metrics: Path,
+    *,
+    params: Params,
+    speed: Path | None = None,
+    scratch: Path | None = None,
+) -> Trained:
+    """Train an adapter for `base` on the rows of `splits["train"]` and save it into the empty folder `adapter`.
+
+    The curves go to the dvclive folder `metrics`, those that vary from run to run to the folder `speed`;
+    `splits["validation"]` is evaluated every `eval_steps`.
+    Every `save_steps` a checkpoint goes to the folder `scratch`, from where the same training goes on if it was
+    interrupted; at the end they are removed. Without `scratch` there are none.
+    Raises InputError where a parameter does not fit the model and where the loss is not finite, Interrupted after
+    SIGINT or SIGTERM.
+    """
+    training = params.training
+    precision = resolve_precision(training.precision)
+    check_attention(training.attn_implementation, precision=precision)
+    _check_liger(training.use_liger_kernel)
+    Best(training)  # whether the method has the metric that is asked for
+    check_adapter(base, params.lora)
+    set_seed(params.seed)  # before the model and the adapter are made
+    tokenizer = load_tokenizer(base)
+    model = load_base(base, params.quantization, precision=precision)
+    if warning := unusual_rate(training.learning_rate, weights=model.num_parameters()):
+        logger.warning(warning)
+    model = add_adapter(model, params.lora)
+    frozen = digests(model)
+    phases = _phases(params)
+    claims: list[Checkpoints | None] = []
+    with Curves(metrics, speed) as curves, ExitStack() as locks:
+        for phase in phases:
+            decides = _decides(
+                phase, base, splits, {**frozen, **digests(model, trained=True)}, precision, model.device.type
+            )
+            claims.append(locks.enter_context(_claimed(scratch, decides)))
+            measured = Speed(model, precision=precision)
+            set_seed(params.seed)  # as if no phase had been before
+            trainer = _trainer(phase.method)(
+                Setting(
+                    model=model,
+                    tokenizer=tokenizer,
+                    splits=splits,
+                    params=phase.params,
+                    precision=precision,
+                    checkpoints=claims[-1],
+                    callbacks=[measured, curves.callback(phase.curves, measured)],
+                )
+            )
+            measured.follow(trainer)
+            trainer.remove_callback(PrinterCallback)  # the curves log the same
+            trainer.train_to_the_end()
+            if phase is phases[-1]:
+                curves.note(trainer.best.kept(trainer.state))
+            else:
+                trainer.keep_result()
+        after = digests(model)
+        if moved := [name for name, digest in frozen.items() if after[name] != digest]:
+            raise RuntimeError(f"training moved {len(moved)} tensors that are frozen, {moved[0]} first")
+        _save(model, adapter)
+        for checkpoints in claims:
+            if checkpoints:
+                checkpoints.remove()
+    return Trained(frozen=frozen, speeds=measured.overall())
+
+
+def unusual_rate(rate: float, *, weights: int) -> str | None:
+    """Return a warning where `rate` is far from what adapters of models of so many weights are trained with, or None.
+
+    The committed params.yaml is a toy's; its rate ruins a real model, and a real model's rate teaches the toy nothing.
+    """
+    # LoRA's usual 1e-5 to 1e-3 is for models from 0.1 B weights; ones of a few million take ten times as much.
+    lowest, highest = (1e-6, 2e-3) if weights >= 100_000_000 else (1e-5, 5e-2)
+    if lowest <= rate <= highest:
+        return None
+    return (
+        f"training.learning_rate is {rate:g}; an adapter on {weights / 1e6:,.0f} M weights usually takes {lowest:g} to "
+        f"{highest:g}; the values in params.yaml are a toy's"
+    )
+
+
+def _check_liger(asked: bool) -> None:
+    if asked and not is_liger_kernel_available():
+        raise InputError(
+            "training.use_liger_kernel is true; liger-kernel is not installed; install it, or set it to false"
+        )
+
+
+def _trainer(method: str) -> Callable[[Setting], Resumable]:
+    # TRL's trainers are imported where they are used: each takes a second or more.
+    match method:
+        case "sft":
+            from lathe.training.sft import trainer
+    return trainer
+
+
+def _phases(params: Params) -> list[_Phase]:
+    method = params.training.method
+    whole = _Phase(method, params, "")
+    if method == "sft":
+        return [whole]
+    epochs = getattr(params, method).sft_epochs
+    if not epochs:
+        return [whole]
+    before = params.training.model_copy(
+        update={
+            "method": "sft",
+            "num_train_epochs": epochs,
+            "max_steps": None,
+            "metric_for_best_model": "auto",
+            "load_best_model_at_end": False,
+            "early_stopping_patience": None,
+        }
+    )
+    return [_Phase("sft", params.model_copy(update={"training": before}), "sft/"), whole]
+
+
+def _decides(
+    phase: _Phase, base: Path, splits: dict[str, Any], tensors: dict[str, str], precision: str, device: str
+) -> dict[str, Any]:
+    """Return all that decides what a phase ends with; packages and code are added to it."""
+    params = phase.params
+    return {
+        "training": params.training.model_dump(exclude={"save_steps"}),
+        "method": getattr(params, phase.method).model_dump(),
+        "lora": params.lora.model_dump(),
+        "quantization": params.quantization.model_dump(),
+        "supervise": params.preprocess.supervise,
+        "seed": params.seed,
+        "precision": precision,
+        "device": device,
+        "tensors": tensors,
+        "texts": {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(base.iterdir())
+            if file.is_file() and file.suffix != ".safetensors"
+        },
+        "rows": {
+            split: hashlib.sha256(json.dumps(splits[split], sort_keys=True).encode()).hexdigest()
+            for split in ("train", "validation")
+        },
+    }
+
+
+@contextmanager
+def _claimed(scratch: Path | None, decides: dict[str, Any]) -> Iterator[Checkpoints | None]:
+    if scratch is None:
+        yield None
+        return
+    with claimed(scratch, fingerprint(decides)) as checkpoints:
+        yield checkpoints
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Save the adapter alone, without paths and with names in order: equal runs give equal bytes."""
+    try:
+        model.save_pretrained(folder, save_embedding_layers=False)
+    except SafetensorError as error:
+        if match := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
+        raise
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form with nothing filled in
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = "models/base"
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(config[key], list):
+            config[key] = sorted(config[key])
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
