@@ -20,9 +20,21 @@ from typing import Any
 from lathe.errors import InputError
 from lathe.params import Lora, Merge, Params, Quantization, Training
 
-# Bytes of state per trained weight, by the optimizer's name in transformers: AdamW keeps two moments, in float32 or,
-# for the 8-bit ones, a byte each (bitsandbytes leaves tensors below 4096 values in float32: little in sum).
-OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}
+# Bytes of state per trained weight, by the optimizer's name in transformers: AdamW keeps two moments and Lion one, in
+# float32 or, for the 8-bit ones, a byte each (bitsandbytes leaves tensors below 4096 values in float32: little in sum).
+# Adafactor keeps a number per row and column of a matrix.
+OPTIMIZER_BYTES = {
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "paged_adamw_32bit": 8,
+    "lion_32bit": 4,
+    "lion_8bit": 1,
+    "paged_lion_8bit": 1,
+    "adafactor": 0,
+    "sgd": 0,
+}
 
 # Bits that the scales of bitsandbytes' 4-bit blocks add to a weight: a float32 for 64 weights; doubly quantized a byte
 # for 64 and a float32 for 256 such bytes (https://arxiv.org/abs/2305.14314, section 3).

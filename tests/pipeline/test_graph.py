@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from dvc.repo import Repo
@@ -102,8 +103,23 @@ def test_each_stage_has_a_script_and_each_script_a_stage(stages):
 
 def test_each_section_of_the_parameters_is_tracked_by_a_stage_or_drives_a_matrix():
     text = (paths.ROOT / "dvc.yaml").read_text()
+    methods = get_args(params.Training.model_fields["method"].annotation)
+    assert "- ${training.method}\n" in text
     for name in params.Params.model_fields:
-        assert any(mark in text for mark in (f"- {name}\n", f"${{{name}", f"${{{name}.")), name
+        assert name in methods or any(mark in text for mark in (f"- {name}\n", f"${{{name}", f"${{{name}.")), name
+
+
+def test_a_training_depends_on_the_parameters_of_its_own_method_alone(checkout):
+    def tracked(method: str) -> set[str]:
+        checkout.set({"training.method": method})
+        with Repo(str(checkout.root)) as repo:
+            [stage] = [stage for stage in repo.index.stages if stage.name == "train"]
+        return {name for dep in stage.params for name in dep.params if dep.def_path == "params.yaml"}
+
+    common = {"seed", "training", "sft", "lora", "quantization", "preprocess.supervise"}
+    assert tracked("sft") == common
+    assert tracked("dpo") == common | {"dpo"}
+    assert tracked("grpo") == common | {"grpo"}
 
 
 def test_metrics_and_plots_stay_in_git_and_everything_else_in_the_cache(stages):

@@ -62,12 +62,18 @@ class Runs:
         )
         return digests(out)
 
-    def interrupt(self, number: int = signal.SIGTERM, after: int = 6, changes: dict[str, Any] | None = None) -> str:
+    def interrupt(
+        self,
+        number: int = signal.SIGTERM,
+        after: int = 6,
+        splits: dict[str, list] = SPLITS,
+        changes: dict[str, Any] | None = None,
+    ) -> str:
         """Train, send this process a signal once there is a checkpoint of that step, and return what was said."""
         watch = threading.Thread(target=self._signal_after, args=(number, after))
         watch.start()
         with pytest.raises(Interrupted) as caught:
-            self.run(changes=changes)
+            self.run(splits, changes)
         watch.join()
         assert caught.value.signal == number
         return str(caught.value)
@@ -119,6 +125,20 @@ def test_a_training_may_be_interrupted_again_and_again(runs, expected):
     for step in (3, 6):
         runs.interrupt(after=step)
     assert runs.run() == expected
+
+
+def test_the_best_evaluation_before_the_interruption_is_remembered(runs, caplog):
+    changes: dict[str, Any] = {"load_best_model_at_end": True, "early_stopping_patience": 6, "eval_steps": 1}
+    # As in test_best: best at step 5.
+    changes |= {"learning_rate": 0.03, "lr_scheduler_type": "constant", "precision": "fp32", "lora.lora_dropout": 0.0}
+    changes |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 20}
+    few = {**SPLITS, "train": SPLITS["train"][:4]}
+    uninterrupted = runs.run(few, changes)
+    runs.interrupt(splits=few, changes=changes)
+    with caplog.at_level(logging.INFO, "lathe"):
+        assert runs.run(few, changes) == uninterrupted
+    assert "stopping early" in caplog.text
+    assert "going on after step" in caplog.text
 
 
 @pytest.mark.slow

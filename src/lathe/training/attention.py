@@ -72,6 +72,7 @@ def attention_arguments(lengths: list[int]) -> dict[str, Any]:
     }
 
 
+@torch.compiler.disable(reason="its shapes follow the rows, new ones in every batch")
 def attend_rows(
     module: torch.nn.Module,
     query: torch.Tensor,

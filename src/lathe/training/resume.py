@@ -18,8 +18,8 @@ from lathe.training.checkpoints import RESULT, Checkpoints, step_of
 
 logger = logging.getLogger(__name__)
 
-# What transformers does not keep: the loss since the last point of the curve.
-UNLOGGED = "unlogged_loss.json"
+# What transformers does not keep: the loss since the last point of the curve, and the tokens counted.
+UNLOGGED = "unlogged.json"
 
 
 class Resumable(Trainer):
@@ -35,7 +35,7 @@ class Resumable(Trainer):
         self.best = best
         self.unlogged: dict[str, Any] = {}
         self.signal: int | None = None
-        self.trained_tokens = 0  # without padding, since this process began
+        self.trained_tokens = 0  # without padding, since the first step
         self.trained_supervised_tokens = 0
         for parameter in self.model.parameters():
             if parameter.requires_grad:  # TRL casts a 4-bit model's adapter to bf16, which rounds small updates away
@@ -118,7 +118,12 @@ class Resumable(Trainer):
                 Trainer._save_checkpoint(self, model, trial)  # TRL's adds a model card
             finally:
                 self.args.output_dir = usual
-            unlogged = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
+            unlogged = {
+                "loss": self._tr_loss.item(),
+                "since": self._globalstep_last_logged,
+                "tokens": self.trained_tokens,
+                "supervised_tokens": self.trained_supervised_tokens,
+            }
             [written] = folder.iterdir()
             (written / UNLOGGED).write_text(json.dumps(unlogged), encoding="utf-8")
             self.best.save(written)
@@ -130,7 +135,15 @@ class Resumable(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.unlogged = json.loads((Path(resume_from_checkpoint) / UNLOGGED).read_text(encoding="utf-8"))
+        self.trained_tokens = self.unlogged["tokens"]
+        self.trained_supervised_tokens = self.unlogged["supervised_tokens"]
         self.best.load(Path(resume_from_checkpoint))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log what is given, and beside the loss of steps the tokens that they were trained on."""
+        if "loss" in logs:
+            logs = {**logs, "num_tokens": self.trained_tokens}
+        super().log(logs, start_time)
 
     def restore_unlogged_loss(self) -> None:
         """Give the next point of the loss curve the steps before the checkpoint that belong to it."""

@@ -39,13 +39,17 @@ class Speed(TrainerCallback):
         self.trainer: Any = None
         self.seconds = 0.0
         self.started = 0.0
-        self.logged = (0.0, 0, 0)
+        self.first = self.logged = (0.0, 0, 0)  # seconds, tokens, supervised tokens
         self.peak = peak_flops() if precision != "fp32" else None
         self.per_token, self.per_supervised_token = operations(model)
 
     def follow(self, trainer: Any) -> None:
         """Take `trained_tokens` and `trained_supervised_tokens` from this trainer."""
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave out what an interrupted run counted before this one."""
+        self.first = self.logged = self._counted()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock."""
@@ -57,20 +61,22 @@ class Speed(TrainerCallback):
 
     def since_last(self) -> dict[str, float]:
         """Return the rates since the last call, and the most memory used so far; nothing where no step was made."""
-        now = self._counted()
-        seconds, tokens, supervised = (new - old for new, old in zip(now, self.logged, strict=True))
-        self.logged = now
+        rates = self._rates(self.logged)
+        self.logged = self._counted()
         memory = track.peak_gpu_memory_bytes() or track.peak_memory_bytes()
-        return {**self._rates(seconds, tokens, supervised), "peak_memory_bytes": memory} if seconds else {}
+        return {**rates, "peak_memory_bytes": memory} if rates else {}
 
     def overall(self) -> dict[str, float]:
         """Return the rates of all steps that this process made; nothing where it made none."""
-        return self._rates(*self._counted()) if self.seconds else {}
+        return self._rates(self.first)
 
     def _counted(self) -> tuple[float, int, int]:
         return self.seconds, self.trainer.trained_tokens, self.trainer.trained_supervised_tokens
 
-    def _rates(self, seconds: float, tokens: float, supervised: float) -> dict[str, float]:
+    def _rates(self, before: tuple[float, int, int]) -> dict[str, float]:
+        seconds, tokens, supervised = (new - old for new, old in zip(self._counted(), before, strict=True))
+        if not seconds:
+            return {}
         rates = {
             "tokens_per_second": round(tokens / seconds, 1),
             "supervised_tokens_per_second": round(supervised / seconds, 1),
