@@ -2,6 +2,8 @@
 
 import gc
 import hashlib
+import json
+import logging
 import os
 import re
 import shutil
@@ -9,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import pytest
@@ -20,6 +23,7 @@ from safetensors.torch import load_file
 from lathe import params, paths
 from lathe.builtin import commands
 from lathe.errors import InputError
+from lathe.estimate import OPTIMIZER_BYTES
 from lathe.template import Encoded, encode
 from lathe.training.run import Trained, train, unusual_rate
 
@@ -209,6 +213,75 @@ def test_the_curves_have_one_point_per_logged_step(trained, tmp_path):
     trained(eval_steps=2)
     lines = (tmp_path / "metrics1/plots/metrics/eval/loss.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["step", "2", "4"]
+
+
+def test_each_logged_step_is_a_line_of_json_and_speeds_stay_out_of_the_metrics(small_model, tmp_path, caplog):
+    (tmp_path / "adapter").mkdir()
+    chosen = changed(CONFIG, {**QUICK, "logging_steps": 2})
+    with caplog.at_level(logging.INFO, "lathe.training.curves"):
+        train(small_model, SPLITS, tmp_path / "adapter", tmp_path / "m", params=chosen, speed=tmp_path / "s")
+    lines = [json.loads(record.getMessage()) for record in caplog.records]
+    assert [(line["step"], line["of"]) for line in lines] == [(2, 4), (4, 4), (4, 4)]
+    shown = {"train/loss", "train/grad_norm", "train/learning_rate", "train/tokens"}
+    speeds = {"tokens_per_second", "supervised_tokens_per_second", "peak_memory_bytes"}
+    assert lines[0].keys() == {"step", "of", *shown, *speeds, "seconds_left"}
+    assert lines[2].keys() == {"step", "of", "eval/loss"}
+    assert lines[1]["train/tokens"] > lines[0]["train/tokens"] > 0
+    assert {path.stem for path in (tmp_path / "s/plots/metrics/train").iterdir()} == speeds
+    assert {path.stem for path in (tmp_path / "m/plots/metrics/train").iterdir()} == {
+        name.removeprefix("train/") for name in shown
+    }
+    assert json.loads((tmp_path / "s/metrics.json").read_text())["train"].keys() == speeds
+
+
+def test_the_estimate_knows_every_optimizer():
+    assert set(OPTIMIZER_BYTES) == set(get_args(params.Training.model_fields["optim"].annotation))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "optim",
+    ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_32bit", "lion_8bit", "adafactor"],
+)
+def test_every_optimizer_moves_the_adapter(trained, optim):
+    first = weights(trained(optim=optim, max_steps=2, warmup_ratio=0.0, learning_rate=1e-3))
+    assert any(tensor.any() for name, tensor in first.items() if "lora_B" in name)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_alike(trained):
+    """Compiling takes minutes on a CPU."""
+    same = {"max_steps": 2, "warmup_ratio": 0.0, "precision": "fp32", "load_in_4bit": False}
+    compiled = weights(trained(torch_compile=True, **same))
+    for name, tensor in weights(trained(**same)).items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-2, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padded_rows_train_what_rows_end_to_end_train(trained, attention):
+    same = {"max_steps": 2, "warmup_ratio": 0.0, "precision": "fp32"}
+    padded = weights(trained(attn_implementation=attention, **same))
+    for name, tensor in weights(trained(**same)).items():
+        torch.testing.assert_close(padded[name], tensor, rtol=1e-2, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"attn_implementation": "flash_attention_2"},
+            "attn_implementation is 'flash_attention_2'; needs a CUDA device",
+        ),
+        ({"use_liger_kernel": True}, "use_liger_kernel is true; liger-kernel is not installed; install it"),
+        (
+            {"attn_implementation": "sdpa", "packing": True},
+            "sft.packing is true; training.attn_implementation is 'sdpa'",
+        ),
+    ],
+)
+def test_what_the_machine_or_another_key_does_not_allow_is_refused(trained, changes, message):
+    with pytest.raises(InputError, match=message):
+        trained(**changes)
 
 
 def test_memory_is_given_back_after_training(trained):

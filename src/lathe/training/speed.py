@@ -40,7 +40,8 @@ class Speed(TrainerCallback):
         self.seconds = 0.0
         self.started = 0.0
         self.first = self.logged = (0.0, 0, 0)  # seconds, tokens, supervised tokens
-        self.peak = peak_flops() if precision != "fp32" else None
+        on_gpu = precision != "fp32" and torch.cuda.is_available()
+        self.peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
         self.per_token, self.per_supervised_token = operations(model)
 
     def follow(self, trainer: Any) -> None:
@@ -87,12 +88,9 @@ class Speed(TrainerCallback):
         return rates
 
 
-def peak_flops() -> float | None:
-    """Return the rate of 16-bit matrix products that the GPU's maker states; None for another device."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+def peak_flops(device: str) -> float | None:
+    """Return the rate of 16-bit matrix products that a GPU's maker states, by the device's name; None for others."""
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in device), None)
 
 
 def operations(model: Any) -> tuple[float, float]:

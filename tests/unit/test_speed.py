@@ -1,0 +1,75 @@
+"""Tokens per second and the share of the device's peak."""
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lathe import params
+from lathe.model import add_adapter
+from lathe.training.speed import Speed, operations, peak_flops
+
+HIDDEN, INNER, VOCABULARY, LAYERS = 32, 48, 100, 2
+
+
+@pytest.fixture
+def model() -> Any:
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+    )
+    return LlamaForCausalLM(config)
+
+
+def test_a_step_needs_four_operations_per_frozen_weight_and_six_per_trained_one(model):
+    layer = HIDDEN * (2 * HIDDEN + 2 * HIDDEN // 2) + 3 * HIDDEN * INNER  # q, o, k, v; gate, up, down
+    assert operations(model) == (6 * LAYERS * layer, 6 * HIDDEN * VOCABULARY)
+    adapted = add_adapter(model, params.load().params.lora)
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert operations(adapted) == (4 * LAYERS * layer + 6 * trained, 4 * HIDDEN * VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("Tesla T4", 65e12),
+        ("AMD Instinct MI300X", None),
+    ],
+)
+def test_the_peak_of_a_device_is_that_of_its_own_kind(device, peak):
+    assert peak_flops(device) == peak
+
+
+def test_rates_are_those_of_the_steps_alone_and_of_this_process(model):
+    trainer = SimpleNamespace(trained_tokens=1000, trained_supervised_tokens=100)  # of a run that was interrupted
+    speed = Speed(model, precision="bf16")
+    speed.follow(trainer)
+    speed.on_train_begin(None, None, None)
+    assert speed.since_last() == speed.overall() == {}
+    for _ in range(2):
+        speed.on_step_begin(None, None, None)
+        trainer.trained_tokens += 300
+        trainer.trained_supervised_tokens += 30
+        time.sleep(0.02)
+        speed.on_step_end(None, None, None)
+        time.sleep(0.1)  # an evaluation
+    overall = speed.overall()
+    assert overall["tokens_per_second"] == pytest.approx(600 / speed.seconds, abs=0.1)
+    assert overall["tokens_per_second"] == pytest.approx(10 * overall["supervised_tokens_per_second"], abs=1)
+    assert 0.04 <= speed.seconds < 0.1
+    assert speed.since_last().keys() == {*overall, "peak_memory_bytes"}
+    assert speed.since_last() == {}
+    speed.peak = 1e9
+    done = 600 * speed.per_token + 60 * speed.per_supervised_token
+    assert speed.overall()["model_flops_utilization"] == pytest.approx(done / speed.seconds / 1e9, abs=1e-4)
