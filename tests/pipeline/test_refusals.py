@@ -139,12 +139,12 @@ def checkout(reproduced: Checkout, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def contents(checkout: Checkout) -> dict[str, bytes]:
-    """Every file that a stage could have written, timings and dvclive's own notes aside."""
+    """Every file that a stage could have written, timings and speeds aside."""
     found = {}
     for top in ("data", "models", "metrics"):
         for path in sorted((checkout.root / top).rglob("*")):
             name = str(path.relative_to(checkout.root))
-            if path.is_file() and not name.startswith("metrics/timings"):
+            if path.is_file() and not name.startswith(("metrics/timings", "metrics/speed")):
                 found[name] = path.read_bytes()
     return found
 
@@ -252,6 +252,22 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(small_disk: Checkout,
 def test_a_disk_that_fills_up_in_the_middle_is_one_line_too(small_disk: Checkout, stage: str) -> None:
     """Forty kilobytes are less than any of these outputs; the fault then comes from Rust, C++ or numpy."""
     assert_refused_for_want_of_space(small_disk, stage, free=40960)
+
+
+def test_a_checkpoint_that_finds_no_room_is_one_line(small_disk: Checkout) -> None:
+    """The adapter takes 200 kB, the optimizer's state twice that: the fault comes from torch."""
+    small_disk.set({"training.save_steps": 1})
+    filler, adapter = small_disk.root.parent / FILLER, small_disk.root / "models/adapter/adapter_model.safetensors"
+    kept = adapter.read_bytes()
+    filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free - 400_000))
+    try:
+        done = run(small_disk, "train")
+    finally:
+        filler.unlink()
+        small_disk.set({"training.save_steps": 50})
+    assert_refused(done, "No space left on device; free some space")
+    assert adapter.read_bytes() == kept
+    assert not list((small_disk.root / ".scratch").rglob("optimizer.pt"))
 
 
 @pytest.mark.parametrize("stage", WRITERS)

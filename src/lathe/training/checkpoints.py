@@ -5,11 +5,13 @@ A training's folder below the scratch folder is named by a fingerprint of all th
 done and another training goes on from it.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +19,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
+
+from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +61,12 @@ class Checkpoints:
         partial = self.folder / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        yield partial
+        try:
+            with disk_errors():
+                yield partial
+        except OSError:
+            shutil.rmtree(partial)  # or a full disk stays full
+            raise
         for written in partial.iterdir():
             digests = {file.name: _digest(file) for file in sorted(written.iterdir())}
             (written / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
@@ -98,6 +107,21 @@ def claimed(scratch: Path, fingerprint: str) -> Iterator[Checkpoints | None]:
     with lock:
         _forget_old(scratch, besides=fingerprint)
         yield Checkpoints(scratch / fingerprint, lock)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raise what torch and safetensors say of a disk that takes no more as the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        if match := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
+        raise
+    except RuntimeError as error:
+        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):  # it keeps no error number
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+        raise
 
 
 def fingerprint(decides: Mapping[str, Any]) -> str:

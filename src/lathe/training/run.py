@@ -3,15 +3,12 @@
 import hashlib
 import json
 import logging
-import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PrinterCallback, set_seed
 from transformers.utils import is_liger_kernel_available
 
@@ -21,7 +18,7 @@ from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, r
 from lathe.params import Params
 from lathe.training.attention import check_attention
 from lathe.training.best import Best
-from lathe.training.checkpoints import Checkpoints, claimed, fingerprint
+from lathe.training.checkpoints import Checkpoints, claimed, disk_errors, fingerprint
 from lathe.training.curves import Curves
 from lathe.training.frozen import digests
 from lathe.training.resume import Resumable
@@ -206,12 +203,8 @@ def _claimed(scratch: Path | None, decides: dict[str, Any]) -> Iterator[Checkpoi
 
 def _save(model: Any, folder: Path) -> None:
     """Save the adapter alone, without paths and with names in order: equal runs give equal bytes."""
-    try:
-        model.save_pretrained(folder, save_embedding_layers=False)
-    except SafetensorError as error:
-        if match := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
-        raise
+    with disk_errors():
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form with nothing filled in
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
