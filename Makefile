@@ -6,10 +6,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro chat lint format test test-all bench bench-merge bench-data bench-train docs clean
+.PHONY: help setup repro chat lint format test test-all bench bench-merge bench-faithful bench-data bench-train docs clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: .venv/.ready .llama.cpp/.pinned ## make .venv with the pinned packages, and put llama.cpp's converter in place
 
@@ -35,10 +35,13 @@ test: lint ## lint and all tests but the long ones
 test-all: lint ## every test
 	pytest
 
-bench: bench-merge bench-data bench-train ## every benchmark
+bench: bench-merge bench-data bench-train bench-faithful ## every benchmark
 
 bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B parameters
 	python benchmarks/merge.py
+
+bench-faithful: setup ## KL divergence of merged, converted and quantized models from the one that was trained
+	python benchmarks/faithful.py
 
 bench-data: setup ## speed of preprocess against a plain datasets.map loop, and memory on a million rows
 	python benchmarks/data.py

@@ -1,4 +1,4 @@
-"""Add the adapter to the 16-bit base, shard by shard; never through quantized weights.
+"""Add the adapter to the 16-bit base, or take the weights trained whole; never through quantized weights.
 
 reads   models/base/, models/adapter/, params.yaml: merge
 writes  models/merged/, metrics/merge/report.json

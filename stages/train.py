@@ -1,4 +1,4 @@
-"""Train a LoRA adapter on the frozen base, 4-bit or 16-bit, by the method of training.method.
+"""Train a LoRA adapter on the frozen base, 4-bit or 16-bit, or all its weights, by the method of training.method.
 
 reads   models/base/, data/processed/, params.yaml: seed, training, sft, dpo, grpo, lora, quantization,
         preprocess.supervise
@@ -30,7 +30,8 @@ def main(config: Config) -> Speeds:
             speed=paths.METRICS / "speed",
             scratch=paths.SCRATCH / "train",
         )
-    track.write_json(paths.METRICS / "train/freeze_proof.json", {"moved": [], "sha256": trained.frozen})
+    proof = {"trained_tensors": trained.trained_tensors, "frozen_tensors": len(trained.frozen), "moved": []}
+    track.write_json(paths.METRICS / "train/freeze_proof.json", {**proof, "sha256": trained.frozen})
     return trained.speeds
 
 

@@ -308,7 +308,7 @@ def check_model(config: "Config", here: Circumstances) -> Findings:
         yield Finding("memory", "warning", f"cannot be estimated: {error}")
         yield Finding("disk", "warning", "cannot be estimated: as memory")
         return
-    disk = estimate_disk(model, params.lora, params.merge, params.quantize.types)
+    disk = estimate_disk(model, params)
     memory = estimate_training_memory(model, params)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield check_memory(memory, params.training, params.quantization, here.free_memory(), device)
@@ -346,20 +346,22 @@ def check_disk(here: Circumstances, outputs: Mapping[str, int | None]) -> Findin
     from lathe.estimate import readable_bytes
 
     sizes = {path: size for path, size in outputs.items() if size is not None}
-    everything = sum(sizes.values())
+    outs = {path: size for path, size in sizes.items() if not path.startswith(".scratch")}  # which is never cached
+    everything, checkpoints = sum(outs.values()), sum(sizes.values()) - sum(outs.values())
     shown = ", ".join(f"{path.removeprefix('models/')} {readable_bytes(size)}" for path, size in sizes.items() if size)
     config = _dvc_config(here.root)
     cache = _existing(_cache(here.root, config))
     copied = not {"hardlink", "symlink", "reflink"} & set(_working_links(here.root, cache))
     if cache.stat().st_dev == here.root.stat().st_dev:
-        needed = {here.root: everything * (2 if copied else 1)}
+        needed = {here.root: everything * (2 if copied else 1) + checkpoints}
     else:
         # An output is written in the checkout and then moved to the cache.
-        needed = {here.root: everything if copied else max(sizes.values()), cache: everything}
+        needed = {here.root: (everything if copied else max(outs.values())) + checkpoints, cache: everything}
     for folder, size in needed.items():
         free = here.free_disk(folder)
         text = (
-            f"outputs take about {readable_bytes(size)} of {readable_bytes(free)} free at {folder}, data aside: {shown}"
+            f"outputs and checkpoints take about {readable_bytes(size)} of {readable_bytes(free)} free at {folder}, "
+            f"data aside: {shown}"
         )
         details = {**outputs, "total": size, "free": free}
         remedy = "free some space, `dvc gc --workspace` for one, or name fewer quantize.types"

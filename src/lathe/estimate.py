@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from lathe.errors import InputError
-from lathe.params import Lora, Merge, Params, Quantization, Training
+from lathe.params import Lora, Params, Quantization, Training
+from lathe.training.checkpoints import KEPT_CHECKPOINTS
 
 # Bytes of state per trained weight, by the optimizer's name in transformers: AdamW keeps two moments and Lion one, in
 # float32 or, for the 8-bit ones, a byte each (bitsandbytes leaves tensors below 4096 values in float32: little in sum).
@@ -78,9 +79,9 @@ VOCABULARY_ENTRY_BYTES = 50
 class TrainingMemory:
     """Bytes that a training holds at its worst moment, by what they are for.
 
-    `weights` is the frozen base, `adapter` what is trained, both with `gradients` and `optimizer` states there in each
-    step; `activations` and `logits` are those of one forward and backward pass, `evaluation` both of a pass
-    without gradients, which takes the place of a step's.
+    `weights` is the frozen base, `adapter` what is trained (under full tuning the whole model; nothing is frozen), both
+    with `gradients` and `optimizer` states there in each step; `activations` and `logits` are those of one forward and
+    backward pass, `evaluation` both of a pass without gradients, which takes the place of a step's.
     """
 
     weights: int
@@ -126,8 +127,9 @@ def estimate_training_memory(
     by default all. The defaults make an upper bound.
 
     weights      linear layers in 4 bits and their scales if asked for; all else (embeddings, norms, head) in 16 bits,
-                 in fp32 in 32
-    adapter      float32; its gradients as many bytes, the optimizer's states `OPTIMIZER_BYTES`
+                 in fp32 in 32; under full tuning nothing but buffers
+    adapter      float32, under full tuning the whole model; its gradients as many bytes, the optimizer's states
+                 `OPTIMIZER_BYTES`
     activations  what is alive at the worst moment of the step, counted on fake tensors, checkpointing included, and
                  the largest 4-bit layer unpacked
     logits       the part of that as wide as the vocabulary: per supervised position and entry two numbers of the
@@ -150,11 +152,15 @@ def estimate_training_memory(
     columns = supervised_tokens or length - 1
     with _quiet():
         config = _config(model)
-        base = _on_meta(config, precision)
-        frozen, largest_packed = _weights_bytes(base, quantization)
-        adapted = _adapted(base, lora)
-        trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-        step, evaluation = _worst_moments(adapted, params, precision, length, columns)
+        if training.tuning == "full":
+            to_train = _on_meta(config, "fp32")
+            frozen, largest_packed = sum(buffer.nbytes for buffer in to_train.buffers()), 0
+        else:
+            base = _on_meta(config, precision)
+            frozen, largest_packed = _weights_bytes(base, quantization)
+            to_train = _adapted(base, lora)
+        trained = _trained_weights(to_train)
+        step, evaluation = _worst_moments(to_train, params, precision, length, columns)
     return TrainingMemory(
         weights=frozen,
         adapter=4 * trained,
@@ -166,20 +172,20 @@ def estimate_training_memory(
     )
 
 
-def estimate_disk(
-    model: Path | Mapping[str, Any], lora: Lora, merge: Merge, types: Sequence[str]
-) -> dict[str, int | None]:
+def estimate_disk(model: Path | Mapping[str, Any], params: Params) -> dict[str, int | None]:
     """Estimate the bytes of each output of the pipeline, by its path; None where it depends on the data alone.
 
     Safetensors hold each weight in the configuration's type (float32 if it names none), the merged model in
-    `merge.dtype`, the adapter float32. For GGUF files see `gguf_bytes`.
+    `merge.dtype`, the adapter float32. For GGUF files see `gguf_bytes`. `.scratch/train` is what checkpoints take while
+    the model is trained: the trained weights in float32 and the optimizer's states, in those that are kept and the
+    one that is being written.
     """
     with _quiet():
         config = _config(model)
         base = _on_meta(config, "bf16")
         weights, head = base.num_parameters(), base.get_output_embeddings()
-        adapted = _adapted(base, lora)
-    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+        full = params.training.tuning == "full"
+        trained = weights if full else _trained_weights(_adapted(base, params.lora))
     vocabulary = config.get_text_config().vocab_size
     output = head.weight.numel() if head is not None else 0
     stored = _dtype_bytes(config)
@@ -187,11 +193,12 @@ def estimate_disk(
         "models/base": weights * stored,
         "data/raw": None,
         "data/processed": None,
-        "models/adapter": 4 * trained,
-        "models/merged": weights * (stored if merge.dtype == "auto" else 2),
+        ".scratch/train": (KEPT_CHECKPOINTS + 1) * (4 + OPTIMIZER_BYTES[params.training.optim]) * trained,
+        "models/adapter": trained * (stored if full else 4),
+        "models/merged": weights * (stored if params.merge.dtype == "auto" else 2),
         "models/gguf/base-f16.gguf": gguf_bytes("F16", weights, output, vocabulary),
         "models/gguf/merged-f16.gguf": gguf_bytes("F16", weights, output, vocabulary),
-        **{f"models/gguf/{name}.gguf": gguf_bytes(name, weights, output, vocabulary) for name in types},
+        **{f"models/gguf/{name}.gguf": gguf_bytes(name, weights, output, vocabulary) for name in params.quantize.types},
         "data/generated": None,
     }
 
@@ -241,6 +248,8 @@ def explain(memory: TrainingMemory, training: Training, quantization: Quantizati
             remedy = _less("per_device_eval_batch_size", training.per_device_eval_batch_size)
         case "activations" | "logits":
             remedy = _less("per_device_train_batch_size", training.per_device_train_batch_size)
+        case _ if training.tuning == "full":
+            remedy = "set training.tuning to lora"
         case _:
             remedy = "lower lora.r, or name fewer layers in lora.target_modules and lora.modules_to_save"
     return f"most of it is {largest}, {readable_bytes(parts[largest])} of {readable_bytes(memory.total)}; {remedy}"
@@ -308,6 +317,10 @@ def _adapted(base: Any, lora: Lora) -> Any:
 
     with torch.device("meta"):
         return add_adapter(base, lora)
+
+
+def _trained_weights(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _weights_bytes(base: Any, quantization: Quantization) -> tuple[int, int]:

@@ -1,10 +1,11 @@
-"""Merge a LoRA adapter into its base model without ever holding the model in memory.
+"""Merge what was trained into its base model without ever holding the model in memory.
 
 The base is read one tensor at a time in the precision it is stored in, the adapter's change is added in
 float32 a few rows at a time, the sum is cast once and written straight to the file. Nothing passes through
 quantized weights, also where the adapter was trained on a quantized base. What an adapter's tensors mean
 (names, scaling, DoRA, tied embeddings) follows PEFT 0.21, `peft/tuners/lora/{layer,variants}.py` and
-`peft/utils/save_and_load.py`; PEFT itself and transformers are not imported.
+`peft/utils/save_and_load.py`; PEFT itself and transformers are not imported. Weights that were trained whole
+take the place of the base's.
 """
 
 import json
@@ -29,6 +30,7 @@ from lathe.model_folder import (
     SINGLE_FILE,
     Stored,
     Weights,
+    left_by_full_tuning,
     open_adapter,
     open_model,
     read_config,
@@ -95,9 +97,10 @@ class MergeReport:
 
 
 def merge(base: Path, adapter: Path, out: Path, *, dtype: str, max_shard_size_bytes: int) -> MergeReport:
-    """Fill the empty folder `out` with the model `base` changed by the LoRA adapter `adapter`.
+    """Fill the empty folder `out` with the model `base` changed by what was trained, `adapter`.
 
-    `base` is a Hugging Face model folder of safetensors in 16 or 32 bit, `adapter` a folder saved by PEFT.
+    `base` is a Hugging Face model folder of safetensors in 16 or 32 bit, `adapter` a LoRA adapter saved by PEFT, or
+    the weights of full tuning as `lathe.training.whole` saves them.
     `dtype` is "auto" (each tensor keeps the dtype it is stored in), "bfloat16" or "float16". The base's
     division into shards is kept; a shard that would exceed `max_shard_size_bytes` is divided further.
 
@@ -115,16 +118,21 @@ def merge(base: Path, adapter: Path, out: Path, *, dtype: str, max_shard_size_by
         raise InputError(f"max_shard_size_bytes {max_shard_size_bytes} must be at least 1")
     base_config = read_config(base)
     base_weights = open_model(base)
-    adapter_config = _read_adapter_config(adapter, str(base_config.get("model_type")))
-    adapter_weights = open_adapter(adapter)
-
-    changes = _read_changes(adapter_weights, adapter_config)
-    targets = _plan(base_weights, base_config, adapter_weights, adapter_config, changes, dtype)
+    left = left_by_full_tuning(adapter)
+    if left is None:
+        adapter_config = _read_adapter_config(adapter, str(base_config.get("model_type")))
+        adapter_weights = open_adapter(adapter)
+        changes = _read_changes(adapter_weights, adapter_config)
+        targets = _plan(base_weights, base_config, adapter_weights, adapter_config, changes, dtype)
+    else:
+        adapter_weights = open_model(adapter)
+        targets = _plan_whole(base_weights, base_config, adapter_weights, left, dtype)
     shards = _divide(targets, base_weights, max_shard_size_bytes)
     with _one_thread():
         report = _write_shards(shards, base_weights, adapter_weights, out)
     if not report.tensors_changed:
-        raise InputError(f"{adapter}: merging it changes nothing, all its deltas are zero: train the adapter first")
+        what = "all its deltas are zero" if left is None else "all its tensors are the base's"
+        raise InputError(f"{adapter}: merging it changes nothing, {what}: train first")
 
     _copy_companions(base, adapter, out)
     _write_config(base / "config.json", base_config, targets, base_weights, out / "config.json")
@@ -208,7 +216,8 @@ def _read_changes(adapter: Weights, config: dict[str, Any]) -> dict[str, _Change
         linear, embedding = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
         change = _Change(
             replacement=found.get("replacement"),
-            own_copy="replacement" in found and _is_among(module, config.get("modules_to_save")),
+            own_copy="replacement" in found
+            and any(_lies_in(target, name) for name in config.get("modules_to_save") or []),
             token_rows=found.get("token_rows"),
             addend=found.get("addend"),
         )
@@ -234,7 +243,7 @@ def _read_changes(adapter: Weights, config: dict[str, Any]) -> dict[str, _Change
             change = replace(change, token_indices=tuple(indices))
         changes[target] = change
     for name in config.get("modules_to_save") or []:
-        if not any(change.replacement and _is_among(_module_of(t), [name]) for t, change in changes.items()):
+        if not any(change.replacement and _lies_in(target, name) for target, change in changes.items()):
             raise InputError(
                 f"{adapter.folder / ADAPTER_FILE}: no tensor of {name!r}, which modules_to_save names: "
                 "save the adapter again"
@@ -297,6 +306,11 @@ def _module_of(target: str) -> str:
 
 def _is_among(module: str, names: Sequence[str] | None) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names or [])
+
+
+def _lies_in(target: str, module: str) -> bool:
+    """Whether a tensor belongs to a module of that name, or to one inside it."""
+    return f".{module}." in f".{target}"
 
 
 def _rank_and_scaling(module: str, config: dict[str, Any]) -> tuple[int, float]:
@@ -393,15 +407,8 @@ def _plan(
         source = name if name in base.tensors and not (name == head and embeddings) else str(embeddings)
         stored = base.tensors[source]
         change = changes.pop(name, _Change())
-        targets.append(
-            _Target(
-                name,
-                source,
-                OUTPUT_DTYPES.get(dtype, stored.dtype) if stored.dtype in FLOATS else stored.dtype,
-                _merged_shape(source, stored, change, base, adapter),
-                change,
-            )
-        )
+        shape = _merged_shape(source, stored, change, base, adapter)
+        targets.append(_Target(name, source, _merged_dtype(stored, dtype), shape, change))
     if changes:
         unknown = min(changes)
         tensor = next(name for name in _adapter_names(changes[unknown]))
@@ -412,6 +419,43 @@ def _plan(
     _check_vocabulary(targets, base)
     _check_coverage(targets, base, base_config, adapter_config)
     return targets
+
+
+def _plan_whole(
+    base: Weights, base_config: dict[str, Any], trained: Weights, left: list[str], dtype: str
+) -> list[_Target]:
+    """Every tensor of the base gives way to the trained one of its name, but for those that training left alone."""
+    if unknown := sorted(trained.tensors.keys() - base.tensors.keys()):
+        raise InputError(
+            f"{base.folder}: no tensor {unknown[0]} for the trained one of shape "
+            f"{list(trained.shape(unknown[0]))}: give the base that was trained"
+        )
+    changes = {name: _Change(replacement=name) for name in trained.tensors}
+    # A weight that the base stores twice is one weight, as in training; it is written once.
+    embeddings, head = _tied_pair(base, base_config, changes)
+    once = {embeddings, head} <= changes.keys() and torch.equal(trained.read(str(embeddings)), trained.read(str(head)))
+    targets = []
+    for name, stored in base.tensors.items():
+        if name == head and once:
+            continue
+        if name not in changes and name not in left:
+            raise InputError(f"{trained.folder}: no tensor {name}, which {base.folder} has: train again")
+        new = trained.tensors.get(name, stored)
+        if (new.shape, new.dtype) != (stored.shape, stored.dtype):
+            raise InputError(
+                f"{trained.folder}: trained tensor {name} is {new.dtype} of shape {list(new.shape)}, that of "
+                f"{base.folder} {stored.dtype} of shape {list(stored.shape)}: give the base that was trained"
+            )
+        if name in changes and stored.dtype not in FLOATS:
+            raise InputError(
+                f"{trained.folder}: trained tensor {name} is {new.dtype}, not in 16 or 32 bit: train again"
+            )
+        targets.append(_Target(name, name, _merged_dtype(stored, dtype), stored.shape, changes.get(name, _Change())))
+    return targets
+
+
+def _merged_dtype(stored: Stored, dtype: str) -> str:
+    return OUTPUT_DTYPES.get(dtype, stored.dtype) if stored.dtype in FLOATS else stored.dtype
 
 
 def _tied_pair(base: Weights, config: dict[str, Any], changes: dict[str, _Change]) -> tuple[str | None, str | None]:
@@ -545,7 +589,7 @@ def _check_coverage(
             covered.add((match[1], match[3]))
     for target in targets:
         match = numbered.match(target.name)
-        if not match or target.change.low_rank or (match[1], match[3]) not in covered:
+        if not match or _adapter_names(target.change) or (match[1], match[3]) not in covered:
             continue
         # Layers past the configured ones (multi-token prediction heads) are in some files and in no model.
         if isinstance(layers, int) and int(match[2]) < layers:

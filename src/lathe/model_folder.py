@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+# Beside weights that were trained whole: {"tuning": "full", "left": [names of the base's tensors that are not there]}.
+TUNING_FILE = "tuning.json"
 
 # Bytes per element of what torch can read, in the order of safetensors' own enumeration.
 ITEMSIZES = {
@@ -95,6 +97,21 @@ def open_adapter(adapter: Path) -> Weights:
     if pickle.is_file():
         raise InputError(f"{pickle}: pickled weights can run code and are not read: save the adapter as safetensors")
     raise InputError(f"{path}: missing: give the folder that PEFT's save_pretrained wrote")
+
+
+def left_by_full_tuning(adapter: Path) -> list[str] | None:
+    """Return which of the base's tensors full tuning left alone; None for an adapter, which changes some of them.
+
+    Raises InputError where the note that full tuning leaves in the folder cannot be read.
+    """
+    path = adapter / TUNING_FILE
+    if not path.exists():
+        return None
+    note = read_json(path)
+    left = note.get("left")
+    if note.get("tuning") != "full" or not isinstance(left, list) or not all(isinstance(name, str) for name in left):
+        raise InputError(f"{path}: must hold 'tuning': 'full' and the list 'left': train again")
+    return left
 
 
 def read_config(base: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from conftest import Checkout, changed, copy_of, output_hashes
+from safetensors.torch import load_file, save_file
 
 from lathe import params, paths
 from lathe.builtin import commands
@@ -42,9 +45,9 @@ MODES = [["dvc", "repro", "train"], ["dvc", "exp", "run", "train"], ["dvc", "exp
 class Runs:
     """Trainings of the small model in this process, all with one scratch folder."""
 
-    def __init__(self, base: Path, folder: Path) -> None:
+    def __init__(self, base: Path, folder: Path, scratch: Path | None = None) -> None:
         self.base, self.folder, self.count = base, folder, 0
-        self.scratch = folder / "scratch"
+        self.scratch = scratch or folder / "scratch"
 
     def run(self, splits: dict[str, list] = SPLITS, changes: dict[str, Any] | None = None) -> dict[str, str]:
         """Train, and return the digest of every file that a training leaves."""
@@ -127,6 +130,26 @@ def test_a_training_may_be_interrupted_again_and_again(runs, expected):
     assert runs.run() == expected
 
 
+FULL = {"tuning": "full", "quantization.load_in_4bit": False, "learning_rate": 1e-3}
+
+
+def test_a_model_trained_whole_goes_on_exactly_and_never_from_another_base(runs, caplog):
+    """The small model's embeddings are tied: they must come back as one weight."""
+    uninterrupted = runs.run(changes=FULL)
+    runs.interrupt(changes=FULL)
+    checkpoint = load_file(runs.checkpoints()[-1] / "model.safetensors")
+    assert {tensor.dtype for tensor in checkpoint.values()} == {torch.float32}
+    shutil.copytree(runs.base, runs.folder / "other")
+    other = load_file(runs.base / "model.safetensors")
+    other["model.norm.weight"] += 1
+    save_file(other, runs.folder / "other/model.safetensors", metadata={"format": "pt"})
+    with caplog.at_level(logging.INFO, "lathe"):
+        Runs(runs.folder / "other", runs.folder / "of_other", runs.scratch).run(changes=FULL)
+        assert "going on after step" not in caplog.text
+        assert runs.run(changes=FULL) == uninterrupted
+    assert "going on after step" in caplog.text
+
+
 def test_the_best_evaluation_before_the_interruption_is_remembered(runs, caplog):
     changes: dict[str, Any] = {"load_best_model_at_end": True, "early_stopping_patience": 6, "eval_steps": 1}
     # As in test_best: best at step 5.
@@ -145,6 +168,7 @@ def test_the_best_evaluation_before_the_interruption_is_remembered(runs, caplog)
 @pytest.mark.parametrize(
     "changes",
     [
+        {**FULL, "load_best_model_at_end": True, "eval_steps": 3},
         {"lora.modules_to_save": ["lm_head"], "lora.use_rslora": True},
         {"lora.use_dora": True, "optim": "adamw_torch", "precision": "fp32"},
         {"quantization.load_in_4bit": False, "optim": "adamw_8bit"},

@@ -80,8 +80,20 @@ def encoded(model: Path) -> Sequence[Encoded]:
     return encode(load_tokenizer(model), [row["messages"] for row in SPLITS["train"]], supervise="all")
 
 
-def test_every_tensor_of_the_adapter_moves(trained):
-    first, second = weights(trained()), weights(trained(learning_rate=0.02))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_dora": True, "modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "lm_head", "norm"]},
+        {"modules_to_save": ["layers.0.mlp"], "load_in_4bit": False},
+    ],
+    ids=str,
+)
+def test_every_tensor_of_the_adapter_moves(trained, changes):
+    first, second = weights(trained(**changes)), weights(trained(learning_rate=0.02, **changes))
+    for name in changes.get("modules_to_save", []):
+        assert any(f"{name}." in tensor for tensor in first), name
     for name, tensor in first.items():
         assert tensor.dtype == torch.float32, name
         # Both began at the same values; a tensor that does not move is the same whatever the rate.
@@ -172,9 +184,24 @@ def test_only_the_answers_carry_loss(small_model):
             {"target_modules": ["q_proj", "query"]},
             "lora.target_modules: 'query' matches no layer; this model's layers:",
         ),
-        ({"target_modules": r".*\.query"}, r"lora.target_modules: the expression '.*\\.query' matches no layer"),
+        ({"target_modules": r".*\.query"}, r"lora.target_modules is '.*\\.query'; it matches no layer"),
         ({"target_modules": "("}, "lora.target_modules is '('; not a regular expression"),
+        ({"target_modules": r".*mlp.*"}, "it matches model.layers.0.mlp, a LlamaMLP, which LoRA cannot update;"),
+        ({"target_modules": ["act_fn"]}, "it matches model.layers.0.mlp.act_fn, a SiLUActivation, which LoRA cannot"),
+        ({"target_modules": r".*norm"}, "it matches model.layers.0.input_layernorm, a LlamaRMSNorm, which LoRA"),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]},
+            "lora.target_modules is ['q_proj']; it matches no layer besides those in modules_to_save;",
+        ),
         ({"modules_to_save": ["head"]}, "lora.modules_to_save: 'head' matches no layer"),
+        ({"modules_to_save": ["act_fn"]}, "matches model.layers.0.mlp.act_fn, a SiLUActivation without weights;"),
+        ({"modules_to_save": ["gate_proj"]}, "model.layers.0.mlp.gate_proj, whose 4-bit weights cannot be trained;"),
+        ({"modules_to_save": ["mlp", "up_proj"]}, "model.layers.0.mlp.up_proj, which lies in model.layers.0.mlp,"),
+        (
+            {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+            "lora.modules_to_save: 'lm_head' is in lora.target_modules too;",
+        ),
+        ({"target_modules": ["q_proj", "lm_head"]}, "it matches lm_head, the output head, of which TRL"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(trained, changes, message):
@@ -202,11 +229,18 @@ def test_the_rows_named_are_those_of_the_step(small_model):
 
 
 @pytest.mark.parametrize(
-    ("rate", "weights", "warned"),
-    [(6e-3, 2_000_000, False), (6e-3, 600_000_000, True), (2e-4, 8_000_000_000, False), (1e-7, 2_000_000, True)],
+    ("rate", "weights", "tuning", "warned"),
+    [
+        (6e-3, 2_000_000, "lora", False),
+        (6e-3, 600_000_000, "lora", True),
+        (2e-4, 8_000_000_000, "lora", False),
+        (1e-7, 2_000_000, "lora", True),
+        (1e-3, 600_000_000, "full", True),
+        (1e-5, 8_000_000_000, "full", False),
+    ],
 )
-def test_a_rate_that_fits_another_size_of_model_is_warned_of(rate, weights, warned):
-    assert (unusual_rate(rate, weights=weights) is not None) == warned
+def test_a_rate_that_fits_another_size_of_model_is_warned_of(rate, weights, tuning, warned):
+    assert (unusual_rate(rate, weights=weights, tuning=tuning) is not None) == warned
 
 
 def test_the_curves_have_one_point_per_logged_step(trained, tmp_path):

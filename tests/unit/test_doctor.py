@@ -268,7 +268,7 @@ def test_memory_is_held_against_the_estimate(qwen, memory, status, said):
     assert finding.details["available"] == memory
 
 
-@pytest.mark.parametrize(("disk", "status"), [(100 * GB, "ok"), (13 * GB // 2, "warning"), (2 * GB, "fail")])
+@pytest.mark.parametrize(("disk", "status"), [(100 * GB, "ok"), (7 * GB, "warning"), (2 * GB, "fail")])
 def test_disk_is_held_against_every_output(qwen, repository, disk, status):
     configured(repository, '[cache]\n    type = "hardlink,symlink"\n')
     _, finding = doctor.check_model(with_model(qwen), circumstances(repository, disk=disk))

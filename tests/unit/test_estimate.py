@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ import torch
 from lathe import gguf, params, paths
 from lathe.errors import InputError
 from lathe.estimate import (
+    OPTIMIZER_BYTES,
     TrainingMemory,
     estimate_disk,
     estimate_training_memory,
@@ -82,6 +83,10 @@ def sections(**changed: Any) -> params.Params:
     return CONFIG.model_copy(update=changed)
 
 
+def of_types(*types: str) -> params.Params:
+    return sections(quantize=changed(CONFIG.quantize, types=list(types)))
+
+
 def changed(section: Any, **values: Any) -> Any:
     return section.model_copy(update=values)
 
@@ -121,9 +126,26 @@ def test_the_adapter_is_counted_as_training_makes_it(small_model, choice):
     assert memory.gradients == 4 * trained
 
 
+def test_under_full_tuning_every_weight_is_trained_and_none_frozen():
+    whole = sections(training=changed(TRAINING, tuning="full", max_length=64), quantization=WITHOUT_4BIT)
+    memory, disk = estimate_training_memory(QWEN, whole), estimate_disk(QWEN, whole)
+    weights = disk["models/base"]
+    assert weights is not None
+    assert memory.adapter == memory.gradients == memory.optimizer / 2 == 4 * weights / 2  # stored in bf16
+    assert memory.weights < weights / 1000  # buffers
+    assert disk["models/adapter"] == weights
+    assert disk[".scratch/train"] == 3 * 12 * weights / 2
+    said = explain(memory, whole.training, WITHOUT_4BIT)
+    assert re.fullmatch("most of it is adapter, gradients and optimizer, .*; set training.tuning to lora", said), said
+
+
+def test_every_optimizer_has_its_states_counted():
+    assert OPTIMIZER_BYTES.keys() == set(get_args(params.Training.model_fields["optim"].annotation))
+
+
 def test_published_sizes_are_met():
     """Parameters of Qwen3-0.6B and -8B as their cards give them; the published Q4_K_M files have 397 and 5,027 MB."""
-    small, large = (estimate_disk(config, CONFIG.lora, CONFIG.merge, ["Q4_K_M"]) for config in (QWEN3_600M, QWEN3_8B))
+    small, large = (estimate_disk(config, of_types("Q4_K_M")) for config in (QWEN3_600M, QWEN3_8B))
     assert small["models/base"] == 2 * 596_049_920
     assert large["models/base"] == 2 * 8_190_735_360
     assert small["models/gguf/Q4_K_M.gguf"] == pytest.approx(397e6, rel=0.03)
@@ -131,7 +153,7 @@ def test_published_sizes_are_met():
 
 
 def test_what_the_data_alone_decides_is_not_estimated():
-    disk = estimate_disk(QWEN, CONFIG.lora, CONFIG.merge, ["Q8_0"])
+    disk = estimate_disk(QWEN, of_types("Q8_0"))
     assert [path for path, size in disk.items() if size is None] == ["data/raw", "data/processed", "data/generated"]
 
 
@@ -141,7 +163,7 @@ def test_gguf_files_have_the_estimated_size(small_model, tmp_path):
     folder = random_model(tmp_path, {**LLAMA, **wide, "vocab_size": 8000}, small_model)
     source, target = tmp_path / "f16.gguf", tmp_path / "quantized.gguf"
     gguf.convert(folder, source, outtype="f16", llama_cpp=paths.LLAMA_CPP, metadata={})
-    disk = estimate_disk(folder, CONFIG.lora, CONFIG.merge, types)
+    disk = estimate_disk(folder, of_types(*types))
     assert disk["models/gguf/merged-f16.gguf"] == pytest.approx(source.stat().st_size, rel=0.03)
     for name in types:
         gguf.quantize(source, target, type=name, threads=2)
@@ -279,6 +301,8 @@ def test_more_trainings_take_what_was_estimated(small_model, tmp_path):
         "large": {"config": large},
         "large, checkpointing": {"config": large, "training": {"gradient_checkpointing": True}},
         "DoRA": {"config": QWEN, "lora": {"use_dora": True}},
+        "full": {"config": QWEN, "training": {"tuning": "full"}},
+        "full, checkpointing": {"config": LLAMA, "training": {"tuning": "full", "gradient_checkpointing": True}},
     }
     for name, (measured, expected) in trainings(cases, small_model, tmp_path).items():
         assert 0.8 < measured / expected < 1.25, f"{name}: {measured / 1e6:.0f} MB, not {expected / 1e6:.0f}"

@@ -70,6 +70,7 @@ VARIANTS = {
         stays_tied=True,
     ),
     "norms saved": Variant("untied", {"target_modules": ATTENTION, "modules_to_save": ["norm", "q_norm"]}),
+    "a block saved": Variant("untied", {"target_modules": LINEAR, "modules_to_save": ["layers.1.mlp"]}),
     "lora on head": Variant("untied", {"target_modules": [*ATTENTION, "lm_head"]}),
     "lora on embeddings": Variant("untied", {"target_modules": [*ATTENTION, "embed_tokens"]}, rounded_twice=EMBEDDINGS),
     "lora on embeddings, tied": Variant(

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from safetensors.torch import save_model
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lathe.errors import Interrupted
 from lathe.training.best import Best
@@ -129,8 +132,13 @@ class Resumable(Trainer):
             self.best.save(written)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # The adapter alone: transformers would add the tokenizer, and its arguments as a pickle.
-        self.model.save_pretrained(output_dir, save_embedding_layers=False, selected_adapters=["default"])
+        # What is trained alone: transformers would add the tokenizer, and its arguments as a pickle.
+        assert output_dir
+        if isinstance(self.model, PeftModel):
+            self.model.save_pretrained(output_dir, save_embedding_layers=False, selected_adapters=["default"])
+        else:
+            Path(output_dir).mkdir(exist_ok=True)
+            save_model(self.model, str(Path(output_dir) / SAFE_WEIGHTS_NAME))  # a tied weight once
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PrinterCallback, set_seed
 from transformers.utils import is_liger_kernel_available
@@ -15,6 +15,7 @@ from transformers.utils import is_liger_kernel_available
 from lathe import memory
 from lathe.errors import InputError
 from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, resolve_precision
+from lathe.model_folder import open_model
 from lathe.params import Params
 from lathe.training.attention import check_attention
 from lathe.training.best import Best
@@ -24,6 +25,7 @@ from lathe.training.frozen import digests
 from lathe.training.resume import Resumable
 from lathe.training.setting import Setting
 from lathe.training.speed import Speed
+from lathe.training.whole import by_base_names, save_whole
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class Trained:
     """What a training left to record beside the adapter."""
 
     frozen: dict[str, str]  # name of every frozen tensor -> SHA-256 of its bytes, the same before and after
+    trained_tensors: int
     speeds: dict[str, float]  # of the last phase, such as {"tokens_per_second": 812.5}
 
 
@@ -54,8 +57,9 @@ def train(
     speed: Path | None = None,
     scratch: Path | None = None,
 ) -> Trained:
-    """Train an adapter for `base` on the rows of `splits["train"]` and save it into the empty folder `adapter`.
+    """Train on the rows of `splits["train"]` and save what was trained into the empty folder `adapter`.
 
+    That is an adapter for `base` as PEFT saves it, or under full tuning all of its weights (`lathe.training.whole`).
     The curves go to the dvclive folder `metrics`, those that vary from run to run to the folder `speed`;
     `splits["validation"]` is evaluated every `eval_steps`.
     Every `save_steps` a checkpoint goes to the folder `scratch`, from where the same training goes on if it was
@@ -68,13 +72,18 @@ def train(
     check_attention(training.attn_implementation, precision=precision)
     _check_liger(training.use_liger_kernel)
     Best(training)  # whether the method has the metric that is asked for
-    check_adapter(base, params.lora)
+    full = training.tuning == "full"
+    if not full:
+        check_adapter(base, params.lora)
     set_seed(params.seed)  # before the model and the adapter are made
     tokenizer = load_tokenizer(base)
-    model = load_base(base, params.quantization, precision=precision)
-    if warning := unusual_rate(training.learning_rate, weights=model.num_parameters()):
+    model = load_base(base, params.quantization, precision="fp32" if full else precision)
+    if warning := unusual_rate(training.learning_rate, weights=model.num_parameters(), tuning=training.tuning):
         logger.warning(warning)
-    model = add_adapter(model, params.lora)
+    if full:
+        by_base_names(model, open_model(base))  # whether it can be saved, asked before the hours of training
+    else:
+        model = add_adapter(model, params.lora)
     frozen = digests(model)
     phases = _phases(params)
     claims: list[Checkpoints | None] = []
@@ -107,24 +116,33 @@ def train(
         after = digests(model)
         if moved := [name for name, digest in frozen.items() if after[name] != digest]:
             raise RuntimeError(f"training moved {len(moved)} tensors that are frozen, {moved[0]} first")
-        _save(model, adapter)
+        if full:
+            with disk_errors():
+                save_whole(model, base, adapter)
+        else:
+            _save_adapter(model, adapter)
         for checkpoints in claims:
             if checkpoints:
                 checkpoints.remove()
-    return Trained(frozen=frozen, speeds=measured.overall())
+    trained_tensors = sum(parameter.requires_grad for parameter in model.parameters())
+    return Trained(frozen=frozen, trained_tensors=trained_tensors, speeds=measured.overall())
 
 
-def unusual_rate(rate: float, *, weights: int) -> str | None:
-    """Return a warning where `rate` is far from what adapters of models of so many weights are trained with, or None.
+def unusual_rate(rate: float, *, weights: int, tuning: Literal["lora", "full"]) -> str | None:
+    """Return a warning where `rate` is far from what models of so many weights are trained with, or None.
 
     The committed params.yaml is a toy's; its rate ruins a real model, and a real model's rate teaches the toy nothing.
     """
-    # LoRA's usual 1e-5 to 1e-3 is for models from 0.1 B weights; ones of a few million take ten times as much.
+    # LoRA's usual 1e-5 to 1e-3 is for models from 0.1 B weights; ones of a few million take ten times as much. All
+    # weights at once take a tenth of what an adapter takes.
     lowest, highest = (1e-6, 2e-3) if weights >= 100_000_000 else (1e-5, 5e-2)
+    if tuning == "full":
+        lowest, highest = lowest / 10, highest / 10
     if lowest <= rate <= highest:
         return None
+    what = "training all of" if tuning == "full" else "an adapter on"
     return (
-        f"training.learning_rate is {rate:g}; an adapter on {weights / 1e6:,.0f} M weights usually takes {lowest:g} to "
+        f"training.learning_rate is {rate:g}; {what} {weights / 1e6:,.0f} M weights usually takes {lowest:g} to "
         f"{highest:g}; the values in params.yaml are a toy's"
     )
 
@@ -201,7 +219,7 @@ def _claimed(scratch: Path | None, decides: dict[str, Any]) -> Iterator[Checkpoi
         yield checkpoints
 
 
-def _save(model: Any, folder: Path) -> None:
+def _save_adapter(model: Any, folder: Path) -> None:
     """Save the adapter alone, without paths and with names in order: equal runs give equal bytes."""
     with disk_errors():
         model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])

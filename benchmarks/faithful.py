@@ -1,0 +1,151 @@
+"""How far each model that the pipeline makes is from the one that was trained: KL divergence, token by token.
+
+python benchmarks/faithful.py [--rows 64]
+
+Takes what the pipeline left in this checkout: models/base, models/adapter, models/merged, every models/gguf/*.gguf,
+and the first rows of data/processed/validation.jsonl. transformers computes in float32, on the weights that each model
+really has: the base in 4 bits where params.yaml trains on it so, in its 16 bits, the merged weights as they are stored.
+llama.cpp computes as it does for `generate`. Counted are the supervised tokens alone, each given all true ones before
+it.
+
+Prints a Markdown table: of each model against its reference, the mean of KL(reference || model) in nats per token and
+its 99th percentile, and the share of tokens at which both rank the same one first.
+"""
+
+import argparse
+import gc
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import machine
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lathe import params, paths
+from lathe.jsonl import read_jsonl
+from lathe.llama import Cache, Model
+from lathe.model import load_base, load_tokenizer
+from lathe.model_folder import left_by_full_tuning
+from lathe.template import Encoded, encode
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a model is from its reference, over `tokens` of them: KL in nats per token, and top-1 agreement."""
+
+    tokens: int
+    mean: float
+    percentile_99: float
+    same_first: float
+
+
+def main() -> None:
+    """Run every model over the same rows, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=64, help="rows of the validation split to run over (default 64)")
+    count = parser.parse_args().rows
+    for folder in (paths.MODEL_BASE, paths.MODEL_ADAPTER, paths.MODEL_MERGED, paths.GGUF, paths.DATA_PROCESSED):
+        if not folder.is_dir():
+            raise SystemExit(f"error: {folder}: no such folder; run the pipeline first: make repro")
+    rows = _rows(count)
+    print(f"{machine.describe()}; {len(rows)} validation rows, {sum(map(_count, rows))} supervised tokens\n")
+    print("| model | against | mean KL, nats/token | 99 % of tokens below | same first token |")
+    print("| --- | --- | ---: | ---: | ---: |")
+    for name, reference, distance in _distances(rows):
+        print(
+            f"| {name} | {reference} | {distance.mean:.1e} | {distance.percentile_99:.1e} | "
+            f"{100 * distance.same_first:.1f} % |",
+            flush=True,
+        )
+
+
+def distance(reference: Iterable[Logits], model: Iterable[Logits]) -> Distance:
+    """Compare logits of the same tokens, (tokens, vocabulary) for each row."""
+    divergences, same = [], []
+    for expected, given in zip(reference, model, strict=True):
+        p, q = (torch.from_numpy(logits).double().log_softmax(-1) for logits in (expected, given))
+        divergences.append((p.exp() * (p - q)).sum(-1))
+        same.append(p.argmax(-1) == q.argmax(-1))
+    nats = torch.cat(divergences)
+    return Distance(len(nats), float(nats.mean()), float(nats.quantile(0.99)), float(torch.cat(same).double().mean()))
+
+
+def of_transformers(model: Any, rows: Sequence[Encoded]) -> Iterator[Logits]:
+    """Yield a model's logits where a supervised token of the row is predicted."""
+    model.eval()
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([row.input_ids]), logits_to_keep=_columns(row)).logits[0]
+        yield logits.float().numpy()
+
+
+def of_gguf(path: Path, rows: Sequence[Encoded], *, threads: int) -> Iterator[Logits]:
+    """Yield the same of a GGUF file, by llama.cpp."""
+    longest = max(len(row.input_ids) for row in rows)
+    with (
+        Model(path) as model,
+        Cache(model, slots=1, length=longest, max_outputs=longest, threads=threads, fewest=2) as cache,
+    ):
+        for row in rows:
+            cache.cut(0, 0)
+            first = int(_columns(row)[0])
+            logits = []
+            while cache.length(0) < len(row.input_ids):
+                logits.append(cache.feed(0, row.input_ids, first_output=first).copy())
+            yield np.concatenate(logits)[_columns(row).numpy() - first]
+
+
+def _rows(count: int) -> Sequence[Encoded]:
+    config = params.load().params
+    rows = itertools.islice(read_jsonl(paths.DATA_PROCESSED / "validation.jsonl"), count)
+    tokenizer = load_tokenizer(paths.MODEL_BASE)
+    return encode(tokenizer, [row["messages"] for row in rows], supervise=config.preprocess.supervise)
+
+
+def _count(row: Encoded) -> int:
+    return sum(row.supervised)
+
+
+def _columns(row: Encoded) -> torch.Tensor:
+    # The token at n is predicted at n - 1.
+    return torch.tensor(row.supervised).nonzero()[:, 0] - 1
+
+
+def _distances(rows: Sequence[Encoded]) -> Iterator[tuple[str, str, Distance]]:
+    threads = torch.get_num_threads()
+    quantization = params.load().params.quantization
+    in_16_bit = quantization.model_copy(update={"load_in_4bit": False})
+    merged = list(of_transformers(load_base(paths.MODEL_MERGED, in_16_bit, precision="fp32"), rows))
+    base = list(of_transformers(load_base(paths.MODEL_BASE, in_16_bit, precision="fp32"), rows))
+    if left_by_full_tuning(paths.MODEL_ADAPTER) is None:
+        trained = list(of_transformers(_adapted(quantization), rows))
+        name = "4-bit base + adapter" if quantization.load_in_4bit else "base + adapter"
+        if quantization.load_in_4bit:
+            exact = list(of_transformers(_adapted(in_16_bit), rows))
+            yield "16-bit base + adapter", name, distance(trained, exact)
+            yield "merged", "16-bit base + adapter", distance(exact, merged)
+        yield "merged", name, distance(trained, merged)
+        yield "base", name, distance(trained, base)
+    else:
+        yield "base", "merged", distance(merged, base)
+    for file in sorted(paths.GGUF.glob("*.gguf"), key=lambda file: -file.stat().st_size):
+        reference, logits = ("base", base) if file.name.startswith("base-") else ("merged", merged)
+        yield file.name, reference, distance(logits, of_gguf(file, rows, threads=threads))
+
+
+def _adapted(quantization: params.Quantization) -> Any:
+    from peft import PeftModel
+
+    gc.collect()
+    base = load_base(paths.MODEL_BASE, quantization, precision="fp32")
+    return PeftModel.from_pretrained(base, paths.MODEL_ADAPTER)
+
+
+if __name__ == "__main__":
+    main()
