@@ -4,23 +4,30 @@ reads   models/base/, data/processed/, params.yaml: seed, training, sft, dpo, gr
         preprocess.supervise
 writes  models/adapter/, metrics/train/ (curves, last values, freeze_proof.json), metrics/speed/
 
+training.launcher says in how many processes; of several machines only the first, where DVC runs, writes.
 Interrupted, it goes on from its last checkpoint in .scratch/train/ when it is run again.
 """
 
+from contextlib import nullcontext
+
 import _path  # noqa: F401
 
-from lathe import memory, model_folder, paths, stage, track
+from lathe import launch, memory, model_folder, paths, stage, track
 from lathe.params import Config
 from lathe.stage import Speeds
 
 
-def main(config: Config) -> Speeds:
+def main(config: Config, machine_rank: int | None) -> Speeds:
     model_folder.check_length(paths.MODEL_BASE, config.params.training.max_length)
+    if launch.is_needed(config.params.training.launcher, machine_rank):
+        return launch.run(config.params.training.launcher, __file__, machine_rank=machine_rank)
 
     from lathe.jsonl import read_jsonl
+    from lathe.training import ranks
     from lathe.training.run import train
 
-    with memory.explained(paths.MODEL_BASE, config.params), paths.whole_folder(paths.MODEL_ADAPTER) as folder:
+    adapter = paths.whole_folder(paths.MODEL_ADAPTER) if launch.is_main() else nullcontext(paths.MODEL_ADAPTER)
+    with memory.explained(paths.MODEL_BASE, config.params), adapter as folder:
         trained = train(
             paths.MODEL_BASE,
             {split: read_jsonl(paths.DATA_PROCESSED / f"{split}.jsonl") for split in ("train", "validation")},
@@ -30,10 +37,12 @@ def main(config: Config) -> Speeds:
             speed=paths.METRICS / "speed",
             scratch=paths.SCRATCH / "train",
         )
-    proof = {"trained_tensors": trained.trained_tensors, "frozen_tensors": len(trained.frozen), "moved": []}
-    track.write_json(paths.METRICS / "train/freeze_proof.json", {**proof, "sha256": trained.frozen})
+    if launch.is_main():
+        proof = {"trained_tensors": trained.trained_tensors, "frozen_tensors": len(trained.frozen), "moved": []}
+        track.write_json(paths.METRICS / "train/freeze_proof.json", {**proof, "sha256": trained.frozen})
+    ranks.leave()
     return trained.speeds
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    stage.run_on_machines(main)

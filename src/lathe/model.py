@@ -75,7 +75,7 @@ def load_base(folder: Path, quantization: Quantization, *, precision: str) -> An
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=DTYPES[precision],

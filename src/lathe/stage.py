@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from lathe import track
+from lathe import launch, track
 from lathe.errors import InputError, Interrupted
 from lathe.params import Config, load
 
@@ -33,6 +35,22 @@ def run(main: Callable[[Config], Speeds | None]) -> None:
     name, parser = _parser(main)
     parser.parse_args()
     guard(lambda: _timed(name, None, lambda: main(load())))
+
+
+def run_on_machines(main: Callable[[Config, int | None], Speeds | None]) -> None:
+    """Run a stage that several machines may share; which of them this is may be said on the command line."""
+    name, parser = _parser(main)
+    parser.add_argument(
+        "--machine_rank",
+        type=int,
+        metavar="N",
+        help="this machine's number where several take part, from 0 (default: as training.launcher says)",
+    )
+    machine_rank = parser.parse_args().machine_rank
+    if machine_rank:  # the first machine writes the timings
+        guard(lambda: main(load(), machine_rank))
+    else:
+        guard(lambda: _timed(name, None, lambda: main(load(), machine_rank)))
 
 
 def run_items(main: Callable[[Config, str], Speeds | None], items: Callable[[Config], list[str]]) -> None:
@@ -59,23 +77,26 @@ def run_items(main: Callable[[Config, str], Speeds | None], items: Callable[[Con
 def guard(action: Callable[[], object]) -> None:
     """Run `action`; answer bad input, or a disk that takes no more, in one line with exit code 2, Ctrl-C with 130."""
     _set_up_logging()
-    if "DVC_STAGE" in os.environ:  # run by DVC; one that is run by hand may outlive its terminal
+    # Run by DVC or a launcher; a script that is run by hand may outlive its terminal.
+    if "DVC_STAGE" in os.environ or launch.is_worker():
         end_with_parent()
     try:
         action()
     except InputError as error:
-        sys.exit(_refuse(error))
+        _end(error, 2)
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
         where = error.filename2 or error.filename or "the disk"
-        sys.exit(_refuse(InputError(f"{where}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}")))
+        _end(InputError(f"{where}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"), 2)
     except Interrupted as error:
-        print(error, file=sys.stderr)  # noqa: T201
-        sys.exit(128 + error.signal)
+        _end(error, 128 + error.signal)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
+        _end("interrupted", 130)
+    except Exception:
+        if not launch.is_worker():
+            raise
+        launch.tell(traceback.format_exc(), 1)
 
 
 def end_with_parent() -> None:
@@ -83,6 +104,15 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def _end(reason: object, code: int) -> NoReturn:
+    if launch.is_worker():
+        launch.tell(str(reason), code)
+    if isinstance(reason, InputError):
+        sys.exit(_refuse(reason))
+    print(reason, file=sys.stderr)  # noqa: T201
+    sys.exit(code)
 
 
 def _refuse(error: InputError) -> int:
@@ -106,6 +136,10 @@ def _parser(main: Callable[..., object]) -> tuple[str, argparse.ArgumentParser]:
 def _timed(name: str, item: str | None, action: Callable[[], Speeds | None], items: Sequence[str] = ()) -> None:
     started = time.perf_counter()
     speeds = action() or {}
+    if launch.is_worker():
+        if launch.is_main():
+            launch.hand_over({"peak_memory_bytes": track.peak_memory_bytes(), **speeds})
+        return
     track.write_timings(name, item, seconds=time.perf_counter() - started, speeds=speeds, items=items)
 
 
@@ -115,7 +149,7 @@ def _set_up_logging() -> None:
     if level not in known:
         sys.exit(_refuse(InputError(f"LATHE_LOG_LEVEL is {level!r}; must be one of {', '.join(known)}")))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("lathe").setLevel(level)
+    logging.getLogger("lathe").setLevel(level if launch.is_main() else logging.ERROR)
     if level != "DEBUG":  # what the user can do nothing about
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

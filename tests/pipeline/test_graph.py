@@ -15,7 +15,16 @@ from dvc.repo import Repo
 from lathe import params, paths
 
 # What only carries things about cannot change an output, and must not re-run a stage when it gains a key.
-INFRASTRUCTURE = {"lathe", "lathe.errors", "lathe.memory", "lathe.params", "lathe.paths", "lathe.stage", "lathe.track"}
+INFRASTRUCTURE = {
+    "lathe",
+    "lathe.errors",
+    "lathe.launch",
+    "lathe.memory",
+    "lathe.params",
+    "lathe.paths",
+    "lathe.stage",
+    "lathe.track",
+}
 
 
 @pytest.fixture(scope="module")

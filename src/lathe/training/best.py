@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from lathe.errors import InputError
 from lathe.params import Training
+from lathe.training.shards import fill, trained
 
 WEIGHTS = "best.safetensors"
 
@@ -44,7 +45,7 @@ class Best:
     def note(self, model: Any, state: Any) -> None:
         """Copy the weights if the evaluation just logged is the best."""
         if self.keeps and self._best(state)[0] == state.global_step:
-            self.weights = {name: parameter.detach().cpu().clone() for name, parameter in _trained(model)}
+            self.weights = {name: tensor.cpu().clone() for name, tensor in trained(model).items()}
 
     def out_of_patience(self, state: Any) -> bool:
         """Tell whether the last `early_stopping_patience` evaluations brought nothing better."""
@@ -59,9 +60,9 @@ class Best:
     def put_back(self, model: Any, state: Any) -> None:
         """Give the model the best weights, where they are kept and are not those of the last step."""
         if self.keeps and self._best(state)[0] != state.global_step:
-            with torch.no_grad():
-                for name, parameter in _trained(model):
-                    parameter.copy_(self.weights[name])
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    fill(parameter, self.weights[name])
 
     def kept(self, state: Any) -> dict[str, dict[str, float]]:
         """Return the step and the metric of the evaluation whose weights are kept; nothing where the last ones are."""
@@ -88,7 +89,3 @@ class Best:
 
     def _values(self, state: Any) -> list[tuple[int, float]]:
         return [(entry["step"], entry[self.logged]) for entry in state.log_history if self.logged in entry]
-
-
-def _trained(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -22,6 +22,9 @@ from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
+from lathe import launch
+from lathe.training import ranks
+
 logger = logging.getLogger(__name__)
 
 DIGESTS = "sha256.json"  # written last: a checkpoint without it was never finished
@@ -36,14 +39,21 @@ RESULT = "result"
 
 
 class Checkpoints:
-    """The checkpoints of one training, which this process holds the lock of."""
+    """The checkpoints of one training, which this process, or rank 0 of several, holds the lock of.
 
-    def __init__(self, folder: Path, lock: TextIO) -> None:
+    Of several processes all call the same methods.
+    """
+
+    def __init__(self, folder: Path, lock: TextIO | None) -> None:
         self.folder = folder
         self.lock = lock
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint that is whole; None where there is none."""
+        found: Path | None = ranks.from_main(self._newest() if launch.is_main() else None)
+        return found
+
+    def _newest(self) -> Path | None:
         for checkpoint in reversed(self._listed()):
             if _is_whole(checkpoint):
                 return checkpoint
@@ -53,20 +63,28 @@ class Checkpoints:
     def result(self) -> Path | None:
         """Return what this training ended with; None where it has not ended."""
         result = self.folder / RESULT
-        return result if _is_whole(result) else None
+        return result if ranks.from_main(launch.is_main() and _is_whole(result)) else None
 
     @contextmanager
     def saving(self) -> Iterator[Path]:
         """Yield a folder to write a `checkpoint-<step>` or the RESULT into; it is kept once it is whole."""
         partial = self.folder / ".partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if launch.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        ranks.wait()
         try:
             with disk_errors():
                 yield partial
         except OSError:
-            shutil.rmtree(partial)  # or a full disk stays full
+            shutil.rmtree(partial, ignore_errors=True)  # or a full disk stays full
             raise
+        ranks.wait()
+        if launch.is_main():
+            self._keep(partial)
+        ranks.wait()
+
+    def _keep(self, partial: Path) -> None:
         for written in partial.iterdir():
             digests = {file.name: _digest(file) for file in sorted(written.iterdir())}
             (written / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
@@ -78,13 +96,15 @@ class Checkpoints:
 
     def announce_stop(self) -> None:
         """Tell who asks for the lock that it is free in a moment."""
-        self.lock.write(STOPPING)
-        self.lock.flush()
+        if self.lock:
+            self.lock.write(STOPPING)
+            self.lock.flush()
 
     def remove(self) -> None:
         """Remove them all: the training has ended well."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        Path(self.lock.name).unlink()
+        if self.lock:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            Path(self.lock.name).unlink()
 
     def _listed(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint-*"), key=step_of)

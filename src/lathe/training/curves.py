@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback
 
+from lathe import launch
 from lathe.errors import InputError
 from lathe.training.speed import Speed
 
@@ -33,21 +34,23 @@ NOT_SUMMED_UP = ("grad_norm", "learning_rate")
 
 
 class Curves:
-    """The dvclive folders of one training; as a context manager it writes the last state on success."""
+    """The dvclive folders of one training; as a context manager it writes the last state on success.
+
+    Of several processes rank 0 alone writes; the others see the same values, and refuse the same.
+    """
 
     def __init__(self, folder: Path, speed: Path | None = None) -> None:
         """Begin both folders anew: `folder`, and `speed` for what varies from run to run."""
-        self.live = _live(folder)
-        self.speed = _live(speed) if speed else None
+        self.live = _live(folder) if launch.is_main() else None
+        self.speed = _live(speed) if speed and launch.is_main() else None
 
     def __enter__(self) -> "Curves":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         if kind is None:
-            self.live.end()
-            if self.speed:
-                self.speed.end()
+            for live in filter(None, (self.live, self.speed)):
+                live.end()
 
     def callback(self, prefix: str, speed: Speed) -> TrainerCallback:
         """Return what records a Trainer's logs here, under names that begin with `prefix`."""
@@ -55,8 +58,9 @@ class Curves:
 
     def note(self, values: dict[str, dict[str, float]]) -> None:
         """Put single values beside the last ones of the curves."""
-        self.live.summary.update(values)
-        self.live.make_summary()
+        if self.live:
+            self.live.summary.update(values)
+            self.live.make_summary()
 
 
 class _Recorder(TrainerCallback):
@@ -76,7 +80,7 @@ class _Recorder(TrainerCallback):
             initial=state.global_step,
             desc="training",
             unit="step",
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr.isatty() and launch.is_main()),
         )
         self.started = (state.global_step, time.monotonic())
         for entry in state.log_history:  # of the run that this one goes on from
@@ -108,11 +112,14 @@ class _Recorder(TrainerCallback):
         known = {self.prefix + CURVES[name]: value for name, value in logs.items() if name in CURVES}
         if not known:
             return known
-        live = self.curves.live
-        live.step = step
         for name, value in known.items():
             if "loss" in name and not math.isfinite(value):
                 raise InputError(f"{name} is {value} at step {step}, not a number; lower training.learning_rate")
+        live = self.curves.live
+        if live is None:
+            return known
+        live.step = step
+        for name, value in known.items():
             live.log_metric(name, value)
         summary = live.summary
         for part in f"{self.prefix}train".split("/"):

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 
+from lathe.training.shards import whole
+
 
 def digests(model: Any, *, trained: bool = False) -> dict[str, str]:
     """Return the SHA-256 of the bytes of every tensor that is frozen, or of every trained one, by its name."""
     return {
-        name: _digest(parameter.data)
+        name: _digest(whole(parameter.data))
         for name, parameter in sorted(model.named_parameters())
         if parameter.requires_grad == trained
     }

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from lathe.template import Encoded
 from lathe.training.attention import attention_arguments
+from lathe.training.blanks import without_blanks
 from lathe.training.loss import IGNORED
 
 
@@ -58,7 +59,7 @@ class EndToEnd:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch of these examples."""
-        rows = sorted(_rows(examples), key=lambda row: len(row[0]), reverse=True)
+        rows = sorted(_rows(without_blanks(examples)), key=lambda row: len(row[0]), reverse=True)
         lengths = [len(ids) for ids, _ in rows]
         labels = torch.tensor([[label for _, row in rows for label in row]])
         return {
@@ -80,6 +81,7 @@ class Padded:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch of these examples, padded on the right."""
+        examples = without_blanks(examples)
         longest = max(len(example["input_ids"]) for example in examples)
 
         def padded(name: str, value: int) -> torch.Tensor:

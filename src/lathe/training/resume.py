@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from lathe import launch
 from lathe.errors import Interrupted
+from lathe.training import ranks
 from lathe.training.best import Best
 from lathe.training.checkpoints import RESULT, Checkpoints, step_of
+from lathe.training.shards import state_to_save
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,8 @@ class Resumable(Trainer):
             return
         with self.checkpoints.saving() as folder:
             self._save(str(folder / RESULT))
-            self.state.save_to_json(str(folder / RESULT / TRAINER_STATE_NAME))
+            if launch.is_main():
+                self.state.save_to_json(str(folder / RESULT / TRAINER_STATE_NAME))
 
     def _take_result(self, result: Path) -> None:
         logger.info("this phase was done before: going on behind it")
@@ -89,9 +93,7 @@ class Resumable(Trainer):
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def note(number: int, _: Any) -> None:
-            self.signal = number
-            checkpoints.announce_stop()
-            logger.warning("stopping after this step; once more: at once")
+            self.note_signal(number, checkpoints)
             for each, handler in before.items():
                 signal.signal(each, handler)
 
@@ -102,6 +104,21 @@ class Resumable(Trainer):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def note_signal(self, number: int, checkpoints: Checkpoints) -> None:
+        """Stop after the step at hand."""
+        self.signal = number
+        checkpoints.announce_stop()
+        logger.warning("stopping after this step; once more: at once")
+
+    def heed_signal(self) -> bool:
+        """Tell whether to stop after this step. Signals reach processes at different moments; here they agree."""
+        if self.checkpoints is None:
+            return False
+        agreed = ranks.largest(self.signal or 0)
+        if agreed and not self.signal:
+            self.note_signal(agreed, self.checkpoints)
+        return bool(agreed)
 
     def _stop(self, checkpoints: Checkpoints) -> None:
         newest = checkpoints.newest()
@@ -122,40 +139,54 @@ class Resumable(Trainer):
             finally:
                 self.args.output_dir = usual
             unlogged = {
-                "loss": self._tr_loss.item(),
+                "loss": ranks.gathered(self._tr_loss.item()),  # these by rank
+                "tokens": ranks.gathered(self.trained_tokens),
+                "supervised_tokens": ranks.gathered(self.trained_supervised_tokens),
                 "since": self._globalstep_last_logged,
-                "tokens": self.trained_tokens,
-                "supervised_tokens": self.trained_supervised_tokens,
             }
-            [written] = folder.iterdir()
-            (written / UNLOGGED).write_text(json.dumps(unlogged), encoding="utf-8")
-            self.best.save(written)
+            if launch.is_main():
+                [written] = folder.iterdir()
+                (written / UNLOGGED).write_text(json.dumps(unlogged), encoding="utf-8")
+                self.best.save(written)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what is trained, and nothing of the rest; transformers would gather a sharded base for it."""
+        self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # What is trained alone: transformers would add the tokenizer, and its arguments as a pickle.
         assert output_dir
+        state_dict = state_to_save(self.model)
+        if not launch.is_main():
+            return
         if isinstance(self.model, PeftModel):
-            self.model.save_pretrained(output_dir, save_embedding_layers=False, selected_adapters=["default"])
+            self.model.save_pretrained(
+                output_dir, state_dict=state_dict, save_embedding_layers=False, selected_adapters=["default"]
+            )
         else:
             Path(output_dir).mkdir(exist_ok=True)
-            save_model(self.model, str(Path(output_dir) / SAFE_WEIGHTS_NAME))  # a tied weight once
+            file = str(Path(output_dir) / SAFE_WEIGHTS_NAME)
+            if state_dict is None:
+                save_model(self.model, file)  # a tied weight once
+            else:
+                save_file(state_dict, file)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.unlogged = json.loads((Path(resume_from_checkpoint) / UNLOGGED).read_text(encoding="utf-8"))
-        self.trained_tokens = self.unlogged["tokens"]
-        self.trained_supervised_tokens = self.unlogged["supervised_tokens"]
+        self.trained_tokens = self.unlogged["tokens"][ranks.own()]
+        self.trained_supervised_tokens = self.unlogged["supervised_tokens"][ranks.own()]
         self.best.load(Path(resume_from_checkpoint))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what is given, and beside the loss of steps the tokens that they were trained on."""
         if "loss" in logs:
-            logs = {**logs, "num_tokens": self.trained_tokens}
+            logs = {**logs, "num_tokens": ranks.total([self.trained_tokens])[0]}
         super().log(logs, start_time)
 
     def restore_unlogged_loss(self) -> None:
         """Give the next point of the loss curve the steps before the checkpoint that belong to it."""
-        self._tr_loss: torch.Tensor = torch.tensor(self.unlogged["loss"], device=self.args.device)
+        self._tr_loss: torch.Tensor = torch.tensor(self.unlogged["loss"][ranks.own()], device=self.args.device)
         self._globalstep_last_logged = self.unlogged["since"]
 
 
@@ -179,7 +210,7 @@ class _Saver(TrainerCallback):
         self._heed_signal(state, control)  # one that came during a long evaluation
 
     def _heed_signal(self, state: Any, control: Any) -> None:
-        if self.trainer.signal:
+        if self.trainer.heed_signal():
             control.should_save = control.should_training_stop = True
         if state.global_step >= state.max_steps:
             control.should_save = False  # transformers would go on from there with a step too many

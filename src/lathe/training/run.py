@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import PrinterCallback, set_seed
 from transformers.utils import is_liger_kernel_available
 
-from lathe import memory
+from lathe import launch, memory
 from lathe.errors import InputError
 from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, resolve_precision
 from lathe.model_folder import open_model
 from lathe.params import Params
+from lathe.training import ranks
 from lathe.training.attention import check_attention
 from lathe.training.best import Best
 from lathe.training.checkpoints import Checkpoints, claimed, disk_errors, fingerprint
@@ -24,6 +26,7 @@ from lathe.training.curves import Curves
 from lathe.training.frozen import digests
 from lathe.training.resume import Resumable
 from lathe.training.setting import Setting
+from lathe.training.shards import state_to_save
 from lathe.training.speed import Speed
 from lathe.training.whole import by_base_names, save_whole
 
@@ -67,6 +70,7 @@ def train(
     Raises InputError where a parameter does not fit the model and where the loss is not finite, Interrupted after
     SIGINT or SIGTERM.
     """
+    ranks.join()
     training = params.training
     precision = resolve_precision(training.precision)
     check_attention(training.attn_implementation, precision=precision)
@@ -75,6 +79,11 @@ def train(
     full = training.tuning == "full"
     if not full:
         check_adapter(base, params.lora)
+    if launch.is_sharded() and params.quantization.load_in_4bit:
+        raise InputError(
+            "quantization.load_in_4bit is true; FSDP would leave the 4-bit base whole on every GPU; set it to false, "
+            "or set training.launcher to a DDP configuration"
+        )
     set_seed(params.seed)  # before the model and the adapter are made
     tokenizer = load_tokenizer(base)
     model = load_base(base, params.quantization, precision="fp32" if full else precision)
@@ -116,11 +125,13 @@ def train(
         after = digests(model)
         if moved := [name for name, digest in frozen.items() if after[name] != digest]:
             raise RuntimeError(f"training moved {len(moved)} tensors that are frozen, {moved[0]} first")
-        if full:
+        state = state_to_save(model)
+        if launch.is_main():
             with disk_errors():
-                save_whole(model, base, adapter)
-        else:
-            _save_adapter(model, adapter)
+                if full:
+                    save_whole(model, base, adapter, state)
+                else:
+                    _save_adapter(model, adapter, state)
         for checkpoints in claims:
             if checkpoints:
                 checkpoints.remove()
@@ -197,6 +208,8 @@ def _decides(
         "seed": params.seed,
         "precision": precision,
         "device": device,
+        "processes": ranks.count(),
+        "sharded": launch.is_sharded(),
         "tensors": tensors,
         "texts": {
             file.name: hashlib.sha256(file.read_bytes()).hexdigest()
@@ -215,14 +228,15 @@ def _claimed(scratch: Path | None, decides: dict[str, Any]) -> Iterator[Checkpoi
     if scratch is None:
         yield None
         return
-    with claimed(scratch, fingerprint(decides)) as checkpoints:
-        yield checkpoints
+    with ExitStack() as lock:
+        mine = lock.enter_context(claimed(scratch, fingerprint(decides))) if launch.is_main() else None
+        folder = ranks.from_main(mine.folder if mine else None)
+        yield mine or (Checkpoints(folder, None) if folder else None)
 
 
-def _save_adapter(model: Any, folder: Path) -> None:
+def _save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
     """Save the adapter alone, without paths and with names in order: equal runs give equal bytes."""
-    with disk_errors():
-        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
+    model.save_pretrained(folder, state_dict=state, save_embedding_layers=False, selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form with nothing filled in
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))

@@ -58,6 +58,11 @@ class Setting:
             "eval_strategy": "steps",
             "eval_steps": training.eval_steps,
             "dataloader_pin_memory": not on_cpu,
+            # An expert that no token was sent to has no gradient; other tensors always have one.
+            "ddp_find_unused_parameters": any(
+                "expert" in name for name, each in self.model.named_parameters() if each.requires_grad
+            ),
+            "ddp_broadcast_buffers": False,
             "disable_tqdm": True,  # lathe.training.curves draws the bar
         }
         return shared | own

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from trl import SFTConfig, SFTTrainer
@@ -11,8 +11,10 @@ from trl import SFTConfig, SFTTrainer
 from lathe.errors import InputError
 from lathe.model import unwrapped
 from lathe.template import Encoded, encode
+from lathe.training import ranks
 from lathe.training.attention import separate_rows
 from lathe.training.best import Best
+from lathe.training.blanks import BlanksLast, filled
 from lathe.training.finite import not_finite
 from lathe.training.loss import summed_loss
 from lathe.training.packing import EndToEnd, Padded, model_inputs, packed_dataset, row_dataset
@@ -39,6 +41,8 @@ def trainer(setting: Setting) -> Resumable:
         if packing:
             raise InputError(f"sft.packing is true; {_why_padded(setting)}; set it to false")
         logger.warning("%s: batches are padded, which is slower", _why_padded(setting))
+    train = packed_dataset(rows["train"], max_length=max_length) if packing else row_dataset(rows["train"])
+    processes = ranks.count()
     return AnswerTrainer(
         precision=setting.precision,
         model=setting.model,
@@ -49,12 +53,13 @@ def trainer(setting: Setting) -> Resumable:
                 remove_unused_columns=False,  # the collator needs them all
             )
         ),
-        train_dataset=packed_dataset(rows["train"], max_length=max_length) if packing else row_dataset(rows["train"]),
-        eval_dataset=row_dataset(rows["validation"]),
+        train_dataset=filled(train, processes * training.per_device_train_batch_size),
+        eval_dataset=filled(row_dataset(rows["validation"]), processes * training.per_device_eval_batch_size),
         data_collator=EndToEnd() if end_to_end else Padded(tokenizer.pad_token_id or 0),
         processing_class=tokenizer,
         callbacks=list(setting.callbacks),
         rows=rows["train"],
+        examples=len(train),
         checkpoints=setting.checkpoints,
         save_steps=training.save_steps,
         best=Best(training),
@@ -68,11 +73,13 @@ class AnswerTrainer(Resumable, SFTTrainer):
     step itself.
     """
 
-    def __init__(self, *, precision: str, rows: Sequence[Encoded], **arguments: Any) -> None:
+    def __init__(self, *, precision: str, rows: Sequence[Encoded], examples: int, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.precision = precision
         self.rows = rows
+        self.examples = examples  # of the training split; blank ones follow them
         self.step_batches: list[torch.Tensor] = []  # token ids of the passes of the step at hand
+        self.not_finite: list[tuple[float, torch.Tensor]] = []  # losses and token ids of those that went wrong
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
         """Return bf16 autocast, where the forward pass is in bf16.
@@ -87,25 +94,43 @@ class AnswerTrainer(Resumable, SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the mean negative log-likelihood per supervised token of the whole step, all passes together."""
-        self.trained_tokens += sum(inputs["row_lengths"])
+        self.trained_tokens += sum(inputs["row_lengths"]) if inputs["supervised_tokens"] else 0
         self.trained_supervised_tokens += inputs["supervised_tokens"]
         loss, supervised_tokens = self._summed_loss(model, inputs)
-        return loss / (supervised_tokens if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            return loss / supervised_tokens
+        # Of all processes' passes; gradients are then averaged over the processes, and the loss that is logged too.
+        return loss / num_items_in_batch * self.accelerator.num_processes
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Run one pass, and refuse a loss that is no number, naming step and rows."""
+        """Run one pass, and note a loss that is no number."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise not_finite("loss", loss.item(), self.state.global_step + 1, [inputs["input_ids"]], self.rows)
+            self.not_finite.append((loss.item(), inputs["input_ids"].cpu()))
         self.step_batches.append(inputs["input_ids"])
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
-        if not self.args.fp16 and not torch.isfinite(norm):  # in fp16 the scaler skips such a step and goes on
-            raise not_finite("grad_norm", norm.item(), self.state.global_step + 1, self.step_batches, self.rows)
+        wrong = not self.args.fp16 and not torch.isfinite(norm)  # in fp16 the scaler skips such a step and goes on
+        if ranks.largest(int(wrong or bool(self.not_finite))):
+            self._refuse(norm)
         self.step_batches.clear()
         return norm
+
+    def _refuse(self, norm: torch.Tensor) -> NoReturn:
+        """Say which step and rows gave a loss or gradient that is no number, in all processes alike."""
+        lost = [each for by_rank in ranks.gathered(self.not_finite) for each in by_rank]
+        step = self.state.global_step + 1
+        if lost:
+            raise not_finite("loss", lost[0][0], step, [ids for _, ids in lost], self.rows)
+        batches = ranks.gathered([ids.cpu() for ids in self.step_batches])
+        raise not_finite("grad_norm", norm.item(), step, [ids for by_rank in batches for ids in by_rank], self.rows)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if len(self.train_dataset) == self.examples:
+            return super()._get_train_sampler(train_dataset)
+        return BlanksLast(self.train_dataset, self.examples, self.args.data_seed)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Log the loss per supervised token; the stock loop averages over batches, whatever they hold."""

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from lathe import track
 from lathe.model import unwrapped
+from lathe.training import ranks
 
 # Dense bf16 or fp16 matrix products with float32 sums, in operations per second: NVIDIA's data sheets. A name is looked
 # for in the device's own, in this order.
@@ -33,7 +34,7 @@ PEAK_FLOPS = {
 
 
 class Speed(TrainerCallback):
-    """Counts the seconds of the steps alone, without evaluations and checkpoints."""
+    """Counts the seconds of the steps alone, without evaluations and checkpoints; the tokens of all processes."""
 
     def __init__(self, model: Any, *, precision: str) -> None:
         self.trainer: Any = None
@@ -72,7 +73,8 @@ class Speed(TrainerCallback):
         return self._rates(self.first)
 
     def _counted(self) -> tuple[float, int, int]:
-        return self.seconds, self.trainer.trained_tokens, self.trainer.trained_supervised_tokens
+        tokens, supervised = ranks.total([self.trainer.trained_tokens, self.trainer.trained_supervised_tokens])
+        return self.seconds, tokens, supervised
 
     def _rates(self, before: tuple[float, int, int]) -> dict[str, float]:
         seconds, tokens, supervised = (new - old for new, old in zip(self._counted(), before, strict=True))
@@ -84,7 +86,7 @@ class Speed(TrainerCallback):
         }
         if self.peak:
             done = self.per_token * tokens + self.per_supervised_token * supervised
-            rates["model_flops_utilization"] = round(done / seconds / self.peak, 4)
+            rates["model_flops_utilization"] = round(done / seconds / (self.peak * ranks.count()), 4)
         return rates
 
 

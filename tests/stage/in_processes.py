@@ -1,0 +1,118 @@
+"""Trains the small model in two processes, for test_launch.py: `python in_processes.py WORK.json`, as a user would.
+
+WORK.json: `base`, the trainings (`params`, `rows`, `out`), and what is to go wrong on the second rank, if anything.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from lathe import launch, stage
+from lathe.builtin import commands
+from lathe.errors import InputError
+from lathe.params import Params
+
+WORK = "LATHE_TEST_WORK"
+LAUNCHER = "accelerate launch --config_file experiments/accelerate/cpu-2.yaml"
+
+
+def main() -> None:
+    """Start two workers, or be one."""
+    if not launch.is_worker():
+        os.environ[WORK] = sys.argv[1]
+        launch.run(LAUNCHER, __file__)
+        return
+    work = json.loads(Path(os.environ[WORK]).read_text())
+    if work.get("sharded"):
+        pass_the_cpu_off_as_gpus()
+    if os.environ["RANK"] == "1":
+        go_wrong(work.get("wrong"))
+    for training in work["trainings"]:
+        train_once(Path(work["base"]), training)
+
+    from lathe.training import ranks
+
+    ranks.leave()
+
+
+def train_once(base: Path, training: dict[str, Any]) -> None:
+    """Train on the first rows of the commands, and write what comes back beside the adapter."""
+    from lathe.training.run import train
+
+    rows, out = commands.rows(1), Path(training["out"])
+    if launch.is_main():
+        (out / "adapter").mkdir(parents=True, exist_ok=True)
+    splits = {"train": rows["train"][: training["rows"]], "validation": rows["validation"][:5]}
+    chosen = Params.model_validate(training["params"])
+    trained = train(base, splits, out / "adapter", out / "metrics", params=chosen, scratch=out / "scratch")
+    if launch.is_main():
+        (out / "trained.json").write_text(json.dumps({"frozen": trained.frozen, "kind": kind()}))
+
+
+def kind() -> str:
+    """Return how accelerate spread the last training over processes."""
+    from accelerate import PartialState
+
+    return str(PartialState().distributed_type.value)
+
+
+def go_wrong(how: str | None) -> None:
+    """Fail before the training, poison its second loss, or get a signal in its fourth step."""
+    if how == "refuses":
+        raise InputError("the second rank refuses")
+    if how == "crashes":
+        raise ZeroDivisionError("the second rank crashes")
+    if how == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how not in {"computes nan", "is told to stop"}:
+        return
+    from lathe.training import sft
+
+    calls = iter(range(1000))
+    if how == "computes nan":
+        right = sft.summed_loss
+
+        def poisoned(*given: Any) -> Any:
+            return right(*given) * (float("nan") if next(calls) == 1 else 1)
+
+        sft.summed_loss = poisoned  # type: ignore[assignment]
+    else:
+        usual = sft.AnswerTrainer._clip_grad_norm
+
+        def interrupted(*given: Any) -> Any:
+            if next(calls) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return usual(*given)
+
+        sft.AnswerTrainer._clip_grad_norm = interrupted  # type: ignore
+
+
+def pass_the_cpu_off_as_gpus() -> None:
+    """Let accelerate shard a model over processes on a CPU, which torch can and accelerate does not offer."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ["FSDP_VERSION"] = "2"
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+    os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "true"
+
+    def backend(*_: Any) -> tuple[str, DistributedType]:
+        return "gloo", DistributedType.MULTI_GPU
+
+    def use_cpu(state: Any) -> None:
+        state.device = torch.device("cpu")
+
+    torch.distributed.init_process_group("gloo")
+    PartialState._prepare_backend = backend
+    PartialState.set_device = use_cpu
+    PartialState.wait_for_everyone = lambda _: torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    stage.guard(main)
