@@ -1,6 +1,7 @@
 """Say beforehand what training will take: optimizer steps, and memory at its worst moment.
 
-reads   models/base/config.json, metrics/preprocess/report.json, params.yaml: training, sft.packing, lora, quantization
+reads   models/base/config.json, metrics/preprocess/report.json, params.yaml: training, sft, dpo, grpo, lora,
+        quantization
 writes  metrics/estimate/training.json
 """
 
@@ -22,7 +23,8 @@ def main(config: Config) -> None:
 
     params = config.params
     splits = json.loads((paths.METRICS / "preprocess/report.json").read_text(encoding="utf-8"))["splits"]
-    steps = training_steps(splits["train"]["sequences"], params.training)
+    train = splits["train"]
+    steps = training_steps(params, rows=train["kept"], sequences=train["sequences"])
     longest = max(splits[name]["tokens"]["total"]["max"] for name in ("train", "validation"))
     memory_bytes = None
     try:
@@ -34,8 +36,8 @@ def main(config: Config) -> None:
             readable_bytes(memory.total),
             explain(memory, params.training, params.quantization),
         )
-    except InputError as error:  # of an architecture that cannot be traced; it may well be trained
-        logger.warning("memory cannot be estimated: %s", error)
+    except InputError as error:  # of a method not measured, or an architecture that cannot be traced; it may train well
+        logger.warning("training takes %d steps; memory cannot be estimated: %s", steps["steps"], error)
     track.write_json(paths.METRICS / "estimate/training.json", {**steps, "memory_bytes": memory_bytes})
 
 

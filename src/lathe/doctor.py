@@ -309,9 +309,13 @@ def check_model(config: "Config", here: Circumstances) -> Findings:
         yield Finding("disk", "warning", "cannot be estimated: as memory")
         return
     disk = estimate_disk(model, params)
-    memory = estimate_training_memory(model, params)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    yield check_memory(memory, params.training, params.quantization, here.free_memory(), device)
+    try:
+        memory = estimate_training_memory(model, params)
+    except InputError as error:
+        yield Finding("memory", "warning", f"cannot be estimated: {error}")
+    else:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        yield check_memory(memory, params.training, params.quantization, here.free_memory(), device)
     if (here.root / "models/base/config.json").is_file():
         disk["models/base"] = 0
     yield from check_disk(here, disk)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lathe.errors import InputError
-from lathe.params import Lora, Params, Quantization, Training
+from lathe.params import Dpo, Lora, Params, Quantization, Training
 from lathe.training.checkpoints import KEPT_CHECKPOINTS
 
 # Bytes of state per trained weight, by the optimizer's name in transformers: AdamW keeps two moments and Lion one, in
@@ -99,17 +99,30 @@ class TrainingMemory:
         return self.weights + self.adapter + self.optimizer + max(step, self.evaluation)
 
 
-def training_steps(sequences: int, training: Training) -> dict[str, int]:
+def training_steps(params: Params, *, rows: int, sequences: int) -> dict[str, int | None]:
     """Return the optimizer steps of one epoch and of the whole training, on one device.
 
+    `rows` are those of the training split and `sequences` what supervised fine-tuning makes of them. `sft_steps` are
+    those of the supervised phase before another method, whose own the others are; sampling knows no epochs.
     How many rows share one is known after packing alone: where `sft.packing` is set, these are at most so many.
     """
-    batches = math.ceil(sequences / training.per_device_train_batch_size)
-    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    training, dpo, grpo = params.training, params.dpo, params.grpo
+    supervised = _steps_per_epoch(sequences, training)
+    per_epoch: int | None
+    match training.method:
+        case "sft":
+            steps = training.max_steps or math.ceil(training.num_train_epochs * supervised)
+            return {"sequences": sequences, "steps_per_epoch": supervised, "steps": steps}
+        case "dpo":
+            before, per_epoch = dpo.sft_epochs, _steps_per_epoch(rows, dpo)
+            steps = training.max_steps or math.ceil(dpo.num_train_epochs * per_epoch)
+        case "grpo":
+            before, per_epoch, steps = grpo.sft_epochs, None, grpo.max_steps
     return {
         "sequences": sequences,
+        "sft_steps": math.ceil(before * supervised),
         "steps_per_epoch": per_epoch,
-        "steps": training.max_steps or math.ceil(training.num_train_epochs * per_epoch),
+        "steps": steps,
     }
 
 
@@ -142,11 +155,14 @@ def estimate_training_memory(
     What a kernel uses inside is not seen, and attention is counted as torch's fused kernel for the CPU does it. On a
     GPU the estimate is untested.
 
-    Raises InputError where the model or the adapter cannot be made from the configuration.
+    Raises InputError where the model or the adapter cannot be made from the configuration, and for another method than
+    supervised fine-tuning: what pairs and samples hold has not been measured.
     """
     from lathe.model import resolve_precision
 
     training, lora, quantization = params.training, params.lora, params.quantization
+    if training.method != "sft":
+        raise InputError(f"training.method is {training.method!r}; memory is estimated for 'sft' alone")
     precision = resolve_precision(training.precision)
     length = length or training.max_length
     columns = supervised_tokens or length - 1
@@ -261,6 +277,11 @@ def readable_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:,.0f} {unit}"
     return f"{count / 1e3:.3g} kB"
+
+
+def _steps_per_epoch(examples: int, batches: Training | Dpo) -> int:
+    passes = math.ceil(examples / batches.per_device_train_batch_size)
+    return math.ceil(passes / batches.gradient_accumulation_steps)
 
 
 def _less(key: str, rows: int) -> str:

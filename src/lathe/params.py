@@ -154,7 +154,18 @@ class Dpo(Section):
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "sppo_hard"] = entry(
         "loss of a pair, by its name in TRL"
     )
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = entry("share of pairs taken to be the wrong way round")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = entry(
+        "share of pairs taken to be the wrong way round, by the loss robust"
+    )
+
+    @model_validator(mode="after")
+    def _smoothed(self) -> "Dpo":
+        if self.label_smoothing and self.loss_type != "robust":
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}, which the loss {self.loss_type} does not know; "
+                "set it to 0, or loss_type to robust"
+            )
+        return self
 
 
 class Reward(Section):

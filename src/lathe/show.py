@@ -5,6 +5,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -37,7 +38,13 @@ def show(split: str, *, rows: int, row: int | None, ids: bool, supervise: Litera
             out.write(f"{file.name}:{number}{of}: {tokens} tokens, {learnt} of them learnt\n")
             out.write(_tokens(tokenizer, sequence, marks) if ids else _text(tokenizer, sequence, marks))
         if "rejected" in conversation:
-            out.write(f"not learnt, rejected: {_printable(str(conversation['rejected'][0]['content']))}\n")
+            (worse,) = encode(
+                tokenizer, [[*conversation["messages"][:-1], *conversation["rejected"]]], supervise="last"
+            )
+            answer = _printable(str(conversation["rejected"][0]["content"]))
+            out.write(f"to be rejected, {sum(worse.supervised)} tokens: {answer}\n")
+            if ids:
+                out.write(_tokens(tokenizer, _answer(worse), ("", "")))
         out.write("\n")
 
 
@@ -57,6 +64,11 @@ def _rows(file: Path, count: int, row: int | None) -> Iterator[tuple[int, dict[s
         if row and not number:
             held = sum(1 for _ in file.open(encoding="utf-8"))
             raise InputError(f"--row {row}: {file.relative_to(paths.ROOT)} has {held} rows; give a number up to that")
+
+
+def _answer(sequence: Any) -> Any:
+    start = sequence.supervised.index(True)
+    return replace(sequence, input_ids=sequence.input_ids[start:], supervised=sequence.supervised[start:])
 
 
 def _text(tokenizer: Any, sequence: Any, marks: tuple[str, str]) -> str:

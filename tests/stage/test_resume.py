@@ -164,6 +164,23 @@ def test_the_best_evaluation_before_the_interruption_is_remembered(runs, caplog)
     assert "going on after step" in caplog.text
 
 
+def test_a_training_on_pairs_goes_on_exactly_in_either_phase(runs):
+    """The reference of the pairs is what the supervised phase left, whoever has run that phase."""
+    changes = {
+        "method": "dpo",
+        "dpo.sft_epochs": 1.0,
+        "dpo.per_device_train_batch_size": 2,
+        "dpo.gradient_accumulation_steps": 2,
+        "dpo.learning_rate": 0.01,
+    }
+    uninterrupted = runs.run(changes=changes)
+    assert "interrupted at step" in runs.interrupt(after=3, changes=changes)
+    assert not list(runs.scratch.glob("*/result")), "the first phase was to be interrupted"
+    assert " of 12; " in runs.interrupt(after=9, changes=changes)
+    assert list(runs.scratch.glob("*/result")), "the second phase was to be interrupted"
+    assert runs.run(changes=changes) == uninterrupted
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import shutil
 import sys
 
@@ -11,6 +12,7 @@ from ruamel.yaml import YAML
 
 from lathe import paths, show
 from lathe.errors import InputError
+from lathe.model import load_tokenizer
 
 ROWS = [
     [{"role": "user", "content": f"switch on lamp {n}"}, {"role": "assistant", "content": f'{{"lamp": {n}}}'}]
@@ -92,8 +94,18 @@ def test_a_row_cannot_steer_the_terminal_and_its_rejected_answer_is_told_apart(p
     write(processed, [{"messages": chat, "rejected": [{"role": "assistant", "content": "worse\x07"}]}])
     text = shown()
     assert "a\\x1b[2Jb\\rc" in text
-    assert "not learnt, rejected: worse\\x07\n" in text
+    assert re.search(r"^to be rejected, \d+ tokens: worse\\x07$", text, re.MULTILINE)
     assert not {"\x1b", "\r", "\x07"} & set(text)
+
+
+def test_the_token_ids_of_an_answer_to_reject_are_shown_too(processed):
+    write(processed, [{"messages": ROWS[0], "rejected": [{"role": "assistant", "content": "worse"}]}])
+    _, said = shown(ids=True).split("to be rejected, ")
+    count, _, lines = said.partition(" tokens: worse\n")
+    tokenizer = load_tokenizer(processed / "models/base")
+    tokens = [int(line.split()[0]) for line in lines.splitlines() if line]
+    assert len(tokens) == int(count)
+    assert tokenizer.decode(tokens).strip() == f"worse{tokenizer.eos_token}"
 
 
 @pytest.mark.parametrize(

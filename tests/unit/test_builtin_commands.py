@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from itertools import combinations
 
 import pytest
@@ -82,6 +83,40 @@ def test_every_answer_is_something_the_device_can_do(rows):
             assert 0 <= int(hour) < 24
             assert 0 <= int(minute) < 60
             assert len(minute) == 2
+
+
+def test_every_rejected_answer_has_the_form_of_an_answer_and_is_wrong(rows):
+    order = ["action", "device", "room", "value", "delay", "time"]
+    for row in _all(rows):
+        (message,) = row["rejected"]
+        rejected = json.loads(message["content"])
+        assert message == {"role": "assistant", "content": commands.compact_json(rejected)}
+        assert rejected != _answer(row)
+        if "error" in rejected:
+            assert rejected["error"] in commands.ERRORS
+        else:
+            assert list(rejected) == [key for key in order if key in rejected]
+            assert ("value" in rejected) == (rejected["action"] == "set")
+
+
+def test_a_rejected_answer_is_wrong_in_one_thing_and_every_thing_goes_wrong(rows):
+    wrong = Counter()
+    for row in _all(rows):
+        right, rejected = _answer(row), json.loads(row["rejected"][0]["content"])
+        if "error" in right or "error" in rejected:
+            wrong["unnoticed" if "error" not in rejected else "error" if "error" in right else "no error"] += 1
+            continue
+        (key,) = [key for key in right if right[key] != rejected.get(key) and key != "value"] or ["value"]
+        wrong[key] += 1
+    assert min(wrong[key] for key in ("action", "device", "room", "value", "delay", "time", "no error")) > 50
+    assert min(wrong["unnoticed"], wrong["error"]) > 150
+
+
+def test_no_rejected_answer_of_training_names_a_pair_that_is_kept_for_the_test(seed, rows):
+    known = {(device.name, room) for device, room in commands.known_and_unseen_pairs(seed)[0]}
+    for row in rows["train"] + rows["validation"]:
+        rejected = json.loads(row["rejected"][0]["content"])
+        assert "error" in rejected or (rejected["device"], rejected["room"]) in known
 
 
 def test_the_dataset_is_varied_in_every_split(rows):

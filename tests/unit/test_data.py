@@ -954,6 +954,73 @@ def test_a_preference_pair_keeps_its_rejected_answer_in_the_processed_row(raw, r
     assert prepared.report["columns"]["format"] == "preference"
 
 
+def pair_of(prompt: str, chosen: str, rejected: str) -> dict:
+    """A row as it is processed."""
+    asked, answered = {"role": "user", "content": prompt}, {"role": "assistant", "content": chosen}
+    return {"messages": [asked, answered], "rejected": [{**answered, "content": rejected}]}
+
+
+def put_pairs(folder: Path, train: list[dict]) -> None:
+    """Write train.jsonl as given and sound conversations without pairs beside it."""
+    put(folder, "train.jsonl", train)
+    for name in ("validation", "test"):
+        put(folder, f"{name}.jsonl", [{"messages": pair_of(name, "a", "b")["messages"]}])
+
+
+def test_rows_keep_their_order_and_splits_whatever_answer_is_to_be_rejected(raw, run):
+    """Whoever learns from the answers alone learns the same with pairs as without."""
+    rows = [pair_of(f"q{n}", f"good {n}", f"bad {n}") for n in range(40)]
+    kept = []
+    for rejected in (None, "bad", "worse"):
+        put(raw, "data.jsonl", [{**row, "rejected": rejected and f"{rejected} {n}"} for n, row in enumerate(rows)])
+        splits = run().splits
+        kept.append({name: [row["messages"] for row in split] for name, split in splits.items()})
+    assert kept[0] == kept[1] == kept[2]
+
+
+def test_pairs_that_differ_in_the_rejected_answer_alone_are_no_duplicates(raw, run):
+    put_pairs(raw, [pair_of("q", "good", worse) for worse in ("bad", "worse", "bad")])
+    prepared = run()
+    assert dropped(prepared) == {"duplicate": 1}
+    assert len(prepared.splits["train"]) == 2
+
+
+def test_a_rejected_answer_that_is_too_long_drops_its_row(raw, run):
+    put_pairs(raw, [pair_of("q", "a", "b" * 50), pair_of("r", "a", "b")])
+    prepared = run(max_length=71)
+    assert dropped(prepared) == {}
+    assert prepared.report["splits"]["train"]["tokens"]["rejected"]["max"] == 71
+    prepared = run(max_length=70)
+    assert dropped(prepared) == {"too_long": 1}
+    (example,) = prepared.report["dropped_examples"]["train"]["too_long"]
+    assert (example["at"], example["field"]) == ("train.jsonl:1", "rejected")
+    assert example["problem"] == (
+        "is 71 tokens long, prompt and answer to reject; expected at most training.max_length 70"
+    )
+    assert "rejected" not in prepared.report["splits"]["test"]["tokens"]
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [("a" * 4, "b" * 50), ("a" * 50, "b" * 4), ("a" * 50, "b" * 49)])
+@pytest.mark.parametrize("side", ["prompt", "answer"])
+def test_a_pair_that_is_too_long_is_cut_so_that_both_answers_fit(raw, run, side, chosen, rejected):
+    put_pairs(raw, [pair_of("q" * 30, chosen, rejected)])
+    prepared = run(max_length=80, too_long=f"truncate_{side}", max_truncated_fraction=1.0)
+    (row,) = prepared.splits["train"]
+    (asked, better), (worse,) = row["messages"], row["rejected"]
+    assert prepared.report["splits"]["train"]["truncated"]["rows"] == 1
+    lengths = prepared.report["splits"]["train"]["tokens"]
+    assert max(lengths["total"]["max"], lengths["rejected"]["max"]) == 80
+    cut = [len(asked["content"]) < 30, len(better["content"]) < len(chosen), len(worse["content"]) < len(rejected)]
+    assert cut == ([True, False, False] if side == "prompt" else [False, len(chosen) > 30, len(rejected) > 30])
+
+
+@pytest.mark.parametrize("side", ["prompt", "answer"])
+def test_a_pair_of_which_no_pair_would_be_left_is_dropped(raw, run, side):
+    put_pairs(raw, [pair_of("q", "a" * 50 + "b", "a" * 50 + "c"), pair_of("r", "a", "b")])
+    prepared = run(max_length=60, too_long=f"truncate_{side}", max_truncated_fraction=1.0)
+    assert dropped(prepared) == {"too_long": 1}
+
+
 def test_rows_that_differ_in_their_tool_calls_alone_are_no_duplicates(raw, run, tokenizer):
     def calling(question, city):
         call = {"name": "weather", "arguments": {"city": city}}

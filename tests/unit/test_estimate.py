@@ -348,6 +348,45 @@ def test_optimizer_steps_are_counted_as_the_trainer_counts_them():
     training = CONFIG.training.model_copy(
         update={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_train_epochs": 2.5}
     )
-    assert training_steps(100, training) == {"sequences": 100, "steps_per_epoch": 9, "steps": 23}
-    assert training_steps(1, training)["steps"] == 3
-    assert training_steps(100, training.model_copy(update={"max_steps": 7}))["steps"] == 7
+
+    def steps(rows: int, **changes: Any) -> dict[str, int | None]:
+        return training_steps(sections(training=changed(training, **changes)), rows=rows, sequences=rows)
+
+    assert steps(100) == {"sequences": 100, "steps_per_epoch": 9, "steps": 23}
+    assert steps(1)["steps"] == 3
+    assert steps(100, max_steps=7)["steps"] == 7
+
+
+def test_another_method_has_steps_of_its_own_behind_those_of_its_supervised_phase():
+    supervised = {"per_device_train_batch_size": 10, "gradient_accumulation_steps": 1, "max_steps": None}
+    chosen = sections(
+        training=changed(TRAINING, method="dpo", **supervised),
+        dpo=changed(
+            CONFIG.dpo,
+            sft_epochs=0.5,
+            num_train_epochs=3.0,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+        ),
+        grpo=changed(CONFIG.grpo, sft_epochs=0.0, max_steps=60),
+    )
+    # A conversation of which every turn is learnt may make several sequences; it is one pair.
+    assert training_steps(chosen, rows=100, sequences=120) == {
+        "sequences": 120,
+        "sft_steps": 6,
+        "steps_per_epoch": 13,
+        "steps": 39,
+    }
+    chosen = chosen.model_copy(update={"training": changed(chosen.training, method="grpo")})
+    assert training_steps(chosen, rows=100, sequences=120) == {
+        "sequences": 120,
+        "sft_steps": 0,
+        "steps_per_epoch": None,
+        "steps": 60,
+    }
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_memory_is_not_guessed_for_a_method_that_was_not_measured(method):
+    with pytest.raises(InputError, match=rf"^training.method is '{method}'; memory is estimated for 'sft' alone$"):
+        estimate_training_memory(QWEN, sections(training=changed(TRAINING, method=method)))

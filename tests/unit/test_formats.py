@@ -266,6 +266,31 @@ def test_a_preference_pair_of_transcripts_needs_no_prompt(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("given", ["answer", "conversation", "text"])
+def test_a_conversation_may_have_an_answer_to_reject_beside_it(tmp_path, given):
+    chats, worse = conversations(ROWS, seed=20), texts(ROWS, 21)
+    expected = [
+        {"messages": chat, "rejected": [{"role": "assistant", "content": text}]}
+        for chat, text in zip(chats, worse, strict=True)
+    ]
+    rows: list[dict[str, Any]] = [dict(row) for row in expected]
+    for row, text in zip(rows, worse, strict=True):
+        if given == "conversation":
+            row["rejected"] = [*row["messages"][:-1], *row["rejected"]]
+        elif given == "text":
+            row["rejected"] = text
+    rows.append({"messages": chats[0], "rejected": None})
+    put(tmp_path / "data.jsonl", rows)
+    columns, found = read(tmp_path)
+    assert found == [*expected, {"messages": chats[0]}]
+    assert shown(columns) == {
+        "format": "messages",
+        "messages": "messages",
+        "rejected": "rejected",
+        "detected": True,
+    }
+
+
 def test_a_preference_pair_may_have_other_column_names(tmp_path):
     put(tmp_path / "data.jsonl", [{"q": "Why?", "good": "Because.", "bad": "No.", "system": "not read"}])
     columns, found = read(tmp_path, {"prompt": "q", "completion": "good", "rejected": "bad"})

@@ -72,6 +72,11 @@ def test_the_committed_files_are_valid():
             "training.launcher: 'torchrun' is no launcher; write python, or `accelerate",
         ),
         (
+            "label_smoothing: 0.0",
+            "label_smoothing: 0.1",
+            "dpo: label_smoothing is 0.1, which the loss apo_zero does not know; set it to 0, or loss_type to robust",
+        ),
+        (
             "num_generations: 8",
             "num_generations: 7",
             "grpo: grpo.per_device_train_batch_size x grpo.gradient_accumulation_steps is 128; must be a multiple",

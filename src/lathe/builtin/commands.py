@@ -12,12 +12,16 @@ same order, or says why the request cannot be carried out:
 
 Some pairs of a device and a room are kept out of everything that a model may learn from and appear in the test split
 alone, so that a model which only remembers pairs is found out. `delay` is in minutes, `time` on the 24-hour clock.
+
+Beside each answer stands one to reject, wrong as one who listens badly is wrong: another room, value or time, an error
+where there is none, or something done that cannot be.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 Answer = dict[str, str | int]
 Pair = tuple["Device", str]  # a device and the name of a room
@@ -54,6 +58,14 @@ class Device:
     values: tuple[int, ...] = ()
     values_out_of_range: tuple[int, ...] = ()
     value_phrases: tuple[str, ...] = ()
+
+
+class Command(NamedTuple):
+    """A request, its answer, and, where that is an error, what one would answer who does not notice."""
+
+    request: str
+    answer: Answer
+    unnoticed: Answer | None = None
 
 
 _PERCENT = tuple(range(5, 100, 5))
@@ -163,9 +175,10 @@ DELAYS_IN_WORDS = {
 
 
 def rows(seed: int) -> dict[str, list[dict]]:
-    """Return the splits `train`, `validation` and `test`, each a list of `{"messages": [user, assistant]}`.
+    """Return `train`, `validation` and `test`, each a list of `{"messages": [user, assistant], "rejected": [wrong]}`.
 
-    No two rows of any split ask the same thing, even when case and punctuation are ignored.
+    `wrong` is a message of the assistant too. No two rows of any split ask the same thing, even when case and
+    punctuation are ignored.
     """
     rng = Random(f"commands rows {seed}")
     known, unseen = known_and_unseen_pairs(seed)
@@ -175,8 +188,9 @@ def rows(seed: int) -> dict[str, list[dict]]:
     validation = _distinct(rng, known, VALIDATION_ROWS, taken)
     train = _distinct(rng, known, TRAIN_ROWS, taken)
     rng.shuffle(test)
+    listens_badly = Random(f"commands rejected {seed}")
     return {
-        name: [_row(request, answer) for request, answer in split]
+        name: [_row(command, _rejected(listens_badly, command, known)) for command in split]
         for name, split in (("train", train), ("validation", validation), ("test", test))
     }
 
@@ -193,7 +207,8 @@ def documents(seed: int, count: int) -> list[str]:
     moments = [_clock(rng) for _ in range(int(count * MOMENT_SHARE))]
     records = [_record(rng, *rng.choice(known)) for _ in range(int(count * RECORD_SHARE))]
     requests = _distinct(rng, known, count - len(moments) - len(records), taken, error_share=0.35)
-    texts = records + [_document(request, answer) for request, answer in moments + requests]
+    texts = records + [_document(request, answer) for request, answer in moments]
+    texts += [_document(command.request, command.answer) for command in requests]
     rng.shuffle(texts)
     return texts
 
@@ -221,13 +236,43 @@ def compact_json(answer: Answer) -> str:
     return json.dumps(answer, separators=(",", ":"), ensure_ascii=False)
 
 
-def _row(request: str, answer: Answer) -> dict:
+def _row(command: Command, rejected: Answer) -> dict:
     return {
         "messages": [
-            {"role": "user", "content": request},
-            {"role": "assistant", "content": compact_json(answer)},
-        ]
+            {"role": "user", "content": command.request},
+            {"role": "assistant", "content": compact_json(command.answer)},
+        ],
+        "rejected": [{"role": "assistant", "content": compact_json(rejected)}],
     }
+
+
+def _rejected(rng: Random, command: Command, known: Sequence[Pair]) -> Answer:
+    """Return an answer in which one thing is wrong; a pair that it names wrongly is one of those `known`."""
+    answer = command.answer
+    if command.unnoticed and rng.random() < 0.5:
+        return command.unnoticed
+    wrong = "error" if command.unnoticed else rng.choice((*answer, "error"))
+    if wrong == "error":
+        return {"error": rng.choice([error for error in ERRORS if error != answer.get("error")])}
+    device = next(device for device in DEVICES if device.name == answer["device"])
+    others: Sequence[str | int]
+    match wrong:
+        case "action":
+            answer = {key: said for key, said in answer.items() if key != "value"}
+            others = [action for action in device.actions if action != "set"]
+        case "device":
+            others = [other.name for other, room in known if room == answer["room"]]
+        case "room":
+            others = [room for other, room in known if other is device]
+        case "value":
+            others = device.values
+        case "delay":
+            others = range(2, 60)
+        case _:
+            hour, minute = str(answer["time"]).split(":")
+            # Half a day off is what am and pm are for.
+            others = [f"{other}:{minute}" for other in (*range(24), *[(int(hour) + 12) % 24] * 12)]
+    return answer | {wrong: rng.choice([other for other in others if other != answer[wrong]])}
 
 
 def _document(request: str, answer: Answer) -> str:
@@ -245,19 +290,19 @@ def _record(rng: Random, device: Device, room: str) -> str:
 
 def _distinct(
     rng: Random, pairs: Sequence[Pair], count: int, taken: set[str], error_share: float = ERROR_SHARE
-) -> list[tuple[str, Answer]]:
+) -> list[Command]:
     """Draw `count` requests, none of which is in `taken`, with their answers; add them to `taken`."""
-    drawn: list[tuple[str, Answer]] = []
+    drawn: list[Command] = []
     while len(drawn) < count:
-        request, answer = _faulty(rng, pairs) if rng.random() < error_share else _sound(rng, pairs)
-        key = normalized(request)
+        command = _faulty(rng, pairs) if rng.random() < error_share else _sound(rng, pairs)
+        key = normalized(command.request)
         if key not in taken:
             taken.add(key)
-            drawn.append((request, answer))
+            drawn.append(command)
     return drawn
 
 
-def _sound(rng: Random, pairs: Sequence[Pair]) -> tuple[str, Answer]:
+def _sound(rng: Random, pairs: Sequence[Pair]) -> Command:
     device, room = rng.choice(pairs)
     action = _action(rng, device)
     answer: Answer = {"action": action, "device": device.name, "room": room}
@@ -268,16 +313,17 @@ def _sound(rng: Random, pairs: Sequence[Pair]) -> tuple[str, Answer]:
         phrase = _value(rng, device, value)
     when, timing = _when(rng)
     said = _said(rng, action, rng.choice(device.aliases), rng.choice(ROOMS[room]), phrase, when)
-    return said, answer | timing
+    return Command(said, answer | timing)
 
 
-def _faulty(rng: Random, pairs: Sequence[Pair]) -> tuple[str, Answer]:
+def _faulty(rng: Random, pairs: Sequence[Pair]) -> Command:
     """Return a request with exactly one thing wrong, and the error that names it."""
     device, room_name = rng.choice(pairs)
     name, room = rng.choice(device.aliases), rng.choice(ROOMS[room_name])
     action = _action(rng, device)
-    phrase = _value(rng, device, rng.choice(device.values)) if device.values else ""
-    when, _ = _when(rng)
+    value = rng.choice(device.values) if device.values else 0
+    phrase = _value(rng, device, value) if device.values else ""
+    when, timing = _when(rng)
     error = rng.choices(list(ERRORS), weights=list(ERRORS.values()))[0]
     match error:
         case "unknown device":
@@ -290,13 +336,15 @@ def _faulty(rng: Random, pairs: Sequence[Pair]) -> tuple[str, Answer]:
             said = _said(rng, action, name, room, "", when)
         case "contradictory":
             action = rng.choice([a for a in device.actions if a in OPPOSITES])
-            said = _contradiction(rng, action, name, room)
+            said, timing = _contradiction(rng, action, name, room), {}
         case "out of range":
             device, room_name = rng.choice([pair for pair in pairs if pair[0].values])
-            phrase = _value(rng, device, rng.choice(device.values_out_of_range))
-            said = _said(rng, "set", rng.choice(device.aliases), rng.choice(ROOMS[room_name]), phrase, when)
+            action, value = "set", rng.choice(device.values_out_of_range)
+            phrase = _value(rng, device, value)
+            said = _said(rng, action, rng.choice(device.aliases), rng.choice(ROOMS[room_name]), phrase, when)
         case "missing value":
             device, room_name = rng.choice([pair for pair in pairs if pair[0].values])
+            action, value, timing = "set", device.values[0], {}
             target = _target(rng, TARGETS, rng.choice(device.aliases), rng.choice(ROOMS[room_name]))
             said = _wrapped(rng, PLAIN + POLITE, rng.choice(SPOKEN_WITHOUT_VALUE).format(target), "")
         case "missing device":
@@ -307,7 +355,10 @@ def _faulty(rng: Random, pairs: Sequence[Pair]) -> tuple[str, Answer]:
             target = rng.choice(("the {}", "my {}")).format(name)
             spoken = rng.choice(SPOKEN[action]).format(target, value=phrase)
             said = _wrapped(rng, PLAIN + POLITE, spoken, when)
-    return said, {"error": error}
+    unnoticed: Answer = {"action": action, "device": device.name, "room": room_name}
+    if action == "set":
+        unnoticed["value"] = value
+    return Command(said, {"error": error}, unnoticed | timing)
 
 
 def _contradiction(rng: Random, action: str, device: str, room: str) -> str:

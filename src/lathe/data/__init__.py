@@ -43,7 +43,7 @@ def prepare(
     """Read the files of the folder `raw`; write `train.jsonl`, `validation.jsonl` and `test.jsonl` into `out`.
 
     Their rows are `{"messages": [{"role", "content"}, ...]}`, with `rejected` beside it where they come from preference
-    pairs, and `tokenizer` reads each in at most `max_length` tokens.
+    pairs, and `tokenizer` reads each, with either answer, in at most `max_length` tokens.
     An unusable row is dropped and counted. Duplicates, prompts found in another split and rows over a limit of the
     preset are removed and counted, and are no fault. A row that is too long is dropped, or made shorter where
     `settings.too_long` says so: unasked, no answer is ever cut, because its end teaches the model to stop.

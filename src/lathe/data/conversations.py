@@ -25,6 +25,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 
 ALPACA_INPUT = "input"  # a row may lack it, or leave it empty
 SYSTEM = "system"  # likewise, in every format that has no list of messages for it
+REJECTED = "rejected"  # likewise, beside a list of messages: what stands for the last of them
 TOOLS = "tools"
 
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
@@ -63,7 +64,7 @@ class Columns:
     def extras(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return what a processed row keeps beside its messages, of a row that `conversation` has accepted.
 
-        A preference pair keeps `rejected`: a list of one message, which stands for the last of `messages`.
+        A pair keeps `rejected`: a list of one message, which stands for the last of `messages`.
         """
         return self.format.extras(row)
 
@@ -122,16 +123,32 @@ class _Messages:
         self.text, self.system, self.sharegpt = text, _system_column(preset), form == "sharegpt"
         self.column = preset.messages or FORMATS[form][0]
         self.used = (self.column,)
-        self.description: dict[str, Any] = {"messages": self.column, **_shown(names, system=self.system)}
+        self.description: dict[str, Any] = {
+            "messages": self.column,
+            **_shown(names, rejected=REJECTED, system=self.system),
+        }
 
     def conversation(self, row: dict[str, Any]) -> list[Message]:
         if row.get(TOOLS) not in (None, "", "[]", [], {}):
             raise RowFault("tools", TOOLS, "is not supported; put the definitions of the tools into a system message")
         messages = conversation(self.text, row[self.column], self.column, sharegpt=self.sharegpt)
+        if rejected := self._rejected(row):
+            if rejected[0]["role"] == "assistant":
+                rejected = [*messages[:-1], *rejected]
+            check_order(rejected, REJECTED)
+            _check_pair(messages, self.column, rejected, REJECTED)
         return _with_system(self.text, self.system, row, messages)
 
     def extras(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {}
+        return {"rejected": rejected[-1:]} if (rejected := self._rejected(row)) else {}
+
+    def _rejected(self, row: dict[str, Any]) -> list[Message]:
+        value = row.get(REJECTED)
+        if value is None or self.column == REJECTED:
+            return []
+        if isinstance(value, str):
+            value = [{"role": "assistant", "content": value}]
+        return turns(self.text, value, REJECTED, sharegpt=self.sharegpt)
 
 
 class _Pairs:
@@ -186,14 +203,7 @@ class _Preference:
 
     def conversation(self, row: dict[str, Any]) -> list[Message]:
         chosen, rejected = self._whole(row, self.chosen), self._whole(row, self.rejected)
-        if chosen[:-1] != rejected[:-1]:
-            raise RowFault(
-                "different_prompts",
-                self.rejected,
-                f"answers another conversation than {self.chosen}; expected the same up to the last message",
-            )
-        if chosen[-1] == rejected[-1]:
-            raise RowFault("same_answers", self.rejected, f"is equal to {self.chosen}; expected another answer")
+        _check_pair(chosen, self.chosen, rejected, self.rejected)
         return _with_system(self.text, self.system, row, chosen)
 
     def extras(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -305,6 +315,20 @@ _READERS: dict[str, type[_Messages] | type[_Pairs] | type[_Preference]] = {
     "preference": _Preference,
     "classification": _Pairs,
 }
+
+
+def _check_pair(chosen: list[Message], chosen_field: str, rejected: list[Message], field: str) -> None:
+    """Raise RowFault where two conversations do not differ in the last message, and in it alone."""
+    if chosen[:-1] != rejected[:-1]:
+        problem = f"answers another conversation than {chosen_field}; expected the same up to the last message"
+        raise RowFault("different_prompts", field, problem)
+    if _answer(chosen) == _answer(rejected):
+        raise RowFault("same_answers", field, f"is equal to {chosen_field}; expected another answer")
+
+
+def _answer(messages: list[Message]) -> tuple[str, Any]:
+    """Return what templates write of the last message: its text without the white space around, and its calls."""
+    return messages[-1]["content"].strip(), messages[-1].get("tool_calls")
 
 
 def _whole_number(value: Any) -> int | None:

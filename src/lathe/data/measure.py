@@ -32,6 +32,8 @@ ROWS_PER_BATCH = 512
 
 Lengths = NDArray[numpy.int32]  # (rows, fields)
 
+Row = dict[str, Any]  # `messages`, and `rejected` in a pair
+
 Example = TypeVar("Example")
 
 
@@ -44,6 +46,12 @@ class Length(NamedTuple):
     supervised: int  # of all sequences
     tokens: int  # of all sequences
     sequences: int
+    rejected: int = 0  # the prompt with the answer to reject, in a pair
+
+    @property
+    def longest(self) -> int:
+        """The most that the model reads of the row at once."""
+        return max(self.total, self.rejected)
 
 
 FIELDS = Length._fields
@@ -196,10 +204,10 @@ class _Worker:
         places: list[int] = []
         lengths: list[Length] = []
         words: list[list[int]] = []
-        for place, length in enumerate(self.lengths_of([value["messages"] for value in values])):
+        for place, length in enumerate(self.lengths_of(values)):
             value, text, at = values[place], lines[place], partial(self.reader.at, numbers[place])
-            if isinstance(length, Length) and length.total > self.rules.max_length:
-                length, value["messages"] = self.fitted(value["messages"], length, at)
+            if isinstance(length, Length) and length.longest > self.rules.max_length:
+                length, value = self.fitted(value, length, at)
                 text = line(value)
             if isinstance(length, Fault):
                 self.faults.setdefault(length.reason, Tally()).add(partial(_found_at, at, length))
@@ -215,33 +223,62 @@ class _Worker:
         self.lengths.append(numpy.array(lengths, dtype=numpy.int32).reshape(len(lengths), len(FIELDS)))
         return kept, sequences(words)
 
-    def fitted(self, messages: Messages, length: Length, at: Callable[[], str]) -> tuple[Length | Fault, Messages]:
-        """Return the messages made shorter as the rules say, and their length; or why that cannot be."""
+    def fitted(self, row: Row, length: Length, at: Callable[[], str]) -> tuple[Length | Fault, Row]:
+        """Return the row made shorter as the rules say, and its length; or why that cannot be."""
         most = self.rules.max_length
-        problem = (
-            f"is {length.total} tokens long ({length.prompt} prompt, {length.answer} answer); "
-            f"expected at most training.max_length {most}"
-        )
+        field, long = None, f"{length.total} tokens long ({length.prompt} prompt, {length.answer} answer)"
+        if length.rejected > length.total:
+            field, long = "rejected", f"{length.rejected} tokens long, prompt and answer to reject"
+        problem = f"is {long}; expected at most training.max_length {most}"
         if self.rules.too_long == "drop":
-            return Fault("too_long", None, problem), messages
+            return Fault("too_long", field, problem), row
         side: Side = "prompt" if self.rules.too_long == "truncate_prompt" else "answer"
-        shorter = truncated(messages, side, most, self.tokens_of, self.rules.tokenizer)
+        shorter = self.shortened(row, side)
         new = None if shorter is None else next(self.lengths_of([shorter]))
         if shorter is None or not isinstance(new, Length):
             rest = "answer" if side == "prompt" else "prompt"
-            return Fault("too_long", None, f"{problem}; too little of the {side} would fit beside the {rest}"), messages
-        self.cut.add(length, new, partial(_found_at, at, f"was {length.total} tokens long and is {new.total}"))
+            return Fault("too_long", field, f"{problem}; too little of the {side} would fit beside the {rest}"), row
+        self.cut.add(length, new, partial(_found_at, at, f"was {length.longest} tokens long and is {new.longest}"))
         return new, shorter
 
-    def lengths_of(self, conversations: Sequence[Messages]) -> Iterator[Length | Fault]:
-        """Yield the length of each conversation, or what the template has against it."""
+    def shortened(self, row: Row, side: Side) -> Row | None:
+        """Return the row with one side made to fit, or None; both answers of a pair stay behind one prompt."""
+
+        def fit(messages: Messages, rejected: Messages) -> Messages | None:
+            def tokens_of(messages: Messages) -> int | None:
+                length = next(self.lengths_of([{"messages": messages, "rejected": rejected}]))
+                return length.longest if isinstance(length, Length) else None
+
+            return truncated(messages, side, self.rules.max_length, tokens_of, self.rules.tokenizer)
+
+        messages, rejected = row["messages"], row.get("rejected", [])
+        if not rejected or side == "prompt":
+            shorter = fit(messages, rejected)
+            return None if shorter is None else {**row, "messages": shorter}
+        better, worse = fit(messages, []), fit([*messages[:-1], *rejected], [])
+        # Where the last turn has no room, its answers are gone; where what is left of both is the same, so is the pair.
+        if better is None or worse is None or len(better) < len(messages) or len(worse) < len(messages):
+            return None
+        return None if better[-1] == worse[-1] else {**row, "messages": better, "rejected": worse[-1:]}
+
+    def lengths_of(self, rows: Sequence[Row]) -> Iterator[Length | Fault]:
+        """Yield the length of each row, or what the template has against it."""
+        worse = [[*row["messages"][:-1], *row["rejected"]] for row in rows if row.get("rejected")]
+        rejected = self.each(worse)
+        for row, length in zip(rows, self.each([row["messages"] for row in rows]), strict=True):
+            if not row.get("rejected"):
+                yield length
+                continue
+            other = next(rejected)
+            if isinstance(length, Length) and isinstance(other, Length):
+                yield length._replace(rejected=other.total)
+            else:
+                yield other if isinstance(length, Length) else length
+
+    def each(self, conversations: Sequence[Messages]) -> Iterator[Length | Fault]:
         encoded = encode_each(self.rules.tokenizer, conversations, supervise=self.rules.supervise, format_=self.format)
         for result in encoded:
             yield Fault("template", None, str(result)) if isinstance(result, TemplateError) else _length(result)
-
-    def tokens_of(self, messages: Messages) -> int | None:
-        length = next(self.lengths_of([messages]))
-        return length.total if isinstance(length, Length) else None
 
     def measured(self) -> Measured:
         return Measured(

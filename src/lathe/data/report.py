@@ -206,9 +206,10 @@ class Account:
 def _token_statistics(measured: Measured) -> dict[str, Any]:
     supervised = int(measured.length("supervised").sum(dtype=numpy.int64))
     tokens = int(measured.length("tokens").sum(dtype=numpy.int64))
+    pairs = ["rejected"] if measured.length("rejected").any() else []
     return {
         "sequences": int(measured.length("sequences").sum()),
-        "tokens": {part: _quantiles(measured.length(part)) for part in ("prompt", "answer", "total")},
+        "tokens": {part: _quantiles(measured.length(part)) for part in ("prompt", "answer", "total", *pairs)},
         "supervised_tokens": supervised,
         "supervised_share": round(supervised / tokens, 4) if tokens else None,
     }

@@ -37,7 +37,11 @@ class Splits:
 
 
 def digests(row: Mapping[str, Any], seed: int) -> Digests:
-    """Return the row's digests; texts that differ in white space or Unicode form alone are the same."""
+    """Return the row's digests; texts that differ in white space or Unicode form alone are the same.
+
+    The first half of the content's is that of the messages alone: an answer to reject beside them, or a better one,
+    changes the order of the rows for no one who learns from the messages.
+    """
     messages = row["messages"]
     others = {key: value for key, value in row.items() if key != "messages"}
     *before, last = map(_essence, messages)
@@ -46,9 +50,12 @@ def digests(row: Mapping[str, Any], seed: int) -> Digests:
     prompt = content.copy()
     prompt.update(b"]")
     content.update(f"{',' if before else ''}{last}]".encode())
+    whole = content.digest()
     if others:
         content.update(json.dumps(others, sort_keys=True).encode())
-    return Digests(content.digest(), prompt.digest())
+        half = DIGEST_BYTES // 2
+        whole = whole[:half] + content.digest()[half:]
+    return Digests(whole, prompt.digest())
 
 
 def divide(

@@ -28,6 +28,14 @@ CURVES = {
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
     "num_tokens": "train/tokens",
+    "rewards/margins": "train/reward_margin",
+    "rewards/accuracies": "train/reward_accuracy",
+    "rewards/chosen": "train/reward_chosen",
+    "rewards/rejected": "train/reward_rejected",
+    "eval_rewards/margins": "eval/reward_margin",
+    "eval_rewards/accuracies": "eval/reward_accuracy",
+    "eval_rewards/chosen": "eval/reward_chosen",
+    "eval_rewards/rejected": "eval/reward_rejected",
 }
 # Their last values say nothing beside the curves.
 NOT_SUMMED_UP = ("grad_norm", "learning_rate")
@@ -109,7 +117,8 @@ class _Recorder(TrainerCallback):
         self.bar.close()
 
     def _record(self, step: int, logs: dict[str, float]) -> dict[str, float]:
-        known = {self.prefix + CURVES[name]: value for name, value in logs.items() if name in CURVES}
+        # In the order of CURVES: a checkpoint gives the logs back in another one.
+        known = {self.prefix + shown: logs[name] for name, shown in CURVES.items() if name in logs}
         if not known:
             return known
         for name, value in known.items():

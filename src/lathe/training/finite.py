@@ -11,17 +11,23 @@ SHOWN = 32  # rows named; a step may have thousands
 
 
 def not_finite(
-    what: str, value: float, step: int, batches: Sequence[torch.Tensor], rows: Sequence[Encoded]
+    what: str,
+    value: float,
+    step: int,
+    batches: Sequence[torch.Tensor],
+    rows: Sequence[Encoded],
+    *,
+    rate: str = "training.learning_rate",
 ) -> InputError:
     """Return the error that says `what` became nan or inf at `step`, naming the rows of `batches`.
 
-    `batches` are token ids, (rows, tokens) each, padded or packed.
+    `batches` are token ids, (rows, tokens) each, padded or packed; `rate` is the key of the learning rate.
     """
     lines = _lines(batches, rows)
     named = ", ".join(str(line) for line in lines[:SHOWN]) + (", …" if len(lines) > SHOWN else "")
     return InputError(
         f"{what} is {value} at step {step}, not a number, with the rows of data/processed/train.jsonl:{named}; lower "
-        f"training.learning_rate, or look at the rows: python -m lathe inspect --row {lines[0]}"
+        f"{rate}, or look at the rows: python -m lathe inspect --row {lines[0]}"
     )
 
 

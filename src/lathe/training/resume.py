@@ -24,7 +24,7 @@ from lathe.training.shards import state_to_save
 
 logger = logging.getLogger(__name__)
 
-# What transformers does not keep: the loss since the last point of the curve, and the tokens counted.
+# What transformers does not keep: loss and measures since the last point of the curves, and the tokens counted.
 UNLOGGED = "unlogged.json"
 
 
@@ -36,16 +36,16 @@ class Resumable(Trainer):
     """
 
     def __init__(self, *, checkpoints: Checkpoints | None, save_steps: int, best: Best, **arguments: Any) -> None:
+        trained = [(weight, weight.data) for weight in arguments["model"].parameters() if weight.requires_grad]
         super().__init__(**arguments)
+        for weight, exact in trained:  # TRL casts a 4-bit model's adapter to bf16, which rounds small updates away
+            weight.data = exact.float()
         self.checkpoints = checkpoints
         self.best = best
         self.unlogged: dict[str, Any] = {}
         self.signal: int | None = None
         self.trained_tokens = 0  # without padding, since the first step
         self.trained_supervised_tokens = 0
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:  # TRL casts a 4-bit model's adapter to bf16, which rounds small updates away
-                parameter.data = parameter.data.float()
         self.add_callback(_Saver(self, save_steps))
         self.add_callback(_Judge(self))
 
@@ -143,6 +143,7 @@ class Resumable(Trainer):
                 "tokens": ranks.gathered(self.trained_tokens),
                 "supervised_tokens": ranks.gathered(self.trained_supervised_tokens),
                 "since": self._globalstep_last_logged,
+                "measures": ranks.gathered(dict(self._metrics["train"])),  # TRL's
             }
             if launch.is_main():
                 [written] = folder.iterdir()
@@ -184,10 +185,11 @@ class Resumable(Trainer):
             logs = {**logs, "num_tokens": ranks.total([self.trained_tokens])[0]}
         super().log(logs, start_time)
 
-    def restore_unlogged_loss(self) -> None:
-        """Give the next point of the loss curve the steps before the checkpoint that belong to it."""
+    def restore_unlogged(self) -> None:
+        """Give the next point of the curves the steps before the checkpoint that belong to it."""
         self._tr_loss: torch.Tensor = torch.tensor(self.unlogged["loss"][ranks.own()], device=self.args.device)
         self._globalstep_last_logged = self.unlogged["since"]
+        self._metrics["train"].update(self.unlogged["measures"][ranks.own()])
 
 
 class _Saver(TrainerCallback):
@@ -199,7 +201,7 @@ class _Saver(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.unlogged:
-            self.trainer.restore_unlogged_loss()
+            self.trainer.restore_unlogged()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.checkpoints and state.global_step % self.save_steps == 0:

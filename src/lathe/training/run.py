@@ -24,6 +24,7 @@ from lathe.training.best import Best
 from lathe.training.checkpoints import Checkpoints, claimed, disk_errors, fingerprint
 from lathe.training.curves import Curves
 from lathe.training.frozen import digests
+from lathe.training.pairs import check_head, check_pairs
 from lathe.training.resume import Resumable
 from lathe.training.setting import Setting
 from lathe.training.shards import state_to_save
@@ -77,6 +78,8 @@ def train(
     _check_liger(training.use_liger_kernel)
     Best(training)  # whether the method has the metric that is asked for
     full = training.tuning == "full"
+    if training.method == "dpo":
+        check_pairs(splits)
     if not full:
         check_adapter(base, params.lora)
     if launch.is_sharded() and params.quantization.load_in_4bit:
@@ -93,6 +96,8 @@ def train(
         by_base_names(model, open_model(base))  # whether it can be saved, asked before the hours of training
     else:
         model = add_adapter(model, params.lora)
+    if training.method == "dpo":
+        check_head(model)
     frozen = digests(model)
     phases = _phases(params)
     claims: list[Checkpoints | None] = []
@@ -170,6 +175,8 @@ def _trainer(method: str) -> Callable[[Setting], Resumable]:
     match method:
         case "sft":
             from lathe.training.sft import trainer
+        case "dpo":
+            from lathe.training.dpo import trainer
     return trainer
 
 

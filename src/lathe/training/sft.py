@@ -1,23 +1,21 @@
 """Supervised fine-tuning with TRL; only the answers' tokens carry loss."""
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from trl import SFTConfig, SFTTrainer
 
 from lathe.errors import InputError
 from lathe.model import unwrapped
-from lathe.template import Encoded, encode
+from lathe.template import encode
 from lathe.training import ranks
 from lathe.training.attention import separate_rows
 from lathe.training.best import Best
 from lathe.training.blanks import BlanksLast, filled
-from lathe.training.finite import not_finite
 from lathe.training.loss import summed_loss
 from lathe.training.packing import EndToEnd, Padded, model_inputs, packed_dataset, row_dataset
+from lathe.training.passes import Passes
 from lathe.training.resume import Resumable
 from lathe.training.setting import Setting
 
@@ -59,6 +57,7 @@ def trainer(setting: Setting) -> Resumable:
         processing_class=tokenizer,
         callbacks=list(setting.callbacks),
         rows=rows["train"],
+        rate="training.learning_rate",
         examples=len(train),
         checkpoints=setting.checkpoints,
         save_steps=training.save_steps,
@@ -66,29 +65,16 @@ def trainer(setting: Setting) -> Resumable:
     )
 
 
-class AnswerTrainer(Resumable, SFTTrainer):
+class AnswerTrainer(Passes, Resumable, SFTTrainer):
     """TRL's trainer with logits only where an answer token is predicted.
 
     TRL computes entropy and accuracy over the vocabulary at every step; on a real vocabulary that costs more than the
     step itself.
     """
 
-    def __init__(self, *, precision: str, rows: Sequence[Encoded], examples: int, **arguments: Any) -> None:
+    def __init__(self, *, examples: int, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.precision = precision
-        self.rows = rows
         self.examples = examples  # of the training split; blank ones follow them
-        self.step_batches: list[torch.Tensor] = []  # token ids of the passes of the step at hand
-        self.not_finite: list[tuple[float, torch.Tensor]] = []  # losses and token ids of those that went wrong
-
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
-        """Return bf16 autocast, where the forward pass is in bf16.
-
-        Asked to do so itself, accelerate would also give a float32 copy of all logits.
-        """
-        if self.precision != "bf16":
-            return nullcontext()
-        return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=bool(cache_enabled))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -101,31 +87,6 @@ class AnswerTrainer(Resumable, SFTTrainer):
             return loss / supervised_tokens
         # Of all processes' passes; gradients are then averaged over the processes, and the loss that is logged too.
         return loss / num_items_in_batch * self.accelerator.num_processes
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Run one pass, and note a loss that is no number."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            self.not_finite.append((loss.item(), inputs["input_ids"].cpu()))
-        self.step_batches.append(inputs["input_ids"])
-        return loss
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)
-        wrong = not self.args.fp16 and not torch.isfinite(norm)  # in fp16 the scaler skips such a step and goes on
-        if ranks.largest(int(wrong or bool(self.not_finite))):
-            self._refuse(norm)
-        self.step_batches.clear()
-        return norm
-
-    def _refuse(self, norm: torch.Tensor) -> NoReturn:
-        """Say which step and rows gave a loss or gradient that is no number, in all processes alike."""
-        lost = [each for by_rank in ranks.gathered(self.not_finite) for each in by_rank]
-        step = self.state.global_step + 1
-        if lost:
-            raise not_finite("loss", lost[0][0], step, [ids for _, ids in lost], self.rows)
-        batches = ranks.gathered([ids.cpu() for ids in self.step_batches])
-        raise not_finite("grad_norm", norm.item(), step, [ids for by_rank in batches for ids in by_rank], self.rows)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if len(self.train_dataset) == self.examples:
