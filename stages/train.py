@@ -1,6 +1,6 @@
 """Train a LoRA adapter on the frozen base, 4-bit or 16-bit, or all its weights, by the method of training.method.
 
-reads   models/base/, data/processed/, params.yaml: seed, training, sft, dpo, grpo, lora, quantization,
+reads   models/base/, data/processed/, rewards/, params.yaml: seed, training, sft, dpo, grpo, lora, quantization,
         preprocess.supervise
 writes  models/adapter/, metrics/train/ (curves, last values, freeze_proof.json), metrics/speed/
 
@@ -12,28 +12,31 @@ from contextlib import nullcontext
 
 import _path  # noqa: F401
 
-from lathe import launch, memory, model_folder, paths, stage, track
+from lathe import launch, memory, model_folder, paths, reward_functions, stage, track
 from lathe.params import Config
 from lathe.stage import Speeds
 
 
 def main(config: Config, machine_rank: int | None) -> Speeds:
-    model_folder.check_length(paths.MODEL_BASE, config.params.training.max_length)
-    if launch.is_needed(config.params.training.launcher, machine_rank):
-        return launch.run(config.params.training.launcher, __file__, machine_rank=machine_rank)
+    params = config.params
+    functions = reward_functions.load(params.grpo.rewards, paths.REWARDS) if params.training.method == "grpo" else {}
+    model_folder.check_length(paths.MODEL_BASE, params.training.max_length)
+    if launch.is_needed(params.training.launcher, machine_rank):
+        return launch.run(params.training.launcher, __file__, machine_rank=machine_rank)
 
     from lathe.jsonl import read_jsonl
     from lathe.training import ranks
     from lathe.training.run import train
 
     adapter = paths.whole_folder(paths.MODEL_ADAPTER) if launch.is_main() else nullcontext(paths.MODEL_ADAPTER)
-    with memory.explained(paths.MODEL_BASE, config.params), adapter as folder:
+    with memory.explained(paths.MODEL_BASE, params), adapter as folder:
         trained = train(
             paths.MODEL_BASE,
             {split: read_jsonl(paths.DATA_PROCESSED / f"{split}.jsonl") for split in ("train", "validation")},
             folder,
             paths.METRICS / "train",
-            params=config.params,
+            params=params,
+            functions=functions,
             speed=paths.METRICS / "speed",
             scratch=paths.SCRATCH / "train",
         )

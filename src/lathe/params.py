@@ -357,10 +357,16 @@ class Params(Section):
     evaluate: Evaluate
 
     @model_validator(mode="after")
-    def _full_in_16_bit(self) -> "Params":
+    def _fits_full_tuning(self) -> "Params":
         if self.training.tuning == "full" and self.quantization.load_in_4bit:
             raise ValueError(
                 "training.tuning is 'full'; 4-bit weights cannot be trained; set quantization.load_in_4bit to false"
+            )
+        if self.training.tuning == "full" and self.training.method == "grpo" and self.grpo.beta:
+            # TRL would compare with the base as it was fetched, whatever has been learnt since.
+            raise ValueError(
+                f"training.tuning is 'full' and grpo.beta {self.grpo.beta:g}; only an adapter can be compared with "
+                "what it was; set grpo.beta to 0, or training.tuning to lora"
             )
         return self
 

@@ -26,6 +26,7 @@ MODEL_ADAPTER = ROOT / "models/adapter"
 MODEL_MERGED = ROOT / "models/merged"
 GGUF = ROOT / "models/gguf"
 
+REWARDS = ROOT / "rewards"
 METRICS = ROOT / "metrics"
 LLAMA_CPP = MAIN / ".llama.cpp"
 SCRATCH = MAIN / ".scratch"  # what outlives a stage that was killed; known to neither Git nor DVC

@@ -19,7 +19,7 @@ METRICS = {
     "reward_margin": ("eval_rewards/margins", True),
     "reward_accuracy": ("eval_rewards/accuracies", True),
 }
-OF_METHOD = {"sft": ["loss"], "dpo": ["loss", "reward_margin", "reward_accuracy"], "grpo": ["reward", "loss"]}
+OF_METHOD = {"sft": ["loss"], "dpo": ["loss", "reward_margin", "reward_accuracy"], "grpo": ["reward"]}
 
 
 class Best:

@@ -32,7 +32,10 @@ KEPT_CHECKPOINTS = 2  # of one training: the newest, and the one before should t
 KEPT_TRAININGS = 8  # that were interrupted and not gone on with, beside the one that runs
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 CODE = sorted(
-    [*Path(__file__).parent.glob("*.py"), *(Path(__file__).parents[1] / f"{n}.py" for n in ("model", "template"))]
+    [
+        *Path(__file__).parent.glob("*.py"),
+        *(Path(__file__).parents[1] / f"{n}.py" for n in ("model", "reward_functions", "rewards", "template")),
+    ]
 )
 STOPPING = "stopping"
 RESULT = "result"

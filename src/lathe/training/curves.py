@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -36,7 +37,20 @@ CURVES = {
     "eval_rewards/accuracies": "eval/reward_accuracy",
     "eval_rewards/chosen": "eval/reward_chosen",
     "eval_rewards/rejected": "eval/reward_rejected",
+    "reward": "train/reward",
+    "reward_std": "train/reward_std",
+    "frac_reward_zero_std": "train/groups_without_difference",
+    "completions/mean_length": "train/completion_length",
+    "completions/clipped_ratio": "train/unfinished",
+    "clip_ratio/region_mean": "train/clipped",
+    "entropy": "train/entropy",
+    "kl": "train/kl",
+    "eval_reward": "eval/reward",
+    "eval_completion_length": "eval/completion_length",
+    "eval_unfinished": "eval/unfinished",
 }
+# Each reward of GRPO has a name of its own.
+REWARD_CURVES = re.compile(r"(eval_)?rewards/(\w+?)(/mean)?")
 # Their last values say nothing beside the curves.
 NOT_SUMMED_UP = ("grad_norm", "learning_rate")
 
@@ -117,8 +131,8 @@ class _Recorder(TrainerCallback):
         self.bar.close()
 
     def _record(self, step: int, logs: dict[str, float]) -> dict[str, float]:
-        # In the order of CURVES: a checkpoint gives the logs back in another one.
-        known = {self.prefix + shown: logs[name] for name, shown in CURVES.items() if name in logs}
+        # In order: what is read back from a checkpoint has been sorted, and must leave the same files.
+        known = {self.prefix + curve: value for name, value in sorted(logs.items()) if (curve := _curve(name))}
         if not known:
             return known
         for name, value in known.items():
@@ -141,6 +155,12 @@ class _Recorder(TrainerCallback):
     def _seconds_left(self, state: Any) -> int:
         step, moment = self.started
         return round((time.monotonic() - moment) / (state.global_step - step) * (state.max_steps - state.global_step))
+
+
+def _curve(name: str) -> str | None:
+    if name not in CURVES and (match := REWARD_CURVES.fullmatch(name)):
+        return f"{'eval' if match[1] else 'train'}/rewards/{match[2]}"
+    return CURVES.get(name)
 
 
 def _live(folder: Path) -> Live:

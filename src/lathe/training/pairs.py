@@ -4,10 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lathe.errors import InputError
-from lathe.model import unwrapped
 from lathe.template import Encoded, encode
 
 Rows = Sequence[Mapping[str, Any]]  # processed rows, with `rejected` in all of them
@@ -22,15 +20,6 @@ def check_pairs(splits: Mapping[str, Rows]) -> None:
                     f"data/processed/{split}.jsonl:{number}: has no rejected answer, and training.method 'dpo' learns "
                     "from pairs; choose a dataset that has them (columns chosen and rejected), or training.method: sft"
                 )
-
-
-def check_head(model: Any) -> None:
-    """Raise InputError where the adapter is on the output layer, whose weight TRL reads past it."""
-    if isinstance(unwrapped(model).get_output_embeddings(), BaseTunerLayer):
-        raise InputError(
-            "lora.target_modules names the output layer, which training.method 'dpo' cannot train so; leave it out, or "
-            "name it in lora.modules_to_save"
-        )
 
 
 def encode_pairs(tokenizer: Any, rows: Rows) -> tuple[list[Encoded], list[Encoded]]:

@@ -19,7 +19,7 @@ class Passes(Trainer):
     """
 
     def __init__(self, *, precision: str, rows: Sequence[Encoded], rate: str, **arguments: Any) -> None:
-        """`rows` of the training split and `rate`, the key of the learning rate, are named where a loss is no number."""
+        """Name `rows` of the training split and `rate`, the learning rate's key, where a loss is no number."""
         self.precision = precision  # before TRL's trainer may want to compute something
         self.rows = rows
         self.rate = rate

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import save_file, save_model
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lathe import launch
@@ -138,17 +139,7 @@ class Resumable(Trainer):
                 Trainer._save_checkpoint(self, model, trial)  # TRL's adds a model card
             finally:
                 self.args.output_dir = usual
-            unlogged = {
-                "loss": ranks.gathered(self._tr_loss.item()),  # these by rank
-                "tokens": ranks.gathered(self.trained_tokens),
-                "supervised_tokens": ranks.gathered(self.trained_supervised_tokens),
-                "since": self._globalstep_last_logged,
-                "measures": ranks.gathered(dict(self._metrics["train"])),  # TRL's
-            }
-            if launch.is_main():
-                [written] = folder.iterdir()
-                (written / UNLOGGED).write_text(json.dumps(unlogged), encoding="utf-8")
-                self.best.save(written)
+            self._save_own(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what is trained, and nothing of the rest; transformers would gather a sharded base for it."""
@@ -172,12 +163,29 @@ class Resumable(Trainer):
             else:
                 save_file(state_dict, file)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.unlogged = json.loads((Path(resume_from_checkpoint) / UNLOGGED).read_text(encoding="utf-8"))
+    def _save_own(self, checkpoint: Path) -> None:
+        """Add to a checkpoint what transformers does not keep."""
+        unlogged = {
+            "loss": ranks.gathered(self._tr_loss.item()),  # these by rank
+            "tokens": ranks.gathered(self.trained_tokens),
+            "supervised_tokens": ranks.gathered(self.trained_supervised_tokens),
+            "measures": ranks.gathered(dict(self._metrics["train"])),  # TRL's
+            "since": self._globalstep_last_logged,
+        }
+        if launch.is_main():
+            (checkpoint / UNLOGGED).write_text(json.dumps(unlogged), encoding="utf-8")
+            self.best.save(checkpoint)
+
+    def _load_own(self, checkpoint: Path) -> None:
+        """Take from a checkpoint what `_save_own` added."""
+        self.unlogged = json.loads((checkpoint / UNLOGGED).read_text(encoding="utf-8"))
         self.trained_tokens = self.unlogged["tokens"][ranks.own()]
         self.trained_supervised_tokens = self.unlogged["supervised_tokens"][ranks.own()]
-        self.best.load(Path(resume_from_checkpoint))
+        self.best.load(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_own(Path(resume_from_checkpoint))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what is given, and beside the loss of steps the tokens that they were trained on."""
@@ -234,4 +242,7 @@ class _Judge(TrainerCallback):
 
 
 def _evaluated_last(state: Any) -> bool:
-    return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
+    return any(
+        entry["step"] == state.global_step and any(name.startswith("eval_") for name in entry)
+        for entry in state.log_history
+    )

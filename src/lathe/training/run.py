@@ -3,28 +3,30 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PrinterCallback, set_seed
 from transformers.utils import is_liger_kernel_available
 
 from lathe import launch, memory
 from lathe.errors import InputError
-from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, resolve_precision
+from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, resolve_precision, unwrapped
 from lathe.model_folder import open_model
 from lathe.params import Params
+from lathe.reward_functions import RewardFunction, source
 from lathe.training import ranks
 from lathe.training.attention import check_attention
 from lathe.training.best import Best
 from lathe.training.checkpoints import Checkpoints, claimed, disk_errors, fingerprint
 from lathe.training.curves import Curves
 from lathe.training.frozen import digests
-from lathe.training.pairs import check_head, check_pairs
+from lathe.training.pairs import check_pairs
 from lathe.training.resume import Resumable
 from lathe.training.setting import Setting
 from lathe.training.shards import state_to_save
@@ -58,6 +60,7 @@ def train(
     metrics: Path,
     *,
     params: Params,
+    functions: Mapping[str, RewardFunction] | None = None,
     speed: Path | None = None,
     scratch: Path | None = None,
 ) -> Trained:
@@ -66,6 +69,7 @@ def train(
     That is an adapter for `base` as PEFT saves it, or under full tuning all of its weights (`lathe.training.whole`).
     The curves go to the dvclive folder `metrics`, those that vary from run to run to the folder `speed`;
     `splits["validation"]` is evaluated every `eval_steps`.
+    `functions` are the rewards of the user's own that `grpo.rewards` names.
     Every `save_steps` a checkpoint goes to the folder `scratch`, from where the same training goes on if it was
     interrupted; at the end they are removed. Without `scratch` there are none.
     Raises InputError where a parameter does not fit the model and where the loss is not finite, Interrupted after
@@ -96,8 +100,7 @@ def train(
         by_base_names(model, open_model(base))  # whether it can be saved, asked before the hours of training
     else:
         model = add_adapter(model, params.lora)
-    if training.method == "dpo":
-        check_head(model)
+    _check_head(model, training.method)
     frozen = digests(model)
     phases = _phases(params)
     claims: list[Checkpoints | None] = []
@@ -106,6 +109,11 @@ def train(
             decides = _decides(
                 phase, base, splits, {**frozen, **digests(model, trained=True)}, precision, model.device.type
             )
+            if phase.method == "grpo":
+                decides["functions"] = {
+                    name: hashlib.sha256(source(function).read_bytes()).hexdigest()
+                    for name, function in (functions or {}).items()
+                }
             claims.append(locks.enter_context(_claimed(scratch, decides)))
             measured = Speed(model, precision=precision)
             set_seed(params.seed)  # as if no phase had been before
@@ -118,6 +126,7 @@ def train(
                     precision=precision,
                     checkpoints=claims[-1],
                     callbacks=[measured, curves.callback(phase.curves, measured)],
+                    functions=functions or {},
                 )
             )
             measured.follow(trainer)
@@ -170,6 +179,15 @@ def _check_liger(asked: bool) -> None:
         )
 
 
+def _check_head(model: Any, method: str) -> None:
+    if method != "sft" and isinstance(unwrapped(model).get_output_embeddings(), BaseTunerLayer):
+        # TRL multiplies with the weight of the layer below the adapter, which would never be trained.
+        raise InputError(
+            f"lora.target_modules names the output layer, which training.method {method!r} cannot train so; leave it "
+            "out, or name it in lora.modules_to_save"
+        )
+
+
 def _trainer(method: str) -> Callable[[Setting], Resumable]:
     # TRL's trainers are imported where they are used: each takes a second or more.
     match method:
@@ -177,6 +195,8 @@ def _trainer(method: str) -> Callable[[Setting], Resumable]:
             from lathe.training.sft import trainer
         case "dpo":
             from lathe.training.dpo import trainer
+        case "grpo":
+            from lathe.training.grpo import trainer
     return trainer
 
 

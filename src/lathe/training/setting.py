@@ -1,7 +1,7 @@
 """What the trainer of every method is made of."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from lathe.params import Params
+from lathe.reward_functions import RewardFunction
 from lathe.training.checkpoints import Checkpoints
 
 
@@ -23,6 +24,7 @@ class Setting:
     precision: str  # bf16, fp16 or fp32
     checkpoints: Checkpoints | None
     callbacks: Sequence[TrainerCallback]
+    functions: Mapping[str, RewardFunction]  # of the user's own, by the name that `grpo.rewards` gives them
 
     def arguments(self, **own: Any) -> dict[str, Any]:
         """Return the arguments that all methods share, by transformers' names; `own` ones take their place."""
