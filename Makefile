@@ -47,7 +47,7 @@ bench-data: setup ## speed of preprocess against a plain datasets.map loop, and 
 	python benchmarks/data.py
 	python benchmarks/data.py --million
 
-bench-train: setup ## speed and memory of training against plain TRL's, on the processor or GPU at hand
+bench-train: setup ## speed, memory and start-up of training against TRL's and LLaMA-Factory's, on the device at hand
 	python benchmarks/train.py
 
 docs: setup ## rewrite docs/params.md, and pictures and results in the README

@@ -1,23 +1,27 @@
-"""Speed and memory of lathe's training against plain TRL's, on the same rows, model and adapter.
+"""Speed, memory and start-up of lathe's training against TRL's and LLaMA-Factory's: same rows, model and adapter.
 
-python benchmarks/train.py [--rounds 2] [--models qwen3,tiny] [--steps N] [--only NAME] [--folder DIR]
+python benchmarks/train.py [--cases NAME,…] [--rounds N] [--steps N] [--only PART] [--folder DIR]
 
-Makes two random models in a temporary folder: one of Qwen3's shape with its vocabulary of 151,936 (hidden 512, 8
-layers) and a tiny one (hidden 256, 3 layers, 512 entries). Each is trained for a few steps (LoRA on all linear layers,
-a third of each row supervised) by `lathe.training.sft.train`, unpacked and packed, and by TRL's `SFTTrainer`: unpacked
-and packed, with its defaults (bf16, gradient checkpointing, which it turns on by itself) and without checkpointing.
-Each runs in a fresh process, in turn, in every round. Unpacked and packed steps have about as many tokens.
+Makes random models in a temporary folder, on the CPU one of Qwen3's shape with its vocabulary of 151,936 and a tiny
+one, on a GPU one of 0.6 B and one of 8 B, 16-bit and 4-bit. Each is trained for a few steps, LoRA on all linear layers,
+the last third of each row supervised: by lathe, by TRL's `SFTTrainer` (bf16 and gradient checkpointing are its
+defaults) and, on the CPU, by LLaMA-Factory (float32 and gradient checkpointing are its defaults) in an environment of
+its own, which is made in `.bench/` the first time. On a GPU TRL runs with Liger's kernels too where `liger-kernel` is
+installed. All run as they are, from text to steps, each in a fresh process, in turn, in every round. Where an unpacked
+step of one holds other tokens than lathe's, or they supervise others, the benchmark stops. LLaMA-Factory packs without
+letting rows see one another (`neat_packing`), as TRL and lathe do.
 
-Prints a Markdown table: supervised tokens per second of the steps after the first two, their share of the rate at which
-this machine multiplies bf16 matrices (forward, backward through the activations, and output layer where it is needed;
-what a tool computes beyond that does not count), peak resident memory, and seconds from the start of the process to
-the end of the first step. The losses of equal steps must agree.
+Prints, case by case, a Markdown table: supervised tokens per second of the steps after the first, their share of the
+rate at which this device multiplies bf16 matrices (forward, backward through the activations, and output layer where it
+is needed; what a trainer computes beyond that does not count, so that on a GPU it is the model-FLOPs utilisation), the
+processor cores that were at work (fewer than the others where something else ran beside), peak memory (resident; on a
+GPU what torch reserved) and seconds from the start of the process to the end of the first step.
+Then how long the commands that users type take to the loss of the first step, and for each goal whether it is met.
 """
 
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,23 +32,85 @@ from pathlib import Path
 from typing import Any
 
 import machine
+from trainers import startup
+from trainers.environments import BENCHMARKS, python_of
+from trainers.work import Settings, Work
 
-RANK, SEED = 8, 1
+WARM_UP_STEPS = 1  # of each run, not timed
+PACKS = 2  # packs in a packed step, which together hold about as many tokens as the rows of an unpacked one
+LOSS_NOISE = 0.01  # how far apart the losses of equal steps may be, in bf16 and in float32 (nats per token)
 MIB = 1 << 20
+MODULES = {"lathe": "lathe_sft", "TRL": "trl_sft", "TRL with Liger": "trl_sft", "LLaMA-Factory": "llamafactory_sft"}
 
 
 @dataclass(frozen=True)
 class _Case:
-    """A model and how it is trained; `rows` per step of at most `longest` tokens."""
+    """A model and how it is trained: steps of `rows` rows of at most `longest` tokens, by each of `settings`."""
 
     title: str
-    shape: dict[str, int]
+    shape: dict[str, Any]
     longest: int
     rows: int
     steps: int
+    rounds: int
+    settings: tuple[Settings, ...]
+    over_best: float  # goal: speed over the best peer's, at the same precision and checkpointing
+    over_trl: float | None = None  # goal: speed over TRL's with its defaults
+    no_more_memory: bool = False  # goal: than any peer with the same settings
+    load_in_4bit: bool = False
+
+    @property
+    def shortest(self) -> int:
+        return self.longest // 4
 
 
-CASES = {
+ON_CPU = (
+    Settings("lathe"),
+    Settings("lathe", packing=True),
+    Settings("lathe", checkpointing=True),
+    Settings("lathe", "fp32"),
+    Settings("lathe", "fp32", checkpointing=True),
+    Settings("TRL", checkpointing=True),
+    Settings("TRL", checkpointing=True, packing=True),
+    Settings("TRL"),
+    Settings("TRL", packing=True),
+    Settings("LLaMA-Factory", "fp32", checkpointing=True),
+    Settings("LLaMA-Factory", "fp32", checkpointing=True, packing=True),
+    Settings("LLaMA-Factory", "fp32"),
+    Settings("LLaMA-Factory", "fp32", packing=True),
+    Settings("LLaMA-Factory", checkpointing=True),
+    Settings("LLaMA-Factory", checkpointing=True, packing=True),
+    Settings("LLaMA-Factory"),
+    Settings("LLaMA-Factory", packing=True),
+)
+ON_GPU = tuple(
+    Settings(trainer, packing=packing, checkpointing=True)
+    for trainer in ("lathe", "TRL", "TRL with Liger")
+    for packing in (False, True)
+)
+
+QWEN3_600M = {
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+QWEN3_8B = {
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
+
+CPU_CASES = {
     "qwen3": _Case(
         "Qwen3's shape, hidden 512, 8 layers, vocabulary 151,936",
         {
@@ -55,10 +121,15 @@ CASES = {
             "num_attention_heads": 8,
             "num_key_value_heads": 4,
             "head_dim": 64,
+            "tie_word_embeddings": True,
         },
         longest=256,
         rows=4,
-        steps=6,
+        steps=5,
+        rounds=1,
+        settings=ON_CPU,
+        over_best=2.5,
+        over_trl=4.0,
     ),
     "tiny": _Case(
         "tiny, hidden 256, 3 layers, vocabulary 512",
@@ -70,337 +141,270 @@ CASES = {
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 64,
+            "tie_word_embeddings": True,
         },
         longest=96,
         rows=32,
         steps=20,
+        rounds=2,
+        settings=ON_CPU,
+        over_best=1.5,
     ),
 }
-
-# name -> tool, packing, gradient checkpointing
-TOOLS = {
-    "lathe": ("lathe", False, False),
-    "lathe, packed": ("lathe", True, False),
-    "lathe, checkpointing": ("lathe", False, True),
-    "TRL, its defaults": ("trl", False, True),
-    "TRL, its defaults, packed": ("trl", True, True),
-    "TRL, no checkpointing": ("trl", False, False),
-    "TRL, no checkpointing, packed": ("trl", True, False),
+GPU_CASES = {
+    f"{name}-{kind}": _Case(
+        f"{title}, {kind}",
+        shape,
+        longest=2048,
+        rows=rows,
+        steps=12,
+        rounds=2,
+        settings=ON_GPU,
+        over_best=1.0,
+        over_trl=1.2,
+        no_more_memory=True,
+        load_in_4bit=kind == "QLoRA",
+    )
+    for name, title, shape, rows in (
+        ("600m", "Qwen3's shape, 0.6 B", QWEN3_600M, 8),
+        ("8b", "Qwen3's shape, 8 B", QWEN3_8B, 4),
+    )
+    for kind in ("LoRA", "QLoRA")
 }
+CASES = {**CPU_CASES, **GPU_CASES}
 
 
 @dataclass(frozen=True)
 class _Run:
-    supervised_tokens_per_second: float
-    share_of_peak: float
+    speed: float  # supervised tokens per second
+    operations: float  # that the model needs, per second
+    busy: float  # cores at work at a time; what is missing waited, or was taken by others
     peak_bytes: int
     first_step_seconds: float
-    losses: list[float]
+    steps: list[dict[str, Any]]
 
 
 def main() -> None:
     """Make the models, run everything in turn, print the tables."""
     arguments = _arguments()
-    if arguments.child:
-        case = CASES[arguments.case]
-        case = replace(case, steps=arguments.steps or case.steps)
-        _run_child(arguments.child, case, arguments.folder, arguments.peak, arguments.started)
-        return
+    on_gpu = _has_gpu()
+    if not on_gpu:
+        print("No GPU here: the models of 0.6 B and 8 B are not measured.\n")
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-train-") as name:
-        for case in arguments.models.split(","):
-            folder = Path(name) / case
+        for case_name in arguments.cases.split(",") if arguments.cases else GPU_CASES if on_gpu else CPU_CASES:
+            case = CASES[case_name]
+            case = replace(
+                case,
+                steps=arguments.steps or case.steps,
+                rounds=arguments.rounds or case.rounds,
+                settings=tuple(one for one in case.settings if _is_wanted(one, arguments.only)),
+            )
+            folder = Path(name).resolve() / case_name
             folder.mkdir()
-            _run_apart("make", case, folder, arguments.steps)
-            peaks = []
-            runs: dict[str, list[_Run]] = {tool: [] for tool in TOOLS if tool in (arguments.only or TOOLS)}
-            for turn in range(arguments.rounds):
-                peaks.append(float(_run_apart("peak", case, folder, arguments.steps)))
-                for tool in list(runs) if turn % 2 == 0 else reversed(list(runs)):
-                    measured = _run_apart(tool, case, folder, arguments.steps, peak=max(peaks))
-                    runs[tool].append(_Run(**json.loads(measured)))
-            sys.stdout.write(_report(CASES[case], runs, max(peaks)))
-            sys.stdout.flush()
+            print(_measure(case, folder, on_gpu=on_gpu), flush=True)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each (default 2)")
-    parser.add_argument("--models", default=",".join(CASES), help="which models, by commas (default all)")
-    parser.add_argument("--steps", type=int, help="steps of each run, at least 3 (default: 6 and 20)")
-    parser.add_argument("--only", action="append", choices=TOOLS, help="only this one; may be given several times")
+    parser.add_argument("--cases", help=f"which, by commas, of {', '.join(CASES)} (default: those of the device)")
+    parser.add_argument("--rounds", type=int, help="runs of each (default: as each case has it)")
+    parser.add_argument("--steps", type=int, help="steps of each run, at least 2 (default: as each case has it)")
+    parser.add_argument("--only", default="", help="only settings whose name holds this, and lathe's")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made (default: the system's)")
-    for hidden in ("--child", "--case"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--peak", type=float, default=0.0, help=argparse.SUPPRESS)
-    parser.add_argument("--started", type=float, default=0.0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _run_apart(child: str, case: str, folder: Path, steps: int | None, peak: float = 0.0) -> str:
-    """Run one step in a fresh process; return the last line that it wrote."""
-    command = [sys.executable, __file__, "--child", child, "--case", case, "--folder", str(folder)]
-    command += ["--peak", str(peak), "--started", str(time.time())]
-    command += ["--steps", str(steps)] if steps else []
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+def _has_gpu() -> bool:
+    asked = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip() == "True"
+
+
+def _is_wanted(settings: Settings, only: str) -> bool:
+    if settings.trainer == "TRL with Liger":
+        from importlib.util import find_spec
+
+        if find_spec("liger_kernel") is None:
+            print("liger-kernel is not installed: TRL with Liger is not measured.\n")
+            return False
+    return only in settings.name or settings.trainer == "lathe"
+
+
+def _measure(case: _Case, folder: Path, *, on_gpu: bool) -> str:
+    """Run all of a case's settings in turn, in every round, and report on them."""
+    about = {"shape": case.shape, "shortest": case.shortest, "longest": case.longest}
+    about |= {"folder": str(folder), "rows": case.rows * case.steps * 2}
+    (folder / "case.json").write_text(json.dumps(about), encoding="utf-8")
+    _run_apart("materials", folder / "case.json", folder=folder)
+    rate = 0.0
+    runs: dict[Settings, list[_Run]] = {settings: [] for settings in case.settings}
+    starts: dict[str, list[float]] = {}
+    for turn in range(case.rounds):
+        forward = turn % 2 == 0
+        rate = max(rate, float(_run_apart("rate", folder=folder)))
+        for settings in case.settings if forward else reversed(case.settings):
+            runs[settings].append(_run(case, settings, folder))
+        rate = max(rate, float(_run_apart("rate", folder=folder)))
+    commands = startup.commands(_work(case, Settings("lathe"), folder), on_gpu=on_gpu)
+    for _ in range(2):
+        for name, (command, where) in commands.items():
+            seconds = startup.seconds_to_first_step(command, where, _environment(folder))
+            starts.setdefault(name, []).append(seconds)
+    return _report(case, runs, rate, starts)
+
+
+def _run(case: _Case, settings: Settings, folder: Path) -> _Run:
+    print(f"{folder.name}: {settings.name}", file=sys.stderr, flush=True)
+    work, result = folder / "work.json", folder / "result.json"
+    _work(case, settings, folder).write(work)
+    started = time.time()
+    _run_apart(MODULES[settings.trainer], work, result, folder=folder, python=python_of(settings.trainer))
+    measured = json.loads(result.read_text(encoding="utf-8"))
+    result.unlink()
+    steps = measured["steps"]
+    timed = steps[WARM_UP_STEPS:]
+    before, last = steps[WARM_UP_STEPS - 1], steps[-1]
+    seconds = last["ended"] - before["ended"]
+    return _Run(
+        speed=sum(step["supervised_tokens"] for step in timed) / seconds,
+        operations=sum(_operations(case, step) for step in timed) / seconds,
+        busy=(last["processor_seconds"] - before["processor_seconds"]) / seconds,
+        peak_bytes=measured["peak_bytes"],
+        first_step_seconds=steps[0]["ended"] - started,
+        steps=steps,
+    )
+
+
+def _work(case: _Case, settings: Settings, folder: Path) -> Work:
+    # Rows take up five eighths of the longest on average, so that a packed step has as much to do as an unpacked one.
+    pack = case.longest * case.rows * 5 // 8 // PACKS
+    return Work(
+        settings=settings,
+        folder=str(folder),
+        steps=case.steps,
+        examples=PACKS if settings.packing else case.rows,
+        max_length=pack if settings.packing else case.longest,
+        load_in_4bit=case.load_in_4bit,
+    )
+
+
+def _run_apart(module: str, *arguments: Path, folder: Path, python: str = sys.executable) -> str:
+    """Run a module of `trainers` in a fresh process; return the last line that it wrote, if any."""
+    command = [python, "-m", f"trainers.{module}", *map(str, arguments)]
+    result = subprocess.run(command, cwd=BENCHMARKS, env=_environment(folder), capture_output=True, text=True)
     if result.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr}")
-    return result.stdout.splitlines()[-1]
+        raise SystemExit(f"{' '.join(command)} failed:\n{result.stdout}\n{result.stderr}")
+    return (result.stdout.splitlines() or [""])[-1]
 
 
-def _run_child(child: str, case: _Case, folder: Path, peak: float, started: float) -> None:
-    if child == "make":
-        _make_model(case, folder / "model")
-        sys.stdout.write("made\n")
-        return
-    if child == "peak":
-        sys.stdout.write(f"{_bf16_rate()}\n")
-        return
-    tool, packing, checkpointing = TOOLS[child]
-    train = _train_with_lathe if tool == "lathe" else _train_with_trl
-    steps = train(case, folder, packing, checkpointing)
-    timed = [step for step in steps if step.number > 2]
-    seconds = timed[-1].ended - steps[1].ended
-    supervised = sum(step.supervised_tokens for step in timed)
-    operations = sum(_operations(case, step) for step in timed)
-    run = _Run(
-        supervised_tokens_per_second=supervised / seconds,
-        share_of_peak=operations / seconds / peak,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        first_step_seconds=steps[0].ended - started,
-        losses=[step.loss for step in steps],
-    )
-    sys.stdout.write("\n" + json.dumps(run.__dict__) + "\n")
+def _environment(folder: Path) -> dict[str, str]:
+    """Offline, with caches in the temporary folder, and threads that wait without spinning."""
+    source = str(BENCHMARKS.parent / "src")
+    ours = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "huggingface"), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**os.environ, **ours, "PYTHONPATH": source}
 
 
-@dataclass
-class _Step:
-    number: int
-    ended: float
-    tokens: int
-    supervised_tokens: int
-    loss: float = float("nan")
-
-
-def _recorder(steps: list[_Step], counted: dict[str, int]) -> Any:
-    from transformers import TrainerCallback
-
-    class Recorder(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            steps.append(_Step(state.global_step, time.time(), counted.pop("tokens"), counted.pop("supervised")))
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "loss" in logs:
-                steps[-1].loss = logs["loss"]
-
-    return Recorder()
-
-
-def _count(trainer: Any, counted: dict[str, int]) -> None:
-    """Have the tokens of every batch counted, by what the tool's own collator makes of it."""
-    collate = trainer.data_collator
-
-    def counting(examples: list[dict[str, Any]]) -> Any:
-        counted["tokens"] = sum(len(example["input_ids"]) for example in examples)
-        counted["supervised"] = sum(label != -100 for example in examples for label in example["labels"])
-        return collate(examples)
-
-    trainer.data_collator = counting
-
-
-def _train_with_lathe(case: _Case, folder: Path, packing: bool, checkpointing: bool) -> list[_Step]:
-    import lathe.training.sft as sft
-    from lathe.params import Lora, Quantization, load
-
-    steps: list[_Step] = []
-    counted: dict[str, int] = {}
-
-    class Measured(sft.AnswerTrainer):
-        def __init__(self, **arguments: Any) -> None:
-            super().__init__(**arguments)
-            _count(self, counted)
-            self.add_callback(_recorder(steps, counted))
-
-    sft.AnswerTrainer = Measured  # type: ignore[misc]
-    sft.load_tokenizer = lambda _folder: _make_tokenizer()  # rows are ids already
-    sft._encode = lambda _tokenizer, rows, _supervise: rows
-    params = load().params
-    training = params.training.model_copy(
-        update={
-            "packing": packing,
-            "max_length": _max_length(case),
-            "max_steps": case.steps,
-            "per_device_train_batch_size": _examples(case, packing),
-            "per_device_eval_batch_size": 1,
-            "gradient_checkpointing": checkpointing,
-            "precision": "bf16",
-            "learning_rate": 1e-4,
-            "logging_steps": 1,
-            "eval_steps": 1000,
-            "gradient_accumulation_steps": 1,
-        }
-    )
-    lora = Lora.model_validate({**params.lora.model_dump(), "r": RANK, "lora_alpha": 2 * RANK})
-    quantization = Quantization.model_validate({**params.quantization.model_dump(), "load_in_4bit": False})
-    rows = _rows(case)
-    with tempfile.TemporaryDirectory(dir=folder) as out:
-        adapter = Path(out) / "adapter"
-        adapter.mkdir()
-        sft.train(
-            folder / "model",
-            {"train": rows, "validation": rows[:1]},
-            adapter,
-            Path(out) / "metrics",
-            seed=SEED,
-            training=training,
-            lora=lora,
-            quantization=quantization,
-            supervise="all",
-        )
-    return steps
-
-
-def _train_with_trl(case: _Case, folder: Path, packing: bool, checkpointing: bool) -> list[_Step]:
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM
-    from trl import SFTConfig, SFTTrainer
-
-    rows = _rows(case)
-    labels = [
-        [token if kept else -100 for token, kept in zip(row.input_ids, row.supervised, strict=True)] for row in rows
-    ]
-    data = Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": labels})
-    torch.manual_seed(SEED)
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
-    config = SFTConfig(
-        output_dir=str(folder / "unused"),
-        save_strategy="no",
-        report_to=[],
-        use_cpu=not torch.cuda.is_available(),
-        seed=SEED,
-        data_seed=SEED,
-        max_steps=case.steps,
-        per_device_train_batch_size=_examples(case, packing),
-        learning_rate=1e-4,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        logging_steps=1,
-        max_length=_max_length(case),
-        packing=packing,
-        gradient_checkpointing=checkpointing,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-    )
-    lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-    steps: list[_Step] = []
-    counted: dict[str, int] = {}
-    trainer = SFTTrainer(
-        model=model, args=config, train_dataset=data, peft_config=lora, processing_class=_make_tokenizer()
-    )
-    _count(trainer, counted)
-    trainer.add_callback(_recorder(steps, counted))
-    trainer.train()
-    return steps
-
-
-def _max_length(case: _Case) -> int:
-    """A pack is as long as all rows of an unpacked step may be on average, so that both steps have equal work."""
-    return case.longest * case.rows * 5 // 8 // _examples(case, packing=True)
-
-
-def _examples(case: _Case, packing: bool) -> int:
-    return 2 if packing else case.rows
-
-
-def _rows(case: _Case) -> list[Any]:
-    """Rows of a quarter to the whole of the longest length, evenly spread; the last third is supervised."""
-    import random
-
-    from lathe.template import Encoded
-
-    chance = random.Random(SEED)
-    rows = []
-    for index in range(case.rows * case.steps * 2):
-        length = chance.randint(case.longest // 4, case.longest)
-        ids = [chance.randrange(3, case.shape["vocab_size"]) for _ in range(length)]
-        rows.append(Encoded(index, ids, [place >= length - length // 3 for place in range(length)]))
-    return rows
-
-
-def _make_model(case: _Case, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
-    torch.manual_seed(0)
-    config = Qwen3Config(**case.shape, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-
-
-def _make_tokenizer() -> Any:
-    """A tokenizer that is never asked to tokenise: the rows are ids."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
-    )
-
-
-def _operations(case: _Case, step: _Step) -> float:
+def _operations(case: _Case, step: dict[str, Any]) -> float:
     """Floating-point operations that a step needs: 2 per weight and token forward, 2 backward (frozen weights)."""
     shape = case.shape
     heads, head = shape["num_attention_heads"], shape["head_dim"]
     attention = shape["hidden_size"] * head * (2 * heads + 2 * shape["num_key_value_heads"])
     layer = attention + 3 * shape["hidden_size"] * shape["intermediate_size"]
     weights = shape["num_hidden_layers"] * layer
-    return 4.0 * (weights * step.tokens + shape["hidden_size"] * shape["vocab_size"] * step.supervised_tokens)
+    return 4.0 * (weights * step["tokens"] + shape["hidden_size"] * shape["vocab_size"] * step["supervised_tokens"])
 
 
-def _bf16_rate() -> float:
-    """The best rate of bf16 matrix products seen here, in operations per second."""
-    import torch
-
-    size = 2048
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(2))
-    best = float("inf")
-    for _ in range(12):
-        started = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
-def _report(case: _Case, runs: dict[str, list[_Run]], peak: float) -> str:
-    def median(tool: str, field: str) -> float:
-        return statistics.median(getattr(run, field) for run in runs[tool])
-
-    def ratio(tool: str) -> str:
-        if "lathe" not in runs:
-            return ""
-        pairs = [
-            ours.supervised_tokens_per_second / theirs.supervised_tokens_per_second
-            for ours, theirs in zip(runs["lathe"], runs[tool], strict=True)
-        ]
-        return f"{statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
-
+def _report(case: _Case, runs: dict[Settings, list[_Run]], rate: float, starts: dict[str, list[float]]) -> str:
     lines = [
-        f"A random model: {case.title}; rows of {case.longest // 4} to {case.longest} tokens, {case.rows} in a step.",
-        f"Machine: {machine.describe()}; bf16 products at {peak / 1e9:.0f} GFLOP/s.",
+        f"A random model: {case.title}; rows of {case.shortest} to {case.longest} tokens, {case.rows} in a step; "
+        f"{case.rounds} x {case.steps - WARM_UP_STEPS} steps timed.",
+        f"Machine: {machine.describe()}; bf16 products at {rate / 1e9:.0f} GFLOP/s.",
         "",
-        "| | supervised tokens/s | lathe / this (range) | share of bf16 rate | peak, MiB | first step, s | last loss |",
+        "| | supervised tokens/s | share of bf16 rate | cores busy | peak, MiB | first step, s | last loss |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for tool in runs:
+    for settings, ran in runs.items():
         lines.append(
-            f"| {tool} | {median(tool, 'supervised_tokens_per_second'):.0f} | {ratio(tool)} "
-            f"| {100 * median(tool, 'share_of_peak'):.0f} % | {median(tool, 'peak_bytes') / MIB:.0f} "
-            f"| {median(tool, 'first_step_seconds'):.1f} | {runs[tool][-1].losses[-1]:.3f} |"
+            f"| {settings.name} | {_median(ran, 'speed'):.0f} | {100 * _median(ran, 'operations') / rate:.0f} % "
+            f"| {_median(ran, 'busy'):.1f} | {_median(ran, 'peak_bytes') / MIB:.0f} "
+            f"| {_median(ran, 'first_step_seconds'):.1f} | {ran[-1].steps[-1]['loss']:.3f} |"
         )
-    return "\n".join(lines) + "\n\n"
+    lines += ["", "| command, one step's loss after | seconds |", "| --- | ---: |"]
+    lines += [f"| {name} | {min(seconds):.1f} |" for name, seconds in starts.items()]
+    return "\n".join([*lines, "", *_goals(case, runs, starts), ""])
+
+
+def _median(runs: list[_Run], field: str) -> float:
+    return statistics.median(getattr(run, field) for run in runs)
+
+
+def _goals(case: _Case, runs: dict[Settings, list[_Run]], starts: dict[str, list[float]]) -> list[str]:
+    """Return a line for each goal: what was aimed at, what was seen, and whether that will do."""
+    lines = []
+    for precision in ("bf16", "fp32"):
+        for checkpointing in (False, True):
+            alike = [one for one in runs if (one.precision, one.checkpointing) == (precision, checkpointing)]
+            ours = [one for one in alike if one.trainer == "lathe"]
+            theirs = [one for one in alike if one.trainer != "lathe"]
+            if ours and theirs:
+                best = _fastest(theirs, runs)
+                how = f"{precision}, {'' if checkpointing else 'no '}checkpointing"
+                what = f"over the best of the others ({how}: {best.name})"
+                lines.append(_goal(what, _ratio(_fastest(ours, runs), best, runs), case.over_best))
+    plain = Settings("TRL", checkpointing=True)
+    if case.over_trl and plain in runs:
+        lines.append(_goal(f"over {plain.name}", _ratio(case.settings[0], plain, runs), case.over_trl))
+    if case.no_more_memory:
+        lines += [_memory_goal(one, runs) for one in runs if one.trainer != "lathe"]
+    apart = _largest_difference(runs)
+    lines.append(
+        f"- {_met(apart <= LOSS_NOISE)}: losses of equal steps differ by {apart:.4f} at most (goal {LOSS_NOISE})"
+    )
+    ours, *theirs = (min(seconds) for seconds in starts.values())
+    lines.append(
+        f"- {_met(ours <= min(theirs))}: lathe's stage is at its first loss after {ours:.1f} s, "
+        f"the quickest of the others after {min(theirs):.1f} s (goal: no later)"
+    )
+    return lines
+
+
+def _fastest(among: list[Settings], runs: dict[Settings, list[_Run]]) -> Settings:
+    return max(among, key=lambda settings: _median(runs[settings], "speed"))
+
+
+def _ratio(ours: Settings, theirs: Settings, runs: dict[Settings, list[_Run]]) -> list[float]:
+    """Speed of the one over the other's, round by round."""
+    return [our.speed / their.speed for our, their in zip(runs[ours], runs[theirs], strict=True)]
+
+
+def _goal(over_what: str, ratios: list[float], least: float) -> str:
+    seen = statistics.median(ratios)
+    spread = f", {min(ratios):.2f} to {max(ratios):.2f}" if len(ratios) > 1 else ""
+    return f"- {_met(seen >= least)}: {seen:.2f} x the speed{spread}, {over_what} (goal {least:g} x)"
+
+
+def _memory_goal(theirs: Settings, runs: dict[Settings, list[_Run]]) -> str:
+    ours = replace(theirs, trainer="lathe")
+    seen = _median(runs[ours], "peak_bytes") / _median(runs[theirs], "peak_bytes")
+    return f"- {_met(seen <= 1)}: {seen:.2f} x the memory of {theirs.name} (goal: no more)"
+
+
+def _met(met: bool) -> str:
+    return "met" if met else "NOT MET"
+
+
+def _largest_difference(runs: dict[Settings, list[_Run]]) -> float:
+    """Compare the losses of unpacked steps with lathe's; raise SystemExit where the steps hold other tokens."""
+    unpacked = {settings: ran[-1].steps for settings, ran in runs.items() if not settings.packing}
+    reference = unpacked[next(iter(unpacked))]
+    largest = 0.0
+    for settings, steps in unpacked.items():
+        for number, (step, expected) in enumerate(zip(steps, reference, strict=True), 1):
+            if step["digest"] != expected["digest"]:
+                raise SystemExit(
+                    f"{settings.name}: step {number} holds other tokens than lathe's, or supervises others"
+                )
+            largest = max(largest, abs(step["loss"] - expected["loss"]))
+    return largest
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def test_a_row_without_an_answer_to_reject_is_named_before_anything_is_loaded(ru
 
 
 def test_an_adapter_on_the_output_layer_is_refused(run):
-    with pytest.raises(InputError, match=r"^lora.target_modules names the output layer"):
+    with pytest.raises(InputError, match=r"it matches lm_head, the output head, of which TRL"):
         run(**{"lora.target_modules": ["q_proj", "lm_head"]})
 
 

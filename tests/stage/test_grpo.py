@@ -165,7 +165,7 @@ def test_rewards_of_one_name_are_told_apart():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"lora.target_modules": ["q_proj", "lm_head"]}, "lora.target_modules names the output layer; GRPO cannot"),
+        ({"lora.target_modules": ["q_proj", "lm_head"]}, "the output head, of which TRL"),
         (
             {"grpo.rewards": [SHORT.model_copy(update={"weight": 1e37})], "grpo.scale_rewards": "none"},
             "inf at step 1, not a number, with the rows of data/processed/train.jsonl:",

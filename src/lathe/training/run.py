@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PrinterCallback, set_seed
 from transformers.utils import is_liger_kernel_available
 
 from lathe import launch, memory
 from lathe.errors import InputError
-from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, resolve_precision, unwrapped
+from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, resolve_precision
 from lathe.model_folder import open_model
 from lathe.params import Params
 from lathe.reward_functions import RewardFunction, source
@@ -100,7 +99,6 @@ def train(
         by_base_names(model, open_model(base))  # whether it can be saved, asked before the hours of training
     else:
         model = add_adapter(model, params.lora)
-    _check_head(model, training.method)
     frozen = digests(model)
     phases = _phases(params)
     claims: list[Checkpoints | None] = []
@@ -176,15 +174,6 @@ def _check_liger(asked: bool) -> None:
     if asked and not is_liger_kernel_available():
         raise InputError(
             "training.use_liger_kernel is true; liger-kernel is not installed; install it, or set it to false"
-        )
-
-
-def _check_head(model: Any, method: str) -> None:
-    if method != "sft" and isinstance(unwrapped(model).get_output_embeddings(), BaseTunerLayer):
-        # TRL multiplies with the weight of the layer below the adapter, which would never be trained.
-        raise InputError(
-            f"lora.target_modules names the output layer, which training.method {method!r} cannot train so; leave it "
-            "out, or name it in lora.modules_to_save"
         )
 
 

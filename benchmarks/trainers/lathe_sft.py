@@ -1,0 +1,60 @@
+"""Trains with Lathe, on rows of text: python -m trainers.lathe_sft WORK RESULT."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trainers.work import ALPHA, LEARNING_RATE, RANK, SEED, WARMUP, Work
+
+
+def main() -> None:
+    """Train, and leave the steps in the second file."""
+    work = Work.read(sys.argv[1])
+    from trainers import steps
+
+    from lathe.params import load
+    from lathe.training.run import train
+
+    steps.record(Path(sys.argv[2]))
+    params = load().params
+    sections = {name: getattr(params, name).model_copy(update=own) for name, own in parameters(work).items()}
+    params = params.model_copy(update={"seed": SEED, **sections})
+    rows = [json.loads(line) for line in Path(work.rows("messages")).read_text(encoding="utf-8").splitlines()]
+    with tempfile.TemporaryDirectory(dir=work.folder) as out:
+        adapter = Path(out) / "adapter"
+        adapter.mkdir()
+        train(
+            Path(work.model),
+            {"train": rows, "validation": rows[:1]},
+            adapter,
+            Path(out) / "metrics",
+            params=params,
+        )
+
+
+def parameters(work: Work) -> dict[str, dict[str, Any]]:
+    """Return, section by section, what `work` wants in params.yaml."""
+    return {
+        "training": {
+            "max_length": work.max_length,
+            "max_steps": work.steps,
+            "per_device_train_batch_size": work.examples,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": LEARNING_RATE,
+            "warmup_ratio": WARMUP,
+            "gradient_checkpointing": work.settings.checkpointing,
+            "precision": work.settings.precision,
+            "logging_steps": 1,
+            "eval_steps": 1000,
+        },
+        "sft": {"packing": work.settings.packing},
+        "lora": {"r": RANK, "lora_alpha": ALPHA},
+        "quantization": {"load_in_4bit": work.load_in_4bit},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Makes a random model, a tokenizer of one word per id, and rows of random words: python -m trainers.materials CASE.
+
+Whatever a trainer does with text (its chat template, its tokenising, its packing), the same ids come of it.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from trainers.work import SEED
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"  # ids 0, 1, 2
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message.content }}{{ ' </s>' if message.role == 'assistant' else ' ' }}"
+    "{% endfor %}"
+)
+
+
+def main() -> None:
+    """Read {folder, shape, shortest, longest, rows} from the file that is named, and fill the folder."""
+    case = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    folder = Path(case["folder"])
+    _make_model(case["shape"], folder / "model")
+    _make_tokenizer(case["shape"]["vocab_size"]).save_pretrained(folder / "model")
+    _write_rows(case, folder / "rows")
+
+
+def _make_model(shape: dict[str, Any], folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    torch.manual_seed(0)
+    config = Qwen3Config(**shape, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
+def _make_tokenizer(size: int) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [PAD, BOS, EOS, *(f"w{number}" for number in range(3, size))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def _write_rows(case: dict[str, Any], folder: Path) -> None:
+    """Rows of lengths evenly spread from the shortest to the longest; the last third of each is the answer."""
+    chance = random.Random(SEED)
+    forms: dict[str, list[Any]] = {"messages": [], "prompt_completion": [], "sharegpt": []}
+    for _ in range(case["rows"]):
+        length = chance.randint(case["shortest"], case["longest"])
+        words = [f"w{chance.randrange(3, case['shape']['vocab_size'])}" for _ in range(length - 1)]
+        start = length - length // 3
+        ask = {"role": "user", "content": " ".join(words[:start])}
+        reply = {"role": "assistant", "content": " ".join(words[start:])}
+        forms["messages"].append({"messages": [ask, reply]})
+        forms["prompt_completion"].append({"prompt": [ask], "completion": [reply]})
+        # Read without a chat template, so the end is written out.
+        ended = {**reply, "content": f"{reply['content']} {EOS}"}
+        forms["sharegpt"].append({"messages": [ask, ended]})
+    folder.mkdir()
+    for form, rows in forms.items():
+        (folder / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    # LLaMA-Factory's list of datasets.
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    listed = {
+        "rows": {
+            "file_name": "sharegpt.jsonl",
+            "formatting": "sharegpt",
+            "columns": {"messages": "messages"},
+            "tags": tags,
+        }
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(listed), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
