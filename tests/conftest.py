@@ -190,6 +190,15 @@ def changed(chosen: params.Params, changes: dict[str, Any]) -> params.Params:
     return chosen
 
 
+def learnt_by_heart() -> dict[str, list[dict[str, Any]]]:
+    """Rows of which training learns too much: at a constant rate of 0.004, validation is best after 6 steps."""
+    train, validation = (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]}
+        for answer in ("yes, yes, yes", "yes, no, no")
+    )
+    return {"train": [train] * 4, "validation": [validation]}
+
+
 def output_hashes(checkout: Checkout) -> dict[str, list[str]]:
     """What dvc.lock says of the outputs of every item that dvc.yaml now has."""
     lock = yaml.safe_load((checkout.root / "dvc.lock").read_text())["stages"]

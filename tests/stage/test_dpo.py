@@ -30,6 +30,7 @@ QUICK = {
     "dpo.per_device_train_batch_size": 4,
     "dpo.learning_rate": 0.01,
     "dpo.beta": 0.5,
+    "dpo.loss_type": "sigmoid",
 }
 EXACT = {"precision": "fp32", "quantization.load_in_4bit": False}
 
@@ -164,6 +165,14 @@ def test_a_layer_that_is_trained_whole_learns_from_pairs(run):
     heads = [name for name in done.weights() if "lm_head" in name]
     assert heads
     assert not any(torch.equal(done.weights()[name], other.weights()[name]) for name in heads)
+
+
+def test_all_weights_can_learn_from_pairs_without_a_second_model(run):
+    done = run(**EXACT, tuning="full", max_steps=3, **{"dpo.learning_rate": 0.001})
+    margins = done.curve("eval/reward_margin")
+    assert margins[0] == pytest.approx(0, abs=1e-4)
+    assert margins[-1] > margins[0]
+    assert not list(done.adapter.glob("adapter*"))
 
 
 def test_a_row_without_an_answer_to_reject_is_named_before_anything_is_loaded(run, tmp_path):

@@ -184,8 +184,8 @@ def test_what_cannot_be_trained_is_refused_in_one_line(small_model, tmp_path, ch
     ("changes", "said"),
     [
         (
-            {"grpo.num_generations": 7},
-            "grpo.per_device_train_batch_size x grpo.gradient_accumulation_steps is 256; must be a multiple of "
+            {"grpo.num_generations": 7, "grpo.per_device_train_batch_size": 8},
+            "grpo.per_device_train_batch_size x grpo.gradient_accumulation_steps is 8; must be a multiple of "
             "grpo.num_generations, 7",
         ),
         ({"grpo.rewards": [{"name": "exact_mach", "weight": 1.0}]}, "did you mean 'exact_match'?"),

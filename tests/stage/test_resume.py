@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import Checkout, changed, copy_of, output_hashes
+from conftest import Checkout, changed, copy_of, learnt_by_heart, output_hashes
 from safetensors.torch import load_file, save_file
 
 from lathe import params, paths
@@ -151,11 +151,10 @@ def test_a_model_trained_whole_goes_on_exactly_and_never_from_another_base(runs,
 
 
 def test_the_best_evaluation_before_the_interruption_is_remembered(runs, caplog):
-    changes: dict[str, Any] = {"load_best_model_at_end": True, "early_stopping_patience": 6, "eval_steps": 1}
-    # As in test_best: best at step 5.
-    changes |= {"learning_rate": 0.03, "lr_scheduler_type": "constant", "precision": "fp32", "lora.lora_dropout": 0.0}
+    changes: dict[str, Any] = {"load_best_model_at_end": True, "early_stopping_patience": 4, "eval_steps": 1}
+    changes |= {"learning_rate": 0.004, "lr_scheduler_type": "constant", "precision": "fp32", "lora.lora_dropout": 0.0}
     changes |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 20}
-    few = {**SPLITS, "train": SPLITS["train"][:4]}
+    few = learnt_by_heart()
     uninterrupted = runs.run(few, changes)
     runs.interrupt(splits=few, changes=changes)
     with caplog.at_level(logging.INFO, "lathe"):

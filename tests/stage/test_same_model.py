@@ -154,7 +154,6 @@ def _trained(base: Path, adapter: Path) -> Any:
         ("tiny", "embeddings updated"),
         ("tiny", "full"),
         ("qwen3", "both saved, 4-bit base"),
-        ("llama3", "rslora"),
     ],
 )
 def test_the_merged_gguf_answers_as_the_trained_model(bases, tmp_path, base, kind):

@@ -268,6 +268,15 @@ def test_memory_is_held_against_the_estimate(qwen, memory, status, said):
     assert finding.details["available"] == memory
 
 
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_memory_of_a_method_that_is_not_estimated_is_a_warning(qwen, repository, method):
+    model = with_model(qwen).model
+    config = with_params(training={"method": method}).model_copy(update={"model": model})
+    memory, disk = doctor.check_model(config, circumstances(repository))
+    assert (memory.check, memory.status, disk.check) == ("memory", "warning", "disk")
+    assert memory.text == f"cannot be estimated: training.method is '{method}'; memory is estimated for 'sft' alone"
+
+
 @pytest.mark.parametrize(("disk", "status"), [(100 * GB, "ok"), (7 * GB, "warning"), (2 * GB, "fail")])
 def test_disk_is_held_against_every_output(qwen, repository, disk, status):
     configured(repository, '[cache]\n    type = "hardlink,symlink"\n')

@@ -131,6 +131,11 @@ def test_a_tied_head_that_the_base_stores_all_the_same_is_written_once_and_stays
     embeddings = model.get_input_embeddings().weight.to(torch.bfloat16)
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         assert torch.equal(tensors(tmp_path / "adapter")[name], embeddings)
+    # Gathered from several processes, each weight is there once.
+    (tmp_path / "gathered").mkdir()
+    save_whole(model, base, tmp_path / "gathered", dict(model.named_parameters()))
+    for file in (tmp_path / "adapter").iterdir():
+        assert (tmp_path / "gathered" / file.name).read_bytes() == file.read_bytes()
     merged(base, tmp_path / "adapter", tmp_path / "out")
     after = tensors(tmp_path / "out")
     assert "lm_head.weight" not in after

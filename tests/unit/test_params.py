@@ -79,7 +79,7 @@ def test_the_committed_files_are_valid():
         (
             "num_generations: 8",
             "num_generations: 7",
-            "grpo: grpo.per_device_train_batch_size x grpo.gradient_accumulation_steps is 128; must be a multiple",
+            "grpo: grpo.per_device_train_batch_size x grpo.gradient_accumulation_steps is 256; must be a multiple",
         ),
         ("name: exact_match", "name: exactmatch", "grpo.rewards.0.name is 'exactmatch'; must be one of exact_match,"),
         ("name: exact_match", "name: regex", "grpo.rewards.0: the reward regex needs pattern; add it"),

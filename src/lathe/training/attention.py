@@ -44,9 +44,11 @@ def separate_rows(model: Any, asked: str, *, precision: str) -> bool:
     before = model.config._attn_implementation
     if before not in {"sdpa", FLASH} or getattr(model.config, "attention_chunk_size", None):
         return False
-    model.set_attn_implementation(FLASH if model.device.type == "cuda" and _flash(precision) else NAME)
-    if _keeps_rows_apart(model):
-        return True
+    flash = model.device.type == "cuda" and _flash(precision)
+    model.set_attn_implementation(FLASH if flash else NAME)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=flash):  # weights trained whole are float32
+        if _keeps_rows_apart(model):
+            return True
     model.set_attn_implementation(before)
     return False
 

@@ -134,15 +134,10 @@ class RewardTrainer(Passes, Resumable, GRPOTrainer):
         questions: dict[str, list[Question]],
         rewards: list[Weighed],
         lead: str,
-        model: Any,
         **arguments: Any,
     ) -> None:
         self.questions, self.rewards, self.lead = questions, rewards, lead
-        # TRL rounds the adapter of a 4-bit model to bf16, which would change what the supervised phase has learnt.
-        before = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
-        super().__init__(model=model, reward_funcs=[self._scorer(reward) for reward in rewards], **arguments)
-        for parameter, data in before.items():
-            parameter.data = data.float()
+        super().__init__(reward_funcs=[self._scorer(reward) for reward in rewards], **arguments)
         self.add_callback(_EvaluateFirst(self))
 
     def train_to_the_end(self) -> None:

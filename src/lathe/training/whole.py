@@ -17,14 +17,19 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 def by_base_names(model: Any, base: Weights, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """Return the tensors of `model` by the names under which they lie in the folder that it was loaded from.
 
-    A weight that the base stores twice, as tied embeddings sometimes are, is there twice too. `state` is the model's
-    `state_dict()` where it had to be gathered from several processes. transformers may have renamed, split or stacked
-    what it loaded; that is turned back. Raises InputError where something of the model has no place in the base: it
-    would be trained and lost.
+    A weight that the base stores twice, as tied embeddings sometimes are, is there twice too. `state` are the trained
+    tensors by their names in the model, where they had to be gathered from several processes. transformers may have
+    renamed, split or stacked what it loaded; that is turned back. Raises InputError where something of the model has no
+    place in the base: it would be trained and lost.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    every = revert_weight_conversion(model, model.state_dict() if state is None else state)
+    state = dict(model.state_dict() if state is None else state)
+    for one, other in model.all_tied_weights_keys.items():  # what was gathered has each weight once
+        for missing, there in ((one, other), (other, one)):
+            if there in state:
+                state.setdefault(missing, state[there])
+    every = revert_weight_conversion(model, state)
     kept = {name: tensor for name, tensor in every.items() if name in base.tensors}
     storages = {tensor.data_ptr() for tensor in kept.values()}
     for name, tensor in every.items():
