@@ -14,12 +14,15 @@ from transformers.utils import is_flash_attn_2_available
 
 from lathe.errors import InputError
 from lathe.model import unwrapped
+from lathe.training import short_attention
 
 NAME = "lathe_rows"
 FLASH = "flash_attention_2"
 
-# Rows are padded to the longest of their group; a row of less than this share of it begins the next group.
+# Rows are padded to the longest of their group; a row of less than this share of it begins the next group. Among short
+# rows another group costs more than the padding.
 SHORTEST_OF_A_GROUP = 0.7
+SHORTEST_OF_A_SHORT_GROUP = 0.4
 
 
 def check_attention(asked: str, *, precision: str) -> None:
@@ -101,14 +104,18 @@ def attend_rows(
     parts, first = [], 0
     for group in _groups(row_lengths or (query.shape[2],), query.device):
         here = slice(first, first + group.tokens)
-        padded = [group.pad(states[0, :, here].transpose(0, 1)) for states in (query, key, value)]
+        queries, keys, values = (group.pad(states[0, :, here].transpose(0, 1)) for states in (query, key, value))
         mask = None
         if sliding_window is not None and sliding_window < group.longest:
             mask = _window(group.longest, sliding_window, query.device)
         # Padding is on the right, so that no token of a row sees any: the causal order is mask enough.
-        attended, _weights = sdpa_attention_forward(
-            module, *padded, attention_mask=mask, dropout=dropout, scaling=scaling, is_causal=True
-        )
+        if not dropout and short_attention.is_shorter_way(queries):
+            visible = _window(group.longest, group.longest, query.device) if mask is None else mask
+            attended = short_attention.attend(queries, keys, values, visible[0, 0], scaling).transpose(1, 2)
+        else:
+            attended, _weights = sdpa_attention_forward(
+                module, queries, keys, values, attention_mask=mask, dropout=dropout, scaling=scaling, is_causal=True
+            )
         parts.append(group.unpad(attended))
         first += group.tokens
     return torch.cat(parts)[None] if len(parts) > 1 else parts[0][None], None
@@ -161,7 +168,9 @@ class _Take(torch.autograd.Function):
 def _groups(lengths: tuple[int, ...], device: torch.device) -> list[_Group]:
     groups: list[list[int]] = []
     for length in lengths:
-        if groups and SHORTEST_OF_A_GROUP * groups[-1][0] <= length <= groups[-1][0]:
+        longest = groups[-1][0] if groups else 0
+        share = SHORTEST_OF_A_GROUP if longest > short_attention.LONGEST else SHORTEST_OF_A_SHORT_GROUP
+        if share * longest <= length <= longest:
             groups[-1].append(length)
         else:
             groups.append([length])

@@ -36,6 +36,10 @@ class Passes(Trainer):
             return nullcontext()
         return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=bool(cache_enabled))
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return nothing, where transformers would walk through all parameters; `lathe.training.speed` counts."""
+        return 0
+
     def ids_of(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Return the token ids of the pass just made, (rows, tokens), by which its rows are known."""
         ids: torch.Tensor = inputs["input_ids"]

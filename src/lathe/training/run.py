@@ -4,12 +4,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from transformers import PrinterCallback, set_seed
 from transformers.utils import is_liger_kernel_available
 
@@ -129,7 +131,8 @@ def train(
             )
             measured.follow(trainer)
             trainer.remove_callback(PrinterCallback)  # the curves log the same
-            trainer.train_to_the_end()
+            with _without_casts(model, precision):
+                trainer.train_to_the_end()
             if phase is phases[-1]:
                 curves.note(trainer.best.kept(trainer.state))
             else:
@@ -175,6 +178,14 @@ def _check_liger(asked: bool) -> None:
         raise InputError(
             "training.use_liger_kernel is true; liger-kernel is not installed; install it, or set it to false"
         )
+
+
+def _without_casts(model: Any, precision: str) -> AbstractContextManager[Any]:
+    """Let an adapter take its input as it is, under autocast: PEFT would make it float32, and autocast bf16 again."""
+    if precision != "bf16" or not isinstance(model, PeftModel):
+        return nullcontext()
+    context: AbstractContextManager[Any] = disable_input_dtype_casting(model)
+    return context
 
 
 def _trainer(method: str) -> Callable[[Setting], Resumable]:
