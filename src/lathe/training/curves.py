@@ -7,11 +7,11 @@ import re
 import sys
 import time
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dvclive import Live
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback
@@ -58,13 +58,23 @@ NOT_SUMMED_UP = ("grad_norm", "learning_rate")
 class Curves:
     """The dvclive folders of one training; as a context manager it writes the last state on success.
 
-    Of several processes rank 0 alone writes; the others see the same values, and refuse the same.
+    `folder`, and `speed` for what varies from run to run, are begun anew with the first value. Of several processes
+    rank 0 alone writes; the others see the same values, and refuse the same.
     """
 
     def __init__(self, folder: Path, speed: Path | None = None) -> None:
-        """Begin both folders anew: `folder`, and `speed` for what varies from run to run."""
-        self.live = _live(folder) if launch.is_main() else None
-        self.speed = _live(speed) if speed and launch.is_main() else None
+        self.folder = folder if launch.is_main() else None
+        self.speed_folder = speed if launch.is_main() else None
+
+    @cached_property
+    def live(self) -> Any:
+        """What the curves go to; None where this process does not write."""
+        return _live(self.folder) if self.folder else None
+
+    @cached_property
+    def speed(self) -> Any:
+        """What the speeds go to; None where nothing writes them."""
+        return _live(self.speed_folder) if self.speed_folder else None
 
     def __enter__(self) -> "Curves":
         return self
@@ -106,41 +116,45 @@ class _Recorder(TrainerCallback):
         )
         self.started = (state.global_step, time.monotonic())
         for entry in state.log_history:  # of the run that this one goes on from
-            self._record(entry["step"], entry)
+            self._record(entry["step"], self._known(entry))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        known = self._record(state.global_step, logs)
+        known = self._known(logs)
         if not known:
             return
         rates = self.speed.since_last() if "loss" in logs else {}
+        self._say(state, known, rates)
+        self._record(state.global_step, known)
         if rates and self.curves.speed:
             self.curves.speed.step = state.global_step
             for name, value in rates.items():
                 self.curves.speed.log_metric(f"{self.prefix}train/{name}", value)
             self.curves.speed.make_summary()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+    def _known(self, logs: dict[str, float]) -> dict[str, float]:
+        # In order: what is read back from a checkpoint has been sorted, and must leave the same files.
+        return {self.prefix + curve: value for name, value in sorted(logs.items()) if (curve := _curve(name))}
+
+    def _say(self, state: Any, known: dict[str, float], rates: dict[str, float]) -> None:
         line = {"step": state.global_step, "of": state.max_steps, **known, **rates}
         if rates:
             line["seconds_left"] = self._seconds_left(state)
         with logging_redirect_tqdm() if not self.bar.disable else nullcontext():
             logger.info(json.dumps({name: _short(value) for name, value in line.items()}))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()
-
-    def _record(self, step: int, logs: dict[str, float]) -> dict[str, float]:
-        # In order: what is read back from a checkpoint has been sorted, and must leave the same files.
-        known = {self.prefix + curve: value for name, value in sorted(logs.items()) if (curve := _curve(name))}
-        if not known:
-            return known
+    def _record(self, step: int, known: dict[str, float]) -> None:
         for name, value in known.items():
             if "loss" in name and not math.isfinite(value):
                 raise InputError(f"{name} is {value} at step {step}, not a number; lower training.learning_rate")
         live = self.curves.live
-        if live is None:
-            return known
+        if live is None or not known:
+            return
         live.step = step
         for name, value in known.items():
             live.log_metric(name, value)
@@ -150,7 +164,6 @@ class _Recorder(TrainerCallback):
         for name in NOT_SUMMED_UP:
             summary.pop(name, None)
         live.make_summary()
-        return known
 
     def _seconds_left(self, state: Any) -> int:
         step, moment = self.started
@@ -163,7 +176,9 @@ def _curve(name: str) -> str | None:
     return CURVES.get(name)
 
 
-def _live(folder: Path) -> Live:
+def _live(folder: Path) -> Any:
+    from dvclive import Live  # with DVC behind it: most of a second, which the first step need not wait for
+
     # Its constructor deletes the files of an earlier run.
     return Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
 
