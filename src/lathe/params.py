@@ -162,8 +162,8 @@ class Dpo(Section):
     def _smoothed(self) -> "Dpo":
         if self.label_smoothing and self.loss_type != "robust":
             raise ValueError(
-                f"label_smoothing is {self.label_smoothing}, which the loss {self.loss_type} does not know; "
-                "set it to 0, or loss_type to robust"
+                f"dpo.label_smoothing is {self.label_smoothing}, which the loss {self.loss_type} does not know; "
+                "set it to 0, or dpo.loss_type to robust"
             )
         return self
 

@@ -34,9 +34,9 @@ def trained(small_model, tmp_path, monkeypatch):
     models = []
     save = run.save_whole
 
-    def saved(model, base, folder):
+    def saved(model, *others):
         models.append(model)
-        save(model, base, folder)
+        save(model, *others)
 
     def train(**changes) -> tuple[Path, torch.nn.Module, run.Trained]:
         folder = tmp_path / f"adapter{len(models)}"

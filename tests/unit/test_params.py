@@ -74,7 +74,7 @@ def test_the_committed_files_are_valid():
         (
             "label_smoothing: 0.0",
             "label_smoothing: 0.1",
-            "dpo: label_smoothing is 0.1, which the loss apo_zero does not know; set it to 0, or loss_type to robust",
+            "dpo: dpo.label_smoothing is 0.1, which the loss apo_zero does not know; set it to 0, or dpo.loss_type to",
         ),
         (
             "num_generations: 8",

@@ -33,6 +33,7 @@ CHECKED_FURTHER = {
     "quantize.types",
     "training.tuning",
     "training.launcher",
+    "dpo.label_smoothing",
     "grpo.per_device_train_batch_size",
     "grpo.num_generations",
 }
