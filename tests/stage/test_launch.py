@@ -187,7 +187,7 @@ def test_the_pipeline_goes_on_to_the_end_after_a_training_in_two_processes(finis
     checkout, said = finished
     for name in ("train", "merge", "evaluate"):
         assert f"Running stage '{name}'" in said
-    assert len(re.findall(r'"step": 16, "of": 16, "train/loss"', said)) == 1  # rank 0 alone logs
+    assert len(re.findall(r'"step": 16, "of": 16, .*"train/loss"', said)) == 1  # rank 0 alone logs
     assert {"seconds", "peak_memory_bytes", "tokens_per_second"} <= checkout.json("metrics/timings/train.json").keys()
     assert checkout.json("metrics/train/freeze_proof.json")["sha256"]
     assert not list((checkout.root / ".scratch/train").iterdir())
