@@ -11,7 +11,7 @@ installed. All run as they are, from text to steps, each in a fresh process, in 
 step of one holds other tokens than lathe's, or they supervise others, the benchmark stops. LLaMA-Factory packs without
 letting rows see one another (`neat_packing`), as TRL and lathe do.
 
-Prints, case by case, a Markdown table: supervised tokens per second of the steps after the first, their share of the
+Prints, case by case, a Markdown table: supervised tokens per second of the steps after the second, their share of the
 rate at which this device multiplies bf16 matrices (forward, backward through the activations, and output layer where it
 is needed; what a trainer computes beyond that does not count, so that on a GPU it is the model-FLOPs utilisation), the
 processor cores that were at work (fewer than the others where something else ran beside), peak memory (resident; on a
@@ -36,7 +36,7 @@ from trainers import startup
 from trainers.environments import BENCHMARKS, python_of
 from trainers.work import Settings, Work
 
-WARM_UP_STEPS = 1  # of each run, not timed
+WARM_UP_STEPS = 2  # of each run, not timed: what is done once, such as opening the log
 PACKS = 2  # packs in a packed step, which together hold about as many tokens as the rows of an unpacked one
 LOSS_NOISE = 0.01  # how far apart the losses of equal steps may be, in bf16 and in float32 (nats per token)
 MIB = 1 << 20
@@ -208,7 +208,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", help=f"which, by commas, of {', '.join(CASES)} (default: those of the device)")
     parser.add_argument("--rounds", type=int, help="runs of each (default: as each case has it)")
-    parser.add_argument("--steps", type=int, help="steps of each run, at least 2 (default: as each case has it)")
+    parser.add_argument("--steps", type=int, help="steps of each run, at least 3 (default: as each case has it)")
     parser.add_argument("--only", default="", help="only settings whose name holds this, and lathe's")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made (default: the system's)")
     return parser.parse_args()
