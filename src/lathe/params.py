@@ -294,6 +294,13 @@ class Quantize(Section):
     """The GGUF files that are shipped."""
 
     types: Annotated[list[Name], Field(min_length=1)] = entry("one GGUF per llama.cpp quantization type")
+    imatrix: bool = entry("collect an importance matrix from training rows, and quantize by it")
+    imatrix_rows: Positive = entry("training rows it is collected from", "rows")
+    output_tensor_type: Name | None = entry("type of the output head, such as Q8_0; null: as the file's type has it")
+    token_embedding_type: Name | None = entry("type of the token embeddings; null: as the file's type has it")
+    tensor_types: Annotated[list[Name], Field(min_length=1)] | None = entry(
+        "types of other tensors, each `PATTERN=TYPE` with a regular expression for their names; null: none"
+    )
     binary: Name | None = entry(
         "llama-quantize program to quantize with, such as one built with CUDA; null: the library of `make setup`"
     )
@@ -325,13 +332,85 @@ class Generate(Section):
     n_ctx: Annotated[int, Field(ge=16)] = entry("room for a row, prompt and answer together", "tokens")
     n_parallel: Positive = entry("rows decoded in one batch", "rows")
     max_rows: Positive | None = entry("answer only the first rows of each split; null: all of them", "rows")
+    few_shot: Positive = entry("training rows shown to the base model before each request, as a baseline", "rows")
+
+
+class Judge(Section):
+    """A language model that marks the answers from 0 to 100."""
+
+    enabled: bool = entry("ask the judge; without one there is no judge's score")
+    provider: Literal["openai", "gemini", "gigachat", "gguf"] = entry(
+        "openai: any server of its protocol; Google Gemini; Sber GigaChat; gguf: a file on this machine"
+    )
+    model: Name = entry("model by the provider's name for it; for gguf the path of the file")
+    base_url: Name | None = entry("address of the provider; null: its public one")
+    ca_bundle: Name | None = entry("file with the certificates to trust, as GigaChat needs; null: the usual ones")
+    rubric: Name = entry("text file that tells the judge how to mark")
+    max_rows: Positive | None = entry("judge only the first rows of each split; null: all of them", "rows")
+    max_tokens: Positive = entry("longest verdict", "tokens")
+    concurrency: Positive = entry("requests under way at once", "requests")
+    timeout_seconds: PositiveFloat = entry("wait so long for an answer", "seconds")
+    max_retries: Annotated[int, Field(ge=0)] = entry(
+        "further attempts at a request that failed, after ever longer pauses", "attempts"
+    )
+    max_requests: Positive = entry("requests that one run may make, attempts included", "requests")
+    max_cost: PositiveFloat | None = entry("what one run may cost, in the currency of the prices; null: no limit")
+    input_price: NonNegativeFloat = entry("price of a million tokens of requests")
+    output_price: NonNegativeFloat = entry("price of a million tokens of verdicts")
+
+
+class BertScore(Section):
+    """BERTScore, where evaluate.metrics lists bert_score: how alike the meanings of two texts are to an encoder."""
+
+    model: Name | None = entry("encoder: a folder under models/local, or a repository of the hub; null: none")
+    revision: Name | None = entry("its commit, tag or branch, where it is from the hub; null: main")
+    num_layers: Positive | None = entry("layer whose embeddings are compared; null: the last")
+    max_length: Positive = entry("texts are cut to this length", "tokens")
+    batch_size: Positive = entry("texts in one forward pass", "texts")
+    baseline: Name | None = entry(
+        "rescale by the score of unrelated texts: shuffled for that of these very texts, or a file of bert-score's; "
+        "null: no rescaling"
+    )
 
 
 class Evaluate(Section):
     """What the answers are scored by."""
 
-    metrics: Annotated[list[Literal["exact_match", "json_valid", "rouge_l"]], Field(min_length=1)] = entry(
-        "scores to compute; json_valid only where the references are JSON"
+    metrics: Annotated[
+        list[
+            Literal[
+                "exact_match",
+                "token_f1",
+                "json_valid",
+                "json_fields",
+                "rouge_1",
+                "rouge_2",
+                "rouge_l",
+                "chrf",
+                "bleu",
+                "bert_score",
+                "length_ratio",
+                "distinct_1",
+                "distinct_2",
+            ]
+        ],
+        Field(min_length=1),
+    ] = entry("scores to compute; json_valid and json_fields only where the references are JSON")
+    primary_metric: Name = entry("score that names the best file: one of metrics, judge or combined")
+    normalize: Literal["none", "text", "json"] = entry(
+        "what exact_match overlooks: spaces at the ends; case, punctuation and spaces; how JSON is written"
+    )
+    answer_pattern: Name | None = entry(
+        "exact_match compares the first group of this regular expression's last match; null: the whole texts"
+    )
+    general_text: Name = entry("text file, in paragraphs, whose perplexity before and after training shows forgetting")
+    bootstrap_samples: Annotated[int, Field(ge=100)] = entry(
+        "resamples of the rows for 95 % intervals and significance", "resamples"
+    )
+    bert_score_weight: Fraction = entry("weight of bert_score in the score combined")
+    judge_weight: Fraction = entry("weight of judge / 100 in the score combined, where a judge is enabled")
+    gates: Annotated[list[Name], Field(min_length=1)] | None = entry(
+        "what must hold on validation, such as `Q4_K_M.exact_match >= merged.exact_match - 0.03`; null: nothing"
     )
 
 
@@ -354,6 +433,8 @@ class Params(Section):
     convert: Convert
     quantize: Quantize
     generate: Generate
+    judge: Judge
+    bert_score: BertScore
     evaluate: Evaluate
 
     @model_validator(mode="after")
