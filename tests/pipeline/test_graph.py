@@ -22,6 +22,7 @@ INFRASTRUCTURE = {
     "lathe.memory",
     "lathe.params",
     "lathe.paths",
+    "lathe.progress",
     "lathe.stage",
     "lathe.track",
 }

@@ -87,9 +87,9 @@ def _read(
     spool_file: Path,
     account: "Account",
 ) -> "Rows":
-    from lathe.data.progress import Progress
     from lathe.data.splits import digests
     from lathe.data.spool import Spool
+    from lathe.progress import Progress
 
     files = split_files(raw)
     if "train" not in files:
@@ -137,7 +137,7 @@ def _measure(rows: "Rows", rules: "Rules", out: Path, account: "Account", proces
     """Write the splits, those first whose word sequences are sought in the next ones."""
     from lathe.data.measure import measure
     from lathe.data.overlap import Index
-    from lathe.data.progress import Progress
+    from lathe.progress import Progress
 
     indexes: dict[str, Index] = {}
     with Progress("preparing", sum(map(len, account.splits.rows.values()))) as progress:
