@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from lathe import paths
+from lathe import launch, paths
 from lathe.errors import InputError
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -129,10 +129,7 @@ class Training(Section):
     @classmethod
     def _known_launcher(cls, value: str) -> str:
         if value != "python" and not value.startswith("accelerate launch "):
-            raise ValueError(
-                f"{value!r} is no launcher; write python, or "
-                "`accelerate launch --config_file experiments/accelerate/NAME.yaml`"
-            )
+            raise ValueError(f"{value!r} is no launcher; {launch.REMEDY}")
         return value
 
 
