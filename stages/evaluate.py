@@ -18,7 +18,7 @@ def main(config: Config) -> None:
     from lathe.evaluate import evaluate, plot_rows
 
     artifacts = ["base", "merged", *config.params.quantize.types]
-    _forget_other_artifacts(artifacts)
+    _forget_other_artifacts([*artifacts, "base_few_shot"])
     reports = {
         split: evaluate(
             paths.DATA_GENERATED, paths.METRICS / "generate", artifacts, split, config.params.evaluate.metrics

@@ -1,13 +1,17 @@
 """Answer the held-out rows with a GGUF, greedily, through the template of training that the file carries.
 
-reads   models/gguf/, data/processed/{validation,test}.jsonl, params.yaml: generate
-writes  data/generated/<ARTIFACT>/{validation,test}.jsonl, metrics/generate/<ARTIFACT>.json
-items   base, merged and the types in quantize.types
+reads   models/gguf/, data/processed/{validation,test}.jsonl, params.yaml: generate, and the file evaluate.general_text;
+        base_few_shot in its place data/processed/train.jsonl, params.yaml: seed
+writes  data/generated/<ARTIFACT>/{validation,test,general}.jsonl, metrics/generate/<ARTIFACT>.json
+items   base, base_few_shot, merged and the types in quantize.types
 """
 
 import os
-import time
-from typing import Any
+from contextlib import ExitStack
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import _path  # noqa: F401
 
@@ -15,30 +19,79 @@ from lathe import paths, stage, track
 from lathe.params import Config
 from lathe.stage import Speeds
 
-UNQUANTIZED = ["base", "merged"]
+if TYPE_CHECKING:
+    from lathe.answers import Asking
+
+FEW_SHOT, MERGED = "base_few_shot", "merged"
+UNQUANTIZED = ["base", FEW_SHOT, MERGED]
+SPLITS = {name: paths.DATA_PROCESSED / f"{name}.jsonl" for name in ("validation", "test")}
+TRAIN = paths.DATA_PROCESSED / "train.jsonl"
 
 
 def main(config: Config, item: str) -> Speeds:
-    from lathe.answers import answer
+    from lathe import journal
+    from lathe.answers import Asking, fingerprint
+    from lathe.general_text import paragraphs
     from lathe.generate import Generator
-    from lathe.jsonl import read_jsonl, write_jsonl
+
+    settings, seed = config.params.generate, config.params.seed
+    file, threads = _gguf(item), os.cpu_count() or 1
+    read = {"gguf": file, **SPLITS}
+    if item == FEW_SHOT:
+        decides = {**settings.model_dump(), "seed": seed, "threads": threads}
+        read["train"] = TRAIN
+    else:
+        decides = {**settings.model_dump(exclude={"few_shot"}), "threads": threads}
+        read["general"] = paths.ROOT / config.params.evaluate.general_text
+        paragraphs(read["general"])  # refused before anything is loaded
+    if item not in UNQUANTIZED:
+        read["against"] = _gguf(MERGED)
+
+    with journal.opened(paths.SCRATCH / "generate", fingerprint(read, decides)) as kept:
+        with ExitStack() as stack:
+            folder = stack.enter_context(paths.whole_folder(paths.DATA_GENERATED / item))
+            generator, *against = [
+                stack.enter_context(
+                    Generator(read[name], n_parallel=settings.n_parallel, n_ctx=settings.n_ctx, threads=threads)
+                )
+                for name in ("gguf", "against")
+                if name in read
+            ]
+            asking = Asking(generator, kept, *against)
+            facts = _facts(asking, config, folder, general=read.get("general"))
+        track.write_json(paths.METRICS / f"generate/{item}.json", {"bytes": file.stat().st_size, **facts})
+        kept.remove()
+    return {"tokens_per_second": round(asking.tokens / asking.seconds, 1)} if asking.tokens else {}
+
+
+def _facts(asking: "Asking", config: Config, folder: Path, *, general: Path | None) -> dict[str, Any]:
+    """Put everything to the model, and return what is to be said of its answers; without `general`, behind examples."""
+    from lathe import few_shot
+    from lathe.answers import conversations_in
 
     settings = config.params.generate
-    file = paths.GGUF / (f"{item}-f16.gguf" if item in UNQUANTIZED else f"{item}.gguf")
-    facts: dict[str, Any] = {"bytes": file.stat().st_size}
-    started, tokens = time.perf_counter(), 0
-    with (
-        paths.whole_folder(paths.DATA_GENERATED / item) as folder,
-        Generator(file, n_parallel=settings.n_parallel, n_ctx=settings.n_ctx, threads=os.cpu_count() or 1) as generator,
-    ):
-        for split in ("validation", "test"):
-            rows = read_jsonl(paths.DATA_PROCESSED / f"{split}.jsonl")[: settings.max_rows]
-            answers = answer(generator, [row["messages"] for row in rows], max_new_tokens=settings.max_new_tokens)
-            write_jsonl(answers.rows, folder / f"{split}.jsonl")
-            facts[split] = answers.facts
-            tokens += answers.tokens
-    track.write_json(paths.METRICS / f"generate/{item}.json", facts)
-    return {"tokens_per_second": round(tokens / (time.perf_counter() - started), 1)}
+    splits = {name: partial(conversations_in, file, max_rows=settings.max_rows) for name, file in SPLITS.items()}
+    facts: dict[str, Any] = {}
+    if general is None:
+        drawn = few_shot.choose(conversations_in(TRAIN, max_rows=None), settings.few_shot, seed=config.params.seed)
+        examples = few_shot.that_fit(
+            asking.generator,
+            drawn,
+            lambda: chain.from_iterable(rows() for rows in splits.values()),
+            max_new_tokens=settings.max_new_tokens,
+        )
+        splits = {name: partial(few_shot.before_each, examples, rows) for name, rows in splits.items()}
+        facts["few_shot_examples"] = len(examples)
+    for name, rows in splits.items():
+        out = folder / f"{name}.jsonl"
+        facts[name] = asking.split(rows, out, name=name, max_new_tokens=settings.max_new_tokens)
+    facts["general_perplexity"] = None if general is None else asking.general(general, folder / "general.jsonl")
+    return facts
+
+
+def _gguf(item: str) -> Path:
+    stem = {"base": "base-f16", FEW_SHOT: "base-f16", MERGED: "merged-f16"}.get(item, item)
+    return paths.GGUF / f"{stem}.gguf"
 
 
 if __name__ == "__main__":

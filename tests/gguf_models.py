@@ -36,6 +36,12 @@ def countdown(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.fixture(scope="session")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A Llama of one layer that has read household documents for some seconds, and its f16 GGUF."""
+    return _learnt(tmp_path_factory.getbasetemp() / "learnt")
+
+
+@pytest.fixture(scope="session")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A random Qwen3 with the real Qwen2 vocabulary, rows of 64 weights, and its f16 GGUF."""
     return _qwen(tmp_path_factory.getbasetemp() / "qwen")
@@ -142,6 +148,18 @@ def _sentencepiece_tokenizer(folder: Path) -> Any:
         pad_token="<pad>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+@functools.cache
+def _learnt(folder: Path) -> Made:
+    from dataclasses import replace
+
+    from lathe.builtin import tiny
+
+    folder.mkdir()
+    recipe = replace(tiny.RECIPE, intermediate_size=256, num_hidden_layers=1, documents=1600, steps=100, batch_size=16)
+    tiny.build(folder, 1, recipe)
+    return Made(folder, convert(folder, folder.with_suffix(".gguf")))
 
 
 @functools.cache

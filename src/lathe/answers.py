@@ -1,50 +1,191 @@
-"""Held-out conversations put to a GGUF: what it answers, how sure it is of the reference, whether it stops."""
+"""Held-out conversations put to a GGUF: what it answers, how likely it finds the reference, whether it stops."""
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from lathe import general_text, likelihood
+from lathe.errors import InputError
 from lathe.generate import Generator
+from lathe.journal import Journal
+from lathe.jsonl import iterate_jsonl, write_jsonl
 from lathe.template import Conversation, answer_lead, prompt_and_answer
 
+# What besides data and parameters decides an answer.
+PACKAGES = ("llama-cpp-python", "numpy", "transformers", "Jinja2")
+CODE = (
+    *("answers", "decoding", "few_shot", "general_text", "generate", "journal", "jsonl", "likelihood", "llama"),
+    "template",
+)
 
-@dataclass(frozen=True)
-class Answers:
-    """One split's answers.
 
-    `rows` are {prompt, reference, completion, finish_reason}; `facts` are the split's perplexity of the references, its
-    stop rate and its number of rows; `tokens` is how many were generated.
+@dataclass
+class Asking:
+    """A GGUF that is asked, and where its finished rows are kept.
+
+    `against` is the model that the divergence of this one is measured from. `tokens` and `seconds` say how much was
+    generated here, and how long that took; rows from the journal are not among them.
     """
 
-    rows: list[dict[str, str]]
-    facts: dict[str, Any]
-    tokens: int
+    generator: Generator
+    journal: Journal
+    against: Generator | None = None
+    tokens: int = field(default=0, init=False)
+    seconds: float = field(default=0.0, init=False)
+
+    def split(
+        self, conversations: Callable[[], Iterable[Conversation]], out: Path, *, name: str, max_new_tokens: int
+    ) -> dict[str, Any]:
+        """Let the model write the last turn of each conversation, greedily, and compare with what stands there.
+
+        Writes to `out`, in the order of `conversations`, which is called several times and read lazily:
+        {prompt, reference, completion, finish_reason, tokens, nll, reference_tokens, kl}. Returns the split's
+        perplexity of the references, mean divergence per token of theirs (None without `against`), stop rate and number
+        of rows.
+        """
+        answered, weighed = f"{name}/answers", f"{name}/references"
+        began = time.perf_counter()
+        for number, completion in self.generator.completions(
+            lambda: (each.prompt for each in self._asked(conversations)),
+            max_new_tokens=max_new_tokens,
+            done=self.journal.done(answered),
+        ):
+            self.tokens += completion.tokens
+            self.journal.add(answered, number, vars(completion))
+        self.seconds += time.perf_counter() - began
+        for number, likely in likelihood.of_references(
+            self.generator,
+            lambda: ((each.prompt, each.written) for each in self._asked(conversations)),
+            against=self.against,
+            done=self.journal.done(weighed),
+        ):
+            self.journal.add(weighed, number, vars(likely))
+        totals = _Totals()
+        write_jsonl(map(totals.add, self._rows(conversations, answered, weighed)), out)
+        return totals.facts()
+
+    def general(self, file: Path, out: Path) -> float:
+        """Write {text, nll, tokens} of each paragraph of a text file; return the perplexity of them all."""
+        paragraphs = general_text.paragraphs(file)
+        for number, likely in likelihood.of_texts(
+            self.generator, lambda: paragraphs, done=self.journal.done("general")
+        ):
+            self.journal.add("general", number, vars(likely))
+        rows = [self.journal.row("general", number) for number in range(len(paragraphs))]
+        write_jsonl(
+            (
+                {"text": text, "nll": _nats(row["nll"]), "tokens": row["tokens"]}
+                for text, row in zip(paragraphs, rows, strict=True)
+            ),
+            out,
+        )
+        return _perplexity(math.fsum(row["nll"] for row in rows), sum(row["tokens"] for row in rows))
+
+    def _asked(self, conversations: Callable[[], Iterable[Conversation]]) -> Iterator["_Asked"]:
+        tokens = {"bos_token": self.generator.bos_token, "eos_token": self.generator.eos_token}
+        template = self.generator.template
+        lead = answer_lead(template, **tokens)
+        for conversation in conversations():
+            prompt, written, _ = prompt_and_answer(template, conversation, **tokens)
+            last = conversation[-1]
+            reference = written.removeprefix(lead) if last.get("tool_calls") else str(last["content"])
+            yield _Asked(prompt, written, reference, lead)
+
+    def _rows(
+        self, conversations: Callable[[], Iterable[Conversation]], answered: str, weighed: str
+    ) -> Iterator[dict[str, Any]]:
+        for number, asked in enumerate(self._asked(conversations)):
+            completion, likely = self.journal.row(answered, number), self.journal.row(weighed, number)
+            yield {
+                "prompt": asked.prompt,
+                "reference": asked.reference,
+                "completion": completion["text"].removeprefix(asked.lead),
+                "finish_reason": completion["finish_reason"],
+                "tokens": completion["tokens"],
+                "nll": likely["nll"],
+                "reference_tokens": likely["tokens"],
+                "kl": likely["kl"],
+            }
 
 
-def answer(generator: Generator, conversations: Sequence[Conversation], *, max_new_tokens: int) -> Answers:
-    """Let the model write the last turn of each conversation, greedily, and compare with what stands there."""
-    tokens = {"bos_token": generator.bos_token, "eos_token": generator.eos_token}
-    asked = [prompt_and_answer(generator.template, conversation, **tokens) for conversation in conversations]
-    prompts = [prompt for prompt, _, _ in asked]
-    completions = generator.complete(prompts, max_new_tokens=max_new_tokens)
-    nll, scored = generator.reference_nll(prompts, [written for _, written, _ in asked])
-    lead = answer_lead(generator.template, **tokens)
-    rows = [
-        {
-            "prompt": prompt,
-            "reference": written.removeprefix(lead)
-            if conversation[-1].get("tool_calls")
-            else str(conversation[-1]["content"]),
-            "completion": completion.text.removeprefix(lead),
-            "finish_reason": completion.finish_reason,
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    prompt: str
+    written: str  # the reference as the template writes it
+    reference: str
+    lead: str  # what the template writes before every answer, and is none of it
+
+
+@dataclass
+class _Totals:
+    rows: int = 0
+    stopped: int = 0
+    tokens: int = 0
+    nll: float = 0.0
+    kl: float | None = None
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Count a row in; return it with as many digits as are to be kept."""
+        self.rows += 1
+        self.stopped += row["finish_reason"] == "stop"
+        self.tokens += row["reference_tokens"]
+        self.nll += row["nll"]
+        if row["kl"] is not None:
+            self.kl = (self.kl or 0.0) + row["kl"] * row["reference_tokens"]
+        return {**row, "nll": _nats(row["nll"]), "kl": _significant(row["kl"])}
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "perplexity": _perplexity(self.nll, self.tokens),
+            "kl": None if self.kl is None else _significant(self.kl / self.tokens),
+            "stop_rate": round(self.stopped / self.rows, 4),
+            "rows": self.rows,
         }
-        for (prompt, written, _), conversation, completion in zip(asked, conversations, completions, strict=True)
-    ]
-    stopped = sum(completion.finish_reason == "stop" for completion in completions)
-    facts = {
-        "perplexity": round(math.exp(nll / scored), 4),
-        "stop_rate": round(stopped / len(rows), 4),
-        "rows": len(rows),
+
+
+def conversations_in(file: Path, *, max_rows: int | None) -> Iterator[Conversation]:
+    """Yield the conversations of a processed split, the first `max_rows` of them."""
+    for number, row in enumerate(iterate_jsonl(file)):
+        if number == max_rows:
+            return
+        yield row["messages"]
+
+
+def fingerprint(files: Mapping[str, Path], decides: Mapping[str, Any]) -> str:
+    """Return the name of the work on these files: a digest of what is in them, of what else decides, and of the code.
+
+    Where the files lie makes no difference. Raises InputError where one is missing.
+    """
+    here = Path(__file__).parent
+    everything = {
+        "decides": dict(decides),
+        "files": {name: _digest(file) for name, file in files.items()},
+        "packages": {name: version(name) for name in PACKAGES},
+        "code": {name: _digest(here / f"{name}.py") for name in CODE},
     }
-    return Answers(rows, facts, sum(completion.tokens for completion in completions))
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digest(file: Path) -> str:
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; run the stage that writes it")
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _perplexity(nll: float, tokens: int) -> float:
+    return round(math.exp(nll / tokens), 4)
+
+
+def _nats(nll: float) -> float:
+    return round(nll, 6)
+
+
+def _significant(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")

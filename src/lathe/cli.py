@@ -14,7 +14,7 @@ import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lathe import doctor, paths, stage
+from lathe import doctor, general_text, paths, stage
 from lathe.errors import InputError
 from lathe.params import SPLITS, Config, did_you_mean, load, read_yaml
 
@@ -77,8 +77,8 @@ def print_config(section: str | None, stage_name: str | None, overrides: list[st
 
 
 def check() -> None:
-    """Refuse wrong parameters and presets; put back a dvc.lock that a kill cut short."""
-    load()
+    """Refuse wrong parameters and presets, and a text to measure that is none; put back a dvc.lock that a kill cut short."""
+    general_text.paragraphs(paths.ROOT / load().params.evaluate.general_text)
     lock = paths.ROOT / "dvc.lock"
     # DVC does not write it whole or not at all, and takes nothing but a whole one.
     if not lock.exists() or _is_whole(lock.read_text(encoding="utf-8", errors="replace")):

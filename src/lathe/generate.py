@@ -1,4 +1,4 @@
-"""Greedy answers and perplexity from a GGUF file, many rows at a time, with llama.cpp.
+"""Greedy answers from a GGUF file, many rows at a time, with llama.cpp.
 
 Every row has a slot of the key-value cache of its own; one `llama_decode` advances all slots. A finished row
 leaves its slot to the next one at once, and what all prompts begin with (the system prompt) is decoded once
@@ -8,31 +8,15 @@ machine with the same `threads` gives the same bytes.
 
 import codecs
 import collections.abc
-import logging
-import math
-import sys
-import time
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-import numpy as np
-
-from lathe.errors import InputError
+from lathe.decoding import FEWEST, MAX_LOGITS, Row, Survey, common_length, progress, share_prefix
 from lathe.llama import Cache, FloatRows, Model
-
-logger = logging.getLogger(__name__)
-
-# Logits kept at once when references are scored: 64 MB, whatever the vocabulary.
-_MAX_LOGITS = 1 << 24
-# Rows decoded together at least, so that every type goes through the kernels that it uses for many.
-_FEWEST = 8
-_SECONDS_BETWEEN_LOG_LINES = 30.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +29,7 @@ class Completion:
 
 
 class Generator:
-    """A GGUF model, loaded once, that answers and scores prompts; a context manager.
+    """A GGUF model, loaded once, that answers prompts; a context manager.
 
     `n_parallel` rows are worked on at once; `n_ctx` tokens is the most that a prompt and its answer may take
     together (the cache is made as large as the rows at hand need, up to that); `threads` is fixed so that
@@ -88,64 +72,55 @@ class Generator:
         return self.model.prompt_tokens(prompt)
 
     def complete(self, prompts: Iterable[str], *, max_new_tokens: int) -> list[Completion]:
-        """The greedy answer to each prompt, in the order given: what decoding one after another would give.
+        """The greedy answer to each prompt, in the order given; `completions` for more rows than memory should hold."""
+        held = list(prompts)
+        finished = dict(self.completions(lambda: held, max_new_tokens=max_new_tokens))
+        return [finished[number] for number in range(len(held))]
 
-        An answer ends at any end-of-generation token (`stop`), after `max_new_tokens`, or where prompt and
-        answer fill `n_ctx` (`length`). Raises InputError that names the row (from 0) if its prompt fills
-        `n_ctx` already.
+    def completions(
+        self, prompts: Callable[[], Iterable[str]], *, max_new_tokens: int, done: Container[int] = ()
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield the number of each prompt (from 0) and its greedy answer as they are finished.
+
+        The answer is what decoding one prompt after another would give. It ends at any end-of-generation token
+        (`stop`), after `max_new_tokens`, or where prompt and answer fill `n_ctx` (`length`). `prompts` is called
+        twice and read lazily: all are measured before the first is decoded. Those whose numbers are in `done` are
+        not answered again. Raises InputError that names the row if its prompt fills `n_ctx` already.
         """
-        rows = [self._row(number, self.tokenize(prompt)) for number, prompt in enumerate(prompts)]
-        answers: list[list[int]] = [[] for _ in rows]
-        done: list[Completion | None] = [None] * len(rows)
-        with _progress("answers", len(rows)) as advance:
-            for asked, logits in self._run(rows, slots=self.n_parallel, room=max_new_tokens):
+
+        def rows() -> Iterator[Row]:
+            return (Row.of(number, self.tokenize(prompt), n_ctx=self.n_ctx) for number, prompt in enumerate(prompts()))
+
+        survey = Survey.of(rows())
+        waiting = (row for row in rows() if row.number not in done)
+        answers: dict[int, array[int]] = {}
+        with progress("answers", survey.rows, sum(number in done for number in range(survey.rows))) as advance:
+            for asked, logits in self._run(waiting, survey, room=max_new_tokens):
+                # All go on before one is given away: the logits are overwritten, and rows change their slots.
+                finished = []
                 for row, token in zip(asked, logits.argmax(axis=1).tolist(), strict=True):
-                    answer = answers[row.number]
+                    answer = answers.setdefault(row.number, array("i"))
                     answer.append(token)
                     ended = self.model.is_end(token)
                     if ended or len(answer) == max_new_tokens or len(row.tokens) == self.n_ctx - 1:
-                        done[row.number] = Completion(self._text(answer), "stop" if ended else "length", len(answer))
-                        answer.clear()
-                        advance()
+                        del answers[row.number]
+                        finished.append((row.number, self._completion(answer, ended=ended)))
                     else:
                         row.tokens.append(token)
-        return [completion for completion in done if completion is not None]
-
-    def reference_nll(self, prompts: Iterable[str], references: Iterable[str]) -> tuple[float, int]:
-        """How unlikely the references are: (sum of negative log-likelihoods in nats, number of tokens scored).
-
-        Scored are the reference's tokens and the end token, each given the prompt and all before it, so that
-        exp(sum / number) is the perplexity. Prompt and reference are tokenised together, as in training; a token that
-        spans their border is scored. Raises InputError that names the row if it does not fit into `n_ctx`.
-        """
-        if self.model.eos is None:
-            raise InputError(f"{self.model.path}: its vocabulary names no end token; perplexity needs one to score")
-        rows, targets = [], []
-        for number, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
-            whole = [*self.tokenize(prompt + reference), self.model.eos]
-            border = _common_length(self.tokenize(prompt), whole)
-            rows.append(self._row(number, whole[:-1], first_output=border - 1))
-            targets.append(array("i", whole[border:]))
-        sums = [0.0] * len(rows)
-        with _progress("references", len(rows)) as advance:
-            for [row, *_], logits in self._run(rows, slots=1, room=0):
-                scored = targets[row.number][: len(logits)]
-                del targets[row.number][: len(logits)]
-                sums[row.number] += sum(_losses(logits, scored))
-                if not targets[row.number]:
+                for number, completion in finished:
                     advance()
-        return math.fsum(sums), sum(len(row.tokens) - row.first_output for row in rows)
+                    yield number, completion
 
     def stream(self, prompt: str, *, max_new_tokens: int) -> Iterator[str]:
         """The greedy answer to one prompt, piece by piece as it is decoded.
 
         What this prompt shares with the last one and its answer (a conversation that goes on) is not decoded again.
         """
-        row = self._row(0, self.tokenize(prompt))
+        row = Row.of(0, self.tokenize(prompt), n_ctx=self.n_ctx)
         if self._stream_cache is None:
-            self._stream_cache = self._cache(slots=1, length=self.n_ctx, fewest=2)
+            self._stream_cache = self.cache(slots=1, length=self.n_ctx, fewest=2)
         cache = self._stream_cache
-        cache.cut(0, min(_common_length(self._streamed, row.tokens), row.first_output))
+        cache.cut(0, min(common_length(self._streamed, row.tokens), row.first_output))
         self._streamed = row.tokens
         while cache.length(0) < len(row.tokens):
             logits = cache.feed(0, row.tokens, first_output=row.first_output)
@@ -161,32 +136,32 @@ class Generator:
         if rest := characters.decode(b"", final=True):
             yield rest
 
-    def _row(self, number: int, tokens: list[int], first_output: int | None = None) -> "_Row":
-        if len(tokens) >= self.n_ctx:
-            raise InputError(
-                f"row {number}: {len(tokens)} tokens leave no room for an answer in a context of {self.n_ctx}; "
-                f"shorten the row or raise generate.n_ctx"
-            )
-        if not tokens:
-            raise InputError(f"row {number}: an empty prompt; the model needs at least one token to go on from")
-        return _Row(number, array("i", tokens), len(tokens) - 1 if first_output is None else first_output)
+    def cache(self, *, slots: int, length: int, fewest: int) -> Cache:
+        """A new key-value cache of this model for `slots` rows of up to `length` tokens; see `Cache`."""
+        return Cache(
+            self.model,
+            slots=slots,
+            length=length,
+            max_outputs=MAX_LOGITS // self.model.n_vocab,
+            threads=self.threads,
+            fewest=fewest,
+        )
 
-    def _run(self, rows: Sequence["_Row"], *, slots: int, room: int) -> Iterator[tuple[Sequence["_Row"], FloatRows]]:
+    def _run(self, waiting: Iterator[Row], survey: Survey, *, room: int) -> Iterator[tuple[Sequence[Row], FloatRows]]:
         """Feed the rows through the slots; after each decode that gives logits, yield them and whose they are.
 
-        They are of one row (any number of them, from its prompt) or of several (one each). The caller may append up to
-        `room` tokens to `row.tokens`, one at a time, before it asks for more; a row that gets none gives its slot to
-        the next.
+        They are of one row (its prompt is in) or of several, one each. The caller may append up to `room` tokens to
+        `row.tokens`, one at a time, before it asks for more; a row that gets none gives its slot to the next.
         """
-        if not rows:
+        if not survey.rows:
             return
-        length = min(self.n_ctx, max(len(row.tokens) for row in rows) + room)
-        fewest = _FEWEST if slots >= _FEWEST else 2
-        with self._cache(slots=min(slots, len(rows)), length=length, fewest=fewest) as cache:
-            shared = _share_prefix(cache, rows, min(slots, len(rows)))
-            waiting = deque(rows)
-            busy: list[_Row] = []  # the row at index i is in slot i
-            for slot in range(min(slots, len(rows))):
+        slots = min(self.n_parallel, survey.rows)
+        length = min(self.n_ctx, survey.longest + room)
+        fewest = FEWEST if self.n_parallel >= FEWEST else 2
+        with self.cache(slots=slots, length=length, fewest=fewest) as cache:
+            shared = share_prefix(cache, survey, slots=slots)
+            busy: list[Row] = []  # the row at index i is in slot i
+            for slot in range(slots):
                 if row := (yield from _start(cache, slot, waiting, shared)):
                     busy.append(row)
             while busy:
@@ -204,36 +179,20 @@ class Generator:
                         cache.copy(len(busy), slot)
                     cache.cut(len(busy), shared)
 
-    def _cache(self, *, slots: int, length: int, fewest: int) -> Cache:
-        return Cache(
-            self.model,
-            slots=slots,
-            length=length,
-            max_outputs=_MAX_LOGITS // self.model.n_vocab,
-            threads=self.threads,
-            fewest=fewest,
-        )
-
-    def _text(self, tokens: Iterable[int]) -> str:
-        return b"".join(map(self.model.piece, tokens)).decode("utf-8", "replace")
-
-
-@dataclass(eq=False, slots=True)
-class _Row:
-    number: int
-    tokens: "array[int]"
-    first_output: int  # index of the first token whose logits are wanted
+    def _completion(self, answer: Iterable[int], *, ended: bool) -> Completion:
+        tokens = list(answer)
+        text = b"".join(map(self.model.piece, tokens)).decode("utf-8", "replace")
+        return Completion(text, "stop" if ended else "length", len(tokens))
 
 
 def _start(
-    cache: Cache, slot: int, waiting: deque[_Row], shared: int
-) -> collections.abc.Generator[tuple[list[_Row], FloatRows], None, _Row | None]:
+    cache: Cache, slot: int, waiting: Iterator[Row], shared: int
+) -> collections.abc.Generator[tuple[list[Row], FloatRows], None, Row | None]:
     """Feed the prompt of the next row into a slot, by itself; yield its logits. Rows that end with it are passed by.
 
     Returns the row that is to be continued in the slot, None if no row is left.
     """
-    while waiting:
-        row = waiting.popleft()
+    for row in waiting:
         prompt_length = len(row.tokens)
         cache.cut(slot, shared)
         while cache.length(slot) < prompt_length:
@@ -243,60 +202,3 @@ def _start(
         if len(row.tokens) > prompt_length:
             return row
     return None
-
-
-def _share_prefix(cache: Cache, rows: Sequence[_Row], slots: int) -> int:
-    """Decode what all rows begin with into every slot; return its length in tokens.
-
-    The tokens before a row's first output stay outside, enough of them to go through the kernels for many.
-    """
-    first, last = min(row.tokens for row in rows), max(row.tokens for row in rows)
-    length = min(_common_length(first, last), min(row.first_output for row in rows) - _FEWEST + 1)
-    if length < _FEWEST:
-        return 0
-    while cache.length(0) < length:
-        cache.feed(0, first[:length], first_output=length)
-    for slot in range(1, slots):
-        cache.copy(0, slot)
-    return length
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
-
-
-def _losses(logits: FloatRows, expected: Sequence[int]) -> list[float]:
-    """Negative log-likelihood, in nats, of the expected token of each row of logits."""
-    highest = logits.max(axis=1, keepdims=True)
-    log_sums = np.log(np.exp(logits - highest).sum(axis=1, dtype=np.float64)) + highest[:, 0]
-    chosen = np.take_along_axis(logits, np.array(expected, np.int64).reshape(-1, 1), axis=1)[:, 0]
-    return (log_sums - chosen).tolist()
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar with the time left on a terminal, a line in the log now and then elsewhere."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=total, desc=what, leave=False) as bar:
-
-            def advance_bar() -> None:
-                bar.update()
-
-            yield advance_bar
-        return
-    begun = said = time.monotonic()
-    done = 0
-
-    def advance() -> None:
-        nonlocal done, said
-        done += 1
-        now = time.monotonic()
-        if now - said >= _SECONDS_BETWEEN_LOG_LINES:
-            said = now
-            left = (now - begun) / done * (total - done)
-            logger.info("%s: %d of %d, about %d s left", what, done, total, left)
-
-    yield advance

@@ -1,7 +1,7 @@
 """The one form in which rows lie on disk: JSON Lines."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ def line(row: Any) -> bytes:
 
 def read_jsonl(file: Path) -> list[Any]:
     """Read what `write_jsonl` wrote; raises InputError where the file was harmed since."""
+    return list(iterate_jsonl(file))
+
+
+def iterate_jsonl(file: Path) -> Iterator[Any]:
+    """Yield the same row by row."""
     if not file.is_file():
         raise InputError(f"{file}: no such file; run the stage that writes it")
-    rows = []
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
+                yield json.loads(line)
             except ValueError:
                 raise InputError(f"{file}:{number}: not a JSON line; run the stage that writes it again") from None
-    return rows

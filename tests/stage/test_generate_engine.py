@@ -1,6 +1,4 @@
 # ruff: noqa: F811 - fixtures are imported, then named as arguments
-import math
-
 import pytest
 from gguf_models import Made, countdown, tiny  # noqa: F401 - fixtures
 
@@ -73,46 +71,6 @@ def test_each_token_is_the_one_transformers_ranks_first(tiny: Made):
                     break  # the text so far is no longer split into the tokens that were generated
 
 
-def test_the_loss_of_the_references_is_that_of_transformers(tiny: Made):
-    import torch
-    from transformers import LlamaForCausalLM
-
-    references = [f'{{"action": "on", "at": {n}}}' for n in range(8)]
-    model = LlamaForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32)
-    expected, count = 0.0, 0
-    with opened(tiny.gguf) as generator:
-        for prompt, reference in zip(PROMPTS[:8], references, strict=True):
-            begin = len(generator.tokenize(prompt))
-            tokens = torch.tensor([[*generator.tokenize(prompt + reference), END]])
-            with torch.no_grad():
-                logits = model(tokens).logits[0, begin - 1 : -1]
-            expected += float(torch.nn.functional.cross_entropy(logits, tokens[0, begin:], reduction="sum"))
-            count += tokens.shape[1] - begin
-        loss, scored = generator.reference_nll(PROMPTS[:8], references)
-    assert scored == count
-    assert loss == pytest.approx(expected, rel=1e-3)
-
-
-def test_a_reference_scored_in_pieces_has_the_same_loss(tiny: Made, monkeypatch):
-    references = ["please switch off the kitchen lamp " * 5] * 3
-    with opened(tiny.gguf) as generator:
-        whole = generator.reference_nll(PROMPTS[:3], references)
-        monkeypatch.setattr(generate, "_MAX_LOGITS", 9 * generator.model.n_vocab)
-        in_pieces = generator.reference_nll(PROMPTS[:3], references)
-    assert in_pieces[1] == whole[1] > 100
-    assert in_pieces[0] == pytest.approx(whole[0], rel=1e-4)
-
-
-def test_a_certain_reference_has_almost_no_loss_and_a_wrong_one_has_much(countdown: Made):
-    with opened(countdown.gguf) as generator:
-        # After `<pad>` (5) the end token (4) is certain; a reference is followed by it, so the empty one is right.
-        certain, count = generator.reference_nll(["<s><pad>"], [""])
-        wrong, wrong_count = generator.reference_nll(["<s><pad>"], ["<pad>"])
-    assert (count, wrong_count) == (1, 2)
-    assert certain < 1e-3
-    assert wrong > math.log(400)
-
-
 def test_what_all_prompts_begin_with_is_decoded_once(tiny: Made, monkeypatch):
     fed = []
     feed = generate.Cache.feed
@@ -146,14 +104,11 @@ def test_a_prompt_that_fills_the_context_is_refused_by_its_row(tiny: Made):
         with pytest.raises(InputError, match=r"row 1: \d+ tokens leave no room for an answer in a context of 32"):
             generator.complete(["lamp", "please switch on the lamp " * 20], max_new_tokens=4)
         assert [answer.finish_reason for answer in generator.complete(["lamp"], max_new_tokens=100)] == ["length"]
-        with pytest.raises(InputError, match=r"row 0: .* context of 32"):
-            generator.reference_nll(["lamp"], ["please switch on the lamp " * 20])
 
 
 def test_no_rows_give_no_answers(tiny: Made):
     with opened(tiny.gguf) as generator:
         assert generator.complete([], max_new_tokens=4) == []
-        assert generator.reference_nll([], []) == (0.0, 0)
 
 
 def test_a_streamed_answer_is_the_answer_and_a_longer_conversation_goes_on_from_it(tiny: Made, monkeypatch):
@@ -182,3 +137,28 @@ def test_an_abandoned_stream_leaves_a_usable_cache(tiny: Made):
         stream.close()
         [expected] = generator.complete(PROMPTS[1:2], max_new_tokens=20)
         assert "".join(generator.stream(PROMPTS[1], max_new_tokens=20)) == expected.text
+
+
+def test_rows_are_read_as_slots_become_free_and_answers_given_as_they_are_finished(tiny: Made):
+    read: list[int] = []
+
+    def prompts():
+        read.clear()
+        for number, prompt in enumerate(PROMPTS * 4):
+            read.append(number)
+            yield prompt
+
+    with opened(tiny.gguf) as generator:
+        completions = generator.completions(prompts, max_new_tokens=4)
+        first, _ = next(completions)
+        assert len(read) <= 8 + 1
+        assert sorted([first, *(number for number, _ in completions)]) == list(range(4 * len(PROMPTS)))
+
+
+def test_rows_that_are_done_are_not_answered_again_and_the_others_get_the_same_answers(tiny: Made):
+    with opened(tiny.gguf) as generator:
+        whole = dict(generator.completions(lambda: PROMPTS, max_new_tokens=8))
+        done = set(range(0, len(PROMPTS), 3))
+        rest = dict(generator.completions(lambda: PROMPTS, max_new_tokens=8, done=done))
+        assert rest == {number: answer for number, answer in whole.items() if number not in done}
+        assert dict(generator.completions(lambda: PROMPTS, max_new_tokens=8, done=set(whole))) == {}

@@ -1,0 +1,268 @@
+# ruff: noqa: F811 - fixtures are imported, then named as arguments
+"""The generate stage on small models: what it writes, what it goes on with, how much memory it takes."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import yaml
+from conftest import Checkout, make_checkout
+from gguf_models import Made, learnt  # noqa: F401 - fixture
+
+from lathe import answers, few_shot, gguf, paths
+from lathe.builtin import commands
+from lathe.generate import Generator
+from lathe.jsonl import read_jsonl, write_jsonl
+
+SETTINGS = {
+    "generate.max_new_tokens": 12,
+    "generate.n_ctx": 256,
+    "generate.n_parallel": 8,
+    "generate.few_shot": 3,
+    "quantize.types": ["Q4_K_M"],
+}
+GENERAL = "switch on the attic lamp\n\nthe kitchen radio is on\nand loud\n"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, learnt: Made) -> Checkout:
+    """A checkout with what the stage reads, in which every artifact has been asked."""
+    checkout = make_checkout(tmp_path_factory.mktemp("generate") / "lathe")
+    checkout.set(SETTINGS)
+    processed = checkout.root / "data/processed"
+    processed.mkdir(parents=True)
+    rows = commands.rows(1)
+    for split, count in (("train", 40), ("validation", 14), ("test", 17)):
+        write_jsonl(rows[split][:count], processed / f"{split}.jsonl")
+    (checkout.root / "data/general.txt").write_text(GENERAL)
+    folder = checkout.root / "models/gguf"
+    folder.mkdir(parents=True)
+    for name in ("base", "merged"):
+        shutil.copy(learnt.gguf, folder / f"{name}-f16.gguf")
+    gguf.quantize(learnt.gguf, folder / "Q4_K_M.gguf", type="Q4_K_M", threads=2)
+    checkout.stage("generate")
+    return checkout
+
+
+def outputs(checkout: Checkout, artifact: str) -> dict[str, bytes]:
+    files = [*(checkout.root / "data/generated" / artifact).iterdir(), measured(checkout, artifact)]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def measured(checkout: Checkout, artifact: str):
+    return checkout.root / f"metrics/generate/{artifact}.json"
+
+
+def test_every_row_has_its_answer_and_its_likelihood(made: Checkout):
+    for artifact in ("base", "base_few_shot", "merged", "Q4_K_M"):
+        facts = made.json(f"metrics/generate/{artifact}.json")
+        for split, count in (("validation", 14), ("test", 17)):
+            rows = read_jsonl(made.root / f"data/generated/{artifact}/{split}.jsonl")
+            asked = read_jsonl(made.root / f"data/processed/{split}.jsonl")
+            assert [row["reference"] for row in rows] == [row["messages"][-1]["content"] for row in asked]
+            assert len(rows) == facts[split]["rows"] == count
+            for row in rows:
+                assert list(row) == [
+                    *("prompt", "reference", "completion", "finish_reason"),
+                    *("tokens", "nll", "reference_tokens", "kl"),
+                ]
+                assert 1 <= row["tokens"] <= 12
+                assert (row["kl"] is None) == (artifact != "Q4_K_M")
+            tokens = sum(row["reference_tokens"] for row in rows)
+            assert facts[split]["perplexity"] == pytest.approx(math.exp(sum(row["nll"] for row in rows) / tokens))
+            assert facts[split]["stop_rate"] == pytest.approx(
+                sum(row["finish_reason"] == "stop" for row in rows) / count, abs=1e-4
+            )
+            if artifact == "Q4_K_M":
+                mean = sum(row["kl"] * row["reference_tokens"] for row in rows) / tokens
+                assert facts[split]["kl"] == pytest.approx(mean, rel=1e-5)
+                assert 0 < mean < 1
+            else:
+                assert facts[split]["kl"] is None
+        assert facts["bytes"] > 1000
+
+
+def test_general_text_is_scored_paragraph_by_paragraph_but_not_behind_examples(made: Checkout):
+    for artifact in ("base", "merged", "Q4_K_M"):
+        rows = read_jsonl(made.root / f"data/generated/{artifact}/general.jsonl")
+        assert [row["text"] for row in rows] == ["switch on the attic lamp", "the kitchen radio is on\nand loud"]
+        perplexity = math.exp(sum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows))
+        assert made.json(f"metrics/generate/{artifact}.json")["general_perplexity"] == pytest.approx(perplexity)
+    assert made.json("metrics/generate/base_few_shot.json")["general_perplexity"] is None
+    assert not (made.root / "data/generated/base_few_shot/general.jsonl").exists()
+
+
+def test_the_same_examples_stand_before_every_request(made: Checkout):
+    train = read_jsonl(made.root / "data/processed/train.jsonl")
+    assert made.json("metrics/generate/base_few_shot.json")["few_shot_examples"] == 3
+    shown = set()
+    for split in ("validation", "test"):
+        plain = read_jsonl(made.root / f"data/generated/base/{split}.jsonl")
+        for row, bare in zip(read_jsonl(made.root / f"data/generated/base_few_shot/{split}.jsonl"), plain, strict=True):
+            start = bare["prompt"].index("<|im_start|>")
+            assert row["prompt"].endswith(bare["prompt"][start:])
+            shown.add(row["prompt"].removesuffix(bare["prompt"][start:]))
+    [examples] = shown
+    held = [row for row in train if all(message["content"] in examples for message in row["messages"])]
+    assert len(held) == examples.count("assistant") == 3
+
+
+def test_finished_work_leaves_no_journal(made: Checkout):
+    assert list((made.root / ".scratch/generate").iterdir()) == []
+
+
+@pytest.mark.parametrize("artifact", ["Q4_K_M", "base_few_shot"])
+def test_killed_and_started_again_it_goes_on_from_the_rows_already_done(made: Checkout, artifact):
+    expected = outputs(made, artifact)
+    shutil.rmtree(made.root / "data/generated" / artifact)
+    measured(made, artifact).unlink()
+    journals = made.root / ".scratch/generate"
+    command = [sys.executable, "stages/generate.py", artifact]
+    kills = lines = 0
+    while True:
+        running = subprocess.Popen(command, cwd=made.root, env=made.environment, stderr=subprocess.PIPE, text=True)
+        while running.poll() is None:
+            [journal] = list(journals.iterdir()) or [None]
+            if journal and kills < 2 and (count := len(read_lines(journal))) >= lines + 12:
+                running.send_signal(signal.SIGKILL)
+                kills, lines = kills + 1, count
+            time.sleep(0.002)
+        assert running.stderr
+        said = running.stderr.read()
+        if running.returncode == 0:
+            break
+        assert running.returncode == -signal.SIGKILL, said
+        assert not (made.root / "data/generated" / artifact).exists()
+        [journal] = journals.iterdir()
+        with journal.open("ab") as file:
+            file.write(b'["test/answers",3,{"te')  # as a kill in the midst of a write leaves it
+    assert kills == 2
+    assert f"going on behind {lines} finished steps" in said or f"going on behind {lines + 1} finished steps" in said
+    assert outputs(made, artifact) == expected
+    assert list(journals.iterdir()) == []
+
+
+def read_lines(file) -> list[bytes]:
+    try:
+        return [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    except FileNotFoundError:
+        return []
+
+
+def test_a_journal_is_used_for_the_same_files_parameters_and_code_alone(tmp_path, monkeypatch):
+    (tmp_path / "one").write_text("1")
+    (tmp_path / "also one").write_text("1")
+    (tmp_path / "two").write_text("2")
+    names = [
+        answers.fingerprint({"gguf": tmp_path / file}, decides)
+        for file, decides in (("one", {"n_ctx": 1}), ("also one", {"n_ctx": 1}), ("two", {"n_ctx": 1}), ("one", {}))
+    ]
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+    monkeypatch.setattr(answers, "CODE", answers.CODE[1:])
+    assert answers.fingerprint({"gguf": tmp_path / "one"}, {"n_ctx": 1}) not in names
+
+
+def test_the_code_that_names_a_journal_is_the_code_that_the_stage_depends_on():
+    stages = yaml.safe_load((paths.ROOT / "dvc.yaml").read_text())["stages"]
+    deps = {dep for dep in stages["generate_few_shot"]["deps"] if dep.startswith("src/")}
+    assert deps == {f"src/lathe/{name}.py" for name in answers.CODE}
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(2, 2), (40, 40), (50, 40)])
+def test_examples_are_drawn_by_the_seed_and_fewer_are_the_first_of_more(count, chosen):
+    rows = [[{"role": "user", "content": str(n)}, {"role": "assistant", "content": "yes"}] for n in range(40)]
+    drawn = few_shot.choose(rows, count, seed=1)
+    assert len(drawn) == chosen
+    assert few_shot.choose(iter(rows), 50, seed=1)[:count] == drawn
+    assert few_shot.choose(rows, count, seed=2) != drawn
+    assert sorted(few_shot.choose(rows, 50, seed=3), key=lambda row: int(row[0]["content"])) == rows
+
+
+def test_a_systems_message_stays_in_front_and_those_of_examples_are_left_out():
+    def row(name: str):
+        return [
+            {"role": "system", "content": f"be {name}"},
+            {"role": "user", "content": name},
+            {"role": "assistant", "content": f"{name}!"},
+        ]
+
+    [example] = few_shot.choose([row("brief")], 1, seed=1)
+    whole = few_shot.with_examples([example], row("kind"))
+    assert [message["content"] for message in whole] == ["be kind", "brief", "brief!", "kind", "kind!"]
+
+
+def test_as_many_examples_are_shown_as_leave_the_longest_request_its_room(learnt: Made, caplog):
+    rows = [row["messages"] for row in commands.rows(1)["train"][:30]]
+    examples = few_shot.choose(rows[10:], 8, seed=1)
+    counts = {}
+    for n_ctx in (60, 130, 200, 330, 1000):
+        with Generator(learnt.gguf, n_parallel=8, n_ctx=n_ctx, threads=1) as generator:
+            caplog.clear()
+            fitting = few_shot.that_fit(generator, examples, lambda: rows[:10], max_new_tokens=20)
+            assert fitting == examples[: len(fitting)]
+            counts[n_ctx] = len(fitting)
+            assert bool(caplog.messages) == (len(fitting) < 8)
+            longest = max(len(generator.tokenize(prompt)) for prompt in shown(generator, fitting, rows[:10]))
+            assert longest + 20 <= n_ctx or not fitting
+            if len(fitting) < 8:
+                one_more = shown(generator, examples[: len(fitting) + 1], rows[:10])
+                assert max(len(generator.tokenize(prompt)) for prompt in one_more) + 20 > n_ctx
+            if not fitting:
+                assert "0 of 8 examples fit" in caplog.text
+                assert "base_few_shot is measured as base is" in caplog.text
+    assert counts[60] == 0
+    assert counts[1000] == 8
+    assert len(set(counts.values())) >= 4
+
+
+def shown(generator, examples, rows):
+    from lathe.template import prompt_and_answer
+
+    tokens = {"bos_token": generator.bos_token, "eos_token": generator.eos_token}
+    return [prompt_and_answer(generator.template, few_shot.with_examples(examples, row), **tokens)[0] for row in rows]
+
+
+def short(number: int) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": f"lamp {number}"}, {"role": "assistant", "content": "on"}]}
+
+
+MEASURE = r"""
+import json, re, sys
+from functools import partial
+from pathlib import Path
+from lathe import journal
+from lathe.answers import Asking, conversations_in
+from lathe.generate import Generator
+
+model, file, folder = map(Path, sys.argv[1:])
+with journal.opened(folder, "work") as kept, Generator(model, n_parallel=32, n_ctx=512, threads=1) as generator:
+    asking = Asking(generator, kept)
+    facts = asking.split(partial(conversations_in, file, max_rows=None), folder / "out.jsonl", name="test", max_new_tokens=2)
+# Not getrusage: its peak begins with that of the process that forked this one.
+peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+print(json.dumps({"rows": facts["rows"], "peak": peak << 10}))
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_rows(learnt: Made, tmp_path):
+    peaks = {}
+    for count in (1_000, 10_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        write_jsonl(map(short, range(count)), folder / "rows.jsonl")
+        command = [sys.executable, "-c", MEASURE, str(learnt.gguf), str(folder / "rows.jsonl"), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
+        said = json.loads(done.stdout)
+        assert said["rows"] == count
+        peaks[count] = said["peak"]
+    print({count: f"{peak / 2**20:.1f} MiB" for count, peak in peaks.items()})
+    # 9,000 rows of prompts, references, token ids and answers would be some 20 MB; the places of 18,000 lines are 2.
+    assert peaks[10_000] - peaks[1_000] < 6 << 20
