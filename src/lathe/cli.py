@@ -54,6 +54,9 @@ def main() -> None:
     command.add_argument("--ids", action="store_true", help="one token a line, behind its id")
     command.set_defaults(run=lambda args: inspect(args.split, args.rows, args.row, ids=args.ids))
 
+    command = commands.add_parser("gate", help="say which gates the validation scores pass; exit 1 where one fails")
+    command.set_defaults(run=lambda args: sys.exit(0 if gate() else 1))
+
     command = commands.add_parser("chat", help="talk to the GGUF with the best validation score")
     command.add_argument("--gguf", type=Path, metavar="FILE", help="another file to talk to")
     command.add_argument("--prompt", metavar="TEXT", help="answer this once and exit")
@@ -125,6 +128,27 @@ def inspect(split: str, rows: int, row: int | None, *, ids: bool) -> None:
     show(split, rows=rows, row=row, ids=ids, supervise=load().params.preprocess.supervise, out=sys.stdout)
 
 
+def gate() -> bool:
+    """Print how each of evaluate.gates goes by the metrics as they are, and return whether all pass."""
+    from lathe.gates import UNQUANTIZED, line, metrics, outcome, parse
+
+    params = load().params
+    report, recorded = (_evaluated(name) for name in ("validation", "gates"))
+    expressions = params.evaluate.gates or []
+    if set(report) != {*UNQUANTIZED, *params.quantize.types} or list(recorded["gates"]) != expressions:
+        raise InputError(
+            "metrics/evaluate is not of the evaluate.gates and quantize.types in params.yaml; run `dvc repro`"
+        )
+    outcomes = [outcome(parse(expression), report, params.quantize.types) for expression in expressions]
+    if metrics(outcomes) != recorded:
+        raise InputError("metrics/evaluate/gates.json is not of the validation.json beside it; run `dvc repro`")
+    for one in outcomes:
+        print(line(one))  # noqa: T201
+    if not outcomes:
+        print("evaluate.gates is null: nothing is asked of the files")  # noqa: T201
+    return bool(recorded["passed"])
+
+
 def talk(gguf: Path | None, prompt: str | None) -> None:
     """Chat with `gguf`, by default the artifact that scored best on validation."""
     from lathe.chat import chat
@@ -142,14 +166,19 @@ def talk(gguf: Path | None, prompt: str | None) -> None:
 def _best_gguf() -> Path:
     from lathe.evaluate import best
 
-    report = paths.METRICS / "evaluate/validation.json"
-    if not report.exists():
-        raise InputError(f"{report.relative_to(paths.ROOT)}: no such file; run `make repro` first")
-    artifact = best(json.loads(report.read_text(encoding="utf-8")), load().params.quantize.types)
+    params = load().params
+    artifact = best(_evaluated("validation"), params.quantize.types, params.evaluate.primary_metric)
     file = paths.GGUF / f"{artifact}.gguf"
     if not file.exists():
         raise InputError(f"{file.relative_to(paths.ROOT)}: no such file; run `make repro` first")
     return file
+
+
+def _evaluated(name: str) -> Any:
+    file = paths.METRICS / f"evaluate/{name}.json"
+    if not file.exists():
+        raise InputError(f"{file.relative_to(paths.ROOT)}: no such file; run `make repro` first")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _overridden(overrides: list[str]) -> Config:

@@ -72,25 +72,35 @@ class Repository:
     the hub redirects downloads to.
     """
 
-    def __init__(self, kind: Kind, name: str, revision: str | None) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        name: str,
+        revision: str | None,
+        *,
+        id_key: str = "`id` in presets.yaml",
+        section: str = "its entry in presets.yaml",
+    ) -> None:
         """Resolve `revision` (commit, branch, tag; None: the main branch) to a commit; warn unless it is one.
 
+        `id_key` is where the user named the repository, `section` where the key `revision` stands: for what is said.
         A commit whose files are in the cache needs no hub. Raises InputError, one line with the remedy, where the hub
         refuses or cannot be reached.
         """
         disable_progress_bars()  # one bar of ours instead of one per file
         disable_propagation()  # or what the library says appears twice
         self.kind, self.name, self.revision = kind, name, revision
+        self.id_key, self.section = id_key, section
         self.folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)
         self._verified: set[str] = set()
         self.commit = revision if revision and COMMIT.fullmatch(revision) else None
         if self.commit is None:
             self.commit = self._resolved()
             logger.warning(
-                "%s is not pinned: %r may mean other files tomorrow; to keep these, put into its entry in "
-                "presets.yaml\n    revision: %s",
+                "%s is not pinned: %r may mean other files tomorrow; to keep these, put into %s\n    revision: %s",
                 name,
                 revision or "main",
+                section,
                 self.commit,
             )
 
@@ -151,7 +161,7 @@ class Repository:
             if not known:
                 raise
             raise UnreachableError(
-                f"{unreachable}; to use what the cache has of it, pin its entry in presets.yaml: `revision: {known}`"
+                f"{unreachable}; to use what the cache has of it, pin {self.section}: `revision: {known}`"
             ) from None
         if commit != known:  # for the other tools that use this cache
             with paths.whole_file(ref) as partial:
@@ -297,8 +307,8 @@ class Repository:
             )
         if status in {401, 404} and not with_token:
             return InputError(
-                f"{self.name}: no such {self.kind} on {constants.ENDPOINT}, or not a public one; check `id` in "
-                f"presets.yaml, or set HF_TOKEN to a token that may read it ({constants.ENDPOINT}/settings/tokens)"
+                f"{self.name}: no such {self.kind} on {constants.ENDPOINT}, or not a public one; check {self.id_key}, "
+                f"or set HF_TOKEN to a token that may read it ({constants.ENDPOINT}/settings/tokens)"
             )
         if status == 401:
             return InputError(
@@ -313,7 +323,7 @@ class Repository:
         if status == 404:
             return InputError(
                 f"{self.name}: no such {self.kind} on {constants.ENDPOINT}, or the account of HF_TOKEN may not see it; "
-                "check `id` in presets.yaml"
+                f"check {self.id_key}"
             )
         if status == 429:
             seconds = error.response.headers.get("Retry-After")

@@ -7,7 +7,7 @@ the key, the value, the rule and a remedy.
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -28,12 +28,31 @@ Format = Literal[
 
 SPLIT_OR_SLICE = r"\w+(\.\w+)*(\[(-?\d+)?:(-?\d+)?\]|\[(-?\d+%)?:(-?\d+%)?\])?"
 
+REPOSITORY = r"\w[\w.-]*(/\w[\w.-]*)?"
+
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+# What `evaluate` takes from generation, whatever evaluate.metrics lists.
+MEASURED = ("perplexity", "kl", "stop_rate", "general_perplexity", "bytes")
 
 
 def entry(meaning: str, unit: str | None = None) -> Any:
     """Describe a required key; the text is also the comment beside it in `params.yaml`."""
     return Field(description=meaning, json_schema_extra={"unit": unit} if unit else None)
+
+
+def _groups(pattern: str) -> int:
+    try:
+        return re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def _with_group(pattern: str, what: str) -> str:
+    if not _groups(pattern):
+        raise ValueError(f"pattern {pattern!r} has no group; put parentheses around the {what}")
+    return pattern
 
 
 class Section(BaseModel):
@@ -204,12 +223,10 @@ class Reward(Section):
             if (self.min_characters or 0) > self.max_characters:
                 raise ValueError(f"min_characters {self.min_characters} is above max_characters {self.max_characters}")
         if self.pattern is not None:
-            try:
-                groups = re.compile(self.pattern).groups
-            except re.error as error:
-                raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from None
-            if self.name == "numeric" and not groups:
-                raise ValueError(f"pattern {self.pattern!r} has no group; put parentheses around the number")
+            if self.name == "numeric":
+                _with_group(self.pattern, "number")
+            else:
+                _groups(self.pattern)
         if self.function is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.function):
             raise ValueError(f"function is {self.function!r}; write MODULE:FUNCTION, such as 'example:brevity'")
         return self
@@ -369,6 +386,13 @@ class BertScore(Section):
         "null: no rescaling"
     )
 
+    @field_validator("model")
+    @classmethod
+    def _folder_or_repository(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith("models/local/") and not re.fullmatch(REPOSITORY, value):
+            raise ValueError(f"{value!r} is neither a folder under models/local nor a repository; write OWNER/NAME")
+        return value
+
 
 class Evaluate(Section):
     """What the answers are scored by."""
@@ -393,7 +417,9 @@ class Evaluate(Section):
         ],
         Field(min_length=1),
     ] = entry("scores to compute; json_valid and json_fields only where the references are JSON")
-    primary_metric: Name = entry("score that names the best file: one of metrics, judge or combined")
+    primary_metric: Name = entry(
+        "score that names the best file: one of metrics, judge, combined, perplexity, kl, general_perplexity, stop_rate"
+    )
     normalize: Literal["none", "text", "json"] = entry(
         "what exact_match overlooks: spaces at the ends; case, punctuation and spaces; how JSON is written"
     )
@@ -409,6 +435,27 @@ class Evaluate(Section):
     gates: Annotated[list[Name], Field(min_length=1)] | None = entry(
         "what must hold on validation, such as `Q4_K_M.exact_match >= merged.exact_match - 0.03`; null: nothing"
     )
+
+    @field_validator("metrics")
+    @classmethod
+    def _unique(cls, metrics: list[str]) -> list[str]:
+        if twice := sorted({name for name in metrics if metrics.count(name) > 1}):
+            raise ValueError(f"lists {', '.join(twice)} twice; name each score once")
+        return metrics
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _has_a_group(cls, pattern: str | None) -> str | None:
+        return pattern and _with_group(pattern, "answer")
+
+    @field_validator("gates")
+    @classmethod
+    def _comparisons(cls, gates: list[str] | None) -> list[str] | None:
+        from lathe.gates import parse
+
+        for gate in gates or []:
+            parse(gate)
+        return gates
 
 
 class Params(Section):
@@ -433,6 +480,34 @@ class Params(Section):
     judge: Judge
     bert_score: BertScore
     evaluate: Evaluate
+
+    @property
+    def scores(self) -> list[str]:
+        """Every score of an artifact that `evaluate` computes, in the order of its report."""
+        of_judge = ["judge"] if self.judge.enabled else []
+        of_both = ["combined"] if "bert_score" in self.evaluate.metrics else []
+        return [*self.evaluate.metrics, *of_judge, *of_both, *MEASURED]
+
+    @model_validator(mode="after")
+    def _scores_that_are_computed(self) -> "Params":
+        from lathe import gates
+
+        if "bert_score" in self.evaluate.metrics and self.bert_score.model is None:
+            raise ValueError(
+                "evaluate.metrics lists bert_score, but bert_score.model is null; name an encoder there, a folder "
+                "under models/local or a repository of the hub, or take bert_score off the list"
+            )
+        primary = self.evaluate.primary_metric
+        if primary not in self.scores:
+            raise ValueError(
+                f"evaluate.primary_metric is {primary!r}, which is not computed; {to_compute(primary, self.scores)}"
+            )
+        for gate in self.evaluate.gates or []:
+            try:
+                gates.check(gates.parse(gate), types=self.quantize.types, scores=self.scores)
+            except ValueError as error:
+                raise ValueError(f"evaluate.gates: {error}") from None
+        return self
 
     @model_validator(mode="after")
     def _fits_full_tuning(self) -> "Params":
@@ -483,7 +558,7 @@ class HubRepository(Section):
     @field_validator("id")
     @classmethod
     def _owner_and_name(cls, value: str) -> str:
-        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value):
+        if not re.fullmatch(REPOSITORY, value):
             raise ValueError(
                 f"{value!r} is not a repository; write OWNER/NAME as on the hub, such as 'Qwen/Qwen3-0.6B'"
             )
@@ -624,6 +699,16 @@ def read_yaml(file: Path) -> Any:
 def did_you_mean(name: str, known: list[str]) -> str:
     """Return `did you mean 'X'?` for a near name, whatever its case, else the list of known ones."""
     return _near(name, known) or f"known: {', '.join(sorted(map(_printed, known)))}"
+
+
+def to_compute(score: str, computed: list[str]) -> str:
+    """Return what to do for a score that is asked for and not computed."""
+    if score == "judge":
+        return "set judge.enabled to true"
+    if score in ("combined", "bert_score"):
+        return "add bert_score to evaluate.metrics"
+    metrics = get_args(get_args(Evaluate.model_fields["metrics"].annotation)[0])
+    return "add it to evaluate.metrics" if score in metrics else did_you_mean(score, computed)
 
 
 def _problems(model: type[Section], tree: Any, file: str) -> list[str]:

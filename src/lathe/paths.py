@@ -19,6 +19,8 @@ DATA_LOCAL = ROOT / "data/local"
 DATA_RAW = ROOT / "data/raw"
 DATA_PROCESSED = ROOT / "data/processed"
 DATA_GENERATED = ROOT / "data/generated"
+DATA_JUDGED = ROOT / "data/judged"
+DATA_SCORED = ROOT / "data/scored"
 
 MODELS_LOCAL = ROOT / "models/local"
 MODEL_BASE = ROOT / "models/base"

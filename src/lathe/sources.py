@@ -1,15 +1,13 @@
 """Where base models and datasets come from: built by the pipeline, a user's own files, or the Hugging Face Hub."""
 
-import fnmatch
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lathe import model_folder, paths, templates
 from lathe.data.files import data_files, suffixes
 from lathe.errors import InputError
+from lathe.model_files import hub_files, wanted_files
 from lathe.params import (
     BuiltinDataset,
     BuiltinModel,
@@ -20,27 +18,6 @@ from lathe.params import (
     LocalModel,
     ModelPreset,
     Templated,
-)
-
-if TYPE_CHECKING:
-    from lathe.hub import Repository
-
-# What a model folder may give: safetensors, and the texts that describe them. Nothing that is unpickled or run.
-MODEL_PATTERNS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    "README*",
 )
 
 # What is known of a source beside its files: for the hub its repository, the revision asked for, and the commit it was.
@@ -65,7 +42,7 @@ def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> Origin:
             from lathe.hub import Repository
 
             repository = Repository("model", preset.id, preset.revision)
-            _bring(_hub_model(repository), folder)
+            _bring(hub_files(repository), folder)
             origin = {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
     if isinstance(preset, Templated) and preset.template:
         templates.install(preset.template, folder)
@@ -138,24 +115,11 @@ def _local_model(path: str) -> dict[str, Path]:
     source = _local(path, paths.MODELS_LOCAL)
     if not source.is_dir():
         raise InputError(f"{path}: is a file; give the folder that holds config.json and the safetensors")
-    names = _model_files([file.name for file in source.iterdir() if file.is_file()], path)
+    names = wanted_files([file.name for file in source.iterdir() if file.is_file()], path)
     # What would fail an hour later, in `train` or `merge`, is seen in the headers.
     model_folder.read_config(source)
     model_folder.open_model(source)
     return {name: source / name for name in names}
-
-
-def _hub_model(repository: "Repository") -> dict[str, Path]:
-    """Return the files to take of a repository, by name, where they lie in the hub's cache."""
-    names = _model_files([path for path in repository.paths if "/" not in path], repository.name)
-    model_folder.read_config(repository.files(["config.json"])["config.json"].parent)
-    if model_folder.INDEX_FILE in names:
-        names = _indexed(names, repository.files([model_folder.INDEX_FILE])[model_folder.INDEX_FILE], repository.name)
-    elif model_folder.SINGLE_FILE in names:
-        names = [name for name in names if not name.endswith(".safetensors") or name == model_folder.SINGLE_FILE]
-    files = repository.files(names)
-    model_folder.open_model(files["config.json"].parent)
-    return files
 
 
 def _bring(files: dict[str, Path], folder: Path) -> None:
@@ -165,28 +129,3 @@ def _bring(files: dict[str, Path], folder: Path) -> None:
         # nuisance for texts, which people edit, and a template of the preset's changes.
         bring = paths.link if name.endswith(".safetensors") else shutil.copyfile
         bring(file, folder / name)
-
-
-def _model_files(names: list[str], shown: str) -> list[str]:
-    for name in ("config.json", "tokenizer_config.json"):
-        if name not in names:
-            raise InputError(f"{shown}: holds no {name}; give a complete Hugging Face model folder")
-    if not fnmatch.filter(names, "*.safetensors"):
-        pickles = sorted(name for name in names if name.endswith(model_folder.PICKLES))
-        if pickles:
-            raise InputError(
-                f"{shown}/{pickles[0]}: pickled weights are never loaded; save the model with safe_serialization=True"
-            )
-        raise InputError(f"{shown}: holds no *.safetensors; put the model's weights there")
-    wanted = {name for pattern in MODEL_PATTERNS for name in fnmatch.filter(names, pattern)}
-    return sorted(name for name in wanted if not name.endswith((*model_folder.PICKLES, ".py")))
-
-
-def _indexed(names: list[str], index: Path, shown: str) -> list[str]:
-    # Some repositories hold the weights a second time, in their maker's own layout (`consolidated.safetensors`).
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    if lacking := sorted(shards - set(names)):
-        raise InputError(
-            f"{shown}: holds no {lacking[0]}, which {model_folder.INDEX_FILE} names; give a complete model"
-        )
-    return [name for name in names if not name.endswith(".safetensors") or name in shards]

@@ -35,6 +35,86 @@ def test_the_committed_files_are_valid():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        (
+            "    - rouge_l",
+            "    - rouge_1\n    - rouge_1",
+            "evaluate.metrics: lists rouge_1 twice; name each score once",
+        ),
+        (
+            "    - rouge_l",
+            "    - bert_score",
+            "evaluate.metrics lists bert_score, but bert_score.model is null; name an encoder there, a folder under "
+            "models/local or a repository of the hub, or take bert_score off the list",
+        ),
+        (
+            "answer_pattern: null",
+            "answer_pattern: '#### (\\S+'",
+            "evaluate.answer_pattern: pattern '#### (\\\\S+' is not a regular expression: missing ), unterminated "
+            "subpattern at position 5",
+        ),
+        (
+            "answer_pattern: null",
+            "answer_pattern: '####'",
+            "evaluate.answer_pattern: pattern '####' has no group; put parentheses around the answer",
+        ),
+        (
+            "primary_metric: exact_match",
+            "primary_metric: exact_mach",
+            "evaluate.primary_metric is 'exact_mach', which is not computed; did you mean 'exact_match'?",
+        ),
+        (
+            "primary_metric: exact_match",
+            "primary_metric: judge",
+            "evaluate.primary_metric is 'judge', which is not computed; set judge.enabled to true",
+        ),
+        (
+            "merged.exact_match > base.exact_match",
+            "merged.exact_match => 0.5",
+            "evaluate.gates: 'merged.exact_match => 0.5' is no comparison of scores: cannot read '=> 0.5'; write sums "
+            "of numbers, ARTIFACT.SCORE and NUMBER * ARTIFACT.SCORE on both sides, such as 'Q4_K_M.exact_match >= "
+            "merged.exact_match - 0.03'",
+        ),
+        (
+            "merged.exact_match > base.exact_match",
+            "Q8_1.exact_match > 0.5",
+            "evaluate.gates: 'Q8_1.exact_match > 0.5' names Q8_1, no artifact; did you mean 'Q8_0'?",
+        ),
+        (
+            "merged.exact_match > base.exact_match",
+            "merged.chrf > 50",
+            "evaluate.gates: 'merged.chrf > 50' names chrf, which is not computed; add it to evaluate.metrics",
+        ),
+        (
+            "bert_score: # BERTScore",
+            "bert_score:\n  model: /encoders/mine\nunused: # BERTScore",
+            "bert_score.model: '/encoders/mine' is neither a folder under models/local nor a repository; write "
+            "OWNER/NAME",
+        ),
+    ],
+)
+def test_what_is_asked_of_the_scores_is_checked_before_anything_runs(refused, old, new, message):
+    assert f"params.yaml: {message}" in refused(old, new)
+
+
+def test_the_judge_and_bert_score_add_their_scores():
+    def scores(**changes):
+        tree = params.load().params.model_dump()
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            tree[section][name] = value
+        return params.Params.model_validate(tree).scores
+
+    assert "judge" in scores(judge__enabled=True)
+    assert "combined" not in scores(judge__enabled=True)
+    with_both = {"evaluate__metrics": ["exact_match", "bert_score"], "bert_score__model": "owner/encoder"}
+    assert scores(**with_both, judge__enabled=True)[:4] == ["exact_match", "bert_score", "judge", "combined"]
+    assert scores(**with_both)[:3] == ["exact_match", "bert_score", "combined"]
+    assert scores(**with_both, evaluate__primary_metric="combined")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
         ("seed: 42", "sed: 42", "sed is not a known key; did you mean 'seed'?"),
         ("seed: 42", "seed: null", "seed is null; must be integer"),
         ("seed: 42", "seed: true", "seed is True; must be integer"),

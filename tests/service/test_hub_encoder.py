@@ -1,0 +1,99 @@
+"""The encoder of BERTScore from a hub on 127.0.0.1, by the real client."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Checkout, make_checkout
+from encoders import make_encoder
+from hub_server import Hub
+
+NAME = "owner/encoder"
+PROGRAM = """
+import sys
+from lathe import stage
+from lathe.scores import bert_score
+from lathe.scores.bert_score import Encoder, encoder_folder, scores
+
+def main():
+    folder = encoder_folder(sys.argv[1], sys.argv[2] or None)
+    encoder = Encoder(folder, num_layers=None, max_length=32)
+    print(scores([("a b", "b a")], encoder, batch_size=1, cache=folder.parent / "cache"))
+
+stage.guard(main)
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    return make_checkout(tmp_path_factory.mktemp("hub_encoder") / "lathe")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = make_encoder(tmp_path_factory.mktemp("encoder"))
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def scored(
+    checkout: Checkout, hub: Hub, home: Path, name: str = NAME, revision: str = ""
+) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in checkout.environment.items() if not key.startswith("HF_")}
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, name, revision],
+        cwd=checkout.root,
+        env={**kept, "HF_HOME": str(home), "HF_ENDPOINT": hub.endpoint, "NO_PROXY": "*", "PYTHONPATH": "src"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_encoder_is_downloaded_once_without_pickles_or_code(
+    checkout: Checkout, hub: Hub, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    unwanted = {"pytorch_model.bin": b"pickled", "modeling_mine.py": b"raise SystemExit('run')"}
+    commit = hub.add("model", NAME, files | unwanted).refs["main"]
+    first = scored(checkout, hub, tmp_path, revision=commit)
+    assert first.returncode == 0, first.stderr
+    assert not hub.asked(r"resolve/.*(bin|py)$")
+    hub.requests.clear()
+    again = scored(checkout, hub, tmp_path, revision=commit)
+    assert again.stdout == first.stdout
+    assert not hub.requests
+
+
+def test_a_branch_is_resolved_and_the_line_that_pins_it_is_printed(
+    checkout: Checkout, hub: Hub, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    commit = hub.add("model", NAME, files).refs["main"]
+    done = scored(checkout, hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"put into the section bert_score of params.yaml\n    revision: {commit}\n" in done.stderr
+
+
+def test_an_encoder_that_is_not_there_is_refused_by_the_key_that_names_it(
+    checkout: Checkout, hub: Hub, tmp_path: Path
+) -> None:
+    done = scored(checkout, hub, tmp_path, name="owner/none")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: owner/none: no such model on ")
+    assert "check `bert_score.model` in params.yaml" in done.stderr
+
+
+def test_an_encoder_with_pickles_alone_is_refused(
+    checkout: Checkout, hub: Hub, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    pickled = {name: data for name, data in files.items() if name != "model.safetensors"}
+    hub.add("model", NAME, pickled | {"pytorch_model.bin": b"pickled"})
+    done = scored(checkout, hub, tmp_path)
+    assert done.returncode == 2
+    assert "pytorch_model.bin: pickled weights are never loaded" in done.stderr
