@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro chat lint format test test-all bench bench-merge bench-faithful bench-data bench-train docs clean
+.PHONY: help setup repro chat serve lint format test test-all bench bench-merge bench-faithful bench-data bench-train docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -19,6 +19,9 @@ repro: setup ## run the whole pipeline: base model and data in, measured GGUF fi
 
 chat: setup ## talk to the best GGUF; PROMPT="…" answers once
 	@python -m lathe chat $(if $(PROMPT),--prompt "$$PROMPT")
+
+serve: setup ## serve the best GGUF on 127.0.0.1 as OpenAI's API does; PORT=… for another port
+	@python -m lathe serve $(if $(PORT),--port "$$PORT")
 
 lint: setup ## ruff and mypy
 	ruff check .

@@ -1,11 +1,10 @@
 """Convert safetensors to a 16-bit GGUF with llama.cpp's own converter, and prove that token ids agree.
 
-reads   models/{base,merged}/, data/processed/validation.jsonl, metrics/fetch/, params.yaml: convert
+reads   models/{base,merged}/, data/processed/validation.jsonl, params.yaml: convert; for the digests in the file all
+        else that it comes from: metrics/fetch/, data/processed/, models/adapter/, params.yaml, presets.yaml
 writes  models/gguf/{base,merged}-f16.gguf, metrics/convert/{base,merged}.json
 items   base, merged
 """
-
-import json
 
 import _path  # noqa: F401
 
@@ -14,7 +13,7 @@ from lathe.params import Config
 
 
 def main(config: Config, item: str) -> None:
-    from lathe import gguf
+    from lathe import gguf, lineage
     from lathe.jsonl import read_jsonl
     from lathe.model import load_tokenizer
     from lathe.template import render_for
@@ -31,24 +30,12 @@ def main(config: Config, item: str) -> None:
             partial,
             outtype="f16",
             llama_cpp=paths.ROOT / chosen if chosen else paths.LLAMA_CPP,
-            metadata=_origins(item),
+            metadata=lineage.metadata(item),
         )
         compared = gguf.check_tokens(model, partial, [*gguf.SAMPLE_TEXTS, *chats])
     track.write_json(
         paths.METRICS / f"convert/{item}.json", {"bytes": target.stat().st_size, "tokens_compared": compared}
     )
-
-
-def _origins(item: str) -> dict[str, str]:
-    """Return what the file says of the model it was made from, and of the dataset: names, and commits of the hub."""
-    sources = {"base": "model"} if item == "base" else {"base": "model", "dataset": "dataset"}
-    origins = {}
-    for name, fetched in sources.items():
-        facts = json.loads((paths.METRICS / f"fetch/{fetched}.json").read_text(encoding="utf-8"))
-        for key in ("name", "source", "id", "revision", "commit"):
-            if facts.get(key):
-                origins[f"lathe.{name}.{key}"] = facts[key]
-    return origins
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lathe import doctor, general_text, paths, stage
+from lathe import doctor, general_text, paths, stage, trace, verify
 from lathe.errors import InputError
 from lathe.params import SPLITS, Config, did_you_mean, load, read_yaml
 
@@ -61,6 +61,21 @@ def main() -> None:
     command.add_argument("--gguf", type=Path, metavar="FILE", help="another file to talk to")
     command.add_argument("--prompt", metavar="TEXT", help="answer this once and exit")
     command.set_defaults(run=lambda args: talk(args.gguf, args.prompt))
+
+    command = commands.add_parser("serve", help="serve the GGUF with the best validation score, as OpenAI's API does")
+    command.add_argument("--gguf", type=Path, metavar="FILE", help="another file to serve")
+    command.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="port on 127.0.0.1 (default: 8000; 0: any)"
+    )
+    command.set_defaults(run=lambda args: offer(args.gguf, args.port))
+
+    command = commands.add_parser("trace", help="say what a GGUF was made from, by which commit, and what has changed")
+    command.add_argument("gguf", type=Path, metavar="FILE", help="the file, whatever its name and folder")
+    command.add_argument("--json", action="store_true", help="print it as JSON")
+    command.set_defaults(run=lambda args: trace.run(args.gguf, as_json=args.json))
+
+    command = commands.add_parser("verify", help="read every output again and hold it against dvc.lock")
+    command.set_defaults(run=lambda args: sys.exit(verify.run()))
 
     args = parser.parse_args()
     stage.guard(lambda: args.run(args))
@@ -163,6 +178,15 @@ def talk(gguf: Path | None, prompt: str | None) -> None:
     )
 
 
+def offer(gguf: Path | None, port: int) -> None:
+    """Serve `gguf`, by default the artifact that scored best on validation."""
+    from lathe.serve import serve
+
+    settings = load().params.generate
+    api_key = os.environ.get("LATHE_API_KEY") or None
+    serve(gguf or _best_gguf(), port=port, api_key=api_key, n_ctx=settings.n_ctx, threads=os.cpu_count() or 1)
+
+
 def _best_gguf() -> Path:
     from lathe.evaluate import best
 
@@ -215,9 +239,10 @@ def _of_stage(tree: dict[str, Any], name: str) -> dict[str, Any]:
     keys: list[str] = []
     for entry in definition.get("params", []):
         if isinstance(entry, str):
-            keys.append(entry)
+            keys.append(entry.replace("${training.method}", tree["training"]["method"]))
         else:
-            keys += ["models", "datasets"] if name == "fetch" else ["datasets"]
+            presets = " ".join(entry[paths.PRESETS.name])  # `${item.preset}` is one of models, then one of datasets
+            keys += [table for table in ("models", "datasets") if table in presets or "item." in presets]
     chosen: dict[str, Any] = {}
     for key in keys:
         source, target = tree, chosen

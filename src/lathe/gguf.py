@@ -182,14 +182,22 @@ def describe(path: Path) -> dict[str, Any]:
     """What a GGUF file is, from its header alone.
 
     `bytes`; `parameters`; `bits_per_weight` (of the tensors); `tensor_types`, type name -> number of tensors;
-    `metadata` without arrays; `chat_template` or None. Raises InputError if the file is not GGUF.
+    `metadata` without arrays; `chat_template` or None. Raises InputError if the file is not GGUF, damaged or cut short.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     metadata, tensors = _read_header(path)
     parameters = sum(count for count, _ in tensors)
-    sizes = {kind: GGML_QUANT_SIZES[GGMLQuantizationType(kind)] for _, kind in tensors}
+    try:
+        sizes = {kind: GGML_QUANT_SIZES[GGMLQuantizationType(kind)] for _, kind in tensors}
+    except ValueError as error:
+        raise InputError(f"{path}: its GGUF header is damaged ({error}); make the file again") from error
     tensor_bytes = sum(count // sizes[kind][0] * sizes[kind][1] for count, kind in tensors)
+    if tensor_bytes > path.stat().st_size:
+        raise InputError(
+            f"{path}: cut short: {path.stat().st_size:,} bytes, and its tensors alone take {tensor_bytes:,}; "
+            "copy the file again"
+        )
     types = Counter(GGMLQuantizationType(kind).name for _, kind in tensors)
     return {
         "bytes": path.stat().st_size,
@@ -326,13 +334,16 @@ _SCALARS = {
 
 def _read_header(path: Path) -> tuple[dict[str, Any], list[tuple[int, int]]]:
     """Metadata without arrays, and (number of values, ggml type) of every tensor."""
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-        if data[:4] != b"GGUF":
-            raise InputError(f"{path}: not a GGUF file; it begins with {data[:4]!r}")
-        try:
-            return _Header(data).read()
-        except (struct.error, KeyError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: its GGUF header is damaged ({error}); make the file again") from error
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; name a GGUF file")
+    with path.open("rb") as file:
+        if (begin := file.read(4)) != b"GGUF":
+            raise InputError(f"{path}: not a GGUF file; it begins with {begin!r}")
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            try:
+                return _Header(data).read()
+            except (struct.error, KeyError, OverflowError, UnicodeDecodeError) as error:
+                raise InputError(f"{path}: its GGUF header is damaged ({error}); make the file again") from error
 
 
 class _Header:

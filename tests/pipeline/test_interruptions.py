@@ -14,7 +14,7 @@ import pytest
 from conftest import Checkout, add_small_inputs, copy_of, make_checkout, output_hashes
 
 ITEMS = [
-    *("fetch@model", "fetch@dataset", "preprocess", "train", "merge", "convert@base", "convert@merged"),
+    *("fetch@model", "fetch@dataset", "preprocess", "train", "merge", "convert_base", "convert_merged"),
     *("quantize@Q8_0", "quantize@Q4_K_M", "generate@base", "generate@merged"),
     *("generate_quantized@Q8_0", "generate_quantized@Q4_K_M", "evaluate"),
 ]
@@ -109,7 +109,7 @@ def test_a_killed_conversion_leaves_no_process_and_ends_the_same_when_run_again(
 ) -> None:
     """The one stage with a process of its own beneath it."""
     checkout = copy_of(reproduced, tmp_path / "lathe")
-    command = ["dvc", "repro", "--single-item", "--force", "convert@merged"]
+    command = ["dvc", "repro", "--single-item", "--force", "convert_merged"]
     with subprocess.Popen(command, cwd=checkout.root, env=checkout.environment, start_new_session=True) as process:
         deadline = time.monotonic() + 60
         while not any("converter_run" in " ".join(p.cmdline()) for p in psutil.Process(process.pid).children(True)):
@@ -118,6 +118,6 @@ def test_a_killed_conversion_leaves_no_process_and_ends_the_same_when_run_again(
             time.sleep(0.01)
         kill(process, victim)
     assert_nothing_runs_in(checkout.root)
-    run_again(checkout, "--single-item", "convert@merged")
+    run_again(checkout, "--single-item", "convert_merged")
     assert output_hashes(checkout) == output_hashes(reproduced)
     assert not list((checkout.root / "models").rglob("*.partial"))

@@ -92,7 +92,7 @@ def test_an_experiment_with_another_rate_runs_training_and_what_follows(checkout
     done = checkout.run("dvc", "exp", "run", "--name", "slower", "-S", "training.learning_rate=5e-5")
     names = ran(done)
     assert names[0] == "train"
-    assert not {name for name in names if name.startswith(("fetch", "preprocess", "convert@base", "generate@base"))}
+    assert not {name for name in names if name.startswith(("fetch", "preprocess", "convert_base", "generate@base"))}
     shown = checkout.run("dvc", "exp", "show", "--csv").stdout.splitlines()
     assert any("slower" in line and "5e-05" in line for line in shown)
     assert re.search(r"eval\.loss +\d", checkout.run("dvc", "metrics", "diff").stdout)

@@ -90,8 +90,8 @@ def test_updates_smaller_than_16_bits_can_hold_are_not_lost(trained, small_model
 def test_the_pipeline_goes_on_to_the_gguf(reproduced: Checkout, tmp_path):
     checkout = copy_of(reproduced, tmp_path / "lathe")
     checkout.set({"training.tuning": "full", "quantization.load_in_4bit": False, "training.learning_rate": 0.001})
-    ran = checkout.run("dvc", "repro", "estimate", "convert@merged").stdout
-    for stage in ("estimate", "train", "merge", "convert@merged"):
+    ran = checkout.run("dvc", "repro", "estimate", "convert_merged").stdout
+    for stage in ("estimate", "train", "merge", "convert_merged"):
         assert f"Running stage '{stage}'" in ran
     proof = checkout.json("metrics/train/freeze_proof.json")
     tensors = load_file(checkout.root / "models/base/model.safetensors")

@@ -36,6 +36,17 @@ def test_config_of_a_stage_is_what_dvc_tracks_for_it(capsys):
     assert tree["training"] == {"max_length": 1024}
 
 
+def test_config_of_a_training_has_the_parameters_of_its_method(capsys):
+    assert "dpo" not in printed(capsys, stage_name="train")
+    assert printed(capsys, stage_name="train", overrides=["training.method=dpo"])["dpo"]["beta"] == 1.0
+
+
+def test_config_of_a_conversion_has_the_preset_of_what_is_converted(capsys):
+    assert "datasets" not in printed(capsys, stage_name="convert_base")
+    assert {"models", "datasets"} <= set(printed(capsys, stage_name="convert_merged"))
+    assert {"models", "datasets"} <= set(printed(capsys, stage_name="fetch"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

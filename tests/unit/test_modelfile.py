@@ -1,0 +1,180 @@
+"""The template in the Modelfile, read as Go reads it, writes what the template of training writes."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from lathe import templates
+from lathe.builtin import tiny
+from lathe.modelfile import Vocabulary, go_template, modelfile, stop_tokens
+from lathe.template import render
+
+VOCABULARY = Vocabulary("<s>", "</s>", adds_bos=False)
+SYSTEM = {"role": "system", "content": 'Be brief.\n\n"Very" brief {{ .Role }}'}
+TURNS = [
+    {"role": "user", "content": "Größe, 敏捷 🙂 <b>&amp;"},
+    {"role": "assistant", "content": '{"a": 1}\n  two lines'},
+    {"role": "user", "content": "and off?"},
+    {"role": "assistant", "content": "ok"},
+    {"role": "user", "content": "x"},
+]
+CONVERSATIONS = [[*system, *TURNS[:count]] for system in ([], [SYSTEM]) for count in (1, 3, 5)]
+BUILTIN = {**{name: templates.read(name) for name in templates.BUILTIN}, "the tiny model's": tiny.CHAT_TEMPLATE}
+QWEN = (  # what Qwen 2.5 writes, tools aside
+    "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}"
+    "{%- else %}{{- '<|im_start|>system\\nYou are Qwen.\\nYou help.<|im_end|>\\n' }}{%- endif %}"
+    "{%- for m in messages %}{%- if m.role != 'system' or not loop.first %}"
+    "{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
+
+class Go:
+    """Go's text/template, as far as the Modelfile uses it; anything else in it fails."""
+
+    def __init__(self, text: str) -> None:
+        self.tokens = re.split(r"(\{\{.*?\}\})", text)
+        self.at = 0
+        self.body = self._block()
+        assert self.at == len(self.tokens)
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        return "".join(self._run(self.body, {}, list(messages), None))
+
+    def _block(self) -> list:
+        nodes: list = []
+        while self.at < len(self.tokens):
+            token = self.tokens[self.at]
+            action = token[2:-2].strip() if token.startswith("{{") else None
+            if action == "end" or (action or "").startswith("else"):
+                return nodes
+            self.at += 1
+            if action is None:
+                nodes.append(("text", token))
+            elif action == "range .Messages":
+                nodes.append(("range", self._block()))
+                self._end()
+            elif action.startswith("if "):
+                nodes.append(self._if(action))
+                self._end()
+            else:
+                nodes.append(("do", action))
+        return nodes
+
+    def _if(self, action: str) -> tuple:
+        match = re.fullmatch(r'(?:else )?if eq \.Role "(\w+)"', action)
+        assert match, action
+        then: list = self._block()
+        otherwise: list = []
+        following = self.tokens[self.at][2:-2].strip()
+        if following.startswith("else"):
+            self.at += 1
+            otherwise = self._block() if following == "else" else [self._if(following)]
+        return ("if", match[1], then, otherwise)
+
+    def _end(self) -> None:
+        assert self.tokens[self.at] == "{{ end }}"
+        self.at += 1
+
+    def _run(self, nodes: list, variables: dict[str, str], messages: list, dot: dict[str, str] | None) -> Iterator[str]:
+        for kind, *rest in nodes:
+            if kind == "text":
+                yield rest[0]
+            elif kind == "range":
+                for message in messages:
+                    yield from self._run(rest[0], variables, messages, message)
+            elif kind == "if":
+                assert dot
+                yield from self._run(rest[1] if dot["role"] == rest[0] else rest[2], variables, messages, dot)
+            elif match := re.fullmatch(r"(\$\w+) :?= (.+)", rest[0]):
+                variables[match[1]] = self._value(match[2], variables, dot)
+            else:
+                yield self._value(rest[0], variables, dot)
+
+    def _value(self, expression: str, variables: dict[str, str], dot: dict[str, str] | None) -> str:
+        if expression.startswith("$"):
+            return variables[expression]
+        if expression in (".Role", ".Content"):
+            assert dot
+            return dot[expression[1:].lower()]
+        if match := re.fullmatch(r'printf "(.*)" \.Content', expression):
+            assert dot
+            return match[1].replace("\\n", "\n") % dot["content"]
+        assert expression == '""', expression
+        return ""
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("bos", ["<s>", ""])
+@pytest.mark.parametrize("name", BUILTIN)
+def test_a_builtin_template_is_recognised_and_writes_the_same_in_go(name, bos, adds_bos):
+    vocabulary = Vocabulary(bos, "</s>", adds_bos and bool(bos))
+    translated = go_template(BUILTIN[name], vocabulary)
+    assert translated
+    assert translated.name == ("chatml" if name not in templates.BUILTIN else name)
+    assert translated.system is None
+    for conversation in CONVERSATIONS:
+        expected = render(BUILTIN[name], conversation, bos_token=bos, eos_token="</s>", add_generation_prompt=True)
+        if vocabulary.adds_bos:  # Ollama puts it there
+            expected = expected.removeprefix(bos)
+        assert Go(translated.text).render(conversation) == expected
+
+
+def test_a_system_message_that_the_template_writes_unasked_becomes_the_modelfile_s():
+    vocabulary = Vocabulary("", "<|im_end|>", adds_bos=False)
+    translated = go_template(QWEN, vocabulary)
+    assert translated
+    assert (translated.name, translated.system) == ("chatml", "You are Qwen.\nYou help.")
+    expected = render(QWEN, TURNS[:3], bos_token="", eos_token="<|im_end|>", add_generation_prompt=True)
+    with_system = [{"role": "system", "content": translated.system}, *TURNS[:3]]
+    assert Go(translated.text).render(with_system) == expected
+    assert 'SYSTEM """You are Qwen.\nYou help."""' in modelfile("Q8_0.gguf", QWEN, vocabulary, n_ctx=64)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        templates.read("chatml").replace("<|im_end|>\\n", "<|im_end|>"),
+        templates.read("llama-3").replace("'ipython' if message.role == 'tool' else message.role", "'x'"),
+        templates.read("gemma").replace("<end_of_turn>\\n' }}\n        {%- set", "<end_of_turn>' }}\n        {%- set"),
+        "{{ raise_exception('no') }}",
+    ],
+)
+def test_a_template_that_writes_something_else_is_left_to_ollama(template):
+    assert go_template(template, VOCABULARY) is None
+
+
+def test_what_is_not_recognised_is_said_and_has_no_template():
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"  # noqa: E501
+    text = modelfile("Q4_K_M.gguf", template, VOCABULARY, n_ctx=512)
+    assert "\nTEMPLATE" not in text
+    assert "\n# No TEMPLATE: " in text
+    assert '\nPARAMETER stop "</s>"\n' in text
+
+
+def test_a_modelfile_runs_the_file_as_it_was_measured():
+    text = modelfile("Q4_K_M.gguf", tiny.CHAT_TEMPLATE, Vocabulary("<s>", "<|im_end|>", adds_bos=True), n_ctx=512)
+    lines = text.splitlines()
+    for line in (
+        "FROM ./Q4_K_M.gguf",
+        "PARAMETER temperature 0",
+        "PARAMETER repeat_penalty 1",
+        "PARAMETER num_ctx 512",
+    ):
+        assert line in lines
+    assert 'TEMPLATE """{{ range .Messages }}<|im_start|>{{ .Role }}' in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "eos", "expected"),
+    [
+        ("chatml", "<|endoftext|>", ["<|im_end|>", "<|endoftext|>"]),
+        ("llama-3", "<|eot_id|>", ["<|eot_id|>"]),
+        ("gemma", "<eos>", ["<end_of_turn>", "<eos>"]),
+        ("mistral", "</s>", ["</s>"]),
+        ("plain", "</s>", ["</s>"]),
+    ],
+)
+def test_an_answer_stops_at_the_end_of_its_turn(name, eos, expected):
+    assert stop_tokens(templates.read(name), Vocabulary("<s>", eos, adds_bos=False)) == expected
