@@ -110,6 +110,7 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
     findings += _guarded("remotes", lambda: check_remotes(here.root, here.environment))
     if config:
         findings += _guarded("credentials", lambda: check_credentials(config[0], here.environment))
+        findings += _guarded("judge", lambda: check_judge(config[0], here))
         findings += _guarded("memory", lambda: check_model(config[0], here))
     return findings
 
@@ -293,6 +294,28 @@ def check_credentials(config: "Config", environment: Mapping[str, str]) -> Findi
     else:
         text = f"HF_TOKEN is not set; the {' and the '.join(hub)} {'comes' if len(hub) == 1 else 'come'} from a hub"
         yield Finding("credentials", "warning", text, "set it if the repository is gated; open ones need none")
+
+
+def check_judge(config: "Config", here: Circumstances) -> Findings:
+    """What the judge needs, where one is asked: a key, of which only whether it is there is looked at, or its file."""
+    from lathe.judge import secrets
+
+    judge = config.params.judge
+    variable = secrets.VARIABLES.get(judge.provider)
+    if not judge.enabled:
+        yield Finding("judge", "ok", "none is asked: judge.enabled is false")
+    elif variable is None:
+        if (here.root / judge.model).is_file():
+            yield Finding("judge", "ok", f"{judge.model} is there, and needs no key")
+        else:
+            yield Finding("judge", "fail", f"{judge.model} is not there", "name a GGUF file in judge.model")
+    elif here.environment.get(variable):
+        yield Finding("judge", "ok", f"{variable} is set")
+    elif secrets.needed(judge.provider, judge.base_url) is None:
+        yield Finding("judge", "ok", f"{variable} is not set; a server of your own may need none")
+    else:
+        text = f"{variable} is not set; judge.provider {judge.provider} needs it for every verdict that is not kept yet"
+        yield Finding("judge", "warning", text, "set it to your key, or judge.enabled to false")
 
 
 def check_model(config: "Config", here: Circumstances) -> Findings:

@@ -372,6 +372,23 @@ class Judge(Section):
     input_price: NonNegativeFloat = entry("price of a million tokens of requests")
     output_price: NonNegativeFloat = entry("price of a million tokens of verdicts")
 
+    @field_validator("base_url")
+    @classmethod
+    def _plain_address(cls, value: str | None) -> str | None:
+        # It is written into dvc.lock and data/judged: a key within would be published.
+        if value is not None and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", value):
+            raise ValueError(
+                f"{_shown(re.sub('//.*@|[?#].*', '…', value))} is no plain address; write http(s)://HOST[:PORT][/PATH], "
+                "and put keys into the environment"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _file_has_no_address(self) -> "Judge":
+        if self.provider == "gguf" and self.base_url is not None:
+            raise ValueError("judge.base_url does not go with judge.provider gguf, a file; set it to null")
+        return self
+
 
 class BertScore(Section):
     """BERTScore, where evaluate.metrics lists bert_score: how alike the meanings of two texts are to an encoder."""

@@ -63,16 +63,17 @@ def test_a_second_run_does_nothing_and_is_quick(checkout):
 
 def test_an_added_type_runs_its_own_items_and_the_evaluation_only(checkout):
     checkout.set({"quantize.types": ["Q8_0", "Q4_K_M", "Q4_0"]})
-    assert ran(checkout.run("dvc", "repro")) == ["quantize@Q4_0", "generate_quantized@Q4_0", "evaluate"]
+    assert ran(checkout.run("dvc", "repro")) == ["quantize@Q4_0", "generate_quantized@Q4_0", "judge", "evaluate"]
     assert "Q4_0" in checkout.json("metrics/evaluate/validation.json")
 
 
 def test_a_type_taken_off_the_list_leaves_nothing_behind(checkout):
     checkout.set({"quantize.types": ["Q8_0", "Q4_K_M"]})
-    assert ran(checkout.run("dvc", "repro")) == ["evaluate"]
+    assert ran(checkout.run("dvc", "repro")) == ["judge", "evaluate"]
     assert not (checkout.root / "models/gguf/Q4_0.gguf").exists()
     assert not (checkout.root / "data/generated/Q4_0").exists()
     assert checkout.run("git", "diff", "--stat", "--", "metrics/evaluate").stdout == ""
+    assert ran(checkout.run("dvc", "repro")) == []
 
 
 def test_an_edited_local_file_is_fetched_again(checkout):

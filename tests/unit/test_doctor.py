@@ -421,3 +421,26 @@ def test_without_packages_the_doctor_says_which_and_other_commands_name_it():
     done = run("config")
     assert done.returncode == 1
     assert "`python -m lathe doctor` tells what else is missing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("keys", "environment", "expected"),
+    [
+        ({}, {}, ("ok", "none is asked: judge.enabled is false")),
+        ({"enabled": True}, {}, ("warning", "OPENAI_API_KEY is not set; judge.provider openai needs it")),
+        ({"enabled": True}, {"OPENAI_API_KEY": "sk-secret"}, ("ok", "OPENAI_API_KEY is set")),
+        ({"enabled": True, "base_url": "http://127.0.0.1:8000/v1"}, {}, ("ok", "a server of your own may need none")),
+        (
+            {"enabled": True, "provider": "gemini"},
+            {"OPENAI_API_KEY": "sk-secret"},
+            ("warning", "GEMINI_API_KEY is not"),
+        ),
+        ({"enabled": True, "provider": "gigachat"}, {}, ("warning", "GIGACHAT_CREDENTIALS is not set")),
+        ({"enabled": True, "provider": "gguf", "model": "no.gguf"}, {}, ("fail", "no.gguf is not there")),
+        ({"enabled": True, "provider": "gguf", "model": "README.md"}, {}, ("ok", "README.md is there")),
+    ],
+)
+def test_a_judge_without_its_key_is_told_before_it_is_asked(keys, environment, expected):
+    [finding] = doctor.check_judge(with_params(judge=keys), circumstances(**environment))
+    assert (finding.status, expected[1] in finding.text) == (expected[0], True)
+    assert "sk-secret" not in finding.text + finding.remedy

@@ -41,6 +41,7 @@ CHECKED_FURTHER = {
     "dpo.label_smoothing",
     "grpo.per_device_train_batch_size",
     "grpo.num_generations",
+    "judge.base_url",
 }
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

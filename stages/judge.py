@@ -1,0 +1,94 @@
+"""Let a language model mark the answers from 0 to 100 by a rubric; each verdict is bought once and kept.
+
+reads   data/generated/, the file judge.rubric, params.yaml: judge, quantize.types; a key from the environment
+writes  data/judged/<ARTIFACT>/{validation,test}.jsonl, data/judged/judge.json, metrics/judge.json
+removes what is left in data/generated of quantization types that are no longer listed
+
+Without judge.enabled data/judged is empty. Verdicts are kept in .scratch/judge/ as they arrive, and those that lie in
+data/judged are used again; interrupted or out of budget, it buys only what is missing when it is run again.
+"""
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import _path  # noqa: F401
+
+from lathe import paths, stage, track
+from lathe.errors import InputError
+from lathe.params import Config, Judge
+from lathe.stage import Speeds
+
+if TYPE_CHECKING:
+    from lathe.judge.cache import Cache
+    from lathe.judge.rows import Rows
+    from lathe.judge.run import Ledger
+
+logger = logging.getLogger("lathe.judge")
+
+
+def main(config: Config) -> Speeds:
+    from lathe import artifacts
+    from lathe.judge import rows
+    from lathe.judge.cache import Cache
+    from lathe.judge.providers import identity
+
+    names = artifacts.names(config.params.quantize.types)
+    artifacts.forget_others(paths.DATA_GENERATED, names)
+    settings = config.params.judge
+    if not settings.enabled:
+        with paths.whole_folder(paths.DATA_JUDGED):
+            track.write_json(paths.METRICS / "judge.json", {"rows": 0})
+        return {}
+
+    rubric = rows.read_rubric(paths.ROOT / settings.rubric)
+    judge = identity(settings, paths.ROOT)
+    wanted = rows.collect(paths.DATA_GENERATED, names, rubric, settings, judge)
+    with Cache(paths.SCRATCH / "judge/verdicts.sqlite") as cache:
+        cache.adopt(rows.verdicts_in(paths.DATA_JUDGED))
+        speeds = _buy_missing(wanted, settings, cache)
+        verdicts = cache.find(wanted.questions)
+    with paths.whole_folder(paths.DATA_JUDGED) as folder:
+        rows.write(folder, wanted, verdicts)
+        track.write_json(folder / rows.FACTS, rows.facts(wanted, rubric, settings, judge))
+    track.write_json(paths.METRICS / "judge.json", rows.counts(wanted, verdicts.values()))
+    return speeds
+
+
+def _buy_missing(wanted: "Rows", settings: Judge, cache: "Cache") -> Speeds:
+    """Buy the verdicts that are not kept yet; raises InputError if one is still missing then."""
+    from lathe.judge.run import Ledger, buy
+
+    kept = cache.find(wanted.questions)
+    missing = {key: question for key, question in wanted.questions.items() if key not in kept}
+    logger.info(
+        "%d rows, %d verdicts: %d kept, %d to be bought",
+        len(wanted.keys),
+        len(wanted.questions),
+        len(kept),
+        len(missing),
+    )
+    ledger = buy(missing, settings, cache, os.environ, paths.ROOT) if missing else Ledger()
+    speeds = {"verdicts_kept": len(kept), **ledger.figures()}
+    if len(missing) > ledger.bought:
+        raise InputError(_what_is_missing(wanted, ledger, len(missing) - ledger.bought))
+    return speeds
+
+
+def _what_is_missing(wanted: "Rows", ledger: "Ledger", missing: int) -> str:
+    places = {key: place for place, key in reversed(list(wanted.keys.items()))}
+    for key, reason in ledger.unjudged.items():
+        logger.warning("%s is not judged: %s", places[key], reason)
+    reason = (
+        ledger.stopped or f"the first: {places[next(iter(ledger.unjudged))]}: {next(iter(ledger.unjudged.values()))}"
+    )
+    there = len(wanted.questions) - missing
+    return (
+        f"{missing} of {len(wanted.questions)} verdicts are missing: {reason}. The other {there} are kept (this run "
+        f"bought {ledger.bought}, for {ledger.requests} requests and a cost of {ledger.cost:.4g}); run again to buy "
+        "only what is missing"
+    )
+
+
+if __name__ == "__main__":
+    stage.run(main)
