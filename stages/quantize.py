@@ -1,6 +1,6 @@
 """Quantize the merged model, one GGUF per type, in process through llama.cpp or with a program of the user's.
 
-reads   models/gguf/merged-f16.gguf, params.yaml: quantize
+reads   models/gguf/merged-f16.gguf, models/imatrix/, params.yaml: quantize
 writes  models/gguf/<TYPE>.gguf, metrics/quantize/<TYPE>.json
 items   the types in quantize.types
 """
@@ -14,19 +14,24 @@ from lathe.params import Config
 
 
 def main(config: Config, item: str) -> None:
-    from lathe import gguf
+    from lathe.gguf import describe
+    from lathe.quantize import quantize
 
     target = paths.GGUF / f"{item}.gguf"
-    binary = config.params.quantize.binary
+    settings = config.params.quantize
     with paths.whole_file(target) as partial:
-        gguf.quantize(
+        quantize(
             paths.GGUF / "merged-f16.gguf",
             partial,
             type=item,
             threads=os.cpu_count() or 1,
-            binary=paths.ROOT / binary if binary else None,
+            binary=paths.ROOT / settings.binary if settings.binary else None,
+            importance=paths.IMATRIX / "imatrix.gguf" if settings.imatrix else None,
+            output_tensor_type=settings.output_tensor_type,
+            token_embedding_type=settings.token_embedding_type,
+            tensor_types=settings.tensor_types or [],
         )
-    facts = gguf.describe(target)
+    facts = describe(target)
     track.write_json(paths.METRICS / f"quantize/{item}.json", {key: facts[key] for key in ("bytes", "bits_per_weight")})
 
 

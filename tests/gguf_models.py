@@ -26,13 +26,13 @@ class Made(NamedTuple):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A random Llama with a SentencePiece vocabulary of 400 pieces, rows of 256 weights, and its f16 GGUF."""
-    return _llama(tmp_path_factory.getbasetemp() / "random", _leave_random)
+    return make_llama(tmp_path_factory.getbasetemp() / "random", _leave_random)
 
 
 @pytest.fixture(scope="session")
 def countdown(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A Llama that answers token 300 with 299, 298, … down to the end token 4, `<|im_end|>`, and its f16 GGUF."""
-    return _llama(tmp_path_factory.getbasetemp() / "countdown", _count_down)
+    return make_llama(tmp_path_factory.getbasetemp() / "countdown", _count_down)
 
 
 @pytest.fixture(scope="session")
@@ -57,11 +57,18 @@ def quantize_program(tmp_path: Path) -> Path:
     lines = (
         "import sys",
         "from pathlib import Path",
-        "from lathe import gguf",
-        "source, out, name, threads = sys.argv[1:]",
+        "from lathe.quantize import quantize",
+        "*given, source, out, name, threads = sys.argv[1:]",
+        "options = {'tensor_types': []}",
+        "for option, value in zip(given[::2], given[1::2], strict=True):",
+        "    if option == '--tensor-type':",
+        "        options['tensor_types'].append(value)",
+        "    else:",
+        "        key = {'--imatrix': 'importance'}.get(option, option.strip('-').replace('-', '_'))",
+        "        options[key] = Path(value) if key == 'importance' else value",
         "print('quantizing with a program of its own')",
         f"Path({str(file)!r} + '.used').touch()",
-        "gguf.quantize(Path(source), Path(out), type=name, threads=int(threads))",
+        "quantize(Path(source), Path(out), type=name, threads=int(threads), **options)",
     )
     script.write_text("\n".join(lines) + "\n")
     # Not in one file: the path of an interpreter behind #! may hold no space.
@@ -78,7 +85,8 @@ def convert(folder: Path, out: Path, **options: Any) -> Path:
 
 
 @functools.cache
-def _llama(folder: Path, finish: Callable[[Any], None]) -> Made:
+def make_llama(folder: Path, finish: Callable[[Any], None]) -> Made:
+    """Fill a new folder with a small Llama of rows of 256 weights, changed by `finish`, and convert it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -177,6 +185,24 @@ def make_qwen3(folder: Path) -> None:
         vocab_size=151936, head_dim=16, tie_word_embeddings=True, bos_token_id=None, eos_token_id=151645, **_SMALL
     )
     _save(Qwen3ForCausalLM, config, tokenizer, folder)
+
+
+def make_qwen3_moe(folder: Path) -> None:
+    """Fill a new folder with a random Qwen3 of four experts, two to a token and the real Qwen2 vocabulary."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = _real_tokenizer("ggml-vocab-qwen2.gguf", "Qwen-Qwen3-0.6B.jinja", eos_token="<|im_end|>")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
+    config = Qwen3MoeConfig(
+        vocab_size=151936,
+        head_dim=16,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=151645,
+        **experts,
+        **_SMALL,
+    )
+    _save(Qwen3MoeForCausalLM, config, tokenizer, folder)
 
 
 def make_llama3(folder: Path) -> None:

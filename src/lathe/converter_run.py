@@ -1,6 +1,6 @@
-"""Run llama.cpp's converter with metadata keys of ours in the file it writes.
+"""Run one of llama.cpp's converters with metadata keys of ours in the file it writes.
 
-`python -m lathe.converter_run LLAMA_CPP METADATA_JSON [ARGUMENT …]`, a process of its own because the
+`python -m lathe.converter_run LLAMA_CPP SCRIPT METADATA_JSON [ARGUMENT …]`, a process of its own because the
 converter brings its own `gguf` and sets up logging. The converter's `--metadata` knows a fixed list of
 `general.*` keys only; the keys are therefore given to its writer at the last moment, which costs nothing: no
 second pass over gigabytes.
@@ -16,10 +16,10 @@ from lathe import stage
 
 
 def main() -> None:
-    """Patch the writer and the tokenizer loader, then run convert_hf_to_gguf.py as if it had been called itself."""
+    """Patch the writer and the tokenizer loader, then run the script as if it had been called itself."""
     stage.end_with_parent()
-    folder, metadata, *arguments = sys.argv[1:]
-    script = Path(folder) / "convert_hf_to_gguf.py"
+    folder, name, metadata, *arguments = sys.argv[1:]
+    script = Path(folder) / name
     # As Python itself would have it for a script: the converter finds its files through sys.path[0].
     sys.path[:0] = [folder, str(Path(folder) / "gguf-py")]
     _add_metadata(json.loads(metadata))

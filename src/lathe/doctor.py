@@ -224,8 +224,8 @@ def check_threads(environment: Mapping[str, str]) -> Findings:
 
 def check_llama() -> Findings:
     """The library that quantizes and answers; it is compiled at installation and may not load elsewhere."""
-    from lathe.gguf import quant_types
     from lathe.llama import library
+    from lathe.quantize import quant_types
 
     yield Finding("llama.cpp", "ok", f"llama-cpp-python {library().__version__} loads, {len(quant_types())} types")
 

@@ -1,24 +1,23 @@
-"""Safetensors to GGUF and GGUF to fewer bits, with llama.cpp's own converter and quantizer, and proof that
-the vocabulary survived.
-"""
+"""Safetensors to GGUF with llama.cpp's own converter, proof that the vocabulary survived, and what is in a GGUF."""
 
 import difflib
 import json
 import logging
+import math
 import os
 import re
 import struct
 import subprocess
 import sys
+import tempfile
 from collections import Counter
-from functools import cache
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lathe import paths, stage
+from lathe import paths
 from lathe.errors import InputError
-from lathe.llama import Model, library, listening
+from lathe.llama import Model, ggml_types
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +59,10 @@ SAMPLE_TEXTS = (
 )
 
 
+class AdapterError(InputError):
+    """An adapter that llama.cpp cannot add to a model; the message says why."""
+
+
 def convert(model: Path, out: Path, *, outtype: str, llama_cpp: Path, metadata: dict[str, str]) -> None:
     """Write the safetensors model in the folder `model` to the GGUF file `out`, with llama.cpp's own converter.
 
@@ -84,8 +87,64 @@ def convert(model: Path, out: Path, *, outtype: str, llama_cpp: Path, metadata: 
     # The converter would make a file without tensors, or read a pickle.
     if not any(model.glob("model*.safetensors")) and not (model / "model.safetensors.index.json").is_file():
         raise InputError(f"{model}: no model*.safetensors; the folder must hold the weights, as safetensors")
-    command = [sys.executable, "-m", "lathe.converter_run", str(llama_cpp.absolute()), json.dumps(metadata)]
-    command += [str(model.absolute()), "--outfile", str(out.absolute()), "--outtype", outtype]
+    arguments = [str(model.absolute()), "--outfile", str(out.absolute()), "--outtype", outtype]
+    if refusal := _run(llama_cpp, "convert_hf_to_gguf.py", metadata, arguments, out):
+        raise InputError(
+            f"{model}: llama.cpp's converter refuses it: {refusal} (LATHE_LOG_LEVEL=debug shows all it said)"
+        )
+
+
+def convert_adapter(
+    adapter: Path, base: Path, out: Path, *, outtype: str, llama_cpp: Path, metadata: dict[str, str]
+) -> None:
+    """Write the LoRA adapter in the folder `adapter` to the GGUF file `out`, with llama.cpp's own converter.
+
+    `base` is the folder of the model it was trained on; all else is as for `convert`. llama.cpp adds it to a GGUF of
+    that model as it loads it. Raises AdapterError where the adapter is more than llama.cpp can add: trained magnitudes
+    (DoRA), layers trained whole, updates of embeddings that are the output head too, or what its converter refuses.
+    """
+    if not (llama_cpp / "convert_lora_to_gguf.py").is_file():
+        raise InputError(
+            f"{llama_cpp}: no convert_lora_to_gguf.py; run `make setup`, or name a llama.cpp checkout in "
+            f"convert.llama_cpp_dir"
+        )
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    _check_adapter(config, adapter, base)
+    # llama.cpp scales by alpha / r, whatever the configuration says of rank-stabilised LoRA.
+    if config["use_rslora"]:
+        config["lora_alpha"] *= math.sqrt(config["r"])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "adapter_model.safetensors").symlink_to((adapter / "adapter_model.safetensors").absolute())
+        (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        arguments = [name, "--base", str(base.absolute()), "--outfile", str(out.absolute()), "--outtype", outtype]
+        refusal = _run(llama_cpp, "convert_lora_to_gguf.py", {"general.name": "adapter", **metadata}, arguments, out)
+    if refusal:
+        raise AdapterError(f"llama.cpp's converter refuses it: {refusal}")
+
+
+def _check_adapter(config: dict[str, Any], adapter: Path, base: Path) -> None:
+    from safetensors import safe_open
+
+    if config["use_dora"]:
+        raise AdapterError("it holds magnitudes (lora.use_dora), which llama.cpp does not know")
+    with safe_open(adapter / "adapter_model.safetensors", "numpy") as weights:
+        names = list(weights.keys())
+    # PEFT may save the base's embeddings beside their update, unchanged.
+    trained = [name.removeprefix("base_model.model.") for name in names if ".base_layer." not in name]
+    whole = sorted(name for name in trained if ".lora_" not in name)
+    if whole:
+        # Its converter refuses some of them, and llama.cpp leaves out what the others have learnt, without a word.
+        raise AdapterError(f"it holds layers trained whole (lora.modules_to_save): {', '.join(whole)}")
+    tied = json.loads((base / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings")
+    if tied and any(".lora_embedding_" in name for name in names):
+        raise AdapterError("it updates embeddings that are the output head too, which llama.cpp keeps as one tensor")
+
+
+def _run(llama_cpp: Path, script: str, metadata: dict[str, str], arguments: list[str], out: Path) -> str | None:
+    """Run one of llama.cpp's converters; return why it refused, or None, and leave no half of `out`."""
+    command = [sys.executable, "-m", "lathe.converter_run", str(llama_cpp.absolute()), script, json.dumps(metadata)]
+    command += arguments
     done = subprocess.run(
         command,
         env=_converter_environment(),
@@ -95,13 +154,11 @@ def convert(model: Path, out: Path, *, outtype: str, llama_cpp: Path, metadata: 
         errors="replace",
     )
     logger.debug("%s\n%s%s", " ".join(command), done.stdout, done.stderr)
-    if done.returncode != 0:
-        _raise_disk_fault(done.stderr, out)
-        out.unlink(missing_ok=True)
-        raise InputError(
-            f"{model}: llama.cpp's converter refuses it: {_last_line(done.stderr)} "
-            f"(LATHE_LOG_LEVEL=debug shows all it said)"
-        )
+    if done.returncode == 0:
+        return None
+    raise_disk_fault(done.stderr, out)
+    out.unlink(missing_ok=True)
+    return last_line(done.stderr)
 
 
 def check_tokens(model: Path, gguf: Path, texts: list[str]) -> int:
@@ -142,40 +199,18 @@ def check_tokens(model: Path, gguf: Path, texts: list[str]) -> int:
     return compared
 
 
-def quantize(
-    source: Path,
-    out: Path,
-    *,
-    type: str,  # noqa: A002 - the field's own word
-    threads: int,
-    binary: Path | None = None,
-) -> None:
-    """Write the 16- or 32-bit GGUF `source` to `out` in a type of `quant_types()`, with llama.cpp's own
-    quantizer: the installed library, or the `llama-quantize` program `binary`.
+class Tensor(NamedTuple):
+    """A tensor in a GGUF file: its extents, columns first, its type's number, and where its bytes begin."""
 
-    A tensor whose rows do not divide into the type's blocks (256 values for the K and most I types) gets a larger
-    type from llama.cpp; that is logged as a warning with the number of such tensors. Metadata is kept. The
-    caller makes the file appear whole or not at all. Raises InputError if the type is unknown or llama.cpp
-    refuses (some I types need an importance matrix).
-    """
-    types = quant_types()
-    if type not in types:
-        raise InputError(_unknown("quant type", type, tuple(types)))
-    if not source.is_file():
-        raise InputError(f"{source}: no such GGUF file; quantizing starts from a 16-bit one")
-    if binary:
-        said = _quantize_with_program(binary, source, out, type, threads)
-    else:
-        said = _quantize_with_library(source, out, type, types[type], threads)
-    _warn_of_fallbacks(type, said)
+    name: str
+    extents: tuple[int, ...]
+    kind: int
+    offset: int
 
 
-@cache
-def quant_types() -> dict[str, int]:
-    """Every type that the installed llama.cpp can quantize to, by its usual name: `Q4_K_M` -> its llama_ftype."""
-    prefix = re.compile(r"LLAMA_FTYPE_(?:MOSTLY|ALL)_(\w+)")
-    library_types = vars(library()).items()
-    return {match[1]: value for name, value in library_types if (match := prefix.fullmatch(name))}
+def tensors(path: Path) -> list[Tensor]:
+    """Every tensor of a GGUF file, in file order; raises InputError if the file is not GGUF."""
+    return _read_header(path)[1]
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -184,73 +219,31 @@ def describe(path: Path) -> dict[str, Any]:
     `bytes`; `parameters`; `bits_per_weight` (of the tensors); `tensor_types`, type name -> number of tensors;
     `metadata` without arrays; `chat_template` or None. Raises InputError if the file is not GGUF, damaged or cut short.
     """
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    metadata, tensors = _read_header(path)
-    parameters = sum(count for count, _ in tensors)
-    try:
-        sizes = {kind: GGML_QUANT_SIZES[GGMLQuantizationType(kind)] for _, kind in tensors}
-    except ValueError as error:
-        raise InputError(f"{path}: its GGUF header is damaged ({error}); make the file again") from error
-    tensor_bytes = sum(count // sizes[kind][0] * sizes[kind][1] for count, kind in tensors)
+    names = {kind.number: name for name, kind in ggml_types().items()}
+    metadata, found = _read_header(path)
+    parameters = tensor_bytes = 0
+    for tensor in found:
+        if tensor.kind not in names:
+            raise InputError(f"{path}: its GGUF header is damaged (tensor type {tensor.kind}); make the file again")
+        count, stored = math.prod(tensor.extents), ggml_types()[names[tensor.kind]]
+        parameters += count
+        tensor_bytes += count // stored.block_values * stored.block_bytes
     if tensor_bytes > path.stat().st_size:
         raise InputError(
             f"{path}: cut short: {path.stat().st_size:,} bytes, and its tensors alone take {tensor_bytes:,}; "
             "copy the file again"
         )
-    types = Counter(GGMLQuantizationType(kind).name for _, kind in tensors)
     return {
         "bytes": path.stat().st_size,
         "parameters": parameters,
         "bits_per_weight": round(8 * tensor_bytes / parameters, 4) if parameters else 0.0,
-        "tensor_types": dict(sorted(types.items())),
+        "tensor_types": dict(sorted(Counter(names[tensor.kind] for tensor in found).items())),
         "chat_template": metadata.pop("tokenizer.chat_template", None),
         "metadata": metadata,
     }
 
 
-def _quantize_with_library(source: Path, out: Path, name: str, ftype: int, threads: int) -> list[str]:
-    llama_cpp = library()
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = ftype
-    params.nthread = threads
-    with listening() as log:
-        failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params)
-    if failed:
-        _raise_disk_fault(log.reason, out)
-        out.unlink(missing_ok=True)
-        raise InputError(f"{source}: llama.cpp cannot make {name} of it: {log.reason}")
-    return log.lines
-
-
-def _quantize_with_program(binary: Path, source: Path, out: Path, name: str, threads: int) -> list[str]:
-    command = [str(binary), str(source), str(out), name, str(threads)]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            preexec_fn=stage.end_with_parent,
-        )
-    except OSError as error:
-        raise InputError(
-            f"quantize.binary: {binary} cannot be run ({error.strerror}); name llama.cpp's llama-quantize, or null"
-        ) from None
-    logger.debug("%s\n%s", " ".join(command), done.stdout)
-    if done.returncode != 0 or not out.is_file():
-        _raise_disk_fault(done.stdout, out)
-        out.unlink(missing_ok=True)
-        raise InputError(
-            f"{source}: {binary} cannot make {name} of it: {_last_line(done.stdout)} "
-            f"(LATHE_LOG_LEVEL=debug shows all it said)"
-        )
-    return done.stdout.splitlines()
-
-
-def _raise_disk_fault(said: str, out: Path) -> None:
+def raise_disk_fault(said: str, out: Path) -> None:
     """Raise the OSError behind a failed write to `out`, if that is what the converter or llama.cpp reports."""
     if match := re.search(r"\[Errno (\d+)\]", said):
         number = int(match[1])
@@ -261,19 +254,6 @@ def _raise_disk_fault(said: str, out: Path) -> None:
             file.write(bytes(1 << 20))
 
 
-def _warn_of_fallbacks(name: str, said: list[str]) -> None:
-    for line in said:
-        if match := re.search(r"(\d+) of (\d+) tensor\(s\) required fallback quantization", line):
-            fallbacks = Counter(re.findall(r"falling back to +(\w+)", "\n".join(said)))
-            logger.warning(
-                "%s: rows of %s of %s tensors do not divide into its blocks; stored in larger types: %s",
-                name,
-                match[1],
-                match[2],
-                ", ".join(f"{kind.upper()} × {n}" for kind, n in sorted(fallbacks.items())),
-            )
-
-
 def _converter_environment() -> dict[str, str]:
     # PYTHONPATH: this checkout's own lathe, not the installed one. NO_LOCAL_GGUF would make it use another
     # gguf-py.
@@ -282,7 +262,8 @@ def _converter_environment() -> dict[str, str]:
     return {**kept, **offline, "PYTHONPATH": str(paths.ROOT / "src"), "PYTHONUTF8": "1"}
 
 
-def _last_line(output: str) -> str:
+def last_line(output: str) -> str:
+    """The reason in what the converter or the quantizer printed before it failed."""
     # A traceback ends with its error, and the converter's own refusals are its last log line.
     lines = [line.strip() for line in output.splitlines() if line.strip(" ^~") and not re.search(r"\d%\|", line)]
     if not lines:
@@ -332,8 +313,8 @@ _SCALARS = {
 }
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], list[tuple[int, int]]]:
-    """Metadata without arrays, and (number of values, ggml type) of every tensor."""
+def _read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
+    """Metadata without arrays, and every tensor."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; name a GGUF file")
     with path.open("rb") as file:
@@ -350,21 +331,22 @@ class _Header:
     def __init__(self, data: mmap) -> None:
         self.data, self.at = data, 4
 
-    def read(self) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    def read(self) -> tuple[dict[str, Any], list[Tensor]]:
         version, tensor_count, key_count = self._take("<IQQ")
         if version not in (2, 3):
             raise KeyError(f"version {version}")
         pairs = [(self._string(), self._value(self._take("<I")[0])) for _ in range(key_count)]
-        tensors = [self._tensor() for _ in range(tensor_count)]
-        return {key: value for key, value in pairs if value is not None}, tensors
+        metadata = {key: value for key, value in pairs if value is not None}
+        found = [self._tensor() for _ in range(tensor_count)]
+        alignment = metadata.get("general.alignment", 32)
+        begin = -(-self.at // alignment) * alignment
+        return metadata, [tensor._replace(offset=begin + tensor.offset) for tensor in found]
 
-    def _tensor(self) -> tuple[int, int]:
-        self._string()  # its name
-        count = 1
-        for extent in self._take(f"<{self._take('<I')[0]}Q"):
-            count *= extent
-        kind, _offset = self._take("<IQ")
-        return count, kind
+    def _tensor(self) -> Tensor:
+        name = self._string()
+        extents = self._take(f"<{self._take('<I')[0]}Q")
+        kind, offset = self._take("<IQ")
+        return Tensor(name, extents, kind, offset)
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:

@@ -319,23 +319,63 @@ class Quantize(Section):
         "llama-quantize program to quantize with, such as one built with CUDA; null: the library of `make setup`"
     )
 
+    # Asked here, by every stage, and not only by the one that quantizes: hours of training may lie between.
     @field_validator("types")
     @classmethod
     def _known(cls, types: list[str]) -> list[str]:
-        # Asked here, by every stage, and not only by the one that quantizes: hours of training may lie between.
-        from lathe.gguf import quant_types
+        from lathe.quantize import quant_types
+        from lathe.tensor_types import FILES_THAT_CANNOT_BE_MADE
 
-        known = list(quant_types())
-        unknown = [name for name in types if name not in known]
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is no quantization type; {did_you_mean(unknown[0], known)}")
+        known = [name for name in quant_types() if name not in FILES_THAT_CANNOT_BE_MADE]
+        for name in types:
+            if name in FILES_THAT_CANNOT_BE_MADE:
+                raise ValueError(f"{name} is named by llama.cpp, whose quantizer cannot make it; take another type")
+            if name not in known:
+                raise ValueError(f"{name!r} is no quantization type; {did_you_mean(name, known)}")
         return types
+
+    @field_validator("output_tensor_type", "token_embedding_type")
+    @classmethod
+    def _known_of_embeddings(cls, name: str | None) -> str | None:
+        from lathe.tensor_types import check_type
+
+        try:
+            return name and check_type(name, of_embeddings=True)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("tensor_types")
+    @classmethod
+    def _readable(cls, entries: list[str] | None) -> list[str] | None:
+        from lathe.tensor_types import parse
+
+        try:
+            for pattern_and_type in entries or []:
+                parse(pattern_and_type)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return entries
 
     @model_validator(mode="after")
     def _unique(self) -> "Quantize":
         twice = sorted({name for name in self.types if self.types.count(name) > 1})
         if twice:
             raise ValueError(f"types lists {', '.join(twice)} twice; name each type once")
+        return self
+
+    @model_validator(mode="after")
+    def _has_importance_where_needed(self) -> "Quantize":
+        from lathe.tensor_types import FILES_THAT_NEED_IMATRIX, TENSORS_THAT_NEED_IMATRIX, parse
+
+        if self.imatrix:
+            return self
+        needing = [name for name in self.types if name in FILES_THAT_NEED_IMATRIX]
+        needing += [name for name in self.tensor_types or [] if parse(name)[1] in TENSORS_THAT_NEED_IMATRIX]
+        if needing:
+            raise ValueError(
+                f"quantize.imatrix is false, and llama.cpp makes {', '.join(needing)} by an importance matrix alone; "
+                "set quantize.imatrix to true, or take larger types"
+            )
         return self
 
 

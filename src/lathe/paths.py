@@ -26,6 +26,7 @@ MODELS_LOCAL = ROOT / "models/local"
 MODEL_BASE = ROOT / "models/base"
 MODEL_ADAPTER = ROOT / "models/adapter"
 MODEL_MERGED = ROOT / "models/merged"
+IMATRIX = ROOT / "models/imatrix"
 GGUF = ROOT / "models/gguf"
 
 REWARDS = ROOT / "rewards"

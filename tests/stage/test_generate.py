@@ -16,10 +16,11 @@ import yaml
 from conftest import Checkout, make_checkout
 from gguf_models import Made, learnt  # noqa: F401 - fixture
 
-from lathe import answers, few_shot, gguf, paths
+from lathe import answers, few_shot, paths
 from lathe.builtin import commands
 from lathe.generate import Generator
 from lathe.jsonl import read_jsonl, write_jsonl
+from lathe.quantize import quantize
 
 SETTINGS = {
     "generate.max_new_tokens": 12,
@@ -46,7 +47,7 @@ def made(tmp_path_factory, learnt: Made) -> Checkout:
     folder.mkdir(parents=True)
     for name in ("base", "merged"):
         shutil.copy(learnt.gguf, folder / f"{name}-f16.gguf")
-    gguf.quantize(learnt.gguf, folder / "Q4_K_M.gguf", type="Q4_K_M", threads=2)
+    quantize(learnt.gguf, folder / "Q4_K_M.gguf", type="Q4_K_M", threads=2)
     checkout.stage("generate")
     return checkout
 

@@ -2,9 +2,10 @@
 import pytest
 from gguf_models import Made, countdown, tiny  # noqa: F401 - fixtures
 
-from lathe import generate, gguf
+from lathe import generate
 from lathe.errors import InputError
 from lathe.generate import Generator
+from lathe.quantize import quantize
 
 END = 4  # `<|im_end|>`
 
@@ -39,7 +40,7 @@ def test_every_answer_is_the_known_one_and_stays_with_its_prompt(countdown: Made
 @pytest.mark.parametrize("quant", ["F16", "Q8_0", "Q4_K_M", "Q4_1"])
 def test_answers_do_not_depend_on_how_many_rows_are_decoded_together(tiny: Made, tmp_path, quant):
     path = tmp_path / "model.gguf"
-    gguf.quantize(tiny.gguf, path, type=quant, threads=2)
+    quantize(tiny.gguf, path, type=quant, threads=2)
     with opened(path) as generator:
         one_by_one = [generator.complete([prompt], max_new_tokens=8)[0] for prompt in PROMPTS]
         assert generator.complete(PROMPTS, max_new_tokens=8) == one_by_one

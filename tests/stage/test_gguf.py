@@ -1,12 +1,11 @@
 # ruff: noqa: F811 - fixtures are imported, then named as arguments
 import json
-import logging
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from gguf_models import METADATA, Made, convert, quantize_program, qwen, tiny  # noqa: F401 - fixtures
+from gguf_models import METADATA, Made, convert, qwen, tiny  # noqa: F401 - fixtures
 
 from lathe import converter_run, gguf, paths
 from lathe.errors import InputError
@@ -88,66 +87,6 @@ def test_a_template_that_forgets_the_bos_the_vocabulary_adds_is_refused(tiny: Ma
         gguf.check_tokens(tmp_path / "m", made, ["lamp"])
 
 
-def test_fewer_bits_make_a_smaller_file_and_keep_the_metadata(tiny: Made, tmp_path):
-    bits = []
-    for name in ("Q8_0", "Q4_1", "Q4_K_M", "Q2_K"):
-        gguf.quantize(tiny.gguf, tmp_path / name, type=name, threads=2)
-        described = gguf.describe(tmp_path / name)
-        bits.append(described["bits_per_weight"])
-        assert described["metadata"].items() >= METADATA.items()
-        assert described["chat_template"] == gguf.describe(tiny.gguf)["chat_template"]
-    assert bits == sorted(bits, reverse=True)
-    assert bits[0] == pytest.approx(8.5, abs=0.1)
-
-
-def test_quantizing_gives_the_same_bytes_whatever_the_threads(tiny: Made, tmp_path):
-    gguf.quantize(tiny.gguf, tmp_path / "one", type="Q4_K_M", threads=1)
-    gguf.quantize(tiny.gguf, tmp_path / "two", type="Q4_K_M", threads=2)
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-
-
-def test_rows_that_fit_no_block_are_warned_of(qwen: Made, tiny: Made, tmp_path, caplog):
-    caplog.set_level(logging.WARNING)
-    gguf.quantize(tiny.gguf, tmp_path / "fits", type="Q4_K_M", threads=2)
-    assert not caplog.records
-    gguf.quantize(qwen.gguf, tmp_path / "odd", type="Q4_K_M", threads=2)
-    [record] = caplog.records
-    assert "do not divide into its blocks; stored in larger types: Q5_0 × " in record.getMessage()
-
-
-def test_an_unknown_type_is_answered_with_the_near_one_and_the_list(tiny: Made, tmp_path):
-    with pytest.raises(InputError, match=r"'q4_km' is no quant type; did you mean 'Q4_K_M'\? known: .*Q8_0"):
-        gguf.quantize(tiny.gguf, tmp_path / "x", type="q4_km", threads=1)
-
-
-def test_a_type_that_needs_an_importance_matrix_is_refused_and_leaves_no_file(tiny: Made, tmp_path):
-    with pytest.raises(InputError, match="cannot make IQ2_XXS of it: this quantization requires an importance"):
-        gguf.quantize(tiny.gguf, tmp_path / "x", type="IQ2_XXS", threads=1)
-    assert not (tmp_path / "x").exists()
-
-
-def test_an_external_program_quantizes_to_the_same_bytes(tiny: Made, tmp_path, quantize_program, caplog):
-    caplog.set_level(logging.DEBUG)
-    gguf.quantize(tiny.gguf, tmp_path / "one", type="Q4_K_M", threads=2)
-    gguf.quantize(tiny.gguf, tmp_path / "two", type="Q4_K_M", threads=2, binary=quantize_program)
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    assert "quantizing with a program of its own" in caplog.text
-
-
-def test_an_external_program_that_cannot_be_run_or_fails_is_refused_in_one_line(tiny: Made, tmp_path, quantize_program):
-    out = tmp_path / "x"
-    with pytest.raises(InputError, match=r"none cannot be run \(No such file or directory\); name llama.cpp's"):
-        gguf.quantize(tiny.gguf, out, type="Q8_0", threads=1, binary=tmp_path / "none")
-    with pytest.raises(InputError, match=r"cannot be run \(Permission denied\)"):
-        gguf.quantize(tiny.gguf, out, type="Q8_0", threads=1, binary=tmp_path)
-    with pytest.raises(
-        InputError, match=r"llama-quantize cannot make IQ2_XXS of it: .*requires an importance"
-    ) as caught:
-        gguf.quantize(tiny.gguf, out, type="IQ2_XXS", threads=1, binary=quantize_program)
-    assert "\n" not in str(caught.value)
-    assert not out.exists()
-
-
 def test_what_the_converter_refuses_is_refused_in_one_line(tiny: Made, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "m")
     edit_json(tmp_path / "m/config.json", architectures=["NoSuchModel"])
@@ -207,19 +146,10 @@ def test_a_file_that_is_no_gguf_or_was_cut_is_refused(tiny: Made, tmp_path):
         gguf.check_tokens(tiny.folder, tmp_path / "cut", ["lamp"])
 
 
-def test_every_type_of_the_library_is_offered():
-    import llama_cpp
-
-    types = gguf.quant_types()
-    assert types["Q4_K_M"] == llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
-    assert types["F32"] == llama_cpp.LLAMA_FTYPE_ALL_F32
-    assert "GUESSED" not in types
-    assert len(types) == sum(name.startswith("LLAMA_FTYPE_") for name in dir(llama_cpp)) - 1
-
-
 def test_importing_the_module_loads_neither_torch_nor_llama_cpp():
     import subprocess
 
-    code = "import lathe.gguf, sys; sys.exit(bool({'torch', 'transformers', 'llama_cpp', 'gguf'} & set(sys.modules)))"
+    heavy = "{'torch', 'transformers', 'llama_cpp', 'gguf'}"
+    code = f"import lathe.gguf, lathe.quantize, sys; sys.exit(bool({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(paths.ROOT / "src")})
     assert done.returncode == 0

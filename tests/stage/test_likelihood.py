@@ -4,10 +4,11 @@ import math
 import pytest
 from gguf_models import Made, countdown, learnt, qwen, tiny  # noqa: F401 - fixtures
 
-from lathe import generate, gguf, likelihood
+from lathe import generate, likelihood
 from lathe.builtin import commands
 from lathe.errors import InputError
 from lathe.generate import Generator
+from lathe.quantize import quantize
 from lathe.template import prompt_and_answer
 
 END = 4  # `<|im_end|>`
@@ -63,7 +64,7 @@ def test_a_file_does_not_diverge_from_itself_and_the_more_from_it_the_fewer_bits
         assert same == of_references(original, asked, against=original)
         for quant in ("Q8_0", "Q4_K_M", "Q2_K"):
             path = tmp_path / f"{quant}.gguf"
-            gguf.quantize(learnt.gguf, path, type=quant, threads=2)
+            quantize(learnt.gguf, path, type=quant, threads=2)
             with opened(path) as generator:
                 rows = of_references(generator, asked, against=original)
                 assert [(row.nll, row.tokens) for row in rows] == [
@@ -78,7 +79,7 @@ def test_divergence_is_the_sum_over_the_whole_vocabulary(learnt: Made, tmp_path)
     import torch
 
     path = tmp_path / "Q2_K.gguf"
-    gguf.quantize(learnt.gguf, path, type="Q2_K", threads=2)
+    quantize(learnt.gguf, path, type="Q2_K", threads=2)
     with opened(path) as generator, opened(learnt.gguf) as original:
         [(prompt, reference)] = requests(original, 1)
         [row] = of_references(generator, [(prompt, reference)], against=original)
@@ -100,7 +101,7 @@ def logits_of(generator, tokens, first_output):
 
 def test_a_reference_scored_in_pieces_has_the_same_likelihood(learnt: Made, tmp_path, monkeypatch):
     path = tmp_path / "Q2_K.gguf"
-    gguf.quantize(learnt.gguf, path, type="Q2_K", threads=2)
+    quantize(learnt.gguf, path, type="Q2_K", threads=2)
     with opened(path) as generator, opened(learnt.gguf) as original:
         asked = [(prompt, reference * 5) for prompt, reference in requests(original, 3)]
         whole = of_references(generator, asked, against=original)

@@ -24,6 +24,7 @@ from lathe.estimate import (
     training_steps,
 )
 from lathe.model import add_adapter, load_base
+from lathe.quantize import quantize
 from lathe.training.loss import CHUNK_BYTES
 
 CONFIG = params.load().params
@@ -166,7 +167,7 @@ def test_gguf_files_have_the_estimated_size(small_model, tmp_path):
     disk = estimate_disk(folder, of_types(*types))
     assert disk["models/gguf/merged-f16.gguf"] == pytest.approx(source.stat().st_size, rel=0.03)
     for name in types:
-        gguf.quantize(source, target, type=name, threads=2)
+        quantize(source, target, type=name, threads=2)
         assert disk[f"models/gguf/{name}.gguf"] == pytest.approx(target.stat().st_size, rel=0.03), name
 
 

@@ -1,0 +1,214 @@
+"""What each quantization type costs in quality, with and without the importance matrix.
+
+python benchmarks/quantize.py [--rows 500] [--types Q4_K_M,Q2_K] [--plot docs/quantization.svg]
+
+Takes what the pipeline left in this checkout: models/gguf/merged-f16.gguf, models/imatrix/imatrix.gguf and the first
+rows of data/processed/validation.jsonl. Each type is quantized twice, and the file measured as `generate` does: its
+answers to the rows, and the KL divergence from the f16 file and the perplexity over the references.
+
+Prints a Markdown table: bytes, bits per weight, mean KL(f16 || file) in nats per token of the references with its 95 %
+interval (bootstrap over rows), perplexity and exact match; and, where a type can do without, the ratio of the KL with
+the matrix to that without on the same resamples. Draws size against KL and against exact match.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import machine
+import numpy as np
+from numpy.typing import NDArray
+
+from lathe import likelihood, params, paths
+from lathe.errors import InputError
+from lathe.generate import Generator
+from lathe.gguf import describe
+from lathe.jsonl import read_jsonl
+from lathe.quantize import quant_types, quantize
+from lathe.scores import exact_match
+from lathe.template import prompt_and_answer
+from lathe.tensor_types import FILES_THAT_CANNOT_BE_MADE, FILES_THAT_NEED_IMATRIX
+
+SAMPLES = 2000
+# Of these, llama.cpp makes files as large as of others, or larger than the original, from a dense f16 model.
+NOT_OF_INTEREST = {"F32", "F16", "BF16", "MXFP4_MOE"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One file: `kl` is the sum of each row's divergence, `tokens` how many it is over."""
+
+    type: str
+    by_matrix: bool
+    bytes: int
+    bits_per_weight: float
+    perplexity: float
+    exact_match: float
+    kl: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+
+    @property
+    def mean(self) -> float:
+        """KL in nats per token."""
+        return float(self.kl.sum() / self.tokens.sum())
+
+    def resampled(self) -> NDArray[np.float64]:
+        """The mean over the rows drawn again and again, the same ones for every file."""
+        drawn = np.random.default_rng(0).integers(0, len(self.kl), (SAMPLES, len(self.kl)))
+        return self.kl[drawn].sum(1) / self.tokens[drawn].sum(1)
+
+    def interval(self) -> tuple[float, float]:
+        """95 % of it."""
+        low, high = np.quantile(self.resampled(), [0.025, 0.975])
+        return float(low), float(high)
+
+
+def main() -> None:
+    """Measure every type, print the table, draw the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=500, help="rows of the validation split (default 500)")
+    parser.add_argument("--types", help="types, with commas between (default: all that make a dense model smaller)")
+    parser.add_argument("--plot", type=Path, help="SVG file to draw, such as docs/quantization.svg (default: none)")
+    chosen = parser.parse_args()
+    original, matrix = paths.GGUF / "merged-f16.gguf", paths.IMATRIX / "imatrix.gguf"
+    for file in (original, matrix, paths.DATA_PROCESSED / "validation.jsonl"):
+        if not file.is_file():
+            raise SystemExit(f"error: {file}: no such file; run the pipeline first: make repro")
+    sensible = sorted(set(quant_types()) - FILES_THAT_CANNOT_BE_MADE - NOT_OF_INTEREST)
+    types = chosen.types.split(",") if chosen.types else sensible
+    rows = read_jsonl(paths.DATA_PROCESSED / "validation.jsonl")[: chosen.rows]
+    measured: list[Measured] = []
+    with _opened(original) as reference, tempfile.TemporaryDirectory(dir=paths.GGUF) as folder:
+        asked = _asked(reference, rows)
+        f16 = _measure("F16", False, original, reference, asked, reference)
+        for name, by_matrix in itertools.product(types, (False, True)):
+            file = Path(folder) / "file.gguf"
+            if by_matrix or name not in FILES_THAT_NEED_IMATRIX:
+                quantize(
+                    original, file, type=name, threads=os.cpu_count() or 1, importance=matrix if by_matrix else None
+                )
+                with _opened(file) as generator:
+                    measured.append(_measure(name, by_matrix, file, generator, asked, reference))
+    print(f"{machine.describe()}; {len(rows)} validation rows, {int(f16.tokens.sum())} tokens of references\n")
+    print("\n".join(_table(f16, measured)))
+    if chosen.plot:
+        _draw(f16, measured, chosen.plot)
+
+
+def _opened(file: Path) -> Generator:
+    settings = params.load().params.generate
+    return Generator(file, n_parallel=settings.n_parallel, n_ctx=settings.n_ctx, threads=os.cpu_count() or 1)
+
+
+def _asked(generator: Generator, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The prompt and the answer of each row as the template writes them."""
+    tokens = {"bos_token": generator.bos_token, "eos_token": generator.eos_token}
+    return [prompt_and_answer(generator.template, row["messages"], **tokens)[:2] for row in rows]
+
+
+def _measure(
+    name: str, by_matrix: bool, file: Path, generator: Generator, asked: Sequence[tuple[str, str]], reference: Generator
+) -> Measured:
+    against = None if generator is reference else reference
+    found = dict(likelihood.of_references(generator, lambda: asked, against=against))
+    likely = [found[number] for number in range(len(asked))]
+    tokens = np.array([float(one.tokens) for one in likely])
+    answers = generator.complete(
+        [prompt for prompt, _ in asked], max_new_tokens=params.load().params.generate.max_new_tokens
+    )
+    facts = describe(file)
+    return Measured(
+        name,
+        by_matrix,
+        facts["bytes"],
+        facts["bits_per_weight"],
+        math.exp(sum(one.nll for one in likely) / float(tokens.sum())),
+        exact_match([answer.text for answer in answers], [answer for _, answer in asked]),
+        np.array([(one.kl or 0.0) * one.tokens for one in likely]),
+        tokens,
+    )
+
+
+def _table(f16: Measured, measured: Sequence[Measured]) -> Iterator[str]:
+    yield "| type | matrix | bytes | bits per weight | KL to f16, nats/token | ratio | perplexity | exact match |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    without = {one.type: one for one in measured if not one.by_matrix}
+    order = {one.type: one.bytes for one in measured}
+    for one in (f16, *sorted(measured, key=lambda one: (-order[one.type], one.type, one.by_matrix))):
+        ratio, divergence = "", "0"
+        if one is not f16:
+            divergence = f"{one.mean:.2e} ({one.interval()[0]:.1e} to {one.interval()[1]:.1e})"
+        if one.by_matrix and one.type in without:
+            ratios = one.resampled() / without[one.type].resampled()
+            low, high = np.quantile(ratios, [0.025, 0.975])
+            ratio = f"{one.mean / without[one.type].mean:.2f} ({low:.2f} to {high:.2f})"
+        yield (
+            f"| {one.type} | {'yes' if one.by_matrix else ''} | {one.bytes:,} | {one.bits_per_weight:.2f} "
+            f"| {divergence} | {ratio} | {one.perplexity:.4f} | {100 * one.exact_match:.1f} % |"
+        )
+
+
+def _draw(f16: Measured, measured: Sequence[Measured], target: Path) -> None:
+    """Above, size against KL; below, against exact match; a line from each file without the matrix to that with it."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "lathe", "svg.fonttype": "none", "font.family": "sans-serif"})
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(9.5, 10), sharex=True)
+    for axes, value in ((upper, lambda one: one.mean), (lower, lambda one: 100 * one.exact_match)):
+        for by_matrix, color, label in ((False, "#7b8794", "without the matrix"), (True, "#2563a8", "with the matrix")):
+            of_this = [one for one in measured if one.by_matrix == by_matrix]
+            points = [(one.bytes / 1e6, value(one)) for one in of_this]
+            axes.scatter(*zip(*points, strict=True), s=22, color=color, label=label, zorder=3)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for one in measured:
+        low, high = one.interval()
+        color = "#2563a8" if one.by_matrix else "#7b8794"
+        upper.plot([one.bytes / 1e6] * 2, [low, high], color=color, linewidth=0.8, alpha=0.6)
+    _label(upper, [(one.bytes / 1e6, one.mean, one.type) for one in measured if one.by_matrix])
+    _label(lower, [(one.bytes / 1e6, 100 * one.exact_match, one.type) for one in measured if one.by_matrix])
+    lower.axhline(100 * f16.exact_match, color="#1f2933", linewidth=0.8, linestyle="--")
+    upper.set(yscale="log", ylabel="KL to the f16 file (nats per token), 95 % interval")
+    lower.set(xlabel=f"size of the GGUF (MB); f16: {f16.bytes / 1e6:.2f}", ylabel="exact match on validation (%)")
+    upper.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(target, metadata={"Date": None}, facecolor="white")
+    plt.close(figure)
+
+
+def _label(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write each name beside its point, moved up or down until it covers no other."""
+    figure = axes.figure
+    figure.canvas.draw()
+    taken: list[Any] = []
+    for x, y, name in sorted(points):
+        for shift in (0, 9, -9, 18, -18, 27, -27, 36, -36, 45, -45, 54, -54):
+            text = axes.annotate(
+                name,
+                (x, y),
+                textcoords="offset points",
+                xytext=(7, shift),
+                va="center",
+                fontsize=7,
+                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#7b8794"} if abs(shift) > 9 else None,
+            )
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
+        else:
+            raise InputError(f"no room for the label {name}; draw fewer types (--types)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Convert the adapter alone to GGUF, to be added to the base model's as llama.cpp loads it.
+
+reads   models/adapter/, models/base/, params.yaml: convert
+writes  models/gguf/adapter/adapter-f16.gguf, metrics/convert/adapter.json: its bytes; where llama.cpp has no form for
+        what was trained, an empty folder and the reason
+"""
+
+import logging
+
+import _path  # noqa: F401
+
+from lathe import paths, stage, track
+from lathe.model_folder import left_by_full_tuning
+from lathe.params import Config
+
+logger = logging.getLogger("lathe.convert_adapter")
+
+
+def main(config: Config) -> None:
+    from lathe import gguf
+
+    chosen = config.params.convert.llama_cpp_dir
+    facts: dict[str, int | str | None] = {"bytes": None, "reason": None}
+    with paths.whole_folder(paths.GGUF / "adapter") as folder:
+        target = folder / "adapter-f16.gguf"
+        try:
+            if left_by_full_tuning(paths.MODEL_ADAPTER) is not None:
+                raise gguf.AdapterError("all weights were trained (training.tuning: full): there is no adapter")
+            gguf.convert_adapter(
+                paths.MODEL_ADAPTER,
+                paths.MODEL_BASE,
+                target,
+                outtype="f16",
+                llama_cpp=paths.ROOT / chosen if chosen else paths.LLAMA_CPP,
+                metadata={},
+            )
+            facts["bytes"] = target.stat().st_size
+        except gguf.AdapterError as error:
+            facts["reason"] = str(error)
+            logger.info("no GGUF of the adapter alone: %s", error)
+    track.write_json(paths.METRICS / "convert/adapter.json", facts)
+
+
+if __name__ == "__main__":
+    stage.run(main)
