@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro chat serve lint format test test-all bench bench-merge bench-faithful bench-data bench-train docs clean
+.PHONY: help setup repro chat serve report lint format test test-all bench bench-merge bench-faithful bench-data bench-train docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ chat: setup ## talk to the best GGUF; PROMPT="…" answers once
 
 serve: setup ## serve the best GGUF on 127.0.0.1 as OpenAI's API does; PORT=… for another port
 	@python -m lathe serve $(if $(PORT),--port "$$PORT")
+
+report: setup ## write metrics/report/index.html: one page with all that was measured
+	@python -m lathe report
 
 lint: setup ## ruff and mypy
 	ruff check .

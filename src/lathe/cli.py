@@ -57,6 +57,10 @@ def main() -> None:
     command = commands.add_parser("gate", help="say which gates the validation scores pass; exit 1 where one fails")
     command.set_defaults(run=lambda args: sys.exit(0 if gate() else 1))
 
+    command = commands.add_parser("report", help="write one page with all that the pipeline measured")
+    command.add_argument("--out", type=Path, metavar="FILE", help="where to (default: metrics/report/index.html)")
+    command.set_defaults(run=lambda args: report(args.out))
+
     command = commands.add_parser("chat", help="talk to the GGUF with the best validation score")
     command.add_argument("--gguf", type=Path, metavar="FILE", help="another file to talk to")
     command.add_argument("--prompt", metavar="TEXT", help="answer this once and exit")
@@ -162,6 +166,17 @@ def gate() -> bool:
     if not outcomes:
         print("evaluate.gates is null: nothing is asked of the files")  # noqa: T201
     return bool(recorded["passed"])
+
+
+def report(out: Path | None) -> None:
+    """Write the page about what the last run left."""
+    from lathe.report import experiments, facts, page
+
+    params = load().params
+    found = facts.gather(paths.ROOT, seed=params.seed, primary_metric=params.evaluate.primary_metric)
+    target = out or paths.METRICS / "report/index.html"
+    page.write(target, found, experiments.read(paths.ROOT, found.columns))
+    sys.stdout.write(f"{target}\n")
 
 
 def talk(gguf: Path | None, prompt: str | None) -> None:
