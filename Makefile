@@ -6,7 +6,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro chat serve report lint format test test-all bench bench-merge bench-faithful bench-data bench-train docs clean
+.PHONY: help setup repro chat serve report lint format test test-all bench bench-merge bench-faithful bench-quantize bench-data bench-train \
+	bench-generate docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -41,7 +42,7 @@ test: lint ## lint and all tests but the long ones
 test-all: lint ## every test
 	pytest
 
-bench: bench-merge bench-data bench-train bench-faithful ## every benchmark
+bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate ## every benchmark
 
 bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B parameters
 	python benchmarks/merge.py
@@ -49,12 +50,18 @@ bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B para
 bench-faithful: setup ## KL divergence of merged, converted and quantized models from the one that was trained
 	python benchmarks/faithful.py
 
+bench-quantize: setup ## size, KL divergence and score of every quantization type, with and without the importance matrix
+	python benchmarks/quantize.py --plot docs/quantization.svg
+
 bench-data: setup ## speed of preprocess against a plain datasets.map loop, and memory on a million rows
 	python benchmarks/data.py
 	python benchmarks/data.py --million
 
 bench-train: setup ## speed, memory and start-up of training against TRL's and LLaMA-Factory's, on the device at hand
 	python benchmarks/train.py
+
+bench-generate: setup ## speed and memory of answers against a plain llama-cpp-python loop and transformers
+	python benchmarks/generate.py
 
 docs: setup ## rewrite docs/params.md, and pictures and results in the README
 	python -m lathe schema > docs/params.md

@@ -26,7 +26,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lathe import likelihood, params, paths
-from lathe.errors import InputError
 from lathe.generate import Generator
 from lathe.gguf import describe
 from lathe.jsonl import read_jsonl
@@ -162,7 +161,7 @@ def _draw(f16: Measured, measured: Sequence[Measured], target: Path) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.hashsalt": "lathe", "svg.fonttype": "none", "font.family": "sans-serif"})
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(9.5, 10), sharex=True)
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(10, 11), sharex=True, dpi=72)
     for axes, value in ((upper, lambda one: one.mean), (lower, lambda one: 100 * one.exact_match)):
         for by_matrix, color, label in ((False, "#7b8794", "without the matrix"), (True, "#2563a8", "with the matrix")):
             of_this = [one for one in measured if one.by_matrix == by_matrix]
@@ -174,40 +173,50 @@ def _draw(f16: Measured, measured: Sequence[Measured], target: Path) -> None:
         low, high = one.interval()
         color = "#2563a8" if one.by_matrix else "#7b8794"
         upper.plot([one.bytes / 1e6] * 2, [low, high], color=color, linewidth=0.8, alpha=0.6)
-    _label(upper, [(one.bytes / 1e6, one.mean, one.type) for one in measured if one.by_matrix])
-    _label(lower, [(one.bytes / 1e6, 100 * one.exact_match, one.type) for one in measured if one.by_matrix])
     lower.axhline(100 * f16.exact_match, color="#1f2933", linewidth=0.8, linestyle="--")
     upper.set(yscale="log", ylabel="KL to the f16 file (nats per token), 95 % interval")
     lower.set(xlabel=f"size of the GGUF (MB); f16: {f16.bytes / 1e6:.2f}", ylabel="exact match on validation (%)")
     upper.legend(frameon=False)
     figure.tight_layout()
+    of_matrix = [one for one in measured if one.by_matrix]
+    drawn = [(one.bytes / 1e6, one.mean) for one in measured]
+    _label(upper, [(one.bytes / 1e6, one.mean, one.type) for one in of_matrix], drawn)
+    # Most lie on the line of the f16 file: named is what loses a point or more.
+    losing = [one for one in of_matrix if one.exact_match < f16.exact_match - 0.01]
+    drawn = [(one.bytes / 1e6, 100 * one.exact_match) for one in measured]
+    _label(lower, [(one.bytes / 1e6, 100 * one.exact_match, one.type) for one in losing], drawn)
     figure.savefig(target, metadata={"Date": None}, facecolor="white")
     plt.close(figure)
 
 
-def _label(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each name beside its point, moved up or down until it covers no other."""
-    figure = axes.figure
-    figure.canvas.draw()
-    taken: list[Any] = []
-    for x, y, name in sorted(points):
-        for shift in (0, 9, -9, 18, -18, 27, -27, 36, -36, 45, -45, 54, -54):
-            text = axes.annotate(
-                name,
-                (x, y),
-                textcoords="offset points",
-                xytext=(7, shift),
-                va="center",
-                fontsize=7,
-                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#7b8794"} if abs(shift) > 9 else None,
-            )
-            box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
-                taken.append(box)
+def _label(axes: Any, points: Sequence[tuple[float, float, str]], drawn: Sequence[tuple[float, float]]) -> None:
+    """Write each name as near to its point as it covers no other and nothing `drawn`; at 72 dpi a pixel is a point."""
+    size = 7
+    spots = [tuple(axes.transData.transform((x, y))) for x, y, _ in points]
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in map(axes.transData.transform, drawn)]
+    places = sorted(itertools.product((7, -7, 25, -25), range(-110, 111, 3)), key=lambda at: math.hypot(*at))
+    for (x, y), (column, row, name) in sorted(zip(spots, points, strict=True)):
+        width = 0.68 * size * len(name)
+        for across, up in places:
+            left = x + across if across > 0 else x + across - width
+            box = (left, y + up - size / 2 - 1, left + width, y + up + size / 2 + 1)
+            if not any(
+                box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken
+            ):
                 break
-            text.remove()
         else:
-            raise InputError(f"no room for the label {name}; draw fewer types (--types)")
+            raise RuntimeError(f"no room for the label {name}")
+        taken.append(box)
+        axes.annotate(
+            name,
+            (column, row),
+            textcoords="offset points",
+            xytext=(across, up),
+            ha="left" if across > 0 else "right",
+            va="center",
+            fontsize=size,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#7b8794", "shrinkA": 0, "shrinkB": 2},
+        )
 
 
 if __name__ == "__main__":

@@ -34,24 +34,37 @@ def main() -> None:
 
 
 def results() -> str:
-    """Return the table of test scores as Markdown."""
+    """Return the table of test scores as Markdown, 95 % intervals in brackets."""
     report: dict[str, dict[str, Any]] = json.loads((ROOT / "metrics/evaluate/test.json").read_text(encoding="utf-8"))
     lines = [
-        "| artifact | exact match | valid JSON | ROUGE-L | perplexity | stops by itself | size |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| artifact | exact match | JSON fields | perplexity | KL to f16 | general text | stops by itself | size |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, scores in report.items():
-        shares = [f"{100 * scores[key]:.1f} %" for key in ("exact_match", "json_valid")]
+        ends = {interval["metric"]: (interval["low"], interval["high"]) for interval in scores["intervals"]}
         cells = [
-            f"`{name}`" + (" (f16)" if name in {"base", "merged"} else ""),
-            *shares,
-            f"{scores['rouge_l']:.3f}",
-            f"{scores['perplexity']:,.4g}" if scores["perplexity"] < 100 else f"{scores['perplexity']:,.0f}",
-            f"{100 * scores['stop_rate']:.1f} %",
+            f"`{name}`" + ("" if name.isupper() else " (f16)"),
+            *(_percent(scores[key], ends.get(key)) for key in ("exact_match", "json_fields")),
+            _short(scores["perplexity"]),
+            "" if scores["kl"] is None else f"{scores['kl']:.1e}",
+            _short(scores["general_perplexity"]),
+            _percent(scores["stop_rate"]),
             f"{scores['bytes'] / 1e6:.2f} MB",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
     return "\n".join(lines)
+
+
+def _percent(share: float | None, ends: tuple[float, float] | None = None) -> str:
+    if share is None:
+        return ""
+    return f"{100 * share:.1f} %" + (f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else "")
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.4g}" if value < 100 else f"{value:,.0f}"
 
 
 def draw_pipeline(target: Path) -> None:
@@ -96,12 +109,12 @@ def draw_result(target: Path) -> None:
     report: dict[str, dict[str, Any]] = json.loads((ROOT / "metrics/evaluate/test.json").read_text(encoding="utf-8"))
     for artifact, scores in report.items():
         x, y = scores["bytes"] / 1e6, 100 * scores["exact_match"]
-        right.scatter(x, y, color=MUTED if artifact == "base" else ACCENT, zorder=3)
-        above = report["merged"]["bytes"] == scores["bytes"] or artifact != "Q4_K_M"
+        right.scatter(x, y, color=MUTED if artifact.startswith("base") else ACCENT, zorder=3)
+        above = artifact not in {"base_few_shot", "Q4_K_M"}
         right.annotate(
             artifact, (x, y), textcoords="offset points", xytext=(0, 8 if above else -14), ha="center", fontsize=9
         )
-    right.set(xlabel="size of the GGUF (MB)", ylabel="test exact match (%)", ylim=(-6, 112))
+    right.set(xlabel="size of the GGUF (MB)", ylabel="test exact match (%)", ylim=(-12, 112))
     right.set_xlim(0, 1.15 * max(scores["bytes"] for scores in report.values()) / 1e6)
     for axes in (left, right):
         axes.grid(alpha=0.25)

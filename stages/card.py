@@ -35,7 +35,7 @@ def main(config: Config) -> None:
         lineage={key.removeprefix("lathe."): text for key, text in metadata.items() if key.startswith("lathe.")},
         license=license_of(paths.MODEL_BASE),
     )
-    chosen = best(facts.validation, types)
+    chosen = best(facts.validation, types, config.params.evaluate.primary_metric)
     card = model_card(facts, config.params, chosen)
     with paths.whole_file(paths.GGUF / "README.md") as partial:
         partial.write_text(card, encoding="utf-8")

@@ -8,12 +8,11 @@ removes what is left of quantization types that are no longer listed
 """
 
 import json
-import shutil
 
 import _path  # noqa: F401
 
-from lathe import paths, stage, track
-from lathe.gates import UNQUANTIZED, metrics, outcome, parse
+from lathe import artifacts, paths, stage, track
+from lathe.gates import metrics, outcome, parse
 from lathe.params import Config
 
 SPLITS = ("validation", "test")
@@ -33,10 +32,11 @@ def main(config: Config) -> None:
     from lathe.jsonl import write_jsonl
 
     settings, types = config.params.evaluate, config.params.quantize.types
-    artifacts = [*UNQUANTIZED, *types]
-    _forget_other_types(types)
+    names = artifacts.names(types)
+    for folder in (paths.METRICS / "generate", paths.METRICS / "quantize", paths.GGUF):
+        artifacts.forget_other_types(folder, types)
     judged = paths.DATA_JUDGED if config.params.judge.enabled else None
-    answers = {split: read_answers(paths.DATA_GENERATED, judged, artifacts, split) for split in SPLITS}
+    answers = {split: read_answers(paths.DATA_GENERATED, judged, names, split) for split in SPLITS}
     if "bert_score" in settings.metrics:
         cache = paths.SCRATCH / "bert_score"
         add_bert_score(list(answers.values()), config.params.bert_score, seed=config.params.seed, cache=cache)
@@ -48,13 +48,13 @@ def main(config: Config) -> None:
         bert_score_weight=settings.bert_score_weight,
         judge_weight=settings.judge_weight if config.params.judge.enabled else None,
     )
-    general, bytes_of = read_general(paths.DATA_GENERATED, artifacts), _bytes(artifacts)
+    general, bytes_of = read_general(paths.DATA_GENERATED, names), _bytes(names)
     sampling = Sampling(settings.bootstrap_samples, config.params.seed)
     reports = {split: evaluate(answers[split], general, bytes_of, scores, sampling) for split in SPLITS}
     outcomes = [outcome(parse(gate), reports["validation"], types) for gate in settings.gates or []]
 
     with paths.whole_folder(paths.DATA_SCORED) as folder:
-        for artifact in artifacts:
+        for artifact in names:
             (folder / artifact).mkdir()
             for split in SPLITS:
                 rows = scored_rows(answers[split][artifact], scores, settings.primary_metric)
@@ -65,23 +65,9 @@ def main(config: Config) -> None:
     track.write_csv(paths.METRICS / "evaluate/scores.csv", plot_rows(reports, settings.primary_metric))
 
 
-def _bytes(artifacts: list[str]) -> dict[str, int]:
-    files = {artifact: paths.METRICS / f"generate/{artifact}.json" for artifact in artifacts}
+def _bytes(names: list[str]) -> dict[str, int]:
+    files = {artifact: paths.METRICS / f"generate/{artifact}.json" for artifact in names}
     return {artifact: json.loads(file.read_text(encoding="utf-8"))["bytes"] for artifact, file in files.items()}
-
-
-def _forget_other_types(types: list[str]) -> None:
-    # DVC leaves the files of a type that was taken off the list, and this stage depends on the folders they lie in.
-    # Types are written in capitals; an adapter or an importance matrix that lies beside them is not.
-    for folder, pattern in (
-        (paths.DATA_GENERATED, "*"),
-        (paths.METRICS / "generate", "*.json"),
-        (paths.METRICS / "quantize", "*.json"),
-        (paths.GGUF, "*.gguf"),
-    ):
-        for path in folder.glob(pattern):
-            if path.stem.isupper() and path.stem not in types:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 if __name__ == "__main__":

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import _path  # noqa: F401
 
-from lathe import paths, stage, track
+from lathe import artifacts, paths, stage, track
+from lathe.artifacts import FEW_SHOT, MERGED, UNQUANTIZED
 from lathe.params import Config
 from lathe.stage import Speeds
 
 if TYPE_CHECKING:
     from lathe.answers import Asking
 
-FEW_SHOT, MERGED = "base_few_shot", "merged"
-UNQUANTIZED = ["base", FEW_SHOT, MERGED]
 SPLITS = {name: paths.DATA_PROCESSED / f"{name}.jsonl" for name in ("validation", "test")}
 TRAIN = paths.DATA_PROCESSED / "train.jsonl"
 
@@ -35,7 +34,7 @@ def main(config: Config, item: str) -> Speeds:
     from lathe.generate import Generator
 
     settings, seed = config.params.generate, config.params.seed
-    file, threads = _gguf(item), os.cpu_count() or 1
+    file, threads = paths.GGUF / artifacts.file_name(item), os.cpu_count() or 1
     read = {"gguf": file, **SPLITS}
     if item == FEW_SHOT:
         decides = {**settings.model_dump(), "seed": seed, "threads": threads}
@@ -45,7 +44,7 @@ def main(config: Config, item: str) -> Speeds:
         read["general"] = paths.ROOT / config.params.evaluate.general_text
         paragraphs(read["general"])  # refused before anything is loaded
     if item not in UNQUANTIZED:
-        read["against"] = _gguf(MERGED)
+        read["against"] = paths.GGUF / artifacts.file_name(MERGED)
 
     with journal.opened(paths.SCRATCH / "generate", fingerprint(read, decides)) as kept:
         with ExitStack() as stack:
@@ -89,10 +88,5 @@ def _facts(asking: "Asking", config: Config, folder: Path, *, general: Path | No
     return facts
 
 
-def _gguf(item: str) -> Path:
-    stem = {"base": "base-f16", FEW_SHOT: "base-f16", MERGED: "merged-f16"}.get(item, item)
-    return paths.GGUF / f"{stem}.gguf"
-
-
 if __name__ == "__main__":
-    stage.run_items(main, lambda config: [*UNQUANTIZED, *config.params.quantize.types])
+    stage.run_items(main, lambda config: artifacts.names(config.params.quantize.types))

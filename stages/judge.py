@@ -34,7 +34,7 @@ def main(config: Config) -> Speeds:
     from lathe.judge.providers import identity
 
     names = artifacts.names(config.params.quantize.types)
-    artifacts.forget_others(paths.DATA_GENERATED, names)
+    artifacts.forget_other_types(paths.DATA_GENERATED, config.params.quantize.types)
     settings = config.params.judge
     if not settings.enabled:
         with paths.whole_folder(paths.DATA_JUDGED):

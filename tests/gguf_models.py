@@ -47,6 +47,12 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return _qwen(tmp_path_factory.getbasetemp() / "qwen")
 
 
+@pytest.fixture(scope="session")
+def llama3(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A random Llama with the real Llama 3 vocabulary, rows of 64 weights, and its f16 GGUF."""
+    return _llama3(tmp_path_factory.getbasetemp() / "llama3")
+
+
 @pytest.fixture
 def quantize_program(tmp_path: Path) -> Path:
     """A program with the command line of llama.cpp's `llama-quantize`, over the library that it is made of.
@@ -173,6 +179,12 @@ def _learnt(folder: Path) -> Made:
 @functools.cache
 def _qwen(folder: Path) -> Made:
     make_qwen3(folder)
+    return Made(folder, convert(folder, folder.with_suffix(".gguf")))
+
+
+@functools.cache
+def _llama3(folder: Path) -> Made:
+    make_llama3(folder)
     return Made(folder, convert(folder, folder.with_suffix(".gguf")))
 
 

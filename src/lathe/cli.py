@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lathe import doctor, general_text, paths, stage, trace, verify
+from lathe import artifacts, doctor, general_text, paths, stage, trace, verify
 from lathe.errors import InputError
 from lathe.params import SPLITS, Config, did_you_mean, load, read_yaml
 
@@ -81,6 +82,14 @@ def main() -> None:
     command = commands.add_parser("verify", help="read every output again and hold it against dvc.lock")
     command.set_defaults(run=lambda args: sys.exit(verify.run()))
 
+    command = commands.add_parser("infer", help="answer a file of requests, many at a time, with the best GGUF")
+    command.add_argument(
+        "--file", type=Path, required=True, metavar="FILE", help="JSON Lines, each with a prompt or messages"
+    )
+    command.add_argument("--gguf", type=Path, metavar="FILE", help="another file to answer with")
+    command.add_argument("--out", type=Path, metavar="FILE", help="where the answers go (default: standard output)")
+    command.set_defaults(run=lambda args: answer_file(args.file, args.gguf, args.out))
+
     args = parser.parse_args()
     stage.guard(lambda: args.run(args))
 
@@ -99,7 +108,7 @@ def print_config(section: str | None, stage_name: str | None, overrides: list[st
 
 
 def check() -> None:
-    """Refuse wrong parameters and presets, and a text to measure that is none; put back a dvc.lock that a kill cut short."""
+    """Refuse wrong parameters, presets and general text; put back a dvc.lock that a kill cut short."""
     general_text.paragraphs(paths.ROOT / load().params.evaluate.general_text)
     lock = paths.ROOT / "dvc.lock"
     # DVC does not write it whole or not at all, and takes nothing but a whole one.
@@ -149,12 +158,12 @@ def inspect(split: str, rows: int, row: int | None, *, ids: bool) -> None:
 
 def gate() -> bool:
     """Print how each of evaluate.gates goes by the metrics as they are, and return whether all pass."""
-    from lathe.gates import UNQUANTIZED, line, metrics, outcome, parse
+    from lathe.gates import line, metrics, outcome, parse
 
     params = load().params
     report, recorded = (_evaluated(name) for name in ("validation", "gates"))
     expressions = params.evaluate.gates or []
-    if set(report) != {*UNQUANTIZED, *params.quantize.types} or list(recorded["gates"]) != expressions:
+    if set(report) != set(artifacts.names(params.quantize.types)) or list(recorded["gates"]) != expressions:
         raise InputError(
             "metrics/evaluate is not of the evaluate.gates and quantize.types in params.yaml; run `dvc repro`"
         )
@@ -200,6 +209,29 @@ def offer(gguf: Path | None, port: int) -> None:
     settings = load().params.generate
     api_key = os.environ.get("LATHE_API_KEY") or None
     serve(gguf or _best_gguf(), port=port, api_key=api_key, n_ctx=settings.n_ctx, threads=os.cpu_count() or 1)
+
+
+def answer_file(file: Path, gguf: Path | None, out: Path | None) -> None:
+    """Answer the requests in a JSON Lines file with `gguf`, by default the artifact that scored best on validation."""
+    from lathe.generate import Generator
+    from lathe.infer import infer
+
+    if not file.is_file():
+        raise InputError(f"--file {file}: no such file; give JSON Lines, each with a prompt or messages")
+    settings = load().params.generate
+    with ExitStack() as stack:
+        generator = stack.enter_context(
+            Generator(
+                gguf or _best_gguf(),
+                n_parallel=settings.n_parallel,
+                n_ctx=settings.n_ctx,
+                threads=os.cpu_count() or 1,
+            )
+        )
+        target = (
+            stack.enter_context(stack.enter_context(paths.whole_file(out)).open("wb")) if out else sys.stdout.buffer
+        )
+        infer(generator, file, target, max_new_tokens=settings.max_new_tokens)
 
 
 def _best_gguf() -> Path:

@@ -1,27 +1,21 @@
-"""What every way of putting many rows through a GGUF shares: how rows are measured, what they all begin with, progress.
+"""What every way of putting many rows through a GGUF shares: how rows are measured, what they all begin with.
 
 Rows are read twice, and never held: once to be measured, which tells how long the cache must be and what all of them
 begin with, then to be decoded. What is decoded does not depend on which rows are already done.
 """
 
-import logging
 import sys
-import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lathe.errors import InputError
 from lathe.llama import Cache
 
-logger = logging.getLogger(__name__)
-
 # Rows decoded together at least, so that every type goes through the kernels that it uses for many.
 FEWEST = 8
 # Logits kept at once by a cache: 64 MB, whatever the vocabulary.
 MAX_LOGITS = 1 << 24
-_SECONDS_BETWEEN_LOG_LINES = 30.0
 
 
 @dataclass(eq=False, slots=True)
@@ -88,31 +82,3 @@ def common_length(first: Sequence[int], second: Sequence[int]) -> int:
         return shorter
     pairs = enumerate(zip(first, second, strict=False))
     return next((index for index, (one, other) in pairs if one != other), shorter)
-
-
-@contextmanager
-def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
-    """A bar with the time left on a terminal, a line in the log now and then elsewhere; `done` were done before."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=total, initial=done, desc=what, leave=False) as bar:
-
-            def advance_bar() -> None:
-                bar.update()
-
-            yield advance_bar
-        return
-    begun = said = time.monotonic()
-    before = done
-
-    def advance() -> None:
-        nonlocal done, said
-        done += 1
-        now = time.monotonic()
-        if now - said >= _SECONDS_BETWEEN_LOG_LINES:
-            said = now
-            left = (now - begun) / (done - before) * (total - done)
-            logger.info("%s: %d of %d, about %d s left", what, done, total, left)
-
-    yield advance

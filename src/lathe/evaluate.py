@@ -205,14 +205,14 @@ def best(report: Mapping[str, Mapping[str, Any]], candidates: Sequence[str], met
 def plot_rows(reports: Mapping[str, Mapping[str, Mapping[str, Any]]], primary_metric: str) -> list[dict[str, Any]]:
     """Flatten the reports of all splits to one row per split, artifact and score, for `dvc plots`.
 
-    What is the better the lower it is has a scale of its own and is left out.
+    What is the better the lower it is has a scale of its own and is left out, unless it is the primary one.
     """
     rows = []
     for split, report in reports.items():
         for artifact, scores in report.items():
             ends = {interval["metric"]: interval for interval in scores["intervals"]}
             for metric, found in scores.items():
-                if metric in LOWER_IS_BETTER or isinstance(found, list) or found is None:
+                if metric in LOWER_IS_BETTER - {primary_metric} or isinstance(found, list) or found is None:
                     continue
                 rows.append(
                     {

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from lathe.artifacts import FEW_SHOT, UNQUANTIZED
 from lathe.params import did_you_mean, to_compute
 
 QUANTIZED = "quantized"
-UNQUANTIZED = ("base", "base_few_shot", "merged")
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d{1,12}\.?\d{0,12}|\.\d{1,12})(?:[eE][-+]?\d{1,2})?)(?![\w.])"
@@ -101,7 +101,7 @@ def check(gate: Gate, *, types: Sequence[str], scores: Sequence[str]) -> None:
             )
         if score == "kl" and artifact in UNQUANTIZED:
             raise ValueError(f"{gate.expression!r} asks for the kl of {artifact}; only quantized files have one")
-        if score == "general_perplexity" and artifact == "base_few_shot":
+        if score == "general_perplexity" and artifact == FEW_SHOT:
             raise ValueError(f"{gate.expression!r}: general text has no few-shot prompt; take base.general_perplexity")
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from lathe.decoding import FEWEST, MAX_LOGITS, Row, Survey, common_length, progress, share_prefix
+from lathe.decoding import FEWEST, MAX_LOGITS, Row, Survey, common_length, share_prefix
 from lathe.llama import Cache, FloatRows, Model
+from lathe.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Generator:
         survey = Survey.of(rows())
         waiting = (row for row in rows() if row.number not in done)
         answers: dict[int, array[int]] = {}
-        with progress("answers", survey.rows, sum(number in done for number in range(survey.rows))) as advance:
+        before = sum(number in done for number in range(survey.rows))
+        with Progress("answers", survey.rows, done=before) as progress:
             for asked, logits in self._run(waiting, survey, room=max_new_tokens):
                 # All go on before one is given away: the logits are overwritten, and rows change their slots.
                 finished = []
@@ -108,7 +110,7 @@ class Generator:
                     else:
                         row.tokens.append(token)
                 for number, completion in finished:
-                    advance()
+                    progress.add()
                     yield number, completion
 
     def stream(self, prompt: str, *, max_new_tokens: int) -> Iterator[str]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lathe.decoding import Row, Survey, common_length, progress, share_prefix
+from lathe.decoding import Row, Survey, common_length, share_prefix
 from lathe.errors import InputError
 from lathe.generate import Generator
 from lathe.llama import FloatRows
+from lathe.progress import Progress
 
 # Logits worked on at once: 4 MB, which lie in the processor's cache, where a whole 64 MB would be copied several times.
 _BLOCK = 1 << 20
@@ -104,11 +105,12 @@ def _likelihoods(
             yield from (piece.row for piece in pieces)
 
     survey = Survey.of(rows())
-    with ExitStack() as stack, progress(what, count, sum(number in done for number in range(count))) as advance:
+    before = sum(number in done for number in range(count))
+    with ExitStack() as stack, Progress(what, count, done=before) as progress:
         models = [generator] if against is None else [generator, against]
         length = max(1, survey.longest)
         caches = [stack.enter_context(model.cache(slots=1, length=length, fewest=1)) for model in models]
-        shared = [share_prefix(cache, survey, slots=1) for cache in caches][0]
+        shared = min([share_prefix(cache, survey, slots=1) for cache in caches])  # the same of all
         for number, pieces in enumerate(texts()):
             if number in done:
                 continue
@@ -120,15 +122,15 @@ def _likelihoods(
                 scored = 0
                 while caches[0].length(0) < len(piece.row.tokens):
                     # The same of both models, piece by piece: memory holds no more than MAX_LOGITS of each.
-                    logits, *reference = [
+                    logits, *others = [
                         cache.feed(0, piece.row.tokens, first_output=piece.row.first_output) for cache in caches
                     ]
                     losses += _losses(logits, piece.expected[scored : scored + len(logits)])
-                    if reference:
-                        divergences += _divergences(*reference, logits)
+                    for reference in others:
+                        divergences += _divergences(reference, logits)
                     scored += len(logits)
             kl = sum(divergences) / len(divergences) if against else None
-            advance()
+            progress.add()
             yield number, Likelihood(sum(losses), len(losses), kl)
 
 

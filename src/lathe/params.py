@@ -418,7 +418,7 @@ class Judge(Section):
         # It is written into dvc.lock and data/judged: a key within would be published.
         if value is not None and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", value):
             raise ValueError(
-                f"{_shown(re.sub('//.*@|[?#].*', '…', value))} is no plain address; write http(s)://HOST[:PORT][/PATH], "
+                f"{_shown(re.sub('//.*@|[?#].*', '…', value))} is no plain address; write http(s)://HOST[:PORT][/PATH] "
                 "and put keys into the environment"
             )
         return value

@@ -16,13 +16,21 @@ SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """A count of what is done, towards `total` where that is known; a context manager.
 
-    `unit` is the name of one (`row`), and is written behind the numbers; bytes (`B`) get their prefixes.
+    `done` were done before, by a run that was interrupted. `unit` is the name of one (`row`), and is written behind the
+    numbers; bytes (`B`) get their prefixes.
     """
 
-    def __init__(self, task: str, total: int | None = None, *, unit: str = "row") -> None:
+    def __init__(self, task: str, total: int | None = None, *, done: int = 0, unit: str = "row") -> None:
         self.task, self.total, self.unit = task, total, unit
-        self.bar = tqdm(total=total, desc=task, unit=unit, unit_scale=unit == "B", disable=not sys.stderr.isatty())
-        self.done = 0
+        self.done = self.before = done
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            desc=task,
+            unit=unit,
+            unit_scale=unit == "B",
+            disable=not sys.stderr.isatty(),
+        )
         self.started = self.said = time.monotonic()
 
     def __enter__(self) -> Self:

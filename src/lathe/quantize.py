@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import re
 import subprocess
 from collections import Counter
@@ -145,7 +146,8 @@ def _quantize_with_program(
     chosen: _Chosen,
     binary: Path | None,
 ) -> list[str]:
-    options = ["--imatrix", str(importance)] if importance else []
+    # Its path gets into the file's metadata: from here, so that it does not tell where the clone lies.
+    options = ["--imatrix", os.path.relpath(importance)] if importance else []
     options += ["--output-tensor-type", chosen.output] if chosen.output else []
     options += ["--token-embedding-type", chosen.token_embedding] if chosen.token_embedding else []
     for tensor, kind in chosen.others.items():

@@ -107,7 +107,7 @@ def trace(file: Path) -> Trace:
 
 
 def _type(number: Any) -> str:
-    names = {value: name for name, value in gguf.quant_types().items()}
+    names = {value: name for name, value in quantize.quant_types().items()}
     return names.get(number, f"type {number}")
 
 

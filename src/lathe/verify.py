@@ -48,10 +48,11 @@ def verify() -> tuple[list[Difference], int, int]:
     A cached file that is no link to its output is read too. Raises InputError where there is no whole dvc.lock.
     """
     from dvc.repo import Repo
+    from dvc.stage import PipelineStage
 
     with one_line_of_dvc(), Repo(str(paths.ROOT)) as repo:
         stages = locked_stages(paths.ROOT / "dvc.lock")
-        current = {stage.name for stage in repo.index.stages}
+        current = {stage.name for stage in repo.index.stages if isinstance(stage, PipelineStage)}
         outs = [out for name, stage in stages.items() if name in current for out in stage.get("outs", [])]
         with Progress("verify", sum(out.get("size", 0) for out in outs), unit="B") as progress:
             differences = [found for out in outs for found in _compare(repo, out, progress.add)]

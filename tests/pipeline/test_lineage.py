@@ -203,6 +203,7 @@ def test_two_runs_are_told_apart_though_their_weights_are_the_same(made, elsewhe
     ref = made.run("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/other").stdout.strip()
     lock = yaml.safe_load(made.run("git", "show", f"{ref}:dvc.lock").stdout)["stages"]
     [md5] = [out["md5"] for out in lock["quantize@Q4_K_M"]["outs"] if out["path"].endswith(".gguf")]
+    [theirs_f16] = [out["md5"] for out in lock["convert_merged"]["outs"] if out["path"].endswith(".gguf")]
     theirs = tmp_path / "theirs.gguf"
     shutil.copyfile(made.root / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}", theirs)
     adapters = [gguf.describe(file)["metadata"]["lathe.adapter.digest"] for file in (elsewhere, theirs)]
@@ -216,6 +217,7 @@ def test_two_runs_are_told_apart_though_their_weights_are_the_same(made, elsewhe
     assert one.differences == []
     assert {(found.kind, found.name): (found.then, found.now) for found in other.differences} == {
         ("parameter", "merge.max_shard_size_bytes"): (4000000000, 5000000000),
+        ("model", "models/gguf/merged-f16.gguf"): (theirs_f16, out_hash(made, "models/gguf/merged-f16.gguf")),
         ("file", "models/gguf/Q4_K_M.gguf"): (md5, one.md5),
     }
     assert "experiment  other (" in lathe(made, "trace", str(theirs)).stdout

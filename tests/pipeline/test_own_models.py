@@ -22,7 +22,7 @@ def run_all_stages(checkout: Checkout, model: Path, overrides: dict[str, str] | 
     checkout.set({**FEW, **(overrides or {})})
     checkout.run("dvc", "repro")
     for split in ("validation", "test"):
-        assert list(checkout.json(f"metrics/evaluate/{split}.json")) == ["base", "merged", "Q8_0"]
+        assert list(checkout.json(f"metrics/evaluate/{split}.json")) == ["base", "base_few_shot", "merged", "Q8_0"]
     assert checkout.json("metrics/merge/report.json")["tensors_changed"] > 0
 
 

@@ -22,7 +22,7 @@ def checkout(reproduced, tmp_path_factory) -> Checkout:
 def test_every_artifact_is_measured_on_both_splits(checkout):
     for split in ("validation", "test"):
         report = checkout.json(f"metrics/evaluate/{split}.json")
-        assert list(report) == ["base", "merged", "Q8_0", "Q4_K_M"]
+        assert list(report) == ["base", "base_few_shot", "merged", "Q8_0", "Q4_K_M"]
         for scores in report.values():
             assert 0 <= scores["exact_match"] <= 1
             assert 0 <= scores["json_valid"] <= 1
@@ -96,6 +96,7 @@ def test_an_experiment_with_another_rate_runs_training_and_what_follows(checkout
     assert not {name for name in names if name.startswith(("fetch", "preprocess", "convert_base", "generate@base"))}
     shown = checkout.run("dvc", "exp", "show", "--csv").stdout.splitlines()
     assert any("slower" in line and "5e-05" in line for line in shown)
+    assert "gates.merged.exact_match > base.exact_match.margin" in shown[0]
     assert re.search(r"eval\.loss +\d", checkout.run("dvc", "metrics", "diff").stdout)
     checkout.run("git", "checkout", "--quiet", ".")
     checkout.run("dvc", "checkout", "--quiet")

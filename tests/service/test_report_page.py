@@ -365,6 +365,8 @@ def test_the_page_prints_whole(checkout, browser):
     view = View(browser, index(checkout), DESKTOP, "light")
     assert view.page.pdf().startswith(b"%PDF")
     view.page.emulate_media(media="print")
+    view.page.set_viewport_size({"width": 718, "height": 1000})  # A4 between margins of 10 mm
+    assert view.overflow() == 0
     assert not view.page.locator("nav").is_visible()
     view.page.close()
 

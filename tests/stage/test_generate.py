@@ -130,8 +130,8 @@ def test_killed_and_started_again_it_goes_on_from_the_rows_already_done(made: Ch
     while True:
         running = subprocess.Popen(command, cwd=made.root, env=made.environment, stderr=subprocess.PIPE, text=True)
         while running.poll() is None:
-            [journal] = list(journals.iterdir()) or [None]
-            if journal and kills < 2 and (count := len(read_lines(journal))) >= lines + 12:
+            count = sum(len(read_lines(journal)) for journal in journals.iterdir())
+            if kills < 2 and count >= lines + 12:
                 running.send_signal(signal.SIGKILL)
                 kills, lines = kills + 1, count
             time.sleep(0.002)
@@ -246,7 +246,8 @@ from lathe.generate import Generator
 model, file, folder = map(Path, sys.argv[1:])
 with journal.opened(folder, "work") as kept, Generator(model, n_parallel=32, n_ctx=512, threads=1) as generator:
     asking = Asking(generator, kept)
-    facts = asking.split(partial(conversations_in, file, max_rows=None), folder / "out.jsonl", name="test", max_new_tokens=2)
+    rows = partial(conversations_in, file, max_rows=None)
+    facts = asking.split(rows, folder / "out.jsonl", name="test", max_new_tokens=2)
 # Not getrusage: its peak begins with that of the process that forked this one.
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 print(json.dumps({"rows": facts["rows"], "peak": peak << 10}))

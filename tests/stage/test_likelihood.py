@@ -1,4 +1,5 @@
 # ruff: noqa: F811 - fixtures are imported, then named as arguments
+import itertools
 import math
 
 import pytest
@@ -72,7 +73,7 @@ def test_a_file_does_not_diverge_from_itself_and_the_more_from_it_the_fewer_bits
                 ]
             divergences.append(sum(row.kl * row.tokens for row in rows) / sum(row.tokens for row in rows))
     assert divergences == sorted(divergences)
-    assert all(one < other / 2 for one, other in zip(divergences, divergences[1:], strict=False)), divergences
+    assert all(one < other / 2 for one, other in itertools.pairwise(divergences)), divergences
 
 
 def test_divergence_is_the_sum_over_the_whole_vocabulary(learnt: Made, tmp_path):

@@ -2,7 +2,7 @@
 import itertools
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -237,7 +237,7 @@ def test_types_of_head_embeddings_and_named_tensors_are_the_users(tiny: Made, tm
 
 
 def test_a_program_gets_matrix_and_types_as_the_library_does(uneven: Uneven, tmp_path, quantize_program):
-    options = {
+    options: dict[str, Any] = {
         "importance": uneven.matrix,
         "output_tensor_type": "Q8_0",
         "token_embedding_type": "Q5_K",

@@ -271,6 +271,8 @@ def test_plots_get_one_row_per_split_artifact_and_score_that_is_better_the_highe
     assert len(rows) == 8
     assert {one["metric"] for one in rows if one["primary"] == "yes"} == {"exact_match"}
     assert all(one["low"] <= one["score"] <= one["high"] for one in rows)
+    by_perplexity = plot_rows({"test": report_of(answers)}, "perplexity")
+    assert {one["metric"] for one in by_perplexity if one["primary"] == "yes"} == {"perplexity"}
 
 
 def write(folder, artifact, rows, split="test"):

@@ -18,7 +18,6 @@ from tenacity import (
 )
 from tenacity.wait import wait_exponential_jitter
 
-from lathe.data.progress import Progress
 from lathe.errors import InputError, Interrupted
 from lathe.judge.budget import Budget
 from lathe.judge.cache import Cache, Kept
@@ -35,6 +34,7 @@ from lathe.judge.prompt import Question
 from lathe.judge.providers import Provider, address, connect
 from lathe.judge.secrets import VARIABLES
 from lathe.judge.verdict import Answer, Verdict, parse
+from lathe.progress import Progress
 
 if TYPE_CHECKING:
     from lathe.params import Judge

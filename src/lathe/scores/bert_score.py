@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lathe import paths
-from lathe.data.progress import Progress
 from lathe.errors import InputError
 from lathe.model_files import hub_files, wanted_files
+from lathe.progress import Progress
 
 if TYPE_CHECKING:
     import torch

@@ -1,7 +1,9 @@
 """The stage on answers made by the test, and what `python -m lathe gate` says of its metrics."""
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,33 @@ def test_gate_refuses_metrics_that_are_not_of_these_gates(checkout: Checkout) ->
     report.unlink()
     checkout.set({"evaluate.gates": GATES})
     assert gate(checkout) == (2, "error: metrics/evaluate/validation.json: no such file; run `make repro` first\n")
+
+
+def test_the_readmes_hook_keeps_git_and_dvc_from_pushing_what_fails_a_gate(checkout: Checkout) -> None:
+    readme = (checkout.root / "README.md").read_text()
+    [install] = re.findall(r"^printf '.*pre-push$", readme, flags=re.MULTILINE)
+    checkout.run("sh", "-c", install)
+    checkout.run("chmod", "+x", ".git/hooks/pre-push")
+    folder = checkout.root / ".venv/bin"
+    folder.mkdir(parents=True)
+    for name, does in (("python", f'exec {sys.executable} "$@"'), ("dvc", "echo dvc was asked to push")):
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    remote = checkout.root.parent / "remote.git"
+    checkout.run("git", "init", "--quiet", "--bare", str(remote))
+    path = {"PYTHONPATH": str(checkout.root / "src")}
+
+    refused = checkout.run("git", "push", str(remote), "main", check=False, env=path)
+    assert refused.returncode != 0
+    assert "failed  quantized.exact_match" in refused.stdout + refused.stderr
+    assert "dvc was asked to push" not in refused.stdout + refused.stderr
+    assert checkout.run("git", "--git-dir", str(remote), "branch").stdout == ""
+
+    write_answers(checkout, "Q4_1", 11)
+    checkout.stage("evaluate")
+    passed = checkout.run("git", "push", str(remote), "main", env=path)
+    assert "dvc was asked to push" in passed.stdout + passed.stderr
+    assert "main" in checkout.run("git", "--git-dir", str(remote), "branch").stdout
 
 
 def test_dvc_shows_scores_and_gates_and_no_lists(checkout: Checkout) -> None:

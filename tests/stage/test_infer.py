@@ -1,0 +1,150 @@
+# ruff: noqa: F811 - fixtures are imported, then named as arguments
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from gguf_models import Made, learnt  # noqa: F401 - fixture
+
+from lathe import paths
+from lathe.errors import InputError
+from lathe.generate import Generator
+from lathe.infer import infer
+from lathe.template import render
+
+
+@pytest.fixture
+def generator(learnt: Made):
+    with Generator(learnt.gguf, n_parallel=8, n_ctx=256, threads=1) as opened:
+        yield opened
+
+
+def answered(generator, file):
+    out = io.BytesIO()
+    infer(generator, file, out, max_new_tokens=12)
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def expected(generator, messages):
+    prompt = render(
+        generator.template,
+        messages,
+        bos_token=generator.bos_token,
+        eos_token=generator.eos_token,
+        add_generation_prompt=True,
+    )
+    [completion] = generator.complete([prompt], max_new_tokens=12)
+    return {"completion": completion.text, "finish_reason": completion.finish_reason}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def test_lines_come_back_in_their_order_with_their_answers_and_their_other_keys(generator, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"id": n, "prompt": f"lamp {n} on" + " please" * (n % 5), "note": "é"} for n in range(40)]
+    rows[7] = {
+        "messages": [{"role": "system", "content": "be brief"}, user("on"), {"role": "assistant", "content": "?"}]
+    }
+    rows[7]["messages"].append(user("the lamp"))
+    file.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
+    found = answered(generator, file)
+    for row, line in zip(rows, found, strict=True):
+        assert line == {**row, **expected(generator, row.get("messages") or [user(row["prompt"])])}
+        assert list(line) == [*row, "completion", "finish_reason"]
+    assert {line["finish_reason"] for line in found} == {"stop", "length"}
+    assert len({line["completion"] for line in found}) > 8
+
+
+def test_answers_are_written_while_later_lines_are_still_unread(generator, tmp_path, monkeypatch):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"lamp {n}"}) + "\n" for n in range(60)))
+    fed = []
+    feed = type(generator.cache(slots=1, length=8, fewest=1)).feed
+    monkeypatch.setattr(
+        "lathe.generate.Cache.feed",
+        lambda self, slot, *args, **options: fed.append(slot) or feed(self, slot, *args, **options),
+    )
+
+    behind = []
+
+    class Noting(io.BytesIO):
+        def write(self, written):
+            behind.append(len(fed))
+            return super().write(written)
+
+    infer(generator, file, Noting(), max_new_tokens=4)
+    assert behind[0] < len(fed) / 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", "not JSON in UTF-8; write one JSON object a line"),
+        (b"\xff", "not JSON in UTF-8"),
+        ("[1]", "is a list; write an object with prompt or messages"),
+        ("{}", "it has neither prompt nor messages; give one of them"),
+        ('{"prompt": "a", "messages": []}', "it has both prompt and messages; give one of them"),
+        ('{"prompt": 3}', "prompt is the number 3; expected text"),
+        ('{"prompt": " "}', "prompt is empty; expected text"),
+        ('{"prompt": "a", "completion": "b"}', "completion is where the answer goes; rename the key"),
+        ('{"messages": "a"}', "messages is the text 'a'; expected a list of {role, content} objects"),
+        ('{"messages": []}', "messages is empty; expected"),
+        ('{"messages": [{"role": "boss", "content": "a"}]}', "messages[0].role is the text 'boss'; expected one of"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "messages ends with assistant; expected a user or tool message last",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
+            "messages[1].role user follows user; expected assistant",
+        ),
+        (json.dumps({"prompt": "lamp " * 400}), "tokens leave no room for an answer in a context of 256; shorten"),
+    ],
+)
+def test_a_bad_line_is_refused_by_file_and_line_before_anything_is_written(generator, tmp_path, line, message):
+    file, out = tmp_path / "prompts.jsonl", io.BytesIO()
+    content = line if isinstance(line, bytes) else line.encode()
+    file.write_bytes(b'{"prompt": "lamp on"}\n\n' + content + b'\n{"prompt": "lamp off"}\n')
+    with pytest.raises(InputError) as caught:
+        infer(generator, file, out, max_new_tokens=4)
+    assert str(caught.value).startswith(f"{file}:3: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert out.getvalue() == b""
+
+
+def test_an_empty_file_is_refused(generator, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="holds no line; give a JSON object with prompt or messages a line"):
+        answered(generator, tmp_path / "prompts.jsonl")
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "lathe", "infer", *map(str, arguments)], cwd=paths.ROOT, capture_output=True, text=True
+    )
+
+
+def test_the_command_writes_a_whole_file_or_none(learnt: Made, tmp_path):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    file.write_text('{"prompt": "lamp on"}\n{"prompt": "radio off"}\n')
+    assert command("--file", file, "--gguf", learnt.gguf, "--out", out).returncode == 0
+    written = out.read_text()
+    assert [json.loads(line)["prompt"] for line in written.splitlines()] == ["lamp on", "radio off"]
+    printed = command("--file", file, "--gguf", learnt.gguf)
+    assert (printed.returncode, printed.stdout) == (0, written)
+    file.write_text('{"prompt": "lamp on"}\n{"promt": "radio off"}\n')
+    refused = command("--file", file, "--gguf", learnt.gguf, "--out", out)
+    assert refused.returncode == 2
+    assert refused.stderr == f"error: {file}:2: it has neither prompt nor messages; give one of them\n"
+    assert out.read_text() == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "prompts.jsonl"]
+    missing = command("--file", tmp_path / "none", "--gguf", learnt.gguf)
+    assert missing.returncode == 2
+    assert (
+        missing.stderr
+        == f"error: --file {tmp_path / 'none'}: no such file; give JSON Lines, each with a prompt or messages\n"
+    )
