@@ -1,6 +1,7 @@
 """Convert the adapter alone to GGUF, to be added to the base model's as llama.cpp loads it.
 
-reads   models/adapter/, models/base/, params.yaml: convert
+reads   models/adapter/, models/base/; for what the file says of its origin data/processed/, metrics/fetch/, and the
+        parameters and presets upstream; params.yaml: convert
 writes  models/gguf/adapter/adapter-f16.gguf, metrics/convert/adapter.json: its bytes; where llama.cpp has no form for
         what was trained, an empty folder and the reason
 """
@@ -17,7 +18,7 @@ logger = logging.getLogger("lathe.convert_adapter")
 
 
 def main(config: Config) -> None:
-    from lathe import gguf
+    from lathe import gguf, lineage
 
     chosen = config.params.convert.llama_cpp_dir
     facts: dict[str, int | str | None] = {"bytes": None, "reason": None}
@@ -32,7 +33,7 @@ def main(config: Config) -> None:
                 target,
                 outtype="f16",
                 llama_cpp=paths.ROOT / chosen if chosen else paths.LLAMA_CPP,
-                metadata={},
+                metadata=lineage.metadata("adapter"),
             )
             facts["bytes"] = target.stat().st_size
         except gguf.AdapterError as error:

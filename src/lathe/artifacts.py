@@ -22,7 +22,7 @@ def forget_other_types(folder: Path, types: Sequence[str]) -> None:
     """Remove what lies in a folder under the name of a quantization type that is not listed.
 
     DVC leaves the files of a type that was taken off the list, and a stage that depends on the whole folder would
-    depend on them too. Types are written in capitals; a baseline, an adapter or a model card that lies beside them is not.
+    depend on them too. Types are written in capitals; a baseline, an adapter or a model card beside them is not.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.stem.isupper() and path.suffix in {"", ".gguf", ".json"} and path.stem not in types:

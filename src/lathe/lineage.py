@@ -19,10 +19,10 @@ _CHUNK_BYTES = 1 << 20
 
 
 def metadata(item: str) -> dict[str, str]:
-    """Return the `lathe.*` keys of `base` or `merged`: origin and digest of each thing it was made from."""
+    """Return the `lathe.*` keys of `base`, `adapter` or `merged`: origin and digest of each thing it was made from."""
     facts = {"lathe.version": lathe.__version__, "lathe.artifact": item, "lathe.base.digest": digest(paths.MODEL_BASE)}
     facts |= _origin("base", "model")
-    if item == "merged":
+    if item != "base":
         facts |= _origin("dataset", "dataset")
         facts["lathe.dataset.digest"] = digest(paths.DATA_PROCESSED)
         facts["lathe.adapter.digest"] = digest(paths.MODEL_ADAPTER)
@@ -31,15 +31,17 @@ def metadata(item: str) -> dict[str, str]:
 
 
 def parameters(item: str) -> dict[str, dict[str, Any]]:
-    """Return the parameters upstream of `base` or `merged`, those alone, by file and key as `dvc.lock` holds them.
+    """Return the parameters upstream of `base`, `adapter` or `merged`, those alone, by file and key as in `dvc.lock`.
 
-    They are those of the stages `convert_base` and `convert_merged` in dvc.yaml.
+    They are those of the stages `convert_base`, `convert_adapter` and `convert_merged` in dvc.yaml.
     """
     tree, presets = read_yaml(paths.PARAMS), read_yaml(paths.PRESETS)
     keys, tables = ["seed", "convert"], {"model": "models"}
-    if item == "merged":
-        keys += ["preprocess", "training", "sft", tree["training"]["method"], "lora", "quantization", "merge"]
+    if item != "base":
+        keys += ["preprocess", "training", "sft", tree["training"]["method"], "lora", "quantization"]
         tables["dataset"] = "datasets"
+    if item == "merged":
+        keys.append("merge")
     return {
         paths.PARAMS.name: {key: tree[key] for key in keys},
         paths.PRESETS.name: {f"{table}.{tree[key]}": presets[table][tree[key]] for key, table in tables.items()},

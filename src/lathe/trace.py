@@ -18,6 +18,7 @@ from lathe import gguf, lineage, paths
 from lathe.errors import InputError
 from lathe.params import read_yaml
 from lathe.progress import Progress
+from lathe.quantize import quant_types
 from lathe.verify import cached_listing, locked_stages, one_line_of_dvc
 
 _COMMITS_AT_ONCE = 200  # of which dvc.lock is held in memory
@@ -107,7 +108,7 @@ def trace(file: Path) -> Trace:
 
 
 def _type(number: Any) -> str:
-    names = {value: name for name, value in quantize.quant_types().items()}
+    names = {value: name for name, value in quant_types().items()}
     return names.get(number, f"type {number}")
 
 
@@ -222,7 +223,8 @@ def _describe(commits: Sequence[str]) -> list[Commit]:
 def _compare_with_lock(found: Trace, stages: Mapping[str, Any]) -> None:
     from dvc.repo import Repo
 
-    found.stage, out = next(
+    # The last one: of stages that dvc.yaml no longer has, dvc.lock keeps what it held.
+    *_, (found.stage, out) = (
         (name, out) for name, stage in stages.items() for out in stage.get("outs", []) if out["md5"] == found.md5
     )
     found.made_as = out["path"]
@@ -259,7 +261,6 @@ def _upstream(stages: Mapping[str, Any], last: str) -> tuple[list[str], list[str
     while waiting:
         for dep in stages[waiting.pop()].get("deps", []):
             path, md5 = dep["path"], dep["md5"]
-            # Of stages that dvc.yaml no longer has, dvc.lock keeps what it held.
             same = [name for out, hash_, name in outs if out == path and hash_ == md5]
             makers = same[-1:] or [name for out, _, name in outs if out == path][-1:]
             if makers and not same:
@@ -363,7 +364,7 @@ def _compare_with_metadata(found: Trace) -> None:
                 files = _changed_files(cached_listing(repo, then), now[1])
                 found.differences.append(Difference(kind, path, then, now[0], files))
     then = found.facts.get("parameters.digest")
-    if then and found.facts.get("artifact") in ("base", "merged"):
+    if then and found.facts.get("artifact") in ("base", "adapter", "merged"):
         digest = lineage.parameters_digest(lineage.parameters(found.facts["artifact"]))
         if digest != then:
             found.differences.append(Difference("parameter", "one or more, upstream of the file", then, digest))
@@ -376,7 +377,9 @@ def _lines(found: Trace) -> Iterator[str]:
     facts = found.facts
     yield f"file        {found.path}: {found.bytes:,} bytes, md5 {found.md5}"
     yield f"type        {found.type}, {found.bits_per_weight:g} bits per weight"
-    yield f"made from   {facts.get('artifact', 'unknown')} model, by Lathe {facts.get('version', '(unknown version)')}"
+    artifact = facts.get("artifact", "unknown")
+    source = "the adapter alone" if artifact == "adapter" else f"{artifact} model"
+    yield f"made from   {source}, by Lathe {facts.get('version', '(unknown version)')}"
     for name in ("adapter", "dataset", "base"):
         if any(key.startswith(f"{name}.") for key in facts):
             yield f"{name:<12}{_origin(facts, name)}"

@@ -92,27 +92,27 @@ def flipped(content: bytes) -> bytes:
 
 
 def test_each_gguf_carries_the_digests_of_all_that_it_was_made_from(made):
-    names = ("base-f16", "merged-f16", "Q8_0", "Q4_K_M")
-    base, *tuned = (gguf.describe(made.root / f"models/gguf/{name}.gguf")["metadata"] for name in names)
+    names = ("base-f16", "adapter/adapter-f16", "merged-f16", "Q8_0", "Q4_K_M")
+    base, adapter, *merged = (gguf.describe(made.root / f"models/gguf/{name}.gguf")["metadata"] for name in names)
     lock = locked(made)
-    for metadata, item in [(base, "base"), *((metadata, "merged") for metadata in tuned)]:
+    for metadata, item in [(base, "base"), (adapter, "adapter"), *((metadata, "merged") for metadata in merged)]:
         assert metadata["lathe.artifact"] == item
         assert metadata["lathe.base.name"] == "small"
         assert metadata["lathe.base.digest"] == out_hash(made, "models/base")
         assert metadata["lathe.parameters.digest"] == lineage.parameters_digest(lock[f"convert_{item}"]["params"])
-    for metadata in tuned:
+    for metadata in (adapter, *merged):
         assert metadata["lathe.dataset.name"] == "few"
         assert metadata["lathe.dataset.digest"] == out_hash(made, "data/processed")
         assert metadata["lathe.adapter.digest"] == out_hash(made, "models/adapter")
     assert not [key for key in base if key.startswith(("lathe.dataset", "lathe.adapter"))]
 
 
-@pytest.mark.parametrize("item", ["base", "merged"])
+@pytest.mark.parametrize("item", ["base", "adapter", "merged"])
 def test_the_digest_covers_the_parameters_of_every_stage_before_and_no_others(item):
     with Repo(str(paths.ROOT)) as repo:
         by_name = {stage.name: stage for stage in repo.index.stages if stage.cmd}
         # DVC's arrows point to what is needed. Of the data, base-f16 has nothing: its token ids are checked on them.
-        last = by_name["convert_merged" if item == "merged" else "fetch@model"]
+        last = by_name["fetch@model" if item == "base" else f"convert_{item}"]
         before, waiting = {last}, [last]
         while waiting:
             found = set(repo.index.graph.successors(waiting.pop())) - before
@@ -203,7 +203,10 @@ def test_two_runs_are_told_apart_though_their_weights_are_the_same(made, elsewhe
     ref = made.run("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/other").stdout.strip()
     lock = yaml.safe_load(made.run("git", "show", f"{ref}:dvc.lock").stdout)["stages"]
     [md5] = [out["md5"] for out in lock["quantize@Q4_K_M"]["outs"] if out["path"].endswith(".gguf")]
-    [theirs_f16] = [out["md5"] for out in lock["convert_merged"]["outs"] if out["path"].endswith(".gguf")]
+    theirs_f16, own_f16 = (
+        next(out["md5"] for out in stages["convert_merged"]["outs"] if out["path"].endswith(".gguf"))
+        for stages in (lock, locked(made))
+    )
     theirs = tmp_path / "theirs.gguf"
     shutil.copyfile(made.root / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}", theirs)
     adapters = [gguf.describe(file)["metadata"]["lathe.adapter.digest"] for file in (elsewhere, theirs)]
@@ -217,7 +220,7 @@ def test_two_runs_are_told_apart_though_their_weights_are_the_same(made, elsewhe
     assert one.differences == []
     assert {(found.kind, found.name): (found.then, found.now) for found in other.differences} == {
         ("parameter", "merge.max_shard_size_bytes"): (4000000000, 5000000000),
-        ("model", "models/gguf/merged-f16.gguf"): (theirs_f16, out_hash(made, "models/gguf/merged-f16.gguf")),
+        ("model", "models/gguf/merged-f16.gguf"): (theirs_f16, own_f16),
         ("file", "models/gguf/Q4_K_M.gguf"): (md5, one.md5),
     }
     assert "experiment  other (" in lathe(made, "trace", str(theirs)).stdout
