@@ -149,7 +149,7 @@ def test_the_judge_and_bert_score_add_their_scores():
         (
             "launcher: python",
             "launcher: torchrun",
-            "training.launcher: 'torchrun' is no launcher; write python, or `accelerate",
+            "training.launcher: 'torchrun' is no launcher; write python, or accelerate",
         ),
         (
             "label_smoothing: 0.0",
