@@ -6,7 +6,6 @@ run     python docs/build.py
 
 import csv
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -68,29 +67,46 @@ def _short(value: float | None) -> str:
 
 
 def draw_pipeline(target: Path) -> None:
-    """Boxes are the stages of dvc.yaml, a matrix as one box with its items; arrows are what must come first."""
+    """Boxes are the scripts of the stages, with what each is run for; arrows are what must come first."""
     items, graph = _stages()
     column = _columns(graph)
-    place: dict[str, tuple[float, float]] = {}
-    # The way to the end is a straight line; what branches off stands below it.
+    row: dict[str, int] = {}
+    # The way to the end is a straight line, broken once like a line of text; what branches off stands below it.
     for name in sorted(items, key=lambda name: -len(networkx.descendants(graph, name))):
-        below = sum(column[other] == column[name] for other in place)
-        place[name] = (column[name] * 2.6, -1.5 * below)
-    figure, axes = plt.subplots(figsize=(13, 3.2))
+        row[name] = sum(column[other] == column[name] for other in row)
+    broken = max(column.values()) // 2 + 1
+    second_line = 1 + max(row[name] for name in row if column[name] < broken)
+    place = {
+        name: (2.6 * (column[name] % broken), -1.5 * (row[name] + second_line * (column[name] // broken)))
+        for name in row
+    }
+    figure, axes = plt.subplots(figsize=(13, 1.25 * (1 + max(-y for _, y in place.values()) / 1.5)))
     for first, second in sorted(graph.edges):
         (x0, y0), (x1, y1) = place[first], place[second]
-        start, end = (x0 + 1.12, y0), (x1 - 1.12, y1) if y1 <= y0 else (x1, y1 - 0.5)
-        bend = "arc3" if y0 == y1 else "angle3,angleA=0,angleB=90" if y1 > y0 else "arc3,rad=0.2"
-        props = {"arrowstyle": "-|>", "color": MUTED, "linewidth": 1.1, "connectionstyle": bend, "shrinkA": 0}
-        axes.annotate("", xy=end, xytext=start, arrowprops={**props, "shrinkB": 0}, zorder=1)
+        if x1 < x0:  # to the next line, round what stands below this one
+            axes.plot(
+                [x0, x0, x1, x1], [y0 - 0.5, y1 + 0.75, y1 + 0.75, y1 + 0.6], color=MUTED, linewidth=1.1, zorder=1
+            )
+            begin, end, bend = (x1, y1 + 0.65), (x1, y1 + 0.5), "arc3"
+        else:
+            begin, end, bend = (x0 + 1.05, y0), (x1 - 1.05, y1), "arc3" if y0 == y1 else "arc3,rad=0.1"
+        props = {"arrowstyle": "-|>", "color": MUTED, "linewidth": 1.1, "connectionstyle": bend}
+        axes.annotate("", xy=end, xytext=begin, arrowprops={**props, "shrinkA": 0, "shrinkB": 0}, zorder=1)
     for name, (x, y) in place.items():
-        shown = textwrap.fill(" ".join(items[name]), 18)
-        title = name.replace("_", "_\n")
+        shown = " ".join(items[name]) if len(items[name]) <= 3 else f"{len(items[name])} artifacts"
         axes.text(
-            x, y, title, ha="center", va="bottom" if shown else "center", fontsize=9, weight="bold", color=INK, zorder=3
+            x,
+            y,
+            name.replace("_", "\n"),
+            ha="center",
+            va="bottom" if shown else "center",
+            fontsize=12,
+            weight="bold",
+            color=INK,
+            zorder=3,
         )
-        axes.text(x, y - 0.08, shown, ha="center", va="top", fontsize=7, color=MUTED, zorder=3)
-        box = plt.Rectangle((x - 1.12, y - 0.5), 2.24, 1.0, facecolor=SOFT, edgecolor=ACCENT, linewidth=1.2, zorder=2)
+        axes.text(x, y - 0.1, shown, ha="center", va="top", fontsize=9, color=MUTED, zorder=3)
+        box = plt.Rectangle((x - 1.05, y - 0.5), 2.1, 1.0, facecolor=SOFT, edgecolor=ACCENT, linewidth=1.2, zorder=2)
         axes.add_patch(box)
     axes.set_xlim(-1.3, max(x for x, _ in place.values()) + 1.3)
     axes.set_ylim(min(y for _, y in place.values()) - 0.7, 0.7)
@@ -124,22 +140,19 @@ def draw_result(target: Path) -> None:
 
 
 def _stages() -> tuple[dict[str, list[str]], networkx.DiGraph]:
-    """Return the items of each stage, and the graph of stages without the arrows that others imply."""
+    """Return what each script is run for, and the graph of scripts without the arrows that others imply."""
     with Repo(str(ROOT)) as repo:
         graph = repo.index.graph
-        stages = [stage for stage in repo.index.stages if stage.cmd]
+        stages = {stage: Path(stage.cmd.split()[2]).stem for stage in repo.index.stages if stage.cmd}
     items: dict[str, list[str]] = {}
-    for stage in stages:
-        name, _, item = stage.name.partition("@")
-        items.setdefault(name, [])
-        if item:
-            items[name].append(item)
-    named = [
-        (second.name.partition("@")[0], first.name.partition("@")[0])
+    for stage, script in stages.items():
+        items.setdefault(script, []).extend(stage.cmd.split()[3:])
+    arrows = [
+        (stages[second], stages[first])
         for first, second in graph.edges
-        if first.cmd and second.cmd
+        if first in stages and second in stages and stages[first] != stages[second]
     ]
-    return items, networkx.transitive_reduction(networkx.DiGraph((one, other) for one, other in named if one != other))
+    return items, networkx.transitive_reduction(networkx.DiGraph(arrows))
 
 
 def _columns(graph: networkx.DiGraph) -> dict[str, int]:
