@@ -3,10 +3,10 @@
 python benchmarks/generate.py [--rounds 5] [--rows 500] [--shared-rows 64]
 
 Takes what the pipeline left in this checkout: models/gguf/merged-f16.gguf, models/merged and data/processed/test.jsonl.
-Three ways answer the same prompts greedily, in turn, in one process, round by round: lathe, with the n_parallel of
+These answer the same prompts greedily, in turn, in one process, round by round: lathe, with the n_parallel of
 params.yaml; llama_cpp.Llama, one prompt after another, as its users call it (it keeps what a prompt has in common with
-the one before); transformers' `generate` with the same weights in float32, one prompt after another. Models are loaded
-before. Three workloads: the test split; its first rows behind a shared system prompt of about 500 tokens, put to the
+the one before); the same, but made to forget, as a server does that others ask in between; transformers' `generate` with
+the same weights in float32, one prompt after another. Models are loaded before. Three workloads: the test split; its first rows behind a shared system prompt of about 500 tokens, put to the
 default model, which has never seen one and answers nonsense; and the same put to a model of Qwen3's shape (hidden 512,
 8 layers, heads of 128, the real vocabulary) whose weights are made so that the next token is certain.
 
@@ -44,8 +44,8 @@ SYSTEM_TOKENS = 500
 CERTAIN_TOKENS = 20  # in an answer of the model whose next token is certain
 MORE_MEMORY_ALLOWED = 1.1  # at ten times the rows
 MIB = 1 << 20
-LLAMA, TRANSFORMERS = "llama_cpp.Llama", "transformers"
-PEERS = (LLAMA, TRANSFORMERS)
+LLAMA, FORGETFUL, TRANSFORMERS = "llama_cpp.Llama", "llama_cpp.Llama, forgetful", "transformers"
+PEERS = (LLAMA, FORGETFUL, TRANSFORMERS)
 
 Answers = list[tuple[str, int]]  # text, and tokens with the ending one
 Ways = dict[str, Callable[[Sequence[str]], Answers]]
@@ -71,7 +71,7 @@ class _Workload:
 
 
 def main() -> None:
-    """Time the three ways on every workload, measure memory, and say which goals are met."""
+    """Time every way on every workload, measure memory, and say which goals are met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="how often each way answers (default 5)")
     parser.add_argument("--rows", type=int, default=500, help="of the test split (default 500)")
@@ -125,7 +125,7 @@ def _workloads(conversations: Sequence[Any], shared_rows: int, folder: Path) -> 
         folder / "certain",
         messages,
         CERTAIN_TOKENS,
-        {LLAMA: 5.0, TRANSFORMERS: 5.0},
+        {FORGETFUL: 5.0, TRANSFORMERS: 5.0},
     )
 
 
@@ -193,9 +193,11 @@ def _ways(generator: Generator, workload: _Workload) -> Ways:
     def lathe(prompts: Sequence[str]) -> Answers:
         return [(answer.text, answer.tokens) for answer in generator.complete(prompts, max_new_tokens=longest)]
 
-    def plain_loop(prompts: Sequence[str]) -> Answers:
+    def plain_loop(prompts: Sequence[str], *, forgetful: bool = False) -> Answers:
         answers = []
         for prompt in prompts:
+            if forgetful:
+                llama.reset()
             tokens = llama.tokenize(prompt.encode(), add_bos=not prompt.startswith(generator.bos_token), special=True)
             answer: Any = llama.create_completion(tokens, max_tokens=longest, temperature=0.0)
             [choice] = answer["choices"]
@@ -221,7 +223,8 @@ def _ways(generator: Generator, workload: _Workload) -> Ways:
             answers.append((text, len(written)))
         return answers
 
-    return {"lathe": lathe, LLAMA: plain_loop, TRANSFORMERS: transformers}
+    forgetful_loop = partial(plain_loop, forgetful=True)
+    return {"lathe": lathe, LLAMA: plain_loop, FORGETFUL: forgetful_loop, TRANSFORMERS: transformers}
 
 
 def _time(ways: Ways, prompts: Sequence[str], rounds: int) -> _Timed:
@@ -256,7 +259,7 @@ def _print(workload: _Workload, generator: Generator, prompts: Sequence[str], ti
         print(f"Answers that are {peer}'s, token for token: {100 * same:.1f} %")
         for prompt, (own, _), (other, _) in differing:
             print(f"- {prompt[-120:]!r}: lathe {own!r}, {peer} {other!r}")
-        if peer == LLAMA and differing and workload.certain:
+        if peer != TRANSFORMERS and differing and workload.certain:
             raise SystemExit("error: the plain loop and lathe run the same file and must give the same answers")
     print(flush=True)
 
