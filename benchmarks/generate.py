@@ -5,10 +5,11 @@ python benchmarks/generate.py [--rounds 5] [--rows 500] [--shared-rows 64]
 Takes what the pipeline left in this checkout: models/gguf/merged-f16.gguf, models/merged and data/processed/test.jsonl.
 These answer the same prompts greedily, in turn, in one process, round by round: lathe, with the n_parallel of
 params.yaml; llama_cpp.Llama, one prompt after another, as its users call it (it keeps what a prompt has in common with
-the one before); the same, but made to forget, as a server does that others ask in between; transformers' `generate` with
-the same weights in float32, one prompt after another. Models are loaded before. Three workloads: the test split; its first rows behind a shared system prompt of about 500 tokens, put to the
-default model, which has never seen one and answers nonsense; and the same put to a model of Qwen3's shape (hidden 512,
-8 layers, heads of 128, the real vocabulary) whose weights are made so that the next token is certain.
+the one before); the same made to forget, as where others ask in between; transformers' `generate` with the same weights
+in float32, one prompt after another. Models are loaded before. Three workloads: the test split; its first rows behind a
+shared system prompt of about 500 tokens, put to the default model, which has never seen one and answers nonsense; and
+the same put to a model of Qwen3's shape (hidden 512, 8 layers, heads of 128, the real vocabulary) whose weights make the
+next token certain.
 
 Answers of the plain loop must be lathe's, but for nonsense, where two tokens are often as good as equal; those of
 transformers are compared. Every mismatch is listed. Prints Markdown tables: seconds, generated tokens per second, and
