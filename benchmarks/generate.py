@@ -8,8 +8,8 @@ params.yaml; llama_cpp.Llama, one prompt after another, as its users call it (it
 the one before); the same made to forget, as where others ask in between; transformers' `generate` with the same weights
 in float32, one prompt after another. Models are loaded before. Three workloads: the test split; its first rows behind a
 shared system prompt of about 500 tokens, put to the default model, which has never seen one and answers nonsense; and
-the same put to a model of Qwen3's shape (hidden 512, 8 layers, heads of 128, the real vocabulary) whose weights make the
-next token certain.
+the same put to a model of Qwen3's shape (hidden 512, 8 layers, heads of 128, the real vocabulary) whose weights make
+the next token certain.
 
 Answers of the plain loop must be lathe's, but for nonsense, where two tokens are often as good as equal; those of
 transformers are compared. Every mismatch is listed. Prints Markdown tables: seconds, generated tokens per second, and
