@@ -20,6 +20,7 @@ from lathe.template import Conversation, answer_lead, prompt_and_answer
 # What besides data and parameters decides an answer.
 PACKAGES = ("llama-cpp-python", "numpy", "transformers", "Jinja2")
 CODE = (
+    "artifacts",
     *("answers", "decoding", "few_shot", "general_text", "generate", "journal", "jsonl", "likelihood", "llama"),
     "template",
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import lathe
 from lathe import paths
+from lathe.errors import InputError
 from lathe.params import read_yaml
 
 _CHUNK_BYTES = 1 << 20
@@ -54,7 +55,12 @@ def parameters_digest(tree: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def digest(path: Path, advance: Callable[[int], object] | None = None) -> str:
-    """Return DVC's hash of a file or folder, read anew; `advance` is told how many bytes have been read."""
+    """Return DVC's hash of a file or folder, read anew; `advance` is told how many bytes have been read.
+
+    Raises InputError where there is none.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; run the stage that writes it")
     if path.is_dir():
         return folder_digest({name: digest(file, advance) for name, file in files_in(path)})
     hashed = hashlib.md5(usedforsecurity=False)

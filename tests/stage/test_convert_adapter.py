@@ -141,6 +141,8 @@ def test_the_stage_leaves_the_file_or_the_reason(small_checkout, tiny: Made, tmp
     checkout = small_checkout
     shutil.copytree(tiny.folder, checkout.root / "models/base")
     make_adapter(tiny, checkout.root / "models/adapter")
+    assert "data/processed: no such file or folder" in checkout.stage("convert_adapter", check=False).stderr
+    (checkout.root / "data/processed").mkdir()
     checkout.stage("convert_adapter")
     file = checkout.root / "models/gguf/adapter/adapter-f16.gguf"
     assert checkout.json("metrics/convert/adapter.json") == {"bytes": file.stat().st_size, "reason": None}
