@@ -622,7 +622,14 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(checkout, server, number, 
     checkout.set({"judge.max_rows": 10})
     command = [sys.executable, "stages/judge.py"]
     process = subprocess.Popen(
-        command, cwd=checkout.root, env=checkout.environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=checkout.root,
+        env=checkout.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Tests that run in the background of a script have it ignored, and what they start inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while len(server.asked) < 30:
         assert process.poll() is None
