@@ -239,7 +239,7 @@ def _best_gguf() -> Path:
 
     params = load().params
     artifact = best(_evaluated("validation"), params.quantize.types, params.evaluate.primary_metric)
-    file = paths.GGUF / f"{artifact}.gguf"
+    file = paths.GGUF / artifacts.file_name(artifact)
     if not file.exists():
         raise InputError(f"{file.relative_to(paths.ROOT)}: no such file; run `make repro` first")
     return file

@@ -1,6 +1,5 @@
 """Everything that the page tells, read from the files that the stages left."""
 
-import hashlib
 import itertools
 import random
 import subprocess
@@ -10,13 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lathe.artifacts import BASE, FEW_SHOT, MERGED, UNQUANTIZED
 from lathe.errors import InputError
 from lathe.evaluate import best
-from lathe.gates import UNQUANTIZED
 from lathe.jsonl import read_jsonl
+from lathe.lineage import digest as dvc_digest
 from lathe.report.values import Value, read
 
-UNTRAINED = {"base", "base_few_shot"}
+UNTRAINED = {BASE, FEW_SHOT}
 
 SAMPLED_ROWS = 20
 WORST_ROWS = 10  # of each artifact
@@ -179,7 +179,7 @@ class Facts:
         report = self.splits["validation"].report.content
         scored = [name for name in report if report[name].get(self.primary_metric) is not None]
         quantized = [name for name in scored if name not in UNQUANTIZED]
-        candidates = quantized or [name for name in scored if name == "merged"]
+        candidates = quantized or [name for name in scored if name == MERGED]
         return best(report, candidates, self.primary_metric) if candidates else None
 
     @property
@@ -200,7 +200,7 @@ class Facts:
     def columns(self) -> dict[str, tuple[str, ...]]:
         """The metrics of an experiment that its row shows, each with its file and the keys there."""
         scores = "metrics/evaluate/validation.json"
-        names = list(dict.fromkeys(["merged", self.best or "merged"]))
+        names = list(dict.fromkeys([MERGED, self.best or MERGED]))
         found = {f"{name}.{self.primary_metric}": (scores, name, self.primary_metric) for name in names}
         return {
             **found,
@@ -289,10 +289,7 @@ def _stale(root: Path, lock: Value | None) -> list[str]:
     return [
         path
         for path, digest in ((out.content["path"], out.content.get("md5", "")) for out in _outs(lock))
-        if path.startswith("metrics/")
-        and (root / path).is_file()
-        # DVC's digest, which guards against no one.
-        and hashlib.md5((root / path).read_bytes(), usedforsecurity=False).hexdigest() != digest
+        if path.startswith("metrics/") and (root / path).is_file() and dvc_digest(root / path) != digest
     ]
 
 
