@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro chat serve report lint format test test-all bench bench-merge bench-faithful bench-quantize bench-data bench-train \
+.PHONY: help setup repro experiments chat serve report lint format test test-all bench bench-merge bench-faithful bench-quantize bench-data bench-train \
 	bench-generate docs clean
 
 help: ## list the targets
@@ -17,6 +17,9 @@ setup: .venv/.ready .llama.cpp/.pinned ## make .venv with the pinned packages, a
 repro: setup ## run the whole pipeline: base model and data in, measured GGUF files out
 	@python -m lathe check
 	dvc repro
+
+experiments: setup ## list the recipes, with the scores of those that have been run
+	@python -m lathe experiments
 
 chat: setup ## talk to the best GGUF; PROMPT="…" answers once
 	@python -m lathe chat $(if $(PROMPT),--prompt "$$PROMPT")

@@ -6,7 +6,6 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lathe import artifacts, doctor, general_text, paths, stage, trace, verify
+from lathe import artifacts, compare, doctor, experiments, general_text, paths, preflight, recipes, stage, trace, verify
 from lathe.errors import InputError
+from lathe.overrides import applied
 from lathe.params import SPLITS, Config, did_you_mean, load, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,38 @@ def main() -> None:
 
     command = commands.add_parser("doctor", help="check machine, packages, memory, disk and remotes before a run")
     command.add_argument("-S", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as in dvc")
+    command.add_argument("--recipe", metavar="NAME", help="with the overrides of experiments/NAME.yaml")
     command.add_argument("--json", action="store_true", help="print the findings as JSON")
-    command.set_defaults(run=lambda args: sys.exit(doctor.run(lambda: _overridden(args.overrides), as_json=args.json)))
+    command.set_defaults(run=examine)
+
+    command = commands.add_parser("experiments", help="list the recipes, with the scores of those that have been run")
+    command.set_defaults(run=lambda args: list_experiments())
+
+    command = commands.add_parser("run", help="run a recipe: `dvc exp run` with the overrides of experiments/NAME.yaml")
+    command.add_argument("name", metavar="NAME", help="the recipe, which is also the name of the experiment")
+    command.add_argument("-S", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as in dvc")
+    command.add_argument("--queue", action="store_true", help="only queue it, or a sweep; then: dvc queue start")
+    command.add_argument("--temp", action="store_true", help="run it in a checkout of its own, with its own code")
+    command.add_argument("--force", action="store_true", help="in place of an experiment of that name")
+    command.set_defaults(run=run_recipe)
+
+    command = commands.add_parser(
+        "preflight", help="say what queued and temporary experiments would take along, and what they would miss"
+    )
+    command.set_defaults(run=lambda args: sys.exit(preflight.run()))
+
+    command = commands.add_parser(
+        "compare", help="put experiments beside one another: changes, scores, cost, a verdict"
+    )
+    command.add_argument("names", nargs="+", metavar="EXP", help="experiment, commit, branch or `workspace`")
+    command.add_argument("--artifact", metavar="NAME", help="such as merged or Q4_K_M (default: the best file of each)")
+    command.add_argument(
+        "--split", choices=("validation", "test"), default="validation", help="which rows (default: validation)"
+    )
+    command.add_argument("--json", action="store_true", help="print it as JSON")
+    command.set_defaults(
+        run=lambda args: compare.run(args.names, split=args.split, artifact=args.artifact, as_json=args.json)
+    )
 
     command = commands.add_parser("schema", help="document every key of params.yaml: type, unit, range, meaning")
     command.set_defaults(run=lambda args: print_schema())
@@ -94,9 +124,29 @@ def main() -> None:
     stage.guard(lambda: args.run(args))
 
 
+def examine(args: argparse.Namespace) -> None:
+    """Check what a run with these overrides, and those of a recipe, needs; exit 1 where something fails."""
+
+    def configured() -> Config:
+        return applied(recipes.find(args.recipe).arguments(args.overrides) if args.recipe else args.overrides)
+
+    sys.exit(doctor.run(configured, as_json=args.json))
+
+
+def list_experiments() -> None:
+    """Print every recipe, and below it what came of it."""
+    for line in experiments.listing():
+        sys.stdout.write(f"{line}\n")
+
+
+def run_recipe(args: argparse.Namespace) -> None:
+    """Become the `dvc exp run` of a recipe."""
+    experiments.run(args.name, args.overrides, queue=args.queue, temp=args.temp, force=args.force)
+
+
 def print_config(section: str | None, stage_name: str | None, overrides: list[str]) -> None:
     """Print as YAML the parameters and selected presets, after `overrides`, or the named part of them."""
-    tree = _resolved(_overridden(overrides))
+    tree = _resolved(applied(overrides))
     if stage_name:
         tree = _of_stage(tree, stage_name)
     for key in section.split(".") if section else []:
@@ -250,23 +300,6 @@ def _evaluated(name: str) -> Any:
     if not file.exists():
         raise InputError(f"{file.relative_to(paths.ROOT)}: no such file; run `make repro` first")
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _overridden(overrides: list[str]) -> Config:
-    if not overrides:
-        return load()
-    from dvc.exceptions import DvcException
-    from dvc.utils.hydra import apply_overrides
-
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / paths.PARAMS.name
-        copy.write_text(paths.PARAMS.read_text(encoding="utf-8"), encoding="utf-8")
-        try:
-            apply_overrides(copy, overrides)
-        except DvcException as error:
-            cause = str(error.__cause__ or error).strip().splitlines()[0]
-            raise InputError(f"-S {' '.join(overrides)}: {cause}; see `python -m lathe schema` for the keys") from None
-        return load(copy)
 
 
 def _resolved(config: Config) -> dict[str, Any]:

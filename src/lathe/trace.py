@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lathe import gguf, lineage, paths
+from lathe import gguf, lineage, paths, revisions
 from lathe.errors import InputError
 from lathe.params import read_yaml
 from lathe.progress import Progress
@@ -152,7 +152,7 @@ def _locks_with(hashes: Sequence[str]) -> dict[str, set[str]]:
     no_results = [f"--exclude=refs/exps/{pattern}" for pattern in _NOT_RESULTS]
     changing = _git("rev-list", "--full-history", *no_results, "--all", "HEAD", "--", "dvc.lock").decode().split()
     prefix = _git("rev-parse", "--show-prefix").decode().strip()
-    commits = list(dict.fromkeys([*_experiments(), *changing]))
+    commits = list(dict.fromkeys([*(each.commit for each in revisions.experiments()), *changing]))
     blobs = _git("cat-file", "--batch-check", given="".join(f"{commit}:{prefix}dvc.lock\n" for commit in commits))
     of_commit = {
         commit: line.split()[0]
@@ -197,21 +197,10 @@ def _lock_of(commit: str) -> str:
     return _git("show", f"{commit}:./dvc.lock").decode()
 
 
-def _experiments() -> dict[str, str]:
-    """The names of DVC's experiments by their commit."""
-    names = {}
-    for line in _git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").decode().splitlines():
-        commit, ref = line.split(" ", 1)
-        parts = ref.split("/")  # refs/exps/<first two of the baseline>/<the rest>/<name>
-        if len(parts) == 5 and len(parts[2]) == 2 and len(parts[3]) > 30:
-            names[commit] = parts[4]
-    return names
-
-
 def _describe(commits: Sequence[str]) -> list[Commit]:
     if not commits:
         return []
-    experiments = _experiments()
+    experiments = {each.commit: each.name for each in revisions.experiments()}
     printed = _git("log", "--no-walk=unsorted", "--format=%H%x00%cI%x00%s", "--stdin", given="\n".join(commits))
     rows = (line.split("\0") for line in printed.decode(errors="replace").splitlines())
     return [Commit(commit, date, subject, experiments.get(commit)) for commit, date, subject in rows]

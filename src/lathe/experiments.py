@@ -1,0 +1,109 @@
+"""Recipes as DVC's experiments: run one, queue a sweep of it, list what came of them."""
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from lathe import overrides, paths, preflight, recipes, revisions
+from lathe.artifacts import UNQUANTIZED
+from lathe.errors import InputError
+from lathe.revisions import Experiment, Revision
+
+
+def run(name: str, further: Sequence[str], *, queue: bool, temp: bool, force: bool) -> NoReturn:
+    """Become `dvc exp run -n NAME` with the overrides of a recipe and `further` ones, if all of them are right.
+
+    Raises InputError where they are not, for any run of a sweep, or where an experiment of that name exists.
+    """
+    if queue and temp:
+        raise InputError("--queue and --temp: take one of them; queued experiments are temporary ones, started later")
+    arguments = recipes.find(name).arguments(list(further))
+    runs = overrides.combinations(arguments)
+    if len(runs) > 1 and not queue:
+        raise InputError(f"-S {' '.join(further)}: that is a sweep of {len(runs)} runs; add --queue")
+    for each in runs:
+        overrides.applied(each)
+    names = [name] if len(runs) == 1 else [f"{name}-{number}" for number in range(1, len(runs) + 1)]
+    _make_room(names, queue=queue, force=force)
+    for line in _notices(apart=queue or temp):
+        sys.stderr.write(f"{line}\n")
+    options = ["--queue"] * queue + ["--temp"] * temp
+    command = ["exp", "run", "--name", name, *options, *(word for each in arguments for word in ("-S", each))]
+    sys.stderr.write(f"dvc {shlex.join(command)}\n")
+    sys.stderr.flush()
+    os.chdir(paths.ROOT)
+    os.execv(sys.executable, [sys.executable, "-m", "dvc", *command])
+
+
+def listing() -> Iterator[str]:
+    """Yield each recipe with its description, and below it its experiments: validation score, interval, commit."""
+    known = revisions.experiments()
+    width = max((len(name) for name in recipes.names()), default=0)
+    for name in recipes.names():
+        try:
+            yield f"{name:<{width}}  {recipes.find(name).recipe.description.strip()}"
+        except InputError as error:
+            yield f"{name:<{width}}  {str(error).splitlines()[0]}"
+        for experiment in _of(name, known):
+            yield f"{'':<{width}}    {experiment.name} ({experiment.commit[:10]}): {_result(experiment)}"
+
+
+def _of(name: str, known: Sequence[Experiment]) -> list[Experiment]:
+    """The newest experiment of a recipe's name, and of each run of a sweep."""
+    newest: dict[str, Experiment] = {}
+    for experiment in known:
+        if re.fullmatch(rf"{re.escape(name)}(-\d+)?", experiment.name):
+            newest.setdefault(experiment.name, experiment)
+    return sorted(newest.values(), key=lambda experiment: (len(experiment.name), experiment.name))
+
+
+def _result(experiment: Experiment) -> str:
+    from lathe.evaluate import best
+
+    revision = Revision(experiment.name, experiment.commit)
+    metric = revision.parameters["evaluate"]["primary_metric"]
+    report = revision.json("metrics/evaluate/validation.json") or {}
+    candidates = [name for name in report if name not in UNQUANTIZED and metric in report[name]]
+    if not candidates:
+        return f"has no {metric}"
+    chosen = best(report, candidates, metric)
+    ends = [(each["low"], each["high"]) for each in report[chosen]["intervals"] if each["metric"] == metric]
+    interval = f" [{ends[0][0]:.4g}, {ends[0][1]:.4g}]" if ends else ""
+    value = report[chosen][metric]
+    return f"{metric} {'none' if value is None else f'{value:.4g}'}{interval} on validation, {chosen}"
+
+
+def _make_room(names: Sequence[str], *, queue: bool, force: bool) -> None:
+    """Refuse names that are taken, or with `force` take them: DVC would find out after the run."""
+    head = revisions.head()
+    taken = [each for each in revisions.experiments() if each.name in names and each.baseline == head]
+    if waiting := sorted(set(names) & set(_queued())) if queue else []:
+        raise InputError(
+            f"{', '.join(waiting)}: already in the queue; `dvc queue remove {' '.join(waiting)}` takes it out"
+        )
+    if taken and not force:
+        shown = ", ".join(f"{each.name} ({each.commit[:10]})" for each in taken)
+        raise InputError(f"{shown}: has been run from this commit; --force runs it again in its place")
+    for each in taken:
+        ref = f"refs/exps/{each.baseline[:2]}/{each.baseline[2:]}/{each.name}"
+        revisions.git("update-ref", "-d", ref)
+        sys.stderr.write(f"{each.name} was {each.commit}; `git update-ref {ref} {each.commit}` brings it back\n")
+
+
+def _queued() -> list[str]:
+    from dvc.repo import Repo
+
+    with Repo(str(paths.ROOT)) as repo:
+        queue = repo.experiments.celery_queue
+        return [entry.name for entry in (*queue.iter_queued(), *queue.iter_active()) if entry.name]
+
+
+def _notices(*, apart: bool) -> Iterator[str]:
+    if apart:
+        yield from preflight.look().lines()
+    elif changes := preflight.changed_parameters():
+        shown = ", ".join(f"{key} {then} -> {now}" for key, (then, now) in changes.items())
+        yield f"params.yaml is not as committed, and the recipe changes it further: {shown}"

@@ -1,0 +1,390 @@
+"""Experiments held against one another: what was changed, what came of it on the same rows, and what may be said of it.
+
+In a repository with commits and experiments as the pipeline leaves them, answers of 40 rows in DVC's cache.
+"""
+
+import copy
+import json
+import shutil
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from lathe import compare, evaluate, paths, revisions
+from lathe.errors import InputError
+
+ROWS = 40
+ARTIFACTS = ("base", "base_few_shot", "merged", "Q8_0")
+SAMPLING = evaluate.Sampling(1000, 42)
+SCORES = evaluate.row_scores(
+    ["exact_match"], normalize="none", answer_pattern=None, bert_score_weight=0.4, judge_weight=None
+)
+
+
+class Repository:
+    """A Git and DVC repository in which `run` leaves what a run of the pipeline leaves."""
+
+    def __init__(self, root: Path) -> None:
+        from dvc.repo import Repo
+
+        self.root, self.runs = root, 0
+        self.git("init", "--quiet", "--initial-branch=main")
+        self.git("config", "user.name", "A User")
+        self.git("config", "user.email", "user@example.invalid")
+        with Repo.init(str(root)):
+            pass
+        for file in ("params.yaml", "presets.yaml"):
+            (root / file).write_text((Path(__file__).parents[2] / file).read_text())
+        self.base = self.run("main", [False] * ROWS, training_seconds=10.0)
+
+    def git(self, *arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=self.root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    def run(
+        self,
+        name: str,
+        right: Sequence[bool],
+        changes: Mapping[str, Any] | None = None,
+        *,
+        rows: Sequence[int] = tuple(range(ROWS)),
+        code: str = "0" * 32,
+        training_seconds: float | None = None,
+        trained: str = "0" * 32,
+    ) -> str:
+        """Commit a run that answered `rows`, each rightly or not; as an experiment unless it is `main`."""
+        editor = YAML()
+        tree = editor.load(self.root / "params.yaml")
+        for key, value in {"quantize.types": ["Q8_0"], "evaluate.metrics": ["exact_match"], **(changes or {})}.items():
+            *sections, last = key.split(".")
+            inner = tree
+            for section in sections:
+                inner = inner[section]
+            inner[last] = value
+        editor.dump(tree, self.root / "params.yaml")
+        asked = [{"messages": [{"role": "user", "content": f"question {row}"}]} for row in rows]
+        outs = {"data/processed": {f"{split}.jsonl": asked for split in ("validation", "test")}}
+        answers: evaluate.Answers = {}
+        scored = {}
+        for artifact in ARTIFACTS:
+            answers[artifact] = [answer(row, good) for row, good in zip(rows, right, strict=True)]
+            outs[f"data/generated/{artifact}"] = {
+                f"{split}.jsonl": answers[artifact] for split in ("validation", "test")
+            }
+            for split in ("validation", "test"):
+                scored[f"{artifact}/{split}.jsonl"] = evaluate.scored_rows(answers[artifact], SCORES, "exact_match")
+        outs["data/scored"] = scored
+        report = evaluate.evaluate(answers, {}, dict.fromkeys(ARTIFACTS, 1000), SCORES, SAMPLING)
+        for split in ("validation", "test"):
+            self.write(f"metrics/evaluate/{split}.json", report)
+        self.runs += 1  # no two runs take as long
+        seconds = 10.0 + self.runs if training_seconds is None else training_seconds
+        self.write("metrics/timings/train.json", {"seconds": seconds, "peak_memory_bytes": 2000})
+        self.write("metrics/timings/evaluate.json", {"seconds": 2.5, "peak_memory_bytes": 1000 + self.runs})
+        lock = {
+            "train": {
+                "cmd": "exec python3 stages/train.py",
+                "deps": [{"path": "src/lathe/model.py", "md5": code}],
+                "outs": [{"path": "models/adapter", "md5": trained}],
+            },
+            "evaluate": {
+                "cmd": "exec python3 stages/evaluate.py",
+                "outs": [{"path": path, "md5": self.cache(files)} for path, files in outs.items()],
+            },
+        }
+        YAML().dump({"schema": "2.0", "stages": lock}, self.root / "dvc.lock")
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--allow-empty", "--message", name)
+        commit = self.git("rev-parse", "HEAD")
+        if name != "main":
+            self.git("update-ref", f"refs/exps/{self.base[:2]}/{self.base[2:]}/{name}", commit)
+            self.git("reset", "--quiet", "--hard", self.base)
+        return commit
+
+    def write(self, path: str, content: Any) -> None:
+        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / path).write_text(json.dumps(content))
+
+    def cache(self, files: Mapping[str, Sequence[Any]]) -> str:
+        """Put a folder of JSON Lines into DVC's cache and return DVC's hash of it."""
+        import hashlib
+
+        from dvc_data.hashfile.hash_info import HashInfo
+        from dvc_data.hashfile.tree import Tree
+
+        tree = Tree()
+        for name, rows in files.items():
+            content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+            self.keep(md5, content)
+            tree.add(tuple(name.split("/")), None, HashInfo("md5", md5))
+        tree.digest()
+        self.keep(str(tree.oid), tree.as_bytes())
+        return str(tree.oid)
+
+    def keep(self, md5: str, content: bytes) -> None:
+        file = self.root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
+def answer(row: int, right: bool) -> dict[str, Any]:
+    return {
+        "prompt": f"question {row}",
+        "reference": f"answer {row}",
+        "completion": f"answer {row}" if right else "?",
+        "finish_reason": "stop",
+        "tokens": 3,
+        "nll": 1.0 if right else 4.0,
+        "reference_tokens": 3,
+        "kl": None,
+    }
+
+
+def some(count: int) -> list[bool]:
+    return [row < count for row in range(ROWS)]
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    return Repository(tmp_path_factory.mktemp("untouched"))
+
+
+@pytest.fixture
+def repository(untouched: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
+    repository = copy.copy(untouched)
+    repository.root = tmp_path / "repository"
+    shutil.copytree(untouched.root, repository.root)
+    monkeypatch.setattr(paths, "ROOT", repository.root)
+    return repository
+
+
+def compared(*names: str, split: str = "validation", artifact: str | None = None) -> compare.Comparison:
+    return compare.compare(names, split=split, artifact=artifact)
+
+
+def test_what_gets_clearly_more_rows_right_is_called_better_and_by_how_much(repository):
+    repository.run("one", some(10))
+    repository.run("two", some(30), {"training.learning_rate": 0.001})
+    found = compared("one", "two")
+    assert found.parameters == {"training.learning_rate": [0.006, 0.001]}
+    assert [side.scores["exact_match"] for side in found.sides] == [0.25, 0.75]
+    [difference] = [each for each in found.differences if each.metric == "exact_match"]
+    assert (difference.delta, difference.rows) == (0.5, ROWS)
+    assert difference.low is not None
+    assert 0.3 < difference.low < 0.5
+    assert difference.p < 0.01
+    assert found.warnings == []
+    assert found.verdict == (
+        f"By exact_match on validation: two is better than one (+0.5, p {difference.p:.2g}, 40 rows)."
+    )
+    assert "one is worse than two (-0.5" in compared("two", "one").verdict
+
+
+def test_a_difference_that_chance_may_have_made_is_not_called_one(repository):
+    repository.run("one", some(20))
+    repository.run("two", some(21), {"lora.lora_dropout": 0.1})
+    assert "two is not shown to differ from one (+0.025, p 1, 40 rows)" in compared("one", "two").verdict
+
+
+def test_equal_answers_are_said_to_score_the_same(repository):
+    repository.run("one", some(20))
+    repository.run("two", some(20), {"lora.lora_dropout": 0.1})
+    assert "two scores the same as one" in compared("one", "two").verdict
+
+
+def test_less_is_better_where_the_score_is_a_perplexity(repository):
+    lower = {"evaluate.primary_metric": "perplexity"}
+    repository.run("one", some(5), lower)
+    repository.run("two", some(35), {**lower, "seed": 42, "training.learning_rate": 0.001})
+    verdict = compared("one", "two").verdict
+    assert verdict.startswith("By perplexity on validation: two is better than one (-")
+
+
+def test_of_several_differences_one_must_be_clearer_than_of_one_alone(repository):
+    repository.run("one", some(20))
+    repository.run("two", some(26), {"lora.r": 8})
+    assert "two is better than one (+0.15, p 0.02" in compared("one", "two").verdict
+    for number in range(3):
+        repository.run(f"other-{number}", some(20), {"lora.r": 32 + number})
+    found = compared("one", "two", "other-0", "other-1", "other-2")
+    assert "two is not shown to differ from one (+0.15, p 0.1" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("changes", "factors"),
+    [
+        ({"lora.r": 8, "training.learning_rate": 0.001}, "2 factors differ"),
+        ({"lora.r": 8, "lora.lora_alpha": 16}, None),
+        ({"lora.r": 8, "lora.lora_alpha": 32}, None),
+        ({"lora.r": 8, "lora.lora_alpha": 64}, "2 factors differ"),
+        ({"training.tuning": "full", "quantization.load_in_4bit": False}, None),
+        ({"model": "qwen3-600m"}, None),
+        ({"model": "qwen3-600m", "dataset": "gsm8k"}, "2 factors differ"),
+        ({"lora.r": 8, "grpo.epsilon": 0.1}, None),
+        ({"training.method": "grpo", "grpo.epsilon": 0.1}, "2 factors differ"),
+    ],
+)
+def test_more_than_one_changed_factor_is_warned_of(repository, changes, factors):
+    repository.run("one", some(20))
+    repository.run("two", some(20), changes)
+    warnings = [warning for warning in compared("one", "two").warnings if "factor" in warning]
+    assert [warning[: len(factors or "")] for warning in warnings] == ([factors] if factors else [])
+
+
+def test_changed_code_and_another_way_of_scoring_are_warned_of(repository):
+    repository.run("one", some(20))
+    repository.run("two", some(20), {"evaluate.normalize": "text"}, code="1" * 32)
+    warnings = "\n".join(compared("one", "two").warnings)
+    assert "the code of two and one differs: src/lathe/model.py" in warnings
+    assert "two and one were not scored alike (evaluate.normalize)" in warnings
+
+
+def test_only_rows_that_both_answered_are_compared_whatever_their_order(repository):
+    repository.run("one", some(20))
+    repository.run("two", some(20)[:30][::-1], {"generate.max_rows": 30}, rows=range(30)[::-1])
+    found = compared("one", "two")
+    assert {(each.delta, each.rows) for each in found.differences} == {(0.0, 30)}
+    assert "one answered 40 validation rows and two 30, 30 of them the same; differences are of these" in found.warnings
+
+
+def test_nothing_is_tested_where_no_row_is_the_same(repository):
+    repository.run("one", some(20))
+    repository.run("two", some(30), {"dataset": "gsm8k"}, rows=range(100, 140))
+    found = compared("one", "two")
+    assert found.differences == []
+    assert "0 of them the same; nothing can be tested" in "\n".join(found.warnings)
+    assert "two cannot be held against one, 0.75 against 0.5 on other rows" in found.verdict
+
+
+def test_without_the_answers_in_the_cache_the_recorded_scores_are_shown_and_nothing_is_tested(repository):
+    repository.run("one", some(20))
+    repository.run("two", some(30), {"lora.r": 8})
+    lost = revisions.find("two").out("data/generated/Q8_0")
+    (repository.root / ".dvc/cache/files/md5" / lost[:2] / lost[2:]).unlink()
+    found = compared("one", "two")
+    assert [side.scores["exact_match"] for side in found.sides] == [0.5, 0.75]
+    assert found.differences == []
+    assert "the answers of two are not in DVC's cache" in "\n".join(found.warnings)
+
+
+def test_several_seeds_of_one_setting_are_told_as_mean_and_spread(repository):
+    counts = {1: 30, 2: 32, 3: 34}
+    for seed, count in counts.items():
+        repository.run(f"seed-{seed}", some(count), {"seed": seed})
+    found = compared(*(f"seed-{seed}" for seed in counts))
+    [setting] = found.settings
+    scores = [count / ROWS for count in counts.values()]
+    assert setting.seeds == [1, 2, 3]
+    assert setting.mean["exact_match"] == pytest.approx(statistics.fmean(scores))
+    assert setting.spread["exact_match"] == pytest.approx(statistics.stdev(scores))
+    assert "3 seeds: exact_match on validation is 0.8 on average, with a standard deviation of 0.05" in found.verdict
+    assert "the seeds of seed-2 and seed-1 differ (1 and 2)" in "\n".join(found.warnings)
+
+
+def test_two_settings_with_several_seeds_each_are_held_against_the_spread_of_the_seeds(repository):
+    for seed, count, other in ((1, 10, 30), (2, 12, 32), (3, 14, 34)):
+        repository.run(f"low-{seed}", some(count), {"seed": seed})
+        repository.run(f"high-{seed}", some(other), {"seed": seed, "lora.r": 64})
+    found = compared("low-1", "low-2", "low-3", "high-1", "high-2", "high-3")
+    assert [setting.names for setting in found.settings] == [
+        ["low-1", "low-2", "low-3"],
+        ["high-1", "high-2", "high-3"],
+    ]
+    assert found.verdict.startswith(
+        "high-1 (3 seeds) against low-1 (3 seeds) by exact_match on validation: better, 0.8 against 0.3 on average (p "
+    )
+    repository.run("alone", some(11), {"seed": 1, "lora.r": 8})
+    assert "lies within the range of the 3 seeds" in compared("low-1", "low-2", "low-3", "alone").verdict
+
+
+def test_cost_is_that_of_the_stages_and_not_known_where_one_came_from_the_run_cache(repository):
+    repository.run("run", some(20), {"lora.r": 8}, training_seconds=33.0, trained="1" * 32)
+    repository.run("taken", some(20), {"lora.r": 4}, training_seconds=10.0, trained="2" * 32)
+    found = compared("run", "taken")
+    assert found.sides[0].cost == {
+        "seconds": 35.5,
+        "training_seconds": 33.0,
+        "peak_memory_bytes": 2000,
+        "bytes": 1000,
+    }
+    assert found.sides[1].cost == {"seconds": None, "training_seconds": None, "peak_memory_bytes": None, "bytes": 1000}
+    assert "what taken took is not known" in "\n".join(found.warnings)
+
+
+def test_the_file_that_is_compared_and_the_split_can_be_chosen(repository):
+    repository.run("one", some(20))
+    found = compared("one", "main", split="test", artifact="merged")
+    assert [side.artifact for side in found.sides] == ["merged", "merged"]
+    assert found.split == "test"
+    assert "on test" in found.verdict
+
+
+def test_a_branch_a_commit_and_the_workspace_are_compared_too_and_nothing_is_checked_out(repository):
+    commit = repository.run("one", some(20), {"lora.r": 8})
+    before = repository.git("status", "--porcelain"), sorted(repository.root.rglob("[!.]*"))
+    found = compared("workspace", "main", commit[:9])
+    assert [side.commit for side in found.sides] == [None, repository.base, commit]
+    assert (repository.git("status", "--porcelain"), sorted(repository.root.rglob("[!.]*"))) == before
+
+
+def test_all_of_it_is_printed_and_as_json_too(repository, capsys):
+    repository.run("one", some(10))
+    repository.run("two", some(30), {"training.learning_rate": 0.001})
+    compare.run(["one", "two"], split="validation", artifact=None, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["one", "two"]
+    assert ["training.learning_rate", "0.006", "0.001"] in [line.split() for line in lines]
+    [scores] = [line.split() for line in lines if line.startswith("exact_match")]
+    assert scores[1] == "0.25"
+    [difference] = [line.split() for line in lines if line.startswith("two exact_match")]
+    assert difference[2] == "+0.5"
+    assert lines[-1].startswith("By exact_match on validation: two is better than one")
+    compare.run(["one", "two"], split="validation", artifact=None, as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["verdict"] == lines[-1]
+    assert printed["sides"][1]["scores"]["exact_match"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["one"], "compare one: takes at least two"),
+        (["one", "one"], "compare: one is named twice"),
+        (["one", "tow"], "tow: no such experiment, commit or branch; did you mean 'two'?"),
+        (["one", "--all"], "--all: no such experiment, commit or branch; "),
+        (["one", "empty"], "empty: has no metrics/evaluate/validation.json; run the pipeline there"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_one_line(repository, names, message):
+    repository.run("one", some(20))
+    repository.run("two", some(20))
+    tree = repository.git("write-tree", "--missing-ok", "--prefix=metrics/")
+    repository.git("branch", "empty", repository.git("commit-tree", tree, "-m", "another project"))
+    with pytest.raises(InputError) as caught:
+        compared(*names)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_artifact_that_one_of_them_lacks_is_refused_with_the_near_name(repository):
+    repository.run("one", some(20))
+    with pytest.raises(InputError, match="--artifact Q8_1: one has none; did you mean 'Q8_0'"):
+        compared("one", "main", artifact="Q8_1")
+
+
+def test_a_name_of_experiments_on_several_commits_is_refused_unless_one_is_of_the_last(repository):
+    repository.run("one", some(20))
+    repository.git("commit", "--quiet", "--allow-empty", "--message", "another")
+    assert revisions.find("one").commit
+    commit = repository.git("rev-parse", "HEAD")
+    repository.git("update-ref", f"refs/exps/{commit[:2]}/{commit[2:]}/one", commit)
+    assert revisions.find("one").commit == commit
+    repository.git("commit", "--quiet", "--allow-empty", "--message", "a third")
+    with pytest.raises(InputError, match="one: several experiments have this name"):
+        revisions.find("one")
