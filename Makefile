@@ -6,8 +6,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro experiments chat serve report lint format test test-all bench bench-merge bench-faithful bench-quantize bench-data bench-train \
-	bench-generate docs clean
+.PHONY: help setup repro experiments chat serve report remote-check ci-lock ci-summary lint format test test-all \
+	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -29,6 +29,15 @@ serve: setup ## serve the best GGUF on 127.0.0.1 as OpenAI's API does; PORT=… 
 
 report: setup ## write metrics/report/index.html: one page with all that was measured
 	@python -m lathe report
+
+remote-check: setup ## write to the DVC remote, read it back and delete it; REMOTE=ycloud for another than the default
+	@python -m lathe remote-check $(if $(REMOTE),--remote "$$REMOTE")
+
+ci-lock: setup ## say whether dvc.lock is of the committed code, parameters and data; runs no stage
+	@.github/lock.sh
+
+ci-summary: setup ## Markdown of the scores against BASE=REVISION, and of the gates
+	@.github/summary.sh "$${BASE:-HEAD}"
 
 lint: setup ## ruff and mypy
 	ruff check .

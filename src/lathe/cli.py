@@ -14,7 +14,7 @@ import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lathe import artifacts, compare, doctor, experiments, general_text, paths, preflight, recipes, stage, trace, verify
+from lathe import artifacts, compare, doctor, experiments, general_text, paths, preflight, recipes, remotes, stage, trace, verify
 from lathe.errors import InputError
 from lathe.overrides import applied
 from lathe.params import SPLITS, Config, did_you_mean, load, read_yaml
@@ -74,6 +74,10 @@ def main() -> None:
     command.set_defaults(
         run=lambda args: compare.run(args.names, split=args.split, artifact=args.artifact, as_json=args.json)
     )
+
+    command = commands.add_parser("remote-check", help="write to a DVC remote, read it back and delete it")
+    command.add_argument("--remote", metavar="NAME", help="which (default: the one that `dvc push` takes)")
+    command.set_defaults(run=lambda args: sys.stdout.write(f"{remotes.check(paths.ROOT, args.remote)}\n"))
 
     command = commands.add_parser("schema", help="document every key of params.yaml: type, unit, range, meaning")
     command.set_defaults(run=lambda args: print_schema())

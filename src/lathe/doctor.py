@@ -9,17 +9,15 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lathe import paths
+from lathe import paths, remotes
 from lathe.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,7 +34,6 @@ LIBRARIES_BYTES = 650_000_000
 NEARLY_FULL = {"disk": 0.9, "cuda": 0.9, "cpu": 0.45}
 
 COLOURS = {"ok": "32", "warning": "33", "fail": "31"}
-SECONDS_FOR_A_CONNECTION = 2.0
 
 
 @dataclass(frozen=True)
@@ -273,7 +270,7 @@ def check_remotes(root: Path, environment: Mapping[str, str]) -> Findings:
         yield Finding("remotes", "warning", "none is configured: outputs have no second copy", "`dvc remote add -d …`")
     for name, remote in config["remote"].items():
         url = urllib.parse.urlsplit(str(remote["url"]))
-        shown = f"{name} ({url.scheme}://{url.hostname or ''}{url.path})" if url.scheme else f"{name} ({url.path})"
+        shown = remotes.shown(name, remote)
         if name == default:
             shown += ", the default"
         if url.scheme in ("", "file"):
@@ -449,7 +446,7 @@ def _model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
         cached = try_to_load_from_cache(preset.id, "config.json", revision=preset.revision)
         if not isinstance(cached, str):
             if not constants.HF_HUB_OFFLINE:
-                _connect(constants.ENDPOINT)  # the hub's client would try for 20 seconds
+                remotes.connect(constants.ENDPOINT)  # the hub's client would try for 20 seconds
             cached = hf_hub_download(preset.id, "config.json", revision=preset.revision, etag_timeout=3)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -503,30 +500,11 @@ def _local_remote(shown: str, folder: Path) -> Finding:
 def _s3_remote(
     shown: str, name: str, remote: Mapping[str, Any], environment: Mapping[str, str], *, is_default: bool
 ) -> Finding:
-    known = (
-        {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= {key for key, value in environment.items() if value}
-        or environment.get("AWS_PROFILE")
-        or {"access_key_id", "profile", "credentialpath"} & set(remote)
-        or Path("~/.aws/credentials").expanduser().exists()
-    )
-    if not known:
+    if not remotes.has_credentials(remote, environment):
         remedy = f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY before `dvc push -r {name}`"
         return Finding("remotes", "warning" if is_default else "ok", f"{shown}: no credentials", remedy)
-    endpoint = str(remote.get("endpointurl") or "https://s3.amazonaws.com")
     try:
-        _connect(endpoint)
+        remotes.connect(remotes.endpoint(remote))
     except OSError as error:
         return Finding("remotes", "warning", f"{shown}: {error}", "check the network and the remote's endpointurl")
     return Finding("remotes", "ok", f"{shown}: credentials are there, and its endpoint answers")
-
-
-def _connect(url: str) -> None:
-    """Open a connection and close it; raise OSError if nobody answers soon. Behind a proxy nothing is tried."""
-    endpoint = urllib.parse.urlsplit(url)
-    if endpoint.scheme in urllib.request.getproxies():
-        return
-    address = endpoint.hostname or "", endpoint.port or (80 if endpoint.scheme == "http" else 443)
-    try:
-        socket.create_connection(address, timeout=SECONDS_FOR_A_CONNECTION).close()
-    except OSError as error:
-        raise OSError(f"{address[0]}:{address[1]} does not answer ({error.strerror or error})") from None

@@ -1,0 +1,80 @@
+"""What the workflow for pull requests runs, tried here; GitHub itself is not."""
+
+import re
+
+import pytest
+import yaml
+from conftest import Checkout, copy_of
+
+from lathe import paths
+
+WORKFLOW = paths.ROOT / ".github/workflows/pipeline.yaml"
+
+
+@pytest.fixture
+def clone(reproduced: Checkout, tmp_path) -> Checkout:
+    """A fresh clone of a checkout whose outputs are in its remote `local`, without any of them."""
+    origin = copy_of(reproduced, tmp_path / "origin")
+    origin.run("dvc", "push")
+    origin.run("git", "clone", "--quiet", str(origin.root), str(tmp_path / "clone"))
+    clone = Checkout(tmp_path / "clone")
+    clone.run("dvc", "remote", "modify", "--local", "local", "url", str(origin.root / ".storage"))
+    clone.environment["PYTHONPATH"] = str(clone.root / "src")
+    return clone
+
+
+def test_a_lock_of_what_is_committed_is_current_without_its_outputs(clone):
+    done = clone.run(".github/lock.sh")
+    assert done.stdout == "dvc.lock is current: `dvc repro` would run nothing\n"
+    assert not (clone.root / "models/adapter").exists()
+    assert clone.run("git", "status", "--porcelain").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "stage"), [("parameter", "train"), ("code", "quantize@Q8_0"), ("data", "fetch@dataset")]
+)
+def test_a_lock_of_something_else_is_told_by_the_first_stage_that_it_concerns(clone, change, stage):
+    if change == "parameter":
+        clone.set({"training.learning_rate": 0.02})
+    elif change == "code":
+        with (clone.root / "stages/quantize.py").open("a") as script:
+            script.write("# changed\n")
+    else:
+        clone.run("dvc", "pull", "data/local/few.jsonl")
+        rows = (clone.root / "data/local/few.jsonl").read_text().splitlines(keepends=True)
+        clone.run("dvc", "unprotect", "data/local/few.jsonl")
+        (clone.root / "data/local/few.jsonl").write_text("".join(rows[1:]))
+        clone.run("dvc", "add", "data/local/few.jsonl")
+    done = clone.run(".github/lock.sh", check=False)
+    assert done.returncode == 1
+    assert f"`dvc repro` would run {stage} first; run `make repro` and commit" in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_summary_shows_what_changed_and_exits_as_the_gates_do(clone):
+    metrics = clone.json("metrics/evaluate/validation.json")
+    score = metrics["merged"]["rouge_l"]
+    file = clone.root / "metrics/evaluate/validation.json"
+    file.write_text(file.read_text().replace(f'"rouge_l": {score}', '"rouge_l": 0.5'))
+    gates = clone.run("python", "-m", "lathe", "gate", check=False)
+    done = clone.run(".github/summary.sh", "HEAD", check=False)
+    assert done.returncode == gates.returncode == 1
+    assert re.search(r"\| *metrics/evaluate/validation.json *\| *merged.rouge_l *\| *\S+ *\| *0.5 *\|", done.stdout)
+    assert f"### Gates\n\n```\n{gates.stdout}```\n" in done.stdout
+    unchanged = clone.run("git", "checkout", "--quiet", "metrics") and clone.run(
+        ".github/summary.sh", "HEAD", check=False
+    )
+    assert "No score changed." in unchanged.stdout
+
+
+def test_every_step_of_the_workflow_is_a_make_target_and_every_action_of_a_version():
+    targets = set(re.findall(r"^([a-z-]+):", (paths.ROOT / "Makefile").read_text(), re.MULTILINE))
+    jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    for step in steps:
+        if "run" in step:
+            assert re.match(r"make (--silent )?([a-z-]+)", step["run"])[2] in targets, step
+        else:
+            assert re.search(r"@v\d+\.\d+\.\d+$", step["uses"]), step
+    run = " ".join(step.get("run", "") for step in steps)
+    assert all(target in run for target in ("make test", "make ci-lock", "make repro", "make ci-summary"))
