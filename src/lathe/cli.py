@@ -124,6 +124,13 @@ def main() -> None:
     command.add_argument("--out", type=Path, metavar="FILE", help="where the answers go (default: standard output)")
     command.set_defaults(run=lambda args: answer_file(args.file, args.gguf, args.out))
 
+    command = commands.add_parser("mirror", help="send runs to MLflow and W&B: those that were missed, or those named")
+    command.add_argument("revs", nargs="*", metavar="REV", help="a commit, an experiment, or `workspace`")
+    command.add_argument("--mlflow", action="store_true", help="to MLflow alone, enabled or not")
+    command.add_argument("--wandb", action="store_true", help="to Weights & Biases alone, enabled or not")
+    command.add_argument("--follow", type=Path, help=argparse.SUPPRESS)  # the process beside a pipeline
+    command.set_defaults(run=lambda args: mirror(args.revs, args.follow, mlflow=args.mlflow, wandb=args.wandb))
+
     args = parser.parse_args()
     stage.guard(lambda: args.run(args))
 
@@ -240,6 +247,16 @@ def report(out: Path | None) -> None:
     target = out or paths.METRICS / "report/index.html"
     page.write(target, found, experiments.read(paths.ROOT, found.columns))
     sys.stdout.write(f"{target}\n")
+
+
+def mirror(revs: list[str], followed: Path | None, *, mlflow: bool, wandb: bool) -> None:
+    """Send runs to trackers: what was missed, those named, or the one that a stage has just begun."""
+    from lathe.tracking import follow, send
+
+    if followed:
+        follow.follow(followed)
+    asked = {"mlflow": mlflow, "wandb": wandb}
+    sys.exit(send.run(revs, [name for name, wanted in asked.items() if wanted]))
 
 
 def talk(gguf: Path | None, prompt: str | None) -> None:

@@ -7,7 +7,7 @@ the key, the value, the rule and a remedy.
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -53,6 +53,16 @@ def _with_group(pattern: str, what: str) -> str:
     if not _groups(pattern):
         raise ValueError(f"pattern {pattern!r} has no group; put parentheses around the {what}")
     return pattern
+
+
+def plain_address(address: str) -> str:
+    """Return the address of a server, in which no key may stand; raises ValueError, which shows none either."""
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", address):
+        raise ValueError(
+            f"{_shown(re.sub('//.*@|[?#].*', '…', address))} is no plain address; write http(s)://HOST[:PORT][/PATH] "
+            "and put keys into the environment"
+        )
+    return address
 
 
 class Section(BaseModel):
@@ -416,12 +426,7 @@ class Judge(Section):
     @classmethod
     def _plain_address(cls, value: str | None) -> str | None:
         # It is written into dvc.lock and data/judged: a key within would be published.
-        if value is not None and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", value):
-            raise ValueError(
-                f"{_shown(re.sub('//.*@|[?#].*', '…', value))} is no plain address; write http(s)://HOST[:PORT][/PATH] "
-                "and put keys into the environment"
-            )
-        return value
+        return value and plain_address(value)
 
     @model_validator(mode="after")
     def _file_has_no_address(self) -> "Judge":
@@ -515,6 +520,34 @@ class Evaluate(Section):
         return gates
 
 
+class Mlflow(Section):
+    """An MLflow server."""
+
+    enabled: bool = entry("mirror to it; MLFLOW_ENABLED of the environment wins")
+    tracking_uri: Name = entry("its address; MLFLOW_TRACKING_URI of the environment wins")
+    experiment_name: Name = entry("experiment that holds the runs; MLFLOW_EXPERIMENT_NAME of the environment wins")
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _plain_address(cls, value: str) -> str:
+        return plain_address(value)
+
+
+class Wandb(Section):
+    """Weights & Biases."""
+
+    enabled: bool = entry("mirror to it; WANDB_MODE of the environment wins: disabled, or a mode")
+    mode: Literal["online", "offline"] = entry("online: its servers; offline: folders below wandb/, for `wandb sync`")
+    project: Name = entry("project that holds the runs")
+
+
+class Tracking(Section):
+    """Where runs are shown besides: copies of what the stages wrote. No stage depends on it."""
+
+    mlflow: Mlflow
+    wandb: Wandb
+
+
 class Params(Section):
     """The whole of `params.yaml`."""
 
@@ -537,6 +570,7 @@ class Params(Section):
     judge: Judge
     bert_score: BertScore
     evaluate: Evaluate
+    tracking: Tracking
 
     @property
     def scores(self) -> list[str]:
@@ -808,6 +842,13 @@ def _sentence(path: tuple[Any, ...], problems: list[Any], model: type[Section], 
     return f"{file}: {key} is {_shown(given)}; must be {' or '.join(dict.fromkeys(rules))}"
 
 
+def section_of(kind: Any) -> type[Section] | None:
+    """Return the class of the keys that a value of this type has, or its entries where it is a list."""
+    if get_origin(kind) is list:
+        [kind] = get_args(kind)
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
 def _near(name: str, known: list[str]) -> str:
     by_folded = {item.casefold(): item for item in known}
     near = difflib.get_close_matches(name.casefold(), list(by_folded), n=1, cutoff=0.5)
@@ -846,9 +887,11 @@ def _keys(model: type[Section], parent: tuple[Any, ...], tree: Any) -> list[str]
             "datasets": {"builtin": BuiltinDataset, "local": LocalDataset, "hub": HubDataset},
         }
         return list(members[parent[0]][tree["source"]].model_fields)
-    section = model.model_fields[parent[0]].annotation
-    assert isinstance(section, type)
-    assert issubclass(section, Section)
+    section = model
+    for step in parent:
+        # A list's entries are sections where they have keys at all; which of them it is does not matter.
+        if inner := None if isinstance(step, int) else section_of(section.model_fields[step].annotation):
+            section = inner
     return list(section.model_fields)
 
 

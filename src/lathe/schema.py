@@ -2,13 +2,14 @@
 
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from lathe import params
-from lathe.params import Params, Section
+from lathe.params import Params, Section, section_of
 
 
 def markdown() -> str:
@@ -17,14 +18,8 @@ def markdown() -> str:
         "# Parameters",
         "Made by `python -m lathe schema`. Every key must stand in `params.yaml`; no default lives in the code.",
         "## Top level",
-        _table({name: field for name, field in Params.model_fields.items() if not _section(field)}),
+        *_blocks("", Params),
     ]
-    for name, field in Params.model_fields.items():
-        if section := _section(field):
-            blocks += [f"## {name}", section.__doc__ or "", _table(section.model_fields)]
-            for key, inner in section.model_fields.items():
-                if entry := _entry(inner.annotation):
-                    blocks += [f"### {name}.{key}", entry.__doc__ or "", _table(entry.model_fields)]
     blocks += ["# Presets", "Entries of `presets.yaml`; a key that is not needed is left out."]
     for title, preset in (
         ("models: builtin", params.BuiltinModel),
@@ -37,6 +32,19 @@ def markdown() -> str:
         fields = {name: field for name, field in preset.model_fields.items() if name != "source"}
         blocks += [f"## {title}", preset.__doc__ or "", *([_table(fields)] if fields else [])]
     return "\n\n".join(blocks) + "\n"
+
+
+def _blocks(name: str, section: type[Section]) -> Iterator[str]:
+    """Yield the table of a section's own keys, then the sections within it and the entries of its lists."""
+    own = {key: field for key, field in section.model_fields.items() if not _section(field)}
+    if own:
+        yield _table(own)
+    for key, field in section.model_fields.items():
+        if (inner := section_of(field.annotation)) is None:
+            continue
+        yield f"{'##' if _section(field) else '###'} {name}{key}"
+        yield inner.__doc__ or ""
+        yield from _blocks(f"{name}{key}.", inner)
 
 
 def comment(field: FieldInfo) -> str:
@@ -56,16 +64,7 @@ def _table(fields: dict[str, FieldInfo]) -> str:
 
 
 def _section(field: FieldInfo) -> type[Section] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
-
-
-def _entry(kind: Any) -> type[Section] | None:
-    """Return the class of a list's entries where these have keys of their own."""
-    if typing.get_origin(kind) is list:
-        [item] = typing.get_args(kind)
-        return item if isinstance(item, type) and issubclass(item, Section) else None
-    return None
+    return None if typing.get_origin(field.annotation) is list else section_of(field.annotation)
 
 
 def _unit(field: FieldInfo) -> str | None:
@@ -81,7 +80,7 @@ def _type(kind: Any) -> str:
         return " or ".join(_type(argument) for argument in arguments)
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)
-    if _entry(kind):
+    if section_of(kind):
         return "list, see below"
     if origin is list:
         return f"list of {_type(arguments[0])}"

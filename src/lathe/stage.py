@@ -17,6 +17,7 @@ from typing import NoReturn
 from lathe import launch, track
 from lathe.errors import InputError, Interrupted
 from lathe.params import Config, load
+from lathe.tracking import start
 
 # What a stage measured besides seconds and memory, such as {"tokens_per_second": 812.5}.
 Speeds = dict[str, float]
@@ -34,7 +35,7 @@ def run(main: Callable[[Config], Speeds | None]) -> None:
     """Run a stage that does one thing; its script's docstring is the help text."""
     name, parser = _parser(main)
     parser.parse_args()
-    guard(lambda: _timed(name, None, lambda: main(load())))
+    guard(lambda: _timed(name, None, lambda: main(_loaded(name))))
 
 
 def run_on_machines(main: Callable[[Config, int | None], Speeds | None]) -> None:
@@ -50,7 +51,7 @@ def run_on_machines(main: Callable[[Config, int | None], Speeds | None]) -> None
     if machine_rank:  # the first machine writes the timings
         guard(lambda: main(load(), machine_rank))
     else:
-        guard(lambda: _timed(name, None, lambda: main(load(), machine_rank)))
+        guard(lambda: _timed(name, None, lambda: main(_loaded(name), machine_rank)))
 
 
 def run_items(main: Callable[[Config, str], Speeds | None], items: Callable[[Config], list[str]]) -> None:
@@ -63,7 +64,7 @@ def run_items(main: Callable[[Config, str], Speeds | None], items: Callable[[Con
     chosen = parser.parse_args().items
 
     def each() -> None:
-        config = load()
+        config = _loaded(name)
         known = items(config)
         for item in chosen:
             if item not in known:
@@ -72,6 +73,14 @@ def run_items(main: Callable[[Config, str], Speeds | None], items: Callable[[Con
             _timed(name, item, lambda item=item: main(config, item), known)  # type: ignore[misc]
 
     guard(each)
+
+
+def _loaded(name: str) -> Config:
+    """Return the parameters, and let what mirrors the run know that this stage of it has begun."""
+    config = load()
+    if "DVC_STAGE" in os.environ and not launch.is_worker():
+        start.begun(name, config.params.tracking)
+    return config
 
 
 def guard(action: Callable[[], object]) -> None:

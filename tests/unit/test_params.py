@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from dvc.utils.serialize import load_yaml
+from pydantic.fields import FieldInfo
 
 from lathe import params, paths, schema
 from lathe.errors import InputError
@@ -119,6 +120,23 @@ def test_the_judge_and_bert_score_add_their_scores():
         ("seed: 42", "seed: null", "seed is null; must be integer"),
         ("seed: 42", "seed: true", "seed is True; must be integer"),
         ("seed: 42", "seed: -1", "seed is -1; must be greater than or equal to 0"),
+        (
+            "    experiment_name: lathe",
+            "    experiment_nam: lathe",
+            "tracking.mlflow.experiment_nam is not a known key; did you mean 'experiment_name'?",
+        ),
+        ("  mlflow: #", "  mlflo: #", "tracking.mlflo is not a known key; did you mean 'mlflow'?"),
+        (
+            "    - name: json_fields",
+            "    - nam: json_fields",
+            "grpo.rewards.1.nam is not a known key; did you mean 'name'?",
+        ),
+        (
+            "tracking_uri: http://127.0.0.1:5000",
+            "tracking_uri: http://me:secret@mlflow.example",
+            "tracking.mlflow.tracking_uri: 'http:…mlflow.example' is no plain address; write http(s)://HOST[:PORT]"
+            "[/PATH] and put keys into the environment",
+        ),
         ("  r: 16", "  r: 1.5", "lora.r is 1.5; must be integer"),
         ("  r: 16", "  r: '16'", "lora.r is '16'; must be integer"),
         (
@@ -286,19 +304,24 @@ def test_an_override_written_by_dvc_in_scientific_notation_is_a_number(tmp_path)
     assert params.load(tmp_path / "params.yaml").params.training.learning_rate == 5e-05
 
 
+def leaves(section: type[params.Section], parents: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], FieldInfo]]:
+    """The keys that hold a value, in sections and in sections within them, each with its path."""
+    found: list[tuple[tuple[str, ...], FieldInfo]] = []
+    for key, field in section.model_fields.items():
+        kind, path = field.annotation, (*parents, key)
+        if isinstance(kind, type) and issubclass(kind, params.Section):
+            found += leaves(kind, path)
+        else:
+            found.append((path, field))
+    return found
+
+
 def test_every_key_of_params_yaml_carries_its_documented_meaning_and_unit():
     lines = paths.PARAMS.read_text().splitlines()
-    for name, field in params.Params.model_fields.items():
-        kind = field.annotation
-        is_section = isinstance(kind, type) and issubclass(kind, params.Section)
-        for key, described in (kind.model_fields if is_section else {name: field}).items():
-            indent = "  " if is_section else ""
-            written = [line for line in lines if re.match(rf"{indent}{key}:", line)]
-            assert any(line.endswith(f" # {schema.comment(described)}") for line in written), (
-                name,
-                key,
-                written,
-            )
+    for path, described in leaves(params.Params):
+        *parents, key = path
+        written = [line for line in lines if re.match(rf"{'  ' * len(parents)}{key}:", line)]
+        assert any(line.endswith(f" # {schema.comment(described)}") for line in written), (path, written)
 
 
 def test_the_parameter_page_is_what_the_schema_prints():
@@ -312,8 +335,5 @@ def test_every_key_is_read_by_the_code():
         for file in sorted((paths.ROOT / folder).rglob("*.py"))
         if file.name not in {"params.py", "schema.py"}
     )
-    for section, field in params.Params.model_fields.items():
-        kind = field.annotation
-        keys = kind.model_fields if isinstance(kind, type) and issubclass(kind, params.Section) else [section]
-        for key in keys:
-            assert re.search(rf"\.{key}\b", code), f"{section}.{key} is never read"
+    for path, _ in leaves(params.Params):
+        assert re.search(rf"\.{path[-1]}\b", code), f"{'.'.join(path)} is never read"

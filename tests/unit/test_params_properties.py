@@ -45,6 +45,7 @@ CHECKED_FURTHER = {
     "grpo.per_device_train_batch_size",
     "grpo.num_generations",
     "judge.base_url",
+    "tracking.mlflow.tracking_uri",
 }
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

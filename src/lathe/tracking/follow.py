@@ -1,0 +1,177 @@
+"""The process beside the pipeline: it mirrors the curves while they are written, and the whole run when DVC has ended.
+
+It runs at the lowest priority, in a session of its own, with nothing of the stages' open: whatever becomes of a server,
+or of this process, no stage waits for it. What could not be sent stays in .scratch/mirror/pending, from where
+`python -m lathe mirror` sends it.
+"""
+
+import logging
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from lathe import paths
+from lathe.errors import InputError
+from lathe.params import load
+from lathe.tracking import copies, pending, targets
+from lathe.tracking.mirror import Mirror, UnreachableError, mirror_of
+from lathe.tracking.record import Context, Curves, Record, read_curves
+
+logger = logging.getLogger(__name__)
+
+WATCH_SECONDS = 0.5  # between two looks at whether DVC is there
+SEND_SECONDS = 2.0  # between two looks at the curves
+LONGEST_PAUSE_SECONDS = 30.0  # before a tracker that is away is asked again
+PATIENCE_SECONDS = 60.0  # that a tracker has when the pipeline has ended
+QUEUE_SECONDS = 30.0  # that DVC's queue has to make a commit of an experiment, when its process has ended
+
+
+def follow(mark: Path) -> None:
+    """Mirror the run of the DVC process that the folder `mark` names (`lathe.tracking.start`), and end this process."""
+    os.nice(19)
+    context = Context.of_search(os.environ)
+    chosen, _ = targets.targets(load().params.tracking, os.environ)
+    folder = pending.PENDING / f"{mark.name}-{int(time.time())}"
+    folder.mkdir(parents=True)
+    with pending.claimed(folder):
+        live = _as_begun(folder / "begun", context)
+        senders = [_Sender(mirror_of(target, live)) for target in chosen]
+        for sender in senders:
+            sender.start()
+        _watch(mark, senders)
+        _forget_ended(mark.parent)
+        record = _collected(live, folder / pending.RUN)
+        if record:
+            pending.remember(folder, chosen)  # should this process be killed
+        for sender in senders:
+            sender.end(record)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        for sender in senders:
+            sender.join(max(0.0, deadline - time.monotonic()))
+        left = [sender.mirror.target for sender in senders if not sender.done]
+        if record and left:
+            pending.remember(folder, left)
+            logger.warning("%s: not all was sent; `python -m lathe mirror` does", " and ".join(map(str, left)))
+        else:
+            shutil.rmtree(folder)
+    logging.shutdown()
+    os._exit(0)  # a client that waits for its server would keep this process
+
+
+def _as_begun(folder: Path, context: Context) -> Record:
+    """Keep the parameters that the run began with: an experiment's folder goes, and users edit theirs."""
+    folder.mkdir()
+    for name in ("params.yaml", "presets.yaml"):
+        shutil.copy2(paths.ROOT / name, folder / name)
+    return Record(folder, context)
+
+
+def _watch(mark: Path, senders: "list[_Sender]") -> None:
+    """Hand over the curves of the training as they grow, until DVC is gone."""
+    training, read = mark / "training", 0.0
+    while _is_running(mark):
+        time.sleep(WATCH_SECONDS)
+        if training.exists() and time.monotonic() > read + SEND_SECONDS:
+            read = time.monotonic()
+            try:
+                curves = read_curves(paths.ROOT, since=training.stat().st_mtime)
+            except FileNotFoundError:  # dvclive begins its folder anew
+                continue
+            for sender in senders:
+                sender.curves = curves
+
+
+def _forget_ended(marks: Path) -> None:
+    for mark in marks.iterdir():
+        if not _is_running(mark):
+            shutil.rmtree(mark, ignore_errors=True)  # another follower may do the same
+
+
+def _is_running(mark: Path) -> bool:
+    pid, _, created = mark.name.partition("-")
+    try:
+        process = psutil.Process(int(pid))
+        return f"{process.create_time():.2f}" == created and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _collected(live: Record, folder: Path) -> Record | None:
+    """Copy what the run left to `folder`, from its commit if it is an experiment; None where it did not end well."""
+    name = live.context.experiment
+    folder.mkdir()
+    until = time.monotonic() + (QUEUE_SECONDS if paths.ROOT != paths.MAIN else 0.0)
+    while name:
+        try:
+            record = copies.of_commit(copies.experiment(name), folder, live.context)
+        except InputError as error:
+            if time.monotonic() < until:
+                time.sleep(WATCH_SECONDS)
+                continue
+            logger.info("%s", error)
+            break
+        if record.digest == live.digest:
+            return record
+        break  # an earlier one of the same name
+    if paths.ROOT != paths.MAIN:
+        return None
+    shutil.rmtree(folder)
+    folder.mkdir()
+    record = copies.of_workspace(paths.ROOT, folder, live.context)
+    if record.digest != live.digest or copies.out_of_place(paths.ROOT):
+        return None
+    return record
+
+
+class _Sender(threading.Thread):
+    """Sends to one tracker, so that a slow one holds up no other. `curves` are the last that were read."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        super().__init__(daemon=True)
+        self.mirror = mirror
+        self.curves: Curves = {}
+        self.done = False
+        self._ended = threading.Event()
+        self._record: Record | None = None
+
+    def end(self, record: Record | None) -> None:
+        """Let it send the whole run, or say of it that it was cut short."""
+        self._record = record
+        self._ended.set()
+
+    def run(self) -> None:
+        """Send until all is sent, however often that fails."""
+        pause, said = SEND_SECONDS, ""
+        while not self.done:
+            try:
+                with self.mirror.alone():
+                    while not self.done:
+                        self._send_once()
+                        pause, said = SEND_SECONDS, ""
+                        self._ended.wait(SEND_SECONDS)
+            except UnreachableError as error:
+                if str(error) != said:
+                    said = str(error)
+                    logger.warning("%s: %s", self.mirror.target, said)
+                if self._ended.is_set():
+                    time.sleep(SEND_SECONDS)
+                else:
+                    self._ended.wait(pause)
+                    pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _send_once(self) -> None:
+        if not self._ended.is_set():
+            if self.curves:
+                self.mirror.update(self.curves)
+            return
+        if self._record:
+            sent = self.mirror.finish(self._record)
+            logger.info("%s: complete, %d points at the end: %s", self.mirror.target, sent, self.mirror.address)
+        else:
+            self.mirror.interrupted()
+            logger.info("%s: the run did not come to its end", self.mirror.target)
+        self.done = True

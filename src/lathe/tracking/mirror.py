@@ -1,0 +1,65 @@
+"""What every tracker does with a run."""
+
+import contextlib
+import fcntl
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+from lathe.tracking.record import Curves, Record
+from lathe.tracking.start import SCRATCH
+from lathe.tracking.targets import MlflowTarget, Target
+
+
+class UnreachableError(Exception):
+    """The tracker is away, too slow, or refuses; the message is one line. What was asked may be asked again."""
+
+
+class Mirror(ABC):
+    """One run at one tracker. Every method raises UnreachableError, after which it may be called again."""
+
+    def __init__(self, target: Target, record: Record) -> None:
+        self.target, self.record = target, record
+
+    @property
+    @abstractmethod
+    def address(self) -> str | None:
+        """Where the run can be looked at; None before it is there."""
+
+    @abstractmethod
+    def update(self, curves: Curves) -> int:
+        """Send the points that are not there yet; return how many. The run begins with the first of them."""
+
+    @abstractmethod
+    def finish(self, record: Record) -> int:
+        """Send all that is not there yet and end the run; return the number of points."""
+
+    @abstractmethod
+    def interrupted(self) -> None:
+        """Say of a run that has begun that it was cut short."""
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from sending this run. Raises UnreachableError while one does."""
+        key = hashlib.sha256(
+            f"{self.target} {self.record.digest} {self.record.context.experiment}".encode()
+        ).hexdigest()
+        file = SCRATCH / f"locks/{key[:32]}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UnreachableError("another process is sending this run") from None
+            yield
+
+
+def mirror_of(target: Target, record: Record) -> Mirror:
+    """Return the run of `record` at `target`; nothing is asked of it yet."""
+    if isinstance(target, MlflowTarget):
+        from lathe.tracking.to_mlflow import MlflowMirror
+
+        return MlflowMirror(target, record)
+    from lathe.tracking.to_wandb import WandbMirror
+
+    return WandbMirror(target, record)

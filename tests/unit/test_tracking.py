@@ -1,0 +1,140 @@
+"""What is mirrored, where to, and what is known to be there already."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lathe import params, paths
+from lathe.errors import InputError
+from lathe.tracking import record, targets
+from lathe.tracking.record import Context, Record
+from lathe.tracking.targets import MlflowTarget, WandbTarget
+
+
+def tracking(**changes):
+    tree = params.load().params.tracking.model_dump()
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        tree[section][name] = value
+    return params.Tracking.model_validate(tree)
+
+
+def test_nothing_is_mirrored_unless_it_is_asked_for():
+    assert targets.targets(params.load().params.tracking, {}) == ([], [])
+
+
+def test_the_environment_wins_over_the_parameters_and_says_so():
+    environment = {
+        "MLFLOW_ENABLED": "true",
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9/",
+        "MLFLOW_EXPERIMENT_NAME": "mine",
+        "WANDB_MODE": "offline",
+    }
+    chosen, said = targets.targets(tracking(), environment)
+    assert chosen == [MlflowTarget("http://127.0.0.1:9", "mine"), WandbTarget("offline", "lathe")]
+    for variable in environment:
+        assert any(variable in line for line in said), variable
+    off = {"MLFLOW_ENABLED": "0", "WANDB_MODE": "disabled"}
+    assert targets.targets(tracking(mlflow__enabled=True, wandb__enabled=True), off)[0] == []
+
+
+def test_a_variable_that_says_what_the_parameters_say_is_not_worth_a_line():
+    chosen, said = targets.targets(tracking(mlflow__enabled=True), {"MLFLOW_ENABLED": "true"})
+    assert len(chosen) == 1
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"MLFLOW_ENABLED": "on"}, "MLFLOW_ENABLED is 'on'; must be one of 1, true, yes, 0, false, no"),
+        ({"WANDB_MODE": "dryrun"}, "WANDB_MODE is 'dryrun'; must be one of online, offline, disabled"),
+        (
+            {"MLFLOW_ENABLED": "1", "MLFLOW_TRACKING_URI": "http://me:secret@host"},
+            "MLFLOW_TRACKING_URI: 'http:…host' is no plain address; write http(s)://HOST[:PORT][/PATH] and put keys "
+            "into the environment, MLFLOW_TRACKING_PASSWORD for one",
+        ),
+    ],
+)
+def test_a_variable_of_no_use_is_refused_and_no_secret_shown(environment, message):
+    with pytest.raises(InputError) as caught:
+        targets.targets(tracking(), environment)
+    assert str(caught.value) == message
+
+
+def test_what_is_named_is_chosen_enabled_or_not():
+    [chosen], _ = targets.targets(tracking(mlflow__enabled=True), {}, asked=["wandb"])
+    assert chosen == WandbTarget("offline", "lathe")
+    assert targets.from_json(targets.as_json(chosen)) == chosen
+
+
+def of_this_checkout(context: Context | None = None) -> Record:
+    return Record(paths.ROOT, context or Context())
+
+
+def test_the_parameters_of_a_run_are_all_but_where_it_is_mirrored_to():
+    parameters = of_this_checkout().parameters
+    assert parameters["training.learning_rate"] == 0.006
+    assert parameters["presets.model.source"] == "builtin"
+    assert not [key for key in parameters if key.startswith("tracking")]
+
+
+def test_the_scores_are_the_numbers_of_metrics_evaluate():
+    scores = of_this_checkout().scores
+    report = json.loads((paths.ROOT / "metrics/evaluate/validation.json").read_text())
+    assert scores["evaluate/validation/merged/exact_match"] == report["merged"]["exact_match"]
+    assert not [key for key in scores if "intervals" in key or "deltas" in key]
+
+
+def test_the_curves_are_those_of_the_dvclive_files():
+    curves = of_this_checkout().curves
+    lines = (paths.ROOT / "metrics/train/plots/metrics/train/loss.tsv").read_text().splitlines()[1:]
+    assert curves["train/loss"] == [(int(line.split("\t")[0]), float(line.split("\t")[1])) for line in lines]
+    assert "speed/train/tokens_per_second" in curves
+    assert of_this_checkout().last_step == curves["train/loss"][-1][0]
+
+
+def test_a_point_whose_line_is_not_yet_whole_waits(tmp_path: Path):
+    file = tmp_path / "metrics/train/plots/metrics/train/loss.tsv"
+    file.parent.mkdir(parents=True)
+    file.write_text("step\tloss\n1\t2.5\n2\t2.")
+    assert record.read_curves(tmp_path) == {"train/loss": [(1, 2.5)]}
+    assert record.read_curves(tmp_path, since=file.stat().st_mtime + 1) == {}
+
+
+def test_only_points_that_are_not_known_are_sent():
+    curves = {"train/loss": [(1, 2.5), (2, 2.0)], "eval/loss": [(1, 3.0)]}
+    assert record.missing({"train/loss": {1: 2.5}}, curves) == [("eval/loss", 1, 3.0), ("train/loss", 2, 2.0)]
+    assert record.missing({"train/loss": {1: 2.5, 2: 2.0}, "eval/loss": {1: 3.0}}, curves) == []
+
+
+def test_a_run_with_another_point_is_another_run():
+    curves = {"train/loss": [(1, 2.5), (2, 2.0)], "speed/train/tokens_per_second": [(1, 10.0)]}
+    same = {"train/loss": {1: 2.5}}
+    assert not record.contradicts(same, curves, whole=True)
+    assert record.contradicts({"train/loss": {1: 2.4}}, curves, whole=False)
+    assert not record.contradicts({"speed/train/tokens_per_second": {1: 11.0}}, curves, whole=True)
+    longer = {"train/loss": {1: 2.5, 2: 2.0, 3: 1.5}}
+    assert not record.contradicts(longer, curves, whole=False)
+    assert record.contradicts(longer, curves, whole=True)
+
+
+def test_a_run_is_called_as_its_experiment_and_tagged_with_its_trial():
+    found = of_this_checkout(Context(experiment="rates-3", study="rates", trial="3", sampler="TPESampler"))
+    assert found.name == "rates-3"
+    assert found.tags == {
+        "model": "tiny",
+        "dataset": "commands",
+        "experiment": "rates-3",
+        "study": "rates",
+        "trial": "3",
+        "sampler": "TPESampler",
+    }
+    assert of_this_checkout().name.startswith("tiny-commands-")
+
+
+def test_what_a_search_tells_its_trials_is_read_from_the_environment():
+    told = {"LATHE_STUDY": "rates", "LATHE_TRIAL": "3", "LATHE_SAMPLER": "TPESampler", "DVC_EXP_NAME": "rates-3"}
+    assert Context.of_search(told) == Context(None, "rates-3", "rates", "3", "TPESampler")
+    assert Context.of_search({}) == Context()
