@@ -14,7 +14,20 @@ import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lathe import artifacts, compare, doctor, experiments, general_text, paths, preflight, recipes, remotes, stage, trace, verify
+from lathe import (
+    artifacts,
+    compare,
+    doctor,
+    experiments,
+    general_text,
+    paths,
+    preflight,
+    recipes,
+    remotes,
+    stage,
+    trace,
+    verify,
+)
 from lathe.errors import InputError
 from lathe.overrides import applied
 from lathe.params import SPLITS, Config, did_you_mean, load, read_yaml
@@ -130,6 +143,33 @@ def main() -> None:
     command.add_argument("--wandb", action="store_true", help="to Weights & Biases alone, enabled or not")
     command.add_argument("--follow", type=Path, help=argparse.SUPPRESS)  # the process beside a pipeline
     command.set_defaults(run=lambda args: mirror(args.revs, args.follow, mlflow=args.mlflow, wandb=args.wandb))
+
+    command = commands.add_parser("search", help="search for parameters: Optuna drives experiments of DVC")
+    command.add_argument(
+        "file",
+        nargs="?",
+        type=Path,
+        default=paths.ROOT / "experiments/search/default.yaml",
+        metavar="FILE",
+        help="what to search (default: experiments/search/default.yaml)",
+    )
+    command.add_argument("--n-trials", type=int, metavar="N", help="trials of the whole study (default: the file's)")
+    command.add_argument("--timeout", type=float, metavar="SECONDS", help="begin no trial after so long")
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at once, one GPU each (default: 1)")
+    command.add_argument(
+        "--storage",
+        metavar="URL",
+        help="database that several machines share; or set LATHE_SEARCH_STORAGE",
+    )
+    command.add_argument(
+        "--apply",
+        nargs="?",
+        const="",
+        metavar="EXPERIMENT",
+        help="put the best experiment into the workspace",
+    )
+    command.add_argument("-S", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as in dvc")
+    command.set_defaults(run=search)
 
     args = parser.parse_args()
     stage.guard(lambda: args.run(args))
@@ -303,6 +343,13 @@ def answer_file(file: Path, gguf: Path | None, out: Path | None) -> None:
             stack.enter_context(stack.enter_context(paths.whole_file(out)).open("wb")) if out else sys.stdout.buffer
         )
         infer(generator, file, target, max_new_tokens=settings.max_new_tokens)
+
+
+def search(args: argparse.Namespace) -> None:
+    """Run a search to its end and say what is best, or put the best experiment into the workspace."""
+    from lathe.search import command
+
+    command.run(args, applied)
 
 
 def _best_gguf() -> Path:

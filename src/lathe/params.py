@@ -787,6 +787,30 @@ def read_yaml(file: Path) -> Any:
         raise InputError(f"{file.name}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
+def problems_of(key: str, value: Any, tree: dict[str, Any], where: str) -> list[str]:
+    """Return what is wrong with one key's `value` in a tree of parameters; rules between keys are left out.
+
+    `where` stands before each sentence: the file, and the line if it is known.
+    """
+    *parents, last = key.split(".")
+    changed = section = dict(tree)
+    for parent in parents:
+        inner = section.get(parent)
+        if not isinstance(inner, dict):
+            return [f"{where}: {key} is not a known key; {did_you_mean(parent, list(section))}"]
+        section[parent] = section = dict(inner)
+    section[last] = value
+    try:
+        Params.model_validate(changed)
+    except ValidationError as error:
+        found = [problem for problem in error.errors() if problem["loc"][: len(parents) + 1] == (*parents, last)]
+        by_path: dict[tuple[Any, ...], list[Any]] = {}
+        for problem in found:
+            by_path.setdefault(_path_in_file(problem["loc"], changed, missing=False), []).append(problem)
+        return [_sentence(path, problems, Params, changed, where) for path, problems in by_path.items()]
+    return []
+
+
 def did_you_mean(name: str, known: list[str]) -> str:
     """Return `did you mean 'X'?` for a near name, whatever its case, else the list of known ones."""
     return _near(name, known) or f"known: {', '.join(sorted(map(_printed, known)))}"

@@ -50,7 +50,8 @@ class Progress:
         if self.total is None:
             logger.info("%s: %s", self.task, self._counted(self.done))
         else:
-            left = (now - self.started) / self.done * (self.total - self.done) if self.done else float("inf")
+            since_start = self.done - self.before
+            left = (now - self.started) / since_start * (self.total - self.done) if since_start else float("inf")
             logger.info(
                 "%s: %s of %s, %.0f s left", self.task, self._number(self.done), self._counted(self.total), left
             )

@@ -186,7 +186,7 @@ def test_a_part_that_is_there_leaves_no_such_sentence(run):
 
 def test_one_file_alone_is_enough_for_a_page(tmp_path):
     report_run.write_json(tmp_path / "metrics/fetch/model.json", {"name": "tiny", "source": "builtin"})
-    assert rendered(tmp_path).count('class="absent"') == 13
+    assert rendered(tmp_path).count('class="absent"') == 14
 
 
 def test_where_nothing_was_measured_the_remedy_is_named(tmp_path):
@@ -337,3 +337,41 @@ def test_where_dvc_cannot_be_asked_the_page_says_why(tmp_path):
     found = experiments.read(tmp_path, {})
     assert found.rows == []
     assert found.problem.startswith("`dvc exp show` gave none: ")
+
+
+def searched(root: Path, name: str, objectives: list[str], scores: list[list[float] | None], best: list[int]) -> None:
+    """What a search leaves."""
+    study = {
+        "study": name,
+        "objectives": [{"metric": metric, "direction": "maximize"} for metric in objectives],
+        "overrides": {"training.max_steps": "30"},
+        "best": [f"{name}-{number}" for number in best],
+        "trials": [
+            {
+                "experiment": f"{name}-{number}",
+                "parameters": {"lora.r": 4 * number},
+                "scores": dict(zip(objectives, values, strict=True)) if values else {},
+                "reason": None if values else "train: error: <b>no</b>",
+            }
+            for number, values in enumerate(scores)
+        ],
+    }
+    report_run.write_json(root / f"metrics/search/{name}/study.json", study)
+    if len(objectives) == 1:
+        so_far = [max(row[0] for row in scores[: at + 1] if row) for at in range(len(scores)) if scores[at]]
+        rows = [{"trial": at, "best": height} for at, height in enumerate(so_far)]
+        report_run.write_table(root / f"metrics/search/{name}/course.tsv", rows, "\t")
+
+
+def test_a_search_is_shown_with_its_trials_the_best_first(run):
+    searched(run, "rate", ["merged.exact_match"], [[0.25], None, [0.75], [0.5]], [2])
+    searched(run, "size", ["Q4_K_M.exact_match", "Q4_K_M.bytes"], [[0.9, 800.0], [0.7, 500.0], [0.5, 900.0]], [0, 1])
+    html = rendered(run)
+    section = html[html.index('<section id="search"') : html.index('<section id="time"')]
+    assert section.index("rate-2") < section.index("rate-0") < section.index("rate-1")
+    assert "&lt;b&gt;no" in section
+    assert "<b>no" not in section
+    assert "training.max_steps=30" in section
+    assert 'data-source="metrics/search/rate/study.json#/trials/2/scores/merged.exact_match"' in section
+    assert 'data-points="metrics/search/rate/course.tsv"' in section
+    assert section.count("data-x-source") == 2, "the Pareto front"

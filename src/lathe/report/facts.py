@@ -134,6 +134,26 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Search:
+    """A study of `lathe search`, and the course of its best score where it has one objective."""
+
+    study: Value
+    course: Value | None
+
+    @property
+    def objectives(self) -> list[str]:
+        """The scores that it went by."""
+        return [objective.content["metric"] for objective in self.study.get("objectives") or ()]
+
+    @property
+    def trials(self) -> list[Value]:
+        """Its trials, the best ones first."""
+        best = self.study.content["best"]
+        trials = list(self.study.get("trials") or ())
+        return sorted(trials, key=lambda each: each.content["experiment"] not in best)
+
+
+@dataclass(frozen=True)
 class Curve:
     """One quantity of training in the course of its steps: the files of training and validation that have it."""
 
@@ -170,6 +190,7 @@ class Facts:
     worst: dict[str, list[Value]]
     reasons: dict[str, dict[int, str]]
     timings: list[tuple[str, Value]]
+    searches: list[Search]
 
     @cached_property
     def best(self) -> str | None:
@@ -255,7 +276,16 @@ def gather(root: Path, *, seed: int, primary_metric: str) -> Facts:
         worst=_worst(root, artifacts),
         reasons=_reasons(root, artifacts),
         timings=_timings(root),
+        searches=_searches(root),
     )
+
+
+def _searches(root: Path) -> list[Search]:
+    found = sorted((root / "metrics/search").glob("*/study.json"))
+    names = [str(file.relative_to(root).parent) for file in found]
+    return [
+        Search(study, read(root, f"{name}/course.tsv")) for name in names if (study := read(root, f"{name}/study.json"))
+    ]
 
 
 def _parameters(lock: Value | None) -> list[tuple[str, Value]]:

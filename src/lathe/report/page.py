@@ -18,7 +18,7 @@ from markupsafe import Markup
 from lathe import paths
 from lathe.report import plots, texts
 from lathe.report.experiments import Experiments
-from lathe.report.facts import UNTRAINED, Facts, Split
+from lathe.report.facts import UNTRAINED, Facts, Search, Split
 from lathe.report.values import Value
 from lathe.scores.metrics import goodness
 
@@ -83,6 +83,7 @@ def render(facts: Facts, experiments: Experiments) -> str:
         size_plots=size_plots(facts),
         curves=curve_plots(facts),
         lengths=length_plot(facts),
+        search_plots=[plot for plot in map(search_plot, facts.searches) if plot],
     )
 
 
@@ -265,3 +266,25 @@ def length_plot(facts: Facts) -> plots.Plot | None:
         if rows:
             series[part] = rows
     return plots.curves("Lengths of the training rows", series, x="tokens", y="rows", x_label="tokens", y_label="rows")
+
+
+def search_plot(search: Search) -> plots.Plot | None:
+    """Draw how the best score of a search rose or fell, or of two objectives what the best trials have of both."""
+    name = search.study.content["study"]
+    if search.course:
+        label = search.objectives[0]
+        series = {"best so far": list(search.course)}
+        return plots.curves(f"Search {name}", series, x="trial", y="best", x_label="trial", y_label=label)
+    if len(search.objectives) != 2:
+        return None
+    up, across = search.objectives
+    best = [trial for trial in search.trials if trial.content["experiment"] in search.study.content["best"]]
+    points = [
+        plots.Point(trial.content["experiment"], x, y)
+        for trial in best
+        if (x := trial.get("scores", across)) and (y := trial.get("scores", up))
+    ]
+    if not points:
+        return None
+    axis = plots.across([point.x.content for point in points])
+    return plots.scatter(f"Search {name}: best trials", points, axis, x_label=across, y_label=up)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lathe import artifacts, paths, trace
+from lathe import artifacts, paths, revisions
 from lathe.errors import InputError
 from lathe.lineage import digest
 from lathe.params import did_you_mean, read_yaml
@@ -52,7 +52,7 @@ def resolve(rev: str) -> tuple[str, str | None]:
 
     Raises InputError.
     """
-    names = trace.experiments(paths.MAIN)
+    names = {each.commit: each.name for each in revisions.experiments(paths.MAIN)}
     if rev in names.values():
         return experiment(rev), rev
     done = subprocess.run(
@@ -71,7 +71,7 @@ def resolve(rev: str) -> tuple[str, str | None]:
 
 def experiment(name: str) -> str:
     """Return the commit of the experiment of that name. Raises InputError where there is none, or several."""
-    commits = [commit for commit, each in trace.experiments(paths.MAIN).items() if each == name]
+    commits = [each.commit for each in revisions.experiments(paths.MAIN) if each.name == name]
     if len(commits) != 1:
         raise InputError(f"{name}: names {len(commits) or 'no'} experiments; give the commit (`dvc exp list --sha`)")
     return commits[0]

@@ -1,0 +1,167 @@
+"""What a search found: a file and pictures in metrics/search, and the best experiment put into the workspace.
+
+metrics/search is not in Git, like the report: a study belongs to its storage, not to a commit, and its trials must not
+find the results of others among their files.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lathe import paths
+from lathe.errors import InputError
+from lathe.search import trial
+from lathe.search.study import ENVIRONMENT, EXPERIMENT, REASON, SETTING, Study
+
+if TYPE_CHECKING:
+    import optuna
+
+logger = logging.getLogger(__name__)
+
+FOLDER = paths.METRICS / "search"
+FEWEST_FOR_IMPORTANCE = 4  # trials with scores; below, nothing can be said
+
+
+def write(study: Study, folder: Path) -> None:
+    """Write `study.json`, the course of the best score and the pictures into the study's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with paths.whole_file(folder / "study.json") as partial:
+        partial.write_text(json.dumps(summary(study), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if rows := course(study):
+        with paths.whole_file(folder / "course.tsv") as partial:
+            lines = ["trial\tbest", *(f"{row['trial']}\t{row['best']}" for row in rows)]
+            partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw(study, folder)
+
+
+def summary(study: Study) -> dict[str, Any]:
+    """Return the study as JSON holds it: what was searched, every trial, and which are the best."""
+    plan, trials = study.plan, study.trials()
+    setting = study.optuna_study.user_attrs[SETTING]
+    return {
+        "study": plan.study,
+        "sampler": plan.sampler,
+        "objectives": [objective.model_dump() for objective in plan.objectives],
+        "overrides": setting["overrides"],
+        "environment": study.optuna_study.user_attrs.get(ENVIRONMENT, {}),
+        "best": [name_of(study, one) for one in best(study)],
+        "importance": importances(study),
+        "trials": [
+            {
+                "experiment": name_of(study, one),
+                "number": one.number,
+                "state": one.state.name.lower(),
+                "parameters": one.params,
+                "scores": dict(zip((o.metric for o in plan.objectives), one.values, strict=True)) if one.values else {},
+                "commit": one.user_attrs.get(EXPERIMENT),
+                "reason": one.user_attrs.get(REASON),
+                "seconds": one.duration.total_seconds() if one.duration else None,
+            }
+            for one in trials
+        ],
+    }
+
+
+def best(study: Study) -> list["optuna.trial.FrozenTrial"]:
+    """Return the best trials: one, or of several objectives those that none other is better than in all."""
+    if not any(one.values for one in study.trials()):
+        return []
+    if len(study.plan.objectives) == 1:
+        return [study.optuna_study.best_trial]
+    return sorted(study.optuna_study.best_trials, key=lambda one: one.number)
+
+
+def course(study: Study) -> list[dict[str, float]]:
+    """Return the best score so far after each trial; empty for several objectives."""
+    if len(study.plan.objectives) > 1:
+        return []
+    better = max if study.plan.objectives[0].direction == "maximize" else min
+    rows: list[dict[str, float]] = []
+    for one in study.trials():
+        if one.values:
+            score = one.values[0]
+            so_far = better(score, rows[-1]["best"]) if rows else score
+            rows.append({"trial": one.number, "best": so_far})
+    return rows
+
+
+def importances(study: Study) -> dict[str, float]:
+    """Return how much of the first objective each parameter decides (PED-ANOVA); empty after few or equal trials."""
+    from optuna.importance import get_param_importances
+
+    scores = [one.values[0] for one in study.trials() if one.values]
+    if len(scores) < FEWEST_FOR_IMPORTANCE or min(scores) == max(scores):
+        return {}
+    return get_param_importances(study.optuna_study, target=_lower_is_better(study))
+
+
+def _lower_is_better(study: Study) -> "Callable[[optuna.trial.FrozenTrial], float] | None":
+    # What importances are measured by; of one objective Optuna knows the direction itself.
+    if len(study.plan.objectives) == 1:
+        return None
+    sign = -1 if study.plan.objectives[0].direction == "maximize" else 1
+    return lambda one: sign * one.values[0]
+
+
+def draw(study: Study, folder: Path) -> None:
+    """Draw the course of the scores, what matters for them, and of two objectives the Pareto front."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as plots
+
+    if not best(study):
+        return
+    name = study.plan.objectives[0].metric
+    several = len(study.plan.objectives) > 1
+    first = (lambda one: one.values[0]) if several else None
+    pictures = {"history": plots.plot_optimization_history(study.optuna_study, target=first, target_name=name)}
+    if importances(study):
+        pictures["importance"] = plots.plot_param_importances(
+            study.optuna_study, target=_lower_is_better(study), target_name=name
+        )
+    if len(study.plan.objectives) == 2:
+        names = [objective.metric for objective in study.plan.objectives]
+        pictures["pareto"] = plots.plot_pareto_front(study.optuna_study, target_names=names)
+    for title, axes in pictures.items():
+        axes.figure.savefig(folder / f"{title}.png", dpi=120, bbox_inches="tight")
+    pyplot.close("all")
+
+
+def apply(study: Study, wanted: str | None) -> str:
+    """Put the best experiment, or of several best ones the one that is wanted, into the workspace; return its name.
+
+    Raises InputError where there is none, or several and none is named.
+    """
+    names = [name_of(study, one) for one in study.trials() if one.values]
+    if not names:
+        raise InputError(f"study {study.plan.study} has no finished trial; run the search without --apply first")
+    if wanted is None:
+        front = [name_of(study, one) for one in best(study)]
+        if len(front) > 1:
+            scores = {name_of(study, one): one.values for one in best(study)}
+            listed = "; ".join(f"{name}: {', '.join(f'{value:g}' for value in scores[name])}" for name in front)
+            raise InputError(
+                f"--apply: {len(front)} experiments are best, each in its way ({listed}); name one of them"
+            )
+        [wanted] = front
+    if wanted not in names:
+        raise InputError(f"--apply {wanted}: no finished experiment of the study; it has {', '.join(names)}")
+    if trial.experiment(wanted) is None:
+        raise InputError(f"--apply {wanted}: another machine made it; get it with `dvc exp pull REMOTE {wanted}`")
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "exp", "apply", wanted]
+    done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = (done.stderr.strip() or "it failed").splitlines()[-1].removeprefix("ERROR: ")
+        raise InputError(f"--apply {wanted}: `dvc exp apply` says: {said}")
+    return wanted
+
+
+def name_of(study: Study, one: "optuna.trial.FrozenTrial") -> str:
+    """Return the name of a trial's experiment."""
+    return f"{study.plan.study}-{one.number}"
