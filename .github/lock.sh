@@ -10,9 +10,9 @@ if [ -n "$inputs" ]; then
 fi
 planned=$(dvc repro --dry --allow-missing 2>&1)
 ended=$?
-stages=$(sed -n "s/^Running stage '\(.*\)':.*/\1/p" <<<"$planned")
+# Where what a stage needs is not there, DVC breaks off at it: a stage that is current is passed over before that.
+stages=$(sed -n "s/^Running stage '\(.*\)':.*/\1/p; s/^ERROR: failed to reproduce '\([^']*\)'.*/\1/p" <<<"$planned")
 if [ -n "$stages" ]; then
-    # DVC may break off behind the first of them, where what it makes is missing.
     echo "error: dvc.lock is not of what is committed: \`dvc repro\` would run $(head -n 1 <<<"$stages") first;" \
         "run \`make repro\` and commit dvc.lock and metrics" >&2
     exit 1

@@ -6,7 +6,10 @@ cd "$(dirname "$0")/.."
 
 printf '### Validation scores against %s\n\n' "$1"
 changes=$(dvc metrics diff --md "$1" --targets metrics/evaluate/validation.json)
-printf '%s\n\n### Gates\n\n```\n' "${changes:-No score changed.}"
+if [ "$(wc -l <<<"$changes")" -le 2 ]; then # the head of the table alone
+    changes="No score changed."
+fi
+printf '%s\n\n### Gates\n\n```\n' "$changes"
 passed=0
 python -m lathe gate || passed=$?
 printf '```\n'

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 
 from lathe import overrides, paths
 from lathe.errors import InputError
@@ -90,11 +91,11 @@ def leaves() -> list[str]:
 def _lines(file: Path) -> dict[tuple[str, ...], int]:
     """The line of each key, and of each override."""
     tree = YAML().load(file.read_text(encoding="utf-8"))
-    if not isinstance(tree, dict):
+    if not isinstance(tree, CommentedMap):
         return {}
-    found = {(str(key),): tree.lc.key(key)[0] + 1 for key in tree}
+    found: dict[tuple[str, ...], int] = {(str(key),): tree.lc.key(key)[0] + 1 for key in tree}
     inner = tree.get("overrides")
-    if isinstance(inner, dict):
+    if isinstance(inner, CommentedMap):
         found |= {("overrides", str(key)): inner.lc.key(key)[0] + 1 for key in inner}
     return found
 

@@ -115,10 +115,11 @@ def find(name: str) -> Revision:
     raise InputError(f"{name}: no such experiment, commit or branch; {near}")
 
 
-def experiments(root: Path = paths.ROOT) -> list[Experiment]:
-    """Return DVC's experiments of a checkout that have run, the newest first."""
+def experiments(root: Path | None = None) -> list[Experiment]:
+    """Return DVC's experiments of a checkout (by default this one) that have run, the newest first."""
     found = []
-    listed = git("for-each-ref", "--sort=-committerdate", "--format=%(objectname) %(refname)", "refs/exps", root=root)
+    command = ("for-each-ref", "--sort=-committerdate", "--format=%(objectname) %(refname)", "refs/exps")
+    listed = git(*command, root=root, unless_it_fails=True) or b""  # without a repository there are none
     for line in listed.decode().splitlines():
         commit, ref = line.split(" ", 1)
         parts = ref.split("/")  # refs/exps/<first two of the baseline>/<the rest>/<name>
@@ -141,10 +142,10 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def git(*arguments: str, root: Path = paths.ROOT, unless_it_fails: bool = False) -> Any:
+def git(*arguments: str, root: Path | None = None, unless_it_fails: bool = False) -> Any:
     """Return what Git prints; with `unless_it_fails`, None where it fails. Raises InputError where it must not."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=False)
+        done = subprocess.run(["git", *arguments], cwd=root or paths.ROOT, capture_output=True, check=False)
     except FileNotFoundError:
         raise InputError("git is not installed; install it: the pipeline lives in a Git repository") from None
     if done.returncode == 0:

@@ -136,10 +136,12 @@ def _find(found: Trace) -> None:
 # Git
 
 
-def _git(*arguments: str, given: str = "", root: Path = paths.ROOT) -> bytes:
+def _git(*arguments: str, given: str = "") -> bytes:
     """What Git prints; nothing where there is no repository, no commit or no Git."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=root, input=given.encode(), capture_output=True, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=paths.ROOT, input=given.encode(), capture_output=True, check=False
+        )
     except FileNotFoundError:
         return b""
     return done.stdout if done.returncode == 0 else b""

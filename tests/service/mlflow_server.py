@@ -66,7 +66,16 @@ class MlflowServer:
         if kept.exists() and not database.exists():
             shutil.copy(kept, database)  # making the tables takes most of the start
         bin_folder = environment() / "bin"
-        command = [bin_folder / "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        command = [
+            str(bin_folder / "mlflow"),
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+        ]
         command += ["--backend-store-uri", f"sqlite:///{database}"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

@@ -385,6 +385,26 @@ def test_what_a_search_found_is_written_with_pictures(kept, params):
     assert [float(row.split("\t")[1]) for row in rows[1:]] == sorted(float(row.split("\t")[1]) for row in rows[1:])
 
 
+def test_of_several_objectives_the_best_are_a_front_of_which_one_must_be_named(kept, params):
+    text = FILE.format(sampler="random", space=RATE).replace(
+        "space:", "  - metric: Q4_K_M.bytes\n    direction: minimize\nspace:"
+    )
+    driver = opened(read(kept, params, text), params, {"overrides": {}})
+    for scores in ([0.9, 800.0], [0.7, 500.0], [0.5, 900.0], [0.6, 600.0]):
+        begun = driver.next(4, may_begin=True)
+        driver.values(begun)
+        driver.finish(begun, scores, "c0ffee")
+    results.write(driver, kept / "found")
+    assert json.loads((kept / "found/study.json").read_text())["best"] == ["some-0", "some-1"]
+    assert (kept / "found/pareto.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match=r"2 experiments are best.*some-0: 0.9, 800; some-1: 0.7, 500.*name one"):
+        results.apply(driver, None)
+    with pytest.raises(InputError, match="--apply some-9: no finished experiment of the study"):
+        results.apply(driver, "some-9")
+    with pytest.raises(InputError, match="another machine made it; get it with `dvc exp pull REMOTE some-1`"):
+        results.apply(driver, "some-1")
+
+
 def test_each_trial_at_once_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert run.gpus() == ["2", "5"]

@@ -23,7 +23,8 @@ def run(args: argparse.Namespace, overridden: Callable[[list[str]], Config]) -> 
 
     Raises InputError for whatever of file, options and environment cannot be used.
     """
-    warnings.filterwarnings("ignore", message=".* is experimental")  # of Optuna: interfaces that may change
+    for told in (".* is experimental", "PedAnovaImportanceEvaluator computes"):  # Optuna's to whoever writes the code
+        warnings.filterwarnings("ignore", message=told)
     if not args.file.is_file():
         raise InputError(f"{args.file}: no such file; name one of experiments/search")
     for option, number in (("--n-trials", args.n_trials), ("--timeout", args.timeout), ("--jobs", args.jobs)):

@@ -265,7 +265,7 @@ def test_what_cannot_be_mirrored_is_refused(checkout):
 
 def records(file: Path) -> list[Any]:
     """The records of a W&B run, read as the log of LevelDB that it is, behind a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     content, position, whole, found = file.read_bytes(), 7, b"", []
     assert content.startswith(b":W&B")
