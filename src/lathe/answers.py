@@ -1,17 +1,13 @@
 """Held-out conversations put to a GGUF: what it answers, how likely it finds the reference, whether it stops."""
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lathe import general_text, likelihood
-from lathe.errors import InputError
+from lathe import general_text, likelihood, scratch
 from lathe.generate import Generator
 from lathe.journal import Journal
 from lathe.jsonl import iterate_jsonl, write_jsonl
@@ -163,21 +159,8 @@ def fingerprint(files: Mapping[str, Path], decides: Mapping[str, Any]) -> str:
 
     Where the files lie makes no difference. Raises InputError where one is missing.
     """
-    here = Path(__file__).parent
-    everything = {
-        "decides": dict(decides),
-        "files": {name: _digest(file) for name, file in files.items()},
-        "packages": {name: version(name) for name in PACKAGES},
-        "code": {name: _digest(here / f"{name}.py") for name in CODE},
-    }
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _digest(file: Path) -> str:
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; run the stage that writes it")
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    code = [Path(__file__).parent / f"{name}.py" for name in CODE]
+    return scratch.fingerprint(decides, files=files, packages=PACKAGES, code=code)
 
 
 def _perplexity(nll: float, tokens: int) -> float:

@@ -4,10 +4,8 @@ A journal lies in the scratch folder under a fingerprint of all that decides its
 one that a kill cut short is done again. It is removed when the output that is made of it is in its place.
 """
 
-import fcntl
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterator, KeysView
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from lathe.jsonl import line
+from lathe.scratch import locked
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +30,7 @@ class Journal:
         self._file, self._path = file, path
         self._places: dict[str, dict[int, int]] = {}
         self._end = 0
+        file.seek(0)
         for written in file:
             try:
                 part, number, _ = json.loads(written)
@@ -79,7 +79,7 @@ def opened(scratch: Path, fingerprint: str) -> Iterator[Journal]:
     """
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / f"{fingerprint}.jsonl"
-    file = _locked(path)
+    file = locked(path)
     if file is None:
         logger.info("the same answers are being made elsewhere; these are made again")
         with tempfile.TemporaryFile(dir=scratch) as unnamed:
@@ -93,28 +93,11 @@ def opened(scratch: Path, fingerprint: str) -> Iterator[Journal]:
         yield journal
 
 
-def _locked(path: Path) -> BinaryIO | None:
-    while True:
-        file = path.open("a+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        try:
-            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                file.seek(0)
-                return file
-        except FileNotFoundError:
-            pass
-        file.close()  # whoever held it has removed it meanwhile
-
-
 def _forget_old(scratch: Path, *, besides: Path) -> None:
     others = sorted(
         (path for path in scratch.glob("*.jsonl") if path != besides), key=lambda path: path.stat().st_mtime
     )
     for path in others[:-KEPT]:
-        if file := _locked(path):
+        if file := locked(path):
             with file:
                 path.unlink()

@@ -23,6 +23,7 @@ INFRASTRUCTURE = {
     "lathe.params",
     "lathe.paths",
     "lathe.progress",
+    "lathe.scratch",
     "lathe.stage",
     "lathe.track",
 }

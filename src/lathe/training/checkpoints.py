@@ -6,23 +6,22 @@ done and another training goes on from it.
 """
 
 import errno
-import fcntl
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
 from lathe import launch
+from lathe.errors import InputError
+from lathe.scratch import digest, locked
 from lathe.training import ranks
 
 logger = logging.getLogger(__name__)
@@ -30,14 +29,7 @@ logger = logging.getLogger(__name__)
 DIGESTS = "sha256.json"  # written last: a checkpoint without it was never finished
 KEPT_CHECKPOINTS = 2  # of one training: the newest, and the one before should that prove damaged
 KEPT_TRAININGS = 8  # that were interrupted and not gone on with, beside the one that runs
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
-CODE = sorted(
-    [
-        *Path(__file__).parent.glob("*.py"),
-        *(Path(__file__).parents[1] / f"{n}.py" for n in ("model", "reward_functions", "rewards", "template")),
-    ]
-)
-STOPPING = "stopping"
+STOPPING = b"stopping"
 RESULT = "result"
 
 
@@ -47,7 +39,7 @@ class Checkpoints:
     Of several processes all call the same methods.
     """
 
-    def __init__(self, folder: Path, lock: TextIO | None) -> None:
+    def __init__(self, folder: Path, lock: BinaryIO | None) -> None:
         self.folder = folder
         self.lock = lock
 
@@ -89,7 +81,7 @@ class Checkpoints:
 
     def _keep(self, partial: Path) -> None:
         for written in partial.iterdir():
-            digests = {file.name: _digest(file) for file in sorted(written.iterdir())}
+            digests = {file.name: digest(file) for file in sorted(written.iterdir())}
             (written / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
             target = self.folder / written.name
             shutil.rmtree(target, ignore_errors=True)  # a damaged one that was passed over
@@ -147,16 +139,6 @@ def disk_errors() -> Iterator[None]:
         raise
 
 
-def fingerprint(decides: Mapping[str, Any]) -> str:
-    """Return the name of a training: a digest of what decides its result, of the packages and of the code."""
-    everything = {
-        **decides,
-        "packages": {name: version(name) for name in PACKAGES},
-        "code": {file.name: _digest(file) for file in CODE},
-    }
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def step_of(checkpoint: Path) -> int:
     """Return the optimizer step after which a checkpoint was taken."""
     return int(checkpoint.name.rpartition("-")[2])
@@ -165,44 +147,29 @@ def step_of(checkpoint: Path) -> int:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         digests = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
-        return all(_digest(checkpoint / name) == digest for name, digest in digests.items())
-    except (FileNotFoundError, ValueError):
+        return all(digest(checkpoint / name) == expected for name, expected in digests.items())
+    except (FileNotFoundError, InputError, ValueError):
         return False
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _lock(file: Path, *, wait: bool) -> TextIO | None:
+def _lock(file: Path, *, wait: bool) -> BinaryIO | None:
     said = False
-    while True:
-        handle = file.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            stopping = handle.read() == STOPPING
-            handle.close()
-            if not (wait and stopping):
-                return None
-            if not said:
-                logger.info("waiting for an interrupted run of the same training to save its checkpoint")
-                said = True
-            time.sleep(0.1)
-            continue
-        if _is_still(file, handle):
-            handle.truncate(0)
-            return handle
-        handle.close()  # whoever held it has removed the file
+    while (lock := locked(file)) is None:
+        if not (wait and _is_about_to_be_free(file)):
+            return None
+        if not said:
+            logger.info("waiting for an interrupted run of the same training to save its checkpoint")
+            said = True
+        time.sleep(0.1)
+    lock.truncate(0)
+    return lock
 
 
-def _is_still(file: Path, handle: TextIO) -> bool:
+def _is_about_to_be_free(lock: Path) -> bool:
     try:
-        return os.path.samestat(file.stat(), os.fstat(handle.fileno()))
+        return lock.read_bytes() == STOPPING
     except FileNotFoundError:
-        return False
+        return True  # whoever held it has just removed it
 
 
 def _forget_old(scratch: Path, *, besides: str) -> None:

@@ -21,10 +21,11 @@ from lathe.model import add_adapter, check_adapter, load_base, load_tokenizer, r
 from lathe.model_folder import open_model
 from lathe.params import Params
 from lathe.reward_functions import RewardFunction, source
+from lathe.scratch import fingerprint
 from lathe.training import ranks
 from lathe.training.attention import check_attention
 from lathe.training.best import Best
-from lathe.training.checkpoints import Checkpoints, claimed, disk_errors, fingerprint
+from lathe.training.checkpoints import Checkpoints, claimed, disk_errors
 from lathe.training.curves import Curves
 from lathe.training.frozen import digests
 from lathe.training.pairs import check_pairs
@@ -35,6 +36,13 @@ from lathe.training.speed import Speed
 from lathe.training.whole import by_base_names, save_whole
 
 logger = logging.getLogger(__name__)
+
+# What besides data and parameters decides what a training ends with.
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+CODE = [
+    *sorted(Path(__file__).parent.glob("*.py")),
+    *(Path(__file__).parents[1] / f"{name}.py" for name in ("model", "reward_functions", "rewards", "template")),
+]
 
 
 @dataclass(frozen=True)
@@ -255,8 +263,9 @@ def _claimed(scratch: Path | None, decides: dict[str, Any]) -> Iterator[Checkpoi
     if scratch is None:
         yield None
         return
+    name = fingerprint(decides, files={}, packages=PACKAGES, code=CODE)
     with ExitStack() as lock:
-        mine = lock.enter_context(claimed(scratch, fingerprint(decides))) if launch.is_main() else None
+        mine = lock.enter_context(claimed(scratch, name)) if launch.is_main() else None
         folder = ranks.from_main(mine.folder if mine else None)
         yield mine or (Checkpoints(folder, None) if folder else None)
 
