@@ -26,8 +26,8 @@ def main(config: Config) -> None:
         metadata, template = merged.metadata, merged.template
         vocabulary = Vocabulary(merged.text_of(merged.bos), merged.text_of(merged.eos), merged.adds_bos)
     facts = Facts(
-        model=_read(paths.METRICS / "fetch/model.json"),
-        dataset=_read(paths.METRICS / "fetch/dataset.json"),
+        model=_read(paths.METRICS / "fetch/model.json")["origin"][0],
+        dataset=_read(paths.METRICS / "fetch/dataset.json")["origin"][0],
         rows=_read(paths.METRICS / "preprocess/report.json"),
         validation=_read(paths.METRICS / "evaluate/validation.json"),
         test=_read(paths.METRICS / "evaluate/test.json"),

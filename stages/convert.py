@@ -33,9 +33,7 @@ def main(config: Config, item: str) -> None:
             metadata=lineage.metadata(item),
         )
         compared = gguf.check_tokens(model, partial, [*gguf.SAMPLE_TEXTS, *chats])
-    track.write_json(
-        paths.METRICS / f"convert/{item}.json", {"bytes": target.stat().st_size, "tokens_compared": compared}
-    )
+    track.write_json(paths.METRICS / f"convert/{item}.json", {"tokens_compared": compared})
 
 
 if __name__ == "__main__":

@@ -22,14 +22,15 @@ def main(config: Config) -> None:
     from lathe.estimate import estimate_training_memory, explain, readable_bytes, training_steps
 
     params = config.params
-    splits = json.loads((paths.METRICS / "preprocess/report.json").read_text(encoding="utf-8"))["splits"]
+    report = json.loads((paths.METRICS / "preprocess/report.json").read_text(encoding="utf-8"))
+    splits = {split["split"]: split for split in report["splits"]}
     train = splits["train"]
     steps = training_steps(params, rows=train["kept"], sequences=train["sequences"])
     longest = max(splits[name]["tokens"]["total"]["max"] for name in ("train", "validation"))
-    memory_bytes = None
+    total, parts = None, []
     try:
         memory = estimate_training_memory(paths.MODEL_BASE, params, length=longest)
-        memory_bytes = {"total": memory.total, **asdict(memory)}
+        total, parts = memory.total, [{"part": part, "bytes": size} for part, size in asdict(memory).items()]
         logger.info(
             "training takes %d steps and about %s of memory; %s",
             steps["steps"],
@@ -38,7 +39,7 @@ def main(config: Config) -> None:
         )
     except InputError as error:  # of a method not measured, or an architecture that cannot be traced; it may train well
         logger.warning("training takes %d steps; memory cannot be estimated: %s", steps["steps"], error)
-    track.write_json(paths.METRICS / "estimate/training.json", {**steps, "memory_bytes": memory_bytes})
+    track.write_json(paths.METRICS / "estimate/training.json", {**steps, "memory_bytes": total, "memory": parts})
 
 
 if __name__ == "__main__":

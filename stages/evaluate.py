@@ -67,7 +67,8 @@ def main(config: Config) -> None:
 
 def _bytes(names: list[str]) -> dict[str, int]:
     files = {artifact: paths.METRICS / f"generate/{artifact}.json" for artifact in names}
-    return {artifact: json.loads(file.read_text(encoding="utf-8"))["bytes"] for artifact, file in files.items()}
+    facts = {artifact: json.loads(file.read_text(encoding="utf-8")) for artifact, file in files.items()}
+    return {artifact: each["file"][0]["bytes"] for artifact, each in facts.items()}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def main(config: Config, item: str) -> None:
             origin = sources.fetch_model(config.model, folder, seed=seed)
         else:
             origin = sources.fetch_dataset(config.dataset, folder, seed=seed)
-    track.write_json(paths.METRICS / "fetch" / f"{item}.json", _facts(config, item, origin))
+    # A list, of which DVC makes no columns: its parameters say the same.
+    track.write_json(paths.METRICS / "fetch" / f"{item}.json", {"origin": [_facts(config, item, origin)]})
 
 
 def _facts(config: Config, item: str, origin: sources.Origin) -> dict[str, object]:

@@ -57,20 +57,20 @@ def main(config: Config, item: str) -> Speeds:
                 if name in read
             ]
             asking = Asking(generator, kept, *against)
-            facts = _facts(asking, config, folder, general=read.get("general"))
-        track.write_json(paths.METRICS / f"generate/{item}.json", {"bytes": file.stat().st_size, **facts})
+            facts = _facts(asking, config, folder, gguf=file, general=read.get("general"))
+        track.write_json(paths.METRICS / f"generate/{item}.json", facts)
         kept.remove()
     return {"tokens_per_second": round(asking.tokens / asking.seconds, 1)} if asking.tokens else {}
 
 
-def _facts(asking: "Asking", config: Config, folder: Path, *, general: Path | None) -> dict[str, Any]:
+def _facts(asking: "Asking", config: Config, folder: Path, *, gguf: Path, general: Path | None) -> dict[str, Any]:
     """Put everything to the model, and return what is to be said of its answers; without `general`, behind examples."""
     from lathe import few_shot
     from lathe.answers import conversations_in
 
     settings = config.params.generate
-    splits = {name: partial(conversations_in, file, max_rows=settings.max_rows) for name, file in SPLITS.items()}
     facts: dict[str, Any] = {}
+    splits = {name: partial(conversations_in, file, max_rows=settings.max_rows) for name, file in SPLITS.items()}
     if general is None:
         drawn = few_shot.choose(conversations_in(TRAIN, max_rows=None), settings.few_shot, seed=config.params.seed)
         examples = few_shot.that_fit(
@@ -81,10 +81,14 @@ def _facts(asking: "Asking", config: Config, folder: Path, *, general: Path | No
         )
         splits = {name: partial(few_shot.before_each, examples, rows) for name, rows in splits.items()}
         facts["few_shot_examples"] = len(examples)
+    # Lists, of which DVC makes no columns: all of these figures are columns of the scores already.
+    facts["splits"] = []
     for name, rows in splits.items():
         out = folder / f"{name}.jsonl"
-        facts[name] = asking.split(rows, out, name=name, max_new_tokens=settings.max_new_tokens)
-    facts["general_perplexity"] = None if general is None else asking.general(general, folder / "general.jsonl")
+        found = asking.split(rows, out, name=name, max_new_tokens=settings.max_new_tokens)
+        facts["splits"].append({"split": name, **found})
+    perplexity = None if general is None else asking.general(general, folder / "general.jsonl")
+    facts["file"] = [{"bytes": gguf.stat().st_size, "general_perplexity": perplexity}]
     return facts
 
 

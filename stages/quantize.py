@@ -31,8 +31,7 @@ def main(config: Config, item: str) -> None:
             token_embedding_type=settings.token_embedding_type,
             tensor_types=settings.tensor_types or [],
         )
-    facts = describe(target)
-    track.write_json(paths.METRICS / f"quantize/{item}.json", {key: facts[key] for key in ("bytes", "bits_per_weight")})
+    track.write_json(paths.METRICS / f"quantize/{item}.json", {"bits_per_weight": describe(target)["bits_per_weight"]})
 
 
 if __name__ == "__main__":

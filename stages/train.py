@@ -42,7 +42,9 @@ def main(config: Config, machine_rank: int | None) -> Speeds:
         )
     if launch.is_main():
         proof = {"trained_tensors": trained.trained_tensors, "frozen_tensors": len(trained.frozen), "moved": []}
-        track.write_json(paths.METRICS / "train/freeze_proof.json", {**proof, "sha256": trained.frozen})
+        # A list: DVC makes columns of everything else.
+        digests = [{"tensor": name, "sha256": digest} for name, digest in trained.frozen.items()]
+        track.write_json(paths.METRICS / "train/freeze_proof.json", {**proof, "sha256": digests})
     ranks.leave()
     return trained.speeds
 

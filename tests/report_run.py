@@ -167,15 +167,18 @@ def _measured(root: Path, rows: int, chance: random.Random) -> None:
     items = []
     for artifact in ARTIFACTS:
         report = {split: json.loads((root / f"metrics/evaluate/{split}.json").read_text()) for split in SPLITS}
-        facts = {split: {"perplexity": report[split][artifact]["perplexity"], "rows": rows} for split in SPLITS}
-        write_json(root / f"metrics/generate/{artifact}.json", {"bytes": BYTES[artifact], **facts})
+        splits = [
+            {"split": split, "perplexity": report[split][artifact]["perplexity"], "rows": rows} for split in SPLITS
+        ]
+        facts = {"splits": splits, "file": [{"bytes": BYTES[artifact]}]}
+        write_json(root / f"metrics/generate/{artifact}.json", facts)
         speed = {"tokens_per_second": round(chance.uniform(2500, 3800), 1)}
         items.append({"item": artifact, "seconds": 5.83, "peak_memory_bytes": 101806080, **speed})
     timing = {"seconds": 34.98, "peak_memory_bytes": 101806080, "items": items}
     write_json(root / "metrics/timings/generate.json", timing)
     write_json(root / "metrics/timings/evaluate.json", {"seconds": 1.33, "peak_memory_bytes": 79523840})
     for name in ("Q8_0", "Q4_K_M", "Q4_1"):
-        write_json(root / f"metrics/quantize/{name}.json", {"bytes": BYTES[name], "bits_per_weight": 5.0652})
+        write_json(root / f"metrics/quantize/{name}.json", {"bits_per_weight": 5.0652})
 
 
 def _training(root: Path, chance: random.Random) -> None:
@@ -196,21 +199,24 @@ def _training(root: Path, chance: random.Random) -> None:
     write_json(root / "metrics/train/freeze_proof.json", {"trained_tensors": 28, "frozen_tensors": 20, "moved": []})
     merged = {"tensors_total": 20, "tensors_changed": 14, "largest_change": 0.278}
     write_json(root / "metrics/merge/report.json", merged)
-    memory = {"total": 60925608, "weights": 1004448, "adapter": 524288, "activations": 59396872}
-    estimate = {"sequences": 2400, "steps_per_epoch": 75, "steps": 300, "memory_bytes": memory}
+    parts = {"weights": 1004448, "adapter": 524288, "activations": 59396872}
+    memory = [{"part": part, "bytes": size} for part, size in parts.items()]
+    estimate = {"steps_per_epoch": 75, "steps": 300, "memory_bytes": 60925608, "memory": memory}
     write_json(root / "metrics/estimate/training.json", estimate)
     timing = {"seconds": 138.68, "peak_memory_bytes": 1967390720, "tokens_per_second": 13470.8}
     write_json(root / "metrics/timings/train.json", timing)
-    write_json(root / "metrics/fetch/model.json", {"name": "tiny", "source": "builtin", "files": 7, "bytes": 2770378})
+    model = {"name": "tiny", "source": "builtin", "files": 7, "bytes": 2770378}
+    write_json(root / "metrics/fetch/model.json", {"origin": [model]})
     dataset = {"name": "commands", "source": "builtin", "files": 3, "bytes": 1033375}
-    write_json(root / "metrics/fetch/dataset.json", dataset)
+    write_json(root / "metrics/fetch/dataset.json", {"origin": [dataset]})
 
 
 def _data_report(root: Path) -> None:
     lengths = {"min": 18, "p50": 40, "p90": 51, "p99": 58, "max": 61}
     reads = [("train", 2412, {"duplicate": 9, "empty answer": 3}), ("validation", 500, {}), ("test", 500, {})]
-    splits = {
-        name: {
+    splits = [
+        {
+            "split": name,
             "read": read,
             "kept": read - sum(dropped.values()),
             "dropped": dropped,
@@ -220,18 +226,16 @@ def _data_report(root: Path) -> None:
             "supervised_share": 0.4426,
         }
         for name, read, dropped in reads
-    }
+    ]
+    empty = {"at": "train.jsonl:17", "field": "messages", "problem": "the answer is empty"}
+    rule = "at least 80% of a row's sequences of 5 words are in the other split"
     report = {
-        "columns": {"format": "messages", "detected": True},
-        "rows": {"read": 3412, "kept": 3400, "dropped": 12},
+        "rows": {"read": 3412, "kept": 3400, "dropped": 12, "truncated": 0, "nearly_in_another_split": 4},
+        "supervised_tokens": 42223,
+        "columns": [{"format": "messages", "detected": True}],
         "splits": splits,
-        "near_overlap": {
-            "rule": "at least 80% of a row's sequences of 5 words are in the other split",
-            "test_in_train": {"rows": 4, "checked": 500, "share": 0.008, "examples": []},
-        },
-        "dropped_examples": {
-            "train": {"empty answer": [{"at": "train.jsonl:17", "field": "messages", "problem": "the answer is empty"}]}
-        },
+        "near_overlap": [{"splits": "test_in_train", "rule": rule, "rows": 4, "checked": 500, "share": 0.008}],
+        "examples": [{"split": "train", "dropped": {"empty answer": [empty]}}],
     }
     write_json(root / "metrics/preprocess/report.json", report)
     rows = [

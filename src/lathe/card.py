@@ -40,7 +40,7 @@ def model_card(facts: Facts, params: Params, best: str) -> str:
     """Return the card in Markdown, with the front matter of a Hugging Face model card; `best` is the file to run."""
     wanted = [*params.evaluate.metrics, "judge", "combined"]
     metrics = [name for name in wanted if any(scores.get(name) is not None for scores in facts.test.values())]
-    splits = facts.rows["splits"]
+    splits = {split["split"]: split for split in facts.rows["splits"]}
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True, autoescape=False
     )

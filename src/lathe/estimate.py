@@ -112,14 +112,13 @@ def training_steps(params: Params, *, rows: int, sequences: int) -> dict[str, in
     match training.method:
         case "sft":
             steps = training.max_steps or math.ceil(training.num_train_epochs * supervised)
-            return {"sequences": sequences, "steps_per_epoch": supervised, "steps": steps}
+            return {"steps_per_epoch": supervised, "steps": steps}
         case "dpo":
             before, per_epoch = dpo.sft_epochs, _steps_per_epoch(rows, dpo)
             steps = training.max_steps or math.ceil(dpo.num_train_epochs * per_epoch)
         case "grpo":
             before, per_epoch, steps = grpo.sft_epochs, None, grpo.max_steps
     return {
-        "sequences": sequences,
         "sft_steps": math.ceil(before * supervised),
         "steps_per_epoch": per_epoch,
         "steps": steps,

@@ -92,7 +92,7 @@ def folder_digest(files: Mapping[str, str]) -> str:
 
 
 def _origin(name: str, fetched: str) -> dict[str, str]:
-    facts = json.loads((paths.METRICS / f"fetch/{fetched}.json").read_text(encoding="utf-8"))
+    [facts] = json.loads((paths.METRICS / f"fetch/{fetched}.json").read_text(encoding="utf-8"))["origin"]
     return {
         f"lathe.{name}.{key}": facts[key] for key in ("name", "source", "id", "revision", "commit") if facts.get(key)
     }

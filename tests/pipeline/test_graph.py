@@ -147,6 +147,18 @@ def test_metrics_and_plots_stay_in_git_and_everything_else_in_the_cache(stages):
             assert out.use_cache == (not path.startswith("metrics/")), path
 
 
+def test_dvcs_run_cache_keeps_the_runs_of_every_stage_but_the_judges(stages):
+    """What it refuses: outputs that persist, and files in Git that are neither metric nor plot (`Stage.run` of DVC)."""
+    refused = [
+        stage.name
+        for stage in stages
+        if stage.is_callback
+        or stage.always_changed
+        or any(out.persist or not (out.use_cache or out.is_metric or out.is_plot) for out in stage.outs)
+    ]
+    assert refused == ["judge"]
+
+
 @pytest.mark.parametrize("file", sorted((paths.ROOT / "stages").glob("[a-z]*.py")), ids=lambda file: file.stem)
 def test_help_of_each_stage_says_what_it_reads_and_writes(file):
     done = subprocess.run([sys.executable, str(file), "--help"], capture_output=True, text=True, check=True)

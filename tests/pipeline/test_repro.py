@@ -4,11 +4,15 @@ import re
 import time
 
 import pytest
-from conftest import Checkout, copy_of
+from conftest import SMALL, Checkout, copy_of, output_hashes
 
 
 def ran(done) -> list[str]:
     return re.findall(r"Running stage '([^']+)'", done.stdout)
+
+
+def cached(done) -> list[str]:
+    return re.findall(r"Stage '([^']+)' is cached - skipping run", done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +66,8 @@ def test_an_added_type_runs_its_own_items_and_the_evaluation_only(checkout):
 
 def test_a_type_taken_off_the_list_leaves_nothing_behind(checkout):
     checkout.set({"quantize.types": ["Q8_0", "Q4_K_M"]})
-    # The card is that of the first run, and comes from DVC's run cache.
-    assert ran(checkout.run("dvc", "repro")) == ["judge", "evaluate"]
+    # Evaluation and card are those of the first run, and come from DVC's run cache.
+    assert ran(checkout.run("dvc", "repro")) == ["judge"]
     assert not (checkout.root / "models/gguf/Q4_0.gguf").exists()
     assert "Q4_0" not in (checkout.root / "models/gguf/README.md").read_text()
     assert not (checkout.root / "data/generated/Q4_0").exists()
@@ -97,6 +101,25 @@ def test_an_experiment_with_another_rate_runs_training_and_what_follows(checkout
     checkout.run("dvc", "checkout", "--quiet")
 
 
+def test_parameters_that_were_run_before_are_not_run_again(checkout):
+    """There and back: all comes from DVC's run cache but the judge, whose verdicts persist."""
+    before = output_hashes(checkout)
+    ref = checkout.run("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/slower").stdout.strip()
+    checkout.set({"training.learning_rate": 5e-5})
+    there = checkout.run("dvc", "repro")
+    assert ran(there) == ["judge"]
+    assert {"train", "merge", "quantize@Q8_0", "generate@merged", "evaluate", "card"} <= set(cached(there))
+    assert checkout.run("git", "show", f"{ref}:dvc.lock").stdout == (checkout.root / "dvc.lock").read_text()
+    checkout.set({"training.learning_rate": SMALL["training.learning_rate"]})
+    assert ran(checkout.run("dvc", "repro")) == ["judge"]
+    assert output_hashes(checkout) == before
+    assert checkout.run("dvc", "status").stdout == "Data and pipelines are up to date.\n"
+    experiment = checkout.run("dvc", "exp", "run", "--temp", "--name", "again", "-S", "training.learning_rate=5e-5")
+    assert ran(experiment) == ["judge"]
+    assert "train" in cached(experiment)
+    checkout.run("git", "checkout", "--quiet", ".")
+
+
 def test_a_temporary_experiment_runs_its_own_code_and_leaves_the_workspace_alone(checkout):
     """The changed code exists only in the experiment's checkout; the workspace's is put back while nothing runs."""
     script = checkout.root / "stages/evaluate.py"
@@ -114,7 +137,7 @@ def test_the_table_of_experiments_has_no_column_that_does_not_matter(checkout):
     columns = checkout.run("dvc", "exp", "show", "--csv").stdout.splitlines()[0].split(",")
     files = ("data/", "models/", "src/", "stages/", "experiments/", "rewards/")
     metrics_and_params = [column for column in columns if not column.startswith(files)]
-    assert len(metrics_and_params) < 280
+    assert len(metrics_and_params) < 290
     for noise in ("deltas", "items", "train.grad_norm", "fsdp", "hub_", "dataloader_"):
         assert not [column for column in metrics_and_params if noise in column], noise
 
@@ -130,5 +153,6 @@ def test_outputs_are_pushed_to_the_local_remote_and_come_back(checkout):
 def test_the_plots_are_drawn(checkout):
     checkout.run("dvc", "plots", "show")
     page = (checkout.root / "dvc_plots/index.html").read_text()
-    for title in ("Loss", "Score by artifact", "Size against score"):
-        assert title in page
+    assert "Loss" in page
+    for title in ("Token lengths", "Rows read", "Score by artifact", "Size against score"):
+        assert page.count(f'"title": "{title}"') == 1, title

@@ -168,7 +168,7 @@ def test_a_pinned_model_is_fetched_whole_without_pickles_code_or_second_copies(u
     assert all((base / name).read_bytes() == data for name, data in MODEL_FILES.items())
     assert not user.hub.asked(r"resolve/.*(bin|py|pkl|onnx|consolidated|fp16)")
     size = sum(map(len, MODEL_FILES.values()))
-    assert user.checkout.json("metrics/fetch/model.json") == {
+    assert user.checkout.json("metrics/fetch/model.json")["origin"][0] == {
         "name": "chosen",
         "source": "hub",
         "id": MODEL,
@@ -185,8 +185,8 @@ def test_a_branch_or_tag_is_resolved_and_the_line_that_pins_it_is_printed(user: 
     commit = repository.commit(MODEL_FILES | {"LICENSE": b"of the tag"}, ref=revision or "main")
     done = user.fetch("model", **named(revision=revision))
     assert f"\n    revision: {commit}\n" in done.stderr
-    assert user.checkout.json("metrics/fetch/model.json")["revision"] == revision
-    assert user.checkout.json("metrics/fetch/model.json")["commit"] == commit
+    assert user.checkout.json("metrics/fetch/model.json")["origin"][0]["revision"] == revision
+    assert user.checkout.json("metrics/fetch/model.json")["origin"][0]["commit"] == commit
     assert user.file("models/base/LICENSE").read_bytes() == b"of the tag"
 
 
@@ -537,7 +537,7 @@ def test_the_files_of_a_configuration_are_linked_under_the_names_of_their_splits
     assert (raw / "train-00001-of-00002.parquet").read_bytes() == files["main/train-00001-of-00002.parquet"]
     assert (raw / "test.parquet").samefile(next(user.cache.rglob("main/test-00000-of-00001.parquet")))
     assert not user.hub.asked("resolve/.*(socratic|rows.py)")
-    assert user.checkout.json("metrics/fetch/dataset.json") == {
+    assert user.checkout.json("metrics/fetch/dataset.json")["origin"][0] == {
         "name": "chosen",
         "source": "hub",
         "id": DATASET,
@@ -683,7 +683,7 @@ def test_the_whole_pipeline_runs_on_a_model_and_a_dataset_of_the_hub(user: User,
     assert list(measured) == artifacts.names(["Q8_0", "Q4_K_M"])
     shipped = gguf.describe(user.checkout.root / "models/gguf/Q4_K_M.gguf")["metadata"]
     for name, fetched in (("base", "model"), ("dataset", "dataset")):
-        origin = user.checkout.json(f"metrics/fetch/{fetched}.json")
+        [origin] = user.checkout.json(f"metrics/fetch/{fetched}.json")["origin"]
         assert shipped[f"lathe.{name}.id"] == origin["id"]
         assert shipped[f"lathe.{name}.commit"] == origin["commit"]
     user.hub.requests.clear()

@@ -387,7 +387,8 @@ def test_hostile_texts_are_shown_and_do_nothing(tmp_path, browser, size, scheme)
     hostile = "".join(HOSTILE[:4])
     processed = [{"messages": [{"role": role, "content": text} for role in ("user", "assistant")]} for text in HOSTILE]
     report_run.write_lines(tmp_path / "data/processed/validation.jsonl", processed)
-    report_run.write_json(tmp_path / "metrics/fetch/model.json", {"name": hostile, "source": hostile, "id": hostile})
+    origin = {"name": hostile, "source": hostile, "id": hostile}
+    report_run.write_json(tmp_path / "metrics/fetch/model.json", {"origin": [origin]})
     gates = {"passed": False, "gates": {hostile: {"passed": False, "margin": None}}}
     report_run.write_json(tmp_path / "metrics/evaluate/gates.json", gates)
     target = tmp_path / "index.html"

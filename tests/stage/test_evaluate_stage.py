@@ -51,7 +51,7 @@ def write_answers(checkout: Checkout, artifact: str, right: int) -> None:
         write_jsonl(rows, folder / f"{split}.jsonl")
     if artifact != "base_few_shot":
         write_jsonl([{"text": "A paragraph.", "nll": 9.0, "tokens": 4}] * 5, folder / "general.jsonl")
-    (checkout.root / f"metrics/generate/{artifact}.json").write_text('{"bytes": 1000}\n')
+    (checkout.root / f"metrics/generate/{artifact}.json").write_text('{"file": [{"bytes": 1000}]}\n')
 
 
 def gate(checkout: Checkout) -> tuple[int, str]:

@@ -64,11 +64,12 @@ def measured(checkout: Checkout, artifact: str):
 def test_every_row_has_its_answer_and_its_likelihood(made: Checkout):
     for artifact in ("base", "base_few_shot", "merged", "Q4_K_M"):
         facts = made.json(f"metrics/generate/{artifact}.json")
+        said_of = {each["split"]: each for each in facts["splits"]}
         for split, count in (("validation", 14), ("test", 17)):
             rows = read_jsonl(made.root / f"data/generated/{artifact}/{split}.jsonl")
             asked = read_jsonl(made.root / f"data/processed/{split}.jsonl")
             assert [row["reference"] for row in rows] == [row["messages"][-1]["content"] for row in asked]
-            assert len(rows) == facts[split]["rows"] == count
+            assert len(rows) == said_of[split]["rows"] == count
             for row in rows:
                 assert list(row) == [
                     *("prompt", "reference", "completion", "finish_reason"),
@@ -77,17 +78,17 @@ def test_every_row_has_its_answer_and_its_likelihood(made: Checkout):
                 assert 1 <= row["tokens"] <= 12
                 assert (row["kl"] is None) == (artifact != "Q4_K_M")
             tokens = sum(row["reference_tokens"] for row in rows)
-            assert facts[split]["perplexity"] == pytest.approx(math.exp(sum(row["nll"] for row in rows) / tokens))
-            assert facts[split]["stop_rate"] == pytest.approx(
+            assert said_of[split]["perplexity"] == pytest.approx(math.exp(sum(row["nll"] for row in rows) / tokens))
+            assert said_of[split]["stop_rate"] == pytest.approx(
                 sum(row["finish_reason"] == "stop" for row in rows) / count, abs=1e-4
             )
             if artifact == "Q4_K_M":
                 mean = sum(row["kl"] * row["reference_tokens"] for row in rows) / tokens
-                assert facts[split]["kl"] == pytest.approx(mean, rel=1e-5)
+                assert said_of[split]["kl"] == pytest.approx(mean, rel=1e-5)
                 assert 0 < mean < 1
             else:
-                assert facts[split]["kl"] is None
-        assert facts["bytes"] > 1000
+                assert said_of[split]["kl"] is None
+        assert facts["file"][0]["bytes"] > 1000
 
 
 def test_general_text_is_scored_paragraph_by_paragraph_but_not_behind_examples(made: Checkout):
@@ -95,8 +96,10 @@ def test_general_text_is_scored_paragraph_by_paragraph_but_not_behind_examples(m
         rows = read_jsonl(made.root / f"data/generated/{artifact}/general.jsonl")
         assert [row["text"] for row in rows] == ["switch on the attic lamp", "the kitchen radio is on\nand loud"]
         perplexity = math.exp(sum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows))
-        assert made.json(f"metrics/generate/{artifact}.json")["general_perplexity"] == pytest.approx(perplexity)
-    assert made.json("metrics/generate/base_few_shot.json")["general_perplexity"] is None
+        assert made.json(f"metrics/generate/{artifact}.json")["file"][0]["general_perplexity"] == pytest.approx(
+            perplexity
+        )
+    assert made.json("metrics/generate/base_few_shot.json")["file"][0]["general_perplexity"] is None
     assert not (made.root / "data/generated/base_few_shot/general.jsonl").exists()
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import pytest
 from conftest import copy_of
@@ -21,14 +22,16 @@ def test_the_stage_leaves_rows_a_report_and_plots_that_draw_all_of_their_tables(
         "validation.jsonl",
     ]
     report = fetched.json("metrics/preprocess/report.json")
-    assert report["splits"]["train"]["sequences"] == report["splits"]["train"]["kept"]
+    train = report["splits"][0]
+    assert train["split"] == "train"
+    assert train["sequences"] == train["kept"]
     text = (fetched.root / "metrics/preprocess/report.json").read_text()
     assert "second" not in text, "what varies from run to run stays out of the report"
     assert fetched.json("metrics/timings/preprocess.json")["rows_per_second"] > 0
 
-    plots = json.loads(fetched.run("dvc", "plots", "show", "--json", "--split", "Token lengths", "Rows read").stdout)
-    for name, table in (("Token lengths", "lengths"), ("Rows read", "rows")):
-        (plot,) = plots["data"][name]
+    plots = json.loads(fetched.run("dvc", "plots", "show", "--json", "--split", "metrics/preprocess").stdout)
+    for table in ("lengths", "rows"):
+        (plot,) = plots["data"][f"metrics/preprocess/{table}.csv"]
         drawn = plot["anchor_definitions"]["<DVC_METRIC_DATA>"]
         with (fetched.root / f"metrics/preprocess/{table}.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -58,11 +61,11 @@ def _parts(spec):
 
 def test_the_estimate_foretells_steps_and_memory(reproduced):
     estimate = reproduced.json("metrics/estimate/training.json")
-    kept = reproduced.json("metrics/preprocess/report.json")["splits"]["train"]["kept"]
-    assert estimate["sequences"] == kept
+    train = reproduced.json("metrics/preprocess/report.json")["splits"][0]
+    assert estimate["steps_per_epoch"] == math.ceil(train["kept"] / 4)
     assert estimate["steps"] == 4  # SMALL's max_steps
-    parts = estimate["memory_bytes"]
-    assert parts["total"] >= parts["weights"] + parts["adapter"] + parts["optimizer"] > 0
+    parts = {each["part"]: each["bytes"] for each in estimate["memory"]}
+    assert estimate["memory_bytes"] >= parts["weights"] + parts["adapter"] + parts["optimizer"] > 0
 
 
 def test_an_architecture_that_cannot_be_estimated_is_warned_of_and_stops_nothing(reproduced, tmp_path):

@@ -152,8 +152,10 @@ def test_a_base_model_gets_its_template_at_fetch_and_inspect_shows_it(small_chec
     checkout.stage("fetch")
     checkout.stage("preprocess")
     report = checkout.json("metrics/preprocess/report.json")
-    assert report["columns"] == {"format": "sharegpt", "messages": "conversations", "detected": True}
-    assert sorted(report["files"]) == [f"{name}-part-0.jsonl.gz" for name in ("test", "train", "validation")]
+    assert report["columns"] == [{"format": "sharegpt", "messages": "conversations", "detected": True}]
+    assert sorted(each["file"] for each in report["files"]) == [
+        f"{name}-part-0.jsonl.gz" for name in ("test", "train", "validation")
+    ]
     checkout.environment["PYTHONPATH"] = str(checkout.root / "src")
     printed = checkout.run(sys.executable, "-m", "lathe", "inspect", "--split", "test", "--row", "2").stdout
     assert "Assistant:\n«on<|im_end|>»" in printed

@@ -52,6 +52,18 @@ class Outcome:
     report: dict[str, Any]
     tables: dict[str, list[dict[str, Any]]]
 
+    def of(self, split: str) -> dict[str, Any]:
+        """What the report counts in a split."""
+        return next(each for each in self.report["splits"] if each["split"] == split)
+
+    def examples(self, split: str) -> dict[str, Any]:
+        """The rows of a split that the report names."""
+        return next(each for each in self.report["examples"] if each["split"] == split)
+
+    def near(self, splits: str) -> dict[str, Any]:
+        """What the report says of rows that are nearly in another split: `test_in_train`."""
+        return next(each for each in self.report["near_overlap"] if each["splits"] == splits)
+
 
 class Bench:
     """A folder of raw files and what becomes of them."""

@@ -37,7 +37,7 @@ FACTS = Facts(
     dataset={"name": "gsm8k", "source": "hub", "id": "openai/gsm8k", "commit": COMMIT},
     rows={
         "rows": {"read": 3700, "kept": 3600, "dropped": 100},
-        "splits": dict.fromkeys(("train", "validation", "test"), COUNTS),
+        "splits": [{"split": name, **COUNTS} for name in ("train", "validation", "test")],
     },
     validation=REPORT,
     test=REPORT,

@@ -78,6 +78,14 @@ class Outcome:
     splits: dict[str, list[dict]]
     report: dict
 
+    def of(self, split: str) -> dict:
+        """What the report counts in a split."""
+        return next(each for each in self.report["splits"] if each["split"] == split)
+
+    def examples(self, split: str) -> dict:
+        """The rows of a split that the report names."""
+        return next(each for each in self.report["examples"] if each["split"] == split)
+
 
 @pytest.fixture
 def run(raw, tokenizer, tmp_path):
@@ -140,17 +148,18 @@ def prompts(prepared, split) -> set[str]:
 
 
 def dropped(prepared, split="train") -> dict[str, int]:
-    return prepared.report["splits"][split]["dropped"]
+    return prepared.of(split)["dropped"]
 
 
 def assert_the_account_adds_up(prepared):
     report = prepared.report
-    for name, split in report["splits"].items():
+    for split in report["splits"]:
+        name = split["split"]
         came = split["read"] + split["taken_from_train"]
         assert came == split["kept"] + split["given_to_others"] + sum(split["dropped"].values()), name
         assert split["kept"] == len(prepared.splits[name])
     rows = report["rows"]
-    assert rows["read"] == rows["kept"] + rows["dropped"] == sum(file["rows"] for file in report["files"].values())
+    assert rows["read"] == rows["kept"] + rows["dropped"] == sum(file["rows"] for file in report["files"])
 
 
 TRICKY = [
@@ -170,7 +179,7 @@ def test_every_format_gives_the_same_rows(raw, run, suffix):
         for row in rows
     }
     assert found == {(row["prompt"], row["completion"]) for row in TRICKY}
-    assert prepared.report["files"] == {f"data{suffix}": {"split": "train", "format": suffix[1:], "rows": 32}}
+    assert prepared.report["files"] == [{"file": f"data{suffix}", "split": "train", "format": suffix[1:], "rows": 32}]
     assert_the_account_adds_up(prepared)
 
 
@@ -179,7 +188,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_accepted(raw, run, suffix):
     text = as_bytes(pairs(30), suffix).replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     (raw / f"data{suffix}").write_bytes(b"\xef\xbb\xbf" + text)
     prepared = run(max_dropped_fraction=0.0)
-    assert prepared.report["rows"] == {"read": 30, "kept": 30, "dropped": 0}
+    assert [prepared.report["rows"][key] for key in ("read", "kept", "dropped")] == [30, 30, 0]
 
 
 def test_one_row_becomes_one_line_of_messages(raw, run, tmp_path):
@@ -217,7 +226,7 @@ def test_a_column_of_messages_is_kept_as_it_is(raw, run, suffix):
     put(raw, f"test{suffix}", [{"messages": CHAT[3:]}])
     prepared = run()
     assert prepared.splits["train"] == [{"messages": CHAT}]
-    assert prepared.report["columns"] == {"format": "messages", "messages": "messages", "detected": True}
+    assert prepared.report["columns"] == [{"format": "messages", "messages": "messages", "detected": True}]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +277,7 @@ def test_a_preset_says_how_columns_become_messages(raw, run, preset, row, messag
     prepared = run(preset)
     (found,) = prepared.splits["train"]
     assert [(message["role"], message["content"]) for message in found["messages"]] == messages
-    assert prepared.report["columns"] == columns
+    assert prepared.report["columns"] == [columns]
 
 
 def line(**columns) -> bytes:
@@ -511,8 +520,8 @@ def test_a_bad_row_is_dropped_counted_and_shown(raw, run, good, bad, reason, fie
         put_splits(raw, good + b"\n\n" + bad + b"\n")
     prepared = run()
     assert dropped(prepared) == {reason: 1}
-    assert prepared.report["dropped_examples"] == {
-        "train": {reason: [{"at": "train.jsonl:3", "field": field, "problem": problem}]}
+    assert prepared.examples("train")["dropped"] == {
+        reason: [{"at": "train.jsonl:3", "field": field, "problem": problem}]
     }
     assert_the_account_adds_up(prepared)
 
@@ -537,7 +546,7 @@ def test_as_many_bad_rows_as_allowed_are_dropped_and_one_more_is_refused(raw, ru
 
 def test_at_most_three_examples_are_shown_per_reason(raw, run):
     put(raw, "train.jsonl", pairs(30) + [{"prompt": "q"}] * 7)
-    examples = run().report["dropped_examples"]["train"]["missing_column"]
+    examples = run().examples("train")["dropped"]["missing_column"]
     assert [example["at"] for example in examples] == ["train.jsonl:31", "train.jsonl:32", "train.jsonl:33"]
 
 
@@ -561,7 +570,7 @@ def test_a_bad_row_is_named_by_line_or_row_number(raw, run, name, rows, at):
     (raw / name).write_bytes(rows)
     put(raw, "validation.jsonl", pairs(1, 100))
     put(raw, "test.jsonl", pairs(1, 200))
-    (example,) = run().report["dropped_examples"]["train"]["empty_answer"]
+    (example,) = run().examples("train")["dropped"]["empty_answer"]
     assert example["at"] == at
 
 
@@ -569,7 +578,7 @@ def test_a_csv_row_with_a_field_too_many_is_dropped(raw, run):
     (raw / "train.csv").write_bytes(b"prompt,completion\nq,a\nr,b,c\n")
     put(raw, "validation.jsonl", pairs(1, 100))
     put(raw, "test.jsonl", pairs(1, 200))
-    (example,) = run().report["dropped_examples"]["train"]["wrong_field_count"]
+    (example,) = run().examples("train")["dropped"]["wrong_field_count"]
     assert example == {"at": "train.csv:3", "field": None, "problem": "has 3 fields; expected 2 as in the header"}
 
 
@@ -787,8 +796,8 @@ def test_a_preset_that_does_not_fit_the_columns_is_refused(raw, run, preset, mes
 def test_missing_splits_are_taken_from_train(raw, run):
     put(raw, "data.jsonl", pairs(200))
     prepared = run()
-    assert [prepared.report["splits"][name]["kept"] for name in ("train", "validation", "test")] == [160, 20, 20]
-    assert prepared.report["splits"]["train"]["given_to_others"] == 40
+    assert [prepared.of(name)["kept"] for name in ("train", "validation", "test")] == [160, 20, 20]
+    assert prepared.of("train")["given_to_others"] == 40
     everything = prompts(prepared, "train") | prompts(prepared, "validation") | prompts(prepared, "test")
     assert len(everything) == 200
     assert_the_account_adds_up(prepared)
@@ -845,7 +854,7 @@ def test_duplicates_are_removed_though_white_space_or_unicode_form_differ(raw, r
     put_splits(raw, as_bytes(same, ".jsonl"))
     prepared = run(max_dropped_fraction=0.0)
     assert dropped(prepared) == {"duplicate": 1}
-    (example,) = prepared.report["dropped_examples"]["train"]["duplicate"]
+    (example,) = prepared.examples("train")["dropped"]["duplicate"]
     assert {example["at"], example["problem"].removeprefix("the same as ")} == {"train.jsonl:1", "train.jsonl:2"}
     assert {row["messages"][1]["content"].strip() for row in prepared.splits["train"]} == {"yes", "no"}
 
@@ -858,8 +867,12 @@ def test_a_prompt_of_two_splits_stays_in_test_before_validation_before_train(raw
     assert prompts(prepared, "test") == {"question 0", "question 11", "question 12", "question 13"}
     assert prompts(prepared, "validation") == {f"question {n}" for n in (8, 9, 10)}
     assert prompts(prepared, "train") == {f"question {n}" for n in range(1, 8)}
-    assert prepared.report["overlap"] == {"train_in_test": 1, "train_in_validation": 2, "validation_in_test": 1}
-    assert prepared.report["dropped_examples"]["validation"]["in_other_split"] == [
+    assert prepared.report["overlap"] == [
+        {"splits": "train_in_test", "rows": 1},
+        {"splits": "train_in_validation", "rows": 2},
+        {"splits": "validation_in_test", "rows": 1},
+    ]
+    assert prepared.examples("validation")["dropped"]["in_other_split"] == [
         {"at": "validation.jsonl:4", "field": None, "problem": "its prompt is that of test.jsonl:1 in test"}
     ]
     assert_the_account_adds_up(prepared)
@@ -908,7 +921,7 @@ def test_the_report_counts_tokens_per_split(raw, run):
     # <|im_start|> user \n . <|im_end|> \n <|im_start|> assistant \n = 1+4+1 + prompt + 1+1 + 1+9+1 tokens
     train = [{"prompt": "q" * n, "completion": "a" * 9} for n in range(1, 11)]
     put_splits(raw, as_bytes(train, ".jsonl"))
-    report = run().report["splits"]["train"]
+    report = run().of("train")
     assert report["tokens"] == {
         "prompt": {"min": 20, "p50": 24, "p90": 28, "p99": 29, "max": 29},
         "answer": {"min": 10, "p50": 10, "p90": 10, "p99": 10, "max": 10},
@@ -937,7 +950,7 @@ def test_supervising_the_last_turn_alone_lowers_the_share(raw, run):
     put(raw, "train.jsonl", rows[:1])
     put(raw, "validation.jsonl", rows[1:10])
     put(raw, "test.jsonl", rows[10:])
-    every, last = (run(supervise=turns).report["splits"]["train"]["supervised_tokens"] for turns in ("all", "last"))
+    every, last = (run(supervise=turns).of("train")["supervised_tokens"] for turns in ("all", "last"))
     assert (every, last) == (4, 2)
 
 
@@ -951,7 +964,7 @@ def test_a_preference_pair_keeps_its_rejected_answer_in_the_processed_row(raw, r
         for row in split
     }
     assert found == {tuple(row.values()) for row in rows}
-    assert prepared.report["columns"]["format"] == "preference"
+    assert prepared.report["columns"][0]["format"] == "preference"
 
 
 def pair_of(prompt: str, chosen: str, rejected: str) -> dict:
@@ -989,15 +1002,15 @@ def test_a_rejected_answer_that_is_too_long_drops_its_row(raw, run):
     put_pairs(raw, [pair_of("q", "a", "b" * 50), pair_of("r", "a", "b")])
     prepared = run(max_length=71)
     assert dropped(prepared) == {}
-    assert prepared.report["splits"]["train"]["tokens"]["rejected"]["max"] == 71
+    assert prepared.of("train")["tokens"]["rejected"]["max"] == 71
     prepared = run(max_length=70)
     assert dropped(prepared) == {"too_long": 1}
-    (example,) = prepared.report["dropped_examples"]["train"]["too_long"]
+    (example,) = prepared.examples("train")["dropped"]["too_long"]
     assert (example["at"], example["field"]) == ("train.jsonl:1", "rejected")
     assert example["problem"] == (
         "is 71 tokens long, prompt and answer to reject; expected at most training.max_length 70"
     )
-    assert "rejected" not in prepared.report["splits"]["test"]["tokens"]
+    assert "rejected" not in prepared.of("test")["tokens"]
 
 
 @pytest.mark.parametrize(("chosen", "rejected"), [("a" * 4, "b" * 50), ("a" * 50, "b" * 4), ("a" * 50, "b" * 49)])
@@ -1007,8 +1020,8 @@ def test_a_pair_that_is_too_long_is_cut_so_that_both_answers_fit(raw, run, side,
     prepared = run(max_length=80, too_long=f"truncate_{side}", max_truncated_fraction=1.0)
     (row,) = prepared.splits["train"]
     (asked, better), (worse,) = row["messages"], row["rejected"]
-    assert prepared.report["splits"]["train"]["truncated"]["rows"] == 1
-    lengths = prepared.report["splits"]["train"]["tokens"]
+    assert prepared.of("train")["truncated"]["rows"] == 1
+    lengths = prepared.of("train")["tokens"]
     assert max(lengths["total"]["max"], lengths["rejected"]["max"]) == 80
     cut = [len(asked["content"]) < 30, len(better["content"]) < len(chosen), len(worse["content"]) < len(rejected)]
     assert cut == ([True, False, False] if side == "prompt" else [False, len(chosen) > 30, len(rejected) > 30])

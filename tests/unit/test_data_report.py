@@ -45,8 +45,8 @@ def test_a_row_over_max_length_is_dropped_unless_asked_otherwise(bench):
     bench.put("train.jsonl", [chat("q" * 100, "a"), chat("q", "a")])
     put_others(bench)
     outcome = bench.run(max_length=50)
-    assert outcome.report["splits"]["train"]["dropped"] == {"too_long": 1}
-    assert outcome.report["splits"]["train"]["truncated"] == {
+    assert outcome.of("train")["dropped"] == {"too_long": 1}
+    assert outcome.of("train")["truncated"] == {
         "rows": 0,
         "side": None,
         "tokens": 0,
@@ -63,19 +63,19 @@ def test_truncate_prompt_takes_the_middle_of_a_single_request_and_never_the_answ
     assert (system, answer) == ("Be brief.", "the answer")
     assert set(request) == {"b", "e"}
     assert 0 <= request.count("b") - request.count("e") <= 1
-    tokens = outcome.report["splits"]["train"]["tokens"]["total"]["max"]
+    tokens = outcome.of("train")["tokens"]["total"]["max"]
     assert tokens == 120, "no more is cut than must be"
-    truncated = outcome.report["splits"]["train"]["truncated"]
+    truncated = outcome.of("train")["truncated"]
     assert truncated == {"rows": 1, "side": "prompt", "tokens": 180 - len(request), "supervised_tokens": 0}
 
 
 def test_truncate_prompt_takes_earlier_turns_whole_and_leaves_the_others_as_they_were(bench):
     bench.put("train.jsonl", [chat("one", "1", "two", "2", "three", "3", system="Count.")])
     put_others(bench)
-    whole = bench.run().report["splits"]["train"]["tokens"]["total"]["max"]
+    whole = bench.run().of("train")["tokens"]["total"]["max"]
     outcome = bench.run(max_length=whole - 1, too_long="truncate_prompt")
     assert contents(outcome.splits["train"][0]) == ["Count.", "two", "2", "three", "3"]
-    assert outcome.report["splits"]["train"]["truncated"]["supervised_tokens"] == 2  # "1" and its end token
+    assert outcome.of("train")["truncated"]["supervised_tokens"] == 2  # "1" and its end token
     outcome = bench.run(max_length=58, too_long="truncate_prompt")
     assert contents(outcome.splits["train"][0]) == ["Count.", "three", "3"]
 
@@ -91,20 +91,20 @@ def test_truncate_answer_takes_later_turns_and_the_end_of_the_answer(bench):
     ]:
         outcome = bench.run(max_length=max_length, too_long="truncate_answer")
         assert contents(outcome.splits["train"][0]) == expected, max_length
-        assert outcome.report["splits"]["train"]["truncated"]["side"] == "answer"
+        assert outcome.of("train")["truncated"]["side"] == "answer"
 
 
 def test_a_row_that_cannot_be_made_to_fit_is_dropped_with_both_numbers(bench):
     bench.put("train.jsonl", [chat("q" * 20, "a" * 100), chat("q", "a")])
     put_others(bench)
     outcome = bench.run(max_length=60, too_long="truncate_prompt")
-    (example,) = outcome.report["dropped_examples"]["train"]["too_long"]
+    (example,) = outcome.examples("train")["dropped"]["too_long"]
     assert example["problem"] == (
         "is 140 tokens long (39 prompt, 101 answer); expected at most training.max_length 60; "
         "too little of the prompt would fit beside the answer"
     )
     outcome = bench.run(max_length=30, too_long="truncate_answer")
-    assert outcome.report["splits"]["train"]["dropped"] == {"too_long": 1}
+    assert outcome.of("train")["dropped"] == {"too_long": 1}
 
 
 @pytest.mark.parametrize("too_long", ["truncate_prompt", "truncate_answer"])
@@ -118,7 +118,7 @@ def test_every_cut_row_fits_and_is_whole_but_for_the_side_that_was_asked_for(ben
     bench.put("train.jsonl", rows)
     put_others(bench)
     outcome = bench.run(max_length=150, too_long=too_long)
-    train = outcome.report["splits"]["train"]
+    train = outcome.of("train")
     assert train["truncated"]["rows"] > 10
     assert train["tokens"]["total"]["max"] <= 150
     given = {text for row in rows for text in contents(row)}
@@ -159,26 +159,26 @@ def put_overlapping(bench, *, changed_words):
 
 def test_rows_that_are_nearly_in_train_are_counted_with_where_they_are(bench):
     put_overlapping(bench, changed_words=1)
-    overlap = bench.run().report["near_overlap"]["test_in_train"]
+    overlap = bench.run().near("test_in_train")
     assert (overlap["rows"], overlap["checked"], overlap["share"]) == (10, 20, 0.5)
     for example in overlap["examples"]:
         number = int(example["at"].partition(":")[2])
         assert example["problem"] == (
             f"25 of its 33 word sequences are in train, most of them in train.jsonl:{number - 10}"
         )
-    assert bench.run().report["near_overlap"]["validation_in_train"]["rows"] == 0
+    assert bench.run().near("validation_in_train")["rows"] == 0
 
 
 def test_rows_that_share_few_word_sequences_are_not_near(bench):
     put_overlapping(bench, changed_words=12)
-    assert bench.run().report["near_overlap"]["test_in_train"]["rows"] == 0
+    assert bench.run().near("test_in_train")["rows"] == 0
 
 
 def test_an_exact_prompt_is_removed_from_train_and_not_counted_as_near(bench):
     put_overlapping(bench, changed_words=0)
-    report = bench.run().report
-    assert report["overlap"] == {"train_in_test": 10}
-    assert report["near_overlap"]["test_in_train"]["rows"] == 0
+    outcome = bench.run()
+    assert outcome.report["overlap"] == [{"splits": "train_in_test", "rows": 10}]
+    assert outcome.near("test_in_train")["rows"] == 0
 
 
 def test_case_punctuation_and_the_system_message_do_not_hide_an_overlap(bench):
@@ -186,9 +186,9 @@ def test_case_punctuation_and_the_system_message_do_not_hide_an_overlap(bench):
     bench.put("train.jsonl", [chat(text, answer)])
     bench.put("validation.jsonl", [chat(sentence(3), sentence(4), system=text)])
     bench.put("test.jsonl", [chat(text.upper().replace(" ", ", ") + "!", answer, system="Be brief.")])
-    near_overlap = bench.run().report["near_overlap"]
-    assert near_overlap["test_in_train"]["rows"] == 1
-    assert near_overlap["validation_in_train"]["rows"] == 0
+    outcome = bench.run()
+    assert outcome.near("test_in_train")["rows"] == outcome.report["rows"]["nearly_in_another_split"] == 1
+    assert outcome.near("validation_in_train")["rows"] == 0
 
 
 def test_too_many_rows_nearly_in_another_split_stop_the_stage_with_numbers_and_remedy(bench):
@@ -206,12 +206,12 @@ def test_too_many_rows_nearly_in_another_split_stop_the_stage_with_numbers_and_r
 
 def test_a_row_too_long_for_train_is_nobodys_source(bench):
     put_overlapping(bench, changed_words=1)
-    longest = bench.run().report["splits"]["train"]["tokens"]["total"]["max"]
+    longest = bench.run().of("train")["tokens"]["total"]["max"]
     bench.put(
         "train.jsonl",
         [chat(sentence(n), sentence(1000 + n), sentence(n) * 9, "z") for n in range(40)] + [chat("k", "k")],
     )
-    assert bench.run(max_length=longest + 20).report["near_overlap"]["test_in_train"]["rows"] == 0
+    assert bench.run(max_length=longest + 20).near("test_in_train")["rows"] == 0
 
 
 def test_shares_of_sequences_are_those_counted_one_by_one():
@@ -269,13 +269,14 @@ def test_rows_in_another_script_and_of_unusual_length_are_shown_with_their_place
     rows[17] = chat("q", "a")
     bench.put("train.jsonl", rows)
     put_others(bench)
-    report = bench.run().report
-    assert report["splits"]["train"]["scripts"] == {"Latin": 29, "Cyrillic": 1}
-    assert report["examples"]["train"]["other_scripts"] == {"Cyrillic": ["train.jsonl:5"]}
+    outcome = bench.run()
+    train, examples = outcome.of("train"), outcome.examples("train")
+    assert train["scripts"] == {"Latin": 29, "Cyrillic": 1}
+    assert examples["other_scripts"] == {"Cyrillic": ["train.jsonl:5"]}
     usual = FRAME - 1 + len("question 00answer") + 1
-    assert report["splits"]["train"]["length_outliers"] == {"above_tokens": usual, "rows": 2}
-    assert report["examples"]["train"]["longest"][0] == {"at": "train.jsonl:10", "tokens": 321}
-    assert report["examples"]["train"]["shortest"][0] == {"at": "train.jsonl:18", "tokens": 22}
+    assert train["length_outliers"] == {"above_tokens": usual, "rows": 2}
+    assert examples["longest"][0] == {"at": "train.jsonl:10", "tokens": 321}
+    assert examples["shortest"][0] == {"at": "train.jsonl:18", "tokens": 22}
 
 
 def test_the_tables_of_the_plots_hold_every_row(bench):

@@ -353,7 +353,7 @@ def test_optimizer_steps_are_counted_as_the_trainer_counts_them():
     def steps(rows: int, **changes: Any) -> dict[str, int | None]:
         return training_steps(sections(training=changed(training, **changes)), rows=rows, sequences=rows)
 
-    assert steps(100) == {"sequences": 100, "steps_per_epoch": 9, "steps": 23}
+    assert steps(100) == {"steps_per_epoch": 9, "steps": 23}
     assert steps(1)["steps"] == 3
     assert steps(100, max_steps=7)["steps"] == 7
 
@@ -373,14 +373,12 @@ def test_another_method_has_steps_of_its_own_behind_those_of_its_supervised_phas
     )
     # A conversation of which every turn is learnt may make several sequences; it is one pair.
     assert training_steps(chosen, rows=100, sequences=120) == {
-        "sequences": 120,
         "sft_steps": 6,
         "steps_per_epoch": 13,
         "steps": 39,
     }
     chosen = chosen.model_copy(update={"training": changed(chosen.training, method="grpo")})
     assert training_steps(chosen, rows=100, sequences=120) == {
-        "sequences": 120,
         "sft_steps": 0,
         "steps_per_epoch": None,
         "steps": 60,

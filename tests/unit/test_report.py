@@ -185,7 +185,7 @@ def test_a_part_that_is_there_leaves_no_such_sentence(run):
 
 
 def test_one_file_alone_is_enough_for_a_page(tmp_path):
-    report_run.write_json(tmp_path / "metrics/fetch/model.json", {"name": "tiny", "source": "builtin"})
+    report_run.write_json(tmp_path / "metrics/fetch/model.json", {"origin": [{"name": "tiny", "source": "builtin"}]})
     assert rendered(tmp_path).count('class="absent"') == 14
 
 

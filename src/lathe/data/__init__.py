@@ -61,7 +61,7 @@ def prepare(
 
     scratch = out / ".scratch"
     scratch.mkdir()
-    account = Account(settings, max_length)
+    account = Account(settings)
     rows = _read(raw, preset, control_tokens(tokenizer), seed, scratch / "rows", account)
     account.check_read()
     account.splits = divide(

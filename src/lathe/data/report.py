@@ -31,9 +31,8 @@ Faults = dict[str, Tally[tuple[str, Fault]]]
 class Account:
     """Where every row went: for each split, read + taken from train = kept + given + dropped."""
 
-    def __init__(self, settings: "Preprocess", max_length: int) -> None:
+    def __init__(self, settings: "Preprocess") -> None:
         self.settings = settings
-        self.max_length = max_length
         self.files: dict[str, dict[str, Any]] = {}
         self.columns: dict[str, Any] = {}
         self.faults: dict[str, Faults] = {name: {} for name in SPLITS}
@@ -128,40 +127,44 @@ class Account:
         return {reason: tally.count for reason, tally in sorted(tallies)}
 
     def report(self, reader: Reader) -> dict[str, Any]:
-        """Return the report as JSON values; `reader` tells where rows stood."""
-        dropped = {name: self._dropped(name) for name in SPLITS}
-        given = sum(self.splits.taken_from_train.values())
+        """Return the report as JSON values; `reader` tells where rows stood.
+
+        What is no list is what one compares between experiments: DVC makes columns of it.
+        """
+        splits = [self._split(name) for name in SPLITS]
         return {
-            "columns": self.columns,
-            "files": self.files,
             "rows": {
                 "read": self.read(),
-                "kept": sum(len(self.measured[name].rows) for name in SPLITS),
-                "dropped": sum(sum(counts.values()) for counts in dropped.values()),
+                "kept": sum(split["kept"] for split in splits),
+                "dropped": sum(sum(split["dropped"].values()) for split in splits),
+                "truncated": sum(split["truncated"]["rows"] for split in splits),
+                "nearly_in_another_split": sum(rows for rows, _, _ in self.near.values()),
             },
-            "max_length": self.max_length,
-            "too_long": self.settings.too_long,
-            "splits": {
-                name: {
-                    "read": self.read(name),
-                    "taken_from_train": self.splits.taken_from_train.get(name, 0),
-                    "given_to_others": given if name == "train" else 0,
-                    "kept": len(self.measured[name].rows),
-                    "dropped": dropped[name],
-                    "truncated": self._truncated(self.measured[name]),
-                    **_token_statistics(self.measured[name]),
-                    "length_outliers": _length_outliers(self.measured[name]),
-                    "scripts": _scripts(self.measured[name]),
-                }
+            "supervised_tokens": next(split["supervised_tokens"] for split in splits if split["split"] == "train"),
+            "columns": [self.columns],
+            "files": [{"file": name, **facts} for name, facts in self.files.items()],
+            "splits": splits,
+            "overlap": [{"splits": pair, "rows": rows} for pair, rows in sorted(self.splits.overlap.items())],
+            "near_overlap": [self._near(pair, reader) for pair in sorted(self.near)],
+            "examples": [
+                {"split": name, "dropped": self._dropped_examples(name), **_examples(self.measured[name], reader)}
                 for name in SPLITS
-            },
-            "overlap": dict(sorted(self.splits.overlap.items())),
-            "near_overlap": {
-                "rule": f"at least {NEAR:.0%} of a row's sequences of {N} words are in the other split",
-                **{f"{pair[0]}_in_{pair[1]}": self._near(pair, reader) for pair in sorted(self.near)},
-            },
-            "dropped_examples": {name: self._dropped_examples(name) for name in SPLITS if dropped[name]},
-            "examples": {name: _examples(self.measured[name], reader) for name in SPLITS},
+            ],
+        }
+
+    def _split(self, name: str) -> dict[str, Any]:
+        measured, given = self.measured[name], sum(self.splits.taken_from_train.values())
+        return {
+            "split": name,
+            "read": self.read(name),
+            "taken_from_train": self.splits.taken_from_train.get(name, 0),
+            "given_to_others": given if name == "train" else 0,
+            "kept": len(measured.rows),
+            "dropped": self._dropped(name),
+            "truncated": self._truncated(measured),
+            **_token_statistics(measured),
+            "length_outliers": _length_outliers(measured),
+            "scripts": _scripts(measured),
         }
 
     def _truncated(self, measured: Measured) -> dict[str, Any]:
@@ -177,6 +180,8 @@ class Account:
         rows, checked, examples = self.near[pair]
         shown = [self._near_example(pair, example, reader) for example in examples]
         return {
+            "splits": f"{pair[0]}_in_{pair[1]}",
+            "rule": f"at least {NEAR:.0%} of a row's sequences of {N} words are in the other split",
             "rows": rows,
             "checked": checked,
             "share": round(rows / checked, 4) if checked else None,

@@ -215,7 +215,8 @@ class Facts:
     def rows(self, artifact: str, split: str) -> Value | None:
         """Return how many rows of a split the artifact was asked."""
         measured = self.measured.get(artifact)
-        return measured.get(split, "rows") if measured else None
+        splits = measured.get("splits") if measured else None
+        return next((each.get("rows") for each in splits or () if each.content["split"] == split), None)
 
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
@@ -257,8 +258,8 @@ def gather(root: Path, *, seed: int, primary_metric: str) -> Facts:
         commit=_commit(root),
         lock=lock,
         stale=_stale(root, lock),
-        model=read(root, "metrics/fetch/model.json"),
-        dataset=read(root, "metrics/fetch/dataset.json"),
+        model=_origin(root, "model"),
+        dataset=_origin(root, "dataset"),
         parameters=_parameters(lock),
         digests=_digests(lock),
         curves=_curves(root),
@@ -278,6 +279,11 @@ def gather(root: Path, *, seed: int, primary_metric: str) -> Facts:
         timings=_timings(root),
         searches=_searches(root),
     )
+
+
+def _origin(root: Path, fetched: str) -> Value | None:
+    found = read(root, f"metrics/fetch/{fetched}.json")
+    return found.get("origin", 0) if found else None
 
 
 def _searches(root: Path) -> list[Search]:
