@@ -7,6 +7,7 @@ import random
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
@@ -301,3 +302,44 @@ def pretend(checkout: Any) -> None:
     (root / "dvc.yaml").write_text(yaml.safe_dump(tree))
     checkout.run("dvc", "repro", "--quiet")
     checkout.commit()
+
+
+SEARCH = """\
+study: {name}
+sampler: random
+startup_trials: 1
+seed: 1
+n_trials: 9
+timeout_seconds: null
+objectives: {objectives}
+space:
+  training.learning_rate: {{type: float, low: 0.001, high: 0.02, log: true}}
+  quantize.types: {{type: categorical, choices: [[Q8_0], [Q4_K_M], [Q8_0, Q4_K_M]]}}
+"""
+SCORES = ("quantized.exact_match, direction: maximize", "quantized.bytes, direction: minimize")
+
+
+def search(root: Path) -> None:
+    """Write what two studies found, of one score and of two, with a trial that failed; none of them ran anything."""
+    from optuna.storages import InMemoryStorage
+
+    from lathe.params import load
+    from lathe.search import plan, results
+    from lathe.search.study import Study
+
+    params = load().params.model_dump()
+    for name, scores in (("learning", SCORES[:1]), ("a-study-with-a-name-that-is-rather-long", SCORES)):
+        file = root / f"experiments/search/{name}.yaml"
+        objectives = ", ".join(f"{{metric: {score}}}" for score in scores)
+        file.write_text(SEARCH.format(name=name, objectives=f"[{objectives}]"))
+        with mock.patch.object(paths, "SCRATCH", root / ".scratch"):
+            study = Study(plan.read(file, params, name), InMemoryStorage(), params, is_local=True)
+        study.agree({"overrides": {"training.num_train_epochs": "2"}})
+        while (trial := study.next(9, may_begin=True)) is not None:
+            values = study.values(trial)
+            if trial.number == 5:
+                study.fail(trial, f"train: error: {'no answer at all, ' * 20}")
+                continue
+            rate = values["training.learning_rate"]
+            study.finish(trial, [rate**0.1, 8e5 + 4e7 * rate][: len(scores)], "c0ffee" * 6)  # none is best in both
+        results.write(study, root / "metrics/search" / name)

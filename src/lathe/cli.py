@@ -349,7 +349,7 @@ def search(args: argparse.Namespace) -> None:
     """Run a search to its end and say what is best, or put the best experiment into the workspace."""
     from lathe.search import command
 
-    command.run(args, applied)
+    command.run(args)
 
 
 def _best_gguf() -> Path:

@@ -88,9 +88,8 @@ def _make_room(names: Sequence[str], *, queue: bool, force: bool) -> None:
         shown = ", ".join(f"{each.name} ({each.commit[:10]})" for each in taken)
         raise InputError(f"{shown}: has been run from this commit; --force runs it again in its place")
     for each in taken:
-        ref = f"refs/exps/{each.baseline[:2]}/{each.baseline[2:]}/{each.name}"
-        revisions.git("update-ref", "-d", ref)
-        sys.stderr.write(f"{each.name} was {each.commit}; `git update-ref {ref} {each.commit}` brings it back\n")
+        revisions.git("update-ref", "-d", each.ref)
+        sys.stderr.write(f"{each.name} was {each.commit}; `git update-ref {each.ref} {each.commit}` brings it back\n")
 
 
 def _queued() -> list[str]:

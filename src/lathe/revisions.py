@@ -23,11 +23,20 @@ WORKSPACE = "workspace"
 
 @dataclass(frozen=True)
 class Experiment:
-    """One of DVC's experiments that has run: its name, its commit, and the commit that it started from."""
+    """One of DVC's experiments that has run: its name, its commit, and the commit that it started from.
+
+    `message` is the first line that its commit says of it.
+    """
 
     name: str
     commit: str
     baseline: str
+    message: str
+
+    @property
+    def ref(self) -> str:
+        """The name by which Git keeps it."""
+        return f"refs/exps/{self.baseline[:2]}/{self.baseline[2:]}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -118,13 +127,14 @@ def find(name: str) -> Revision:
 def experiments(root: Path | None = None) -> list[Experiment]:
     """Return DVC's experiments of a checkout (by default this one) that have run, the newest first."""
     found = []
-    command = ("for-each-ref", "--sort=-committerdate", "--format=%(objectname) %(refname)", "refs/exps")
+    form = "--format=%(objectname) %(refname) %(contents:subject)"
+    command = ("for-each-ref", "--sort=-committerdate", form, "refs/exps")
     listed = git(*command, root=root, unless_it_fails=True) or b""  # without a repository there are none
     for line in listed.decode().splitlines():
-        commit, ref = line.split(" ", 1)
+        commit, ref, message = line.split(" ", 2)
         parts = ref.split("/")  # refs/exps/<first two of the baseline>/<the rest>/<name>
         if len(parts) == 5 and len(parts[2]) == 2 and len(parts[3]) > 30:
-            found.append(Experiment(parts[4], commit, parts[2] + parts[3]))
+            found.append(Experiment(parts[4], commit, parts[2] + parts[3], message))
     return found
 
 
@@ -153,4 +163,5 @@ def git(*arguments: str, root: Path | None = None, unless_it_fails: bool = False
     if unless_it_fails:
         return None
     reason = (done.stderr.decode(errors="replace").strip() or "it failed").splitlines()[0]
-    raise InputError(f"git {arguments[0]}: {reason}; run this in a clone of the repository")
+    remedy = "run this in a clone of the repository" if "not a git repository" in reason else "see `git status`"
+    raise InputError(f"git {arguments[0]}: {reason}; {remedy}")

@@ -155,6 +155,8 @@ def test_a_killed_search_goes_on_and_each_trial_is_an_experiment_or_a_failure_wi
     refused = searched.run("-S", "seed=7", check=False, env=env)
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("error: study late: its trials were run with other overrides")
+    refused = searched.run("--apply", check=False, env=env)
+    assert "what is not committed, which is params.yaml; commit it, or `git stash`" in refused.stderr
     parameters.write_text(parameters.read_text().removesuffix("# not committed\n"))
     searched.run("--apply", env=env)
     chosen = next(trial for trial in trials if trial["experiment"] == best)

@@ -41,9 +41,10 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A checkout with all that a run leaves, the judge's scores too, one experiment, and the report."""
+    """A checkout with all that a run leaves, the judge's scores too, one experiment, two studies, and the report."""
     checkout = make_checkout(tmp_path_factory.mktemp("report") / "lathe")
     report_run.build(checkout.root, judged=True)
+    report_run.search(checkout.root)
     report_run.pretend(checkout)
     checkout.run("dvc", "exp", "run", "--name", "lower-rate", "-S", "training.learning_rate=0.003")
     checkout.run("git", "checkout", "--", ".")
@@ -234,8 +235,11 @@ def test_plots_put_every_point_where_its_figures_belong(checkout, browser, sourc
             points: [...each.querySelectorAll("polyline")].map(one => one.getAttribute("points")).join(" ")}))}))"""
     drawn = view.page.eval_on_selector_all("svg", script)
     view.page.close()
-    assert sum(len(svg["marks"]) for svg in drawn) == 4 + 3 + 4 + 4  # score, KL (none for merged), perplexity, speed
-    assert sum(len(svg["lines"]) for svg in drawn) == 4 + 3
+    [front] = [study["best"] for study in checkout_studies(sources.checkout) if len(study["objectives"]) == 2]
+    assert len(front) > 1
+    # Score, KL (none for merged), perplexity, speed; the front of one study, the course of the other.
+    assert sum(len(svg["marks"]) for svg in drawn) == 4 + 3 + 4 + 4 + len(front)
+    assert sum(len(svg["lines"]) for svg in drawn) == 4 + 3 + 1
     for svg in drawn:
         x, y = place(svg["x"]), place(svg["y"])
         for mark in svg["marks"]:
@@ -243,12 +247,16 @@ def test_plots_put_every_point_where_its_figures_belong(checkout, browser, sourc
             assert abs(y(sources(mark["y"])) - float(mark["cy"])) < 0.02
         for line in svg["lines"]:
             rows = sources(line["file"])
-            first, second = ("tokens", "rows") if line["file"].endswith(".csv") else ("step", list(rows[0])[1])
+            first, second = ("tokens", "rows") if line["file"].endswith(".csv") else list(rows[0])[:2]
             known = {(round(x(float(row[first])), 1), round(y(float(row[second])), 1)) for row in rows}
             points = [tuple(map(float, point.split(","))) for point in line["points"].split()]
             assert len(points) == len(rows) / (3 if line["file"].endswith(".csv") else 1)
             for point in points:
                 assert min(max(abs(point[0] - a), abs(point[1] - b)) for a, b in known) < 0.11, (svg["title"], point)
+
+
+def checkout_studies(checkout: Checkout) -> list[Any]:
+    return [json.loads(file.read_text()) for file in (checkout.root / "metrics/search").glob("*/study.json")]
 
 
 def place(scale: str) -> Any:

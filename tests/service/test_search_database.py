@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,95 +21,140 @@ PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 PASSWORD = "s3cret"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The address of a server that asks for a password; it runs as another user where this one is root."""
-    if not PROGRAMS:
-        pytest.skip("PostgreSQL is not installed: `apt-get install postgresql`")
-    user = "postgres" if os.geteuid() == 0 else getpass.getuser()
-    account = pwd.getpwnam(user)
-    folder = Path(tempfile.mkdtemp())
-    os.chown(folder, account.pw_uid, account.pw_gid)
-    secret = folder / "password"
-    secret.write_text(PASSWORD)
-    os.chown(secret, account.pw_uid, account.pw_gid)
-    as_user: dict[str, Any] = {"user": account.pw_uid, "group": account.pw_gid} if os.geteuid() == 0 else {}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    programs = PROGRAMS[-1].parent
+class Server:
+    """A server that asks for a password, in a folder of its own; another user runs it where this one is root."""
 
-    def call(program: str, *options: str) -> None:
-        command = [str(programs / program), f"--pgdata={folder}/data", *options]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, **as_user)
+    def __init__(self, folder: Path) -> None:
+        account = pwd.getpwnam("postgres" if os.geteuid() == 0 else getpass.getuser())
+        is_root = os.geteuid() == 0
+        self.folder = folder
+        self.as_user: dict[str, Any] = {"user": account.pw_uid, "group": account.pw_gid} if is_root else {}
+        secret = folder / "password"
+        secret.write_text(PASSWORD)
+        for path in (folder, secret):
+            os.chown(path, account.pw_uid, account.pw_gid)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"postgresql://lathe:{PASSWORD}@127.0.0.1:{self.port}/postgres"
+        self._call("initdb", "--auth=scram-sha-256", f"--pwfile={secret}", "--username=lathe", "--no-sync")
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder} -c fsync=off"
+        self._call("pg_ctl", f"--options={options}", f"--log={self.folder}/log", "--wait", "start")
+
+    def stop(self) -> None:
+        """End it at once, as a machine that loses its power."""
+        self._call("pg_ctl", "--mode=immediate", "stop")
+
+    def _call(self, program: str, *options: str) -> None:
+        command = [str(PROGRAMS[-1].parent / program), f"--pgdata={self.folder}/data", *options]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False, **self.as_user)
         assert done.returncode == 0, done.stderr
 
-    call("initdb", "--auth=scram-sha-256", f"--pwfile={secret}", "--username=lathe", "--no-sync")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    call("pg_ctl", f"--options={options}", f"--log={folder}/log", "--wait", "start")
-    yield f"postgresql://lathe:{PASSWORD}@127.0.0.1:{port}/postgres"
-    call("pg_ctl", "--mode=immediate", "stop")
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A server that runs."""
+    if not PROGRAMS:
+        pytest.skip("PostgreSQL is not installed: `apt-get install postgresql`")
+    folder = Path(tempfile.mkdtemp())
+    server = Server(folder)
+    server.start()
+    yield server
+    server.stop()
     shutil.rmtree(folder)
 
 
 # A driver whose trials run no DVC: what is made by one is seen by all, as on a shared disk.
 DRIVER = """
-import json, sys, time
+import json, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 sys.path.insert(0, {unit!r})
 from lathe import paths
+from lathe.errors import InputError
 from lathe.params import load
 from lathe.search import run, storage, study, trial
 from test_search import RATE, planned
-folder, url = Path(sys.argv[1]), sys.argv[2]
+folder, url, name = Path(sys.argv[1]), *sys.argv[2:]
 paths.SCRATCH, run.LOGS = folder / "s", folder
 run.SECONDS_BETWEEN_SEARCHES_FOR_WORK = 0.2
-def experiment(name):
-    file = folder / name
-    if not file.exists():
-        return None
+def experiment(order):
     content = {{"merged": {{}}, "Q4_K_M": {{"exact_match": 0.5}}}}
-    return SimpleNamespace(message=file.read_text(), commit="c", json=lambda name: content)
+    made = (folder / order.name).exists()
+    return SimpleNamespace(commit="c", json=lambda name: content) if made else None
 trial.experiment = experiment
 def start(order, gpu):
     with (folder / "runs").open("a") as runs:
         runs.write(order.name + "\\n")
-    program = "import pathlib, sys, time; time.sleep(.1); pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
-    import subprocess
-    return subprocess.Popen([sys.executable, "-c", program, str(folder / order.name), order.message])
+    program = "import pathlib, sys, time; time.sleep(.1); pathlib.Path(sys.argv[1]).touch()"
+    return subprocess.Popen([sys.executable, "-c", program, str(folder / order.name)])
 params = load().params
-plan = planned(folder, params, RATE, sampler="random")
-opened = study.Study(plan, storage.opened(url, plan.study), {{"space": {{}}}}, params.model_dump(), is_local=False)
-run.Driver(opened, 12, 2, None, [], [], "", "", start).run()
+plan = planned(folder, params, RATE, sampler="random").model_copy(update={{"study": name}})
+opened = study.Study(plan, storage.opened(url, plan.study), params.model_dump(), is_local=False)
+driver = run.Driver(opened, 12, 2, None, [], [], "", "", start)
+try:
+    with storage.told_when_away(url):
+        driver.run()
+except InputError as error:
+    sys.exit(f"error: {{error}}")
 print(json.dumps([(one.number, one.state.name, one.values) for one in opened.optuna_study.get_trials()]))
 """
 
 
-def test_two_drivers_share_a_study_without_a_repeated_trial(server: str, tmp_path: Path) -> None:
+def begun(server: Server, folder: Path, name: str) -> "subprocess.Popen[str]":
+    """A driver of the study of that name."""
     program = DRIVER.format(unit=str(Path(__file__).parents[1] / "unit"))
-    command = [sys.executable, "-c", program, str(tmp_path), server]
-    drivers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    command = [sys.executable, "-c", program, str(folder), server.url, name]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_drivers_share_a_study_without_a_repeated_trial(server: Server, tmp_path: Path) -> None:
+    drivers = [begun(server, tmp_path, "shared") for _ in range(2)]
     told = [driver.communicate(timeout=120)[0] for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0]
     assert json.loads(told[0]) == json.loads(told[1]) == [[number, "COMPLETE", [0.5]] for number in range(12)]
     runs = (tmp_path / "runs").read_text().split()
-    assert sorted(runs) == sorted(f"some-{number}" for number in range(12))
+    assert sorted(runs) == sorted(f"shared-{number}" for number in range(12))
 
 
-def test_a_wrong_password_is_told_in_one_line_and_not_shown(server: str, tmp_path: Path) -> None:
+def test_a_server_that_goes_away_ends_the_search_in_one_line_and_the_study_goes_on(
+    server: Server, tmp_path: Path
+) -> None:
+    driver, runs, deadline = begun(server, tmp_path, "lost"), tmp_path / "runs", time.monotonic() + 60
+    while not (runs.exists() and len(runs.read_text().split()) > 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    server.stop()
+    try:
+        _, told = driver.communicate(timeout=60)
+    finally:
+        server.start()
+    assert driver.returncode == 1
+    assert "Traceback" not in told
+    last = told.splitlines()[-1]
+    assert last.startswith(f"error: postgresql://lathe@127.0.0.1:{server.port}/postgres: ")
+    assert last.endswith("; when the database is back, the same command goes on")
+
+    again, _ = begun(server, tmp_path, "lost").communicate(timeout=120)
+    assert json.loads(again) == [[number, "COMPLETE", [0.5]] for number in range(12)]
+
+
+def test_a_wrong_password_is_told_in_one_line_and_not_shown(server: Server, tmp_path: Path) -> None:
     from lathe.errors import InputError
     from lathe.search import storage
 
     with pytest.raises(InputError, match="password authentication failed") as caught:
-        storage.opened(server.replace(PASSWORD, "wr0ng"), "some")
+        storage.opened(server.url.replace(PASSWORD, "wr0ng"), "some")
     assert "wr0ng" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
 def test_two_checkouts_join_one_study_and_each_has_the_experiments_that_it_ran(
-    server: str, reproduced: Checkout, tmp_path: Path
+    server: Server, reproduced: Checkout, tmp_path: Path
 ) -> None:
     checkouts = [copy_of(reproduced, tmp_path / name) for name in ("here", "there")]
     drivers = []
@@ -122,7 +168,7 @@ def test_two_checkouts_join_one_study_and_each_has_the_experiments_that_it_ran(
         environment = {
             **checkout.environment,
             "PYTHONPATH": str(checkout.root / "src"),
-            "LATHE_SEARCH_STORAGE": server,
+            "LATHE_SEARCH_STORAGE": server.url,
         }
         command = [sys.executable, "-m", "lathe", "search", str(file)]
         drivers.append(subprocess.Popen(command, cwd=checkout.root, env=environment, stderr=subprocess.PIPE, text=True))

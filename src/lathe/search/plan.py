@@ -1,12 +1,10 @@
 """A search file: what is searched, for which scores, and how; read and refused like the parameters themselves."""
 
-import json
-import random
+import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
@@ -15,18 +13,27 @@ from lathe import gates
 from lathe.errors import InputError
 from lathe.params import Name, Params, Positive, PositiveFloat, Section, did_you_mean, problems_of, read_yaml
 
-if TYPE_CHECKING:
-    import optuna
+LARGEST_GRID = 100_000  # points; its order is drawn whole
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Float(Section):
     """A number between two others, both included; `log`: by its logarithm, `step`: in steps from `low`."""
 
     type: Literal["float"]
-    low: float
-    high: float
+    low: Finite
+    high: Finite
     log: bool = False
     step: PositiveFloat | None = None
+
+    @property
+    def points(self) -> Sequence[float] | None:
+        """The values that a grid takes; None where there are no steps."""
+        if self.step is None:
+            return None
+        # Rounded as the count is: 0.1 goes three times into 0.3.
+        return [self.low + index * self.step for index in range(int((self.high - self.low) / self.step + 1e-9) + 1)]
 
 
 class Int(Section):
@@ -38,12 +45,22 @@ class Int(Section):
     log: bool = False
     step: Positive | None = None
 
+    @property
+    def points(self) -> Sequence[int] | None:
+        """The values that a grid takes; None where they are searched by their logarithm."""
+        return None if self.log else range(self.low, self.high + 1, self.step or 1)
+
 
 class Categorical(Section):
     """One of several values, of whatever kind the parameter takes: lists too."""
 
     type: Literal["categorical"]
     choices: Annotated[list[Any], Field(min_length=1)]
+
+    @property
+    def points(self) -> Sequence[Any]:
+        """The values that a grid takes."""
+        return self.choices
 
 
 Dimension = Annotated[Float | Int | Categorical, Field(discriminator="type")]
@@ -62,7 +79,7 @@ class Objective(Section):
         """Read the score from a report of `evaluate`; raises ValueError where there is none."""
         artifact, _, score = self.metric.partition(".")
         found = [report.get(name, {}).get(score) for name in (types if artifact == gates.QUANTIZED else [artifact])]
-        scores = [value for value in found if isinstance(value, int | float)]
+        scores = [value for value in found if isinstance(value, int | float) and math.isfinite(value)]
         if not scores or len(scores) < len(found):
             raise ValueError(f"metrics/evaluate/validation.json has no {self.metric}")
         return float(min(scores) if self.direction == "maximize" else max(scores))
@@ -79,6 +96,11 @@ class Plan(Section):
     timeout_seconds: PositiveFloat | None
     objectives: Annotated[list[Objective], Field(min_length=1)]
     space: Annotated[dict[Name, Dimension], Field(min_length=1)]
+
+    @property
+    def directions(self) -> dict[str, str]:
+        """Which way each of the scores is better."""
+        return {objective.metric: objective.direction for objective in self.objectives}
 
     def without(self, keys: Sequence[str]) -> "Plan":
         """Return the plan with parameters fixed: they are not searched."""
@@ -121,110 +143,11 @@ def read(file: Path, params: Mapping[str, Any], name: str) -> Plan:
         for key, dimension in plan.space.items()
         for problem in _of_dimension(key, dimension, params, _where(name, marked, ("space", key)))
     ]
+    if plan.sampler == "grid" and not problems:
+        problems = list(_of_grid(plan, name, marked))
     if problems:
         raise InputError("\n".join(dict.fromkeys(problems)))
     return plan
-
-
-def suggested(plan: Plan, trial: "optuna.Trial") -> dict[str, Any]:
-    """Return the value of every parameter in a trial: what it has already, or what the study's sampler suggests."""
-    values: dict[str, Any] = {}
-    for key, dimension in plan.space.items():
-        match dimension:
-            case Float(low=low, high=high, log=log, step=step):
-                values[key] = trial.suggest_float(key, low, high, log=log, step=step)
-            case Int(low=low, high=high, log=log, step=step):
-                values[key] = trial.suggest_int(key, low, high, log=log, step=step or 1)
-            case Categorical(choices=choices):
-                texts = [_told(choice) for choice in choices]
-                values[key] = choices[texts.index(trial.suggest_categorical(key, texts))]
-    return values
-
-
-def sampler(plan: Plan, number: int, params: Mapping[str, Any]) -> "optuna.samplers.BaseSampler":
-    """Return what suggests the parameters of one trial.
-
-    It is seeded by the trial's own number, so that neither a driver that starts anew nor one beside it draws the same
-    numbers again. The model-based search begins with the parameters as they are, where they lie in the space.
-    """
-    from optuna.samplers import PartialFixedSampler, RandomSampler, TPESampler
-
-    seed = plan.seed + number
-    match plan.sampler:
-        case "grid":
-            return PartialFixedSampler(grid_point(plan, number), RandomSampler(seed))
-        case "random":
-            return RandomSampler(seed)
-    tpe = TPESampler(seed=seed, constant_liar=True, n_startup_trials=plan.startup_trials)
-    return PartialFixedSampler(_as_they_are(plan, params), tpe) if number == 0 else tpe
-
-
-def grid_point(plan: Plan, number: int) -> dict[str, Any]:
-    """Return a point of the grid as Optuna is told it; the order is drawn by the seed, each point comes once."""
-    lists = {key: _points(key, dimension) for key, dimension in plan.space.items()}
-    index = random.Random(plan.seed).sample(range(grid_size(plan)), grid_size(plan))[number]
-    point = {}
-    for key, values in lists.items():
-        index, place = divmod(index, len(values))
-        point[key] = values[place]
-    return point
-
-
-def grid_size(plan: Plan) -> int:
-    """Return how many points the grid has."""
-    size = 1
-    for key, dimension in plan.space.items():
-        size *= len(_points(key, dimension))
-    return size
-
-
-def override(key: str, value: Any) -> str:
-    """Return `KEY=VALUE` as `dvc exp run -S` reads it, in Hydra's grammar."""
-    return f"{key}={_in_hydras_grammar(value)}"
-
-
-def _in_hydras_grammar(value: Any) -> str:
-    match value:
-        case str():
-            # There a backslash is one, but before a quote.
-            return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), value) + "'"
-        case list():
-            return f"[{','.join(map(_in_hydras_grammar, value))}]"
-        case dict():
-            return "{" + ",".join(f"{key}:{_in_hydras_grammar(inner)}" for key, inner in value.items()) + "}"
-    return json.dumps(value)
-
-
-def _told(choice: Any) -> Any:
-    # Optuna keeps plain values alone.
-    return json.dumps(choice) if isinstance(choice, list | dict) else choice
-
-
-def _points(key: str, dimension: Float | Int | Categorical) -> list[Any]:
-    match dimension:
-        case Categorical(choices=choices):
-            return [_told(choice) for choice in choices]
-        case Int(low=low, high=high, log=False, step=step):
-            return list(range(low, high + 1, step or 1))
-        case Float(low=low, high=high, log=False, step=float(step)):
-            return [low + index * step for index in range(int((high - low) / step + 1e-9) + 1)]
-    raise InputError(f"space.{key}: a grid needs points; give it a step, or take type categorical with choices")
-
-
-def _as_they_are(plan: Plan, params: Mapping[str, Any]) -> dict[str, Any]:
-    point: dict[str, Any] = {}
-    for key, dimension in plan.space.items():
-        value: Any = params
-        for part in key.split("."):
-            value = value[part]
-        match dimension:
-            case Categorical(choices=choices) if value in choices:
-                point[key] = _told(value)
-            case Float(low=low, high=high, step=None) | Int(low=low, high=high, step=None) if (
-                isinstance(value, int | float) and low <= value <= high
-            ):
-                point[key] = value
-    return point
 
 
 def _of_dimension(key: str, dimension: Float | Int | Categorical, params: Mapping[str, Any], where: str) -> list[str]:
@@ -244,6 +167,20 @@ def _of_dimension(key: str, dimension: Float | Int | Categorical, params: Mappin
     if dimension.step and dimension.step > dimension.high - dimension.low:
         return [f"{where}: space.{key}: step is {dimension.step}, more than high - low; make it smaller"]
     return []
+
+
+def _of_grid(plan: Plan, name: str, marked: Any) -> Iterator[str]:
+    size = 1
+    for key, dimension in plan.space.items():
+        if dimension.points is None:
+            yield (
+                f"{_where(name, marked, ('space', key))}: space.{key}: a grid needs points; give it a step and no log, "
+                "or take type categorical with choices"
+            )
+        else:
+            size *= len(dimension.points)
+    if size > LARGEST_GRID:
+        yield f"{_where(name, marked, ('space',))}: the grid has {size:,} points; {LARGEST_GRID:,} are the most"
 
 
 def _where(file: str, marked: Any, location: Sequence[Any]) -> str:
@@ -275,39 +212,3 @@ def _sentence(problem: Any, tree: Any) -> str:
             return f"{key} is {given!r}; must be written like {example!r}"
     rule = re.sub(r"^Input should be (a valid )?", "", problem["msg"])
     return f"{key} is {given!r}; must be {rule}"
-
-
-# The variables of the set-up that Lathe replaces, and the parameters that they fix.
-VARIABLES = {
-    "LORA_MODEL_NAME": "model",
-    "LORA_NUM_EPOCHS": "training.num_train_epochs",
-    "LORA_BATCH_SIZE": "training.per_device_train_batch_size",
-    "LORA_LEARNING_RATE": "training.learning_rate",
-}
-NUMBER_OF_TRIALS = "LORA_N_TRIALS"
-
-
-@dataclass(frozen=True)
-class Environment:
-    """What the environment says about a search: overrides as on the command line, and the number of trials."""
-
-    variables: dict[str, str]
-    overrides: list[str]
-    n_trials: int | None
-
-
-def environment(variables: Mapping[str, str]) -> Environment:
-    """Read the variables that are set and not empty; raises InputError where one is no number and must be."""
-    given = {name: variables[name] for name in (*VARIABLES, NUMBER_OF_TRIALS) if variables.get(name)}
-    for name, text in given.items():
-        if name != "LORA_MODEL_NAME" and not re.fullmatch(r"\d+(\.\d*)?([eE][-+]?\d+)?|\.\d+", text):
-            raise InputError(f"{name} is {text!r}; must be a number; set it right, or unset it")
-    n_trials = given.get(NUMBER_OF_TRIALS)
-    if n_trials is not None and not re.fullmatch(r"0*[1-9]\d{0,8}", n_trials):
-        raise InputError(f"{NUMBER_OF_TRIALS} is {n_trials!r}; must be a whole number of trials, at least 1")
-    overrides = [
-        f"{key}={_in_hydras_grammar(given[name]) if key == 'model' else given[name]}"
-        for name, key in VARIABLES.items()
-        if name in given
-    ]
-    return Environment(given, overrides, int(n_trials) if n_trials else None)

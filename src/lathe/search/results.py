@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lathe import paths
+from lathe import paths, revisions
 from lathe.errors import InputError
-from lathe.search import trial
 from lathe.search.study import ENVIRONMENT, EXPERIMENT, REASON, SETTING, Study
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = paths.METRICS / "search"
 FEWEST_FOR_IMPORTANCE = 4  # trials with scores; below, nothing can be said
+MOST_NAMES = 10  # beside the points of a front: more would cover one another
 
 
 def write(study: Study, folder: Path) -> None:
@@ -113,22 +113,31 @@ def draw(study: Study, folder: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
     from optuna.visualization import matplotlib as plots
 
     if not best(study):
         return
-    name = study.plan.objectives[0].metric
-    several = len(study.plan.objectives) > 1
-    first = (lambda one: one.values[0]) if several else None
-    pictures = {"history": plots.plot_optimization_history(study.optuna_study, target=first, target_name=name)}
+    names = list(study.plan.directions)
+    first = (lambda one: one.values[0]) if len(names) > 1 else None
+    pictures = {"history": plots.plot_optimization_history(study.optuna_study, target=first, target_name=names[0])}
+    pictures["history"].xaxis.set_major_locator(MaxNLocator(integer=True))
     if importances(study):
         pictures["importance"] = plots.plot_param_importances(
-            study.optuna_study, target=_lower_is_better(study), target_name=name
+            study.optuna_study, target=_lower_is_better(study), target_name=names[0]
         )
-    if len(study.plan.objectives) == 2:
-        names = [objective.metric for objective in study.plan.objectives]
-        pictures["pareto"] = plots.plot_pareto_front(study.optuna_study, target_names=names)
+    if len(names) == 2:
+        pictures["pareto"] = axes = plots.plot_pareto_front(study.optuna_study, target_names=names)
+        for one in best(study)[:MOST_NAMES]:
+            axes.annotate(name_of(study, one), one.values, xytext=(0, 8), textcoords="offset points", ha="center")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     for title, axes in pictures.items():
+        axes.set_title(f"{study.plan.study}: {axes.get_title()}")
+        if (legend := axes.get_legend()) is not None:
+            legend.set_bbox_to_anchor(None)
+            legend.set_loc("best")
+        axes.figure.tight_layout()
         axes.figure.savefig(folder / f"{title}.png", dpi=120, bbox_inches="tight")
     pyplot.close("all")
 
@@ -136,25 +145,38 @@ def draw(study: Study, folder: Path) -> None:
 def apply(study: Study, wanted: str | None) -> str:
     """Put the best experiment, or of several best ones the one that is wanted, into the workspace; return its name.
 
-    Raises InputError where there is none, or several and none is named.
+    Raises InputError where there is none, or several and none is named, or where changes would be lost.
     """
-    names = [name_of(study, one) for one in study.trials() if one.values]
-    if not names:
+    found = {name_of(study, one): one for one in study.trials() if one.values}
+    if not found:
         raise InputError(f"study {study.plan.study} has no finished trial; run the search without --apply first")
     if wanted is None:
-        front = [name_of(study, one) for one in best(study)]
+        front = best(study)
         if len(front) > 1:
-            scores = {name_of(study, one): one.values for one in best(study)}
-            listed = "; ".join(f"{name}: {', '.join(f'{value:g}' for value in scores[name])}" for name in front)
+            listed = "; ".join(
+                f"{name_of(study, one)}: {', '.join(f'{value:g}' for value in one.values)}" for one in front
+            )
             raise InputError(
                 f"--apply: {len(front)} experiments are best, each in its way ({listed}); name one of them"
             )
-        [wanted] = front
-    if wanted not in names:
-        raise InputError(f"--apply {wanted}: no finished experiment of the study; it has {', '.join(names)}")
-    if trial.experiment(wanted) is None:
-        raise InputError(f"--apply {wanted}: another machine made it; get it with `dvc exp pull REMOTE {wanted}`")
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "exp", "apply", wanted]
+        wanted = name_of(study, front[0])
+    if wanted not in found:
+        raise InputError(f"--apply {wanted}: no finished experiment of the study; it has {', '.join(found)}")
+    commit = found[wanted].user_attrs[EXPERIMENT]
+    baselines = {each.commit: each.baseline for each in revisions.experiments()}
+    if commit not in baselines:
+        raise InputError(
+            f"--apply {wanted}: not in this repository; where another machine made it, get it with "
+            f"`dvc exp pull REMOTE {wanted}`"
+        )
+    if changed := revisions.git("diff", "--name-only", "HEAD").decode().splitlines():
+        raise InputError(
+            f"--apply {wanted}: DVC would put the whole of it over what is not committed, which is "
+            f"{', '.join(changed)}; commit it, or `git stash`"
+        )
+    if baselines[commit] != revisions.head():
+        logger.warning("%s began from the commit %.10s: it goes back behind what came later", wanted, baselines[commit])
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "exp", "apply", commit]
     done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = (done.stderr.strip() or "it failed").splitlines()[-1].removeprefix("ERROR: ")

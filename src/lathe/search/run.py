@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lathe import paths
+from lathe import overrides, paths, preflight, revisions
+from lathe.artifacts import UNQUANTIZED
 from lathe.errors import InputError, Interrupted
 from lathe.params import Params
 from lathe.progress import Progress
-from lathe.search import plan as plans
-from lathe.search import storage, trial
+from lathe.search import environment, sampling, storage, trial
+from lathe.search.environment import Environment
 from lathe.search.plan import Plan
 from lathe.search.study import SECONDS_BETWEEN_BEATS, Study
 
@@ -53,7 +55,7 @@ class Running:
 class Driver:
     """What one `python -m lathe search` does to a study.
 
-    `start` begins the process of a trial: by default the one that runs DVC.
+    `fixed` are the overrides that every trial has; `start` begins the process of one.
     """
 
     study: Study
@@ -61,7 +63,7 @@ class Driver:
     jobs: int
     timeout_seconds: float | None
     gpus: list[str]
-    overrides: list[str]
+    fixed: list[str]
     head: str
     snapshot: str
     start: "Callable[[trial.Order, str | None], subprocess.Popen[bytes]]"
@@ -103,11 +105,13 @@ class Driver:
         if begun is None:
             return False
         values = self.study.values(begun)
-        name = f"{self.study.plan.study}-{begun.number}"
+        plan = self.study.plan
         order = trial.Order(
-            name=name,
-            message=f"search {self.study.plan.study}, trial {begun.number} of {begun.datetime_start}",
-            overrides=[*self.overrides, *(plans.override(key, value) for key, value in values.items())],
+            study=plan.study,
+            number=begun.number,
+            sampler=plan.sampler,
+            message=trial.message(plan.study, begun),
+            overrides=[*self.fixed, *(overrides.written(key, value) for key, value in values.items())],
             head=self.head,
             snapshot=self.snapshot,
             driver=os.getpid(),
@@ -141,17 +145,17 @@ class Driver:
 
     def _read(self, begun: "optuna.Trial", order: trial.Order) -> bool:
         """Record the scores of the trial's experiment; return whether there is one."""
-        found = trial.experiment(order.name)
-        if found is None or found.message != order.message:
+        found = trial.experiment(order)
+        if found is None:
             return False
         try:
-            report = found.json("metrics/evaluate/validation.json")
-            types = [name for name in report if name not in plans.gates.UNQUANTIZED]
+            report = found.json("metrics/evaluate/validation.json") or {}
+            types = [name for name in report if name not in UNQUANTIZED]
             scores = [objective.value(report, types) for objective in self.study.plan.objectives]
         except ValueError as error:
             self.study.fail(begun, str(error))
             return True
-        self.study.finish(begun, scores, found.commit)
+        self.study.finish(begun, scores, str(found.commit))
         told = ", ".join(f"{o.metric} {score:g}" for o, score in zip(self.study.plan.objectives, scores, strict=True))
         logger.info("trial %d: %s", begun.number, told)
         return True
@@ -167,12 +171,12 @@ class Driver:
 
 def start(order: trial.Order, gpu: str | None) -> "subprocess.Popen[bytes]":
     """Begin the process of a trial, in a session of its own: Ctrl-C reaches the driver alone, which ends it."""
-    hidden = (storage.VARIABLE, plans.NUMBER_OF_TRIALS, *plans.VARIABLES)
+    hidden = (storage.VARIABLE, environment.NUMBER_OF_TRIALS, *environment.VARIABLES)
     with (LOGS / f"{order.name}.log").open("wb") as log:
         return subprocess.Popen(
             order.command(),
             cwd=paths.ROOT,
-            env=trial.environment(hidden, gpu),
+            env=order.environment(hidden, gpu),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -180,18 +184,22 @@ def start(order: trial.Order, gpu: str | None) -> "subprocess.Popen[bytes]":
         )
 
 
-def setting(plan: Plan, params: Params, overrides: list[str], snapshot: str) -> dict[str, Any]:
+def setting(plan: Plan, params: Params, fixed: list[str], snapshot: str) -> dict[str, Any]:
     """Return what all trials of a study have in common, so that their scores can be compared."""
-    leaves = dict(_leaves(params.model_dump()))
+    leaves = revisions.leaves(params.model_dump())
     return {
         "space": {key: dimension.model_dump() for key, dimension in plan.space.items()},
-        "objectives": {objective.metric: objective.direction for objective in plan.objectives},
-        "overrides": {text.partition("=")[0]: text.partition("=")[2] for text in overrides},
+        "objectives": plan.directions,
+        "overrides": {overrides.key_of(text): text.partition("=")[2] for text in fixed},
         "parameters": {key: value for key, value in leaves.items() if key not in plan.space},
-        "files": {
-            name: trial.git("rev-parse", "--quiet", "--verify", f"{snapshot}:./{name}", check=False) for name in DECIDES
-        },
+        "files": {name: _digest(snapshot, name) for name in DECIDES},
     }
+
+
+def _digest(commit: str, name: str) -> str | None:
+    """Return Git's hash of a file or folder in a commit; None where there is none."""
+    found = revisions.git("rev-parse", "--quiet", "--verify", f"{commit}:./{name}", unless_it_fails=True)
+    return found.decode().strip() if found else None
 
 
 def gpus() -> list[str]:
@@ -208,32 +216,33 @@ def search(
     plan: Plan,
     params: Params,
     *,
-    overrides: list[str],
-    environment: plans.Environment,
+    fixed: list[str],
+    told: Environment,
     n_trials: int,
     jobs: int,
     timeout_seconds: float | None,
     url: str | None,
 ) -> Study:
-    """Run a search to its end and return its study.
+    """Run a search to its end and return its study; every trial has the overrides `fixed`.
 
-    Raises InputError where it cannot begin, and Interrupted where a signal or a lost database stopped it.
+    Raises InputError where it cannot begin, and Interrupted where a signal stopped it.
     """
     devices = gpus()
     if devices and jobs > len(devices):
         raise InputError(f"--jobs {jobs}: there are {len(devices)} GPUs, and each takes one trial; ask for fewer")
     if plan.sampler == "grid":
-        n_trials = min(n_trials, plans.grid_size(plan))
+        n_trials = min(n_trials, sampling.grid_size(plan))
     head, snapshot = trial.snapshot()
-    if changed := trial.git("diff", "--name-only", head, snapshot).splitlines():
-        logger.info("the trials take the uncommitted changes along: %s", ", ".join(changed))
-    study = open_study(plan, params, overrides=overrides, snapshot=snapshot, url=url)
+    for line in preflight.look().lines():
+        logger.info("%s", line)
+    study = opened(plan, params, url)
+    study.agree(setting(plan, params, fixed, snapshot))
     _refuse_foreign_experiments(study)
-    study.record_environment(environment.variables)
+    study.record_environment(told.variables)
     logger.info("study %s in %s: %d of %d trials done", plan.study, storage.shown(url), study.finished(), n_trials)
     trial.sweep()
-    driver = Driver(study, n_trials, jobs, timeout_seconds, devices, overrides, head, snapshot, start)
-    with _told_to_stop(plan.study, url):
+    driver = Driver(study, n_trials, jobs, timeout_seconds, devices, fixed, head, snapshot, start)
+    with _ended_by_signals(plan.study):
         try:
             driver.run()
         finally:
@@ -241,33 +250,30 @@ def search(
     return study
 
 
-def open_study(plan: Plan, params: Params, *, overrides: list[str], snapshot: str, url: str | None) -> Study:
+def opened(plan: Plan, params: Params, url: str | None) -> Study:
     """Open the study of a search file, or begin it."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    common = setting(plan, params, overrides, snapshot)
-    opened = storage.opened(url, plan.study)
-    return Study(plan, opened, common, params.model_dump(), is_local=url is None)
+    return Study(plan, storage.opened(url, plan.study), params.model_dump(), is_local=url is None)
 
 
 def _refuse_foreign_experiments(study: Study) -> None:
-    """An experiment of an earlier study of the same name would be in the way of a trial's."""
+    """An experiment of an earlier study of the same name would be in the way of a trial's, when that has run."""
     name = study.plan.study
-    if study.trials():
-        return
-    refs = trial.git("for-each-ref", "--format=%(refname:lstrip=4)", f"refs/exps/*/*/{name}-*").split()
-    if taken := [ref for ref in refs if ref.removeprefix(f"{name}-").isdecimal()]:
+    own = {trial.message(name, each) for each in study.trials()}
+    taken = [
+        each.name
+        for each in revisions.experiments()
+        if re.fullmatch(rf"{re.escape(name)}-\d+", each.name) and each.message not in own
+    ]
+    if taken:
         raise InputError(
-            f"study {name}: there is an experiment {taken[0]} of another study of that name; give the search file "
-            f"another study name, or remove those with `dvc exp remove {' '.join(taken)}`"
+            f"study {name}: there is an experiment {taken[0]} that is none of its trials; give the search file "
+            f"another study name, or remove it with `dvc exp remove {' '.join(taken)}`"
         )
 
 
 @contextmanager
-def _told_to_stop(name: str, url: str | None) -> Iterator[None]:
-    """Turn SIGTERM, Ctrl-C and a database that is gone into one line that says how to go on."""
-    from sqlalchemy.exc import OperationalError
+def _ended_by_signals(name: str) -> Iterator[None]:
+    """Turn SIGTERM and Ctrl-C into one line that says how to go on."""
 
     def stop(number: int, frame: object) -> None:
         raise Interrupted(f"study {name} is interrupted; the same command goes on with it", number)
@@ -275,23 +281,6 @@ def _told_to_stop(name: str, url: str | None) -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OperationalError):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        raise InputError(
-            f"{storage.shown(url)}: {storage.why(cause)}; when the database is back, the same command goes on"
-        ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -1,9 +1,12 @@
 """Where a study is kept: a journal file beside the checkout, or a database that several machines share."""
 
 import fcntl
+import json
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,16 +57,16 @@ def opened(url: str | None, study: str) -> "BaseStorage":
 
     Raises InputError, which never shows a password, where the database cannot be reached or the journal read.
     """
+    import optuna
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns of errors that it then raises
     if url is None:
         journal = JOURNALS / f"{study}.journal"
         journal.parent.mkdir(exist_ok=True)
-        try:
-            return JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalLock(journal)))
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{journal}: not a journal of Optuna ({error}); remove it, or put back a copy") from None
+        _check(journal)
+        return JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalLock(journal)))
 
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
@@ -89,6 +92,42 @@ def opened(url: str | None, study: str) -> "BaseStorage":
         except (SQLAlchemyError, ImportError) as error:
             raise _away(url, error) from None
     raise AssertionError("the last attempt returns or raises")
+
+
+def _check(journal: Path) -> None:
+    """Refuse a journal that was damaged: Optuna would read it up to there, and might write on behind it."""
+    if not journal.exists():
+        return
+    with journal.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.endswith(b"\n") and not _is_operation(line):
+                raise InputError(
+                    f"{journal}:{number}: no line of Optuna's journal; put back a copy, or remove the file"
+                )
+
+
+def _is_operation(line: bytes) -> bool:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("op_code") in range(11)
+
+
+@contextmanager
+def told_when_away(url: str | None) -> Iterator[None]:
+    """Turn the loss of a database into one line that says how to go on."""
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InterfaceError | OperationalError):
+            cause = cause.__cause__ or cause.__context__  # Optuna asks once more in the same, broken transaction
+        if cause is None:
+            raise
+        raise InputError(f"{shown(url)}: {why(cause)}; when the database is back, the same command goes on") from None
 
 
 def _away(url: str, error: BaseException) -> InputError:

@@ -2,9 +2,14 @@
 
 A trial that was begun carries its owner, who renews it. One whose owner is gone is taken over with its number and its
 parameters. Optuna's own heartbeats would end it as failed and begin another, and its journal has none.
+
+Drivers of one checkout exclude one another by a lock. Between machines there is none: who takes a trial over writes its
+name, waits, and lets go if another wrote later. Should a machine be slower than that wait, or come back from the dead,
+two run the trial until the next beat, when the one whose name is gone stops; the storage takes the scores of one alone.
 """
 
 import fcntl
+import json
 import logging
 import os
 import socket
@@ -16,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lathe import paths
 from lathe.errors import InputError
-from lathe.search import plan as plans
+from lathe.search import sampling
 from lathe.search.plan import Plan
 
 if TYPE_CHECKING:
@@ -34,18 +39,16 @@ EXPERIMENT, REASON, SURPLUS = "experiment", "reason", "surplus"
 
 
 class Study:
-    """A study of Optuna, seen by one driver.
+    """A study of Optuna, seen by one driver; it is begun where the storage has none of that name.
 
-    `setting` is what all its trials have in common; a driver with another one is refused. `is_local`: drivers of this
-    machine alone can take part. `params` are the parameters that the trials begin from.
+    `is_local`: drivers of this checkout alone can take part. `params` are the parameters that the trials begin from.
     """
 
-    def __init__(
-        self, plan: Plan, storage: "BaseStorage", setting: dict[str, Any], params: dict[str, Any], *, is_local: bool
-    ) -> None:
+    def __init__(self, plan: Plan, storage: "BaseStorage", params: dict[str, Any], *, is_local: bool) -> None:
         import optuna
 
         self.plan, self.params, self.is_local = plan, params, is_local
+        self._storage = storage
         self._study = optuna.create_study(
             study_name=plan.study,
             storage=storage,
@@ -58,12 +61,24 @@ class Study:
         self._beats = 0
         self._mine: dict[int, optuna.Trial] = {}
         self._seen: dict[int, tuple[Any, float]] = {}  # of another's trial: its owner, and since when unchanged
-        self._agree(setting)
 
     @property
     def optuna_study(self) -> "optuna.Study":
         """The study itself, to be read."""
         return self._study
+
+    def agree(self, setting: dict[str, Any]) -> None:
+        """Settle what all trials have in common; raises InputError where they were begun with something else."""
+        known = self._study.user_attrs.get(SETTING)
+        if known is None:
+            self._study.set_user_attr(SETTING, setting)
+            known = self._study.user_attrs[SETTING]  # another driver's, where it was faster
+        for name, now in setting.items():
+            if known[name] != now:
+                raise InputError(
+                    f"study {self.plan.study}: its trials were run with other {name}: {_difference(known[name], now)}; "
+                    "go back to that, or give the search file another study name"
+                )
 
     def trials(self) -> list["optuna.trial.FrozenTrial"]:
         """Return every trial, those left out that were begun beyond the number."""
@@ -86,22 +101,17 @@ class Study:
 
     def values(self, trial: "optuna.Trial") -> dict[str, Any]:
         """Return the parameters of a trial, the same ones however often it is begun."""
-        self._study.sampler = plans.sampler(self.plan, trial.number, self.params)
-        return plans.suggested(self.plan, trial)
+        place = sum(other.number < trial.number for other in self.trials())
+        self._study.sampler = sampling.sampler(self.plan, place, self.params)
+        return sampling.suggested(self.plan, trial)
 
     def finish(self, trial: "optuna.Trial", scores: Sequence[float], commit: str) -> None:
-        """Record a trial's scores; where it has been finished by another meanwhile, that one's stand."""
-        trial.set_user_attr(EXPERIMENT, commit)
-        self._mine.pop(trial.number, None)
-        self._study.tell(trial, list(scores), skip_if_finished=True)
+        """Record a trial's scores, and the commit of its experiment."""
+        self._end(trial, EXPERIMENT, commit, scores)
 
     def fail(self, trial: "optuna.Trial", reason: str) -> None:
         """Record why a trial has no scores."""
-        from optuna.trial import TrialState
-
-        trial.set_user_attr(REASON, reason)
-        self._mine.pop(trial.number, None)
-        self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        self._end(trial, REASON, reason, None)
 
     def beat(self) -> list[int]:
         """Say that this driver still runs its trials; return the numbers of those that another has taken over."""
@@ -119,19 +129,16 @@ class Study:
         if variables:
             self._study.set_user_attr(ENVIRONMENT, variables)
 
-    def _agree(self, setting: dict[str, Any]) -> None:
-        known = self._study.user_attrs.get(SETTING)
-        if known is None:
-            self._study.set_user_attr(SETTING, setting)
-            known = self._study.user_attrs[SETTING]
-        differing = [name for name in known if known[name] != setting.get(name)]
-        if differing:
-            [name, *_] = differing
-            then, now = _different(known[name], setting.get(name))
-            raise InputError(
-                f"study {self.plan.study}: its trials were run with other {name}: {then}, now {now}; go back to that, "
-                "or give the search file another study name"
-            )
+    def _end(self, trial: "optuna.Trial", attribute: str, content: str, scores: Sequence[float] | None) -> None:
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        try:
+            trial.set_user_attr(attribute, content)
+            self._study.tell(trial, scores, TrialState.FAIL if scores is None else None, skip_if_finished=True)
+        except UpdateFinishedTrialError:
+            logger.warning("trial %d has been ended by another driver; what that one recorded stands", trial.number)
+        self._mine.pop(trial.number, None)
 
     def _begun(self, n_trials: int) -> "optuna.Trial | None":
         from optuna.trial import TrialState
@@ -161,7 +168,9 @@ class Study:
     def _taken_over(self, frozen: "optuna.trial.FrozenTrial") -> "optuna.Trial | None":
         import optuna
 
-        trial = optuna.trial.Trial(self._study, frozen._trial_id)
+        study = self._storage.get_study_id_from_name(self.plan.study)
+        known = self._storage.get_trial_id_from_study_id_trial_number(study, frozen.number)
+        trial = optuna.trial.Trial(self._study, known)
         trial.set_user_attr(OWNER, self._me)
         if not self.is_local:
             time.sleep(SECONDS_TO_CLAIM)
@@ -185,8 +194,9 @@ class Study:
 
 def _process(pid: int) -> dict[str, Any]:
     """Name a process of this machine so that no later one has the same name; its start is None where it is gone."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    machine = f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}".strip()
+    # Containers may share name and kernel of their machine, and number their processes each from 1.
+    boot, numbers = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
+    machine = f"{socket.gethostname()} {boot} {numbers}"
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -196,8 +206,12 @@ def _process(pid: int) -> dict[str, Any]:
     return {"machine": machine, "pid": pid, "started": None if is_dead else int(after_name[19])}
 
 
-def _different(then: Any, now: Any) -> tuple[str, str]:
+def _difference(then: Any, now: Any) -> str:
     if isinstance(then, dict) and isinstance(now, dict):
         key = next(key for key in {**then, **now} if then.get(key) != now.get(key))
-        return f"{key} {then.get(key)!r}", repr(now.get(key))
-    return repr(then), repr(now)
+        return f"{key} {_shown(then.get(key))}, now {_shown(now.get(key))}"
+    return f"{_shown(then)}, now {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None or value == "" else json.dumps(value, ensure_ascii=False)

@@ -10,51 +10,61 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from lathe import paths, stage
+from lathe import paths, revisions, stage
 from lathe.errors import InputError
+from lathe.revisions import Revision
+
+if TYPE_CHECKING:
+    import optuna
 
 CHECKOUTS = paths.MAIN / ".dvc/tmp/search"
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a trial's process is asked to run; `message` tells the experiment from others of its name.
+    """What a trial's process is asked to run.
 
-    `head` and `snapshot` are commits: what the experiment is based on, and the workspace; `driver` is a process.
+    `message` tells its experiment from others of its name. `head` and `snapshot` are commits: what the experiment is
+    based on, and the workspace; `driver` is a process.
     """
 
-    name: str
+    study: str
+    number: int
+    sampler: str
     message: str
     overrides: list[str]
     head: str
     snapshot: str
     driver: int
 
+    @property
+    def name(self) -> str:
+        """The name of the experiment."""
+        return f"{self.study}-{self.number}"
+
     def command(self) -> list[str]:
         """Return the command line of the process."""
         return [sys.executable, "-m", "lathe.search.trial", json.dumps(asdict(self))]
 
+    def environment(self, hidden: Sequence[str], gpu: str | None) -> dict[str, str]:
+        """Return the environment of the process: without what is the search's own, with one GPU where there are any.
 
-@dataclass(frozen=True)
-class Experiment:
-    """A finished experiment of this repository."""
+        Study, trial and sampler are told for the mirrors of its run (`lathe.tracking.record`).
+        """
+        kept = {name: value for name, value in os.environ.items() if name not in hidden}
+        kept |= {"LATHE_STUDY": self.study, "LATHE_TRIAL": str(self.number), "LATHE_SAMPLER": self.sampler}
+        return kept if gpu is None else {**kept, "CUDA_VISIBLE_DEVICES": gpu}
 
-    commit: str
-    message: str
 
-    def json(self, file: str) -> Any:
-        """Read a JSON file of it; raises ValueError where it has none."""
-        shown = git("show", f"{self.commit}:./{file}", check=False)
-        if not shown:
-            raise ValueError(f"the experiment has no {file}")
-        return json.loads(shown)
+def message(study: str, trial: "optuna.Trial | optuna.trial.FrozenTrial") -> str:
+    """Return what the commit of a trial's experiment says; no trial of another study of that name says the same."""
+    return f"search {study}, trial {trial.number} of {trial.datetime_start}"
 
 
 def main() -> int:
@@ -79,30 +89,39 @@ def sweep() -> None:
 
 
 def snapshot() -> tuple[str, str]:
-    """Return HEAD and a commit of the workspace as it is, uncommitted changes of known files included."""
-    head = git("rev-parse", "HEAD")
-    is_changed = git("status", "--porcelain", "--untracked-files=no")
-    return head, git("stash", "create") if is_changed else head
+    """Return HEAD and a commit of the workspace as it is, uncommitted changes of known files included.
+
+    Raises InputError where contents have changed that DVC tracks: a trial gets what DVC keeps of them.
+    """
+    if (head := revisions.head()) is None:
+        raise InputError("the repository has no commit, and experiments hang on one; `git commit` first")
+    if changed := _changed_data():
+        raise InputError(f"{', '.join(changed)}: not as DVC keeps it; `dvc add` it, so that the trials have it")
+    return head, revisions.git("stash", "create").decode().strip() or head  # it makes none where nothing has changed
 
 
-def experiment(name: str) -> Experiment | None:
-    """Find an experiment by its name, whatever commit it is based on; the newest of several."""
-    form = "--format=%(objectname)%00%(contents:subject)"
-    found = git("for-each-ref", "--sort=-committerdate", form, f"refs/exps/*/*/{name}").splitlines()
-    if not found:
-        return None
-    commit, _, message = found[0].partition("\0")
-    return Experiment(commit, message)
+def experiment(order: Order) -> Revision | None:
+    """Find the experiment that a trial has made, whatever commit it is based on."""
+    for found in revisions.experiments():
+        if found.name == order.name and found.message == order.message:
+            return Revision(found.name, found.commit)
+    return None
 
 
 def reason(log: str, code: int) -> str:
     """Return why a trial failed, in one line: the failed stage and the last line that it or DVC called an error."""
-    at = re.findall(r"failed to reproduce '([^']+)'", log)
-    errors = re.findall(
-        r"^(?:error: .*|(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*|fatal: .*)$", log, re.MULTILINE
+    at: list[str] = re.findall(r"failed to reproduce '([^']+)'", log)
+    said: list[str] = (
+        re.findall(
+            r"^(?:error: .*|(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*|fatal: .*)$", log, re.MULTILINE
+        )
+        or re.findall(r"^(?:ERROR: )?(\S.*)$", log, re.MULTILINE)
+        or [f"ended with {code} and said nothing"]
     )
-    said = errors or re.findall(r"^(?:ERROR: )?(\S.*)$", log, re.MULTILINE) or [f"ended with {code} and said nothing"]
-    return f"{at[-1]}: {said[-1]}" if at else str(said[-1])
+    if not at:
+        return said[-1]
+    repeated = f"failed to reproduce '{at[-1]}': "
+    return f"{at[-1]}: {said[-1].removeprefix(repeated)}"
 
 
 def was_killed(log: str, code: int) -> bool:
@@ -110,27 +129,26 @@ def was_killed(log: str, code: int) -> bool:
     return code == -9 or bool(re.search(r"exited with -9\b", log))
 
 
-def git(*arguments: str, check: bool = True, cwd: Path = paths.ROOT) -> str:
-    """Return what a Git command printed; raises InputError where it fails, or returns nothing without `check`."""
-    done = subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
-    if check and done.returncode != 0:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise InputError(f"git {' '.join(arguments)}: {said}; the search needs this of Git")
-    return done.stdout.strip() if done.returncode == 0 else ""
+def _changed_data() -> list[str]:
+    from dvc.repo import Repo
+
+    with Repo(str(paths.ROOT)) as repo:
+        tracked = [out for stage in repo.index.stages if stage.is_data_source for out in stage.outs]
+        return [str(out) for out in tracked if out.exists and out.changed_checksum()]
 
 
 def _copy(order: Order, checkout: Path) -> None:
     from dvc.config import Config
     from dvc.repo import Repo
 
-    source = git("rev-parse", "--path-format=absolute", "--git-common-dir")
-    user = [
-        f"--config={key}={value}" for key in ("user.name", "user.email") if (value := git("config", key, check=False))
-    ]
+    git = revisions.git
+    source = git("rev-parse", "--path-format=absolute", "--git-common-dir").decode().strip()
+    identity = [(key, git("config", key, unless_it_fails=True)) for key in ("user.name", "user.email")]
+    user = [f"--config={key}={value.decode().strip()}" for key, value in identity if value]
     checkout.parent.mkdir(parents=True, exist_ok=True)
     git("clone", "--quiet", "--shared", "--no-checkout", *user, source, str(checkout))
-    git("checkout", "--quiet", "--detach", order.head, cwd=checkout)
-    git("read-tree", "--reset", "-u", order.snapshot, cwd=checkout)
+    git("checkout", "--quiet", "--detach", order.head, root=checkout)
+    git("read-tree", "--reset", "-u", order.snapshot, root=checkout)
     with Repo(str(paths.ROOT)) as repo:
         local, cache = repo.config.read("local"), repo.cache.local_cache_dir
     with Config(str(checkout / ".dvc")).edit("local") as config:
@@ -149,8 +167,8 @@ def _run(order: Order, checkout: Path) -> int:
     sets = [part for override in order.overrides for part in ("--set-param", override)]
     code: int = dvc(["exp", "run", "--name", order.name, "--message", order.message, *sets])
     if code == 0:
-        [ref] = git("for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{order.name}", cwd=checkout).split()
-        git("push", "--quiet", "origin", f"{ref}:{ref}", cwd=checkout)
+        [made] = [found for found in revisions.experiments(checkout) if found.name == order.name]
+        revisions.git("push", "--quiet", "origin", f"{made.ref}:{made.ref}", root=checkout)
     return code
 
 
@@ -158,12 +176,6 @@ def log_of(folder: Path, name: str) -> str:
     """Return what a trial printed, its last part."""
     file = folder / f"{name}.log"
     return file.read_text(encoding="utf-8", errors="replace")[-200_000:] if file.exists() else ""
-
-
-def environment(hidden: Sequence[str], gpu: str | None) -> dict[str, str]:
-    """Return the environment of a trial: without what is the search's own, and with one GPU where there are any."""
-    kept = {name: value for name, value in os.environ.items() if name not in hidden}
-    return kept if gpu is None else {**kept, "CUDA_VISIBLE_DEVICES": gpu}
 
 
 if __name__ == "__main__":
