@@ -63,7 +63,10 @@ def main() -> None:
     command.set_defaults(run=lambda args: list_experiments())
 
     command = commands.add_parser("run", help="run a recipe: `dvc exp run` with the overrides of experiments/NAME.yaml")
-    command.add_argument("name", metavar="NAME", help="the recipe, which is also the name of the experiment")
+    command.add_argument("name", metavar="RECIPE", help="its name")
+    command.add_argument(
+        "-n", "--name", dest="experiment", metavar="NAME", help="of the experiment (default: the recipe's)"
+    )
     command.add_argument("-S", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as in dvc")
     command.add_argument("--queue", action="store_true", help="only queue it, or a sweep; then: dvc queue start")
     command.add_argument("--temp", action="store_true", help="run it in a checkout of its own, with its own code")
@@ -192,7 +195,7 @@ def list_experiments() -> None:
 
 def run_recipe(args: argparse.Namespace) -> None:
     """Become the `dvc exp run` of a recipe."""
-    experiments.run(args.name, args.overrides, queue=args.queue, temp=args.temp, force=args.force)
+    experiments.run(args.name, args.overrides, name=args.experiment, queue=args.queue, temp=args.temp, force=args.force)
 
 
 def print_config(section: str | None, stage_name: str | None, overrides: list[str]) -> None:

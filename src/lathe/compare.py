@@ -5,7 +5,6 @@ from the answers in DVC's cache, and tested by swapping them row by row; nothing
 """
 
 import json
-import math
 import statistics
 import sys
 from collections import Counter
@@ -48,7 +47,10 @@ class Side:
 
 @dataclass
 class Difference:
-    """One score of a side less the first one's, on the rows that both answered; `p` is of the two of them alone."""
+    """One score of a side less the first one's, on the rows that both answered; `p` is of the two of them alone.
+
+    Of these rows `same_answers` have the same answer, to the letter.
+    """
 
     name: str
     metric: str
@@ -57,6 +59,7 @@ class Difference:
     high: float | None
     p: float
     rows: int
+    same_answers: int
 
 
 @dataclass
@@ -257,6 +260,9 @@ def _changed_code(one: Revision, other: Revision) -> list[str]:
 
 
 def _warnings_of_files(sides: Sequence[Side]) -> Iterator[str]:
+    if len({side.artifact for side in sides}) > 1:
+        best = ", ".join(f"{side.artifact} of {side.name}" for side in sides)
+        yield f"not the same file of each is compared ({best}): --artifact NAME holds one kind against its own"
     unknown = [side.name for side in sides if side.cost["seconds"] is None]
     if unknown:
         yield (
@@ -304,8 +310,9 @@ def _differences(
     report = evaluate(
         answers, {}, {"base": 0, "other": 0}, scores, Sampling(settings["bootstrap_samples"], first.parameters["seed"])
     )
+    same = sum(ours[key]["completion"] == theirs[key]["completion"] for key in common)
     return [
-        Difference(other.name, each["metric"], each["delta"], each["low"], each["high"], each["p"], len(common))
+        Difference(other.name, each["metric"], each["delta"], each["low"], each["high"], each["p"], len(common), same)
         for each in report["other"]["deltas"]
     ], warnings
 
@@ -335,11 +342,12 @@ def _answers(repo: "Repo", revision: Revision, artifact: str, split: str) -> dic
 
 
 def _settings(found: Sequence[Revision], sides: Sequence[Side]) -> list[Setting]:
+    """The settings, where one has several seeds; none where one has the same seed twice, which is no spread."""
     groups: dict[str, list[Side]] = {}
     for revision, side in zip(found, sides, strict=True):
         rest = {key: value for key, value in revision.parameters.items() if key != "seed"}
-        groups.setdefault(json.dumps([rest, side.artifact], sort_keys=True), []).append(side)
-    if all(len(group) == 1 for group in groups.values()):
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(side)
+    if len(groups) == len(sides) or any(len({side.seed for side in group}) < len(group) for group in groups.values()):
         return []
     return [_setting(group) for group in groups.values()]
 
@@ -364,7 +372,10 @@ def _setting(group: Sequence[Side]) -> Setting:
 def _verdict(found: Comparison) -> str:
     if len(found.settings) > 1:
         first, *others = found.settings
-        return "; ".join(_against_seeds(found, first, other) for other in others) + "."
+        p_values = {other.names[0]: _welch(found, first, other) for other in others}
+        adjusted = _holm({name: p for name, p in p_values.items() if p is not None})
+        said = [_against_seeds(found, first, other, adjusted.get(other.names[0])) for other in others]
+        return f"{'; '.join(said)}{_adjustment(adjusted)}."
     if found.settings:
         [first] = found.settings
         mean, spread = first.mean[found.metric], first.spread[found.metric]
@@ -375,15 +386,22 @@ def _verdict(found: Comparison) -> str:
     primary = {each.name: each for each in found.differences if each.metric == found.metric}
     adjusted = _holm({name: each.p for name, each in primary.items()})
     said = [_outcome(found, side, primary.get(side.name), adjusted.get(side.name)) for side in found.sides[1:]]
-    return f"By {found.metric} on {found.split}: {'; '.join(said)}."
+    return f"By {found.metric} on {found.split}: {'; '.join(said)}{_adjustment(adjusted)}."
+
+
+def _adjustment(p_values: Mapping[str, float]) -> str:
+    return f"; p adjusted for {len(p_values)} comparisons" if len(p_values) > 1 else ""
 
 
 def _outcome(found: Comparison, side: Side, difference: Difference | None, p: float | None) -> str:
     first = found.sides[0]
     if difference is None or p is None:
         pair = f"{_number(side.scores[found.metric])} against {_number(first.scores[found.metric])}"
-        return f"{side.name} cannot be held against {first.name}, {pair} on other rows or rows that are not here"
-    tested = f"{difference.delta:+.4g}, p {p:.2g}, {difference.rows} rows"
+        return f"{side.name} cannot be held against {first.name} ({pair}): no answers of both to the same row are here"
+    if difference.same_answers == difference.rows:
+        return f"{side.name} gives the same answers as {first.name} (all {difference.rows} rows, to the letter)"
+    alike = f"{difference.same_answers} of {difference.rows} answers the same"
+    tested = f"{difference.delta:+.4g}, p {p:.2g}, {alike}"
     if difference.delta == 0 and difference.p == 1:
         return f"{side.name} scores the same as {first.name} ({tested})"
     if p >= SIGNIFICANT:
@@ -392,27 +410,38 @@ def _outcome(found: Comparison, side: Side, difference: Difference | None, p: fl
     return f"{side.name} is {'better' if better else 'worse'} than {first.name} ({tested})"
 
 
-def _against_seeds(found: Comparison, first: Setting, other: Setting) -> str:
-    ours, theirs = (
-        [side.scores[found.metric] for side in found.sides if side.name in setting.names] for setting in (first, other)
-    )
-    if any(value is None for value in [*ours, *theirs]):
+def _against_seeds(found: Comparison, first: Setting, other: Setting, p: float | None) -> str:
+    ours, theirs = _by_seed(found, first), _by_seed(found, other)
+    if found.metric not in first.mean or found.metric not in other.mean:
         return f"{found.metric} of {', '.join([*first.names, *other.names])} is not known everywhere"
     names = f"{_together(other)} against {_together(first)} by {found.metric} on {found.split}"
     means = f"{other.mean[found.metric]:.4g} against {first.mean[found.metric]:.4g}"
     if min(len(ours), len(theirs)) < 2:
-        single, several = (ours, theirs) if len(ours) < 2 else (theirs, ours)
-        within = min(several) <= single[0] <= max(several)  # type: ignore[type-var, operator]
-        where = "within" if within else "outside"
+        [single], several = (ours, theirs) if len(ours) < 2 else (theirs, ours)
+        where = "within" if min(several) <= single <= max(several) else "outside"
         return f"{names}: {means}; the single seed lies {where} the range of the {len(several)} seeds of the other"
-    from scipy.stats import ttest_ind
-
-    p = float(ttest_ind(theirs, ours, equal_var=False).pvalue)
+    if p is None:
+        return f"{names}: {means} with every seed; without any spread nothing is tested"
     gain = goodness(found.metric, other.mean[found.metric]) - goodness(found.metric, first.mean[found.metric])
-    if math.isnan(p):  # no spread in either
-        p = 1.0 if gain == 0 else 0.0
     outcome = "not shown to differ" if p >= SIGNIFICANT else "better" if gain > 0 else "worse"
     return f"{names}: {outcome}, {means} on average (p {p:.2g} by Welch's t test over the seeds)"
+
+
+def _welch(found: Comparison, first: Setting, other: Setting) -> float | None:
+    """The p value of two settings' means; None where the scores of either are not known, too few, or all the same."""
+    ours, theirs = _by_seed(found, first), _by_seed(found, other)
+    if min(len(ours), len(theirs)) < 2 or len({*ours}) == len({*theirs}) == 1:
+        return None
+    from scipy.stats import ttest_ind
+
+    return float(ttest_ind(theirs, ours, equal_var=False).pvalue)
+
+
+def _by_seed(found: Comparison, setting: Setting) -> list[float]:
+    """Each seed's score; nothing where one has none."""
+    scores = [side.scores[found.metric] for side in found.sides if side.name in setting.names]
+    known = [score for score in scores if score is not None]
+    return known if len(known) == len(scores) else []
 
 
 def _together(setting: Setting) -> str:
@@ -445,10 +474,10 @@ def _lines(found: Comparison) -> Iterator[str]:
     yield from _table(rows)
     if found.differences:
         yield ""
-        rows = [[f"less {names[0]}", "", "95 %", "", "rows"]]
+        rows = [[f"difference to {names[0]}", "", "95 % interval", "p", "rows"]]
         for each in found.differences:
             ends = "" if each.low is None else f"[{each.low:+.4g}, {each.high:+.4g}]"
-            rows.append([f"{each.name} {each.metric}", f"{each.delta:+.4g}", ends, f"p {each.p:.3g}", str(each.rows)])
+            rows.append([f"{each.name} {each.metric}", f"{each.delta:+.4g}", ends, f"{each.p:.3g}", str(each.rows)])
         yield from _table(rows)
     if found.settings:
         yield ""
@@ -480,7 +509,7 @@ def _value(value: Any) -> str:
 
 def _score(side: Side, name: str) -> str:
     ends = side.intervals.get(name)
-    return _number(side.scores.get(name)) + (f" [{ends[0]:.4g}, {ends[1]:.4g}]" if ends else "")
+    return _number(side.scores.get(name)) + (f" [{_number(ends[0])}, {_number(ends[1])}]" if ends else "")
 
 
 def _spread(setting: Setting, name: str) -> str:
@@ -489,7 +518,9 @@ def _spread(setting: Setting, name: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _cost_of(side: Side, key: str) -> str:

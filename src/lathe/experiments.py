@@ -4,7 +4,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Sequence, Set
 from typing import NoReturn
 
 from lathe import overrides, paths, preflight, recipes, revisions
@@ -12,15 +13,19 @@ from lathe.artifacts import UNQUANTIZED
 from lathe.errors import InputError
 from lathe.revisions import Experiment, Revision
 
+WIDTH = 100  # columns of the list of recipes
 
-def run(name: str, further: Sequence[str], *, queue: bool, temp: bool, force: bool) -> NoReturn:
+
+def run(recipe: str, further: Sequence[str], *, name: str | None, queue: bool, temp: bool, force: bool) -> NoReturn:
     """Become `dvc exp run -n NAME` with the overrides of a recipe and `further` ones, if all of them are right.
 
-    Raises InputError where they are not, for any run of a sweep, or where an experiment of that name exists.
+    `name` is the experiment's; None: the recipe's. Raises InputError where an override is wrong, in any run of a
+    sweep, or where an experiment of that name exists.
     """
     if queue and temp:
         raise InputError("--queue and --temp: take one of them; queued experiments are temporary ones, started later")
-    arguments = recipes.find(name).arguments(list(further))
+    arguments = recipes.find(recipe).arguments(list(further))
+    name = name or recipe
     runs = overrides.combinations(arguments)
     if len(runs) > 1 and not queue:
         raise InputError(f"-S {' '.join(further)}: that is a sweep of {len(runs)} runs; add --queue")
@@ -28,7 +33,7 @@ def run(name: str, further: Sequence[str], *, queue: bool, temp: bool, force: bo
         overrides.applied(each)
     names = [name] if len(runs) == 1 else [f"{name}-{number}" for number in range(1, len(runs) + 1)]
     _make_room(names, queue=queue, force=force)
-    for line in _notices(apart=queue or temp):
+    for line in _notices({overrides.key_of(each) for each in arguments}, apart=queue or temp):
         sys.stderr.write(f"{line}\n")
     options = ["--queue"] * queue + ["--temp"] * temp
     command = ["exp", "run", "--name", name, *options, *(word for each in arguments for word in ("-S", each))]
@@ -44,9 +49,11 @@ def listing() -> Iterator[str]:
     width = max((len(name) for name in recipes.names()), default=0)
     for name in recipes.names():
         try:
-            yield f"{name:<{width}}  {recipes.find(name).recipe.description.strip()}"
+            said = recipes.find(name).recipe.description
         except InputError as error:
-            yield f"{name:<{width}}  {str(error).splitlines()[0]}"
+            said = str(error).splitlines()[0]
+        heading, margin = f"{name:<{width}}  ", " " * (width + 2)
+        yield from textwrap.wrap(said, WIDTH, initial_indent=heading, subsequent_indent=margin, break_long_words=False)
         for experiment in _of(name, known):
             yield f"{'':<{width}}    {experiment.name} ({experiment.commit[:10]}): {_result(experiment)}"
 
@@ -86,7 +93,9 @@ def _make_room(names: Sequence[str], *, queue: bool, force: bool) -> None:
         )
     if taken and not force:
         shown = ", ".join(f"{each.name} ({each.commit[:10]})" for each in taken)
-        raise InputError(f"{shown}: has been run from this commit; --force runs it again in its place")
+        raise InputError(
+            f"{shown}: has been run from this commit; --name NAME for another beside it, --force in its place"
+        )
     for each in taken:
         revisions.git("update-ref", "-d", each.ref)
         sys.stderr.write(f"{each.name} was {each.commit}; `git update-ref {each.ref} {each.commit}` brings it back\n")
@@ -100,9 +109,18 @@ def _queued() -> list[str]:
         return [entry.name for entry in (*queue.iter_queued(), *queue.iter_active()) if entry.name]
 
 
-def _notices(*, apart: bool) -> Iterator[str]:
+def _notices(taken: Set[str], *, apart: bool) -> Iterator[str]:
+    """What of the workspace goes into the run beside the keys that are `taken`."""
     if apart:
         yield from preflight.look().lines()
-    elif changes := preflight.changed_parameters():
+        return
+    # A preset's own keys are those of the name that is taken.
+    tables = {table for key, table in (("model", "models"), ("dataset", "datasets")) if key in taken}
+    changes = {
+        key: values
+        for key, values in preflight.changed_parameters().items()
+        if key not in taken and key.split(".")[0] not in tables
+    }
+    if changes:
         shown = ", ".join(f"{key} {then} -> {now}" for key, (then, now) in changes.items())
-        yield f"params.yaml is not as committed, and the recipe changes it further: {shown}"
+        yield f"params.yaml is not as committed in what the recipe leaves to it: {shown}"

@@ -11,6 +11,9 @@ from lathe import paths
 from lathe.errors import InputError
 from lathe.params import Config, load
 
+# Words that Hydra's grammar takes for something else than a text, unless they are quoted.
+MEANS_SOMETHING_ELSE = {"null", "true", "false", "inf", "nan"}
+
 
 def applied(overrides: Sequence[str]) -> Config:
     """Return what is configured after the overrides of params.yaml; no file changes.
@@ -58,6 +61,8 @@ def written(key: str, value: Any) -> str:
 
 def _literal(value: Any) -> str:
     if isinstance(value, str):
+        if re.fullmatch(r"[A-Za-z][\w-]*", value, re.ASCII) and value.lower() not in MEANS_SOMETHING_ELSE:
+            return value
         # Backslashes mean themselves but in front of a quote.
         quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
         return f"'{quoted}'"

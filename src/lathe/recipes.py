@@ -76,15 +76,15 @@ def read(file: Path) -> Recipe:
     return recipe
 
 
-def leaves() -> list[str]:
-    """Return every key of params.yaml that holds a value, with its section."""
+def leaves(section: type[Section] = Params, prefix: str = "") -> list[str]:
+    """Return every key of params.yaml that holds a value, with the sections that it lies in."""
     found = []
-    for name, field in Params.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            found += [f"{name}.{key}" for key in section.model_fields]
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            found += leaves(inner, f"{prefix}{name}.")
         else:
-            found.append(name)
+            found.append(prefix + name)
     return found
 
 

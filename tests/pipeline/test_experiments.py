@@ -38,11 +38,12 @@ def ran(printed: str) -> list[str]:
     return re.findall(r"Running stage '([^']+)'", printed)
 
 
-def state(checkout: Checkout) -> tuple[str, str, dict[str, str]]:
-    """What a user would notice of the workspace: Git's and DVC's status, and every tracked text."""
+def state(checkout: Checkout) -> tuple[str, str, str, dict[str, str]]:
+    """What a user would notice of the workspace: Git's and DVC's status, what is staged, and every tracked text."""
     names = checkout.run("git", "ls-files").stdout.split()
     texts = {name: (checkout.root / name).read_bytes().hex() for name in names if (checkout.root / name).is_file()}
-    return checkout.run("git", "status", "--porcelain").stdout, checkout.run("dvc", "status").stdout, texts
+    staged = checkout.run("git", "ls-files", "--stage").stdout
+    return checkout.run("git", "status", "--porcelain").stdout, checkout.run("dvc", "status").stdout, staged, texts
 
 
 def queue_to_its_end(checkout: Checkout, names: list[str], jobs: int, seconds: float) -> str:
@@ -93,9 +94,12 @@ def test_a_recipe_runs_under_its_name_once_and_again_only_by_force(checkout):
     second = lathe(checkout, "run", "few", "--temp", check=False)
     assert second.returncode == 2
     assert re.fullmatch(
-        r"error: few \([0-9a-f]{10}\): has been run from this commit; --force runs it again in its place\n",
+        r"error: few \([0-9a-f]{10}\): has been run from this commit; "
+        r"--name NAME for another beside it, --force in its place\n",
         second.stderr,
     )
+    lathe(checkout, "run", "few", "-S", "evaluate.bootstrap_samples=200", "--name", "few-7", "--temp")
+    assert re.search(r"few-7 \(\w{10}\): exact_match", lathe(checkout, "experiments").stdout)
     forced = lathe(checkout, "run", "few", "--temp", "--force")
     [ref, commit] = re.findall(r"`git update-ref (\S+) (\w+)` brings it back", forced.stderr)[0]
     checkout.run("git", "cat-file", "-e", commit)
@@ -128,8 +132,10 @@ def test_an_experiment_is_applied_branched_and_shown_against_the_commit(checkout
     assert "Score by artifact" in (checkout.root / "dvc_plots/index.html").read_text()
     assert "bootstrap_samples: 200" in checkout.run("git", "show", "kept:params.yaml").stdout
     assert "kept" in lathe(checkout, "compare", "main", "kept").stdout
-    noticed = lathe(checkout, "run", "few", check=False).stderr
-    assert "has been run from this commit" in noticed
+    said = lathe(checkout, "run", "few", "--name", "beside").stderr
+    left = "params.yaml is not as committed in what the recipe leaves to it: evaluate.metrics ["
+    assert [line for line in said.splitlines() if line.startswith(left)]
+    assert "evaluate.bootstrap_samples 1000" not in said
     checkout.run("git", "checkout", "--quiet", ".")
     checkout.run("dvc", "checkout", "--quiet")
 
@@ -164,9 +170,14 @@ def test_the_preflight_says_what_goes_along_and_what_stays_behind_as_it_then_doe
     assert "stages/evaluate.py" in lines["not committed, goes along as it is now"]
     assert "evaluate.bootstrap_samples 1000 -> 400" in lines["params.yaml is not as committed"]
 
+    checkout.run("git", "add", "params.yaml")
+    checkout.set({"evaluate.bootstrap_samples": 500})
+    before = state(checkout)
+    assert "MM params.yaml" in before[0]
     done = checkout.run("dvc", "exp", "run", "--temp", "--name", "probe")
+    assert state(checkout) == before
+    assert "bootstrap_samples: 500" in checkout.run("git", "show", f"{commit_of(checkout, 'probe')}:params.yaml").stdout
     assert "FOUND ['staged.txt', 'data/local/few.jsonl']" in done.stdout
-    assert script.read_text() != original
     checkout.run("git", "reset", "--quiet", "--hard")
     checkout.run("git", "clean", "--quiet", "--force", "-d", "rewards", "models/local", "notes.txt")
 

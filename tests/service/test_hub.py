@@ -26,10 +26,11 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 from conftest import SMALL, Checkout, make_checkout
+from gguf_models import make_llama3, make_qwen3
 from hub_server import GOOD_TOKEN, Fault, Hub
 from ruamel.yaml import YAML
 
-from lathe import artifacts, gguf
+from lathe import artifacts, gguf, recipes
 
 MODEL = "owner/model"
 DATASET = "owner/rows"
@@ -689,6 +690,78 @@ def test_the_whole_pipeline_runs_on_a_model_and_a_dataset_of_the_hub(user: User,
     user.hub.requests.clear()
     user.checkout.run("dvc", "repro", "--quiet")
     assert not user.hub.requests
+
+
+# As long as it takes to see that every value is taken; the rest is the recipe's.
+SHORT = [
+    *("training.max_steps=2", "training.logging_steps=1", "training.eval_steps=2", "training.save_steps=2"),
+    *("grpo.max_steps=1", "grpo.max_completion_length=8", "quantize.imatrix_rows=4"),
+    *("generate.max_rows=2", "generate.max_new_tokens=8", "generate.few_shot=1"),
+]
+NEEDS_A_GPU = {"vikhr-8b": ["training.precision=auto", "quantization.bnb_4bit_compute_dtype=auto"]}
+
+
+def prose(number: int) -> str:
+    """Words that are in no other row."""
+    return " ".join(f"{word}{number}" for word in ("Each", "of", "them", "counts", "what", "the", "others", "have"))
+
+
+def files_of(dataset: str) -> dict[str, bytes]:
+    """What the data set's repository holds, in the columns and under the names that its preset is made for."""
+    match dataset:
+        case "gsm8k":
+            rows = [{"question": prose(i), "answer": f"It is {i}.\n#### {i}"} for i in range(60)]
+            return configuration("main", {"train": rows[::2], "test": rows[1::2]})
+        case "arxiv-summarization":
+            rows = [{"article": prose(i) * 9, "abstract": prose(i)} for i in range(60)]
+            return configuration("document", {"train": rows[::3], "validation": rows[1::3], "test": rows[2::3]})
+        case "dolly-15k":
+            columns = {"context": "", "category": "open_qa"}
+            rows = [{"instruction": prose(i), "response": f"{i}", **columns} for i in range(90)]
+            return {"databricks-dolly-15k.jsonl": jsonl(rows)}
+    rows = [{"instruction": prose(i), "input": "", "output": f"Ответ {i}"} for i in range(90)]
+    return {"data/train-00000-of-00001.parquet": parquet(rows)}
+
+
+def configuration(name: str, splits: dict[str, list[dict[str, Any]]]) -> dict[str, bytes]:
+    """Files of one configuration, and the card that names them."""
+    files = [{"split": split, "path": f"{name}/{split}-*"} for split in splits]
+    card = {"configs": [{"config_name": name, "data_files": files}]}
+    parts = {f"{name}/{split}-00000-of-00001.parquet": parquet(rows) for split, rows in splits.items()}
+    return {"README.md": f"---\n{json.dumps(card)}\n---\n# Rows\n".encode(), **parts}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "make"),
+    [
+        ("qwen3-600m", make_qwen3),
+        ("gsm8k-grpo", make_qwen3),
+        ("laptop", make_llama3),
+        ("vikhr-8b", make_llama3),
+        ("arxiv-ministral-3b", make_llama3),
+    ],
+)
+def test_a_recipe_for_a_real_model_runs_whole_on_a_small_random_one_in_its_place(
+    user: User, tmp_path: Path, recipe: str, make: Callable[[Path], None]
+) -> None:
+    overrides = recipes.find(recipe).recipe.overrides
+    presets = YAML(typ="safe").load(user.file("presets.yaml"))
+    make(tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 8192}))
+    files = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    user.hub.add("model", presets["models"][overrides["model"]]["id"], files)
+    user.hub.add("dataset", presets["datasets"][overrides["dataset"]]["id"], files_of(overrides["dataset"]))
+    further = [word for each in [*SHORT, *NEEDS_A_GPU.get(recipe, [])] for word in ("-S", each)]
+    user.environment["PYTHONPATH"] = str(user.file("src"))
+    user.checkout.run(sys.executable, "-m", "lathe", "run", recipe, *further)
+    measured = user.checkout.json("metrics/evaluate/validation.json")
+    assert list(measured) == artifacts.names(overrides["quantize.types"])
+    assert set(overrides["evaluate.metrics"]) < set(measured["merged"])
+    assert len(user.checkout.json("metrics/evaluate/gates.json")["gates"]) == len(overrides["evaluate.gates"])
+    listed = user.checkout.run(sys.executable, "-m", "lathe", "experiments").stdout
+    assert re.search(rf"{recipe} \(\w{{10}}\): {overrides['evaluate.primary_metric']} ", listed)
 
 
 READ_RAW = """

@@ -470,7 +470,7 @@ def test_collecting_garbage_leaves_what_the_workspace_uses(first, server, tmp_pa
     checkout.run("dvc", "push")
     with_more = intact(server, "tidy")
     checkout.run("dvc", "remove", "data/local/more.jsonl.dvc")
-    checkout.run("dvc", "gc", "--workspace", "--cloud", "--force")
+    checkout.run("dvc", "gc", "--workspace", "--all-experiments", "--cloud", "--force")
     assert len(with_more - intact(server, "tidy")) == 1
     second = clone_of(checkout, tmp_path / "second")
     second.run("dvc", "pull", "--allow-missing")

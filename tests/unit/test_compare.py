@@ -16,10 +16,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from lathe import compare, evaluate, paths, revisions
+from lathe.artifacts import UNQUANTIZED
 from lathe.errors import InputError
 
 ROWS = 40
-ARTIFACTS = ("base", "base_few_shot", "merged", "Q8_0")
 SAMPLING = evaluate.Sampling(1000, 42)
 SCORES = evaluate.row_scores(
     ["exact_match"], normalize="none", answer_pattern=None, bert_score_weight=0.4, judge_weight=None
@@ -56,8 +56,12 @@ class Repository:
         code: str = "0" * 32,
         training_seconds: float | None = None,
         trained: str = "0" * 32,
+        better: str = "Q8_0",
     ) -> str:
-        """Commit a run that answered `rows`, each rightly or not; as an experiment unless it is `main`."""
+        """Commit a run that answered `rows`, each rightly or not; as an experiment unless it is `main`.
+
+        Of the quantized files it is `better` that did, and others got no row right.
+        """
         editor = YAML()
         tree = editor.load(self.root / "params.yaml")
         for key, value in {"quantize.types": ["Q8_0"], "evaluate.metrics": ["exact_match"], **(changes or {})}.items():
@@ -71,15 +75,17 @@ class Repository:
         outs = {"data/processed": {f"{split}.jsonl": asked for split in ("validation", "test")}}
         answers: evaluate.Answers = {}
         scored = {}
-        for artifact in ARTIFACTS:
-            answers[artifact] = [answer(row, good) for row, good in zip(rows, right, strict=True)]
+        artifacts = [*UNQUANTIZED, *tree["quantize"]["types"]]
+        for artifact in artifacts:
+            counts = artifact in (*UNQUANTIZED, better)
+            answers[artifact] = [answer(row, good and counts) for row, good in zip(rows, right, strict=True)]
             outs[f"data/generated/{artifact}"] = {
                 f"{split}.jsonl": answers[artifact] for split in ("validation", "test")
             }
             for split in ("validation", "test"):
                 scored[f"{artifact}/{split}.jsonl"] = evaluate.scored_rows(answers[artifact], SCORES, "exact_match")
         outs["data/scored"] = scored
-        report = evaluate.evaluate(answers, {}, dict.fromkeys(ARTIFACTS, 1000), SCORES, SAMPLING)
+        report = evaluate.evaluate(answers, {}, dict.fromkeys(artifacts, 1000), SCORES, SAMPLING)
         for split in ("validation", "test"):
             self.write(f"metrics/evaluate/{split}.json", report)
         self.runs += 1  # no two runs take as long
@@ -181,7 +187,7 @@ def test_what_gets_clearly_more_rows_right_is_called_better_and_by_how_much(repo
     assert difference.p < 0.01
     assert found.warnings == []
     assert found.verdict == (
-        f"By exact_match on validation: two is better than one (+0.5, p {difference.p:.2g}, 40 rows)."
+        f"By exact_match on validation: two is better than one (+0.5, p {difference.p:.2g}, 20 of 40 answers the same)."
     )
     assert "one is worse than two (-0.5" in compared("two", "one").verdict
 
@@ -189,13 +195,18 @@ def test_what_gets_clearly_more_rows_right_is_called_better_and_by_how_much(repo
 def test_a_difference_that_chance_may_have_made_is_not_called_one(repository):
     repository.run("one", some(20))
     repository.run("two", some(21), {"lora.lora_dropout": 0.1})
-    assert "two is not shown to differ from one (+0.025, p 1, 40 rows)" in compared("one", "two").verdict
+    assert (
+        "two is not shown to differ from one (+0.025, p 1, 39 of 40 answers the same)" in compared("one", "two").verdict
+    )
 
 
-def test_equal_answers_are_said_to_score_the_same(repository):
+def test_the_same_answers_are_told_from_others_that_score_the_same(repository):
     repository.run("one", some(20))
     repository.run("two", some(20), {"lora.lora_dropout": 0.1})
-    assert "two scores the same as one" in compared("one", "two").verdict
+    repository.run("three", some(20)[::-1], {"lora.lora_dropout": 0.2})
+    verdict = compared("one", "two", "three").verdict
+    assert "two gives the same answers as one (all 40 rows, to the letter)" in verdict
+    assert "three scores the same as one (+0, p 1, 0 of 40 answers the same); p adjusted for 2 comparisons." in verdict
 
 
 def test_less_is_better_where_the_score_is_a_perplexity(repository):
@@ -259,7 +270,7 @@ def test_nothing_is_tested_where_no_row_is_the_same(repository):
     found = compared("one", "two")
     assert found.differences == []
     assert "0 of them the same; nothing can be tested" in "\n".join(found.warnings)
-    assert "two cannot be held against one, 0.75 against 0.5 on other rows" in found.verdict
+    assert "two cannot be held against one (0.75 against 0.5): no answers of both to the same row" in found.verdict
 
 
 def test_without_the_answers_in_the_cache_the_recorded_scores_are_shown_and_nothing_is_tested(repository):
@@ -285,6 +296,40 @@ def test_several_seeds_of_one_setting_are_told_as_mean_and_spread(repository):
     assert setting.spread["exact_match"] == pytest.approx(statistics.stdev(scores))
     assert "3 seeds: exact_match on validation is 0.8 on average, with a standard deviation of 0.05" in found.verdict
     assert "the seeds of seed-2 and seed-1 differ (1 and 2)" in "\n".join(found.warnings)
+
+
+def test_one_setting_with_one_seed_twice_is_compared_as_any_two_and_has_no_spread(repository):
+    repository.run("again", some(0))
+    found = compared("main", "again")
+    assert found.settings == []
+    assert found.verdict == (
+        "By exact_match on validation: again gives the same answers as main (all 40 rows, to the letter)."
+    )
+
+
+def test_seeds_are_of_one_setting_whichever_file_was_the_best_of_each_and_that_is_warned_of(repository):
+    types = {"quantize.types": ["Q8_0", "Q4_K_M"]}
+    for seed, better in ((1, "Q8_0"), (2, "Q4_K_M"), (3, "Q8_0")):
+        repository.run(f"seed-{seed}", some(20), {**types, "seed": seed}, better=better)
+    found = compared("seed-1", "seed-2", "seed-3")
+    assert [side.artifact for side in found.sides] == ["Q8_0", "Q4_K_M", "Q8_0"]
+    assert [setting.seeds for setting in found.settings] == [[1, 2, 3]]
+    assert (
+        "not the same file of each is compared (Q8_0 of seed-1, Q4_K_M of seed-2, Q8_0 of seed-3): "
+        "--artifact NAME holds one kind against its own"
+    ) in found.warnings
+    chosen = compared("seed-1", "seed-2", artifact="merged")
+    assert not [warning for warning in chosen.warnings if "not the same file" in warning]
+
+
+def test_without_any_spread_between_the_seeds_nothing_is_tested(repository):
+    for seed in (1, 2):
+        repository.run(f"low-{seed}", some(10), {"seed": seed})
+        repository.run(f"high-{seed}", some(30), {"seed": seed, "lora.r": 64})
+    assert compared("low-1", "low-2", "high-1", "high-2").verdict == (
+        "high-1 (2 seeds) against low-1 (2 seeds) by exact_match on validation: "
+        "0.75 against 0.25 with every seed; without any spread nothing is tested."
+    )
 
 
 def test_two_settings_with_several_seeds_each_are_held_against_the_spread_of_the_seeds(repository):
