@@ -108,6 +108,7 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
     if config:
         findings += _guarded("credentials", lambda: check_credentials(config[0], here.environment))
         findings += _guarded("judge", lambda: check_judge(config[0], here))
+        findings += _guarded("tracking", lambda: check_tracking(config[0], here))
         findings += _guarded("memory", lambda: check_model(config[0], here))
     return findings
 
@@ -313,6 +314,25 @@ def check_judge(config: "Config", here: Circumstances) -> Findings:
     else:
         text = f"{variable} is not set; judge.provider {judge.provider} needs it for every verdict that is not kept yet"
         yield Finding("judge", "warning", text, "set it to your key, or judge.enabled to false")
+
+
+def check_tracking(config: "Config", here: Circumstances) -> Findings:
+    """Whether the trackers that runs are mirrored to answer; a run does not wait for them."""
+    from lathe.tracking.mirror import UnreachableError, mirror_of
+    from lathe.tracking.record import Context, Record
+    from lathe.tracking.targets import targets
+
+    chosen, _ = targets(config.params.tracking, here.environment)
+    if not chosen:
+        yield Finding("tracking", "ok", "runs are mirrored nowhere: neither MLflow nor W&B is enabled")
+    for target in chosen:
+        try:
+            mirror_of(target, Record(here.root, Context())).ask()
+        except UnreachableError as error:
+            remedy = "runs are kept until `python -m lathe mirror` has sent them"
+            yield Finding("tracking", "warning", f"{target}: {error}", remedy)
+        else:
+            yield Finding("tracking", "ok", f"{target}")
 
 
 def check_model(config: "Config", here: Circumstances) -> Findings:

@@ -48,12 +48,9 @@ def verify() -> tuple[list[Difference], int, int]:
     A cached file that is no link to its output is read too. Raises InputError where there is no whole dvc.lock.
     """
     from dvc.repo import Repo
-    from dvc.stage import PipelineStage
 
     with one_line_of_dvc(), Repo(str(paths.ROOT)) as repo:
-        stages = locked_stages(paths.ROOT / "dvc.lock")
-        current = {stage.name for stage in repo.index.stages if isinstance(stage, PipelineStage)}
-        outs = [out for name, stage in stages.items() if name in current for out in stage.get("outs", [])]
+        outs = [out for stage in current_stages(repo).values() for out in stage.get("outs", [])]
         with Progress("verify", sum(out.get("size", 0) for out in outs), unit="B") as progress:
             differences = [found for out in outs for found in _compare(repo, out, progress.add)]
         return differences, len(outs), progress.done
@@ -74,6 +71,15 @@ def locked_stages(lock: Path | str) -> dict[str, Any]:
     if not isinstance(tree, dict) or not isinstance(tree.get("stages"), dict):
         raise InputError("dvc.lock: holds no stages; run `python -m lathe check`, which restores one cut short")
     return tree["stages"]
+
+
+def current_stages(repo: "Repo") -> dict[str, Any]:
+    """Return what the workspace's dvc.lock says of the stages that dvc.yaml has; it keeps others, of former types."""
+    from dvc.stage import PipelineStage
+
+    stages = locked_stages(Path(repo.root_dir) / "dvc.lock")
+    current = {stage.name for stage in repo.index.stages if isinstance(stage, PipelineStage)}
+    return {name: stage for name, stage in stages.items() if name in current}
 
 
 def cached_file(repo: "Repo", md5: str) -> Path:

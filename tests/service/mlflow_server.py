@@ -1,7 +1,7 @@
 """A real MLflow server on SQLite, on 127.0.0.1.
 
-It has an environment of its own, made once with pip: it needs a pandas that does not go with the one of .venv.
-`LATHE_MLFLOW` names an environment that is there already.
+It has an environment of its own, made once with pip, as it wants another pyarrow than .venv has; all else that it
+shares with .venv is taken from there. `LATHE_MLFLOW` names an environment that is there already.
 """
 
 import fcntl
@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 
 from lathe import paths
 
-PACKAGE = "mlflow==3.17.2"
+REQUIREMENTS = Path(__file__).with_name("requirements-mlflow.txt")
 ENVIRONMENT = paths.MAIN / ".services/mlflow"
 SECONDS_TO_START = 180
 
@@ -34,16 +35,16 @@ def environment() -> Path:
     ready = ENVIRONMENT / ".ready"
     with ENVIRONMENT.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (ready.exists() and ready.read_text() == PACKAGE):
+        if not (ready.exists() and ready.read_text() == REQUIREMENTS.read_text()):
             shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-            for command in (
-                [sys.executable, "-m", "venv", str(ENVIRONMENT)],
-                [str(ENVIRONMENT / "bin/python"), "-m", "pip", "install", "--quiet", PACKAGE],
-            ):
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode != 0:
-                    pytest.skip(f"{PACKAGE} could not be installed: {(done.stderr.splitlines() or ['?'])[-1]}")
-            ready.write_text(PACKAGE)
+            subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
+            [packages] = ENVIRONMENT.glob("lib/python*/site-packages")
+            (packages / "shared.pth").write_text(sysconfig.get_path("purelib"))  # looked in last
+            command = [str(ENVIRONMENT / "bin/python"), "-m", "pip", "install", "--quiet", "--requirement"]
+            done = subprocess.run([*command, str(REQUIREMENTS)], capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                pytest.skip(f"MLflow could not be installed: {(done.stderr.splitlines() or ['?'])[-1]}")
+            ready.write_text(REQUIREMENTS.read_text())
     return ENVIRONMENT
 
 

@@ -252,7 +252,7 @@ def test_a_server_that_is_away_is_one_line_and_no_traceback(checkout):
 
 def test_what_cannot_be_mirrored_is_refused(checkout):
     for arguments, message in (
-        (("--mlflow", "no-such"), "error: no-such: neither a revision of Git nor an experiment; "),
+        (("--mlflow", "no-such"), "error: no-such: no such experiment, commit or branch; "),
         (("HEAD",), "error: tracking is enabled for nothing; give --mlflow or --wandb, or enable one in params.yaml"),
     ):
         done = checkout.run(sys.executable, "-m", "lathe", "mirror", *arguments, check=False)

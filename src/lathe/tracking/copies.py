@@ -3,23 +3,21 @@
 import io
 import logging
 import shutil
-import subprocess
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lathe import artifacts, paths, revisions
+from lathe import paths, revisions
 from lathe.errors import InputError
 from lathe.lineage import digest
-from lathe.params import did_you_mean, read_yaml
+from lathe.params import read_yaml
 from lathe.tracking.record import CONFIGURATION, MODEL_FILES, Context, Record
-from lathe.verify import cached_file, cached_listing, locked_stages
+from lathe.verify import cached_file, cached_listing, current_stages, locked_stages
 
 logger = logging.getLogger(__name__)
-
-WORKSPACE = "workspace"
 
 IN_GIT = (*CONFIGURATION, "metrics/train", "metrics/speed", "metrics/evaluate", "metrics/timings")
 
@@ -33,85 +31,51 @@ def of_workspace(root: Path, folder: Path, context: Context) -> Record:
             shutil.copytree(source, target)
         elif source.exists():
             shutil.copy2(source, target)
-    return _completed(folder, replace(context, commit=resolve("HEAD")[0]))
+    return _completed(folder, replace(context, commit=revisions.head()))
 
 
 def of_commit(commit: str, folder: Path, context: Context) -> Record:
     """Copy the files of a commit, an experiment's for one, into the empty `folder`."""
-    listed = _git("ls-tree", "-r", "-z", "--name-only", commit, "--", *IN_GIT).decode().split("\0")[:-1]
+    # The checkout of an experiment is gone when it has ended.
+    git = partial(revisions.git, root=paths.MAIN)
+    listed = git("ls-tree", "-r", "-z", "--name-only", commit, "--", *IN_GIT).decode().split("\0")[:-1]
     for name in CONFIGURATION:
         if name not in listed:
             raise InputError(f"{commit[:10]} has no {name}; name a commit with a pipeline that has run")
-    with tarfile.open(fileobj=io.BytesIO(_git("archive", commit, "--", *listed))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(git("archive", commit, "--", *listed))) as archive:
         archive.extractall(folder, filter="data")
     return _completed(folder, replace(context, commit=commit))
-
-
-def resolve(rev: str) -> tuple[str, str | None]:
-    """Return the commit that a revision of Git or the name of an experiment means, and that name where it has one.
-
-    Raises InputError.
-    """
-    names = {each.commit: each.name for each in revisions.experiments(paths.MAIN)}
-    if rev in names.values():
-        return experiment(rev), rev
-    done = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}^{{commit}}"],
-        cwd=paths.MAIN,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        known = [WORKSPACE, "HEAD", *names.values()]
-        raise InputError(f"{rev}: neither a revision of Git nor an experiment; {did_you_mean(rev, known)}")
-    commit = done.stdout.strip()
-    return commit, names.get(commit)
-
-
-def experiment(name: str) -> str:
-    """Return the commit of the experiment of that name. Raises InputError where there is none, or several."""
-    commits = [each.commit for each in revisions.experiments(paths.MAIN) if each.name == name]
-    if len(commits) != 1:
-        raise InputError(f"{name}: names {len(commits) or 'no'} experiments; give the commit (`dvc exp list --sha`)")
-    return commits[0]
 
 
 def out_of_place(root: Path) -> str | None:
     """Return a parameter or file of the checkout `root` that is not as its dvc.lock has it: after a run cut short.
 
-    Models are not read again. DVC is not asked: it would hold its own lock, which the user's next command wants.
+    Of the files only answers and metrics are read again. `dvc status` is not asked: it would hold DVC's lock, which the
+    user's next command wants.
     """
-    current = _current_stages(root)
-    now = read_yaml(root / "params.yaml")
-    for key, value in _items(stage.get("params", {}).get("params.yaml", {}) for stage in current):
-        there: Any = now
-        for step in key.split("."):
-            there = there.get(step) if isinstance(there, Mapping) else None
-        if there != value:
-            return key
-    made = {out["path"]: out["md5"] for stage in current for out in stage.get("outs", [])}
-    used = {dep["path"]: dep["md5"] for stage in current for dep in stage.get("deps", [])}
-    for path, md5 in [*used.items(), *made.items()]:
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        stages = current_stages(repo).values()
+    parameters = read_yaml(root / "params.yaml")
+    for stage in stages:
+        for key, value in stage.get("params", {}).get("params.yaml", {}).items():
+            if _at(parameters, key) != value:
+                return str(key)
+    made = {out["path"]: out["md5"] for stage in stages for out in stage.get("outs", [])}
+    for path, md5 in [*made.items(), *((dep["path"], dep["md5"]) for stage in stages for dep in stage.get("deps", []))]:
         if made.get(path, md5) != md5:
-            return path
+            return str(path)
         read_again = path.startswith("metrics/") or path == "data/generated"
         if read_again and not ((root / path).exists() and digest(root / path) == md5):
-            return path
+            return str(path)
     return None
 
 
-def _items(trees: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    for tree in trees:
-        yield from tree.items()
-
-
-def _current_stages(folder: Path) -> list[dict[str, Any]]:
-    """Return what dvc.lock says of each stage; of a type that is no longer on the list it keeps what it held."""
-    types = read_yaml(folder / "params.yaml")["quantize"]["types"]
-    items = {"model", "dataset", *types, *artifacts.names(types)}
-    stages = locked_stages(folder / "dvc.lock")
-    return [stage for name, stage in stages.items() if "@" not in name or name.split("@")[1] in items]
+def _at(tree: Any, key: str) -> Any:
+    for step in key.split("."):
+        tree = tree.get(step) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def _completed(folder: Path, context: Context) -> Record:
@@ -137,7 +101,3 @@ def _completed(folder: Path, context: Context) -> Record:
                 logger.warning("%s of this run is not in DVC's cache, and is left out; `dvc fetch` brings it", path)
     context.write(folder)
     return Record(folder, context)
-
-
-def _git(*arguments: str) -> bytes:
-    return subprocess.run(["git", *arguments], cwd=paths.MAIN, capture_output=True, check=True).stdout

@@ -12,14 +12,12 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
-
-from lathe import paths
-from lathe.errors import InputError
+from lathe import paths, revisions
 from lathe.params import load
 from lathe.tracking import copies, pending, targets
 from lathe.tracking.mirror import Mirror, UnreachableError, mirror_of
 from lathe.tracking.record import Context, Curves, Record, read_curves
+from lathe.tracking.start import is_running
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +41,6 @@ def follow(mark: Path) -> None:
         for sender in senders:
             sender.start()
         _watch(mark, senders)
-        _forget_ended(mark.parent)
         record = _collected(live, folder / pending.RUN)
         if record:
             pending.remember(folder, chosen)  # should this process be killed
@@ -73,7 +70,7 @@ def _as_begun(folder: Path, context: Context) -> Record:
 def _watch(mark: Path, senders: "list[_Sender]") -> None:
     """Hand over the curves of the training as they grow, until DVC is gone."""
     training, read = mark / "training", 0.0
-    while _is_running(mark):
+    while is_running(mark):
         time.sleep(WATCH_SECONDS)
         if training.exists() and time.monotonic() > read + SEND_SECONDS:
             read = time.monotonic()
@@ -85,46 +82,31 @@ def _watch(mark: Path, senders: "list[_Sender]") -> None:
                 sender.curves = curves
 
 
-def _forget_ended(marks: Path) -> None:
-    for mark in marks.iterdir():
-        if not _is_running(mark):
-            shutil.rmtree(mark, ignore_errors=True)  # another follower may do the same
-
-
-def _is_running(mark: Path) -> bool:
-    pid, _, created = mark.name.partition("-")
-    try:
-        process = psutil.Process(int(pid))
-        return f"{process.create_time():.2f}" == created and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def _collected(live: Record, folder: Path) -> Record | None:
     """Copy what the run left to `folder`, from its commit if it is an experiment; None where it did not end well."""
-    name = live.context.experiment
     folder.mkdir()
     until = time.monotonic() + (QUEUE_SECONDS if paths.ROOT != paths.MAIN else 0.0)
-    while name:
-        try:
-            record = copies.of_commit(copies.experiment(name), folder, live.context)
-        except InputError as error:
-            if time.monotonic() < until:
-                time.sleep(WATCH_SECONDS)
-                continue
-            logger.info("%s", error)
-            break
+    while (commit := _experiment(live.context.experiment)) is None and time.monotonic() < until:
+        time.sleep(WATCH_SECONDS)
+    if commit:
+        record = copies.of_commit(commit, folder, live.context)
         if record.digest == live.digest:
             return record
-        break  # an earlier one of the same name
+        shutil.rmtree(folder)  # an earlier one of the same name
+        folder.mkdir()
     if paths.ROOT != paths.MAIN:
         return None
-    shutil.rmtree(folder)
-    folder.mkdir()
     record = copies.of_workspace(paths.ROOT, folder, live.context)
-    if record.digest != live.digest or copies.out_of_place(paths.ROOT):
-        return None
-    return record
+    return record if record.digest == live.digest and not copies.out_of_place(paths.ROOT) else None
+
+
+def _experiment(name: str | None) -> str | None:
+    """Return the commit of the experiment of that name that began where this one did."""
+    baseline = os.environ.get("DVC_EXP_BASELINE_REV")
+    for each in revisions.experiments(paths.MAIN):
+        if each.name == name and each.baseline == baseline:
+            return each.commit
+    return None
 
 
 class _Sender(threading.Thread):

@@ -27,6 +27,10 @@ class Mirror(ABC):
         """Where the run can be looked at; None before it is there."""
 
     @abstractmethod
+    def ask(self) -> None:
+        """Ask whether it would take a run; nothing is made."""
+
+    @abstractmethod
     def update(self, curves: Curves) -> int:
         """Send the points that are not there yet; return how many. The run begins with the first of them."""
 

@@ -1,7 +1,8 @@
 """What is mirrored of a run, read from a folder with the files that its stages left.
 
-The folder is a copy of a workspace, or of a commit, with `params.yaml`, `presets.yaml`, `dvc.lock`, `metrics/` and, as
-far as there are any, `models/adapter/` and the model card, each at its place in the repository (`lathe.tracking.copy`).
+The folder is a copy of a workspace or of a commit (`lathe.tracking.copies`), with `params.yaml`, `presets.yaml`,
+`dvc.lock`, `metrics/` and, as far as there are any, `models/adapter/` and the model card, each at its place in the
+repository.
 """
 
 import csv
@@ -91,7 +92,6 @@ class Record:
         found = {
             "model": self.parameters["model"],
             "dataset": self.parameters["dataset"],
-            "git_commit": context.commit,
             "experiment": context.experiment,
             "study": context.study,
             "trial": context.trial,

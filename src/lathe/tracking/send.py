@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lathe import paths
+from lathe import paths, revisions
 from lathe.errors import InputError
 from lathe.params import load
 from lathe.progress import Progress
@@ -71,9 +71,9 @@ def _copied(rev: str) -> Iterator[Record]:
     SCRATCH.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=SCRATCH) as name:  # beside DVC's cache, for links
         folder = Path(name)
-        if rev != copies.WORKSPACE:
-            commit, experiment = copies.resolve(rev)
-            yield copies.of_commit(commit, folder, Context(experiment=experiment))
+        if commit := revisions.find(rev).commit:
+            names = {each.commit: each.name for each in revisions.experiments()}
+            yield copies.of_commit(commit, folder, Context(experiment=names.get(commit)))
             return
         record = copies.of_workspace(paths.ROOT, folder, Context())
         if what := copies.out_of_place(paths.ROOT):

@@ -2,11 +2,14 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from lathe import paths
+from lathe.errors import InputError
 from lathe.params import Tracking
 from lathe.tracking import targets
 
@@ -18,12 +21,12 @@ KEPT_LOGS = 20
 
 
 def begun(stage: str, tracking: Tracking) -> None:
-    """Start what follows this run of the pipeline, unless an earlier stage has. Called by each stage that DVC runs.
-
-    Raises InputError for a variable of the environment that is of no use.
-    """
-    chosen, overrides = targets.targets(tracking, os.environ)
-    if not chosen:
+    """Start what follows this run of the pipeline, unless an earlier stage has. Called by each stage that DVC runs."""
+    try:
+        chosen, said = targets.targets(tracking, os.environ)
+    except InputError as error:
+        chosen, said = [], [f"mirrored nowhere: {error}"]  # no reason to stop a pipeline
+    if not chosen and not said:
         return
     import psutil
 
@@ -36,13 +39,33 @@ def begun(stage: str, tracking: Tracking) -> None:
         (mark / "started").touch(exist_ok=False)
     except FileExistsError:
         return
-    for line in overrides:
+    for line in said:
         logger.info("%s", line)
-    log = LOGS / f"{time.strftime('%Y%m%d-%H%M%S')}-{dvc.pid}.log"
+    if chosen:
+        log = LOGS / f"{time.strftime('%Y%m%d-%H%M%S')}-{dvc.pid}.log"
+        logger.info("mirrored to %s; log: %s", " and ".join(map(str, chosen)), log.relative_to(paths.MAIN))
+        _start(mark, log)
+
+
+def is_running(mark: Path) -> bool:
+    """Tell whether the DVC process is there whose run a folder of `begun` stands for."""
+    import psutil
+
+    pid, _, created = mark.name.partition("-")
+    try:
+        process = psutil.Process(int(pid))
+        return f"{process.create_time():.2f}" == created and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _start(mark: Path, log: Path) -> None:
+    for old in FOLLOWING.iterdir():
+        if not is_running(old):
+            shutil.rmtree(old, ignore_errors=True)  # another run may do the same
     log.parent.mkdir(exist_ok=True)
     for old in sorted(LOGS.glob("*.log"))[: -KEPT_LOGS + 1]:
         old.unlink(missing_ok=True)
-    logger.info("mirrored to %s; log: %s", " and ".join(map(str, chosen)), log.relative_to(paths.MAIN))
     # Known as a stage of DVC it would end with this one.
     inherited = {key: value for key, value in os.environ.items() if key != "DVC_STAGE"}
     with log.open("wb") as written:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -18,7 +19,8 @@ LONGEST_VALUE = 6000  # characters of a parameter
 CLIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
-DIGEST, EXPERIMENT, FILES, STUDY = "lathe.parameters", "lathe.experiment", "lathe.files", "lathe.study"
+DIGEST, FILES, STUDY = "lathe.parameters", "lathe.files", "lathe.study"
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # its pages are those of trainings, not of chats
 
 
 class MlflowMirror(Mirror):
@@ -37,6 +39,11 @@ class MlflowMirror(Mirror):
         return (
             f"{self.target.tracking_uri}/#/experiments/{self._experiment}/runs/{self.run_id}" if self.run_id else None
         )
+
+    def ask(self) -> None:
+        """Ask for the experiment, which may not be there yet."""
+        with self._asking():
+            self._client.get_experiment_by_name(self.target.experiment_name)
 
     def update(self, curves: Curves, *, whole: bool = False) -> int:
         """Send the points that are not there yet."""
@@ -94,15 +101,17 @@ class MlflowMirror(Mirror):
         except (MlflowException, OSError) as error:
             # Whether it took what it was sent is unknown: it is asked again.
             self.run_id = None
-            raise UnreachableError(" ".join(str(error).split())[:300]) from None
+            raise UnreachableError(_reason(error)) from None
 
     def _find(self, curves: Curves, *, whole: bool) -> None:
         self.run_id = None
         self._experiment = self._experiment_id()
         wanted = f"tags.`{DIGEST}` = '{self.record.digest}'"
-        if self.record.context.experiment:
-            wanted += f" and tags.`{EXPERIMENT}` = '{self.record.context.experiment}'"
+        mine = self.record.context.experiment
         for run in self._client.search_runs([self._experiment], wanted, order_by=["attributes.start_time DESC"]):
+            # One that was cut short is gone on with under any name: DVC gives each run a new one.
+            if mine and run.data.tags.get("experiment") != mine and run.info.status != "KILLED":
+                continue
             known = {
                 name: {point.step: point.value for point in self._client.get_metric_history(run.info.run_id, name)}
                 for name in run.data.metrics
@@ -111,7 +120,8 @@ class MlflowMirror(Mirror):
             if not contradicts(known, curves, whole=whole):
                 self.run_id, self.known = run.info.run_id, known
                 if not whole and run.info.status != "FINISHED":
-                    self._client.update_run(self.run_id, "RUNNING")
+                    self._client.update_run(self.run_id, "RUNNING", self.record.name)
+                    self._describe(self.record, run.data)
                 return
         self._create()
 
@@ -119,13 +129,14 @@ class MlflowMirror(Mirror):
         record = self.record
         tags = {
             DIGEST: record.digest,
-            EXPERIMENT: record.context.experiment or "",
             "mlflow.source.name": "lathe",
             **record.tags,
         }
         if record.context.study:
             tags["mlflow.parentRunId"] = self._parent(record.context.study)
         run = self._client.create_run(self._experiment, tags=tags, run_name=record.name)
+        if not run.info.run_id:
+            raise UnreachableError("what answers there is not an MLflow server")
         self.run_id, self.known = run.info.run_id, {}
         self._describe(record, run.data)
 
@@ -149,7 +160,7 @@ class MlflowMirror(Mirror):
         name = self.target.experiment_name
         if (there := self._client.get_experiment_by_name(name)) is None:
             try:
-                return str(self._client.create_experiment(name))
+                return str(self._client.create_experiment(name, tags=KIND))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -180,3 +191,10 @@ class MlflowMirror(Mirror):
         metrics = [Metric(name, value, now, step) for name, step, value in points]
         for start in range(0, len(metrics), POINTS_AT_ONCE):
             self._client.log_batch(self.run_id, metrics=metrics[start : start + POINTS_AT_ONCE])
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line why it failed; of a connection the cause alone, not the four layers around it."""
+    text = " ".join(str(error).split())
+    cause = re.search(r"\(Caused by \w+\((.*)\)\)", text)
+    return cause[1].rpartition(": ")[2].strip("\"'") if cause else text[:300]

@@ -33,6 +33,7 @@ SETTINGS = {
     "x_save_requirements": False,
 }
 
+KEY = "WANDB_API_KEY"
 STEP = "optimizer_step"
 LONGEST_TAG = 64  # characters
 
@@ -55,6 +56,11 @@ class WandbMirror(Mirror):
         """Where the run can be looked at: a page, or an offline run's folder."""
         return (self.run and self.run.url) or self.folder
 
+    def ask(self) -> None:
+        """Look for the key, which is all that can be said without making a run."""
+        if self.target.mode == "online" and not os.environ.get(KEY):
+            raise UnreachableError(f"{KEY} is not set; set it, or tracking.wandb.mode to offline")
+
     def update(self, curves: Curves) -> int:
         """Send the points that are not there yet."""
         with self._asking():
@@ -74,9 +80,9 @@ class WandbMirror(Mirror):
             self._open(record)
             sent = self._send(missing(self.known, record.curves))
             self.run.summary.update(record.scores)
+            self.run.config.update({"git_commit": record.context.commit})
             self.run.tags = _tags(record)
-            artifact = self._artifact(record)
-            self.run.log_artifact(artifact)
+            self.run.log_artifact(self._artifact(record))
             self.run.finish()
             self.run, self.finished = None, digest
             self._keep()
@@ -123,10 +129,11 @@ class WandbMirror(Mirror):
         """Begin the run, or go on with it; an offline folder cannot be gone on with, and is written anew."""
         if self.run is not None:
             return
+        offline = self.target.mode == "offline"
+        self.ask()
         import wandb
 
         FOLDER.mkdir(exist_ok=True)
-        offline = self.target.mode == "offline"
         if offline and self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
         if offline:
@@ -175,4 +182,4 @@ class WandbMirror(Mirror):
 
 
 def _tags(record: Record) -> list[str]:
-    return [f"{key}:{value}"[:LONGEST_TAG] for key, value in record.tags.items() if key != "git_commit"]
+    return [f"{key}:{value}"[:LONGEST_TAG] for key, value in record.tags.items()]
