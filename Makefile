@@ -7,7 +7,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup repro experiments chat serve report remote-check ci-lock ci-summary lint format test test-all \
-	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate docs clean
+	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate bench-experiments \
+	bench-tracking docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -54,7 +55,7 @@ test: lint ## lint and all tests but the long ones
 test-all: lint ## every test
 	pytest
 
-bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate ## every benchmark
+bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-experiments bench-tracking ## every benchmark
 
 bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B parameters
 	python benchmarks/merge.py
@@ -74,6 +75,12 @@ bench-train: setup ## speed, memory and start-up of training against TRL's and L
 
 bench-generate: setup ## speed and memory of answers against a plain llama-cpp-python loop and transformers
 	python benchmarks/generate.py
+
+bench-experiments: setup ## what `dvc exp show` takes with fifty experiments, and `dvc repro` with nothing to do
+	python benchmarks/experiments.py
+
+bench-tracking: setup ## seconds of the training stage while it is mirrored, to a server and to one that hangs
+	python benchmarks/tracking.py
 
 docs: setup ## rewrite docs/params.md, and pictures and results in the README
 	python -m lathe schema > docs/params.md

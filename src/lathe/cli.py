@@ -24,6 +24,7 @@ from lathe import (
     preflight,
     recipes,
     remotes,
+    runs,
     stage,
     trace,
     verify,
@@ -94,6 +95,10 @@ def main() -> None:
     command = commands.add_parser("remote-check", help="write to a DVC remote, read it back and delete it")
     command.add_argument("--remote", metavar="NAME", help="which (default: the one that `dvc push` takes)")
     command.set_defaults(run=lambda args: sys.stdout.write(f"{remotes.check(paths.ROOT, args.remote)}\n"))
+
+    command = commands.add_parser("push-runs", help="share what DVC remembers of runs, with all their files")
+    command.add_argument("--remote", metavar="NAME", help="which (default: the one that `dvc push` takes)")
+    command.set_defaults(run=lambda args: sys.stdout.write(f"{runs.push(paths.ROOT, args.remote)}\n"))
 
     command = commands.add_parser("schema", help="document every key of params.yaml: type, unit, range, meaning")
     command.set_defaults(run=lambda args: print_schema())

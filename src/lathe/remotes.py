@@ -147,7 +147,7 @@ def check(root: Path, name: str | None) -> str:
 
     try:
         with Repo(str(root)) as repo:
-            name = _named(repo.config, name)
+            name = named(repo.config, name)
             settings = repo.config["remote"][name]
             remote = repo.cloud.get_remote(name)
             return _tried(remote.fs, remote.path, name, settings)
@@ -155,7 +155,8 @@ def check(root: Path, name: str | None) -> str:
         raise InputError(" ".join(str(error).split())) from None
 
 
-def _named(config: Mapping[str, Any], name: str | None) -> str:
+def named(config: Mapping[str, Any], name: str | None) -> str:
+    """Return the name of a remote as DVC's configuration has it; None: the default one. Raises InputError."""
     from lathe.params import did_you_mean
 
     known = list(config["remote"])
@@ -169,9 +170,6 @@ def _named(config: Mapping[str, Any], name: str | None) -> str:
 
 
 def _tried(fs: Any, path: str, name: str, settings: Mapping[str, Any]) -> str:
-    where = shown(name, settings)
-    if fs.protocol == "s3":
-        where += f" at {endpoint(settings)}"
     folder = fs.join(path, f".lathe-remote-check-{os.urandom(8).hex()}")
     target = fs.join(folder, "object")
     content = os.urandom(OBJECT_BYTES)
@@ -182,9 +180,7 @@ def _tried(fs: Any, path: str, name: str, settings: Mapping[str, Any]) -> str:
         try:
             result = _in_time(run)
         except Exception as error:
-            left = f"; {target} is left there" if done else ""
-            rule, remedy = _explained(error, action, name, settings)
-            raise InputError(_without_secrets(f"{where}: {rule}{left}; {remedy}", settings)) from error
+            raise refusal(error, action, name, settings, left=f"; {target} is left there" if done else "") from error
         done.append(action)
         return result
 
@@ -200,10 +196,25 @@ def _tried(fs: Any, path: str, name: str, settings: Mapping[str, Any]) -> str:
     step("delete", lambda: fs.rm([target]))
     if fs.exists(folder):  # a folder is a thing of its own on a disk, and nothing in S3
         step("delete", lambda: fs.rmdir(folder))
+    where = _addressed(name, settings)
     if [fs.name(str(entry)) for entry in found] != [fs.name(target)] or read != content:  # type: ignore[attr-defined]
         raise InputError(f"{where}: what was written is not what was listed and read back; do not keep data there")
     seconds = time.perf_counter() - started
     return f"{where}: {OBJECT_BYTES:,} bytes written, listed, read back the same and deleted in {seconds:.1f} s"
+
+
+def refusal(error: Exception, step: str, name: str, settings: Mapping[str, Any], left: str = "") -> InputError:
+    """Return in one line, without a secret, what an error of DVC's file system stands for, and the remedy.
+
+    `step` is what was tried ("write", "read", …), `left` what else is to be said; `settings` are the remote's.
+    """
+    rule, remedy = _explained(error, step, name, settings)
+    return InputError(_without_secrets(f"{_addressed(name, settings)}: {rule}{left}; {remedy}", settings))
+
+
+def _addressed(name: str, settings: Mapping[str, Any]) -> str:
+    where = shown(name, settings)
+    return f"{where} at {endpoint(settings)}" if str(settings["url"]).startswith("s3://") else where
 
 
 def _in_time(run: Callable[[], object]) -> object:
@@ -227,7 +238,6 @@ def _ask_once(fs: Any) -> None:
 
 
 def _explained(error: Exception, step: str, name: str, settings: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what rule an error of DVC's file system stands for, and the remedy."""
     configured = any(key in settings for key in ("access_key_id", "secret_access_key"))
     words = {
         "step": step,

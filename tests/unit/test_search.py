@@ -14,7 +14,7 @@ import pytest
 from lathe import paths
 from lathe.errors import InputError
 from lathe.params import Params, load
-from lathe.search import environment, results, run, sampling, storage, study, trial
+from lathe.search import command, environment, results, run, sampling, storage, study, trial
 from lathe.search import plan as plans
 from lathe.tracking.record import Context
 
@@ -271,6 +271,23 @@ def test_a_trial_of_a_driver_that_was_killed_goes_on_with_its_number_and_paramet
     assert left.next(3, may_begin=True) is None, "the driver lives"
 
 
+def test_who_has_lost_a_trial_stops_it_and_what_the_other_recorded_stands(kept, params):
+    plan = planned(kept, params, RATE)
+    slow, other = opened(plan, params), opened(plan, params)
+    begun = slow.next(1, may_begin=True)
+    other._me = {**other._me, "machine": "another"}
+    taken = other._taken_over(other.trials()[0])
+    assert other.beat() == []
+    assert slow.beat() == [0]
+    other.values(taken)
+    other.finish(taken, [0.5], "c0ffee")
+    slow.finish(begun, [0.1], "decaf")
+    slow.fail(begun, "too late")
+    [trial] = slow.trials()
+    assert (trial.values, trial.user_attrs["experiment"]) == ([0.5], "c0ffee")
+    assert slow._taken_over(trial) is None
+
+
 def test_drivers_at_once_share_the_trials_and_repeat_no_point(kept, params):
     plan = planned(kept, params, RATE, sampler="random")
     context = multiprocessing.get_context("fork")
@@ -387,11 +404,21 @@ def test_what_a_search_found_is_written_with_pictures(kept, params):
     assert [float(row.split("\t")[1]) for row in rows[1:]] == sorted(float(row.split("\t")[1]) for row in rows[1:])
 
 
+def test_a_study_in_which_every_trial_failed_is_an_error_with_the_reason(kept, params, capsys):
+    driver = opened(planned(kept, params, RATE), params)
+    for reason in ("train: error: no", "train: error: too long"):
+        driver.fail(driver.next(2, may_begin=True), reason)
+    with pytest.raises(InputError, match="no trial has scores; the last one failed: train: error: too long; mend that"):
+        command._tell(driver)
+    assert capsys.readouterr().out == "2 trials ended, 2 of them failed\n"
+
+
 def test_of_several_objectives_the_best_are_a_front_of_which_one_must_be_named(kept, params):
     text = FILE.format(sampler="random", space=RATE).replace(
         "space:", "  - metric: Q4_K_M.bytes\n    direction: minimize\nspace:"
     )
-    driver = opened(read(kept, params, text), params, {"overrides": {}})
+    plan = read(kept, params, text)
+    driver = opened(plan, params, {"overrides": {}, "objectives": plan.directions})
     for scores in ([0.9, 800.0], [0.7, 500.0], [0.5, 900.0], [0.6, 600.0]):
         begun = driver.next(4, may_begin=True)
         driver.values(begun)

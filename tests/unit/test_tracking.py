@@ -7,7 +7,8 @@ import pytest
 
 from lathe import params, paths
 from lathe.errors import InputError
-from lathe.tracking import record, targets
+from lathe.tracking import record, start, targets
+from lathe.tracking.mirror import UnreachableError, mirror_of
 from lathe.tracking.record import Context, Record
 from lathe.tracking.targets import MlflowTarget, WandbTarget
 
@@ -138,3 +139,26 @@ def test_what_a_search_tells_its_trials_is_read_from_the_environment():
     told = {"LATHE_STUDY": "rates", "LATHE_TRIAL": "3", "LATHE_SAMPLER": "TPESampler", "DVC_EXP_NAME": "rates-3"}
     assert Context.of_search(told) == Context(None, "rates-3", "rates", "3", "TPESampler")
     assert Context.of_search({}) == Context()
+
+
+def test_a_variable_of_no_use_stops_no_stage_and_is_said_once(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(start, "FOLLOWING", tmp_path / "following")
+    monkeypatch.setenv("MLFLOW_ENABLED", "on")
+    with caplog.at_level("INFO"):
+        start.begun("preprocess", tracking())
+        start.begun("train", tracking())
+    assert caplog.messages == ["mirrored nowhere: MLFLOW_ENABLED is 'on'; must be one of 1, true, yes, 0, false, no"]
+
+
+def test_a_connection_that_fails_is_told_by_its_cause_alone():
+    with pytest.raises(UnreachableError) as caught:
+        mirror_of(MlflowTarget("http://127.0.0.1:9", "mine"), of_this_checkout()).ask()
+    assert str(caught.value) == "[Errno 111] Connection refused"
+
+
+def test_wandb_online_without_a_key_is_one_line_and_no_request(monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    found = of_this_checkout()
+    with pytest.raises(UnreachableError) as caught:
+        mirror_of(WandbTarget("online", "lathe"), found).finish(found)
+    assert str(caught.value) == "WANDB_API_KEY is not set; set it, or tracking.wandb.mode to offline"

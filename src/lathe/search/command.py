@@ -67,16 +67,21 @@ def run(args: argparse.Namespace) -> None:
         )
         folder = results.FOLDER / chosen.study
         results.write(study, folder)
+        logger.info("pictures and study.json are in %s", folder.relative_to(paths.ROOT))
         _tell(study)
-    logger.info("pictures and study.json are in %s", folder.relative_to(paths.ROOT))
 
 
 def _tell(study: Study) -> None:
-    failed = sum(results.REASON in one.user_attrs for one in study.trials())
-    sys.stdout.write(f"{study.finished()} trials ended, {failed} of them failed\n")
+    reasons = [one.user_attrs[results.REASON] for one in study.trials() if results.REASON in one.user_attrs]
+    sys.stdout.write(f"{study.finished()} trials ended, {len(reasons)} of them failed\n")
     for one in results.best(study):
         scores = ", ".join(
             f"{metric} {score:g}" for metric, score in zip(study.plan.directions, one.values, strict=True)
         )
         values = " ".join(f"{key}={value}" for key, value in one.params.items())
         sys.stdout.write(f"best: {results.name_of(study, one)}  {scores}  {values}\n")
+    if reasons and len(reasons) == study.finished():
+        raise InputError(
+            f"study {study.plan.study}: no trial has scores; the last one failed: {reasons[-1]}; mend that, and give "
+            "the search file another study name"
+        )

@@ -150,6 +150,7 @@ def apply(study: Study, wanted: str | None) -> str:
     found = {name_of(study, one): one for one in study.trials() if one.values}
     if not found:
         raise InputError(f"study {study.plan.study} has no finished trial; run the search without --apply first")
+    study.agree({"objectives": study.plan.directions})  # another code or data does not matter here
     if wanted is None:
         front = best(study)
         if len(front) > 1:

@@ -74,9 +74,9 @@ class Study:
             self._study.set_user_attr(SETTING, setting)
             known = self._study.user_attrs[SETTING]  # another driver's, where it was faster
         for name, now in setting.items():
-            if known[name] != now:
+            if (then := known.get(name)) != now:
                 raise InputError(
-                    f"study {self.plan.study}: its trials were run with other {name}: {_difference(known[name], now)}; "
+                    f"study {self.plan.study}: its trials were run with other {name}: {_difference(then, now)}; "
                     "go back to that, or give the search file another study name"
                 )
 
@@ -121,7 +121,7 @@ class Study:
         for number in lost:
             del self._mine[number]
         for trial in self._mine.values():
-            trial.set_user_attr(OWNER, {**self._me, "beat": self._beats})
+            self._claim(trial)
         return lost
 
     def record_environment(self, variables: dict[str, str]) -> None:
@@ -171,7 +171,8 @@ class Study:
         study = self._storage.get_study_id_from_name(self.plan.study)
         known = self._storage.get_trial_id_from_study_id_trial_number(study, frozen.number)
         trial = optuna.trial.Trial(self._study, known)
-        trial.set_user_attr(OWNER, self._me)
+        if not self._claim(trial):
+            return None
         if not self.is_local:
             time.sleep(SECONDS_TO_CLAIM)
             [frozen] = [other for other in self.trials() if other.number == frozen.number]
@@ -180,6 +181,16 @@ class Study:
         logger.info("trial %d was interrupted: it goes on with the same parameters", trial.number)
         self._mine[trial.number] = trial
         return trial
+
+    def _claim(self, trial: "optuna.Trial") -> bool:
+        """Write this driver's name, and that it lives; return False where the trial has been ended meanwhile."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        try:
+            trial.set_user_attr(OWNER, {**self._me, "beat": self._beats})
+        except UpdateFinishedTrialError:
+            return False
+        return True
 
     def _is_mine(self, trial: "optuna.trial.FrozenTrial") -> bool:
         owner = trial.user_attrs.get(OWNER) or {}

@@ -1,0 +1,41 @@
+"""What DVC remembers of runs, shared whole: `python -m lathe push-runs`.
+
+`dvc push --run-cache` uploads which run came to which hashes, but the files only where dvc.lock names them now and DVC
+keeps them. A run with a report in Git would not be found in another clone, and be run again.
+"""
+
+from pathlib import Path
+
+from lathe import remotes
+from lathe.errors import InputError
+from lathe.params import read_yaml
+
+
+def push(root: Path, name: str | None) -> str:
+    """Upload every run that DVC remembers, with all its files but those that dvc.yaml keeps at home (`push: false`).
+
+    `name` is one of the remotes of the checkout at `root`; None: the default one. Returns what was done, in a line.
+    Raises InputError with one line.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    try:
+        with Repo(str(root)) as repo:
+            name = remotes.named(repo.config, name)
+            settings = repo.config["remote"][name]
+            at_home = {out.def_path for out in repo.index.outs if not out.can_push}
+            try:
+                remembered = repo.stage_cache.push(name)
+                files = [Path(repo.stage_cache.cache_dir, key[:2], key, run) for key, run in remembered]
+                outs = [out for file in files for out in read_yaml(file)["outs"] if out["path"] not in at_home]
+                pushed = repo.cloud.push({HashInfo("md5", out["md5"]) for out in outs}, remote=name)
+            except Exception as error:
+                raise remotes.refusal(error, "write", name, settings) from error
+    except DvcException as error:  # the configuration, in DVC's words
+        raise InputError(" ".join(str(error).split())) from None
+    where = remotes.shown(name, settings)
+    if pushed.failed:
+        raise InputError(f"{where}: {len(pushed.failed)} files did not arrive; the same command again goes on")
+    return f"{where}: {len(remembered)} runs, and of their files the {len(pushed.transferred)} that were not there"
