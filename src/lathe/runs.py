@@ -4,11 +4,17 @@
 keeps them. A run with a report in Git would not be found in another clone, and be run again.
 """
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lathe import remotes
 from lathe.errors import InputError
 from lathe.params import read_yaml
+from lathe.verify import cached_listing
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
 
 
 def push(root: Path, name: str | None) -> str:
@@ -29,8 +35,9 @@ def push(root: Path, name: str | None) -> str:
             try:
                 remembered = repo.stage_cache.push(name)
                 files = [Path(repo.stage_cache.cache_dir, key[:2], key, run) for key, run in remembered]
-                outs = [out for file in files for out in read_yaml(file)["outs"] if out["path"] not in at_home]
-                pushed = repo.cloud.push({HashInfo("md5", out["md5"]) for out in outs}, remote=name)
+                outs = {out["md5"] for file in files for out in read_yaml(file)["outs"] if out["path"] not in at_home}
+                within = {md5 for out in outs if out.endswith(".dir") for md5 in _files_within(repo, out)}
+                pushed = repo.cloud.push([HashInfo("md5", md5) for md5 in outs | within], remote=name)
             except Exception as error:
                 raise remotes.refusal(error, "write", name, settings) from error
     except DvcException as error:  # the configuration, in DVC's words
@@ -39,3 +46,8 @@ def push(root: Path, name: str | None) -> str:
     if pushed.failed:
         raise InputError(f"{where}: {len(pushed.failed)} files did not arrive; the same command again goes on")
     return f"{where}: {len(remembered)} runs, and of their files the {len(pushed.transferred)} that were not there"
+
+
+def _files_within(repo: "Repo", folder: str) -> Collection[str]:
+    # Nothing where the folder is in the cache no longer: such a run cannot be shared.
+    return (cached_listing(repo, folder) or {}).values()
