@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +165,7 @@ def _cost(revision: Revision) -> dict[str, float | None]:
     beside them are those of another run.
     """
     timings = {stem: revision.json(f"metrics/timings/{stem}.json") for stem in sorted(_scripts(revision))}
-    known = {stem: each for stem, each in timings.items() if each and not _left_over(revision, stem, each)}
+    known = {stem: each for stem, each in timings.items() if each and not _left_over(revision, stem)}
     whole = len(known) == len(timings)
     training = known.get("train")
     memory = [each["peak_memory_bytes"] for each in known.values()]
@@ -186,14 +187,32 @@ def _script(stage: Mapping[str, Any]) -> str:
     return next((PurePosixPath(word).stem for word in stage["cmd"].split() if word.startswith("stages/")), "")
 
 
-def _left_over(revision: Revision, stem: str, timings: Any) -> bool:
-    before = revision.parent
-    if before is None or before.json(f"metrics/timings/{stem}.json") != timings or before.text("dvc.lock") is None:
-        return False
+def _left_over(revision: Revision, stem: str) -> bool:
+    """Whether the timings of a script are of another run: the oldest state that has just these made other things."""
+    path = f"metrics/timings/{stem}.json"
+    earlier = [revision.parent] if revision.parent else []
+    earlier += [Revision(each.name, each.commit) for each in reversed(revisions.experiments())]
+    written = _blob(revision, path)
+    first = next((each for each in earlier if _blob(each, path) == written and each.text("dvc.lock")), revision)
     ours, theirs = (
-        {name: stage for name, stage in each.stages.items() if _script(stage) == stem} for each in (revision, before)
+        {name: stage for name, stage in each.stages.items() if _script(stage) == stem} for each in (revision, first)
     )
     return ours != theirs
+
+
+def _blob(revision: Revision, path: str) -> str | None:
+    """Git's hash of a file; None where there is none."""
+    if revision.commit:
+        return _blobs(revision.commit).get(path)
+    found = revisions.git("hash-object", "--", path, unless_it_fails=True)
+    return found.decode().strip() if found else None
+
+
+@cache
+def _blobs(commit: str) -> dict[str, str]:
+    listed = revisions.git("ls-tree", "-r", commit, "--", "metrics/timings").decode()
+    rows = (line.split("\t") for line in listed.splitlines())  # mode, type and hash; path
+    return {path: kind.split()[2] for kind, path in rows}
 
 
 # What was changed
