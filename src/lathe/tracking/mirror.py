@@ -1,11 +1,11 @@
 """What every tracker does with a run."""
 
 import contextlib
-import fcntl
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
+from lathe.scratch import locked
 from lathe.tracking.record import Curves, Record
 from lathe.tracking.start import SCRATCH
 from lathe.tracking.targets import MlflowTarget, Target
@@ -50,11 +50,9 @@ class Mirror(ABC):
         ).hexdigest()
         file = SCRATCH / f"locks/{key[:32]}"
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UnreachableError("another process is sending this run") from None
+        if (lock := locked(file)) is None:
+            raise UnreachableError("another process is sending this run")
+        with lock:
             yield
 
 

@@ -1,11 +1,11 @@
 """Runs that could not be sent, each a folder with a copy of what it left and the names of those who lack it."""
 
-import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from lathe.scratch import locked
 from lathe.tracking import targets
 from lathe.tracking.start import SCRATCH
 from lathe.tracking.targets import Target
@@ -32,12 +32,11 @@ def remembered(folder: Path) -> list[Target]:
 def claimed(folder: Path) -> Iterator[bool]:
     """Hold a folder of a run; yields False where another process does."""
     lock = folder.with_name(f"{folder.name}.lock")
-    with lock.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    held = locked(lock)
+    if held is None:
+        yield False
+        return
+    with held:
         yield True
         if not folder.exists():
             lock.unlink()

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lathe import revisions
 from lathe.params import read_yaml
 
 # Points of a curve by its name: (optimizer step, value), in the order of dvclive's file.
@@ -72,7 +73,7 @@ class Record:
         tree, presets = (read_yaml(self.folder / name) for name in CONFIGURATION[:2])
         tree = {key: value for key, value in tree.items() if key != "tracking"}
         chosen = {key: presets[f"{key}s"][tree[key]] for key in ("model", "dataset")}
-        return dict(_leaves({**tree, "presets": chosen}))
+        return revisions.leaves({**tree, "presets": chosen})
 
     @cached_property
     def digest(self) -> str:
@@ -183,14 +184,6 @@ def _spelt(name: str) -> str:
     for sign, word in _SIGNS.items():
         name = name.replace(sign, word)
     return re.sub(r"[^\w\-. ]", "_", name)
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _numbers(tree: dict[str, Any], parents: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
