@@ -346,6 +346,7 @@ def searched(root: Path, name: str, objectives: list[str], scores: list[list[flo
         "objectives": [{"metric": metric, "direction": "maximize"} for metric in objectives],
         "overrides": {"training.max_steps": "30"},
         "best": [f"{name}-{number}" for number in best],
+        "importance": {"lora.r": 1.0} if len(scores) > 3 else {},
         "trials": [
             {
                 "experiment": f"{name}-{number}",
@@ -375,3 +376,5 @@ def test_a_search_is_shown_with_its_trials_the_best_first(run):
     assert 'data-source="metrics/search/rate/study.json#/trials/2/scores/merged.exact_match"' in section
     assert 'data-points="metrics/search/rate/course.tsv"' in section
     assert section.count("data-x-source") == 2, "the Pareto front"
+    assert section.count("PED-ANOVA") == 1, "of the study with enough trials"
+    assert 'data-source="metrics/search/rate/study.json#/importance/lora.r"' in section

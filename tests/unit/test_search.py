@@ -127,7 +127,7 @@ def test_of_several_types_the_worst_score_counts():
 def test_the_environment_becomes_overrides_that_are_recorded(params):
     told = {"LORA_N_TRIALS": "12", "LORA_MODEL_NAME": "tiny", "LORA_LEARNING_RATE": "2e-4", "LORA_NUM_EPOCHS": "3"}
     found = environment.read({**told, "LORA_R": "8"}, params.model_dump(), ["tiny"])
-    assert found.overrides == ["model='tiny'", "training.num_train_epochs=3", "training.learning_rate=0.0002"]
+    assert found.overrides == ["model=tiny", "training.num_train_epochs=3", "training.learning_rate=0.0002"]
     assert found.n_trials == 12
     assert found.variables == told
     assert environment.read({}, params.model_dump(), ["tiny"]) == environment.Environment({}, [], None)
