@@ -85,7 +85,7 @@ def test_a_sweep_through_the_queue_makes_an_experiment_of_each_and_leaves_the_wo
     assert "few-2" in shown
     compared = lathe(checkout, "compare", "few-1", "few-2").stdout
     assert re.search(r"evaluate.bootstrap_samples +200 +300", compared)
-    assert compared.splitlines()[-1].startswith("By exact_match on validation: few-2 scores the same as few-1")
+    assert compared.splitlines()[-1].startswith("By exact_match on validation: few-2 gives the same answers as few-1")
 
 
 def test_a_recipe_runs_under_its_name_once_and_again_only_by_force(checkout):

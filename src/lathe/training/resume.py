@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from lathe import launch
+from lathe import launch, stage
 from lathe.errors import Interrupted
 from lathe.training import ranks
 from lathe.training.best import Best
@@ -94,6 +94,7 @@ class Resumable(Trainer):
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def note(number: int, _: Any) -> None:
+            stage.outlive_parent()
             self.note_signal(number, checkpoints)
             for each, handler in before.items():
                 signal.signal(each, handler)
