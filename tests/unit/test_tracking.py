@@ -1,9 +1,11 @@
 """What is mirrored, where to, and what is known to be there already."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lathe import params, paths
 from lathe.errors import InputError
@@ -162,3 +164,11 @@ def test_wandb_online_without_a_key_is_one_line_and_no_request(monkeypatch):
     with pytest.raises(UnreachableError) as caught:
         mirror_of(WandbTarget("online", "lathe"), found).finish(found)
     assert str(caught.value) == "WANDB_API_KEY is not set; set it, or tracking.wandb.mode to offline"
+
+
+def test_the_server_of_the_compose_file_is_the_tested_one_and_open_to_this_machine_alone():
+    server = yaml.safe_load((paths.ROOT / "compose.yaml").read_text())["services"]["mlflow"]
+    tested = (paths.ROOT / "tests/service/requirements-mlflow.txt").read_text()
+    [version] = re.findall(r"^mlflow==\S+$", tested, re.MULTILINE)
+    assert server["build"]["dockerfile_inline"].endswith(f" {version}\n")
+    assert [port.startswith("127.0.0.1:") for port in server["ports"]] == [True]
