@@ -33,6 +33,8 @@ def push(root: Path, name: str | None) -> str:
             settings = repo.config["remote"][name]
             at_home = {out.def_path for out in repo.index.outs if not out.can_push}
             try:
+                there = repo.cloud.get_remote(name)
+                there.fs.exists(there.path)  # or DVC would log the same refusal for every file
                 remembered = repo.stage_cache.push(name)
                 files = [Path(repo.stage_cache.cache_dir, key[:2], key, run) for key, run in remembered]
                 outs = {out["md5"] for file in files for out in read_yaml(file)["outs"] if out["path"] not in at_home}
