@@ -165,6 +165,7 @@ def test_a_killed_search_goes_on_and_each_trial_is_an_experiment_or_a_failure_wi
 
 def test_ctrl_c_ends_a_search_in_one_line_and_leaves_nothing_running(copied: Checkout) -> None:
     searched = Searched(copied, sampler="tpe", n_trials=3, space=RESAMPLES)
+    (copied.root / "README.md").touch()  # another time stamp is no change
     driver = subprocess.Popen(
         searched.command(), cwd=copied.root, env=copied.environment, stderr=subprocess.PIPE, text=True
     )

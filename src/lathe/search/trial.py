@@ -97,7 +97,9 @@ def snapshot() -> tuple[str, str]:
         raise InputError("the repository has no commit, and experiments hang on one; `git commit` first")
     if changed := _changed_data():
         raise InputError(f"{', '.join(changed)}: not as DVC keeps it; `dvc add` it, so that the trials have it")
-    return head, revisions.git("stash", "create").decode().strip() or head  # it makes none where nothing has changed
+    # Asked first, as a stash fails where files have other time stamps and the same contents.
+    is_changed = revisions.git("status", "--porcelain", "--untracked-files=no")
+    return head, revisions.git("stash", "create").decode().strip() if is_changed else head
 
 
 def experiment(order: Order) -> Revision | None:
