@@ -129,8 +129,10 @@ def test_a_killed_search_goes_on_and_each_trial_is_an_experiment_or_a_failure_wi
     trials = found["trials"]
     assert [trial["number"] for trial in trials] == [0, 1, 2, 3]
     assert len({json.dumps(trial["parameters"], sort_keys=True) for trial in trials}) == 4
-    experiments = searched.experiments()
     good = [trial for trial in trials if trial["parameters"]["evaluate.general_text"] == "data/general.txt"]
+    kept = {"".join(file.parts[-2:]) for file in (copied.root / ".dvc/tmp/exps/cache").glob("*/*")}
+    assert {trial["commit"] for trial in good} <= kept, "DVC has read them"
+    experiments = searched.experiments()
     assert set(experiments) == {trial["experiment"] for trial in good}
     assert len(good) == 2
     for trial in trials:

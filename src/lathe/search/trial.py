@@ -171,7 +171,17 @@ def _run(order: Order, checkout: Path) -> int:
     if code == 0:
         [made] = [found for found in revisions.experiments(checkout) if found.name == order.name]
         revisions.git("push", "--quiet", "origin", f"{made.ref}:{made.ref}", root=checkout)
+        _let_dvc_read(made.commit)
     return code
+
+
+def _let_dvc_read(commit: str) -> None:
+    """Let DVC read the experiment, and keep that; else the first `dvc exp show` would do so for all trials at once."""
+    from dvc.repo import Repo
+    from dvc.repo.experiments.collect import collect_rev
+
+    with Repo(str(paths.ROOT)) as repo:
+        collect_rev(repo, commit)
 
 
 def log_of(folder: Path, name: str) -> str:
