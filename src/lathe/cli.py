@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -180,7 +181,14 @@ def main() -> None:
     command.set_defaults(run=search)
 
     args = parser.parse_args()
-    stage.guard(lambda: args.run(args))
+    try:
+        try:
+            stage.guard(lambda: args.run(args))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads this, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def examine(args: argparse.Namespace) -> None:
