@@ -17,7 +17,6 @@ from ruamel.yaml.error import YAMLError
 
 from lathe import (
     artifacts,
-    compare,
     doctor,
     experiments,
     general_text,
@@ -89,9 +88,7 @@ def main() -> None:
         "--split", choices=("validation", "test"), default="validation", help="which rows (default: validation)"
     )
     command.add_argument("--json", action="store_true", help="print it as JSON")
-    command.set_defaults(
-        run=lambda args: compare.run(args.names, split=args.split, artifact=args.artifact, as_json=args.json)
-    )
+    command.set_defaults(run=compare_experiments)
 
     command = commands.add_parser("remote-check", help="write to a DVC remote, read it back and delete it")
     command.add_argument("--remote", metavar="NAME", help="which (default: the one that `dvc push` takes)")
@@ -209,6 +206,13 @@ def list_experiments() -> None:
 def run_recipe(args: argparse.Namespace) -> None:
     """Become the `dvc exp run` of a recipe."""
     experiments.run(args.name, args.overrides, name=args.experiment, queue=args.queue, temp=args.temp, force=args.force)
+
+
+def compare_experiments(args: argparse.Namespace) -> None:
+    """Print experiments beside one another."""
+    from lathe import compare
+
+    compare.run(args.names, split=args.split, artifact=args.artifact, as_json=args.json)
 
 
 def print_config(section: str | None, stage_name: str | None, overrides: list[str]) -> None:

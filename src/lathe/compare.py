@@ -165,7 +165,9 @@ def _cost(revision: Revision) -> dict[str, float | None]:
     beside them are those of another run.
     """
     timings = {stem: revision.json(f"metrics/timings/{stem}.json") for stem in sorted(_scripts(revision))}
-    known = {stem: each for stem, each in timings.items() if each and not _left_over(revision, stem)}
+    earlier = [revision.parent] if revision.parent else []
+    earlier += [Revision(each.name, each.commit) for each in reversed(revisions.experiments())]
+    known = {stem: each for stem, each in timings.items() if each and not _left_over(revision, stem, earlier)}
     whole = len(known) == len(timings)
     training = known.get("train")
     memory = [each["peak_memory_bytes"] for each in known.values()]
@@ -187,11 +189,9 @@ def _script(stage: Mapping[str, Any]) -> str:
     return next((PurePosixPath(word).stem for word in stage["cmd"].split() if word.startswith("stages/")), "")
 
 
-def _left_over(revision: Revision, stem: str) -> bool:
+def _left_over(revision: Revision, stem: str, earlier: Sequence[Revision]) -> bool:
     """Whether the timings of a script are of another run: the oldest state that has just these made other things."""
     path = f"metrics/timings/{stem}.json"
-    earlier = [revision.parent] if revision.parent else []
-    earlier += [Revision(each.name, each.commit) for each in reversed(revisions.experiments())]
     written = _blob(revision, path)
     first = next((each for each in earlier if _blob(each, path) == written and each.text("dvc.lock")), revision)
     ours, theirs = (

@@ -6,6 +6,7 @@ the key, the value, the rule and a remedy.
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -785,6 +786,21 @@ def read_yaml(file: Path) -> Any:
         raise InputError(f"{file.name}:{line}: not valid YAML: {problem}; mend this line") from None
     except YAMLError as error:
         raise InputError(f"{file.name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def line_of(marked: Any, location: Sequence[Any]) -> int:
+    """Return the line of a key or item in a YAML file, or of the nearest above it that is there.
+
+    `marked` is the file as ruamel's round-trip loader gives it, `location` a problem's as pydantic tells it.
+    """
+    line = 1
+    for step in location:
+        try:
+            line = marked.lc.item(step)[0] + 1 if isinstance(step, int) else marked.lc.key(step)[0] + 1
+            marked = marked[step]
+        except (AttributeError, KeyError, TypeError):
+            continue  # of a union's member, or missing
+    return line
 
 
 def problems_of(key: str, value: Any, tree: dict[str, Any], where: str) -> list[str]:

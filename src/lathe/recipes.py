@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
 
 from lathe import overrides, paths
 from lathe.errors import InputError
-from lathe.params import Name, Params, Section, did_you_mean, read_yaml
+from lathe.params import Name, Params, Section, did_you_mean, line_of, read_yaml
 
 FOLDER = paths.ROOT / "experiments"
 
@@ -65,12 +64,12 @@ def read(file: Path) -> Recipe:
         tree = read_yaml(file)
     except InputError as error:
         raise InputError(str(error).replace(file.name, shown, 1)) from None
-    lines = _lines(file)
+    marked = YAML().load(file.read_text(encoding="utf-8"))  # knows the line of every key
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise InputError("\n".join(_sentence(problem, shown, lines) for problem in error.errors())) from None
-    problems = _unknown_keys(recipe, shown, lines) or _refusals(recipe, shown, lines)
+        raise InputError("\n".join(_sentence(problem, shown, marked) for problem in error.errors())) from None
+    problems = _unknown_keys(recipe, shown, marked) or _refusals(recipe, shown, marked)
     if problems:
         raise InputError("\n".join(problems))
     return recipe
@@ -88,21 +87,9 @@ def leaves(section: type[Section] = Params, prefix: str = "") -> list[str]:
     return found
 
 
-def _lines(file: Path) -> dict[tuple[str, ...], int]:
-    """The line of each key, and of each override."""
-    tree = YAML().load(file.read_text(encoding="utf-8"))
-    if not isinstance(tree, CommentedMap):
-        return {}
-    found: dict[tuple[str, ...], int] = {(str(key),): tree.lc.key(key)[0] + 1 for key in tree}
-    inner = tree.get("overrides")
-    if isinstance(inner, CommentedMap):
-        found |= {("overrides", str(key)): inner.lc.key(key)[0] + 1 for key in inner}
-    return found
-
-
-def _sentence(problem: Any, shown: str, lines: dict[tuple[str, ...], int]) -> str:
+def _sentence(problem: Any, shown: str, marked: Any) -> str:
     path = tuple(str(step) for step in problem["loc"] if step != "[key]")
-    line, key = lines.get(path, 1), ".".join(path) or "the whole file"
+    line, key = line_of(marked, problem["loc"]), ".".join(path) or "the whole file"
     match problem["type"]:
         case "extra_forbidden":
             return f"{shown}:{line}: {key} is not a known key; {did_you_mean(key, list(Recipe.model_fields))}"
@@ -117,30 +104,32 @@ def _sentence(problem: Any, shown: str, lines: dict[tuple[str, ...], int]) -> st
     return f"{shown}:{line}: {key} is {problem['input']!r}; must be {rule}"
 
 
-def _unknown_keys(recipe: Recipe, shown: str, lines: dict[tuple[str, ...], int]) -> list[str]:
+def _unknown_keys(recipe: Recipe, shown: str, marked: Any) -> list[str]:
     known, problems = leaves(), []
     for key in recipe.overrides:
         if key in known:
             continue
         inner = next((leaf for leaf in known if leaf.startswith(f"{key}.")), None)
         remedy = f"it is a section; name its keys, such as {inner}" if inner else did_you_mean(key, known)
-        problems.append(f"{shown}:{lines['overrides', key]}: overrides: {key} is not a key of params.yaml; {remedy}")
+        problems.append(
+            f"{shown}:{line_of(marked, ('overrides', key))}: overrides: {key} is not a key of params.yaml; {remedy}"
+        )
     return problems
 
 
-def _refusals(recipe: Recipe, shown: str, lines: dict[tuple[str, ...], int]) -> list[str]:
+def _refusals(recipe: Recipe, shown: str, marked: Any) -> list[str]:
     try:
         overrides.applied([overrides.written(key, value) for key, value in recipe.overrides.items()])
     except InputError as error:
-        return [_located(line, recipe, shown, lines) for line in str(error).splitlines()]
+        return [_located(line, recipe, shown, marked) for line in str(error).splitlines()]
     return []
 
 
-def _located(message: str, recipe: Recipe, shown: str, lines: dict[tuple[str, ...], int]) -> str:
+def _located(message: str, recipe: Recipe, shown: str, marked: Any) -> str:
     """Put the line of the override that is meant before what params.yaml's own rules say."""
     said = message.removeprefix(f"{paths.PARAMS.name}: ")
     mentioned = [key for key in recipe.overrides if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", said)]
     if not mentioned:
         return message  # params.yaml itself is wrong
     nearest = min(mentioned, key=lambda key: (said.index(key), -len(key)))
-    return f"{shown}:{lines['overrides', nearest]}: overrides: {said}"
+    return f"{shown}:{line_of(marked, ('overrides', nearest))}: overrides: {said}"

@@ -14,10 +14,14 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lathe.errors import InputError
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
 
 SECONDS_FOR_A_CONNECTION = 2.0
 
@@ -142,21 +146,26 @@ def check(root: Path, name: str | None) -> str:
 
     `name` is one of the remotes of the checkout at `root`; None: the default one. Raises InputError with one line.
     """
+    with opened(root, name) as (repo, found, settings):
+        remote = repo.cloud.get_remote(found)
+        return _tried(remote.fs, remote.path, found, settings)
+
+
+@contextmanager
+def opened(root: Path, name: str | None) -> "Iterator[tuple[Repo, str, Mapping[str, Any]]]":
+    """Yield DVC's repository at `root`, and a remote's name and settings; None: the default one. Raises InputError."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
         with Repo(str(root)) as repo:
-            name = named(repo.config, name)
-            settings = repo.config["remote"][name]
-            remote = repo.cloud.get_remote(name)
-            return _tried(remote.fs, remote.path, name, settings)
+            found = _named(repo.config, name)
+            yield repo, found, repo.config["remote"][found]
     except DvcException as error:  # the configuration, in DVC's words
         raise InputError(" ".join(str(error).split())) from None
 
 
-def named(config: Mapping[str, Any], name: str | None) -> str:
-    """Return the name of a remote as DVC's configuration has it; None: the default one. Raises InputError."""
+def _named(config: Mapping[str, Any], name: str | None) -> str:
     from lathe.params import did_you_mean
 
     known = list(config["remote"])

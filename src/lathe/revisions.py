@@ -113,7 +113,8 @@ def find(name: str) -> Revision:
         return Revision(name, found.decode().strip())
     known = experiments()
     named = [experiment for experiment in known if experiment.name == name]
-    of_head = [experiment for experiment in named if experiment.baseline == head()]
+    last = head()
+    of_head = [experiment for experiment in named if experiment.baseline == last]
     if chosen := of_head or named[:1] * (len(named) == 1):
         return Revision(name, chosen[0].commit)
     if named:

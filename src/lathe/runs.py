@@ -23,28 +23,21 @@ def push(root: Path, name: str | None) -> str:
     `name` is one of the remotes of the checkout at `root`; None: the default one. Returns what was done, in a line.
     Raises InputError with one line.
     """
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
     from dvc_data.hashfile.hash_info import HashInfo
 
-    try:
-        with Repo(str(root)) as repo:
-            name = remotes.named(repo.config, name)
-            settings = repo.config["remote"][name]
-            at_home = {out.def_path for out in repo.index.outs if not out.can_push}
-            try:
-                there = repo.cloud.get_remote(name)
-                there.fs.exists(there.path)  # or DVC would log the same refusal for every file
-                remembered = repo.stage_cache.push(name)
-                files = [Path(repo.stage_cache.cache_dir, key[:2], key, run) for key, run in remembered]
-                outs = {out["md5"] for file in files for out in read_yaml(file)["outs"] if out["path"] not in at_home}
-                within = {md5 for out in outs if out.endswith(".dir") for md5 in _files_within(repo, out)}
-                pushed = repo.cloud.push([HashInfo("md5", md5) for md5 in outs | within], remote=name)
-            except Exception as error:
-                raise remotes.refusal(error, "write", name, settings) from error
-    except DvcException as error:  # the configuration, in DVC's words
-        raise InputError(" ".join(str(error).split())) from None
-    where = remotes.shown(name, settings)
+    with remotes.opened(root, name) as (repo, found, settings):
+        at_home = {out.def_path for out in repo.index.outs if not out.can_push}
+        try:
+            there = repo.cloud.get_remote(found)
+            there.fs.exists(there.path)  # or DVC would log the same refusal for every file
+            remembered = repo.stage_cache.push(found)
+            files = [Path(repo.stage_cache.cache_dir, key[:2], key, run) for key, run in remembered]
+            outs = {out["md5"] for file in files for out in read_yaml(file)["outs"] if out["path"] not in at_home}
+            within = {md5 for out in outs if out.endswith(".dir") for md5 in _files_within(repo, out)}
+            pushed = repo.cloud.push([HashInfo("md5", md5) for md5 in outs | within], remote=found)
+        except Exception as error:
+            raise remotes.refusal(error, "write", found, settings) from error
+    where = remotes.shown(found, settings)
     if pushed.failed:
         raise InputError(f"{where}: {len(pushed.failed)} files did not arrive; the same command again goes on")
     return f"{where}: {len(remembered)} runs, and of their files the {len(pushed.transferred)} that were not there"

@@ -197,3 +197,5 @@ def test_the_readme_has_a_line_for_every_script_and_module():
         for file in sorted((paths.ROOT / folder).rglob("*.py")):
             if file.name != "__init__.py":
                 assert file.name in readme, file
+    for file in sorted((paths.ROOT / "experiments").glob("*.yaml")):
+        assert f"\n  {file.name} " in readme, file

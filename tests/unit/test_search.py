@@ -159,7 +159,7 @@ def test_a_grid_has_each_point_once(tmp_path, params):
         "quantize.types: {type: categorical, choices: [[Q8_0], [Q4_K_M]]}",
         sampler="grid",
     )
-    points = [json.dumps(sampling.grid_point(plan, number)) for number in range(sampling.grid_size(plan))]
+    points = [json.dumps(sampling.grid_point(plan, number)) for number in range(plan.grid_size)]
     assert len(points) == len(set(points)) == 3 * 4 * 2
     with pytest.raises(InputError, match=r"some.yaml:11: space.training.learning_rate: a grid needs points; give it"):
         planned(tmp_path, params, RATE, sampler="grid")

@@ -21,10 +21,8 @@ def run(args: argparse.Namespace) -> None:
 
     Raises InputError for whatever of file, options and environment cannot be used.
     """
-    for message in (
-        ".* is experimental",
-        "PedAnovaImportanceEvaluator computes",
-    ):  # Optuna's to whoever writes the code
+    # Optuna's, to whoever writes the code.
+    for message in (".* is experimental", "PedAnovaImportanceEvaluator computes"):
         warnings.filterwarnings("ignore", message=message)
     if not args.file.is_file():
         raise InputError(f"{args.file}: no such file; name one of experiments/search")

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from lathe import gates
 from lathe.errors import InputError
-from lathe.params import Name, Params, Positive, PositiveFloat, Section, did_you_mean, problems_of, read_yaml
+from lathe.params import Name, Params, Positive, PositiveFloat, Section, did_you_mean, line_of, problems_of, read_yaml
 
 LARGEST_GRID = 100_000  # points; its order is drawn whole
 
@@ -102,6 +102,11 @@ class Plan(Section):
         """Which way each of the scores is better."""
         return {objective.metric: objective.direction for objective in self.objectives}
 
+    @property
+    def grid_size(self) -> int:
+        """How many points a grid has; parameters without steps count as one."""
+        return math.prod(len(dimension.points) for dimension in self.space.values() if dimension.points is not None)
+
     def without(self, keys: Sequence[str]) -> "Plan":
         """Return the plan with parameters fixed: they are not searched."""
         space = {key: dimension for key, dimension in self.space.items() if key not in keys}
@@ -170,28 +175,18 @@ def _of_dimension(key: str, dimension: Float | Int | Categorical, params: Mappin
 
 
 def _of_grid(plan: Plan, name: str, marked: Any) -> Iterator[str]:
-    size = 1
     for key, dimension in plan.space.items():
         if dimension.points is None:
             yield (
                 f"{_where(name, marked, ('space', key))}: space.{key}: a grid needs points; give it a step and no log, "
                 "or take type categorical with choices"
             )
-        else:
-            size *= len(dimension.points)
-    if size > LARGEST_GRID:
+    if (size := plan.grid_size) > LARGEST_GRID:
         yield f"{_where(name, marked, ('space',))}: the grid has {size:,} points; {LARGEST_GRID:,} are the most"
 
 
 def _where(file: str, marked: Any, location: Sequence[Any]) -> str:
-    line = 1
-    for step in location:
-        try:
-            line = marked.lc.item(step)[0] + 1 if isinstance(step, int) else marked.lc.key(step)[0] + 1
-            marked = marked[step]
-        except (AttributeError, KeyError, TypeError):
-            continue  # of a union's member, or missing
-    return f"{file}:{line}"
+    return f"{file}:{line_of(marked, location)}"
 
 
 def _sentence(problem: Any, tree: Any) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lathe import paths, revisions
 from lathe.errors import InputError
+from lathe.search import trial
 from lathe.search.study import ENVIRONMENT, EXPERIMENT, REASON, SETTING, Study
 
 if TYPE_CHECKING:
@@ -187,4 +188,4 @@ def apply(study: Study, wanted: str | None) -> str:
 
 def name_of(study: Study, one: "optuna.trial.FrozenTrial") -> str:
     """Return the name of a trial's experiment."""
-    return f"{study.plan.study}-{one.number}"
+    return trial.name_of(study.plan.study, one.number)

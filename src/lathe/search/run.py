@@ -17,7 +17,7 @@ from lathe.artifacts import UNQUANTIZED
 from lathe.errors import InputError, Interrupted
 from lathe.params import Params
 from lathe.progress import Progress
-from lathe.search import environment, sampling, storage, trial
+from lathe.search import environment, storage, trial
 from lathe.search.environment import Environment
 from lathe.search.plan import Plan
 from lathe.search.study import SECONDS_BETWEEN_BEATS, Study
@@ -44,7 +44,6 @@ class Running:
     """A trial under way; `process` runs it, and `kills` counts how often it was killed before."""
 
     trial: "optuna.Trial"
-    values: dict[str, Any]
     order: trial.Order
     gpu: str | None
     process: "subprocess.Popen[bytes]"
@@ -121,7 +120,7 @@ class Driver:
         free = [gpu for gpu in self.gpus if gpu not in {running.gpu for running in self.running}]
         gpu = free[0] if free else None
         logger.info("trial %d: %s", begun.number, ", ".join(f"{key}={value}" for key, value in values.items()))
-        self.running.append(Running(begun, values, order, gpu, self.start(order, gpu)))
+        self.running.append(Running(begun, order, gpu, self.start(order, gpu)))
         return True
 
     def _reap(self, running: Running) -> bool:
@@ -231,7 +230,7 @@ def search(
     if devices and jobs > len(devices):
         raise InputError(f"--jobs {jobs}: there are {len(devices)} GPUs, and each takes one trial; ask for fewer")
     if plan.sampler == "grid":
-        n_trials = min(n_trials, sampling.grid_size(plan))
+        n_trials = min(n_trials, plan.grid_size)
     head, snapshot = trial.snapshot()
     for line in preflight.look().lines():
         logger.info("%s", line)

@@ -1,9 +1,8 @@
 """Points of a space: what the samplers of Optuna suggest, a grid in an order of its own, the parameters as they are."""
 
 import json
-import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lathe.search.plan import Categorical, Float, Int, Plan
@@ -47,21 +46,13 @@ def sampler(plan: Plan, place: int, params: Mapping[str, Any]) -> "optuna.sample
 
 def grid_point(plan: Plan, place: int) -> dict[str, Any]:
     """Return a point of the grid as Optuna is told it; the order is drawn by the seed, each point comes once."""
-    index = random.Random(plan.seed).sample(range(grid_size(plan)), grid_size(plan))[place]
+    index = random.Random(plan.seed).sample(range(plan.grid_size), plan.grid_size)[place]
     point = {}
-    for key, points in _grid(plan).items():
-        index, at = divmod(index, len(points))
-        point[key] = _told(points[at])
+    for key, dimension in plan.space.items():
+        if (points := dimension.points) is not None:
+            index, at = divmod(index, len(points))
+            point[key] = _told(points[at])
     return point
-
-
-def grid_size(plan: Plan) -> int:
-    """Return how many points the grid has."""
-    return math.prod(map(len, _grid(plan).values()))
-
-
-def _grid(plan: Plan) -> dict[str, Sequence[Any]]:
-    return {key: dimension.points for key, dimension in plan.space.items() if dimension.points is not None}
 
 
 def _told(choice: Any) -> Any:

@@ -46,7 +46,7 @@ class Order:
     @property
     def name(self) -> str:
         """The name of the experiment."""
-        return f"{self.study}-{self.number}"
+        return name_of(self.study, self.number)
 
     def command(self) -> list[str]:
         """Return the command line of the process."""
@@ -60,6 +60,11 @@ class Order:
         kept = {name: value for name, value in os.environ.items() if name not in hidden}
         kept |= {"LATHE_STUDY": self.study, "LATHE_TRIAL": str(self.number), "LATHE_SAMPLER": self.sampler}
         return kept if gpu is None else {**kept, "CUDA_VISIBLE_DEVICES": gpu}
+
+
+def name_of(study: str, number: int) -> str:
+    """Return the name of a trial's experiment."""
+    return f"{study}-{number}"
 
 
 def message(study: str, trial: "optuna.Trial | optuna.trial.FrozenTrial") -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lathe import revisions
+from lathe.lineage import parameters_digest
 from lathe.params import read_yaml
 
 # Points of a curve by its name: (optimizer step, value), in the order of dvclive's file.
@@ -78,7 +79,7 @@ class Record:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the parameters."""
-        return hashlib.sha256(json.dumps(self.parameters, sort_keys=True).encode()).hexdigest()
+        return parameters_digest(self.parameters)
 
     @property
     def name(self) -> str:
