@@ -101,5 +101,5 @@ clean: ## remove the environment, the converter and what tools cached; data, mod
 	@rm .venv/.installing && touch $@
 
 .llama.cpp/.pinned: requirements-converter.txt | .venv/.ready
-	$(BIN)/python -m lathe.converter
+	$(BIN)/python -m lathe.gguf.install_converter
 	@touch $@

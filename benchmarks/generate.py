@@ -35,11 +35,13 @@ from typing import Any
 
 import machine
 
-from lathe import gguf, params, paths
-from lathe.generate import Generator
-from lathe.jsonl import iterate_jsonl, write_jsonl
-from lathe.llama import Model
-from lathe.template import render
+from lathe.common import paths
+from lathe.common.jsonl import iterate_jsonl, write_jsonl
+from lathe.config.load import load
+from lathe.gguf import convert
+from lathe.gguf.llama_model import Model
+from lathe.inference.generate import Generator
+from lathe.models.chat_template import render
 
 SYSTEM_TOKENS = 500
 CERTAIN_TOKENS = 20  # in an answer of the model whose next token is certain
@@ -108,7 +110,7 @@ def main() -> None:
 
 def _workloads(conversations: Sequence[Any], shared_rows: int, folder: Path) -> Iterator[_Workload]:
     file, merged = paths.GGUF / "merged-f16.gguf", paths.MODEL_MERGED
-    longest = params.load().params.generate.max_new_tokens
+    longest = load().params.generate.max_new_tokens
     requests = [conversation[:-1] for conversation in conversations]
     yield _Workload("test split", file, merged, requests, longest, {LLAMA: 2.0, TRANSFORMERS: 4.0})
 
@@ -163,7 +165,7 @@ def _make_certain(folder: Path) -> Path:
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     out = folder.with_suffix(".gguf")
-    gguf.convert(folder, out, outtype="f16", llama_cpp=paths.LLAMA_CPP, metadata={})
+    convert.convert(folder, out, outtype="f16", llama_cpp=paths.LLAMA_CPP, metadata={})
     return out
 
 
@@ -176,7 +178,7 @@ def _run(workload: _Workload, rounds: int) -> _Timed:
 
 
 def _settings() -> dict[str, int]:
-    settings = params.load().params.generate
+    settings = load().params.generate
     return {"n_parallel": settings.n_parallel, "n_ctx": settings.n_ctx, "threads": os.cpu_count() or 1}
 
 
@@ -295,8 +297,8 @@ def _peak(conversations: Sequence[Any], count: int, folder: Path) -> int:
 
 
 def _answer_and_score(file: Path) -> None:
-    from lathe import journal
-    from lathe.answers import Asking, conversations_in
+    from lathe.inference import journal
+    from lathe.inference.held_out import Asking, conversations_in
 
     merged = paths.GGUF / "merged-f16.gguf"
     with journal.opened(file.with_suffix(""), "answers") as kept, Generator(merged, **_settings()) as generator:

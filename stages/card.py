@@ -11,15 +11,16 @@ from typing import Any
 
 import _path  # noqa: F401
 
-from lathe import paths, stage
-from lathe.params import Config
+from lathe import stage
+from lathe.common import paths
+from lathe.config.load import Config
 
 
 def main(config: Config) -> None:
-    from lathe.card import Facts, license_of, model_card
-    from lathe.evaluate import best
-    from lathe.llama import Model
-    from lathe.modelfile import Vocabulary, modelfile
+    from lathe.evaluation.best_artifact import best
+    from lathe.gguf.llama_model import Model
+    from lathe.reports.model_card import Facts, license_of, model_card
+    from lathe.reports.modelfile import Vocabulary, modelfile
 
     types = config.params.quantize.types
     with Model(paths.GGUF / "merged-f16.gguf", vocab_only=True) as merged:

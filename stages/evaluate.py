@@ -11,15 +11,19 @@ import json
 
 import _path  # noqa: F401
 
-from lathe import artifacts, paths, stage, track
-from lathe.gates import metrics, outcome, parse
-from lathe.params import Config
+from lathe import stage
+from lathe.common import metric_files, paths
+from lathe.config import artifacts
+from lathe.config.gates import parse
+from lathe.config.load import Config
+from lathe.evaluation.gate_results import metrics, outcome
 
 SPLITS = ("validation", "test")
 
 
 def main(config: Config) -> None:
-    from lathe.evaluate import (
+    from lathe.common.jsonl import write_jsonl
+    from lathe.evaluation.evaluate import (
         Sampling,
         add_bert_score,
         evaluate,
@@ -29,7 +33,6 @@ def main(config: Config) -> None:
         row_scores,
         scored_rows,
     )
-    from lathe.jsonl import write_jsonl
 
     settings, types = config.params.evaluate, config.params.quantize.types
     names = artifacts.names(types)
@@ -60,9 +63,9 @@ def main(config: Config) -> None:
                 rows = scored_rows(answers[split][artifact], scores, settings.primary_metric)
                 write_jsonl(rows, folder / artifact / f"{split}.jsonl")
     for split, report in reports.items():
-        track.write_json(paths.METRICS / f"evaluate/{split}.json", report)
-    track.write_json(paths.METRICS / "evaluate/gates.json", metrics(outcomes))
-    track.write_csv(paths.METRICS / "evaluate/scores.csv", plot_rows(reports, settings.primary_metric))
+        metric_files.write_json(paths.METRICS / f"evaluate/{split}.json", report)
+    metric_files.write_json(paths.METRICS / "evaluate/gates.json", metrics(outcomes))
+    metric_files.write_csv(paths.METRICS / "evaluate/scores.csv", plot_rows(reports, settings.primary_metric))
 
 
 def _bytes(names: list[str]) -> dict[str, int]:

@@ -7,8 +7,10 @@ items   model, dataset
 
 import _path  # noqa: F401
 
-from lathe import paths, sources, stage, track
-from lathe.params import Config
+from lathe import stage
+from lathe.common import metric_files, paths
+from lathe.config.load import Config
+from lathe.sources import fetch
 
 ITEMS = ["model", "dataset"]
 
@@ -18,14 +20,14 @@ def main(config: Config, item: str) -> None:
     target = paths.MODEL_BASE if item == "model" else paths.DATA_RAW
     with paths.whole_folder(target) as folder:
         if item == "model":
-            origin = sources.fetch_model(config.model, folder, seed=seed)
+            origin = fetch.fetch_model(config.model, folder, seed=seed)
         else:
-            origin = sources.fetch_dataset(config.dataset, folder, seed=seed)
+            origin = fetch.fetch_dataset(config.dataset, folder, seed=seed)
     # A list, of which DVC makes no columns: its parameters say the same.
-    track.write_json(paths.METRICS / "fetch" / f"{item}.json", {"origin": [_facts(config, item, origin)]})
+    metric_files.write_json(paths.METRICS / "fetch" / f"{item}.json", {"origin": [_facts(config, item, origin)]})
 
 
-def _facts(config: Config, item: str, origin: sources.Origin) -> dict[str, object]:
+def _facts(config: Config, item: str, origin: fetch.Origin) -> dict[str, object]:
     target = paths.MODEL_BASE if item == "model" else paths.DATA_RAW
     files = sorted(file for file in target.iterdir() if file.is_file())
     preset = config.model if item == "model" else config.dataset

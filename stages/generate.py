@@ -15,23 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 import _path  # noqa: F401
 
-from lathe import artifacts, paths, stage, track
-from lathe.artifacts import FEW_SHOT, MERGED, UNQUANTIZED
-from lathe.params import Config
+from lathe import stage
+from lathe.common import metric_files, paths
+from lathe.config import artifacts
+from lathe.config.artifacts import FEW_SHOT, MERGED, UNQUANTIZED
+from lathe.config.load import Config
 from lathe.stage import Speeds
 
 if TYPE_CHECKING:
-    from lathe.answers import Asking
+    from lathe.inference.held_out import Asking
 
 SPLITS = {name: paths.DATA_PROCESSED / f"{name}.jsonl" for name in ("validation", "test")}
 TRAIN = paths.DATA_PROCESSED / "train.jsonl"
 
 
 def main(config: Config, item: str) -> Speeds:
-    from lathe import journal
-    from lathe.answers import Asking, fingerprint
-    from lathe.general_text import paragraphs
-    from lathe.generate import Generator
+    from lathe.inference import journal
+    from lathe.inference.general_text import paragraphs
+    from lathe.inference.generate import Generator
+    from lathe.inference.held_out import Asking, fingerprint
 
     settings, seed = config.params.generate, config.params.seed
     file, threads = paths.GGUF / artifacts.file_name(item), os.cpu_count() or 1
@@ -58,15 +60,15 @@ def main(config: Config, item: str) -> Speeds:
             ]
             asking = Asking(generator, kept, *against)
             facts = _facts(asking, config, folder, gguf=file, general=read.get("general"))
-        track.write_json(paths.METRICS / f"generate/{item}.json", facts)
+        metric_files.write_json(paths.METRICS / f"generate/{item}.json", facts)
         kept.remove()
     return {"tokens_per_second": round(asking.tokens / asking.seconds, 1)} if asking.tokens else {}
 
 
 def _facts(asking: "Asking", config: Config, folder: Path, *, gguf: Path, general: Path | None) -> dict[str, Any]:
     """Put everything to the model, and return what is to be said of its answers; without `general`, behind examples."""
-    from lathe import few_shot
-    from lathe.answers import conversations_in
+    from lathe.inference import few_shot
+    from lathe.inference.held_out import conversations_in
 
     settings = config.params.generate
     facts: dict[str, Any] = {}

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from ruamel.yaml import YAML
 
-from lathe import params, paths
+from lathe.common import paths
+from lathe.config import params
 
 # Enough for every stage to do its work, not to do it well.
 SMALL = {
@@ -37,13 +38,13 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of one layer, built like the tiny one but hardly trained."""
     from dataclasses import replace
 
-    from lathe.builtin import tiny
+    from lathe.sources.builtin import tiny_model
 
     folder = tmp_path_factory.mktemp("small_model")
     recipe = replace(
-        tiny.RECIPE, intermediate_size=256, num_hidden_layers=1, documents=400, steps=3, batch_size=8, threads=1
+        tiny_model.RECIPE, intermediate_size=256, num_hidden_layers=1, documents=400, steps=3, batch_size=8, threads=1
     )
-    tiny.build(folder, 1, recipe)
+    tiny_model.build(folder, 1, recipe)
     return folder
 
 
@@ -127,10 +128,10 @@ def checkout(tmp_path: Path) -> Checkout:
 
 def add_small_inputs(checkout: Checkout, model: Path) -> None:
     """Give the checkout the small model and sixty rows of its own as local files, and select them."""
-    from lathe.builtin import commands
+    from lathe.sources.builtin import household_commands
 
     shutil.copytree(model, checkout.root / "models/local/small")
-    rows = commands.rows(1)["train"][:60]
+    rows = household_commands.rows(1)["train"][:60]
     folder = checkout.root / "data/local"
     with (folder / "few.jsonl").open("w") as lines:
         for row in rows:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lathe import gguf, paths
+from lathe.common import paths
+from lathe.gguf import convert as converter
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -63,7 +64,7 @@ def quantize_program(tmp_path: Path) -> Path:
     lines = (
         "import sys",
         "from pathlib import Path",
-        "from lathe.quantize import quantize",
+        "from lathe.gguf.quantize import quantize",
         "*given, source, out, name, threads = sys.argv[1:]",
         "options = {'tensor_types': []}",
         "for option, value in zip(given[::2], given[1::2], strict=True):",
@@ -86,7 +87,7 @@ def quantize_program(tmp_path: Path) -> Path:
 def convert(folder: Path, out: Path, **options: Any) -> Path:
     """Convert with this repository's converter."""
     arguments = {"outtype": "f16", "llama_cpp": paths.LLAMA_CPP, "metadata": METADATA, **options}
-    gguf.convert(folder, out, **arguments)
+    converter.convert(folder, out, **arguments)
     return out
 
 
@@ -168,11 +169,13 @@ def _sentencepiece_tokenizer(folder: Path) -> Any:
 def _learnt(folder: Path) -> Made:
     from dataclasses import replace
 
-    from lathe.builtin import tiny
+    from lathe.sources.builtin import tiny_model
 
     folder.mkdir()
-    recipe = replace(tiny.RECIPE, intermediate_size=256, num_hidden_layers=1, documents=1600, steps=100, batch_size=16)
-    tiny.build(folder, 1, recipe)
+    recipe = replace(
+        tiny_model.RECIPE, intermediate_size=256, num_hidden_layers=1, documents=1600, steps=100, batch_size=16
+    )
+    tiny_model.build(folder, 1, recipe)
     return Made(folder, convert(folder, folder.with_suffix(".gguf")))
 
 

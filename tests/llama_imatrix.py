@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lathe.imatrix import Importance
-from lathe.llama import Model, library
+from lathe.gguf.imatrix_file import Importance
+from lathe.gguf.llama_library import library
+from lathe.gguf.llama_model import Model
 
 
 class _Tensor(ctypes.Structure):

@@ -14,8 +14,8 @@ def main() -> None:
     work = Work.read(sys.argv[1])
     from trainers import steps
 
-    from lathe.params import load
-    from lathe.training.run import train
+    from lathe.config.load import load
+    from lathe.training.train import train
 
     steps.record(Path(sys.argv[2]))
     params = load().params

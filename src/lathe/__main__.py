@@ -10,6 +10,6 @@ except ModuleNotFoundError as error:
         sys.exit(f"error: {error}; run `make setup`; `python -m lathe doctor` tells what else is missing")
     from lathe import doctor
 
-    sys.exit(doctor.run(lambda: importlib.import_module("lathe.params").load(), as_json="--json" in sys.argv))
+    sys.exit(doctor.run(lambda: importlib.import_module("lathe.config.params").load(), as_json="--json" in sys.argv))
 
 main()

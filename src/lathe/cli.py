@@ -15,23 +15,18 @@ import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lathe import (
-    artifacts,
-    doctor,
-    experiments,
-    general_text,
-    paths,
-    preflight,
-    recipes,
-    remotes,
-    runs,
-    stage,
-    trace,
-    verify,
-)
-from lathe.errors import InputError
-from lathe.overrides import applied
-from lathe.params import SPLITS, Config, did_you_mean, load, read_yaml
+from lathe import doctor
+from lathe.common import entry_point, paths
+from lathe.common.errors import InputError
+from lathe.common.text import did_you_mean
+from lathe.config import artifacts
+from lathe.config.base import SPLITS
+from lathe.config.load import Config, load
+from lathe.config.overrides import applied
+from lathe.config.yaml_files import read_yaml
+from lathe.experiments import preflight, recipes, run_recipe
+from lathe.inference import general_text
+from lathe.provenance import remotes, run_cache, trace, verify
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +91,7 @@ def main() -> None:
 
     command = commands.add_parser("push-runs", help="share what DVC remembers of runs, with all their files")
     command.add_argument("--remote", metavar="NAME", help="which (default: the one that `dvc push` takes)")
-    command.set_defaults(run=lambda args: sys.stdout.write(f"{runs.push(paths.ROOT, args.remote)}\n"))
+    command.set_defaults(run=lambda args: sys.stdout.write(f"{run_cache.push(paths.ROOT, args.remote)}\n"))
 
     command = commands.add_parser("schema", help="document every key of params.yaml: type, unit, range, meaning")
     command.set_defaults(run=lambda args: print_schema())
@@ -180,7 +175,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         try:
-            stage.guard(lambda: args.run(args))
+            entry_point.guard(lambda: args.run(args))
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # whoever reads this, such as `head`, has seen enough
@@ -199,18 +194,18 @@ def examine(args: argparse.Namespace) -> None:
 
 def list_experiments() -> None:
     """Print every recipe, and below it what came of it."""
-    for line in experiments.listing():
+    for line in run_recipe.listing():
         sys.stdout.write(f"{line}\n")
 
 
-def run_recipe(args: argparse.Namespace) -> None:
+def run_experiment(args: argparse.Namespace) -> None:
     """Become the `dvc exp run` of a recipe."""
-    experiments.run(args.name, args.overrides, name=args.experiment, queue=args.queue, temp=args.temp, force=args.force)
+    run_recipe.run(args.name, args.overrides, name=args.experiment, queue=args.queue, temp=args.temp, force=args.force)
 
 
 def compare_experiments(args: argparse.Namespace) -> None:
     """Print experiments beside one another."""
-    from lathe import compare
+    from lathe.experiments import compare
 
     compare.run(args.names, split=args.split, artifact=args.artifact, as_json=args.json)
 
@@ -262,14 +257,14 @@ def _is_whole(lock: str) -> bool:
 
 def print_schema() -> None:
     """Print a Markdown page that documents every key."""
-    from lathe.schema import markdown
+    from lathe.config.reference import markdown
 
     sys.stdout.write(markdown())
 
 
 def inspect(split: str, rows: int, row: int | None, *, ids: bool) -> None:
     """Print rows of data/processed as training reads them."""
-    from lathe.show import show
+    from lathe.data.inspect import show
 
     for option, number in (("--rows", rows), ("--row", row)):
         if number is not None and number < 1:
@@ -279,7 +274,8 @@ def inspect(split: str, rows: int, row: int | None, *, ids: bool) -> None:
 
 def gate() -> bool:
     """Print how each of evaluate.gates goes by the metrics as they are, and return whether all pass."""
-    from lathe.gates import line, metrics, outcome, parse
+    from lathe.config.gates import parse
+    from lathe.evaluation.gate_results import line, metrics, outcome
 
     params = load().params
     report, recorded = (_evaluated(name) for name in ("validation", "gates"))
@@ -300,28 +296,28 @@ def gate() -> bool:
 
 def report(out: Path | None) -> None:
     """Write the page about what the last run left."""
-    from lathe.report import experiments, facts, page
+    from lathe.reports import experiment_table, facts, page
 
     params = load().params
     found = facts.gather(paths.ROOT, seed=params.seed, primary_metric=params.evaluate.primary_metric)
     target = out or paths.METRICS / "report/index.html"
-    page.write(target, found, experiments.read(paths.ROOT, found.columns))
+    page.write(target, found, experiment_table.read(paths.ROOT, found.columns))
     sys.stdout.write(f"{target}\n")
 
 
 def mirror(revs: list[str], followed: Path | None, *, mlflow: bool, wandb: bool) -> None:
     """Send runs to trackers: what was missed, those named, or the one that a stage has just begun."""
-    from lathe.tracking import follow, send
+    from lathe.experiments.tracking import follow_run, send_runs
 
     if followed:
-        follow.follow(followed)
+        follow_run.follow(followed)
     asked = {"mlflow": mlflow, "wandb": wandb}
-    sys.exit(send.run(revs, [name for name, wanted in asked.items() if wanted]))
+    sys.exit(send_runs.run(revs, [name for name, wanted in asked.items() if wanted]))
 
 
 def talk(gguf: Path | None, prompt: str | None) -> None:
     """Chat with `gguf`, by default the artifact that scored best on validation."""
-    from lathe.chat import chat
+    from lathe.inference.chat import chat
 
     settings = load().params.generate
     chat(
@@ -335,7 +331,7 @@ def talk(gguf: Path | None, prompt: str | None) -> None:
 
 def offer(gguf: Path | None, port: int) -> None:
     """Serve `gguf`, by default the artifact that scored best on validation."""
-    from lathe.serve import serve
+    from lathe.inference.serve import serve
 
     settings = load().params.generate
     api_key = os.environ.get("LATHE_API_KEY") or None
@@ -344,8 +340,8 @@ def offer(gguf: Path | None, port: int) -> None:
 
 def answer_file(file: Path, gguf: Path | None, out: Path | None) -> None:
     """Answer the requests in a JSON Lines file with `gguf`, by default the artifact that scored best on validation."""
-    from lathe.generate import Generator
-    from lathe.infer import infer
+    from lathe.inference.generate import Generator
+    from lathe.inference.infer import infer
 
     if not file.is_file():
         raise InputError(f"--file {file}: no such file; give JSON Lines, each with a prompt or messages")
@@ -367,13 +363,13 @@ def answer_file(file: Path, gguf: Path | None, out: Path | None) -> None:
 
 def search(args: argparse.Namespace) -> None:
     """Run a search to its end and say what is best, or put the best experiment into the workspace."""
-    from lathe.search import command
+    from lathe.experiments.search import command
 
     command.run(args)
 
 
 def _best_gguf() -> Path:
-    from lathe.evaluate import best
+    from lathe.evaluation.best_artifact import best
 
     params = load().params
     artifact = best(_evaluated("validation"), params.quantize.types, params.evaluate.primary_metric)

@@ -14,8 +14,8 @@ NAME = "owner/encoder"
 PROGRAM = """
 import sys
 from lathe import stage
-from lathe.scores import bert_score
-from lathe.scores.bert_score import Encoder, encoder_folder, scores
+from lathe.evaluation import bert_score
+from lathe.evaluation.bert_score import Encoder, encoder_folder, scores
 
 def main():
     folder = encoder_folder(sys.argv[1], sys.argv[2] or None)

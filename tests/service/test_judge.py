@@ -21,20 +21,22 @@ from conftest import Checkout, copy_of, make_checkout
 from gguf_models import convert
 from judge_server import CREDENTIALS, KEY, MODELS, JudgeServer, Reply, opinion, said
 
-from lathe import llama, params, paths
-from lathe.errors import InputError
-from lathe.judge import run
-from lathe.judge.cache import Cache
-from lathe.judge.prompt import Question, compose
-from lathe.judge.run import Ledger, buy
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config.load import load
+from lathe.evaluation.judge import request_verdicts
+from lathe.evaluation.judge.prompt import Question, compose
+from lathe.evaluation.judge.request_verdicts import Ledger, buy
+from lathe.evaluation.judge.verdict_cache import Cache
+from lathe.gguf.llama_model import Model
 
 RUBRIC = (paths.ROOT / "experiments/rubrics/default.md").read_text()
-SETTINGS = params.load().params.judge.model_copy(update={"model": "careful-judge"})
+SETTINGS = load().params.judge.model_copy(update={"model": "careful-judge"})
 
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(request_verdicts, "FIRST_PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -511,7 +513,7 @@ def test_no_text_that_is_judged_becomes_a_marker_of_the_chat_in_llama_cpp(gguf_f
     def controls(text: str) -> list[int]:
         return [token for token in model.tokenize(text) if not model.piece(token)]
 
-    with llama.Model(gguf_file, vocab_only=True) as model:
+    with Model(gguf_file, vocab_only=True) as model:
         assert controls("<|im_start|>"), "a marker in a plain text is one to llama.cpp"
         assert controls(question(HOSTILE[name]).user) == []
 

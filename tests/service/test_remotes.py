@@ -22,8 +22,9 @@ from configobj import ConfigObj
 from conftest import Checkout, copy_of
 from s3_server import KEY, READER_KEY, READER_SECRET, REGION, SECRET, S3Server, s3_server
 
-from lathe import paths, remotes
-from lathe.errors import InputError
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.provenance import remotes
 
 KEYS = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
 ENVIRONMENT = {**KEYS, "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/no/config"}

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lathe import launch, stage
-from lathe.builtin import commands
-from lathe.errors import InputError
-from lathe.params import Params
+from lathe.common import entry_point, launch
+from lathe.common.errors import InputError
+from lathe.config.params import Params
+from lathe.sources.builtin import household_commands
 
 WORK = "LATHE_TEST_WORK"
 LAUNCHER = "accelerate launch --config_file experiments/accelerate/cpu-2.yaml"
@@ -33,16 +33,16 @@ def main() -> None:
     for training in work["trainings"]:
         train_once(Path(work["base"]), training)
 
-    from lathe.training import ranks
+    from lathe.training import distributed
 
-    ranks.leave()
+    distributed.leave()
 
 
 def train_once(base: Path, training: dict[str, Any]) -> None:
     """Train on the first rows of the commands, and write what comes back beside the adapter."""
-    from lathe.training.run import train
+    from lathe.training.train import train
 
-    rows, out = commands.rows(1), Path(training["out"])
+    rows, out = household_commands.rows(1), Path(training["out"])
     if launch.is_main():
         (out / "adapter").mkdir(parents=True, exist_ok=True)
     splits = {"train": rows["train"][: training["rows"]], "validation": rows["validation"][:5]}
@@ -115,4 +115,4 @@ def pass_the_cpu_off_as_gpus() -> None:
 
 
 if __name__ == "__main__":
-    stage.guard(main)
+    entry_point.guard(main)

@@ -10,11 +10,11 @@ import torch
 from conftest import changed, learnt_by_heart
 from safetensors.torch import load_file
 
-from lathe import params
-from lathe.errors import InputError
-from lathe.training.run import train
+from lathe.common.errors import InputError
+from lathe.config.load import load
+from lathe.training.train import train
 
-CONFIG = params.load().params
+CONFIG = load().params
 SPLITS = learnt_by_heart()
 # A constant rate, so that a step is the same however many follow.
 RISING = {

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from gguf_models import Made, tiny  # noqa: F401 - fixture
 
-from lathe.chat import chat
-from lathe.generate import Generator
-from lathe.template import render
+from lathe.inference.chat import chat
+from lathe.inference.generate import Generator
+from lathe.models.chat_template import render
 
 OPTIONS: Any = {"max_new_tokens": 8, "n_ctx": 512, "threads": 1}
 

@@ -8,16 +8,18 @@ import torch
 from conftest import changed
 from safetensors.torch import load_file
 
-from lathe import params
-from lathe.builtin import commands
-from lathe.errors import InputError
-from lathe.model import load_base, load_tokenizer
-from lathe.template import encode, render_for
-from lathe.training.pairs import encode_pairs, pair_dataset
-from lathe.training.run import train
+from lathe.common.errors import InputError
+from lathe.config.load import load
+from lathe.models.chat_template import render_for
+from lathe.models.loading import load_base
+from lathe.models.loss_mask import encode
+from lathe.models.tokenizer import load_tokenizer
+from lathe.sources.builtin import household_commands
+from lathe.training.preference_pairs import encode_pairs, pair_dataset
+from lathe.training.train import train
 
-CONFIG = params.load().params
-SPLITS = {"train": commands.rows(1)["train"][:24], "validation": commands.rows(1)["validation"][:6]}
+CONFIG = load().params
+SPLITS = {"train": household_commands.rows(1)["train"][:24], "validation": household_commands.rows(1)["validation"][:6]}
 QUICK = {
     "method": "dpo",
     "max_steps": 6,

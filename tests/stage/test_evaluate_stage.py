@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Checkout, copy_of, make_checkout
 
-from lathe.jsonl import read_jsonl, write_jsonl
+from lathe.common.jsonl import read_jsonl, write_jsonl
 
 ARTIFACTS = {"base": 0, "base_few_shot": 3, "merged": 12, "Q8_0": 12, "Q4_K_M": 11, "Q4_1": 9}
 GATES = ["merged.exact_match > base.exact_match", "quantized.exact_match >= merged.exact_match - 0.1"]

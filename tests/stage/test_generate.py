@@ -16,11 +16,12 @@ import yaml
 from conftest import Checkout, make_checkout
 from gguf_models import Made, learnt  # noqa: F401 - fixture
 
-from lathe import answers, few_shot, paths
-from lathe.builtin import commands
-from lathe.generate import Generator
-from lathe.jsonl import read_jsonl, write_jsonl
-from lathe.quantize import quantize
+from lathe.common import paths
+from lathe.common.jsonl import read_jsonl, write_jsonl
+from lathe.gguf.quantize import quantize
+from lathe.inference import few_shot, held_out
+from lathe.inference.generate import Generator
+from lathe.sources.builtin import household_commands
 
 SETTINGS = {
     "generate.max_new_tokens": 12,
@@ -39,7 +40,7 @@ def made(tmp_path_factory, learnt: Made) -> Checkout:
     checkout.set(SETTINGS)
     processed = checkout.root / "data/processed"
     processed.mkdir(parents=True)
-    rows = commands.rows(1)
+    rows = household_commands.rows(1)
     for split, count in (("train", 40), ("validation", 14), ("test", 17)):
         write_jsonl(rows[split][:count], processed / f"{split}.jsonl")
     (checkout.root / "data/general.txt").write_text(GENERAL)
@@ -161,23 +162,24 @@ def read_lines(file) -> list[bytes]:
 
 
 def test_a_journal_is_used_for_the_same_files_parameters_and_code_alone(tmp_path, monkeypatch):
+    held_out_code = held_out.code()
     (tmp_path / "one").write_text("1")
     (tmp_path / "also one").write_text("1")
     (tmp_path / "two").write_text("2")
     names = [
-        answers.fingerprint({"gguf": tmp_path / file}, decides)
+        held_out.fingerprint({"gguf": tmp_path / file}, decides)
         for file, decides in (("one", {"n_ctx": 1}), ("also one", {"n_ctx": 1}), ("two", {"n_ctx": 1}), ("one", {}))
     ]
     assert names[0] == names[1]
     assert len(set(names)) == 3
-    monkeypatch.setattr(answers, "CODE", answers.CODE[1:])
-    assert answers.fingerprint({"gguf": tmp_path / "one"}, {"n_ctx": 1}) not in names
+    monkeypatch.setattr(held_out, "code", lambda: held_out_code[1:])
+    assert held_out.fingerprint({"gguf": tmp_path / "one"}, {"n_ctx": 1}) not in names
 
 
 def test_the_code_that_names_a_journal_is_the_code_that_the_stage_depends_on():
     stages = yaml.safe_load((paths.ROOT / "dvc.yaml").read_text())["stages"]
     deps = {dep for dep in stages["generate_few_shot"]["deps"] if dep.startswith("src/")}
-    assert deps == {f"src/lathe/{name}.py" for name in answers.CODE}
+    assert deps == {file.relative_to(paths.ROOT).as_posix() for file in held_out.code()}
 
 
 @pytest.mark.parametrize(("count", "chosen"), [(2, 2), (40, 40), (50, 40)])
@@ -204,7 +206,7 @@ def test_a_systems_message_stays_in_front_and_those_of_examples_are_left_out():
 
 
 def test_as_many_examples_are_shown_as_leave_the_longest_request_its_room(learnt: Made, caplog):
-    rows = [row["messages"] for row in commands.rows(1)["train"][:30]]
+    rows = [row["messages"] for row in household_commands.rows(1)["train"][:30]]
     examples = few_shot.choose(rows[10:], 8, seed=1)
     counts = {}
     for n_ctx in (60, 130, 200, 330, 1000):
@@ -228,7 +230,7 @@ def test_as_many_examples_are_shown_as_leave_the_longest_request_its_room(learnt
 
 
 def shown(generator, examples, rows):
-    from lathe.template import prompt_and_answer
+    from lathe.models.chat_template import prompt_and_answer
 
     tokens = {"bos_token": generator.bos_token, "eos_token": generator.eos_token}
     return [prompt_and_answer(generator.template, few_shot.with_examples(examples, row), **tokens)[0] for row in rows]
@@ -242,9 +244,9 @@ MEASURE = r"""
 import json, re, sys
 from functools import partial
 from pathlib import Path
-from lathe import journal
-from lathe.answers import Asking, conversations_in
-from lathe.generate import Generator
+from lathe.inference import journal
+from lathe.inference.held_out import Asking, conversations_in
+from lathe.inference.generate import Generator
 
 model, file, folder = map(Path, sys.argv[1:])
 with journal.opened(folder, "work") as kept, Generator(model, n_parallel=32, n_ctx=512, threads=1) as generator:

@@ -2,10 +2,10 @@
 import pytest
 from gguf_models import Made, countdown, tiny  # noqa: F401 - fixtures
 
-from lathe import generate
-from lathe.errors import InputError
-from lathe.generate import Generator
-from lathe.quantize import quantize
+from lathe.common.errors import InputError
+from lathe.gguf.quantize import quantize
+from lathe.inference import generate
+from lathe.inference.generate import Generator
 
 END = 4  # `<|im_end|>`
 

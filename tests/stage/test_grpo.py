@@ -10,17 +10,17 @@ import pytest
 from conftest import Checkout, changed
 from safetensors.torch import load_file
 
-from lathe import params
-from lathe.builtin import commands
-from lathe.errors import InputError
-from lathe.model import load_tokenizer
-from lathe.params import Reward
-from lathe.template import render_for
+from lathe.common.errors import InputError
+from lathe.config.load import load
+from lathe.config.training_params import Reward
+from lathe.models.chat_template import render_for
+from lathe.models.tokenizer import load_tokenizer
+from lathe.sources.builtin import household_commands
 from lathe.training.grpo import _questions, weighed
-from lathe.training.run import Trained, train
+from lathe.training.train import Trained, train
 
-CONFIG = params.load().params
-SPLITS = {"train": commands.rows(1)["train"][:12], "validation": commands.rows(1)["validation"][:6]}
+CONFIG = load().params
+SPLITS = {"train": household_commands.rows(1)["train"][:12], "validation": household_commands.rows(1)["validation"][:6]}
 SHORT = Reward(name="length", weight=1.0, max_characters=8)
 SETTING = {
     "method": "grpo",

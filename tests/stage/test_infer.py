@@ -7,11 +7,11 @@ import sys
 import pytest
 from gguf_models import Made, learnt  # noqa: F401 - fixture
 
-from lathe import paths
-from lathe.errors import InputError
-from lathe.generate import Generator
-from lathe.infer import infer
-from lathe.template import render
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.inference.generate import Generator
+from lathe.inference.infer import infer
+from lathe.models.chat_template import render
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_answers_are_written_while_later_lines_are_still_unread(generator, tmp_p
     fed = []
     feed = type(generator.cache(slots=1, length=8, fewest=1)).feed
     monkeypatch.setattr(
-        "lathe.generate.Cache.feed",
+        "lathe.inference.generate.Cache.feed",
         lambda self, slot, *args, **options: fed.append(slot) or feed(self, slot, *args, **options),
     )
 

@@ -5,12 +5,12 @@ import math
 import pytest
 from gguf_models import Made, countdown, learnt, qwen, tiny  # noqa: F401 - fixtures
 
-from lathe import generate, likelihood
-from lathe.builtin import commands
-from lathe.errors import InputError
-from lathe.generate import Generator
-from lathe.quantize import quantize
-from lathe.template import prompt_and_answer
+from lathe.common.errors import InputError
+from lathe.gguf.quantize import quantize
+from lathe.inference import generate, likelihood
+from lathe.inference.generate import Generator
+from lathe.models.chat_template import prompt_and_answer
+from lathe.sources.builtin import household_commands
 
 END = 4  # `<|im_end|>`
 
@@ -22,7 +22,7 @@ def opened(path, n_parallel=8, n_ctx=512, threads=1):
 def requests(generator, count):
     """What the household commands ask, and what is to be answered, as the model's template writes them."""
     tokens = {"bos_token": generator.bos_token, "eos_token": generator.eos_token}
-    rows = commands.rows(1)["validation"][:count]
+    rows = household_commands.rows(1)["validation"][:count]
     return [prompt_and_answer(generator.template, row["messages"], **tokens)[:2] for row in rows]
 
 

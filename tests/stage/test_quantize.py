@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from gguf_models import METADATA, Made, make_llama, quantize_program, qwen, tiny  # noqa: F401 - fixtures
 
-from lathe import calibrate, imatrix
-from lathe.errors import InputError
-from lathe.gguf import describe, tensors
-from lathe.llama import Cache, Model, ggml_types, library, listening
-from lathe.quantize import quant_types, quantize
-from lathe.tensor_types import FILES_THAT_CANNOT_BE_MADE, FILES_THAT_NEED_IMATRIX, check_type
+from lathe.common.errors import InputError
+from lathe.config.quantization_types import FILES_THAT_CANNOT_BE_MADE, FILES_THAT_NEED_IMATRIX, check_type
+from lathe.gguf import collect_imatrix, imatrix_file
+from lathe.gguf.header import describe, tensors
+from lathe.gguf.llama_library import ggml_types, library, listening
+from lathe.gguf.llama_model import Model
+from lathe.gguf.quantize import quantize
+from lathe.gguf.tensor_types import quant_types
+from lathe.inference.kv_cache import Cache
 
 
 def test_fewer_bits_make_a_smaller_file_and_keep_the_metadata(tiny: Made, tmp_path):
@@ -108,9 +111,9 @@ def uneven(tmp_path_factory) -> Uneven:
 
     made = make_llama(tmp_path_factory.getbasetemp() / "uneven", stretch)
     rows = np.random.default_rng(0).integers(5, 400, (80, 24)).tolist()
-    importance = calibrate.collect(made.folder, made.gguf, rows[:40])
+    importance = collect_imatrix.collect(made.folder, made.gguf, rows[:40])
     matrix = made.folder / "imatrix.gguf"
-    imatrix.write(importance, matrix, dataset="random tokens", rows=40)
+    imatrix_file.write(importance, matrix, dataset="random tokens", rows=40)
     return Uneven(made.gguf, matrix, rows[40:])
 
 
@@ -184,9 +187,10 @@ def test_the_importance_matrix_brings_a_file_nearer_to_the_original_and_one_in_t
 ):
     reference = logits(uneven.gguf, uneven.rows)
     reversed_columns = {
-        tensor: imatrix.Importance(one.sums[:, ::-1], one.counts) for tensor, one in imatrix.read(uneven.matrix).items()
+        tensor: imatrix_file.Importance(one.sums[:, ::-1], one.counts)
+        for tensor, one in imatrix_file.read(uneven.matrix).items()
     }
-    imatrix.write(reversed_columns, tmp_path / "reversed.gguf", dataset="reversed", rows=24)
+    imatrix_file.write(reversed_columns, tmp_path / "reversed.gguf", dataset="reversed", rows=24)
     nats = {}
     for which, importance in (("none", None), ("own", uneven.matrix), ("reversed", tmp_path / "reversed.gguf")):
         quantize(uneven.gguf, tmp_path / which, type=name, threads=2, importance=importance)
@@ -197,10 +201,10 @@ def test_the_importance_matrix_brings_a_file_nearer_to_the_original_and_one_in_t
 
 def test_columns_that_nothing_flows_into_do_no_harm(uneven: Uneven, tmp_path):
     dead = {
-        tensor: imatrix.Importance(np.where(np.arange(one.sums.shape[1]) < 64, 0, one.sums), one.counts)
-        for tensor, one in imatrix.read(uneven.matrix).items()
+        tensor: imatrix_file.Importance(np.where(np.arange(one.sums.shape[1]) < 64, 0, one.sums), one.counts)
+        for tensor, one in imatrix_file.read(uneven.matrix).items()
     }
-    imatrix.write(dead, tmp_path / "dead.gguf", dataset="dead", rows=24)
+    imatrix_file.write(dead, tmp_path / "dead.gguf", dataset="dead", rows=24)
     for name in ("Q4_0", "Q4_K_M", "Q2_K", "IQ3_M", "IQ2_XXS", "IQ1_S"):
         quantize(uneven.gguf, tmp_path / name, type=name, threads=2, importance=tmp_path / "dead.gguf")
         assert np.isfinite(logits(tmp_path / name, uneven.rows[:1])).all()

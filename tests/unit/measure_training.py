@@ -8,11 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lathe import params
+from lathe.config import params
+from lathe.config.load import load
 from lathe.estimate import estimate_training_memory
-from lathe.model import load_tokenizer
-from lathe.template import encode
-from lathe.training.run import train
+from lathe.models.loss_mask import encode
+from lathe.models.tokenizer import load_tokenizer
+from lathe.training.train import train
 
 ROW = {
     "messages": [
@@ -48,7 +49,7 @@ def main(small_model: Path, cases: dict[str, Any]) -> None:
 
 
 def sections(case: dict[str, Any]) -> params.Params:
-    base = params.load().params
+    base = load().params
     return base.model_copy(
         update={
             "seed": 1,

@@ -9,8 +9,8 @@ from encoders import LETTERS, make_encoder
 from torchmetrics.functional.text.bert import bert_score as torchmetrics_bert_score
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model
 
-from lathe.errors import InputError
-from lathe.scores import bert_score
+from lathe.common.errors import InputError
+from lathe.evaluation import bert_score
 
 CLS_AND_SEP = 2
 
@@ -223,7 +223,7 @@ def test_weights_are_read_from_safetensors_alone(folder, tmp_path):
 
 
 def test_an_encoder_folder_is_one_under_models_local_that_is_whole(folder, tmp_path, monkeypatch):
-    from lathe import paths
+    from lathe.common import paths
 
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(paths, "MODELS_LOCAL", tmp_path / "models/local")

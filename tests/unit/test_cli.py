@@ -5,8 +5,9 @@ import sys
 import pytest
 import yaml
 
-from lathe import cli, paths
-from lathe.errors import InputError
+from lathe import cli
+from lathe.common import paths
+from lathe.common.errors import InputError
 
 
 def printed(capsys, section=None, stage_name=None, overrides=()):

@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from lathe import compare, evaluate, paths, revisions
-from lathe.artifacts import UNQUANTIZED
-from lathe.errors import InputError
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config.artifacts import UNQUANTIZED
+from lathe.evaluation import evaluate
+from lathe.experiments import compare, comparison
+from lathe.provenance import revisions
 
 ROWS = 40
 SAMPLING = evaluate.Sampling(1000, 42)
@@ -174,8 +177,8 @@ def repository(untouched: Repository, tmp_path: Path, monkeypatch: pytest.Monkey
     return repository
 
 
-def compared(*names: str, split: str = "validation", artifact: str | None = None) -> compare.Comparison:
-    return compare.compare(names, split=split, artifact=artifact)
+def compared(*names: str, split: str = "validation", artifact: str | None = None) -> comparison.Comparison:
+    return comparison.compare(names, split=split, artifact=artifact)
 
 
 def test_what_gets_clearly_more_rows_right_is_called_better_and_by_how_much(repository):

@@ -12,22 +12,20 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from lathe import gguf, params, paths
-from lathe.errors import InputError
-from lathe.estimate import (
-    OPTIMIZER_BYTES,
-    TrainingMemory,
-    estimate_disk,
-    estimate_training_memory,
-    explain,
-    readable_bytes,
-    training_steps,
-)
-from lathe.model import add_adapter, load_base
-from lathe.quantize import quantize
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.common.text import readable_bytes
+from lathe.config import params, training_params
+from lathe.config.load import load
+from lathe.estimate import OPTIMIZER_BYTES, TrainingMemory, estimate_disk, estimate_training_memory, explain
+from lathe.gguf import convert
+from lathe.gguf.quantize import quantize
+from lathe.models.adapter import add_adapter
+from lathe.models.loading import load_base
 from lathe.training.loss import CHUNK_BYTES
+from lathe.training.optimizer_steps import training_steps
 
-CONFIG = params.load().params
+CONFIG = load().params
 TRAINING = CONFIG.training.model_copy(update={"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2})
 WITHOUT_4BIT = CONFIG.quantization.model_copy(update={"load_in_4bit": False})
 
@@ -141,7 +139,7 @@ def test_under_full_tuning_every_weight_is_trained_and_none_frozen():
 
 
 def test_every_optimizer_has_its_states_counted():
-    assert OPTIMIZER_BYTES.keys() == set(get_args(params.Training.model_fields["optim"].annotation))
+    assert OPTIMIZER_BYTES.keys() == set(get_args(training_params.Training.model_fields["optim"].annotation))
 
 
 def test_published_sizes_are_met():
@@ -163,7 +161,7 @@ def test_gguf_files_have_the_estimated_size(small_model, tmp_path):
     wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
     folder = random_model(tmp_path, {**LLAMA, **wide, "vocab_size": 8000}, small_model)
     source, target = tmp_path / "f16.gguf", tmp_path / "quantized.gguf"
-    gguf.convert(folder, source, outtype="f16", llama_cpp=paths.LLAMA_CPP, metadata={})
+    convert.convert(folder, source, outtype="f16", llama_cpp=paths.LLAMA_CPP, metadata={})
     disk = estimate_disk(folder, of_types(*types))
     assert disk["models/gguf/merged-f16.gguf"] == pytest.approx(source.stat().st_size, rel=0.03)
     for name in types:
@@ -194,7 +192,9 @@ def test_only_supervised_positions_have_logits():
 def test_a_pack_is_counted_as_long_as_rows_may_be():
     training = changed(TRAINING, max_length=512)
     long, short, packed = (
-        estimate_training_memory(QWEN, sections(training=training, sft=params.Sft(packing=packing)), length=length)
+        estimate_training_memory(
+            QWEN, sections(training=training, sft=training_params.Sft(packing=packing)), length=length
+        )
         for length, packing in ((512, False), (100, False), (100, True))
     )
     assert packed.activations == long.activations > short.activations

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lathe import paths
-from lathe.errors import InputError
-from lathe.evaluate import (
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.common.jsonl import write_jsonl
+from lathe.evaluation.best_artifact import best
+from lathe.evaluation.evaluate import (
     Sampling,
     add_bert_score,
-    best,
     evaluate,
     plot_rows,
     read_answers,
@@ -22,7 +23,6 @@ from lathe.evaluate import (
     row_scores,
     scored_rows,
 )
-from lathe.jsonl import write_jsonl
 
 SAMPLING = Sampling(samples=300, seed=1)
 BYTES = {"base": 100, "base_few_shot": 100, "merged": 100, "Q4_1": 30}
@@ -306,8 +306,8 @@ def test_artifacts_that_answered_other_rows_are_refused(tmp_path):
 
 
 def test_bert_score_is_put_into_every_row_and_rescaled_by_one_baseline_for_both_splits(tmp_path, monkeypatch):
-    from lathe.params import BertScore
-    from lathe.scores import bert_score
+    from lathe.config.params import BertScore
+    from lathe.evaluation import bert_score
 
     class Letters:
         """Texts are as alike as their lengths: for the arithmetic around the encoder."""

@@ -1,8 +1,8 @@
 import pytest
 
-from lathe import paths
-from lathe.errors import InputError
-from lathe.general_text import paragraphs
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.inference.general_text import paragraphs
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from lathe import journal
-from lathe.journal import KEPT
+from lathe.inference import journal
+from lathe.inference.journal import KEPT
 
 
 def rows(kept, part="test"):
@@ -14,7 +14,7 @@ def rows(kept, part="test"):
 
 def test_rows_are_there_again_when_the_process_was_killed(tmp_path):
     program = (
-        "import os, signal, sys; from pathlib import Path; from lathe import journal\n"
+        "import os, signal, sys; from pathlib import Path; from lathe.inference import journal\n"
         "with journal.opened(Path(sys.argv[1]), 'work') as kept:\n"
         "    for number in (3, 1, 2): kept.add('test', number, {'text': 'é' * number})\n"
         "    kept.add('general', 1, {'nll': 0.1})\n"

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lathe.errors import InputError
-from lathe.merge import merge
+from lathe.common.errors import InputError
+from lathe.models.merge.merge import merge
 
 PREFIX = "base_model.model."
 Q_PROJ = "model.layers.0.self_attn.q_proj"

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from lathe import templates
-from lathe.builtin import tiny
-from lathe.modelfile import Vocabulary, go_template, modelfile, stop_tokens
-from lathe.template import render
+from lathe.models.chat_template import render
+from lathe.models.templates.builtin_templates import BUILTIN as BUILTIN_NAMES
+from lathe.models.templates.builtin_templates import read_template
+from lathe.reports.modelfile import Vocabulary, go_template, modelfile, stop_tokens
+from lathe.sources.builtin import tiny_model
 
 VOCABULARY = Vocabulary("<s>", "</s>", adds_bos=False)
 SYSTEM = {"role": "system", "content": 'Be brief.\n\n"Very" brief {{ .Role }}'}
@@ -20,7 +21,10 @@ TURNS = [
     {"role": "user", "content": "x"},
 ]
 CONVERSATIONS = [[*system, *TURNS[:count]] for system in ([], [SYSTEM]) for count in (1, 3, 5)]
-BUILTIN = {**{name: templates.read(name) for name in templates.BUILTIN}, "the tiny model's": tiny.CHAT_TEMPLATE}
+BUILTIN = {
+    **{name: read_template(name) for name in BUILTIN_NAMES},
+    "the tiny model's": tiny_model.CHAT_TEMPLATE,
+}
 QWEN = (  # what Qwen 2.5 writes, tools aside
     "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}"
     "{%- else %}{{- '<|im_start|>system\\nYou are Qwen.\\nYou help.<|im_end|>\\n' }}{%- endif %}"
@@ -112,7 +116,7 @@ def test_a_builtin_template_is_recognised_and_writes_the_same_in_go(name, bos, a
     vocabulary = Vocabulary(bos, "</s>", adds_bos and bool(bos))
     translated = go_template(BUILTIN[name], vocabulary)
     assert translated
-    assert translated.name == ("chatml" if name not in templates.BUILTIN else name)
+    assert translated.name == ("chatml" if name not in BUILTIN_NAMES else name)
     assert translated.system is None
     for conversation in CONVERSATIONS:
         expected = render(BUILTIN[name], conversation, bos_token=bos, eos_token="</s>", add_generation_prompt=True)
@@ -135,9 +139,9 @@ def test_a_system_message_that_the_template_writes_unasked_becomes_the_modelfile
 @pytest.mark.parametrize(
     "template",
     [
-        templates.read("chatml").replace("<|im_end|>\\n", "<|im_end|>"),
-        templates.read("llama-3").replace("'ipython' if message.role == 'tool' else message.role", "'x'"),
-        templates.read("gemma").replace("<end_of_turn>\\n' }}\n        {%- set", "<end_of_turn>' }}\n        {%- set"),
+        read_template("chatml").replace("<|im_end|>\\n", "<|im_end|>"),
+        read_template("llama-3").replace("'ipython' if message.role == 'tool' else message.role", "'x'"),
+        read_template("gemma").replace("<end_of_turn>\\n' }}\n        {%- set", "<end_of_turn>' }}\n        {%- set"),
         "{{ raise_exception('no') }}",
     ],
 )
@@ -154,7 +158,7 @@ def test_what_is_not_recognised_is_said_and_has_no_template():
 
 
 def test_a_modelfile_runs_the_file_as_it_was_measured():
-    text = modelfile("Q4_K_M.gguf", tiny.CHAT_TEMPLATE, Vocabulary("<s>", "<|im_end|>", adds_bos=True), n_ctx=512)
+    text = modelfile("Q4_K_M.gguf", tiny_model.CHAT_TEMPLATE, Vocabulary("<s>", "<|im_end|>", adds_bos=True), n_ctx=512)
     lines = text.splitlines()
     for line in (
         "FROM ./Q4_K_M.gguf",
@@ -177,4 +181,4 @@ def test_a_modelfile_runs_the_file_as_it_was_measured():
     ],
 )
 def test_an_answer_stops_at_the_end_of_its_turn(name, eos, expected):
-    assert stop_tokens(templates.read(name), Vocabulary("<s>", eos, adds_bos=False)) == expected
+    assert stop_tokens(read_template(name), Vocabulary("<s>", eos, adds_bos=False)) == expected

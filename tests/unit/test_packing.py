@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lathe import params
-from lathe.model import add_adapter
-from lathe.template import Encoded
-from lathe.training.attention import NAME, separate_rows
+from lathe.config.load import load
+from lathe.models.adapter import add_adapter
+from lathe.models.loss_mask import Encoded
 from lathe.training.loss import IGNORED, summed_loss
 from lathe.training.packing import EndToEnd, Padded, model_inputs, packed_dataset, row_dataset
+from lathe.training.row_attention import NAME, separate_rows
 
 VOCABULARY = 90
 SHAPE = {
@@ -172,7 +172,7 @@ def test_the_loss_is_that_of_torch_and_so_is_its_gradient(dtype, monkeypatch):
 def test_an_adapter_on_the_head_gets_gradients_through_the_loss():
     model = made("llama")
     assert separate_rows(model, "auto", precision="fp32")
-    model = add_adapter(model, params.load().params.lora.model_copy(update={"modules_to_save": ["lm_head"]}))
+    model = add_adapter(model, load().params.lora.model_copy(update={"modules_to_save": ["lm_head"]}))
     loss_of(model, EndToEnd()(list(row_dataset(rows())))).backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in trained)

@@ -6,8 +6,10 @@ import pytest
 from dvc.utils.serialize import load_yaml
 from pydantic.fields import FieldInfo
 
-from lathe import params, paths, schema
-from lathe.errors import InputError
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config import base, params, reference, yaml_files
+from lathe.config.load import load
 
 
 @pytest.fixture
@@ -21,14 +23,14 @@ def refused(tmp_path):
         assert old in text, old
         (tmp_path / file).write_text(text.replace(old, new, 1))
         with pytest.raises(InputError) as caught:
-            params.load(tmp_path / "params.yaml", tmp_path / "presets.yaml")
+            load(tmp_path / "params.yaml", tmp_path / "presets.yaml")
         return str(caught.value).splitlines()
 
     return refuse
 
 
 def test_the_committed_files_are_valid():
-    config = params.load()
+    config = load()
     assert config.params.model == "tiny"
     assert config.dataset.source == "builtin"
 
@@ -99,7 +101,7 @@ def test_what_is_asked_of_the_scores_is_checked_before_anything_runs(refused, ol
 
 def test_the_judge_and_bert_score_add_their_scores():
     def scores(**changes):
-        tree = params.load().params.model_dump()
+        tree = load().params.model_dump()
         for key, value in changes.items():
             section, _, name = key.partition("__")
             tree[section][name] = value
@@ -282,34 +284,34 @@ def test_a_bad_preset_is_refused(refused, old, new, message):
 def test_what_is_not_yaml_is_refused_with_its_line(tmp_path, text, message):
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(InputError, match=re.escape(message)):
-        params.load(tmp_path / "params.yaml", paths.PRESETS)
+        load(tmp_path / "params.yaml", paths.PRESETS)
 
 
 def test_what_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "params.yaml").write_bytes(b"seed: \xff")
     with pytest.raises(InputError, match="byte 6 is not UTF-8"):
-        params.load(tmp_path / "params.yaml", paths.PRESETS)
+        load(tmp_path / "params.yaml", paths.PRESETS)
 
 
 @pytest.mark.parametrize("value", ["5e-05", "1e3", "1_000", "010", "yes", "~", "12:30", ".inf", "+.5", "2020-01-01"])
 def test_yaml_is_read_as_dvc_reads_it(tmp_path, value):
     file = tmp_path / "params.yaml"
     file.write_text(f"key: {value}\n")
-    assert params.read_yaml(file) == load_yaml(str(file))
+    assert yaml_files.read_yaml(file) == load_yaml(str(file))
 
 
 def test_an_override_written_by_dvc_in_scientific_notation_is_a_number(tmp_path):
     text = paths.PARAMS.read_text().replace("learning_rate: 0.006", "learning_rate: 5e-05")
     (tmp_path / "params.yaml").write_text(text)
-    assert params.load(tmp_path / "params.yaml").params.training.learning_rate == 5e-05
+    assert load(tmp_path / "params.yaml").params.training.learning_rate == 5e-05
 
 
-def leaves(section: type[params.Section], parents: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], FieldInfo]]:
+def leaves(section: type[base.Section], parents: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], FieldInfo]]:
     """The keys that hold a value, in sections and in sections within them, each with its path."""
     found: list[tuple[tuple[str, ...], FieldInfo]] = []
     for key, field in section.model_fields.items():
         kind, path = field.annotation, (*parents, key)
-        if isinstance(kind, type) and issubclass(kind, params.Section):
+        if isinstance(kind, type) and issubclass(kind, base.Section):
             found += leaves(kind, path)
         else:
             found.append((path, field))
@@ -321,11 +323,11 @@ def test_every_key_of_params_yaml_carries_its_documented_meaning_and_unit():
     for path, described in leaves(params.Params):
         *parents, key = path
         written = [line for line in lines if re.match(rf"{'  ' * len(parents)}{key}:", line)]
-        assert any(line.endswith(f" # {schema.comment(described)}") for line in written), (path, written)
+        assert any(line.endswith(f" # {reference.comment(described)}") for line in written), (path, written)
 
 
 def test_the_parameter_page_is_what_the_schema_prints():
-    assert Path(paths.ROOT / "docs/params.md").read_text() == schema.markdown()
+    assert Path(paths.ROOT / "docs/params.md").read_text() == reference.markdown()
 
 
 def test_every_key_is_read_by_the_code():

@@ -7,8 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from lathe import overrides, params, paths, recipes, revisions
-from lathe.errors import InputError
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config import overrides
+from lathe.config.load import Config, load
+from lathe.experiments import recipes
+from lathe.provenance import revisions
 
 SERIES = {
     "more-context": {"training.max_length"},
@@ -28,11 +32,11 @@ NOT_OF_THE_MODEL = {
 REAL = sorted(name for name in SHIPPED if recipes.find(name).recipe.overrides["model"] != "tiny")
 
 
-def configured(name: str) -> params.Config:
+def configured(name: str) -> Config:
     return overrides.applied(recipes.find(name).arguments([]))
 
 
-def leaf(config: params.Config, key: str) -> object:
+def leaf(config: Config, key: str) -> object:
     value: object = config.params
     for step in key.split("."):
         value = getattr(value, step)
@@ -86,7 +90,7 @@ def test_full_tuning_could_not_leave_the_base_in_4_bits():
 
 
 def test_the_baseline_is_what_is_committed():
-    committed = params.load()
+    committed = load()
     assert configured("baseline") == committed
 
 

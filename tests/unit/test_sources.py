@@ -4,9 +4,10 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from lathe import paths, sources
-from lathe.errors import InputError
-from lathe.params import LocalDataset, LocalModel
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config.presets import LocalDataset, LocalModel
+from lathe.sources import fetch
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def home(tmp_path, monkeypatch):
 
 
 def fetch_model(home):
-    sources.fetch_model(LocalModel(source="local", path="models/local/mine"), home / "out", seed=1)
+    fetch.fetch_model(LocalModel(source="local", path="models/local/mine"), home / "out", seed=1)
 
 
 def write_model(folder, shards=("model.safetensors",)):
@@ -39,7 +40,7 @@ def write_model(folder, shards=("model.safetensors",)):
 
 def test_a_local_file_is_copied_unchanged_and_stays_the_users_own(home):
     (home / "data/local/rows.csv").write_text("a,b\n1,2\n")
-    sources.fetch_dataset(LocalDataset(source="local", path="data/local/rows.csv"), home / "out", seed=1)
+    fetch.fetch_dataset(LocalDataset(source="local", path="data/local/rows.csv"), home / "out", seed=1)
     assert (home / "out/rows.csv").read_text() == "a,b\n1,2\n"
     assert not (home / "out/rows.csv").samefile(home / "data/local/rows.csv")
 
@@ -56,7 +57,7 @@ def test_a_local_file_is_copied_unchanged_and_stays_the_users_own(home):
 def test_a_local_path_that_cannot_be_fetched_is_refused(home, path, message):
     (home / "data/local/empty").mkdir()
     with pytest.raises(InputError) as caught:
-        sources.fetch_dataset(LocalDataset(source="local", path=path), home / "out", seed=1)
+        fetch.fetch_dataset(LocalDataset(source="local", path=path), home / "out", seed=1)
     assert message in str(caught.value)
 
 
@@ -95,7 +96,7 @@ def test_a_linked_folder_is_refused_because_dvc_sees_no_change_behind_it(home, i
     (home / "data/local/linked").symlink_to(elsewhere)
     preset = LocalDataset(source="local", path=f"data/local/linked/{inside}")
     with pytest.raises(InputError, match=r"data/local/linked: is a link to a folder.*cp -rs \S+/elsewhere data/local"):
-        sources.fetch_dataset(preset, home / "out", seed=1)
+        fetch.fetch_dataset(preset, home / "out", seed=1)
 
 
 def test_a_model_folder_with_pickles_alone_is_refused(home):

@@ -6,16 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lathe.template import (
-    TemplateError,
-    answer_lead,
-    control_tokens,
-    encode,
-    encode_each,
-    prompt_and_answer,
-    render,
-    render_for,
-)
+from lathe.models.chat_template import TemplateError, answer_lead, prompt_and_answer, render, render_for
+from lathe.models.loss_mask import encode, encode_each
+from lathe.models.special_tokens import control_tokens
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -200,7 +193,7 @@ def test_the_system_message_and_the_row_numbers_are_kept(byte_bpe):
 
 
 def test_rows_come_out_in_order_over_several_batches(byte_bpe, monkeypatch):
-    monkeypatch.setattr("lathe.template.ROWS_PER_BATCH", 3)
+    monkeypatch.setattr("lathe.models.loss_mask.ROWS_PER_BATCH", 3)
     byte_bpe.chat_template = CHATML
     chats = [_chat("q", f"answer {number}") for number in range(10)]
     sequences = encode(byte_bpe, chats, supervise="all")

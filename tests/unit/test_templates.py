@@ -7,10 +7,12 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from lathe import paths, sources, templates
-from lathe.errors import InputError
-from lathe.params import LocalModel
-from lathe.template import encode
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config.presets import LocalModel
+from lathe.models.loss_mask import encode
+from lathe.models.templates import builtin_templates, install_template
+from lathe.sources import fetch
 
 MARKERS = {
     "chatml": ["<|im_start|>", "<|im_end|>"],
@@ -62,12 +64,12 @@ def load(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", templates.BUILTIN)
+@pytest.mark.parametrize("name", builtin_templates.BUILTIN)
 def test_a_built_in_template_learns_every_answer_and_ends_with_the_models_end_token(base, name):
     folder = base(*MARKERS[name])
-    assert templates.install(name, folder) == ENDS[name]
+    assert install_template.install(name, folder) == ENDS[name]
     tokenizer = load(folder)
-    assert tokenizer.chat_template == templates.read(name)
+    assert tokenizer.chat_template == builtin_templates.read_template(name)
     assert tokenizer.eos_token == ENDS[name]
     (sequence,) = encode(tokenizer, [CHAT], supervise="all")
     learnt = "".join(
@@ -88,7 +90,7 @@ def test_the_end_token_is_the_same_in_every_file_and_former_ones_still_stop(base
     folder = base(*MARKERS["chatml"], text_config={"eos_token_id": 256, "hidden_size": 8})
     (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}, "bos_token": "<s>"}')
     former = load(folder).eos_token_id
-    templates.install("chatml", folder)
+    install_template.install("chatml", folder)
     end = load(folder).convert_tokens_to_ids("<|im_end|>")
     written = {file.name: json.loads(file.read_text()) for file in folder.glob("*.json")}
     assert written["tokenizer_config.json"]["eos_token"] == "<|im_end|>"
@@ -103,10 +105,10 @@ def test_a_former_template_is_gone_wherever_it_stood(base):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "old"}))
     (folder / "chat_template.json").write_text('{"chat_template": "older"}')
-    templates.install("plain", folder)
+    install_template.install("plain", folder)
     assert "chat_template" not in json.loads((folder / "tokenizer_config.json").read_text())
     assert not (folder / "chat_template.json").exists()
-    assert (folder / "chat_template.jinja").read_text() == templates.read("plain")
+    assert (folder / "chat_template.jinja").read_text() == builtin_templates.read_template("plain")
 
 
 def test_the_users_own_files_stay_as_they_are(base, tmp_path):
@@ -116,7 +118,7 @@ def test_the_users_own_files_stay_as_they_are(base, tmp_path):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     (tmp_path / "out").mkdir()
     preset = LocalModel(source="local", path="models/local/base", template="chatml")
-    sources.fetch_model(preset, tmp_path / "out", seed=1)
+    fetch.fetch_model(preset, tmp_path / "out", seed=1)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert load(tmp_path / "out").eos_token == "<|im_end|>"
     assert (tmp_path / "out/model.safetensors").samefile(folder / "model.safetensors")
@@ -124,7 +126,7 @@ def test_the_users_own_files_stay_as_they_are(base, tmp_path):
 
 def test_a_marker_that_is_no_special_token_becomes_one_as_the_end(base):
     folder = base(*MARKERS["chatml"], special=False)
-    templates.install("chatml", folder)
+    install_template.install("chatml", folder)
     tokenizer = load(folder)
     (sequence,) = encode(tokenizer, [CHAT], supervise="last")
     learnt = [token for token, kept in zip(sequence.input_ids, sequence.supervised, strict=True) if kept]
@@ -135,7 +137,7 @@ def test_a_file_of_the_users_own_is_taken(base):
     folder = base()
     file = paths.MODELS_LOCAL / "mine.jinja"
     file.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}")
-    assert templates.install("models/local/mine.jinja", folder) == "</s>"
+    assert install_template.install("models/local/mine.jinja", folder) == "</s>"
     assert load(folder).chat_template == file.read_text()
 
 
@@ -202,7 +204,7 @@ def test_a_template_that_cannot_be_used_is_refused_in_one_line(base, template, m
         (paths.MODELS_LOCAL / f"{name}.jinja").write_bytes(text)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(InputError) as refused:
-        templates.install(template, folder)
+        install_template.install(template, folder)
     assert str(refused.value) == message
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -210,7 +212,7 @@ def test_a_template_that_cannot_be_used_is_refused_in_one_line(base, template, m
 @pytest.mark.parametrize("name", ["mistral", "gemma", "plain"])
 def test_a_template_without_tools_refuses_a_tool_call(base, name):
     folder = base(*MARKERS[name])
-    templates.install(name, folder)
+    install_template.install(name, folder)
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     chat = [CHAT[1], {"role": "assistant", "content": "", "tool_calls": [call]}]
     with pytest.raises(InputError, match=f"the {name} template writes no tool calls"):

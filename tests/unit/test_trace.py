@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lathe import gguf, lineage, paths, trace
-from lathe.errors import InputError
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.gguf import header
+from lathe.provenance import lineage, trace
 
 COMMIT = "6b2f" * 10
 
@@ -77,7 +79,7 @@ def test_a_file_cut_short_is_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert gguf.describe(file)["parameters"] == 4096
+    assert header.describe(file)["parameters"] == 4096
     file.write_bytes(file.read_bytes()[:-8192])
     with pytest.raises(InputError, match="cut short"):
         trace.trace(file)

@@ -17,18 +17,19 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from lathe.errors import InputError
-from lathe.model import unwrapped
-from lathe.params import Reward
-from lathe.reward_functions import RewardFunction
-from lathe.rewards import REWARDS
-from lathe.template import Encoded, Format, answer_lead, encode, prompt_and_answer
-from lathe.training import ranks
-from lathe.training.attention import pad_rows
-from lathe.training.best import Best
-from lathe.training.passes import Passes
+from lathe.common.errors import InputError
+from lathe.config.training_params import Reward
+from lathe.evaluation.answer_checks import REWARDS
+from lathe.models.adapter import unwrapped
+from lathe.models.chat_template import answer_lead, prompt_and_answer
+from lathe.models.loss_mask import Encoded, Format, encode
+from lathe.training import distributed
+from lathe.training.base_trainer import Passes
+from lathe.training.best_weights import Best
 from lathe.training.resume import Resumable
-from lathe.training.setting import Setting
+from lathe.training.reward_functions import RewardFunction
+from lathe.training.row_attention import pad_rows
+from lathe.training.trainer_setup import Setting
 
 # What transformers does not keep of a step that is made from answers sampled before the checkpoint.
 ANSWERS = "answers_{rank}.safetensors"
@@ -254,13 +255,13 @@ class RewardTrainer(Passes, Resumable, GRPOTrainer):
                 for name, tensor in batch.items()
                 if isinstance(tensor, torch.Tensor)
             }
-            save_file(tensors, checkpoint / ANSWERS.format(rank=ranks.own()))
+            save_file(tensors, checkpoint / ANSWERS.format(rank=distributed.own()))
 
     def _load_own(self, checkpoint: Path) -> None:
         super()._load_own(checkpoint)
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         self._step = state["global_step"] * self.args.gradient_accumulation_steps
-        if (answers := checkpoint / ANSWERS.format(rank=ranks.own())).exists():
+        if (answers := checkpoint / ANSWERS.format(rank=distributed.own())).exists():
             passes: list[dict[str, torch.Tensor]] = [{} for _ in range(self.args.steps_per_generation)]
             for key, tensor in load_file(answers, device=str(self.args.device)).items():
                 place, _, name = key.partition(".")

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from lathe.template import Encoded
-from lathe.training.attention import attention_arguments
-from lathe.training.blanks import without_blanks
+from lathe.models.loss_mask import Encoded
+from lathe.training.dataset_padding import without_blanks
 from lathe.training.loss import IGNORED
+from lathe.training.row_attention import attention_arguments
 
 
 def row_dataset(rows: Sequence[Encoded]) -> Dataset:

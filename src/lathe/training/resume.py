@@ -16,12 +16,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from lathe import launch, stage
-from lathe.errors import Interrupted
-from lathe.training import ranks
-from lathe.training.best import Best
+from lathe.common import launch, process
+from lathe.common.errors import Interrupted
+from lathe.training import distributed
+from lathe.training.best_weights import Best
 from lathe.training.checkpoints import RESULT, Checkpoints, step_of
-from lathe.training.shards import state_to_save
+from lathe.training.sharding import state_to_save
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Resumable(Trainer):
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def note(number: int, _: Any) -> None:
-            stage.outlive_parent()
+            process.outlive_parent()
             self.note_signal(number, checkpoints)
             for each, handler in before.items():
                 signal.signal(each, handler)
@@ -117,7 +117,7 @@ class Resumable(Trainer):
         """Tell whether to stop after this step. Signals reach processes at different moments; here they agree."""
         if self.checkpoints is None:
             return False
-        agreed = ranks.largest(self.signal or 0)
+        agreed = distributed.largest(self.signal or 0)
         if agreed and not self.signal:
             self.note_signal(agreed, self.checkpoints)
         return bool(agreed)
@@ -167,10 +167,10 @@ class Resumable(Trainer):
     def _save_own(self, checkpoint: Path) -> None:
         """Add to a checkpoint what transformers does not keep."""
         unlogged = {
-            "loss": ranks.gathered(self._tr_loss.item()),  # these by rank
-            "tokens": ranks.gathered(self.trained_tokens),
-            "supervised_tokens": ranks.gathered(self.trained_supervised_tokens),
-            "measures": ranks.gathered(dict(self._metrics["train"])),  # TRL's
+            "loss": distributed.gathered(self._tr_loss.item()),  # these by rank
+            "tokens": distributed.gathered(self.trained_tokens),
+            "supervised_tokens": distributed.gathered(self.trained_supervised_tokens),
+            "measures": distributed.gathered(dict(self._metrics["train"])),  # TRL's
             "since": self._globalstep_last_logged,
         }
         if launch.is_main():
@@ -180,8 +180,8 @@ class Resumable(Trainer):
     def _load_own(self, checkpoint: Path) -> None:
         """Take from a checkpoint what `_save_own` added."""
         self.unlogged = json.loads((checkpoint / UNLOGGED).read_text(encoding="utf-8"))
-        self.trained_tokens = self.unlogged["tokens"][ranks.own()]
-        self.trained_supervised_tokens = self.unlogged["supervised_tokens"][ranks.own()]
+        self.trained_tokens = self.unlogged["tokens"][distributed.own()]
+        self.trained_supervised_tokens = self.unlogged["supervised_tokens"][distributed.own()]
         self.best.load(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -191,14 +191,14 @@ class Resumable(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what is given, and beside the loss of steps the tokens that they were trained on."""
         if "loss" in logs:
-            logs = {**logs, "num_tokens": ranks.total([self.trained_tokens])[0]}
+            logs = {**logs, "num_tokens": distributed.total([self.trained_tokens])[0]}
         super().log(logs, start_time)
 
     def restore_unlogged(self) -> None:
         """Give the next point of the curves the steps before the checkpoint that belong to it."""
-        self._tr_loss: torch.Tensor = torch.tensor(self.unlogged["loss"][ranks.own()], device=self.args.device)
+        self._tr_loss: torch.Tensor = torch.tensor(self.unlogged["loss"][distributed.own()], device=self.args.device)
         self._globalstep_last_logged = self.unlogged["since"]
-        self._metrics["train"].update(self.unlogged["measures"][ranks.own()])
+        self._metrics["train"].update(self.unlogged["measures"][distributed.own()])
 
 
 class _Saver(TrainerCallback):

@@ -6,18 +6,18 @@ from typing import Any
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from lathe.errors import InputError
-from lathe.model import unwrapped
-from lathe.template import encode
-from lathe.training import ranks
-from lathe.training.attention import separate_rows
-from lathe.training.best import Best
-from lathe.training.blanks import BlanksLast, filled
+from lathe.common.errors import InputError
+from lathe.models.adapter import unwrapped
+from lathe.models.loss_mask import encode
+from lathe.training import distributed
+from lathe.training.base_trainer import Passes
+from lathe.training.best_weights import Best
+from lathe.training.dataset_padding import BlanksLast, filled
 from lathe.training.loss import summed_loss
 from lathe.training.packing import EndToEnd, Padded, model_inputs, packed_dataset, row_dataset
-from lathe.training.passes import Passes
 from lathe.training.resume import Resumable
-from lathe.training.setting import Setting
+from lathe.training.row_attention import separate_rows
+from lathe.training.trainer_setup import Setting
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def trainer(setting: Setting) -> Resumable:
             raise InputError(f"sft.packing is true; {_why_padded(setting)}; set it to false")
         logger.warning("%s: batches are padded, which is slower", _why_padded(setting))
     train = packed_dataset(rows["train"], max_length=max_length) if packing else row_dataset(rows["train"])
-    processes = ranks.count()
+    processes = distributed.count()
     return AnswerTrainer(
         precision=setting.precision,
         model=setting.model,

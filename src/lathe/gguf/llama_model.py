@@ -1,0 +1,145 @@
+"""A GGUF model opened with llama.cpp: metadata, chat template, vocabulary and tokenizer."""
+
+import ctypes
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from lathe.common.errors import InputError
+from lathe.gguf.llama_library import library, listening
+
+_MAX_TEXT_BYTES = 1 << 16
+
+
+class Model:
+    """A GGUF file opened with llama.cpp; a context manager.
+
+    With `vocab_only` the weights stay on disk: metadata, template and tokenizer are there in milliseconds.
+    Raises InputError if there is no such file or llama.cpp cannot load it.
+    """
+
+    def __init__(self, path: Path, *, vocab_only: bool = False) -> None:
+        if not path.is_file():
+            raise InputError(f"{path}: no such GGUF file; the path must name one that the pipeline or you have made")
+        self.path = path
+        self._library = library()
+        params = self._library.llama_model_default_params()
+        params.vocab_only = vocab_only
+        # Repacked weights are multiplied by other kernels for one row than for four, which batches would
+        # show.
+        params.use_extra_bufts = False
+        with listening() as log:
+            self.handle = self._library.llama_model_load_from_file(str(path).encode(), params)
+        if not self.handle:
+            raise InputError(f"{path}: llama.cpp cannot load it ({log.reason}); make the file again")
+        self.vocab = self._library.llama_model_get_vocab(self.handle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model; every context made from it must be freed before."""
+        if self.handle:
+            self._library.llama_model_free(self.handle)
+            self.handle = None
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """All metadata as text, in file order; llama.cpp writes arrays as `[a, b, …]`."""
+        count = self._library.llama_model_meta_count(self.handle)
+        keys = (self._text(self._library.llama_model_meta_key_by_index, index) for index in range(count))
+        values = (self._text(self._library.llama_model_meta_val_str_by_index, index) for index in range(count))
+        return dict(zip(keys, values, strict=True))
+
+    @property
+    def template(self) -> str:
+        """The chat template (Jinja) inside the file. Raises InputError if there is none."""
+        template = self.metadata.get("tokenizer.chat_template")
+        if not template:
+            raise InputError(f"{self.path}: the GGUF holds no chat template; convert a model whose tokenizer has one")
+        return template
+
+    @property
+    def n_vocab(self) -> int:
+        """Number of tokens in the vocabulary."""
+        return self._library.llama_vocab_n_tokens(self.vocab)
+
+    @property
+    def n_ctx_train(self) -> int:
+        """The longest context of training, in tokens."""
+        return self._library.llama_model_n_ctx_train(self.handle)
+
+    @property
+    def bos(self) -> int | None:
+        """Id of the token that begins a text; None if the vocabulary has none."""
+        return self._id(self._library.llama_vocab_bos(self.vocab))
+
+    @property
+    def eos(self) -> int | None:
+        """Id of the token that the vocabulary names as its end; None if it has none."""
+        return self._id(self._library.llama_vocab_eos(self.vocab))
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the vocabulary asks for its BOS in front of every text."""
+        return self._library.llama_vocab_get_add_bos(self.vocab)
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends a generation."""
+        return self._library.llama_vocab_is_eog(self.vocab, token)
+
+    def text_of(self, token: int | None) -> str:
+        """How a token is written in the vocabulary, `<|im_end|>`; empty for None."""
+        return "" if token is None else self._library.llama_vocab_get_text(self.vocab, token).decode()
+
+    def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Token ids of `text`; special tokens written in it are recognised.
+
+        `add_special` puts in front and behind what the vocabulary asks for (BOS, EOS).
+        """
+        raw = text.encode()
+        room = len(raw) + 2
+        while True:
+            ids = (ctypes.c_int32 * room)()
+            count = self._library.llama_tokenize(self.vocab, raw, len(raw), ids, room, add_special, True)
+            if count >= 0:
+                return list(ids[:count])
+            room = -count
+
+    def prompt_tokens(self, prompt: str) -> list[int]:
+        """Token ids of a prompt that a chat template has rendered, with exactly one BOS where the vocabulary
+        wants one.
+
+        A template that writes the BOS itself and a vocabulary that adds it do not make two.
+        """
+        ids = self.tokenize(prompt)
+        if self.adds_bos and self.bos is not None and ids[:1] != [self.bos]:
+            return [self.bos, *ids]
+        return ids
+
+    def piece(self, token: int) -> bytes:
+        """Bytes of one generated token, possibly part of a character; empty for control tokens."""
+        buffer = ctypes.create_string_buffer(64)
+        size = self._library.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False)
+        if size < 0:
+            buffer = ctypes.create_string_buffer(-size)
+            size = self._library.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False)
+        return buffer.raw[:size]
+
+    def _id(self, token: int) -> int | None:
+        return None if token == self._library.LLAMA_TOKEN_NULL else token
+
+    def _text(self, call: Any, index: int) -> str:
+        size = _MAX_TEXT_BYTES
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            needed = call(self.handle, index, buffer, size)
+            if needed < size:
+                return buffer.value.decode("utf-8", "replace")
+            size = needed + 1
