@@ -87,10 +87,10 @@ docs: setup ## rewrite docs/params.md, the pictures in docs/, and the table of r
 	python docs/build.py
 
 docs-serve: setup ## show the documentation on http://127.0.0.1:8002, built again as its files change
-	mkdocs serve --dev-addr 127.0.0.1:8002
+	NO_MKDOCS_2_WARNING=1 mkdocs serve --dev-addr 127.0.0.1:8002
 
 docs-check: setup ## build the documentation into .site; a dead link fails
-	mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 clean: ## remove the environment, the converter and what tools cached; data, models and metrics stay
 	rm -rf .venv .llama.cpp .mypy_cache .ruff_cache .pytest_cache
