@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 .PHONY: help setup repro experiments chat serve report remote-check ci-lock ci-summary lint format test test-all \
 	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate bench-experiments \
-	bench-tracking docs clean
+	bench-tracking docs docs-serve docs-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -49,10 +49,10 @@ format: setup ## rewrite the code as ruff wants it
 	ruff check --fix .
 	ruff format .
 
-test: lint ## lint and all tests but the long ones
+test: lint docs-check ## lint, documentation and all tests but the long ones
 	pytest -m "not slow"
 
-test-all: lint ## every test
+test-all: lint docs-check ## every test
 	pytest
 
 bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-experiments bench-tracking ## every benchmark
@@ -82,9 +82,15 @@ bench-experiments: setup ## what `dvc exp show` takes with fifty experiments, an
 bench-tracking: setup ## seconds of the training stage while it is mirrored, to a server and to one that hangs
 	python benchmarks/tracking.py
 
-docs: setup ## rewrite docs/params.md, and pictures and results in the README
+docs: setup ## rewrite docs/params.md, the pictures in docs/, and the table of results
 	python -m lathe schema > docs/params.md
 	python docs/build.py
+
+docs-serve: setup ## show the documentation on http://127.0.0.1:8002, built again as its files change
+	NO_MKDOCS_2_WARNING=1 mkdocs serve --dev-addr 127.0.0.1:8002
+
+docs-check: setup ## build the documentation into .site; a dead link fails
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 clean: ## remove the environment, the converter and what tools cached; data, models and metrics stay
 	rm -rf .venv .llama.cpp .mypy_cache .ruff_cache .pytest_cache

@@ -126,20 +126,22 @@ def test_a_stage_runs_the_code_of_its_own_checkout(tmp_path):
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)
 
 
-def test_the_readme_shows_the_committed_results():
+def test_the_readme_and_the_page_on_evaluation_show_the_committed_results():
     spec = importlib.util.spec_from_file_location("build", paths.ROOT / "docs/build.py")
     assert spec
     assert spec.loader
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
-    assert build.results() in (paths.ROOT / "README.md").read_text()
+    for page in build.PAGES:
+        assert build.results() in page.read_text(), page
 
 
-def test_the_readme_has_a_line_for_every_script_and_module():
-    readme = (paths.ROOT / "README.md").read_text()
-    for folder in ("stages", "src/lathe"):
-        for file in sorted((paths.ROOT / folder).rglob("*.py")):
-            if file.name != "__init__.py":
-                assert file.name in readme, file
-    for file in sorted((paths.ROOT / "experiments").glob("*.yaml")):
-        assert f"\n  {file.name} " in readme, file
+def test_the_page_on_architecture_has_a_line_for_every_script_package_module_recipe_and_benchmark():
+    page = (paths.ROOT / "docs/architecture.md").read_text()
+    lines = {name for line in page.splitlines() if line.startswith("| `") for name in re.findall("`([^`]+)`", line)}
+    library = paths.ROOT / "src/lathe"
+    packages = {f"{file.parent.relative_to(library)}/" for file in library.rglob("__init__.py")} - {"./"}
+    scripts = {file.name for folder in ("stages", "benchmarks") for file in (paths.ROOT / folder).glob("*.py")}
+    modules = {file.name for file in library.glob("*.py")} - {"__init__.py"}
+    recipes = {file.name for file in (paths.ROOT / "experiments").glob("*.yaml")}
+    assert packages | scripts | modules | recipes <= lines, (packages | scripts | modules | recipes) - lines

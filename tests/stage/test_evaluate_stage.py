@@ -126,9 +126,9 @@ def test_gate_refuses_metrics_that_are_not_of_these_gates(checkout: Checkout) ->
     assert gate(checkout) == (2, "error: metrics/evaluate/validation.json: no such file; run `make repro` first\n")
 
 
-def test_the_readmes_hook_keeps_git_and_dvc_from_pushing_what_fails_a_gate(checkout: Checkout) -> None:
-    readme = (checkout.root / "README.md").read_text()
-    [install] = re.findall(r"^printf '.*pre-push$", readme, flags=re.MULTILINE)
+def test_the_documented_hook_keeps_git_and_dvc_from_pushing_what_fails_a_gate(checkout: Checkout) -> None:
+    page = (checkout.root / "docs/evaluation.md").read_text()
+    [install] = re.findall(r"^printf '.*pre-push$", page, flags=re.MULTILINE)
     checkout.run("sh", "-c", install)
     checkout.run("chmod", "+x", ".git/hooks/pre-push")
     folder = checkout.root / ".venv/bin"

@@ -225,7 +225,7 @@ def test_perplexity_is_that_of_all_tokens_together():
 
 
 def test_the_combined_score_of_0_8234_and_78_5_is_0_8004():
-    """As in the README: 0.4 x 0.8234 + 0.6 x 78.50 / 100."""
+    """As in docs/evaluation.md: 0.4 x 0.8234 + 0.6 x 78.50 / 100."""
     rows = 200
     sums = np.array([0.8234 * rows, rows, 78.5 * 100, 100])
     assert round(float(metrics.combined(0.4, 0.6)(sums)), 4) == 0.8004
