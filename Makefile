@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro experiments chat serve report remote-check ci-lock ci-summary lint format test test-all \
+.PHONY: help setup unit deps repro experiments chat serve report remote-check ci-lock ci-summary lint format test test-all \
 	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate bench-experiments \
 	bench-tracking docs docs-serve docs-check clean
 
@@ -48,6 +48,12 @@ lint: setup ## ruff and mypy
 format: setup ## rewrite the code as ruff wants it
 	ruff check --fix .
 	ruff format .
+
+unit: setup ## the quick tests: pure functions and refusals, in under 90 seconds on 2 cores
+	pytest tests/unit -m "not slow" -n 2
+
+deps: setup ## write the library modules of each stage into dvc.yaml, from what its script imports
+	@python -m lathe.common.stage_dependencies
 
 test: lint docs-check ## lint, documentation and all tests but the long ones
 	pytest -m "not slow"

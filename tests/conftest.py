@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import refusals
 import yaml
 from ruamel.yaml import YAML
 
@@ -31,6 +32,14 @@ SMALL = {
     "generate.max_rows": 6,
     "quantize.types": ["Q8_0", "Q4_K_M"],
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-messages", action="store_true", help="keep whole messages of refusals in tests/messages")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    refusals.update = config.getoption("--update-messages")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,17 @@
+"""Errors that every entry point answers in one line: bad input, and work stopped by a signal."""
+
+
 class InputError(Exception):
     """What the user gave cannot be used.
 
-    The message is one line that names the value, the rule it breaks and the remedy, with file and line where
-    there is one. Every entry point prints it without a traceback and exits with code 2.
+    The message is one line (or one line per problem) that names the value, the rule it breaks and the remedy, with file
+    and line where there is one. `code` names the kind of problem for programs and tests: lower case, words joined by
+    hyphens, such as `unknown-key`. Every entry point prints the message without a traceback and exits with code 2.
     """
+
+    def __init__(self, message: str, *, code: str = "input") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Interrupted(KeyboardInterrupt):
