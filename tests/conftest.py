@@ -12,6 +12,7 @@ import pytest
 import refusals
 import yaml
 from ruamel.yaml import YAML
+from shared import made_once
 
 from lathe.common import paths
 from lathe.config import params
@@ -49,12 +50,20 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from lathe.sources.builtin import tiny_model
 
-    folder = tmp_path_factory.mktemp("small_model")
-    recipe = replace(
-        tiny_model.RECIPE, intermediate_size=256, num_hidden_layers=1, documents=400, steps=3, batch_size=8, threads=1
-    )
-    tiny_model.build(folder, 1, recipe)
-    return folder
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        recipe = replace(
+            tiny_model.RECIPE,
+            intermediate_size=256,
+            num_hidden_layers=1,
+            documents=400,
+            steps=3,
+            batch_size=8,
+            threads=1,
+        )
+        tiny_model.build(folder, 1, recipe)
+
+    return made_once(tmp_path_factory, "small_model", make)
 
 
 class Checkout:
@@ -171,13 +180,16 @@ def small_checkout(checkout: Checkout, small_model: Path) -> Checkout:
 @pytest.fixture(scope="session")
 def reproduced(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Checkout:
     """A small checkout whose whole pipeline has run and is committed; to be copied, not changed."""
-    checkout = make_checkout(tmp_path_factory.mktemp("reproduced") / "lathe")
-    add_small_inputs(checkout, small_model)
-    ran = checkout.run("dvc", "repro").stdout
-    for stage in yaml.safe_load((checkout.root / "dvc.yaml").read_text())["stages"]:
-        assert f"Running stage '{stage}" in ran
-    checkout.commit()
-    return checkout
+
+    def make(folder: Path) -> None:
+        checkout = make_checkout(folder / "lathe")
+        add_small_inputs(checkout, small_model)
+        ran = checkout.run("dvc", "repro").stdout
+        for stage in yaml.safe_load((checkout.root / "dvc.yaml").read_text())["stages"]:
+            assert f"Running stage '{stage}" in ran
+        checkout.commit()
+
+    return Checkout(made_once(tmp_path_factory, "reproduced", make) / "lathe")
 
 
 def copy_of(checkout: Checkout, root: Path) -> Checkout:

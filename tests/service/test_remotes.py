@@ -254,7 +254,7 @@ def test_a_server_that_says_nothing_or_hangs_up_does_not_hold_the_check(reposito
         configure(repository, endpointurl=f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
         assert "takes connections and then says nothing" in refusal(repository)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 25
 
         def hang_up() -> None:
             while True:

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from gguf_models import METADATA, Made, make_llama, quantize_program, qwen, tiny  # noqa: F401 - fixtures
+from gguf_models import METADATA, Made, convert, make_llama, quantize_program, qwen, tiny  # noqa: F401 - fixtures
+from shared import made_once
 
 from lathe.common.errors import InputError
 from lathe.config.quantization_types import FILES_THAT_CANNOT_BE_MADE, FILES_THAT_NEED_IMATRIX, check_type
@@ -109,12 +110,15 @@ def uneven(tmp_path_factory) -> Uneven:
             # Less sharp, so that small errors stay small.
             layer.self_attn.q_proj.weight.mul_(0.3)
 
-    made = make_llama(tmp_path_factory.getbasetemp() / "uneven", stretch)
     rows = np.random.default_rng(0).integers(5, 400, (80, 24)).tolist()
-    importance = collect_imatrix.collect(made.folder, made.gguf, rows[:40])
-    matrix = made.folder / "imatrix.gguf"
-    imatrix_file.write(importance, matrix, dataset="random tokens", rows=40)
-    return Uneven(made.gguf, matrix, rows[40:])
+
+    def make(folder: Path) -> None:
+        make_llama(folder, stretch)
+        importance = collect_imatrix.collect(folder, convert(folder, folder.with_suffix(".gguf")), rows[:40])
+        imatrix_file.write(importance, folder / "imatrix.gguf", dataset="random tokens", rows=40)
+
+    folder = made_once(tmp_path_factory, "uneven", make)
+    return Uneven(folder.with_suffix(".gguf"), folder / "imatrix.gguf", rows[40:])
 
 
 def logits(file: Path, rows: list[list[int]]) -> list[np.ndarray]:

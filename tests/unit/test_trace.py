@@ -1,10 +1,10 @@
 """A GGUF is traced through every dvc.lock that Git knows, and refused in one line where it is none of Lathe's."""
 
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from shared import processor_seconds
 
 from lathe.common import paths
 from lathe.common.errors import InputError
@@ -93,9 +93,9 @@ def test_a_gguf_of_someone_else_is_said_to_be_none_of_lathe(tmp_path):
 
 def test_the_commit_is_found_among_five_hundred_in_seconds(repository):
     commits(repository, 500)
-    started = time.perf_counter()
+    started = processor_seconds()
     [(commit, held)] = trace._locks_with([f"{123:032d}"]).items()
-    assert time.perf_counter() - started < 5
+    assert processor_seconds() - started < 5
     assert held == {f"{123:032d}"}
     assert [found.subject for found in trace._describe([commit])] == ["123"]
 
