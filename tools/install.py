@@ -170,19 +170,38 @@ class Runner:
 
         command = [self.python, "-m", "pip", "install", "--no-input"]
         if self.uv:
-            command = [self.uv, "pip", "install", "--python", self.python, *sources_of_pip(self.python)]
+            command = [self.uv, "pip", "install", "--python", self.python]
+            settings = pip_settings(self.python)  # uv does not read them
+            command += [f"--find-links={place}" for place in settings.get("find-links", "").split()]
+            if "index-url" in settings and "UV_DEFAULT_INDEX" not in os.environ:
+                command.append(f"--default-index={settings['index-url']}")
         options = ("--no-deps", "--require-hashes", *options)
         self.run(what, *command, *options, "--requirement", str(file), progress=progress)
 
 
-def sources_of_pip(python: str) -> list[str]:
-    """Return uv's options for pip's package index and folders of wheels, which uv does not read from pip's settings."""
+def pip_settings(python: str) -> dict[str, str]:
+    """Return pip's settings, from its files and from the environment."""
     listed = output_of(python, "-m", "pip", "config", "list")
-    settings = dict(re.findall(r"^[\w:]+\.([\w-]+)='(.*)'$", listed, re.MULTILINE))
-    options = [f"--find-links={place}" for place in settings.get("find-links", "").split()]
-    if "index-url" in settings and "UV_DEFAULT_INDEX" not in os.environ:
-        options.append(f"--default-index={settings['index-url']}")
-    return options
+    return dict(re.findall(r"^[\w:]+\.([\w-]+)='(.*)'$", listed, re.MULTILINE))
+
+
+def install_torch(runner: Runner, requirement: str) -> tuple[str, set[str]]:
+    """Install torch; return the version of the build that was found, and the packages that this build requires.
+
+    Folders of wheels that pip is told of (find-links) go before the index: a machine may hold a CPU build there. Left
+    to choose by itself, pip takes the index's file, whose hash it knows before it has fetched it.
+    """
+    in_folders = "find-links" in pip_settings(runner.python)
+    for places in ([("--no-index",)] if in_folders else []) + [()]:
+        try:
+            runner.install("torch", requirement, "--only-binary=:all:", *places)
+            break
+        except SetupError:
+            if not places:
+                raise
+    code = "import importlib.metadata as m, json; print(json.dumps([m.version('torch'), m.requires('torch')]))"
+    version, requires = json.loads(output_of(runner.python, "-c", code))
+    return version, set(map(name_of, requires))
 
 
 def reason(lines: Sequence[str]) -> str:
@@ -236,13 +255,6 @@ def compile_llama(runner: Runner, lock: Lock, cmake_args: str) -> Path:
     )
     [wheel] = folder.glob("*.whl")
     return wheel
-
-
-def build_of_torch(python: str) -> tuple[str, set[str]]:
-    """Return the version of the installed torch, and the packages that this build of it requires."""
-    code = "import importlib.metadata as m, json; print(json.dumps([m.version('torch'), m.requires('torch')]))"
-    version, requires = json.loads(output_of(python, "-c", code))
-    return version, set(map(name_of, requires))
 
 
 def read_state(venv: Path) -> dict[str, Any]:
@@ -340,8 +352,7 @@ def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | No
     report.step(f".venv with Python {version_of(runner.python)}: extras {' '.join(wanted['extras'])}{with_uv}")
 
     # torch first: which of its builds pip finds decides whether CUDA's packages are needed.
-    runner.install("torch", lock.requirements({"torch"}), "--only-binary=:all:")
-    build, requires = build_of_torch(runner.python)
+    build, requires = install_torch(runner, lock.requirements({"torch"}))
     packages = lock.closure(direct, torch_requires=requires)
     report.step(f"torch {build}")
     if any(name.startswith("nvidia-c") for name in packages) and not before:

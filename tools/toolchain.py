@@ -86,7 +86,7 @@ def find_compilers(environment: Mapping[str, str], *, cuda: bool) -> dict[str, s
     install = "install one (Debian: apt-get install g++; macOS: xcode-select --install)"
     wanted = [("CC", "C", ["cc", "gcc", "clang"], install), ("CXX", "C++", ["c++", "g++", "clang++"], install)]
     if cuda:
-        wanted.append(("CUDACXX", "CUDA", ["nvcc", "/usr/local/cuda/bin/nvcc"], "install NVIDIA's CUDA toolkit"))
+        wanted.append(("CUDACXX", "CUDA", ["nvcc"], "install NVIDIA's CUDA toolkit"))
     found = {}
     for variable, language, names, remedy in wanted:
         names = (environment.get(variable) or "").split()[:1] or names

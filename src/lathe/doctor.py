@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lathe.estimate import TrainingMemory
     from lathe.params import Config, Quantization, Training
 
-PYTHON = (3, 11)
+PYTHONS = ((3, 11), (3, 12), (3, 13))
 
 # What torch, transformers, TRL and the rest take in a process before it holds a model.
 LIBRARIES_BYTES = 650_000_000
@@ -88,7 +88,7 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
     """Run every check; one that breaks is a fail that says how, and the next one goes on."""
     findings: list[Finding] = []
     findings += _guarded("python", lambda: check_python(sys.version_info[:3]))
-    findings += _guarded("packages", lambda: check_packages(here.root / "requirements.txt"))
+    findings += _guarded("packages", lambda: check_packages(here.root / "pyproject.toml"))
     config: list[Config] = []
 
     def check_parameters() -> Findings:
@@ -124,39 +124,49 @@ def lines(findings: Sequence[Finding], *, coloured: bool) -> Iterator[str]:
 
 
 def check_python(version: tuple[int, ...]) -> Findings:
-    """The packages are pinned for one version of Python."""
+    """The packages are pinned for some versions of Python."""
     shown = ".".join(map(str, version))
-    if version[:2] == PYTHON:
+    if version[:2] in PYTHONS:
         yield Finding("python", "ok", shown)
     else:
-        wanted = ".".join(map(str, PYTHON))
+        wanted = [".".join(map(str, python)) for python in PYTHONS]
         yield Finding(
             "python",
             "fail",
-            f"{shown} runs this; the packages are pinned for {wanted}",
-            f"`make setup PYTHON=/path/to/python{wanted}`",
+            f"{shown} runs this; the packages are pinned for {', '.join(wanted)}",
+            f"`make clean`, then `make setup PYTHON=/path/to/python{wanted[-1]}`",
         )
 
 
-def check_packages(requirements: Path) -> Findings:
-    """Every pin of requirements.txt against what is installed: missing is a fail, another version a warning."""
-    pins = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", requirements.read_text(encoding="utf-8"), re.MULTILINE))
-    right = 0
-    for name, pinned in pins.items():
+def check_packages(file: Path) -> Findings:
+    """Every pin of pyproject.toml against what is installed: missing is a fail, another version a warning.
+
+    What only an optional feature needs may be missing.
+    """
+    import tomllib
+
+    project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+    extras = project.get("optional-dependencies", {})
+    pin = re.compile(r"([\w.-]+)(?:\[.*\])?==([^\s;]+)")
+    needed = dict(pin.findall("\n".join([*project["dependencies"], *extras.get("train", [])])))
+    optional = dict(pin.findall("\n".join(requirement for extra in extras.values() for requirement in extra)))
+    right = wrong = 0
+    for name, pinned in {**optional, **needed}.items():
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(
-                "packages", "fail", f"{name} is not installed; {requirements.name} pins {pinned}", "`make setup`"
-            )
+            if name in needed:
+                wrong += 1
+                yield Finding("packages", "fail", f"{name} is not installed; {file.name} pins {pinned}", "`make setup`")
             continue
         if installed.split("+")[0] == pinned:  # torch adds its build: 2.13.0+cpu
             right += 1
         else:
-            text = f"{name} {installed} is installed; {requirements.name} pins {pinned}"
+            wrong += 1
+            text = f"{name} {installed} is installed; {file.name} pins {pinned}"
             yield Finding("packages", "warning", text, "`make setup`")
-    if right == len(pins):
-        yield Finding("packages", "ok", f"all {right} of {requirements.name}, as pinned")
+    if not wrong:
+        yield Finding("packages", "ok", f"{right} of {file.name}, as pinned")
 
 
 def check_repository(root: Path) -> Findings:

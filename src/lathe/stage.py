@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from lathe import launch, track
-from lathe.errors import InputError, Interrupted
+from lathe.errors import InputError, Interrupted, missing_extra
 from lathe.params import Config, load
 from lathe.tracking import start
 
@@ -100,6 +100,10 @@ def guard(action: Callable[[], object]) -> None:
         _end(InputError(f"{where}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"), 2)
     except Interrupted as error:
         _end(error, 128 + error.signal)
+    except ModuleNotFoundError as error:
+        if (missing := missing_extra(error)) is None:
+            raise
+        _end(missing, 2)
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except Exception:
