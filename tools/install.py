@@ -51,6 +51,7 @@ LLAMA, CUDA = "llama-cpp-python", "-DGGML_CUDA=on"
 # What the package index has no wheel of. They are built with the locked setuptools; of everything else a wheel must be
 # there, so that no build tool comes in without a hash.
 SOURCE_ONLY = {"antlr4-python3-runtime", "rouge-score"}
+BUILD = ".build"  # below .venv, so that what a killed compilation leaves goes with it
 CONVERTER = "lathe.converter"  # the module that puts llama.cpp's converter in place
 
 ROOM_BYTES = 4 * GB  # the packages, their downloads and a compilation
@@ -223,7 +224,7 @@ def remedy(lines: Sequence[str], hint: str) -> str:
 
 def compile_llama(runner: Runner, lock: Lock, cmake_args: str) -> Path:
     """Compile llama-cpp-python from its source package, and return the wheel."""
-    folder = runner.venv / ".build"  # below .venv, so that what a killed compilation leaves goes with it
+    folder = runner.venv / BUILD
     folder.mkdir()
     requirement = folder / "requirements.txt"
     requirement.write_text(lock.requirements([LLAMA]), encoding="utf-8")
@@ -369,6 +370,7 @@ def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | No
             report.step(f"llama.cpp, compiled earlier: {wheel}")
         else:
             wheel = keep_wheel(compile_llama(runner, lock, wanted["cmake_args"]), cache)
+            shutil.rmtree(venv / BUILD)
             report.step(f"llama.cpp is compiled; the wheel is kept: {wheel}")
         reinstall = ("--no-deps", "--no-index", "--force-reinstall", str(wheel))
         runner.run(LLAMA, runner.python, "-m", "pip", "install", *reinstall)
