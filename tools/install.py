@@ -116,7 +116,7 @@ class Runner:
         waits for its end instead of working beside it.
         """
         shown, lines = what, [""]
-        with self.log.open("a", encoding="utf-8") as log:
+        with self.log.open("a", encoding="utf-8", buffering=1) as log:
             log.write(f"$ {' '.join(command)}\n")
             log.flush()
             process = subprocess.Popen(
@@ -156,7 +156,7 @@ class Runner:
         if process.returncode != 0:
             raise SetupError(f"{what}: {reason(lines)}; {remedy(lines, hint)}; all it wrote is in {self.log}")
 
-    def install(self, what: str, requirements: str, *options: str) -> None:
+    def install(self, what: str, requirements: str, *options: str, with_uv: bool = True) -> None:
         """Install exactly the packages of a requirements file with this text, and check the hash of each file."""
         file = self.venv / "requirements.txt"
         file.write_text(requirements, encoding="utf-8")
@@ -170,7 +170,7 @@ class Runner:
             return f"{what}: fetching {fetched} of {total}" if fetched else None
 
         command = [self.python, "-m", "pip", "install", "--no-input"]
-        if self.uv:
+        if self.uv and with_uv:
             command = [self.uv, "pip", "install", "--python", self.python]
             settings = pip_settings(self.python)  # uv does not read them
             command += [f"--find-links={place}" for place in settings.get("find-links", "").split()]
@@ -190,12 +190,13 @@ def install_torch(runner: Runner, requirement: str) -> tuple[str, set[str]]:
     """Install torch; return the version of the build that was found, and the packages that this build requires.
 
     Folders of wheels that pip is told of (find-links) go before the index: a machine may hold a CPU build there. Left
-    to choose by itself, pip takes the index's file, whose hash it knows before it has fetched it.
+    to choose by itself, pip takes the index's file, whose hash it knows before it has fetched it. And it is always pip:
+    uv knows no hash for 2.13.0+cpu where the lock says 2.13.0.
     """
     in_folders = "find-links" in pip_settings(runner.python)
     for places in ([("--no-index",)] if in_folders else []) + [()]:
         try:
-            runner.install("torch", requirement, "--only-binary=:all:", *places)
+            runner.install("torch", requirement, "--only-binary=:all:", *places, with_uv=False)
             break
         except SetupError:
             if not places:
