@@ -15,6 +15,7 @@ cut short, which may hold half a package that pip takes for a whole one, is begu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -52,6 +53,7 @@ LLAMA, CUDA = "llama-cpp-python", "-DGGML_CUDA=on"
 # there, so that no build tool comes in without a hash.
 SOURCE_ONLY = {"antlr4-python3-runtime", "rouge-score"}
 BUILD = ".build"  # below .venv, so that what a killed compilation leaves goes with it
+RUNNING = ".running"  # the process of the setup, and the group of the command that it runs
 CONVERTER = "lathe.converter"  # the module that puts llama.cpp's converter in place
 
 ROOM_BYTES = 4 * GB  # the packages, their downloads and a compilation
@@ -112,8 +114,8 @@ class Runner:
     ) -> None:
         """Run a command. Raises SetupError, with the reason that it gave and a remedy, where it fails.
 
-        It ends with this process, unless that is killed. Then it still holds the lock that it inherits: the next setup
-        waits for its end instead of working beside it.
+        It ends with this process, unless that is killed: then it goes on, and holds the lock that it has inherited,
+        until the next setup ends it.
         """
         shown, lines = what, [""]
         with self.log.open("a", encoding="utf-8", buffering=1) as log:
@@ -127,9 +129,11 @@ class Runner:
                 cwd=self.venv.parent,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
                 pass_fds=(self.lock,),
+                start_new_session=True,  # a group of its own: a compilation ends as a whole
                 text=True,
                 errors="replace",
             )
+            (self.venv / RUNNING).write_text(f"{os.getpid()} {process.pid}", encoding="utf-8")
 
             def read() -> None:
                 nonlocal shown
@@ -149,8 +153,9 @@ class Runner:
                     except subprocess.TimeoutExpired:
                         continue
             finally:
-                process.terminate()
-                process.wait()
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+                    process.wait()
                 self.report.clear()
             reader.join()
         if process.returncode != 0:
@@ -387,18 +392,34 @@ def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | No
     report.step("Lathe itself")
 
 
-def hold_lock(file: Path) -> int:
+def hold_lock(file: Path, running: Path) -> int:
     """Wait until no other setup works in this checkout, and return the descriptor that keeps the next one out."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        ended = end_orphans(running)
         sys.stdout.write(
-            "setup: another one works in this checkout, or what a killed one had started; waiting for it\n"
+            f"setup: {'ending what a killed one left' if ended else 'another one is running here; waiting'}\n"
         )
         sys.stdout.flush()
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
+
+
+def end_orphans(running: Path) -> bool:
+    """End the command of a setup that was killed; returns whether there was one."""
+    try:
+        setup, group = map(int, running.read_text(encoding="utf-8").split())
+    except (FileNotFoundError, ValueError):
+        return False
+    try:
+        os.kill(setup, 0)
+    except ProcessLookupError:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        return True
+    return False
 
 
 def main() -> None:
@@ -410,7 +431,7 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        set_up(ROOT, arguments, hold_lock(Path(__file__)))
+        set_up(ROOT, arguments, hold_lock(Path(__file__), ROOT / ".venv" / RUNNING))
     except SetupError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

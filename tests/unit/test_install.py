@@ -3,13 +3,16 @@
 import fcntl
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from pathlib import Path
 
 import install
+import psutil
 import pytest
 import toolchain
 import write_lock
@@ -327,10 +330,55 @@ def test_what_is_set_up_is_recognized_and_two_setups_take_turns(tmp_path):
             [sys.executable, root / "tools/install.py"], stdout=subprocess.PIPE, text=True
         ) as waiting:
             assert waiting.stdout
-            assert "waiting for it" in waiting.stdout.readline()
+            assert waiting.stdout.readline() == "setup: another one is running here; waiting\n"
             assert waiting.poll() is None
             fcntl.flock(held, fcntl.LOCK_UN)
             assert waiting.wait(60) == 0
+
+
+def test_what_a_killed_setup_left_running_is_ended(tmp_path):
+    with (
+        (tmp_path / "lock").open("w") as lock,
+        subprocess.Popen(["sleep", "600"], pass_fds=(lock.fileno(),), start_new_session=True) as orphan,
+        subprocess.Popen(["true"]) as gone,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        gone.wait()
+        lock.close()  # as the end of a setup does; the command that it had started still holds it
+        running = tmp_path / "running"
+        running.write_text(f"{os.getpid()} {orphan.pid}")
+        assert not install.end_orphans(running)
+        assert orphan.poll() is None
+        running.write_text(f"{gone.pid} {orphan.pid}")
+        os.close(install.hold_lock(tmp_path / "lock", running))
+        assert orphan.wait(60) == -signal.SIGKILL
+
+
+def test_a_command_that_is_cut_short_ends_with_all_that_it_started(tmp_path, monkeypatch):
+    runner = install.Runner(tmp_path, install.Reporter(), os.open(tmp_path, os.O_RDONLY))
+
+    def interrupt(text: str) -> None:
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.report, "progress", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run("a", "sh", "-c", f"sleep 600 & echo $! > {tmp_path}/pid; wait")
+    sleeping = int((tmp_path / "pid").read_text())
+    for _ in range(600):
+        if not psutil.pid_exists(sleeping) or psutil.Process(sleeping).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("what the command had started goes on")
+
+
+def test_a_failed_command_names_the_log(tmp_path):
+    runner = install.Runner(tmp_path, install.Reporter(), os.open(tmp_path, os.O_RDONLY))
+    with pytest.raises(SetupError) as caught:
+        runner.run("packages", "sh", "-c", "echo fetching; echo 'ERROR: no such package' >&2; exit 1", hint="look")
+    assert str(caught.value) == f"packages: ERROR: no such package; look; all it wrote is in {tmp_path}/setup.log"
+    assert (tmp_path / "setup.log").read_text().endswith("fetching\nERROR: no such package\n")
 
 
 def test_a_package_of_an_extra_that_is_not_installed_is_told_with_the_command():
