@@ -53,7 +53,7 @@ LLAMA, CUDA = "llama-cpp-python", "-DGGML_CUDA=on"
 # there, so that no build tool comes in without a hash.
 SOURCE_ONLY = {"antlr4-python3-runtime", "rouge-score"}
 BUILD = ".build"  # below .venv, so that what a killed compilation leaves goes with it
-RUNNING = ".running"  # the process of the setup, and the group of the command that it runs
+RUNNING = ".running"  # the process group of the command that is running
 CONVERTER = "lathe.converter"  # the module that puts llama.cpp's converter in place
 
 ROOM_BYTES = 4 * GB  # the packages, their downloads and a compilation
@@ -133,7 +133,7 @@ class Runner:
                 text=True,
                 errors="replace",
             )
-            (self.venv / RUNNING).write_text(f"{os.getpid()} {process.pid}", encoding="utf-8")
+            (self.venv / RUNNING).write_text(str(process.pid), encoding="utf-8")
 
             def read() -> None:
                 nonlocal shown
@@ -157,6 +157,7 @@ class Runner:
                     os.killpg(process.pid, signal.SIGTERM)
                     process.wait()
                 self.report.clear()
+            (self.venv / RUNNING).unlink()
             reader.join()
         if process.returncode != 0:
             raise SetupError(f"{what}: {reason(lines)}; {remedy(lines, hint)}; all it wrote is in {self.log}")
@@ -295,7 +296,7 @@ def converter_is_in_place(root: Path) -> bool:
     return stamp.is_file() and stamp.read_text(encoding="utf-8") == pin
 
 
-def set_up(root: Path, arguments: argparse.Namespace, lock_file: int) -> None:
+def set_up(root: Path, arguments: argparse.Namespace, report: Reporter, lock: int) -> None:
     """Bring `.venv` and the converter up to date, with what was wanted earlier and what is wanted now."""
     venv = root / ".venv"
     inside = venv / "bin/python"
@@ -314,13 +315,13 @@ def set_up(root: Path, arguments: argparse.Namespace, lock_file: int) -> None:
     python = choose_python(arguments.python, inside if whole else None, before.get("python"))
     if sys.version_info < (3, 11):  # noqa: UP036
         os.execv(python, [python, __file__, *sys.argv[1:]])
-    runner = Runner(venv, Reporter(), lock_file)
+    runner = Runner(venv, report, lock)
     if not current:
         whole = whole and version_of(str(inside)) is not None
         install(root, runner, python, before if whole else None, wanted)
     if not converter_is_in_place(root):
         runner.run("llama.cpp's converter", str(inside), "-m", CONVERTER)
-        runner.report.step("llama.cpp's converter")
+        report.step("llama.cpp's converter")
 
 
 def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
@@ -392,34 +393,30 @@ def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | No
     report.step("Lathe itself")
 
 
-def hold_lock(file: Path, running: Path) -> int:
-    """Wait until no other setup works in this checkout, and return the descriptor that keeps the next one out."""
-    descriptor = os.open(file, os.O_RDONLY)
+def hold_locks(root: Path, report: Reporter) -> int:
+    """Wait until no other setup works in this checkout; return the descriptor that commands are to inherit.
+
+    Two folders are locked: one by this process alone, one by its commands too. Where only the latter is locked, a setup
+    was killed, and its command is ended.
+    """
+    alone, inherited = os.open(root, os.O_RDONLY), os.open(root / "tools", os.O_RDONLY)
+    if not _locks(alone, fcntl.LOCK_NB):
+        report.step("another one is running here; waiting")
+        _locks(alone)
+    if not _locks(inherited, fcntl.LOCK_NB):
+        report.step("ending what a killed one has left")
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            os.killpg(int((root / ".venv" / RUNNING).read_text(encoding="utf-8")), signal.SIGKILL)
+        _locks(inherited)
+    return inherited
+
+
+def _locks(descriptor: int, option: int = 0) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | option)
     except BlockingIOError:
-        ended = end_orphans(running)
-        sys.stdout.write(
-            f"setup: {'ending what a killed one left' if ended else 'another one is running here; waiting'}\n"
-        )
-        sys.stdout.flush()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
-
-
-def end_orphans(running: Path) -> bool:
-    """End the command of a setup that was killed; returns whether there was one."""
-    try:
-        setup, group = map(int, running.read_text(encoding="utf-8").split())
-    except (FileNotFoundError, ValueError):
         return False
-    try:
-        os.kill(setup, 0)
-    except ProcessLookupError:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-        return True
-    return False
+    return True
 
 
 def main() -> None:
@@ -431,7 +428,8 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        set_up(ROOT, arguments, hold_lock(Path(__file__), ROOT / ".venv" / RUNNING))
+        report = Reporter()
+        set_up(ROOT, arguments, report, hold_locks(ROOT, report))
     except SetupError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -324,33 +324,25 @@ def test_what_is_set_up_is_recognized_and_two_setups_take_turns(tmp_path):
     done = run(root)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
-    with (root / "tools/install.py").open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with subprocess.Popen(
-            [sys.executable, root / "tools/install.py"], stdout=subprocess.PIPE, text=True
-        ) as waiting:
-            assert waiting.stdout
-            assert waiting.stdout.readline() == "setup: another one is running here; waiting\n"
-            assert waiting.poll() is None
-            fcntl.flock(held, fcntl.LOCK_UN)
-            assert waiting.wait(60) == 0
+    held = os.open(root, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with subprocess.Popen([sys.executable, root / "tools/install.py"], stdout=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stdout
+        assert waiting.stdout.readline().endswith("another one is running here; waiting\n")
+        assert waiting.poll() is None
+        os.close(held)
+        assert waiting.wait(60) == 0
 
 
 def test_what_a_killed_setup_left_running_is_ended(tmp_path):
-    with (
-        (tmp_path / "lock").open("w") as lock,
-        subprocess.Popen(["sleep", "600"], pass_fds=(lock.fileno(),), start_new_session=True) as orphan,
-        subprocess.Popen(["true"]) as gone,
-    ):
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / "tools").mkdir()
+    lock = os.open(tmp_path / "tools", os.O_RDONLY)
+    with subprocess.Popen(["sleep", "600"], pass_fds=(lock,), start_new_session=True) as orphan:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        gone.wait()
-        lock.close()  # as the end of a setup does; the command that it had started still holds it
-        running = tmp_path / "running"
-        running.write_text(f"{os.getpid()} {orphan.pid}")
-        assert not install.end_orphans(running)
-        assert orphan.poll() is None
-        running.write_text(f"{gone.pid} {orphan.pid}")
-        os.close(install.hold_lock(tmp_path / "lock", running))
+        os.close(lock)  # as the end of a setup does; the command that it had started still holds it
+        (tmp_path / ".venv/.running").write_text(str(orphan.pid))
+        os.close(install.hold_locks(tmp_path, install.Reporter()))
         assert orphan.wait(60) == -signal.SIGKILL
 
 
