@@ -66,7 +66,7 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
     """Run every check; one that breaks is a fail that says how, and the next one goes on."""
     findings: list[Finding] = []
     findings += _guarded("python", lambda: check_python(sys.version_info[:3]))
-    findings += _guarded("packages", lambda: check_packages(here.root / "requirements.txt"))
+    findings += _guarded("packages", lambda: check_packages(here.root / "pyproject.toml"))
     config: list[Config] = []
 
     def check_parameters() -> Findings:

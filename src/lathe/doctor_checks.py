@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.process import free_memory_bytes
 from lathe.provenance import remotes
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from lathe.config.training_params import Quantization, Training
     from lathe.estimate import TrainingMemory
 
-PYTHON = (3, 11)
+PYTHONS = ((3, 11), (3, 12), (3, 13))
 
 # What torch, transformers, TRL and the rest take in a process before it holds a model.
 LIBRARIES_BYTES = 650_000_000
@@ -51,43 +52,53 @@ class Circumstances:
     root: Path
     environment: Mapping[str, str]
     free_disk: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
-    free_memory: Callable[[], int] = lambda: free_memory_bytes()
+    free_memory: Callable[[], int] = lambda: free_memory_bytes(LIBRARIES_BYTES)
 
 
 def check_python(version: tuple[int, ...]) -> Findings:
-    """The packages are pinned for one version of Python."""
+    """The packages are pinned for some versions of Python."""
     shown = ".".join(map(str, version))
-    if version[:2] == PYTHON:
+    if version[:2] in PYTHONS:
         yield Finding("python", "ok", shown)
     else:
-        wanted = ".".join(map(str, PYTHON))
+        wanted = [".".join(map(str, python)) for python in PYTHONS]
         yield Finding(
             "python",
             "fail",
-            f"{shown} runs this; the packages are pinned for {wanted}",
-            f"`make setup PYTHON=/path/to/python{wanted}`",
+            f"{shown} runs this; the packages are pinned for {', '.join(wanted)}",
+            f"`make clean`, then `make setup PYTHON=/path/to/python{wanted[-1]}`",
         )
 
 
-def check_packages(requirements: Path) -> Findings:
-    """Every pin of requirements.txt against what is installed: missing is a fail, another version a warning."""
-    pins = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", requirements.read_text(encoding="utf-8"), re.MULTILINE))
-    right = 0
-    for name, pinned in pins.items():
+def check_packages(file: Path) -> Findings:
+    """Every pin of pyproject.toml against what is installed: missing is a fail, another version a warning.
+
+    What only an optional feature needs may be missing.
+    """
+    import tomllib
+
+    project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+    extras = project.get("optional-dependencies", {})
+    pin = re.compile(r"([\w.-]+)(?:\[.*\])?==([^\s;]+)")
+    needed = dict(pin.findall("\n".join([*project["dependencies"], *extras.get("train", [])])))
+    optional = dict(pin.findall("\n".join(requirement for extra in extras.values() for requirement in extra)))
+    right = wrong = 0
+    for name, pinned in {**optional, **needed}.items():
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(
-                "packages", "fail", f"{name} is not installed; {requirements.name} pins {pinned}", "`make setup`"
-            )
+            if name in needed:
+                wrong += 1
+                yield Finding("packages", "fail", f"{name} is not installed; {file.name} pins {pinned}", "`make setup`")
             continue
         if installed.split("+")[0] == pinned:  # torch adds its build: 2.13.0+cpu
             right += 1
         else:
-            text = f"{name} {installed} is installed; {requirements.name} pins {pinned}"
+            wrong += 1
+            text = f"{name} {installed} is installed; {file.name} pins {pinned}"
             yield Finding("packages", "warning", text, "`make setup`")
-    if right == len(pins):
-        yield Finding("packages", "ok", f"all {right} of {requirements.name}, as pinned")
+    if not wrong:
+        yield Finding("packages", "ok", f"{right} of {file.name}, as pinned")
 
 
 def check_repository(root: Path) -> Findings:
@@ -348,23 +359,6 @@ def check_disk(here: Circumstances, outputs: Mapping[str, int | None]) -> Findin
             yield Finding("disk", "warning", text, remedy, details)
         else:
             yield Finding("disk", "ok", text, details=details)
-
-
-def free_memory_bytes() -> int:
-    """Return what a training may still take: of the GPU if torch sees one, else of the memory and of the cgroup."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info(0)[0]
-    try:
-        [kilobytes] = re.findall(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        free = 1024 * int(kilobytes)
-    except FileNotFoundError:  # not Linux
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
-    return max(0, free - LIBRARIES_BYTES)
 
 
 def _of_hub(preset: Any) -> bool:
