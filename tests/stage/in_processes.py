@@ -73,12 +73,12 @@ def go_wrong(how: str | None) -> None:
 
     calls = iter(range(1000))
     if how == "computes nan":
-        right = sft.summed_loss
+        right = sft.compute_step_loss
 
         def poisoned(*given: Any) -> Any:
             return right(*given) * (float("nan") if next(calls) == 1 else 1)
 
-        sft.summed_loss = poisoned  # type: ignore[assignment]
+        sft.compute_step_loss = poisoned  # type: ignore[assignment]
     else:
         usual = sft.AnswerTrainer._clip_grad_norm
 
