@@ -13,7 +13,7 @@ from lathe.training.nonfinite_loss import not_finite
 from lathe.training.training_step import autocast
 
 
-class Passes(Trainer):
+class BaseTrainer(Trainer):
     """A trainer's passes in bf16 where asked for, stopped by a loss or gradient that is no number.
 
     To be named before TRL's class among the bases of a trainer.

@@ -10,11 +10,11 @@ from lathe.common.errors import InputError
 from lathe.models.adapter import unwrapped
 from lathe.models.loss_mask import encode
 from lathe.training import distributed
-from lathe.training.base_trainer import Passes
+from lathe.training.base_trainer import BaseTrainer
 from lathe.training.best_weights import Best
 from lathe.training.dataset_padding import BlanksLast, filled
 from lathe.training.packing import EndToEnd, Padded, packed_dataset, row_dataset
-from lathe.training.resume import Resumable
+from lathe.training.resume import ResumableTrainer
 from lathe.training.row_attention import separate_rows
 from lathe.training.trainer_setup import Setting
 from lathe.training.training_step import compute_step_loss
@@ -22,7 +22,7 @@ from lathe.training.training_step import compute_step_loss
 logger = logging.getLogger(__name__)
 
 
-def trainer(setting: Setting) -> Resumable:
+def trainer(setting: Setting) -> ResumableTrainer:
     """Return the trainer that teaches the answers of the conversations.
 
     Raises InputError where rows are to be packed and the model would mix them.
@@ -65,7 +65,7 @@ def trainer(setting: Setting) -> Resumable:
     )
 
 
-class AnswerTrainer(Passes, Resumable, SFTTrainer):
+class AnswerTrainer(BaseTrainer, ResumableTrainer, SFTTrainer):
     """TRL's trainer with logits only where an answer token is predicted.
 
     TRL computes entropy and accuracy over the vocabulary at every step; on a real vocabulary that costs more than the

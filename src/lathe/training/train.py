@@ -32,7 +32,7 @@ from lathe.training.dvclive_curves import Curves
 from lathe.training.freeze_proof import digests
 from lathe.training.full_tuning import by_base_names, save_whole
 from lathe.training.preference_pairs import check_pairs
-from lathe.training.resume import Resumable
+from lathe.training.resume import ResumableTrainer
 from lathe.training.reward_functions import RewardFunction, source
 from lathe.training.row_attention import check_attention
 from lathe.training.sharding import state_to_save
@@ -192,7 +192,7 @@ def _without_casts(model: Any, precision: str) -> AbstractContextManager[Any]:
     return context
 
 
-def _trainer(method: str) -> Callable[[Setting], Resumable]:
+def _trainer(method: str) -> Callable[[Setting], ResumableTrainer]:
     # TRL's trainers are imported where they are used: each takes a second or more.
     match method:
         case "sft":
