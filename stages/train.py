@@ -27,7 +27,6 @@ def main(config: Config, machine_rank: int | None) -> Speeds:
     if launch.is_needed(params.training.launcher, machine_rank):
         return launch.run(params.training.launcher, __file__, machine_rank=machine_rank)
 
-    from lathe.common.jsonl import read_jsonl
     from lathe.training import distributed
     from lathe.training.train import train
 
@@ -35,7 +34,7 @@ def main(config: Config, machine_rank: int | None) -> Speeds:
     with out_of_memory.explained(paths.MODEL_BASE, params), adapter as folder:
         trained = train(
             paths.MODEL_BASE,
-            {split: read_jsonl(paths.DATA_PROCESSED / f"{split}.jsonl") for split in ("train", "validation")},
+            {split: paths.DATA_PROCESSED / f"{split}.jsonl" for split in ("train", "validation")},
             folder,
             paths.METRICS / "train",
             params=params,

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from shared import made_once
 
 from lathe.common import paths
+from lathe.common.jsonl import write_jsonl
 from lathe.config import params
 
 # Enough for every stage to do its work, not to do it well.
@@ -219,6 +220,15 @@ def learnt_by_heart() -> dict[str, list[dict[str, Any]]]:
         for answer in ("yes, yes, yes", "yes, no, no")
     )
     return {"train": [train] * 4, "validation": [validation]}
+
+
+def write_splits(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> dict[str, Path]:
+    """Write processed splits as `preprocess` does, and return their files by name, as training takes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {split: folder / f"{split}.jsonl" for split in splits}
+    for split, file in files.items():
+        write_jsonl(splits[split], file)
+    return files
 
 
 def output_hashes(checkout: Checkout) -> dict[str, list[str]]:

@@ -316,26 +316,30 @@ def _worst_moments(
 
 
 def _worst_moment(model: Any, rows: int, length: int, columns: int, precision: str, learning: bool) -> Counter[str]:
-    """Run one batch as `AnswerTrainer` does, and return the bytes by kind at the moment when most were alive."""
+    """Run the trainer's own step on one batch; return the bytes by kind at the moment when most were alive."""
     import torch
 
-    from lathe.training.loss import summed_loss
+    from lathe.training.training_step import autocast, compute_step_loss
 
     ids = torch.zeros(rows, length, dtype=torch.long)
-    mask, kept, targets = torch.ones_like(ids), torch.arange(columns), torch.zeros(rows, columns, dtype=torch.long)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "columns": torch.arange(columns),
+        "targets": torch.zeros(rows, columns, dtype=torch.long),
+    }
     model.train(learning)
     for parameter in model.parameters():
         # There from the second pass of an accumulated step on; counted apart.
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and learning else None
     alive = _alive(model.config.get_text_config().vocab_size)
-    alive.leave_out([ids, mask, kept, targets, *model.buffers()])
+    alive.leave_out([*batch.values(), *model.buffers()])
     for parameter in model.parameters():
         alive.leave_out([parameter] if parameter.grad is None else [parameter, parameter.grad])
     with alive, torch.set_grad_enabled(learning):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
-            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits
-            loss = summed_loss(logits.flatten(0, 1), targets.flatten())
-        del logits
+        # On the CPU there is no fp16; bf16 takes as many bytes.
+        with autocast("cpu", "fp32" if precision == "fp32" else "bf16"):
+            loss = compute_step_loss(model, batch)
         if learning:
             loss.backward()
     return alive.most

@@ -12,6 +12,7 @@ from typing import Any
 
 from lathe.common import entry_point, launch
 from lathe.common.errors import InputError
+from lathe.common.jsonl import write_jsonl
 from lathe.config.params import Params
 from lathe.sources.builtin import household_commands
 
@@ -40,6 +41,7 @@ def main() -> None:
 
 def train_once(base: Path, training: dict[str, Any]) -> None:
     """Train on the first rows of the commands, and write what comes back beside the adapter."""
+    from lathe.training import distributed
     from lathe.training.train import train
 
     rows, out = household_commands.rows(1), Path(training["out"])
@@ -47,7 +49,13 @@ def train_once(base: Path, training: dict[str, Any]) -> None:
         (out / "adapter").mkdir(parents=True, exist_ok=True)
     splits = {"train": rows["train"][: training["rows"]], "validation": rows["validation"][:5]}
     chosen = Params.model_validate(training["params"])
-    trained = train(base, splits, out / "adapter", out / "metrics", params=chosen, scratch=out / "scratch")
+    files = {split: out.with_name(f"{out.name}-{split}.jsonl") for split in splits}
+    if launch.is_main():
+        for split, file in files.items():
+            write_jsonl(splits[split], file)
+    distributed.join()
+    distributed.wait()
+    trained = train(base, files, out / "adapter", out / "metrics", params=chosen, scratch=out / "scratch")
     if launch.is_main():
         (out / "trained.json").write_text(json.dumps({"frozen": trained.frozen, "kind": kind()}))
 
@@ -73,12 +81,12 @@ def go_wrong(how: str | None) -> None:
 
     calls = iter(range(1000))
     if how == "computes nan":
-        right = sft.summed_loss
+        right = sft.compute_step_loss
 
         def poisoned(*given: Any) -> Any:
             return right(*given) * (float("nan") if next(calls) == 1 else 1)
 
-        sft.summed_loss = poisoned  # type: ignore[assignment]
+        sft.compute_step_loss = poisoned  # type: ignore[assignment]
     else:
         usual = sft.AnswerTrainer._clip_grad_norm
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lathe import out_of_memory
 from lathe.common import entry_point
+from lathe.common.jsonl import write_jsonl
 from lathe.config import params, training_params
 from lathe.config.load import load
 from lathe.training.train import train
@@ -37,9 +38,12 @@ def _train(base: Path, chosen: params.Params) -> None:
     rows = chosen.training.per_device_train_batch_size
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "adapter").mkdir()
+        files = {split: Path(folder) / f"{split}.jsonl" for split in ("train", "validation")}
+        write_jsonl([ROW] * rows, files["train"])
+        write_jsonl([ROW], files["validation"])
         train(
             base,
-            {"train": [ROW] * rows, "validation": [ROW]},
+            files,
             Path(folder) / "adapter",
             Path(folder) / "metrics",
             params=chosen,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import changed
+from conftest import changed, write_splits
 from safetensors.torch import load_file
 
 from lathe.common.errors import InputError
@@ -44,7 +44,8 @@ class Run:
         self.adapter, self.metrics = folder / "adapter", folder / "metrics"
         self.adapter.mkdir(parents=True)
         chosen = changed(CONFIG, {"seed": 1, **QUICK, **changes})
-        self.trained = train(base, splits or SPLITS, self.adapter, self.metrics, params=chosen)
+        files = write_splits(folder / "data", splits or SPLITS)
+        self.trained = train(base, files, self.adapter, self.metrics, params=chosen)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(self.adapter / "adapter_model.safetensors")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Checkout, changed, copy_of
+from conftest import Checkout, changed, copy_of, write_splits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -42,7 +42,8 @@ def trained(small_model, tmp_path, monkeypatch):
         folder = tmp_path / f"adapter{len(models)}"
         folder.mkdir()
         chosen = changed(load().params, {**FULL, **changes})
-        result = training.train(small_model, SPLITS, folder, tmp_path / f"metrics{len(models)}", params=chosen)
+        files = write_splits(tmp_path / "data", SPLITS)
+        result = training.train(small_model, files, folder, tmp_path / f"metrics{len(models)}", params=chosen)
         return folder, models[-1], result
 
     monkeypatch.setattr(training, "save_whole", saved)

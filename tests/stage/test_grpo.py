@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Checkout, changed
+from conftest import Checkout, changed, write_splits
 from safetensors.torch import load_file
 
 from lathe.common.errors import InputError
@@ -48,7 +48,8 @@ class Run:
         self.out = out
         (out / "adapter").mkdir(parents=True)
         chosen = changed(CONFIG, {**SETTING, **changes})
-        self.trained: Trained = train(base, SPLITS, out / "adapter", out / "metrics", params=chosen, **options)
+        files = write_splits(out.with_name(f"{out.name} data"), SPLITS)
+        self.trained: Trained = train(base, files, out / "adapter", out / "metrics", params=chosen, **options)
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         lines = (self.out / f"metrics/plots/metrics/{name}.tsv").read_text().splitlines()[1:]

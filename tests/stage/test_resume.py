@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import Checkout, changed, copy_of, learnt_by_heart, output_hashes
+from conftest import Checkout, changed, copy_of, learnt_by_heart, output_hashes, write_splits
 from safetensors.torch import load_file, save_file
 
 from lathe.common import paths
@@ -58,7 +58,7 @@ class Runs:
         (out / "adapter").mkdir(parents=True)
         train(
             self.base,
-            splits,
+            write_splits(self.folder / f"data{self.count}", splits),
             out / "adapter",
             out / "metrics",
             params=chosen,

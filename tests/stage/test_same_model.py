@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import changed
+from conftest import changed, write_splits
 from faithful import distance, of_gguf, of_transformers
 from gguf_models import convert, make_llama3, make_qwen3
 from safetensors.torch import load_file
@@ -112,7 +112,8 @@ def check(base: Path, folder: Path, kind: str) -> None:
     adapter, merged = folder / "adapter", folder / "merged"
     for each in (adapter, merged):
         each.mkdir(parents=True)
-    train(base, SPLITS, adapter, folder / "metrics", params=changed(load().params, {**QUICK, **KINDS[kind]}))
+    splits = write_splits(folder / "data", SPLITS)
+    train(base, splits, adapter, folder / "metrics", params=changed(load().params, {**QUICK, **KINDS[kind]}))
     merge(base, adapter, merged, dtype="auto", max_shard_size_bytes=10**9)
     gguf = convert(merged, folder / "merged.gguf")
 

@@ -16,7 +16,7 @@ from typing import get_args
 import psutil
 import pytest
 import torch
-from conftest import changed
+from conftest import changed, write_splits
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
@@ -60,7 +60,8 @@ def trained(small_model, tmp_path, results):
             for key, value in {**QUICK, **changes}.items()
         }
         chosen = changed(CONFIG, {"seed": 1, **named})
-        results[folder] = train(base, splits, folder, tmp_path / f"metrics{runs}", params=chosen)
+        files = write_splits(tmp_path / f"data{runs}", splits)
+        results[folder] = train(base, files, folder, tmp_path / f"metrics{runs}", params=chosen)
         return folder
 
     return run
@@ -255,7 +256,8 @@ def test_each_logged_step_is_a_line_of_json_and_speeds_stay_out_of_the_metrics(s
     (tmp_path / "adapter").mkdir()
     chosen = changed(CONFIG, {**QUICK, "logging_steps": 2})
     with caplog.at_level(logging.INFO, "lathe.training.dvclive_curves"):
-        train(small_model, SPLITS, tmp_path / "adapter", tmp_path / "m", params=chosen, speed=tmp_path / "s")
+        files = write_splits(tmp_path / "data", SPLITS)
+        train(small_model, files, tmp_path / "adapter", tmp_path / "m", params=chosen, speed=tmp_path / "s")
     lines = [json.loads(record.getMessage()) for record in caplog.records]
     assert [(line["step"], line["of"]) for line in lines] == [(2, 4), (4, 4), (4, 4)]
     shown = {"train/loss", "train/grad_norm", "train/learning_rate", "train/tokens"}

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lathe.common.jsonl import write_jsonl
 from lathe.config import params
 from lathe.config.load import load
 from lathe.estimate import estimate_training_memory
@@ -66,8 +67,10 @@ def run(model: Path, chosen: params.Params) -> None:
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "adapter"
         adapter.mkdir()
-        splits = {"train": [ROW] * rows, "validation": [ROW] * training.per_device_eval_batch_size}
-        train(model, splits, adapter, Path(folder) / "metrics", params=chosen)
+        files = {split: Path(folder) / f"{split}.jsonl" for split in ("train", "validation")}
+        write_jsonl([ROW] * rows, files["train"])
+        write_jsonl([ROW] * training.per_device_eval_batch_size, files["validation"])
+        train(model, files, adapter, Path(folder) / "metrics", params=chosen)
 
 
 def resident(key: str) -> int:

@@ -22,8 +22,11 @@ from lathe.gguf import convert
 from lathe.gguf.quantize import quantize
 from lathe.models.adapter import add_adapter
 from lathe.models.loading import load_base
-from lathe.training.loss import CHUNK_BYTES
+from lathe.training import sft, training_step
+from lathe.training.loss import CHUNK_BYTES, IGNORED
 from lathe.training.optimizer_steps import training_steps
+from lathe.training.packing import Padded
+from lathe.training.training_step import compute_step_loss
 
 CONFIG = load().params
 TRAINING = CONFIG.training.model_copy(update={"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2})
@@ -187,6 +190,24 @@ def test_only_supervised_positions_have_logits():
     # In bf16 the logits and their gradient, and little besides.
     wide = training.per_device_train_batch_size * 100 * QWEN3_600M["vocab_size"]
     assert 4 * wide <= memory.logits < 4 * wide + 4 * CHUNK_BYTES
+
+
+def test_the_estimate_runs_the_step_of_the_trainer_on_a_batch_of_its_collator(small_model, monkeypatch):
+    batches = []
+
+    def record(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        batches.append(batch)
+        return compute_step_loss(model, batch)
+
+    assert sft.compute_step_loss is compute_step_loss
+    monkeypatch.setattr(training_step, "compute_step_loss", record)
+    estimated(QWEN)
+    example = {"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "seq_lengths": [3]}
+    collated = Padded(0)([example])
+    for batch in batches:
+        assert training_step.select_model_inputs(batch).keys() == training_step.select_model_inputs(collated).keys()
+        assert batch.keys() <= collated.keys()
+    assert len(batches) == 4  # a step and an evaluation, with two and with four layers
 
 
 def test_a_pack_is_counted_as_long_as_rows_may_be():

@@ -1,7 +1,7 @@
 """What the forward and backward passes of every trainer have in common, whatever their loss."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
@@ -10,9 +10,10 @@ from transformers import Trainer
 from lathe.models.loss_mask import Encoded
 from lathe.training import distributed
 from lathe.training.nonfinite_loss import not_finite
+from lathe.training.training_step import autocast
 
 
-class Passes(Trainer):
+class BaseTrainer(Trainer):
     """A trainer's passes in bf16 where asked for, stopped by a loss or gradient that is no number.
 
     To be named before TRL's class among the bases of a trainer.
@@ -32,9 +33,7 @@ class Passes(Trainer):
 
         Asked to do so itself, accelerate would also give a float32 copy of all logits.
         """
-        if self.precision != "bf16":
-            return nullcontext()
-        return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=bool(cache_enabled))
+        return autocast(self.args.device.type, self.precision, cache_enabled=bool(cache_enabled))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return nothing, where transformers would walk through all parameters; `lathe.training.throughput` counts."""

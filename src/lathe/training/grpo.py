@@ -24,9 +24,9 @@ from lathe.models.adapter import unwrapped
 from lathe.models.chat_template import answer_lead, prompt_and_answer
 from lathe.models.loss_mask import Encoded, Format, encode
 from lathe.training import distributed
-from lathe.training.base_trainer import Passes
+from lathe.training.base_trainer import BaseTrainer
 from lathe.training.best_weights import Best
-from lathe.training.resume import Resumable
+from lathe.training.resume import ResumableTrainer
 from lathe.training.reward_functions import RewardFunction
 from lathe.training.row_attention import pad_rows
 from lathe.training.trainer_setup import Setting
@@ -54,7 +54,7 @@ class Weighed:
     function: RewardFunction
 
 
-def trainer(setting: Setting) -> Resumable:
+def trainer(setting: Setting) -> ResumableTrainer:
     """Return the trainer that rewards answers to the last request of each conversation.
 
     Raises InputError where a parameter does not fit the model.
@@ -121,7 +121,7 @@ def weighed(rewards: Sequence[Reward], functions: Mapping[str, RewardFunction]) 
     ]
 
 
-class RewardTrainer(Passes, Resumable, GRPOTrainer):
+class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
     """TRL's trainer with prompts as inference has them, answers without dropout, and an evaluation that draws nothing.
 
     The validation split is answered greedily, before the first step too, and what is logged is the mean reward.
@@ -142,7 +142,7 @@ class RewardTrainer(Passes, Resumable, GRPOTrainer):
         self.add_callback(_EvaluateFirst(self))
 
     def train_to_the_end(self) -> None:
-        """Train as `Resumable` does, and leave no adapter behind but the trained one."""
+        """Train as `ResumableTrainer` does, and leave no adapter behind but the trained one."""
         super().train_to_the_end()
         if REFERENCE in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter(REFERENCE)

@@ -96,14 +96,6 @@ class Padded:
         }
 
 
-def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a batch goes into the model's forward: without labels, it computes no loss of its own."""
-    ours = {"labels", "columns", "targets", "supervised_tokens"}
-    if "attention_mask" in batch:  # padded: a stock model, which knows nothing of row_lengths
-        ours |= {"row_lengths"}
-    return {name: value for name, value in batch.items() if name not in ours}
-
-
 def _rows(examples: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
     rows = []
     for example in examples:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 UNLOGGED = "unlogged.json"
 
 
-class Resumable(Trainer):
+class ResumableTrainer(Trainer):
     """What a TRL trainer gets from us: checkpoints that are whole or absent, signals heeded, the best weights kept.
 
     To be named before TRL's class among the bases of a trainer. Nothing in a checkpoint is read with pickle:
@@ -204,7 +204,7 @@ class Resumable(Trainer):
 class _Saver(TrainerCallback):
     """Decides after which steps a checkpoint is written."""
 
-    def __init__(self, trainer: Resumable, save_steps: int) -> None:
+    def __init__(self, trainer: ResumableTrainer, save_steps: int) -> None:
         self.trainer = trainer
         self.save_steps = save_steps
 
@@ -230,7 +230,7 @@ class _Saver(TrainerCallback):
 class _Judge(TrainerCallback):
     """Lets the best weights be noted after each evaluation, and stops where they have not been beaten for long."""
 
-    def __init__(self, trainer: Resumable) -> None:
+    def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:

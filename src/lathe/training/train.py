@@ -1,6 +1,5 @@
 """A training from the base to the saved adapter, whatever the method: one phase, or a supervised one before it."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from transformers.utils import is_liger_kernel_available
 from lathe.common import launch, paths
 from lathe.common.code_closure import code_closure
 from lathe.common.errors import InputError
+from lathe.common.jsonl import read_jsonl
 from lathe.common.scratch import fingerprint
 from lathe.config.params import Params
 from lathe.models.adapter import add_adapter, check_adapter
@@ -32,7 +32,7 @@ from lathe.training.dvclive_curves import Curves
 from lathe.training.freeze_proof import digests
 from lathe.training.full_tuning import by_base_names, save_whole
 from lathe.training.preference_pairs import check_pairs
-from lathe.training.resume import Resumable
+from lathe.training.resume import ResumableTrainer
 from lathe.training.reward_functions import RewardFunction, source
 from lathe.training.row_attention import check_attention
 from lathe.training.sharding import state_to_save
@@ -64,7 +64,7 @@ class _Phase:
 @memory.given_back()
 def train(
     base: Path,
-    splits: dict[str, list[dict[str, Any]]],
+    splits: Mapping[str, Path],
     adapter: Path,
     metrics: Path,
     *,
@@ -73,11 +73,11 @@ def train(
     speed: Path | None = None,
     scratch: Path | None = None,
 ) -> Trained:
-    """Train on the rows of `splits["train"]` and save what was trained into the empty folder `adapter`.
+    """Train on the examples in the file `splits["train"]`; save what was trained into the empty folder `adapter`.
 
     That is an adapter for `base` as PEFT saves it, or under full tuning all of its weights (`full_tuning`).
     The curves go to the dvclive folder `metrics`, those that vary from run to run to the folder `speed`;
-    `splits["validation"]` is evaluated every `eval_steps`.
+    `splits["validation"]` is evaluated every `eval_steps`. Both are JSON Lines as `preprocess` writes them.
     `functions` are the rewards of the user's own that `grpo.rewards` names.
     Every `save_steps` a checkpoint goes to the folder `scratch`, from where the same training goes on if it was
     interrupted; at the end they are removed. Without `scratch` there are none.
@@ -91,8 +91,9 @@ def train(
     _check_liger(training.use_liger_kernel)
     Best(training)  # whether the method has the metric that is asked for
     full = training.tuning == "full"
+    examples = {split: read_jsonl(file) for split, file in splits.items()}
     if training.method == "dpo":
-        check_pairs(splits)
+        check_pairs(examples)
     if not full:
         check_adapter(base, params.lora)
     if launch.is_sharded() and params.quantization.load_in_4bit:
@@ -114,22 +115,17 @@ def train(
     claims: list[Checkpoints | None] = []
     with Curves(metrics, speed) as curves, ExitStack() as locks:
         for phase in phases:
-            decides = _decides(
-                phase, base, splits, {**frozen, **digests(model, trained=True)}, precision, model.device.type
-            )
-            if phase.method == "grpo":
-                decides["functions"] = {
-                    name: hashlib.sha256(source(function).read_bytes()).hexdigest()
-                    for name, function in (functions or {}).items()
-                }
-            claims.append(locks.enter_context(_claimed(scratch, decides)))
+            tensors = {**frozen, **digests(model, trained=True)}
+            values = _values_of_fingerprint(phase, tensors, precision, model.device.type)
+            files = _files_of_fingerprint(phase, base, splits, functions or {})
+            claims.append(locks.enter_context(_claimed(scratch, values, files)))
             measured = Speed(model, precision=precision)
             set_seed(params.seed)  # as if no phase had been before
             trainer = _trainer(phase.method)(
                 Setting(
                     model=model,
                     tokenizer=tokenizer,
-                    splits=splits,
+                    splits=examples,
                     params=phase.params,
                     precision=precision,
                     checkpoints=claims[-1],
@@ -196,7 +192,7 @@ def _without_casts(model: Any, precision: str) -> AbstractContextManager[Any]:
     return context
 
 
-def _trainer(method: str) -> Callable[[Setting], Resumable]:
+def _trainer(method: str) -> Callable[[Setting], ResumableTrainer]:
     # TRL's trainers are imported where they are used: each takes a second or more.
     match method:
         case "sft":
@@ -229,10 +225,8 @@ def _phases(params: Params) -> list[_Phase]:
     return [_Phase("sft", params.model_copy(update={"training": before}), "sft/"), whole]
 
 
-def _decides(
-    phase: _Phase, base: Path, splits: dict[str, Any], tensors: dict[str, str], precision: str, device: str
-) -> dict[str, Any]:
-    """Return all that decides what a phase ends with; packages and code are added to it."""
+def _values_of_fingerprint(phase: _Phase, tensors: dict[str, str], precision: str, device: str) -> dict[str, Any]:
+    """Return the parameters and circumstances that decide what a phase ends with."""
     params = phase.params
     return {
         "training": params.training.model_dump(exclude={"save_steps"}),
@@ -246,24 +240,28 @@ def _decides(
         "processes": distributed.count(),
         "sharded": launch.is_sharded(),
         "tensors": tensors,
-        "texts": {
-            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(base.iterdir())
-            if file.is_file() and file.suffix != ".safetensors"
-        },
-        "rows": {
-            split: hashlib.sha256(json.dumps(splits[split], sort_keys=True).encode()).hexdigest()
-            for split in ("train", "validation")
-        },
     }
 
 
+def _files_of_fingerprint(
+    phase: _Phase, base: Path, splits: Mapping[str, Path], functions: Mapping[str, RewardFunction]
+) -> dict[str, Path]:
+    """Return the files that decide what a phase ends with: data, texts of the base, the user's rewards."""
+    files = {f"data/{split}": file for split, file in splits.items()}
+    for file in base.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":  # of weights, the loaded tensors are hashed
+            files[f"base/{file.name}"] = file
+    if phase.method == "grpo":
+        files |= {f"reward/{name}": source(function) for name, function in functions.items()}
+    return files
+
+
 @contextmanager
-def _claimed(scratch: Path | None, decides: dict[str, Any]) -> Iterator[Checkpoints | None]:
+def _claimed(scratch: Path | None, values: dict[str, Any], files: dict[str, Path]) -> Iterator[Checkpoints | None]:
     if scratch is None:
         yield None
         return
-    name = fingerprint(decides, files={}, packages=PACKAGES, code=code_closure(paths.ROOT / "stages/train.py"))
+    name = fingerprint(values, files=files, packages=PACKAGES, code=code_closure(paths.ROOT / "stages/train.py"))
     with ExitStack() as lock:
         mine = lock.enter_context(claimed(scratch, name)) if launch.is_main() else None
         folder = distributed.from_main(mine.folder if mine else None)
