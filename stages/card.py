@@ -18,14 +18,13 @@ from lathe.config.load import Config
 
 def main(config: Config) -> None:
     from lathe.evaluation.best_artifact import best
-    from lathe.gguf.llama_model import Model
+    from lathe.gguf.llama_model import LlamaModel
     from lathe.reports.model_card import Facts, license_of, model_card
-    from lathe.reports.modelfile import Vocabulary, modelfile
+    from lathe.reports.modelfile import build_modelfile
 
     types = config.params.quantize.types
-    with Model(paths.GGUF / "merged-f16.gguf", vocab_only=True) as merged:
-        metadata, template = merged.metadata, merged.template
-        vocabulary = Vocabulary(merged.text_of(merged.bos), merged.text_of(merged.eos), merged.adds_bos)
+    with LlamaModel(paths.GGUF / "merged-f16.gguf", vocab_only=True) as merged:
+        metadata, template = merged.metadata, merged.chat_template
     facts = Facts(
         model=_read(paths.METRICS / "fetch/model.json")["origin"][0],
         dataset=_read(paths.METRICS / "fetch/dataset.json")["origin"][0],
@@ -41,7 +40,7 @@ def main(config: Config) -> None:
     with paths.whole_file(paths.GGUF / "README.md") as partial:
         partial.write_text(card, encoding="utf-8")
     with paths.whole_file(paths.GGUF / "Modelfile") as partial:
-        text = modelfile(f"{chosen}.gguf", template, vocabulary, n_ctx=config.params.generate.n_ctx)
+        text = build_modelfile(f"{chosen}.gguf", template, n_ctx=config.params.generate.n_ctx)
         partial.write_text(text, encoding="utf-8")
 
 

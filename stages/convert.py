@@ -17,16 +17,16 @@ def main(config: Config, item: str) -> None:
     from lathe.common.jsonl import read_jsonl
     from lathe.gguf import tokenizer_parity
     from lathe.gguf.convert import convert
-    from lathe.models.chat_template import render_for
+    from lathe.models.chat_template import ChatTemplate
     from lathe.models.tokenizer import load_tokenizer
     from lathe.provenance import lineage
 
     model = paths.ROOT / "models" / item
     target = paths.GGUF / f"{item}-f16.gguf"
     chosen = config.params.convert.llama_cpp_dir
-    tokenizer = load_tokenizer(model)
+    template = ChatTemplate.of_tokenizer(load_tokenizer(model))
     rows = read_jsonl(paths.DATA_PROCESSED / "validation.jsonl")
-    chats = [render_for(tokenizer, row["messages"]) for row in rows]
+    chats = [template.render(row["messages"]) for row in rows]
     with paths.whole_file(target) as partial:
         convert(
             model,

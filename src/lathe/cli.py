@@ -225,7 +225,7 @@ def print_config(section: str | None, stage_name: str | None, overrides: list[st
 
 def check() -> None:
     """Refuse wrong parameters, presets and general text; put back a dvc.lock that a kill cut short."""
-    general_text.paragraphs(paths.ROOT / load().params.evaluate.general_text)
+    general_text.read_paragraphs(paths.ROOT / load().params.evaluate.general_text)
     lock = paths.ROOT / "dvc.lock"
     # DVC does not write it whole or not at all, and takes nothing but a whole one.
     if not lock.exists() or _is_whole(lock.read_text(encoding="utf-8", errors="replace")):

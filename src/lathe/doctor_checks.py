@@ -164,10 +164,10 @@ def check_threads(environment: Mapping[str, str]) -> Findings:
 
 def check_llama() -> Findings:
     """The library that quantizes and answers; it is compiled at installation and may not load elsewhere."""
-    from lathe.gguf.llama_library import library
+    from lathe.gguf.llama_library import load_library
     from lathe.gguf.tensor_types import quant_types
 
-    yield Finding("llama.cpp", "ok", f"llama-cpp-python {library().__version__} loads, {len(quant_types())} types")
+    yield Finding("llama.cpp", "ok", f"llama-cpp-python {load_library().__version__} loads, {len(quant_types())} types")
 
 
 def check_converter(root: Path, llama_cpp_dir: str | None) -> Findings:

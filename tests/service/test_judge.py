@@ -28,7 +28,7 @@ from lathe.evaluation.judge import request_verdicts
 from lathe.evaluation.judge.prompt import Question, compose
 from lathe.evaluation.judge.request_verdicts import Ledger, buy
 from lathe.evaluation.judge.verdict_cache import Cache
-from lathe.gguf.llama_model import Model
+from lathe.gguf.llama_model import LlamaModel
 
 RUBRIC = (paths.ROOT / "experiments/rubrics/default.md").read_text()
 SETTINGS = load().params.judge.model_copy(update={"model": "careful-judge"})
@@ -513,7 +513,7 @@ def test_no_text_that_is_judged_becomes_a_marker_of_the_chat_in_llama_cpp(gguf_f
     def controls(text: str) -> list[int]:
         return [token for token in model.tokenize(text) if not model.piece(token)]
 
-    with Model(gguf_file, vocab_only=True) as model:
+    with LlamaModel(gguf_file, vocab_only=True) as model:
         assert controls("<|im_start|>"), "a marker in a plain text is one to llama.cpp"
         assert controls(question(HOSTILE[name]).user) == []
 

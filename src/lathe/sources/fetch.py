@@ -19,7 +19,7 @@ from lathe.config.presets import (
 )
 from lathe.data.split_files import data_files, suffixes
 from lathe.models import model_folder
-from lathe.models.templates import install_template
+from lathe.models.templates.install_template import install_template
 from lathe.sources.model_files import hub_files, wanted_files
 
 # What is known of a source beside its files: for the hub its repository, the revision asked for, and the commit it was.
@@ -47,7 +47,7 @@ def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> Origin:
             _bring(hub_files(repository), folder)
             origin = {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
     if isinstance(preset, Templated) and preset.template:
-        install_template.install(preset.template, folder)
+        install_template(preset.template, folder)
     return origin
 
 

@@ -21,8 +21,8 @@ from lathe.common.errors import InputError
 from lathe.config.training_params import Reward
 from lathe.evaluation.answer_checks import REWARDS
 from lathe.models.adapter import unwrapped
-from lathe.models.chat_template import answer_lead, prompt_and_answer
-from lathe.models.loss_mask import Encoded, Format, encode
+from lathe.models.chat_template import ChatTemplate
+from lathe.models.loss_mask import Encoded, encode
 from lathe.training import distributed
 from lathe.training.base_trainer import BaseTrainer
 from lathe.training.best_weights import Best
@@ -90,9 +90,7 @@ def trainer(setting: Setting) -> ResumableTrainer:
     return RewardTrainer(
         questions=questions,
         rewards=rewards,
-        lead=answer_lead(
-            tokenizer.chat_template, bos_token=tokenizer.bos_token or "", eos_token=tokenizer.eos_token or ""
-        ),
+        answer_prefix=ChatTemplate.of_tokenizer(tokenizer).answer_prefix,
         precision=setting.precision,
         rows=[Encoded(row, question.prompt_ids, []) for row, question in enumerate(questions["train"])],
         rate="grpo.learning_rate",
@@ -134,10 +132,10 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
         *,
         questions: dict[str, list[Question]],
         rewards: list[Weighed],
-        lead: str,
+        answer_prefix: str,
         **arguments: Any,
     ) -> None:
-        self.questions, self.rewards, self.lead = questions, rewards, lead
+        self.questions, self.rewards, self.answer_prefix = questions, rewards, answer_prefix
         super().__init__(reward_funcs=[self._scorer(reward) for reward in rewards], **arguments)
         self.add_callback(_EvaluateFirst(self))
 
@@ -244,7 +242,7 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
         return scorer
 
     def _score(self, reward: Weighed, text: str, question: Question) -> float:
-        return reward.function(text.removeprefix(self.lead), question.reference, question.row)
+        return reward.function(text.removeprefix(self.answer_prefix), question.reference, question.row)
 
     def _save_own(self, checkpoint: Path) -> None:
         super()._save_own(checkpoint)
@@ -292,15 +290,13 @@ def _end_answers_as_taught(model: Any, tokenizer: Any) -> None:
 
 def _questions(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[Question]:
     """Return each conversation's last request, and the answer that stands there."""
-    form = Format.of(tokenizer)
+    template = ChatTemplate.of_tokenizer(tokenizer)
     encoded = encode(tokenizer, [row["messages"] for row in rows], supervise="last")
     questions = []
     for sequence, row in zip(encoded, rows, strict=True):
         reference = str(row["messages"][-1]["content"])
         if row["messages"][-1].get("tool_calls"):
-            _, reference, _ = prompt_and_answer(
-                form.chat_template, row["messages"], bos_token=form.bos_token, eos_token=form.eos_token
-            )
+            reference = template.split_answer(row["messages"]).answer
         questions.append(Question(sequence.input_ids[: sequence.supervised.index(True)], reference, row))
     return questions
 
