@@ -47,8 +47,8 @@ def _add_setup_commands(table: Any) -> None:
     command.add_argument("--name", metavar="NAME", help="of preset and recipe (default: the folder's)")
     command.add_argument("--model", metavar="PATH_OR_ID", help="a model folder, or OWNER/NAME on the Hugging Face Hub")
     command.add_argument("--dataset", metavar="PATH_OR_ID", help="a file or folder, or OWNER/NAME on the Hub")
-    command.add_argument("--prompt", metavar="COLUMN", help="the dataset's column with the prompt (default: by its name)")
-    command.add_argument("--completion", metavar="COLUMN", help="the column with the answer (default: by its name)")
+    command.add_argument("--prompt", metavar="COLUMN", help="column with the prompt (default: by its name)")
+    command.add_argument("--completion", metavar="COLUMN", help="column with the answer (default: by its name)")
     command.add_argument("--update", action="store_true", help="bring DIR, made by `lathe init`, to this Lathe's state")
     command.set_defaults(run=commands.init_repository)
 

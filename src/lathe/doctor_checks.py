@@ -166,13 +166,13 @@ def check_converter(root: Path, llama_cpp_dir: str | None) -> Findings:
     folder = root / llama_cpp_dir if llama_cpp_dir else paths.LLAMA_CPP
     if not (folder / "convert_hf_to_gguf.py").is_file():
         remedy = "name a llama.cpp checkout in convert.llama_cpp_dir" if llama_cpp_dir else "`make setup`"
-        yield Finding("converter", "fail", f"{_format_path(folder, root)} holds no convert_hf_to_gguf.py", remedy)
+        yield Finding("converter", "fail", f"{_show(folder, root)} holds no convert_hf_to_gguf.py", remedy)
     elif llama_cpp_dir:
-        yield Finding("converter", "ok", f"{_format_path(folder, root)}, named by convert.llama_cpp_dir")
+        yield Finding("converter", "ok", f"{_show(folder, root)}, named by convert.llama_cpp_dir")
     elif install_converter.in_place(folder, root / install_converter.REQUIREMENT.name):
-        yield Finding("converter", "ok", f"{_format_path(folder, root)}, as pinned")
+        yield Finding("converter", "ok", f"{_show(folder, root)}, as pinned")
     else:
-        text = f"{_format_path(folder, root)} is not the one that {install_converter.REQUIREMENT.name} pins"
+        text = f"{_show(folder, root)} is not the one that {install_converter.REQUIREMENT.name} pins"
         yield Finding("converter", "warning", text, "`make setup`")
 
 
@@ -182,7 +182,7 @@ def check_links(root: Path) -> Findings:
     cache = _cache(root, config)
     works, wanted = _working_links(root, cache), config["cache"].get("type") or ["reflink", "copy"]
     usable = [kind for kind in wanted if kind in works]
-    text = f"cache.type is {','.join(wanted)}; {', '.join(works)} work between {_format_path(cache, root)} and the checkout"
+    text = f"cache.type is {','.join(wanted)}; {', '.join(works)} work between {_show(cache, root)} and the checkout"
     if usable and usable[0] != "copy":
         yield Finding("links", "ok", text)
     else:
@@ -327,7 +327,7 @@ def check_disk(here: Circumstances, outputs: Mapping[str, int | None]) -> Findin
     everything, checkpoints = sum(outs.values()), sum(sizes.values()) - sum(outs.values())
     shown = ", ".join(f"{path.removeprefix('models/')} {readable_bytes(size)}" for path, size in sizes.items() if size)
     config = _dvc_config(here.root)
-    cache = _find_existing(_cache(here.root, config))
+    cache = _existing(_cache(here.root, config))
     copied = not {"hardlink", "symlink", "reflink"} & set(_working_links(here.root, cache))
     if cache.stat().st_dev == here.root.stat().st_dev:
         needed = {here.root: everything * (2 if copied else 1) + checkpoints}
@@ -389,9 +389,8 @@ def _find_model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
             cached = hf_hub_download(preset.id, "config.json", revision=preset.revision, etag_timeout=3)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"config.json of {preset.id} is neither in the hub's cache nor to be had: {reason}", code="unreachable-hub"
-        ) from None
+        message = f"config.json of {preset.id} is neither in the hub's cache nor to be had: {reason}"
+        raise InputError(message, code="unreachable-hub") from None
     return Path(cached).parent
 
 
@@ -405,7 +404,7 @@ def _cache(root: Path, config: Any) -> Path:
     return Path(config["cache"].get("dir") or root / ".dvc/cache")
 
 
-def _find_existing(folder: Path) -> Path:
+def _existing(folder: Path) -> Path:
     return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
@@ -414,17 +413,16 @@ def _working_links(root: Path, cache: Path) -> list[str]:
     from dvc_objects.fs.local import localfs
 
     # It tries them between the first folder and the one that holds the second path.
-    return list(
-        test_links(["reflink", "hardlink", "symlink", "copy"], localfs, str(_find_existing(cache)), localfs, str(root / "x"))
-    )
+    kinds = ["reflink", "hardlink", "symlink", "copy"]
+    return list(test_links(kinds, localfs, str(_existing(cache)), localfs, str(root / "x")))
 
 
-def _format_path(path: Path, root: Path) -> str:
+def _show(path: Path, root: Path) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
 def _check_local_remote(shown: str, folder: Path) -> Finding:
-    home = _find_existing(folder)
+    home = _existing(folder)
     if not home.is_dir():
         return Finding("remotes", "fail", f"{shown}: {home} is a file", "change the remote's url")
     if not os.access(home, os.W_OK):

@@ -155,9 +155,7 @@ def _list_keys(model: type[Section], parent: tuple[Any, ...], tree: Any) -> list
     return list(section.model_fields)
 
 
-def _check_preset(
-    tree: Any, presets: Any, key: str, table: str, params_name: str, presets_name: str
-) -> list[Problem]:
+def _check_preset(tree: Any, presets: Any, key: str, table: str, params_name: str, presets_name: str) -> list[Problem]:
     name = tree.get(key) if isinstance(tree, dict) else None
     known = presets.get(table) if isinstance(presets, dict) else None
     if not isinstance(name, str) or not isinstance(known, dict) or name in known:

@@ -58,9 +58,8 @@ def _render_table(fields: dict[str, FieldInfo]) -> str:
     lines = ["| key | type | unit | range | meaning |", "| --- | --- | --- | --- | --- |"]
     for name, field in fields.items():
         kind = _describe_type(field.annotation)
-        lines.append(
-            f"| `{name}` | {kind} | {_read_unit(field) or ''} | {_describe_range(field)} | {field.description} |".replace("  |", " |")
-        )
+        bounds, unit = _describe_range(field), _read_unit(field) or ""
+        lines.append(f"| `{name}` | {kind} | {unit} | {bounds} | {field.description} |".replace("  |", " |"))
     return "\n".join(lines)
 
 

@@ -15,9 +15,11 @@ def read_yaml(file: Path) -> Any:
     try:
         return YAML(typ="safe").load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{file}: no such file; restore it with `git checkout {file.name}`", code="missing-file") from None
+        message = f"{file}: no such file; restore it with `git checkout {file.name}`"
+        raise InputError(message, code="missing-file") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{file.name}: byte {error.start} is not UTF-8; save the file as UTF-8", code="not-utf-8") from None
+        message = f"{file.name}: byte {error.start} is not UTF-8; save the file as UTF-8"
+        raise InputError(message, code="not-utf-8") from None
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         problem = " ".join((error.problem or "unreadable").split())

@@ -113,6 +113,11 @@ def read_recipe(file: Path) -> Recipe:
     return recipe.model_copy(update={"overrides": {key: override.value for key, override in overrides.items()}})
 
 
+def read_overrides(file: Path) -> dict[str, Any]:
+    """Return the overrides of a recipe with those that it extends, not validated against params.yaml."""
+    return {key: override.value for key, override in _read_overrides(file, Recipe, ())[1].items()}
+
+
 def list_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
     """Return every key of params.yaml that holds a value, with the sections that it is in."""
     keys = []
@@ -125,9 +130,7 @@ def list_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
     return keys
 
 
-def _read_overrides(
-    file: Path, kind: type[Kind], above: tuple[Path, ...]
-) -> tuple[Kind, dict[str, Override]]:
+def _read_overrides(file: Path, kind: type[Kind], above: tuple[Path, ...]) -> tuple[Kind, dict[str, Override]]:
     """Return a file and its overrides with those that it extends; `above` are the files that extend it."""
     shown = _show(file)
     try:

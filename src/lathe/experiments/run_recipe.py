@@ -96,9 +96,7 @@ def _free_names(names: Sequence[str], *, queue: bool, force: bool) -> None:
     """Refuse names that are taken, or free them with `force`: DVC would refuse them only after the run."""
     head = revisions.head()
     taken = [
-        experiment
-        for experiment in revisions.experiments()
-        if experiment.name in names and experiment.baseline == head
+        experiment for experiment in revisions.experiments() if experiment.name in names and experiment.baseline == head
     ]
     if waiting := sorted(set(names) & set(_list_queue())) if queue else []:
         raise InputError(
