@@ -78,7 +78,7 @@ def write_readme(own: Own, version: str) -> str:
     """Return the README of the new repository."""
     start = (
         f"`experiments/{own.name}.yaml` and the presets `{own.name}` in `presets.yaml` are an example: edit "
-        "them first.\n`params.yaml` still has the values of Lathe's toy, with which `make repro` proves the set-up in minutes."
+        "them first.\n`params.yaml` still has the values of Lathe's toy; with them `make repro` takes some minutes."
         if own.model is None
         else f"`presets.yaml` names the model and the dataset `{own.name}`, `experiments/{own.name}.yaml` is their "
         "recipe, and\n`params.yaml` has its values."
@@ -86,7 +86,7 @@ def write_readme(own: Own, version: str) -> str:
     return f"""\
 # {own.name}
 
-A model fine-tuned, quantized and measured with Lathe ({version}): a DVC pipeline in a Git repository.
+A model fine-tuned, quantized and measured by a DVC pipeline, made with {version}.
 
 {start}
 
@@ -94,9 +94,9 @@ A model fine-tuned, quantized and measured with Lathe ({version}): a DVC pipelin
 make setup                        # .venv with the pinned packages, and llama.cpp's converter
 source .venv/bin/activate
 lathe check                       # are params.yaml and presets.yaml valid?
-lathe doctor --recipe {own.name}    # does the run fit this machine?
+lathe doctor --recipe {own.name:<12}# does the run fit this machine?
 make repro                        # the pipeline with params.yaml; then commit dvc.lock and metrics/
-lathe run {own.name}                # the recipe as an experiment: lathe experiments, lathe compare
+lathe run {own.name:<24}# the recipe as an experiment: lathe experiments, lathe compare
 make chat                         # talk to the best file
 ```
 
