@@ -34,7 +34,7 @@ def create(
     `name` is that of preset and recipe, by default the folder's; `model` and `dataset` are paths, or OWNER/NAME on the
     Hub. Raises InputError before anything is written, or if the user's files are not what they should be.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     check_source()
     _check_folder(folder)
     own = _read_own(folder, name, model, dataset, prompt=prompt, completion=completion)
