@@ -747,7 +747,7 @@ def configuration(name: str, splits: dict[str, list[dict[str, Any]]]) -> dict[st
 def test_a_recipe_for_a_real_model_runs_whole_on_a_small_random_one_in_its_place(
     user: User, tmp_path: Path, recipe: str, make: Callable[[Path], None]
 ) -> None:
-    overrides = recipes.find(recipe).recipe.overrides
+    overrides = recipes.load_recipe(recipe).recipe.overrides
     presets = YAML(typ="safe").load(user.file("presets.yaml"))
     make(tmp_path / "model")
     config = tmp_path / "model/config.json"

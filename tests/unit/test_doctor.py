@@ -41,7 +41,7 @@ def circumstances(
 
 
 def shown(findings: Any) -> str:
-    return "".join(doctor.lines(list(findings), coloured=False))
+    return "".join(doctor.format_findings(list(findings), coloured=False))
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -321,7 +321,7 @@ def test_a_model_that_training_would_refuse_is_a_fail(qwen, content, lora, said)
     if content is not None:
         (qwen / "config.json").write_text(content)
     config = with_params(lora=lora).model_copy(update={"model": SimpleNamespace(source="local", path=str(qwen))})
-    [finding] = doctor._guarded("memory", lambda: doctor_checks.check_model(config, circumstances()))
+    [finding] = doctor._run_check("memory", lambda: doctor_checks.check_model(config, circumstances()))
     assert (finding.check, finding.status) == ("memory", "fail")
     assert said in finding.text
 
@@ -386,7 +386,7 @@ def test_fp16_without_a_gpu_is_a_fail():
 def test_lines_are_aligned_and_coloured_only_where_asked():
     findings = [Finding("a", "ok", "text"), Finding("longer", "warning", "text", "remedy")]
     assert shown(findings) == "ok       a       text\nwarning  longer  text; remedy\n"
-    assert "\033[33mwarning " in "".join(doctor.lines(findings, coloured=True))
+    assert "\033[33mwarning " in "".join(doctor.format_findings(findings, coloured=True))
 
 
 def test_the_command_answers_with_its_exit_code(checkout):

@@ -26,14 +26,17 @@ FLOORS = [
     {"evaluation"},
     {"training", "experiments", "reports"},
     {"estimate", "stage", "out_of_memory"},
-    {"doctor", "doctor_checks", "cli", "__main__"},
+    {"doctor", "doctor_checks", "adopt", "completion", "commands", "cli", "__main__"},
 ]
 # Beside one another on the same floor: allowed in this direction alone.
 NEIGHBOURS = {
     ("out_of_memory", "estimate"),
     ("doctor", "doctor_checks"),
     ("doctor", "estimate"),
-    ("cli", "doctor"),
+    ("commands", "doctor"),
+    ("commands", "adopt"),
+    ("cli", "commands"),
+    ("cli", "completion"),
     ("__main__", "doctor"),
     ("__main__", "cli"),
 }

@@ -113,7 +113,7 @@ class Driver:
             number=begun.number,
             sampler=plan.sampler,
             message=trial.message(plan.study, begun),
-            overrides=[*self.fixed, *(overrides.written(key, value) for key, value in values.items())],
+            overrides=[*self.fixed, *(overrides.format_override(key, value) for key, value in values.items())],
             head=self.head,
             snapshot=self.snapshot,
             driver=os.getpid(),
@@ -192,7 +192,7 @@ def setting(plan: Plan, params: Params, fixed: list[str], snapshot: str) -> dict
     return {
         "space": {key: dimension.model_dump() for key, dimension in plan.space.items()},
         "objectives": plan.directions,
-        "overrides": {overrides.key_of(text): text.partition("=")[2] for text in fixed},
+        "overrides": {overrides.read_key(text): text.partition("=")[2] for text in fixed},
         "parameters": {key: value for key, value in leaves.items() if key not in plan.space},
         "files": {name: _digest(snapshot, name) for name in DECIDES},
     }
@@ -235,7 +235,7 @@ def search(
     if plan.sampler == "grid":
         n_trials = min(n_trials, plan.grid_size)
     head, snapshot = trial.snapshot()
-    for line in preflight.look().lines():
+    for line in preflight.find_changes().describe():
         logger.info("%s", line)
     study = opened(plan, params, url)
     study.agree(setting(plan, params, fixed, snapshot))
