@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import _path  # noqa: F401
 
 from lathe import stage
-from lathe.common import metric_files, paths
+from lathe.common import json_files, paths
 from lathe.config import artifacts
 from lathe.config.artifacts import FEW_SHOT, MERGED, UNQUANTIZED
 from lathe.config.load import Config
@@ -60,7 +60,7 @@ def main(config: Config, item: str) -> Speeds:
             ]
             asking = Asking(generator, kept, *against)
             facts = _facts(asking, config, folder, gguf=file, general=read.get("general"))
-        metric_files.write_json(paths.METRICS / f"generate/{item}.json", facts)
+        json_files.write_json(paths.METRICS / f"generate/{item}.json", facts)
         kept.remove()
     return {"tokens_per_second": round(asking.tokens / asking.seconds, 1)} if asking.tokens else {}
 

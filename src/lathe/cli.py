@@ -1,11 +1,9 @@
 """`python -m lathe …`: what is not a stage of the pipeline."""
 
 import argparse
-import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +15,10 @@ from ruamel.yaml.error import YAMLError
 
 from lathe import doctor
 from lathe.common import entry_point, paths
+from lathe.common.dvc_api import is_complete_lock
 from lathe.common.errors import InputError
+from lathe.common.git import try_git
+from lathe.common.json_files import read_json
 from lathe.common.text import did_you_mean
 from lathe.config import artifacts
 from lathe.config.base import SPLITS
@@ -87,11 +88,11 @@ def main() -> None:
 
     command = commands.add_parser("remote-check", help="write to a DVC remote, read it back and delete it")
     command.add_argument("--remote", metavar="NAME", help="which (default: the one that `dvc push` takes)")
-    command.set_defaults(run=lambda args: sys.stdout.write(f"{remotes.check(paths.ROOT, args.remote)}\n"))
+    command.set_defaults(run=lambda args: sys.stdout.write(f"{remotes.check_remote(paths.ROOT, args.remote)}\n"))
 
     command = commands.add_parser("push-runs", help="share what DVC remembers of runs, with all their files")
     command.add_argument("--remote", metavar="NAME", help="which (default: the one that `dvc push` takes)")
-    command.set_defaults(run=lambda args: sys.stdout.write(f"{run_cache.push(paths.ROOT, args.remote)}\n"))
+    command.set_defaults(run=lambda args: sys.stdout.write(f"{run_cache.push_runs(paths.ROOT, args.remote)}\n"))
 
     command = commands.add_parser("schema", help="document every key of params.yaml: type, unit, range, meaning")
     command.set_defaults(run=lambda args: print_schema())
@@ -230,29 +231,23 @@ def check() -> None:
     # DVC does not write it whole or not at all, and takes nothing but a whole one.
     if not lock.exists() or _is_whole(lock.read_text(encoding="utf-8", errors="replace")):
         return
-    committed = subprocess.run(
-        ["git", "show", "HEAD:./dvc.lock"], cwd=paths.ROOT, capture_output=True, text=True, check=False
-    )
-    if committed.returncode != 0:
+    committed = try_git("show", "HEAD:./dvc.lock")
+    if committed is None:
         raise InputError("dvc.lock: cut short while DVC wrote it, and Git has none; remove it and run again")
     with paths.whole_file(lock) as partial:
-        partial.write_text(committed.stdout, encoding="utf-8")
+        partial.write_bytes(committed)
     logger.warning(
         "dvc.lock was cut short while DVC wrote it: the committed one is back; what ran since comes from cache"
     )
 
 
 def _is_whole(lock: str) -> bool:
-    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-    from voluptuous import Invalid
-
     if "<<<<<<<" in lock:
         return True  # a conflict of Git is the user's to resolve
     try:
-        COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(lock))
-    except (YAMLError, Invalid):
+        return is_complete_lock(YAML(typ="safe").load(lock))
+    except YAMLError:
         return False
-    return True
 
 
 def print_schema() -> None:
@@ -381,9 +376,7 @@ def _best_gguf() -> Path:
 
 def _evaluated(name: str) -> Any:
     file = paths.METRICS / f"evaluate/{name}.json"
-    if not file.exists():
-        raise InputError(f"{file.relative_to(paths.ROOT)}: no such file; run `make repro` first")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file, shown=str(file.relative_to(paths.ROOT)), remedy="run `make repro` first")
 
 
 def _resolved(config: Config) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence, Set
 from typing import NoReturn
 
 from lathe.common import paths
+from lathe.common.dvc_api import open_repository
 from lathe.common.errors import InputError
+from lathe.common.git import find_head, run_git
 from lathe.config import overrides
 from lathe.config.artifacts import UNQUANTIZED
 from lathe.experiments import preflight, recipes
-from lathe.provenance import revisions
-from lathe.provenance.revisions import Experiment, Revision
+from lathe.provenance.revisions import Experiment, Revision, list_experiments
 
 WIDTH = 100  # columns of the list of recipes
 
@@ -48,7 +49,7 @@ def run(recipe: str, further: Sequence[str], *, name: str | None, queue: bool, t
 
 def listing() -> Iterator[str]:
     """Yield each recipe with its description, and below it its experiments: validation score, interval, commit."""
-    known = revisions.experiments()
+    known = list_experiments()
     width = max((len(name) for name in recipes.names()), default=0)
     for name in recipes.names():
         try:
@@ -75,7 +76,7 @@ def _result(experiment: Experiment) -> str:
 
     revision = Revision(experiment.name, experiment.commit)
     metric = revision.parameters["evaluate"]["primary_metric"]
-    report = revision.json("metrics/evaluate/validation.json") or {}
+    report = revision.read_json("metrics/evaluate/validation.json") or {}
     candidates = [name for name in report if name not in UNQUANTIZED and metric in report[name]]
     if not candidates:
         return f"has no {metric}"
@@ -88,8 +89,8 @@ def _result(experiment: Experiment) -> str:
 
 def _make_room(names: Sequence[str], *, queue: bool, force: bool) -> None:
     """Refuse names that are taken, or with `force` take them: DVC would find out after the run."""
-    head = revisions.head()
-    taken = [each for each in revisions.experiments() if each.name in names and each.baseline == head]
+    head = find_head()
+    taken = [each for each in list_experiments() if each.name in names and each.baseline == head]
     if waiting := sorted(set(names) & set(_queued())) if queue else []:
         raise InputError(
             f"{', '.join(waiting)}: already in the queue; `dvc queue remove {' '.join(waiting)}` takes it out"
@@ -100,16 +101,13 @@ def _make_room(names: Sequence[str], *, queue: bool, force: bool) -> None:
             f"{shown}: has been run from this commit; --name NAME for another beside it, --force in its place"
         )
     for each in taken:
-        revisions.git("update-ref", "-d", each.ref)
+        run_git("update-ref", "-d", each.ref)
         sys.stderr.write(f"{each.name} was {each.commit}; `git update-ref {each.ref} {each.commit}` brings it back\n")
 
 
 def _queued() -> list[str]:
-    from dvc.repo import Repo
-
-    with Repo(str(paths.ROOT)) as repo:
-        queue = repo.experiments.celery_queue
-        return [entry.name for entry in (*queue.iter_queued(), *queue.iter_active()) if entry.name]
+    with open_repository(paths.ROOT) as repo:
+        return repo.queued_experiments()
 
 
 def _notices(taken: Set[str], *, apart: bool) -> Iterator[str]:
