@@ -9,7 +9,7 @@ items   base, merged
 import _path  # noqa: F401
 
 from lathe import stage
-from lathe.common import metric_files, paths
+from lathe.common import json_files, paths
 from lathe.config.load import Config
 
 
@@ -33,10 +33,10 @@ def main(config: Config, item: str) -> None:
             partial,
             outtype="f16",
             llama_cpp=paths.ROOT / chosen if chosen else paths.LLAMA_CPP,
-            metadata=lineage.metadata(item),
+            metadata=lineage.build_metadata(item),
         )
         compared = tokenizer_parity.check_tokens(model, partial, [*tokenizer_parity.SAMPLE_TEXTS, *chats])
-    metric_files.write_json(paths.METRICS / f"convert/{item}.json", {"tokens_compared": compared})
+    json_files.write_json(paths.METRICS / f"convert/{item}.json", {"tokens_compared": compared})
 
 
 if __name__ == "__main__":

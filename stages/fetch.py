@@ -8,7 +8,7 @@ items   model, dataset
 import _path  # noqa: F401
 
 from lathe import stage
-from lathe.common import metric_files, paths
+from lathe.common import json_files, paths
 from lathe.config.load import Config
 from lathe.sources import fetch
 
@@ -24,7 +24,7 @@ def main(config: Config, item: str) -> None:
         else:
             origin = fetch.fetch_dataset(config.dataset, folder, seed=seed)
     # A list, of which DVC makes no columns: its parameters say the same.
-    metric_files.write_json(paths.METRICS / "fetch" / f"{item}.json", {"origin": [_facts(config, item, origin)]})
+    json_files.write_json(paths.METRICS / "fetch" / f"{item}.json", {"origin": [_facts(config, item, origin)]})
 
 
 def _facts(config: Config, item: str, origin: fetch.Origin) -> dict[str, object]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import _path  # noqa: F401
 
 from lathe import stage
-from lathe.common import metric_files, paths
+from lathe.common import json_files, paths
 from lathe.config import artifacts
 from lathe.config.artifacts import FEW_SHOT, MERGED, UNQUANTIZED
 from lathe.config.load import Config
@@ -59,7 +59,7 @@ def main(config: Config, item: str) -> Speeds:
             ]
             run = HeldOutRun(generator, journal, *against)
             metrics = _measure(run, config, folder, gguf=file, general=read.get("general"))
-        metric_files.write_json(paths.METRICS / f"generate/{item}.json", metrics)
+        json_files.write_json(paths.METRICS / f"generate/{item}.json", metrics)
         journal.remove()
     return {"tokens_per_second": round(run.tokens / run.seconds, 1)} if run.tokens else {}
 

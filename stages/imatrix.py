@@ -10,7 +10,7 @@ from typing import Any
 import _path  # noqa: F401
 
 from lathe import stage
-from lathe.common import metric_files, paths
+from lathe.common import json_files, paths
 from lathe.config.load import Config
 
 
@@ -35,7 +35,7 @@ def main(config: Config) -> None:
                 importance, folder / "imatrix.gguf", dataset="data/processed/train.jsonl", rows=len(chosen)
             )
             facts = {"rows": len(chosen), "tokens": sum(map(len, tokens)), "tensors": len(importance)}
-    metric_files.write_json(paths.METRICS / "imatrix.json", facts)
+    json_files.write_json(paths.METRICS / "imatrix.json", facts)
 
 
 if __name__ == "__main__":

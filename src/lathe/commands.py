@@ -1,10 +1,8 @@
 """Commands of `lathe`: what each does with its arguments; `cli.py` has the parser."""
 
 import argparse
-import json
 import logging
 import os
-import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +14,8 @@ from ruamel.yaml.error import YAMLError
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.git import try_git
+from lathe.common.json_files import read_json
 from lathe.common.text import did_you_mean
 from lathe.config import artifacts
 from lathe.config.load import Config, load
@@ -104,31 +104,27 @@ def check_configuration() -> None:
     # DVC does not write it atomically, and refuses a truncated one.
     if not lock.exists() or _is_complete(lock.read_text(encoding="utf-8", errors="replace")):
         return
-    committed = subprocess.run(
-        ["git", "show", "HEAD:./dvc.lock"], cwd=paths.ROOT, capture_output=True, text=True, check=False
-    )
-    if committed.returncode != 0:
+    committed = try_git("show", "HEAD:./dvc.lock")
+    if committed is None:
         raise InputError(
             "dvc.lock: cut short while DVC wrote it, and Git has none; remove it and run again", code="truncated-lock"
         )
     with paths.whole_file(lock) as partial:
-        partial.write_text(committed.stdout, encoding="utf-8")
+        partial.write_bytes(committed)
     logger.warning(
         "dvc.lock was cut short while DVC wrote it: the committed one is back; what ran since comes from cache"
     )
 
 
 def _is_complete(lock: str) -> bool:
-    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-    from voluptuous import Invalid
+    from lathe.common.dvc_api import is_complete_lock
 
     if "<<<<<<<" in lock:
         return True  # a merge conflict is the user's to resolve
     try:
-        COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(lock))
-    except (YAMLError, Invalid):
+        return is_complete_lock(YAML(typ="safe").load(lock))
+    except YAMLError:
         return False
-    return True
 
 
 def print_schema(kind: str | None) -> None:
@@ -208,14 +204,14 @@ def check_remote(remote: str | None) -> None:
     """Try a DVC remote and print what was done."""
     from lathe.provenance import remotes
 
-    sys.stdout.write(f"{remotes.check(paths.ROOT, remote)}\n")
+    sys.stdout.write(f"{remotes.check_remote(paths.ROOT, remote)}\n")
 
 
 def push_runs(remote: str | None) -> None:
     """Push the run cache and print what was sent."""
     from lathe.provenance import run_cache
 
-    sys.stdout.write(f"{run_cache.push(paths.ROOT, remote)}\n")
+    sys.stdout.write(f"{run_cache.push_runs(paths.ROOT, remote)}\n")
 
 
 def mirror_runs(revs: list[str], followed: Path | None, *, mlflow: bool, wandb: bool) -> None:
@@ -296,9 +292,7 @@ def _find_best_gguf() -> Path:
 
 def _read_evaluation(name: str) -> Any:
     file = paths.METRICS / f"evaluate/{name}.json"
-    if not file.exists():
-        raise InputError(f"{file.relative_to(paths.ROOT)}: no such file; run `make repro` first", code="missing-file")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file, shown=str(file.relative_to(paths.ROOT)), remedy="run `make repro` first")
 
 
 def _resolve(config: Config) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lathe.common import paths
+from lathe.common.dvc_api import find_link_types, read_config
 from lathe.common.errors import InputError
+from lathe.common.git import read_line, try_git
 from lathe.common.process import free_memory_bytes
 from lathe.provenance import remotes
 
@@ -103,21 +104,16 @@ def check_packages(file: Path) -> Findings:
 
 def check_repository(root: Path) -> Findings:
     """Check for the Git repository that DVC needs, with a commit for experiments to start from."""
-
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
     if shutil.which("git") is None:
         yield Finding("repository", "fail", "git is not installed", "install it; DVC works in a Git repository")
-    elif git("rev-parse", "--show-toplevel") is None:
+    elif try_git("rev-parse", "--show-toplevel", root=root) is None:
         yield Finding("repository", "fail", f"{root} is not in a Git repository", "clone it, or `git init` and commit")
-    elif (commit := git("rev-parse", "--short", "HEAD")) is None:
+    elif (commit := read_line("rev-parse", "--short", "HEAD", root=root)) is None:
         yield Finding(
             "repository", "fail", "no commit yet: experiments start from one", "`git add --all && git commit`"
         )
     else:
-        changed = len((git("status", "--porcelain") or "").splitlines())
+        changed = len((try_git("status", "--porcelain", root=root) or b"").splitlines())
         state = f"{changed} changed files are not committed, which is fine" if changed else "nothing uncommitted"
         yield Finding("repository", "ok", f"at commit {commit}, {state}")
 
@@ -189,7 +185,7 @@ def check_converter(root: Path, llama_cpp_dir: str | None) -> Findings:
 
 def check_links(root: Path) -> Findings:
     """Check how DVC's cache gives files to the workspace: by a link, or by a copy that takes the space twice."""
-    config = _dvc_config(root)
+    config = read_config(root)
     cache = _cache(root, config)
     works, wanted = _working_links(root, cache), config["cache"].get("type") or ["reflink", "copy"]
     usable = [kind for kind in wanted if kind in works]
@@ -207,13 +203,13 @@ def check_links(root: Path) -> Findings:
 
 def check_remotes(root: Path, environment: Mapping[str, str]) -> Findings:
     """Check the remotes of `dvc push` and `dvc pull`; no secret is shown."""
-    config = _dvc_config(root)
+    config = read_config(root)
     default = config["core"].get("remote")
     if not config["remote"]:
         yield Finding("remotes", "warning", "none is configured: outputs have no second copy", "`dvc remote add -d …`")
     for name, remote in config["remote"].items():
         url = urllib.parse.urlsplit(str(remote["url"]))
-        shown = remotes.shown(name, remote)
+        shown = remotes.describe_remote(name, remote)
         if name == default:
             shown += ", the default"
         if url.scheme in ("", "file"):
@@ -337,7 +333,7 @@ def check_disk(here: Circumstances, outputs: Mapping[str, int | None]) -> Findin
     outs = {path: size for path, size in sizes.items() if not path.startswith(".scratch")}  # which is never cached
     everything, checkpoints = sum(outs.values()), sum(sizes.values()) - sum(outs.values())
     shown = ", ".join(f"{path.removeprefix('models/')} {readable_bytes(size)}" for path, size in sizes.items() if size)
-    config = _dvc_config(here.root)
+    config = read_config(here.root)
     cache = _existing(_cache(here.root, config))
     copied = not {"hardlink", "symlink", "reflink"} & set(_working_links(here.root, cache))
     if cache.stat().st_dev == here.root.stat().st_dev:
@@ -388,12 +384,6 @@ def _find_model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
     return Path(cached).parent
 
 
-def _dvc_config(root: Path) -> Any:
-    from dvc.config import Config
-
-    return Config(str(root / ".dvc"))
-
-
 def _cache(root: Path, config: Any) -> Path:
     return Path(config["cache"].get("dir") or root / ".dvc/cache")
 
@@ -403,12 +393,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _working_links(root: Path, cache: Path) -> list[str]:
-    from dvc_objects.fs.generic import test_links
-    from dvc_objects.fs.local import localfs
-
-    # It tries them between the first folder and the one that holds the second path.
-    kinds = ["reflink", "hardlink", "symlink", "copy"]
-    return list(test_links(kinds, localfs, str(_existing(cache)), localfs, str(root / "x")))
+    return find_link_types(_existing(cache), root / "x")
 
 
 def _show(path: Path, root: Path) -> str:
@@ -437,7 +422,7 @@ def _check_s3_remote(
         remedy = f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY before `dvc push -r {name}`"
         return Finding("remotes", "warning" if is_default else "ok", f"{shown}: no credentials", remedy)
     try:
-        remotes.connect(remotes.endpoint(remote))
+        remotes.connect(remotes.get_endpoint(remote))
     except OSError as error:
         return Finding("remotes", "warning", f"{shown}: {error}", "check the network and the remote's endpointurl")
     return Finding("remotes", "ok", f"{shown}: credentials are there, and its endpoint answers")

@@ -7,7 +7,6 @@ about as long as a small one: a second or two, and some 100 MB.
 """
 
 import contextlib
-import json
 import warnings
 import weakref
 from collections import Counter
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
+from lathe.common.json_files import read_json_object
 from lathe.common.text import readable_bytes
 from lathe.config.params import Params
 from lathe.config.training_params import Lora, Quantization, Training
@@ -208,15 +208,7 @@ def _config(model: Path | Mapping[str, Any]) -> Any:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; a Hugging Face model folder has one") from None
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON: {error}; fetch the model again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: holds {type(content).__name__}, not an object; fetch the model again")
+    content: dict[str, Any] = read_json_object(folder / "config.json", remedy="fetch the model again")
     return content
 
 

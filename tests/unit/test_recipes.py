@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from refusals import refused
 from ruamel.yaml import YAML
 
-from lathe.common import paths
+from lathe.common import dotted_keys, paths
 from lathe.common.errors import InputError
 from lathe.config import overrides
 from lathe.config.load import Config, load
 from lathe.experiments import recipes
-from lathe.provenance import revisions
 
 SERIES = {
     "more-context": {"training.max_length"},
@@ -70,7 +69,7 @@ def test_a_recipe_for_a_real_model_leaves_nothing_of_training_to_the_values_of_t
 
 def test_every_key_of_params_yaml_may_stand_in_a_recipe():
     tree = YAML(typ="safe").load(paths.PARAMS.read_text())
-    assert set(recipes.list_keys()) == set(revisions.leaves(tree))
+    assert set(recipes.list_keys()) == set(dotted_keys.flatten(tree))
 
 
 @pytest.mark.parametrize("name", sorted(SERIES))

@@ -13,7 +13,7 @@ from pathlib import Path
 from lathe import __version__
 from lathe.common import paths
 from lathe.common.errors import InputError
-from lathe.provenance.revisions import git
+from lathe.common.git import run_git, try_git
 
 # Files and folders for work on Lathe itself, and what its own runs left.
 LEFT_OUT = (
@@ -33,7 +33,7 @@ MARK = "Lathe-Commit"  # names the commit of Lathe in the message of such a comm
 
 def check_source() -> None:
     """Raise InputError unless this checkout can give its files: a Git repository of Lathe's own with a commit."""
-    top = git("rev-parse", "--show-toplevel", unless_it_fails=True)
+    top = try_git("rev-parse", "--show-toplevel")
     if not top or Path(top.decode().strip()).resolve() != paths.ROOT.resolve() or not _find_head():
         raise InputError(
             f"{paths.ROOT}: Lathe's files are taken from a commit, and this is no Git repository with one; "
@@ -48,7 +48,7 @@ def check_source() -> None:
 
 def find_taken(repository: Path) -> str | None:
     """Return the newest commit of Lathe's files in a repository's history; None if there is none."""
-    taken = git("log", "-1", "--format=%H", f"--grep=^{MARK}: ", "HEAD", root=repository, unless_it_fails=True)
+    taken = try_git("log", "-1", "--format=%H", f"--grep=^{MARK}: ", "HEAD", root=repository)
     return taken.decode().strip() or None if taken else None
 
 
@@ -62,21 +62,21 @@ def commit_files(repository: Path, parent: str | None) -> str:
     with tempfile.TemporaryDirectory() as folder:
         export = Path(folder)
         export_files(export)
-        git("init", "--quiet", root=export)
-        git("add", "--all", "--force", root=export)
-        tree = git("write-tree", root=export).decode().strip()
+        run_git("init", "--quiet", root=export)
+        run_git("add", "--all", "--force", root=export)
+        tree = run_git("write-tree", root=export).decode().strip()
         # A tree is fetched with the commit that has it.
-        commit = git("commit-tree", tree, "-m", "export", root=export).decode().strip()
-        git("update-ref", "refs/heads/export", commit, root=export)
-        git("fetch", "--quiet", "--no-tags", str(export), "refs/heads/export", root=repository)
+        commit = run_git("commit-tree", tree, "-m", "export", root=export).decode().strip()
+        run_git("update-ref", "refs/heads/export", commit, root=export)
+        run_git("fetch", "--quiet", "--no-tags", str(export), "refs/heads/export", root=repository)
     message = f"{describe_source()}\n\n{MARK}: {_find_head()}"
     parents = ["-p", parent] if parent else []
-    return str(git("commit-tree", tree, *parents, "-m", message, root=repository).decode().strip())
+    return str(run_git("commit-tree", tree, *parents, "-m", message, root=repository).decode().strip())
 
 
 def export_files(folder: Path) -> None:
     """Write Lathe's files, as they were committed last, into a folder."""
-    archive = git("archive", "--format=tar", "HEAD")
+    archive = run_git("archive", "--format=tar", "HEAD")
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         kept = [member for member in tar if not member.isdir() and not member.name.startswith(LEFT_OUT)]
         tar.extractall(folder, members=kept, filter="data")
@@ -96,5 +96,5 @@ def trim_makefile(text: str) -> str:
 
 
 def _find_head() -> str:
-    commit = git("rev-parse", "--verify", "--quiet", "HEAD", unless_it_fails=True)
+    commit = try_git("rev-parse", "--verify", "--quiet", "HEAD")
     return str(commit.decode().strip()) if commit else ""

@@ -10,10 +10,10 @@ from lathe.adopt.lathe_files import check_source, commit_files, describe_source
 from lathe.adopt.own_files import Own, add_presets, edit_params, read_source, write_readme, write_recipe
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.git import run_git, try_git
 from lathe.config.load import load
 from lathe.config.yaml_files import read_yaml
 from lathe.experiments.recipes import read_overrides
-from lathe.provenance.revisions import git
 from lathe.sources.model_files import wanted_files
 
 # Remotes of Lathe's own that are nobody else's.
@@ -39,11 +39,11 @@ def create(
     _check_folder(folder)
     own = _read_own(folder, name, model, dataset, prompt=prompt, completion=completion)
     with paths.whole_folder(folder) as partial:
-        git("init", "--quiet", "--initial-branch=main", root=partial)
-        git("reset", "--quiet", "--hard", commit_files(partial, None), root=partial)
+        run_git("init", "--quiet", "--initial-branch=main", root=partial)
+        run_git("reset", "--quiet", "--hard", commit_files(partial, None), root=partial)
         _write_own_files(partial, own)
-        git("add", "--all", root=partial)
-        git("commit", "--quiet", "--message", f"{own.name}: a repository of its own", root=partial)
+        run_git("add", "--all", root=partial)
+        run_git("commit", "--quiet", "--message", f"{own.name}: a repository of its own", root=partial)
     sys.stdout.write(f"{folder}: made, and committed; next: cd {folder}, make setup; README.md has the rest\n")
 
 
@@ -51,12 +51,12 @@ def _check_folder(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: is not an empty folder; name a new one", code="folder-not-empty")
     parent = next(path for path in folder.parents if path.is_dir())
-    if top := git("rev-parse", "--show-toplevel", root=parent, unless_it_fails=True):
+    if top := try_git("rev-parse", "--show-toplevel", root=parent):
         raise InputError(
             f"{folder}: lies in the Git repository {top.decode().strip()}; name a folder outside of it",
             code="inside-repository",
         )
-    if git("var", "GIT_COMMITTER_IDENT", unless_it_fails=True) is None:
+    if try_git("var", "GIT_COMMITTER_IDENT") is None:
         raise InputError(
             "git: knows no name for a commit; run `git config --global user.name NAME` and user.email",
             code="no-git-identity",

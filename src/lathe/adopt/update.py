@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lathe.adopt.lathe_files import MARK, check_source, commit_files, describe_source, find_taken
 from lathe.common.errors import InputError
-from lathe.provenance.revisions import git
+from lathe.common.git import run_git, try_git
 
 
 def update(folder: Path) -> None:
@@ -20,24 +20,24 @@ def update(folder: Path) -> None:
             f"{folder}: has no commit with {MARK} in its history; name a repository that `lathe init` made",
             code="not-adopted",
         )
-    root = Path(git("rev-parse", "--show-toplevel", root=folder).decode().strip())
-    if git("status", "--porcelain", "--untracked-files=no", root=root).strip():
+    root = Path(run_git("rev-parse", "--show-toplevel", root=folder).decode().strip())
+    if run_git("status", "--porcelain", "--untracked-files=no", root=root).strip():
         raise InputError(f"{folder}: has changes that are not committed; commit them first", code="uncommitted-changes")
     commit = commit_files(root, taken)
-    if not git("diff", "--name-only", taken, commit, root=root).strip():
+    if not run_git("diff", "--name-only", taken, commit, root=root).strip():
         sys.stdout.write(f"{folder}: has the files of {describe_source()} already\n")
         return
     message = f"{describe_source()} merged"
-    if git("merge", "--quiet", "--no-ff", "-m", message, commit, root=root, unless_it_fails=True) is None:
-        names = git("diff", "--name-only", "--diff-filter=U", root=root).decode().split()
+    if try_git("merge", "--quiet", "--no-ff", "-m", message, commit, root=root) is None:
+        names = run_git("diff", "--name-only", "--diff-filter=U", root=root).decode().split()
         if not names:
-            git("merge", "--no-ff", "-m", message, commit, root=root)  # raises with Git's reason
+            run_git("merge", "--no-ff", "-m", message, commit, root=root)  # raises with Git's reason
         raise InputError(
             f"{', '.join(names)}: changed here and in Lathe; edit, `git add` and `git commit` them, "
             "or `git merge --abort`",
             code="merge-conflict",
         )
-    changed = git("diff", "--name-only", "HEAD^1", "HEAD", root=root).decode().splitlines()
+    changed = run_git("diff", "--name-only", "HEAD^1", "HEAD", root=root).decode().splitlines()
     sys.stdout.write(
         f"{folder}: {describe_source()} merged, {len(changed)} files changed; "
         "next: make setup, lathe check; CHANGELOG.md of Lathe says what is new\n"

@@ -1,7 +1,6 @@
 """What a stage leaves in `metrics/`: its scores and counts, and apart from them its timings."""
 
 import csv
-import json
 import resource
 import sys
 from collections.abc import Sequence
@@ -9,12 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common import paths
-
-
-def write_json(target: Path, content: Any) -> None:
-    """Write JSON whole or not at all: floats as they are, keys in the order given, one trailing newline."""
-    with paths.whole_file(target) as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+from lathe.common.json_files import read_json, write_json
 
 
 def write_csv(target: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -41,7 +35,7 @@ def write_timings(
 
 
 def _with_others(target: Path, content: dict[str, Any], items: Sequence[str]) -> dict[str, Any]:
-    before = json.loads(target.read_text(encoding="utf-8"))["items"] if target.exists() else []
+    before = read_json(target)["items"] if target.exists() else []
     by_item = {old["item"]: old for old in before} | {content["item"]: content}
     listed = [by_item[item] for item in items if item in by_item]
     return {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lathe.common import paths
+from lathe.common import dvc_api, paths
 from lathe.common.errors import InputError
 from lathe.config.load import Config, load
 
@@ -22,30 +22,21 @@ def apply_overrides(overrides: Sequence[str]) -> Config:
     """
     if not overrides:
         return load()
-    from dvc.exceptions import DvcException
-    from dvc.utils import hydra
-
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / paths.PARAMS.name
         copy.write_text(paths.PARAMS.read_text(encoding="utf-8"), encoding="utf-8")
         try:
-            hydra.apply_overrides(copy, overrides)
-        except DvcException as error:
+            dvc_api.apply_overrides(copy, overrides)
+        except dvc_api.OverrideError as error:
             raise _refuse(overrides, error) from None
         return load(copy)
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     """Return the overrides of each run of a sweep, in DVC's order: four for `a=1,2 b=3,4`, one without commas."""
-    from dvc.exceptions import DvcException
-    from dvc.utils.hydra import get_hydra_sweeps, to_hydra_overrides
-    from hydra.errors import OverrideParseException
-
     try:
-        if not any(override.is_sweep_override() for override in to_hydra_overrides(list(overrides))):
-            return [list(overrides)]
-        return [run[paths.PARAMS.name] for run in get_hydra_sweeps({paths.PARAMS.name: list(overrides)})]
-    except (DvcException, OverrideParseException) as error:
+        return dvc_api.expand_sweep(overrides, paths.PARAMS.name)
+    except dvc_api.OverrideError as error:
         raise _refuse(overrides, error) from None
 
 
@@ -74,5 +65,4 @@ def _format_value(value: Any) -> str:
 
 
 def _refuse(overrides: Sequence[str], error: Exception) -> InputError:
-    cause = str(error.__cause__ or error).strip().splitlines()[0]
-    return InputError(f"-S {' '.join(overrides)}: {cause}; see `lathe schema` for the keys", code="unreadable-override")
+    return InputError(f"-S {' '.join(overrides)}: {error}; see `lathe schema` for the keys", code="unreadable-override")

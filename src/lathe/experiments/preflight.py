@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lathe.common import paths
-from lathe.provenance import revisions
-from lathe.provenance.revisions import Revision
+from lathe.common import dotted_keys, paths
+from lathe.common.dvc_api import open_repository
+from lathe.common.git import list_paths
+from lathe.provenance.revisions import WORKSPACE, Revision
 
 SHOWN = 10
 
@@ -55,9 +56,9 @@ def run() -> int:
 
 def find_changes() -> Preflight:
     """Compare the workspace with the last commit, by Git and DVC."""
-    changed = _list_files("diff", "--name-only", "--relative", "HEAD")
-    untracked = _list_files("ls-files", "--others", "--exclude-standard")
-    ignored = _list_files("ls-files", "--others", "--ignored", "--exclude-standard", "--directory", "--", *READ_FROM)
+    changed = list_paths("diff", "--name-only", "--relative", "HEAD")
+    untracked = list_paths("ls-files", "--others", "--exclude-standard")
+    ignored = list_paths("ls-files", "--others", "--ignored", "--exclude-standard", "--directory", "--", *READ_FROM)
     ignored = [path for path in ignored if not _is_bookkeeping(path)]
     read = [*_list_dependencies(), *READ_FROM]
     return Preflight(
@@ -70,14 +71,8 @@ def find_changes() -> Preflight:
 
 def changed_parameters() -> dict[str, tuple[object, object]]:
     """Return the keys of params.yaml that are not as in the last commit, with both values."""
-    then, now = (
-        revisions.leaves(Revision(name, commit).parameters) for name, commit in (("HEAD", "HEAD"), ("workspace", None))
-    )
-    return {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
-
-
-def _list_files(*arguments: str) -> list[str]:
-    return [name for name in revisions.git(*arguments[:1], "-z", *arguments[1:]).decode().split("\0") if name]
+    then, now = Revision("HEAD", "HEAD"), Revision(WORKSPACE, None)
+    return dotted_keys.compare(dotted_keys.flatten(then.parameters), dotted_keys.flatten(now.parameters))
 
 
 def _is_bookkeeping(path: str) -> bool:
@@ -91,12 +86,8 @@ def _is_bookkeeping(path: str) -> bool:
 
 
 def _list_dependencies() -> list[str]:
-    from dvc.repo import Repo
-
-    from lathe.provenance.dvc_lock import one_line_of_dvc
-
-    with one_line_of_dvc(), Repo(str(paths.ROOT)) as repo:
-        return sorted({str(dep.def_path).rstrip("/") for stage in repo.index.stages for dep in stage.deps})
+    with open_repository(paths.ROOT) as repo:
+        return sorted(repo.dependencies())
 
 
 def _is_read(path: str, read: Sequence[str]) -> bool:

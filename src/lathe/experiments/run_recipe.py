@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence, Set
 from typing import NoReturn
 
 from lathe.common import paths
+from lathe.common.dvc_api import open_repository
 from lathe.common.errors import InputError
+from lathe.common.git import find_head, run_git
 from lathe.config.artifacts import UNQUANTIZED
 from lathe.config.overrides import apply_overrides, expand_sweep, read_key
 from lathe.experiments import preflight
 from lathe.experiments.recipes import list_recipes, load_recipe
-from lathe.provenance import revisions
-from lathe.provenance.revisions import Experiment, Revision
+from lathe.provenance.revisions import Experiment, Revision, list_experiments
 
 WIDTH = 100  # columns of the list of recipes
 
@@ -54,7 +55,7 @@ def run(recipe: str, further: Sequence[str], *, name: str | None, queue: bool, t
 
 def list_results() -> Iterator[str]:
     """Yield each recipe with its description, and below it its experiments: validation score, interval, commit."""
-    known = revisions.experiments()
+    known = list_experiments()
     width = max((len(name) for name in list_recipes()), default=0)
     for name in list_recipes():
         try:
@@ -81,7 +82,7 @@ def _format_score(experiment: Experiment) -> str:
 
     revision = Revision(experiment.name, experiment.commit)
     metric = revision.parameters["evaluate"]["primary_metric"]
-    report = revision.json("metrics/evaluate/validation.json") or {}
+    report = revision.read_json("metrics/evaluate/validation.json") or {}
     candidates = [name for name in report if name not in UNQUANTIZED and metric in report[name]]
     if not candidates:
         return f"has no {metric}"
@@ -94,9 +95,9 @@ def _format_score(experiment: Experiment) -> str:
 
 def _free_names(names: Sequence[str], *, queue: bool, force: bool) -> None:
     """Refuse names that are taken, or free them with `force`: DVC would refuse them only after the run."""
-    head = revisions.head()
+    head = find_head()
     taken = [
-        experiment for experiment in revisions.experiments() if experiment.name in names and experiment.baseline == head
+        experiment for experiment in list_experiments() if experiment.name in names and experiment.baseline == head
     ]
     if waiting := sorted(set(names) & set(_list_queue())) if queue else []:
         raise InputError(
@@ -110,7 +111,7 @@ def _free_names(names: Sequence[str], *, queue: bool, force: bool) -> None:
             code="experiment-exists",
         )
     for experiment in taken:
-        revisions.git("update-ref", "-d", experiment.ref)
+        run_git("update-ref", "-d", experiment.ref)
         sys.stderr.write(
             f"{experiment.name} was {experiment.commit}; "
             f"`git update-ref {experiment.ref} {experiment.commit}` brings it back\n"
@@ -118,11 +119,8 @@ def _free_names(names: Sequence[str], *, queue: bool, force: bool) -> None:
 
 
 def _list_queue() -> list[str]:
-    from dvc.repo import Repo
-
-    with Repo(str(paths.ROOT)) as repo:
-        queue = repo.experiments.celery_queue
-        return [entry.name for entry in (*queue.iter_queued(), *queue.iter_active()) if entry.name]
+    with open_repository(paths.ROOT) as repo:
+        return repo.queued_experiments()
 
 
 def _describe_workspace(overridden: Set[str], *, separate: bool) -> Iterator[str]:

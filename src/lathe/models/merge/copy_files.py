@@ -1,6 +1,5 @@
 """Files beside the weights of a merged model: tokenizer, chat template, configuration."""
 
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,6 +10,7 @@ from lathe.models.merge.read_adapter import _Change, _module_of
 from lathe.models.model_folder import (
     Weights,
     text_value,
+    write_json,
 )
 
 CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -91,7 +91,7 @@ def _write_config(path: Path, config: dict[str, Any], targets: list[_Target], ba
     if corrected == config:
         shutil.copyfile(path, out)
     else:
-        _write_json(out, corrected, sort_keys=False)
+        write_json(out, corrected)
 
 
 def _corrected(config: dict[str, Any], correct: dict[str, Any]) -> dict[str, Any]:
@@ -100,8 +100,3 @@ def _corrected(config: dict[str, Any], correct: dict[str, Any]) -> dict[str, Any
     if isinstance(config.get("text_config"), dict):
         result["text_config"] = _corrected(config["text_config"], correct)
     return result
-
-
-def _write_json(path: Path, value: dict[str, Any], *, sort_keys: bool) -> None:
-    text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")

@@ -10,7 +10,6 @@ from typing import Any, BinaryIO
 import torch
 
 from lathe.common.errors import InputError
-from lathe.models.merge.copy_files import _write_json
 from lathe.models.merge.lora_delta import _as_rows, _merged_rows, _row_chunks
 from lathe.models.merge.plan import _Target
 from lathe.models.merge.read_adapter import _adapter_names
@@ -20,6 +19,7 @@ from lathe.models.model_folder import (
     ITEMSIZES,
     SINGLE_FILE,
     Weights,
+    write_json,
 )
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def _write_shards(shards: list[list[_Target]], base: Weights, adapter: Weights, 
     if len(shards) > 1:
         size = sum(target.bytes for shard in shards for target in shard)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        _write_json(out / INDEX_FILE, index, sort_keys=True)
+        write_json(out / INDEX_FILE, index, sort_keys=True)
     return MergeReport(total, changed, largest, written)
 
 

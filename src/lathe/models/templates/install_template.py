@@ -1,10 +1,10 @@
 """Chat template of a base model that has none: a built-in one or a file, installed in the model's folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
+from lathe.models.model_folder import read_json, write_json
 from lathe.models.templates.builtin_templates import MARKER, read_template
 
 QUESTION, ANSWER = "a question", "an answer"
@@ -34,7 +34,7 @@ def install_template(template: str, model: Path) -> str:
         _update_json(model / "special_tokens_map.json", {"eos_token": end})
         _update_json(model / "config.json", {"eos_token_id": token})
         generation = model / "generation_config.json"
-        before = _read_json(generation).get("eos_token_id") if generation.exists() else None
+        before = read_json(generation).get("eos_token_id") if generation.exists() else None
         others = before if isinstance(before, list) else [before]
         _update_json(generation, {"eos_token_id": [token, *(other for other in others if other not in (None, token))]})
     return end
@@ -98,20 +98,10 @@ def _is_one_token(tokenizer: Any, marker: str) -> bool:
 def _update_json(file: Path, values: dict[str, Any], *, without: str | None = None) -> None:
     if not file.exists():
         return
-    content = _read_json(file)
+    content = read_json(file)
     changed = {key: value for key, value in {**content, **values}.items() if key != without}
     if isinstance(content.get("text_config"), dict) and "eos_token_id" in content["text_config"]:
         changed["text_config"] = {**content["text_config"], **values}
     if changed != content:
         file.unlink()
-        file.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file.name}: not JSON: {error}; copy the model again", code="not-json") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file.name}: holds no object; copy the model again", code="not-an-object")
-    return content
+        write_json(file, changed)
