@@ -141,9 +141,8 @@ def _read_overrides(file: Path, kind: type[Kind], above: tuple[Path, ...]) -> tu
     try:
         content = kind.model_validate(tree)
     except ValidationError as error:
-        raise InputError(
-            "\n".join(_describe(problem, kind, shown, marked) for problem in error.errors()), code="recipe-content"
-        ) from None
+        lines = dict.fromkeys(_describe(problem, kind, tree, shown, marked) for problem in error.errors())
+        raise InputError("\n".join(lines), code="recipe-content") from None
     inherited: dict[str, Override] = {}
     for base in _find_bases(content, file, marked, (*above, file)):
         inherited |= _read_overrides(base, Base, (*above, file))[1]
@@ -185,10 +184,12 @@ def _show(file: Path) -> str:
     return file.relative_to(paths.ROOT).as_posix() if file.is_relative_to(paths.ROOT) else str(file)
 
 
-def _describe(problem: Any, kind: type[Section], shown: str, marked: Any) -> str:
+def _describe(problem: Any, kind: type[Section], tree: Any, shown: str, marked: Any) -> str:
     path = tuple(str(step) for step in problem["loc"] if step != "[key]")
     line, key = find_line(marked, problem["loc"]), ".".join(path) or "the whole file"
     match problem["type"]:
+        case _ if path[:1] == ("extends",):  # one problem for each type that it may have
+            return f"{shown}:{line}: extends is {tree['extends']!r}; must be a file, or a list of files"
         case "extra_forbidden":
             return f"{shown}:{line}: {key} is not a known key; {did_you_mean(key, list(kind.model_fields))}"
         case "missing":
@@ -198,8 +199,6 @@ def _describe(problem: Any, kind: type[Section], shown: str, marked: Any) -> str
             return f"{shown}:{line}: {key} is not a mapping; write {meant}"
         case "too_short" | "string_too_short":
             return f"{shown}:{line}: {path[0]} is empty; write {kind.model_fields[path[0]].description}"
-    if path[:1] == ("extends",):
-        return f"{shown}:{line}: extends is {problem['input']!r}; must be a file, or a list of files"
     rule = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     return f"{shown}:{line}: {key} is {problem['input']!r}; must be {rule}"
 
