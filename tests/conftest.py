@@ -194,8 +194,15 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> C
 
 
 def copy_of(checkout: Checkout, root: Path) -> Checkout:
-    """Copy a checkout with its results and its cache."""
-    shutil.copytree(checkout.root, root, symlinks=True)
+    """Copy a checkout with its results and its cache; what is read-only, as DVC's and Git's objects are, is linked."""
+
+    def link_or_copy(source: str, target: str) -> None:
+        if os.stat(source).st_mode & 0o222:
+            shutil.copy2(source, target)
+        else:
+            os.link(source, target)
+
+    shutil.copytree(checkout.root, root, symlinks=True, copy_function=link_or_copy)
     return Checkout(root)
 
 
