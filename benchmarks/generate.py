@@ -223,7 +223,7 @@ def _ways(generator: Generator, workload: _Workload) -> Ways:
                     eos_token_id=ends,
                     pad_token_id=ends[0],
                 )[0, len(tokens) :].tolist()
-            text = b"".join(map(generator.model.piece, written)).decode("utf-8", "replace")
+            text = b"".join(map(generator.model.get_token_bytes, written)).decode("utf-8", "replace")
             answers.append((text, len(written)))
         return answers
 

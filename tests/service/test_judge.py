@@ -511,7 +511,7 @@ def test_a_file_judges_by_the_grammar_without_a_network(ask, gguf_file, monkeypa
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_text_that_is_judged_becomes_a_marker_of_the_chat_in_llama_cpp(gguf_file, name):
     def controls(text: str) -> list[int]:
-        return [token for token in model.tokenize(text) if not model.piece(token)]
+        return [token for token in model.tokenize(text) if not model.get_token_bytes(token)]
 
     with LlamaModel(gguf_file, vocab_only=True) as model:
         assert controls("<|im_start|>"), "a marker in a plain text is one to llama.cpp"

@@ -29,7 +29,7 @@ def test_every_answer_is_the_known_one_and_stays_with_its_prompt(countdown: Made
         answers = generator.complete(prompts, max_new_tokens=300)
         for prompt, answer in zip(prompts, answers, strict=True):
             last = generator.tokenize(prompt)[-1]
-            counted = b"".join(generator.model.piece(token) for token in range(last - 1, END, -1))
+            counted = b"".join(generator.model.get_token_bytes(token) for token in range(last - 1, END, -1))
             expected = (last - END, "stop") if last - END <= 300 else (300, "length")
             assert (answer.tokens, answer.finish_reason) == expected
             if answer.finish_reason == "stop":
@@ -66,7 +66,7 @@ def test_each_token_is_the_one_transformers_ranks_first(tiny: Made):
                     logits = model(torch.tensor([tokens])).logits[0, -1]
                 # Rounding to f16 may swap two tokens that are as good as equal.
                 likely = torch.nonzero(logits > logits.max() - 0.05).flatten().tolist()
-                pieces = {generator.model.piece(token).decode("utf-8", "replace"): token for token in likely}
+                pieces = {generator.model.get_token_bytes(token).decode("utf-8", "replace"): token for token in likely}
                 assert answer.text in pieces
                 tokens.append(pieces[answer.text])
                 prompt += answer.text

@@ -62,7 +62,7 @@ def test_token_ids_agree_with_the_real_qwen_vocabulary(qwen: Made):
 
 
 def test_a_gguf_of_another_tokenizer_is_refused_with_the_text_and_both_id_lists(tiny: Made, qwen: Made):
-    with refused("token-ids-differ", "qwen.gguf: the token ids of 'lamp' differ: ") as caught:
+    with refused("token-ids-differ", f"{qwen.gguf}: the token ids of 'lamp' differ: ") as caught:
         tokenizer_parity.check_tokens(tiny.folder, qwen.gguf, ["lamp"])
     assert re.search(r"transformers \[\d.*\], llama.cpp \[\d.*\]", str(caught.value))
 
@@ -70,7 +70,7 @@ def test_a_gguf_of_another_tokenizer_is_refused_with_the_text_and_both_id_lists(
 def test_an_end_token_that_would_not_stop_llama_cpp_is_refused(tiny: Made, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "m")
     edit_json(tmp_path / "m/tokenizer_config.json", eos_token="<pad>")
-    with refused("end-token-does-not-stop", "tiny.gguf: '<pad>'"):
+    with refused("end-token-does-not-stop", f"{tiny.gguf}: '<pad>'"):
         tokenizer_parity.check_tokens(tmp_path / "m", tiny.gguf, ["lamp"])
 
 
@@ -78,7 +78,7 @@ def test_another_chat_template_is_refused(tiny: Made, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "m")
     with (tmp_path / "m/chat_template.jinja").open("a") as template:
         template.write(" ")
-    with refused("other-chat-template", "tiny.gguf", str(tmp_path / "m")):
+    with refused("other-chat-template", str(tiny.gguf), str(tmp_path / "m")):
         tokenizer_parity.check_tokens(tmp_path / "m", tiny.gguf, ["lamp"])
 
 

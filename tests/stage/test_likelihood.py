@@ -171,7 +171,7 @@ def test_greedy_answers_of_the_f16_file_are_those_of_transformers(learnt: Made):
                 written = model.generate(
                     torch.tensor([tokens]), max_new_tokens=16, do_sample=False, eos_token_id=ends, pad_token_id=END
                 )[0, len(tokens) :].tolist()
-            text = b"".join(map(generator.model.piece, written)).decode("utf-8", "replace")
+            text = b"".join(map(generator.model.get_token_bytes, written)).decode("utf-8", "replace")
             if (text, len(written)) != (answer.text, answer.tokens):
                 differing.append((prompt, text, answer.text))
     print(*differing, sep="\n")

@@ -42,7 +42,7 @@ def test_a_base_model_with_the_real_qwen_vocabulary_takes_chatml(qwen: Made, tmp
     with LlamaModel(made, vocab_only=True) as vocabulary:
         assert vocabulary.chat_template.text == builtin_templates.read_template("chatml")
         assert vocabulary.is_end(tokenizer.eos_token_id)
-        assert vocabulary.text_of(vocabulary.eos) == "<|im_end|>"
+        assert vocabulary.get_token_text(vocabulary.eos) == "<|im_end|>"
         assert vocabulary.chat_template == ChatTemplate.of_tokenizer(tokenizer)
 
 

@@ -71,7 +71,7 @@ class LlamaModel:
                 f"{self.path}: the GGUF holds no chat template; convert a model whose tokenizer has one",
                 code="no-chat-template",
             )
-        return ChatTemplate(text, self.text_of(self.bos), self.text_of(self.eos), self.adds_bos)
+        return ChatTemplate(text, self.get_token_text(self.bos), self.get_token_text(self.eos), self.adds_bos)
 
     @property
     def n_vocab(self) -> int:
@@ -99,11 +99,11 @@ class LlamaModel:
         return self._library.llama_vocab_get_add_bos(self.vocab)
 
     def is_end(self, token: int) -> bool:
-        """Whether a token ends a generation."""
+        """Return whether a token ends a generation."""
         return self._library.llama_vocab_is_eog(self.vocab, token)
 
-    def text_of(self, token: int | None) -> str:
-        """How a token is written in the vocabulary, `<|im_end|>`; empty for None."""
+    def get_token_text(self, token: int | None) -> str:
+        """Return a token as the vocabulary writes it, `<|im_end|>`; empty for None."""
         return "" if token is None else self._library.llama_vocab_get_text(self.vocab, token).decode()
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
@@ -130,8 +130,8 @@ class LlamaModel:
             return [self.bos, *ids]
         return ids
 
-    def piece(self, token: int) -> bytes:
-        """Bytes of one generated token, possibly part of a character; empty for control tokens."""
+    def get_token_bytes(self, token: int) -> bytes:
+        """Return the bytes of a generated token, possibly part of a character; empty for control tokens."""
         buffer = ctypes.create_string_buffer(64)
         size = self._library.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False)
         if size < 0:

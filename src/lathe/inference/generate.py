@@ -131,7 +131,7 @@ class Generator:
             token = int(logits[-1].argmax())
             if self.model.is_end(token):
                 break
-            if piece := characters.decode(self.model.piece(token)):
+            if piece := characters.decode(self.model.get_token_bytes(token)):
                 yield piece
             row.tokens.append(token)
             logits = cache.step([token])
@@ -185,7 +185,7 @@ class Generator:
 
     def _make_completion(self, answer: Iterable[int], *, ended: bool) -> Completion:
         tokens = list(answer)
-        text = b"".join(map(self.model.piece, tokens)).decode("utf-8", "replace")
+        text = b"".join(map(self.model.get_token_bytes, tokens)).decode("utf-8", "replace")
         return Completion(text, "stop" if ended else "length", len(tokens))
 
 

@@ -20,7 +20,7 @@ N_UBATCH = 512
 class KVCache:
     """The key-value cache of a model, a context manager: `slots` sequences of up to `length` tokens each.
 
-    The logits of a sequence do not depend on the other slots, nor on how many are decoded together. Therefore
+    The logits of a sequence do not depend on the other slots, nor on how many are decoded together. To that end
     a prompt is decoded alone (`feed`), and `step` decodes at least `min_rows` rows together: on the CPU,
     llama.cpp multiplies one row by other kernels than two, with results up to 1e-3 apart (F16), and from 8 rows
     on the K and I types by others again. One call returns at most `max_outputs` rows of logits. Raises

@@ -50,14 +50,14 @@ def score_references(
             code="no-end-token",
         )
 
-    def sequences() -> Iterator[list[_ScoredSequence]]:
+    def tokenize_pairs() -> Iterator[list[_ScoredSequence]]:
         for number, (prompt, reference) in enumerate(pairs()):
             tokens = [*generator.tokenize(prompt + reference), end]
             border = count_common_tokens(generator.tokenize(prompt), tokens)
             sequence = TokenSequence.of(number, tokens[:-1], n_ctx=generator.n_ctx, first_output=border - 1)
             yield [_ScoredSequence(sequence, tokens[border:])]
 
-    yield from _score("references", sequences, generator, against, finished)
+    yield from _score("references", tokenize_pairs, generator, against, finished)
 
 
 def score_texts(
@@ -70,7 +70,7 @@ def score_texts(
     """
     bos, n_ctx = generator.model.bos, generator.n_ctx
 
-    def pieces() -> Iterator[list[_ScoredSequence]]:
+    def tokenize_texts() -> Iterator[list[_ScoredSequence]]:
         for number, text in enumerate(texts()):
             tokens = generator.tokenize(text)
             first = tokens[:1] if tokens[:1] == [bos] else []
@@ -83,7 +83,7 @@ def score_texts(
                 if len(piece) > 1
             ]
 
-    yield from _score("general text", pieces, generator, None, finished)
+    yield from _score("general text", tokenize_texts, generator, None, finished)
 
 
 @dataclass(frozen=True, slots=True)

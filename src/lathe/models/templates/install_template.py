@@ -68,7 +68,7 @@ def _find_end_token(template: str, text: str, tokenizer: Any) -> str:
             return str(token)
     raise InputError(
         f"template {template}: ends an answer with {after[:20]!r}, which is no token that could stop the model; "
-        "write eos_token behind message.content",
+        "write eos_token after message.content",
         code="answer-without-end",
     )
 
