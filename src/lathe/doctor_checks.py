@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lathe.common import paths
+from lathe.common import operating_system, paths
 from lathe.common.errors import InputError
 from lathe.provenance import remotes
 
@@ -134,10 +134,8 @@ def check_device(precision: str) -> Findings:
 
 def check_threads(environment: Mapping[str, str]) -> Findings:
     """OpenMP's settings; the stages make waiting threads sleep unless the environment says otherwise."""
-    from lathe.data.worker_processes import usable_cores
-
     policy, count = environment.get("OMP_WAIT_POLICY", ""), environment.get("OMP_NUM_THREADS", "")
-    cores = usable_cores()
+    cores = operating_system.count_usable_cores()
     problem = False
     if policy.upper() == "ACTIVE":
         problem = True
@@ -356,15 +354,7 @@ def free_memory_bytes() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info(0)[0]
-    try:
-        [kilobytes] = re.findall(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        free = 1024 * int(kilobytes)
-    except FileNotFoundError:  # not Linux
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
-    return max(0, free - LIBRARIES_BYTES)
+    return max(0, operating_system.get_available_memory_bytes() - LIBRARIES_BYTES)
 
 
 def _of_hub(preset: Any) -> bool:
