@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lathe.common import paths
+from lathe.common import operating_system, paths
 from lathe.common.dvc_api import find_link_types, read_config
 from lathe.common.errors import InputError
 from lathe.common.git import read_line, try_git
-from lathe.common.process import free_memory_bytes
 from lathe.provenance import remotes
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class Circumstances:
     root: Path
     environment: Mapping[str, str]
     free_disk: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
-    free_memory: Callable[[], int] = lambda: free_memory_bytes(LIBRARIES_BYTES)
+    free_memory: Callable[[], int] = lambda: free_memory_bytes()
 
 
 def check_python(version: tuple[int, ...]) -> Findings:
@@ -141,10 +140,8 @@ def check_device(precision: str) -> Findings:
 
 def check_threads(environment: Mapping[str, str]) -> Findings:
     """Check OpenMP's settings; the stages make waiting threads sleep unless the environment says otherwise."""
-    from lathe.data.worker_processes import usable_cores
-
     policy, count = environment.get("OMP_WAIT_POLICY", ""), environment.get("OMP_NUM_THREADS", "")
-    cores = usable_cores()
+    cores = operating_system.count_usable_cores()
     problem = False
     if policy.upper() == "ACTIVE":
         problem = True
@@ -355,6 +352,15 @@ def check_disk(here: Circumstances, outputs: Mapping[str, int | None]) -> Findin
             yield Finding("disk", "warning", text, remedy, details)
         else:
             yield Finding("disk", "ok", text, details=details)
+
+
+def free_memory_bytes() -> int:
+    """Return what a training may still take: of the GPU if torch sees one, else of the memory and of the cgroup."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info(0)[0]
+    return max(0, operating_system.get_available_memory_bytes() - LIBRARIES_BYTES)
 
 
 def _is_from_hub(preset: Any) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lathe.common import metric_files
+from lathe.common import metric_files, operating_system
 from lathe.common.errors import InputError
 from lathe.config.params import Params
 from lathe.training.memory import _give_back
@@ -28,7 +28,7 @@ def explained(base: Path, params: Params) -> Iterator[None]:
             raise
         ran_out = "the GPU" if on_gpu else "this machine"
     if ran_out:  # said here, where no traceback holds the tensors any more
-        used = metric_files.peak_gpu_memory_bytes() or metric_files.peak_memory_bytes()
+        used = metric_files.get_peak_gpu_memory_bytes() or operating_system.get_peak_memory_bytes()
         _give_back()
         raise InputError(_advice(base, params, ran_out, used))
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from lathe.common import launch, metric_files
+from lathe.common import launch, metric_files, operating_system
 from lathe.common.entry_point import guard
 from lathe.common.errors import InputError
 from lathe.config.load import Config, load
@@ -86,6 +86,6 @@ def _timed(name: str, item: str | None, action: Callable[[], Speeds | None], ite
     speeds = action() or {}
     if launch.is_worker():
         if launch.is_main():
-            launch.hand_over({"peak_memory_bytes": metric_files.peak_memory_bytes(), **speeds})
+            launch.hand_over({"peak_memory_bytes": operating_system.get_peak_memory_bytes(), **speeds})
         return
     metric_files.write_timings(name, item, seconds=time.perf_counter() - started, speeds=speeds, items=items)

@@ -1,6 +1,6 @@
 import json
 
-from lathe.common import metric_files, paths
+from lathe.common import metric_files, operating_system, paths
 
 
 def test_a_stage_of_several_items_has_one_file_with_their_sum(tmp_path, monkeypatch):
@@ -21,4 +21,4 @@ def test_an_item_that_is_no_longer_listed_is_forgotten(tmp_path, monkeypatch):
 
 def test_peak_memory_is_at_least_what_was_just_held():
     held = bytearray(50_000_000)
-    assert metric_files.peak_memory_bytes() > len(held)
+    assert operating_system.get_peak_memory_bytes() > len(held)

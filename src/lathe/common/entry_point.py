@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from lathe.common import launch
 from lathe.common.errors import InputError, Interrupted, missing_extra
-from lathe.common.process import end_with_parent
+from lathe.common.operating_system import end_with_parent
 
 # What the user can mend about a disk; any other OSError is a fault of ours and keeps its traceback.
 REMEDIES = {

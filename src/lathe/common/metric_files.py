@@ -1,7 +1,6 @@
 """What a stage leaves in `metrics/`: its scores and counts, and apart from them its timings."""
 
 import csv
-import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from lathe.common import paths
 from lathe.common.json_files import read_json, write_json
+from lathe.common.operating_system import get_peak_memory_bytes
 
 
 def write_csv(target: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -27,8 +27,8 @@ def write_timings(
     A stage that runs once for each of `items` has one file with their sum and, in a list, each item's own; DVC makes no
     columns of lists, so that `dvc exp show` has one figure per stage.
     """
-    content: dict[str, Any] = {"seconds": round(seconds, 2), "peak_memory_bytes": peak_memory_bytes(), **speeds}
-    if (gpu_bytes := peak_gpu_memory_bytes()) is not None:
+    content: dict[str, Any] = {"seconds": round(seconds, 2), "peak_memory_bytes": get_peak_memory_bytes(), **speeds}
+    if (gpu_bytes := get_peak_gpu_memory_bytes()) is not None:
         content["peak_gpu_memory_bytes"] = gpu_bytes
     target = paths.METRICS / "timings" / f"{stage}.json"
     write_json(target, _with_others(target, {"item": item, **content}, items) if item else content)
@@ -45,13 +45,7 @@ def _with_others(target: Path, content: dict[str, Any], items: Sequence[str]) ->
     }
 
 
-def peak_memory_bytes() -> int:
-    """Return the largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def peak_gpu_memory_bytes() -> int | None:
+def get_peak_gpu_memory_bytes() -> int | None:
     """Return the most memory torch held on the GPU so far; None where torch used none."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():

@@ -1,6 +1,5 @@
 """Unfinished work in the scratch folder: named by all that decides its result, and held by one process at a time."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +10,7 @@ from typing import Any, BinaryIO
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.operating_system import open_locked
 
 
 def fingerprint(
@@ -44,11 +44,8 @@ def locked(file: Path) -> BinaryIO | None:
     The lock goes with the file object, and with the process. Whoever holds it may remove the file.
     """
     while True:
-        handle = file.open("a+b")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.close()
+        handle = open_locked(file, wait=False)
+        if handle is None:
             return None
         try:
             if os.path.samestat(file.stat(), os.fstat(handle.fileno())):

@@ -14,13 +14,14 @@ import numpy
 from numpy.typing import NDArray
 
 from lathe.common.jsonl import line
+from lathe.common.operating_system import count_usable_cores
 from lathe.data.counts import Tally, merged
 from lathe.data.duplicates import Numbers
 from lathe.data.near_duplicates import SAMPLE_BYTES, Index, Seen, Sequences, joined, sequences, word_hashes
 from lathe.data.read_files import Fault
 from lathe.data.row_store import Reader, Rows
 from lathe.data.truncation import Messages, Side, truncated
-from lathe.data.worker_processes import MOST_PROCESSES, each, usable_cores
+from lathe.data.worker_processes import MOST_PROCESSES, each
 from lathe.data.writing_systems import script
 from lathe.models.chat_template import TemplateError
 from lathe.models.loss_mask import ConversationEncoder, Encoded
@@ -129,7 +130,7 @@ def measure(
     Neither the file nor what is returned depends on the number of `processes`.
     """
     sample = int(numpy.searchsorted(numpy.cumsum(rows.lengths[numbers]), SAMPLE_BYTES)) if keep_sequences else 0
-    wanted = processes or min(usable_cores(), MOST_PROCESSES, len(numbers) // ROWS_PER_PROCESS)
+    wanted = processes or min(count_usable_cores(), MOST_PROCESSES, len(numbers) // ROWS_PER_PROCESS)
     edges = numpy.linspace(0, len(numbers), max(1, wanted) + 1).astype(int).tolist()
     shares = [
         _Share(start, stop, target.with_name(f"{target.name}.{start}"))

@@ -20,11 +20,6 @@ Done = Callable[[int], None]
 MOST_PROCESSES = 8
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def each(work: Callable[[Share, Done], Result], shares: Sequence[Share], done: Done) -> list[Result]:
     """Return `work(share, done)` of each share, in their order; `done` is told how many rows are behind.
 

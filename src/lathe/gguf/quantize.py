@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lathe.common import process
+from lathe.common import operating_system
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.config.quantization_types import FILES_THAT_CANNOT_BE_MADE, check_type
@@ -148,14 +148,13 @@ def _quantize_with_program(
         options += ["--tensor-type", f"^{re.escape(tensor)}$={kind}"]
     command = [str(binary), *options, str(source), str(out), name, str(threads)]
     try:
-        done = subprocess.run(
+        done = operating_system.run_command(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            preexec_fn=process.end_with_parent,
         )
     except OSError as error:
         raise InputError(

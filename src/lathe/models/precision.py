@@ -26,5 +26,6 @@ def has_native_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if platform.machine() in {"aarch64", "arm64"}:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        # macOS' torch is built without mkldnn.
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from lathe.common import launch, process
+from lathe.common import launch, operating_system
 from lathe.common.errors import Interrupted
 from lathe.training import distributed
 from lathe.training.best_weights import Best
@@ -94,7 +94,7 @@ class ResumableTrainer(Trainer):
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def note(number: int, _: Any) -> None:
-            process.outlive_parent()
+            operating_system.outlive_parent()
             self.note_signal(number, checkpoints)
             for each, handler in before.items():
                 signal.signal(each, handler)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from lathe.common import metric_files
+from lathe.common import metric_files, operating_system
 from lathe.models.adapter import unwrapped
 from lathe.training import distributed
 
@@ -65,7 +65,7 @@ class Speed(TrainerCallback):
         """Return the rates since the last call, and the most memory used so far; nothing where no step was made."""
         rates = self._rates(self.logged)
         self.logged = self._counted()
-        memory = metric_files.peak_gpu_memory_bytes() or metric_files.peak_memory_bytes()
+        memory = metric_files.get_peak_gpu_memory_bytes() or operating_system.get_peak_memory_bytes()
         return {**rates, "peak_memory_bytes": memory} if rates else {}
 
     def overall(self) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Where a study is kept: a journal file beside the checkout, or a database that several machines share."""
 
-import fcntl
 import json
 import os
 import re
@@ -8,10 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.operating_system import open_locked
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -31,25 +31,28 @@ class JournalLock:
 
     def __init__(self, journal: Path) -> None:
         self._journal = journal
-        self._descriptor: int | None = None
+        self._file: BinaryIO | None = None
 
     def acquire(self) -> bool:
         """Wait for the lock and take it."""
-        self._descriptor = os.open(self._journal, os.O_RDWR | os.O_CREAT)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        end = os.fstat(self._descriptor).st_size
+        file = self._file = open_locked(self._journal, wait=True)
+        assert file is not None
+        end = file.seek(0, os.SEEK_END)
         whole = end
-        while whole and os.pread(self._descriptor, 1, whole - 1) != b"\n":
+        while whole:
+            file.seek(whole - 1)
+            if file.read(1) == b"\n":
+                break
             whole -= 1
         if whole < end:
-            os.ftruncate(self._descriptor, whole)
+            file.truncate(whole)
         return True
 
     def release(self) -> None:
         """Let the next one write."""
-        assert self._descriptor is not None
-        os.close(self._descriptor)
-        self._descriptor = None
+        assert self._file is not None
+        self._file.close()
+        self._file = None
 
 
 def opened(url: str | None, study: str) -> "BaseStorage":

@@ -8,18 +8,15 @@ name, waits, and lets go if another wrote later. Should a machine be slower than
 two run the trial until the next beat, when the one whose name is gone stops; the storage takes the scores of one alone.
 """
 
-import fcntl
 import json
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lathe.common import paths
+from lathe.common import operating_system, paths
 from lathe.common.errors import InputError
 from lathe.experiments.search import samplers
 from lathe.experiments.search.search_file import Plan
@@ -198,23 +195,19 @@ class Study:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with self._lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        held = operating_system.open_locked(self._lock, wait=True)
+        assert held is not None
+        with held:
             yield
 
 
 def _process(pid: int) -> dict[str, Any]:
     """Name a process of this machine so that no later one has the same name; its start is None where it is gone."""
-    # Containers may share name and kernel of their machine, and number their processes each from 1.
-    boot, numbers = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
-    machine = f"{socket.gethostname()} {boot} {numbers}"
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return {"machine": machine, "pid": pid, "started": None}
-    after_name = text.rpartition(")")[2].split()  # the name may hold spaces
-    is_dead = after_name[0] in "ZX"
-    return {"machine": machine, "pid": pid, "started": None if is_dead else int(after_name[19])}
+    return {
+        "machine": operating_system.identify_machine(),
+        "pid": pid,
+        "started": operating_system.get_start_time(pid),
+    }
 
 
 def _difference(then: Any, now: Any) -> str:

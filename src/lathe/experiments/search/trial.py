@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lathe.common import paths, process
+from lathe.common import operating_system, paths
 from lathe.common.dvc_api import open_repository, run_command, update_local_config
 from lathe.common.errors import InputError
 from lathe.common.git import find_head, read_line, run_git
@@ -76,7 +76,7 @@ def message(study: str, trial: "optuna.Trial | optuna.trial.FrozenTrial") -> str
 
 def main() -> int:
     """Run the trial that the command line describes; the exit code is DVC's, or 1 where there is no driver."""
-    process.end_with_parent()
+    operating_system.end_with_parent()
     order = Order(**json.loads(sys.argv[1]))
     if os.getppid() != order.driver:
         return 1  # it was killed before this process could ask to end with it
@@ -91,7 +91,8 @@ def main() -> int:
 def sweep() -> None:
     """Remove the checkouts of processes that are gone."""
     for checkout in CHECKOUTS.glob("*-*"):
-        if not Path("/proc", checkout.name.rpartition("-")[2]).exists():
+        pid = checkout.name.rpartition("-")[2]
+        if not (pid.isdigit() and operating_system.is_running(int(pid))):
             shutil.rmtree(checkout, ignore_errors=True)
 
 

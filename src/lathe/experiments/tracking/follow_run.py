@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from lathe.common import paths
+from lathe.common import operating_system, paths
 from lathe.config.load import load
 from lathe.experiments.tracking import run_copies, targets, unsent_runs
 from lathe.experiments.tracking.run_files import Context, Curves, Record, read_curves
@@ -32,7 +32,7 @@ QUEUE_SECONDS = 30.0  # that DVC's queue has to make a commit of an experiment, 
 
 def follow(mark: Path) -> None:
     """Mirror the run of the DVC process that the folder `mark` names (`start_mirror`), and end this process."""
-    os.nice(19)
+    operating_system.lower_priority()
     context = Context.of_search(os.environ)
     chosen, _ = targets.targets(load().params.tracking, os.environ)
     folder = unsent_runs.PENDING / f"{mark.name}-{int(time.time())}"
