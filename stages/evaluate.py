@@ -1,6 +1,6 @@
 """Score every artifact's answers on the held-out rows, how sure that is, what each step cost, and judge the gates.
 
-reads   data/generated/, metrics/generate/, models/local/ or the hub where an encoder is asked for,
+reads   data/generated/, metrics/generate/, models/encoder/ where evaluate.metrics lists bert_score,
         params.yaml: seed, evaluate, bert_score, judge.enabled, quantize.types
 writes  metrics/evaluate/{validation,test,gates}.json, metrics/evaluate/scores.csv (for the plots),
         data/scored/<ARTIFACT>/{validation,test}.jsonl (rows with their own scores, worst first)

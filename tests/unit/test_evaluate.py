@@ -317,7 +317,6 @@ def test_bert_score_is_put_into_every_row_and_rescaled_by_one_baseline_for_both_
         def __init__(self, folder, **_):
             pass
 
-    monkeypatch.setattr(bert_score, "encoder_folder", lambda model, revision: tmp_path)
     monkeypatch.setattr(bert_score, "Encoder", Letters)
     monkeypatch.setattr(
         bert_score, "scores", lambda pairs, *_, **__: {pair: 1.0 if pair[0] == pair[1] else 0.6 for pair in pairs}
