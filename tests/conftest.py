@@ -70,9 +70,9 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Checkout:
     """A copy of this repository, committed to Git, in a folder of its own."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, environment: dict[str, str] | None = None) -> None:
         self.root = root
-        self.environment = {
+        self.environment = environment or {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "HF_HUB_OFFLINE": "1",

@@ -26,8 +26,8 @@ def create(
     model: str | None,
     dataset: str | None,
     *,
-    prompt: str | None,
-    completion: str | None,
+    prompt: str | None = None,
+    completion: str | None = None,
 ) -> None:
     """Make the repository in `folder`, and print what to do next; whatever fails leaves no folder behind.
 

@@ -47,7 +47,10 @@ def load(params_file: Path = paths.PARAMS, presets_file: Path = paths.PRESETS) -
     for key, table in (("model", "models"), ("dataset", "datasets")):
         problems += _check_preset(tree, presets_tree, key, table, params_file.name, presets_file.name)
     if problems:
-        raise InputError("\n".join(line for _, line in problems), code=problems[0][0])
+        codes = [code for code, _ in problems]
+        # A misspelt key is also a missing one.
+        code = "unknown-key" if "unknown-key" in codes else codes[0]
+        raise InputError("\n".join(line for _, line in problems), code=code)
     params, presets = Params.model_validate(tree), Presets.model_validate(presets_tree)
     return Config(params=params, model=presets.models[params.model], dataset=presets.datasets[params.dataset])
 
