@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from lathe.common.errors import InputError
 
@@ -62,20 +63,26 @@ def package_of(error: BaseException) -> str:
 def compare_with_kept(package: str, code: str, message: str) -> None:
     """Assert that a message is one of those kept for its package and code; write it where `update` is set."""
     file = MESSAGES / f"{package}.json"
+    if update:
+        MESSAGES.mkdir(exist_ok=True)
+        with FileLock(MESSAGES / ".lock"):  # tests may run in several processes
+            keep_message(file, code, without_paths(message))
     messages: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     shown = without_paths(message)
-    if shown in messages.get(code, []):
-        return
-    assert update, f"{package}, {code}: not in {file.name}: {shown!r}; `pytest --update-messages` adds it"
-    messages.setdefault(code, []).append(shown)
-    MESSAGES.mkdir(exist_ok=True)
-    ordered = {key: sorted(messages[key]) for key in sorted(messages)}
-    file.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = f"{package}, {code}: not in {file.name}: {shown!r}; `pytest --update-messages` adds it"
+    assert shown in messages.get(code, []), text
+
+
+def keep_message(file: Path, code: str, shown: str) -> None:
+    """Add a message to those kept in a file, in order."""
+    messages: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if shown not in messages.setdefault(code, []):
+        messages[code].append(shown)
+        ordered = {key: sorted(messages[key]) for key in sorted(messages)}
+        file.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def without_paths(message: str) -> str:
     """Return a message with the temporary folders and the checkout of this run taken out."""
-    message = re.sub(
-        r"/[^\s'\",;:()]*pytest-[^\s/'\",;:()]*/[^\s/'\",;:()]*(?:/popen-gw\d+)?/[^\s/'\",;:()]*", "<tmp>", message
-    )
+    message = re.sub(r"(?:/[\w.-]+)*/pytest-of-[^/]+/pytest-\d+(?:/popen-gw\d+)?/[\w.\[\]-]+", "<tmp>", message)
     return message.replace(str(LIBRARY.parents[1]), "<checkout>").replace(os.path.expanduser("~"), "<home>")
