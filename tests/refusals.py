@@ -67,6 +67,7 @@ def compare_with_kept(package: str, code: str, message: str) -> None:
         MESSAGES.mkdir(exist_ok=True)
         with FileLock(MESSAGES / ".lock"):  # tests may run in several processes
             keep_message(file, code, without_paths(message))
+        return
     messages: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     shown = without_paths(message)
     text = f"{package}, {code}: not in {file.name}: {shown!r}; `pytest --update-messages` adds it"
