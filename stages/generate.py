@@ -20,7 +20,7 @@ from lathe.common import metric_files, paths
 from lathe.config import artifacts
 from lathe.config.artifacts import FEW_SHOT, MERGED, UNQUANTIZED
 from lathe.config.load import Config
-from lathe.stage import Speeds
+from lathe.stage import Throughput
 
 if TYPE_CHECKING:
     from lathe.inference.held_out import Asking
@@ -29,7 +29,7 @@ SPLITS = {name: paths.DATA_PROCESSED / f"{name}.jsonl" for name in ("validation"
 TRAIN = paths.DATA_PROCESSED / "train.jsonl"
 
 
-def main(config: Config, item: str) -> Speeds:
+def main(config: Config, item: str) -> Throughput:
     from lathe.inference import journal
     from lathe.inference.general_text import paragraphs
     from lathe.inference.generate import Generator

@@ -15,7 +15,7 @@ from lathe.models.loading import load_base
 from lathe.models.loss_mask import encode
 from lathe.models.tokenizer import load_tokenizer
 from lathe.sources.builtin import household_commands
-from lathe.training.preference_pairs import encode_pairs, pair_dataset
+from lathe.training.preference_pairs import build_pair_dataset, encode_pairs
 from lathe.training.train import train
 
 CONFIG = load().params
@@ -134,7 +134,7 @@ def test_prompt_and_answers_are_the_ids_of_inference_with_one_bos_and_the_end_to
         {"role": "assistant", "content": "yes, now"},
     ]
     rows = [*SPLITS["train"], {"messages": chat, "rejected": [{"role": "assistant", "content": "yesterday"}]}]
-    for row, example in zip(rows, pair_dataset(*encode_pairs(tokenizer, rows)), strict=True):
+    for row, example in zip(rows, build_pair_dataset(*encode_pairs(tokenizer, rows)), strict=True):
         *before, answer = row["messages"]
         prompt = render_for(tokenizer, before, add_generation_prompt=True)
         assert example["prompt_ids"] == tokenizer(prompt, add_special_tokens=False)["input_ids"]

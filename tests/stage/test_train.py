@@ -27,7 +27,7 @@ from lathe.config.load import load
 from lathe.estimate import OPTIMIZER_BYTES
 from lathe.models.loss_mask import Encoded, encode
 from lathe.sources.builtin import household_commands
-from lathe.training.train import Trained, train, unusual_rate
+from lathe.training.train import TrainingResult, describe_unusual_rate, train
 
 CONFIG = load().params
 SPLITS = {"train": household_commands.rows(1)["train"][:24], "validation": household_commands.rows(1)["validation"][:6]}
@@ -35,7 +35,7 @@ QUICK = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "
 
 
 @pytest.fixture
-def results() -> dict[Path, Trained]:
+def results() -> dict[Path, TrainingResult]:
     """What each training of a test returned, by the adapter's folder."""
     return {}
 
@@ -141,7 +141,7 @@ def test_a_pack_trains_what_its_rows_train_one_by_one(trained, checkpointing):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_tokens_per_second_count_each_row_once_an_epoch(trained, results, small_model, packing):
-    speeds = results[trained(max_steps=None, num_train_epochs=1, packing=packing)].speeds
+    speeds = results[trained(max_steps=None, num_train_epochs=1, packing=packing)].throughput
     rows = encoded(small_model)
     share = sum(sum(row.supervised) for row in rows) / sum(len(row.input_ids) for row in rows)
     assert speeds["supervised_tokens_per_second"] / speeds["tokens_per_second"] == pytest.approx(share, rel=1e-2)
@@ -171,12 +171,12 @@ def test_a_model_that_would_mix_rows_is_padded_and_never_packed(soft_capped_mode
 
 def test_only_the_answers_carry_loss(small_model):
     from lathe.models.tokenizer import load_tokenizer
-    from lathe.training.loss import IGNORED
-    from lathe.training.packing import row_dataset
+    from lathe.training.loss import IGNORE_INDEX
+    from lathe.training.packing import build_dataset
 
     tokenizer = load_tokenizer(small_model)
-    for row, conversation in zip(row_dataset(encoded(small_model)), SPLITS["train"], strict=True):
-        learnt = [token for token in row["labels"] if token != IGNORED]
+    for row, conversation in zip(build_dataset(encoded(small_model)), SPLITS["train"], strict=True):
+        learnt = [token for token in row["labels"] if token != IGNORE_INDEX]
         assert tokenizer.decode(learnt) == conversation["messages"][-1]["content"] + "<|im_end|>"
 
 
@@ -219,12 +219,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(trained):
 
 
 def test_the_rows_named_are_those_of_the_step(small_model):
-    from lathe.training.nonfinite_loss import not_finite
+    from lathe.training.nonfinite_loss import make_nonfinite_error
 
     rows = encoded(small_model)
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[n].input_ids) for n in (4, 9)], batch_first=True)
     packed = torch.tensor([rows[2].input_ids + rows[17].input_ids])
-    error = not_finite("loss", float("nan"), 3, [padded, packed], rows)
+    error = make_nonfinite_error("loss", float("nan"), 3, [padded, packed], rows)
     assert str(error) == (
         "loss is nan at step 3, not a number, with the rows of data/processed/train.jsonl:3, 5, 10, 18; lower "
         "training.learning_rate, or look at the rows: python -m lathe inspect --row 3"
@@ -243,7 +243,7 @@ def test_the_rows_named_are_those_of_the_step(small_model):
     ],
 )
 def test_a_rate_that_fits_another_size_of_model_is_warned_of(rate, weights, tuning, warned):
-    assert (unusual_rate(rate, weights=weights, tuning=tuning) is not None) == warned
+    assert (describe_unusual_rate(rate, weights=weights, tuning=tuning) is not None) == warned
 
 
 def test_the_curves_have_one_point_per_logged_step(trained, tmp_path):
@@ -257,7 +257,7 @@ def test_each_logged_step_is_a_line_of_json_and_speeds_stay_out_of_the_metrics(s
     chosen = changed(CONFIG, {**QUICK, "logging_steps": 2})
     with caplog.at_level(logging.INFO, "lathe.training.dvclive_curves"):
         files = write_splits(tmp_path / "data", SPLITS)
-        train(small_model, files, tmp_path / "adapter", tmp_path / "m", params=chosen, speed=tmp_path / "s")
+        train(small_model, files, tmp_path / "adapter", tmp_path / "m", params=chosen, throughput=tmp_path / "s")
     lines = [json.loads(record.getMessage()) for record in caplog.records]
     assert [(line["step"], line["of"]) for line in lines] == [(2, 4), (4, 4), (4, 4)]
     shown = {"train/loss", "train/grad_norm", "train/learning_rate", "train/tokens"}

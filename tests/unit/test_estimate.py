@@ -23,9 +23,9 @@ from lathe.gguf.quantize import quantize
 from lathe.models.adapter import add_adapter
 from lathe.models.loading import load_base
 from lathe.training import sft, training_step
-from lathe.training.loss import CHUNK_BYTES, IGNORED
-from lathe.training.optimizer_steps import training_steps
-from lathe.training.packing import Padded
+from lathe.training.loss import CHUNK_BYTES, IGNORE_INDEX
+from lathe.training.optimizer_steps import count_training_steps
+from lathe.training.packing import PaddedCollator
 from lathe.training.training_step import compute_step_loss
 
 CONFIG = load().params
@@ -202,8 +202,8 @@ def test_the_estimate_runs_the_step_of_the_trainer_on_a_batch_of_its_collator(sm
     assert sft.compute_step_loss is compute_step_loss
     monkeypatch.setattr(training_step, "compute_step_loss", record)
     estimated(QWEN)
-    example = {"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "seq_lengths": [3]}
-    collated = Padded(0)([example])
+    example = {"input_ids": [1, 2, 3], "labels": [IGNORE_INDEX, 2, 3], "seq_lengths": [3]}
+    collated = PaddedCollator(0)([example])
     for batch in batches:
         assert training_step.select_model_inputs(batch).keys() == training_step.select_model_inputs(collated).keys()
         assert batch.keys() <= collated.keys()
@@ -372,7 +372,7 @@ def test_optimizer_steps_are_counted_as_the_trainer_counts_them():
     )
 
     def steps(rows: int, **changes: Any) -> dict[str, int | None]:
-        return training_steps(sections(training=changed(training, **changes)), rows=rows, sequences=rows)
+        return count_training_steps(sections(training=changed(training, **changes)), examples=rows, sequences=rows)
 
     assert steps(100) == {"steps_per_epoch": 9, "steps": 23}
     assert steps(1)["steps"] == 3
@@ -393,13 +393,13 @@ def test_another_method_has_steps_of_its_own_behind_those_of_its_supervised_phas
         grpo=changed(CONFIG.grpo, sft_epochs=0.0, max_steps=60),
     )
     # A conversation of which every turn is learnt may make several sequences; it is one pair.
-    assert training_steps(chosen, rows=100, sequences=120) == {
+    assert count_training_steps(chosen, examples=100, sequences=120) == {
         "sft_steps": 6,
         "steps_per_epoch": 13,
         "steps": 39,
     }
     chosen = chosen.model_copy(update={"training": changed(chosen.training, method="grpo")})
-    assert training_steps(chosen, rows=100, sequences=120) == {
+    assert count_training_steps(chosen, examples=100, sequences=120) == {
         "sft_steps": 0,
         "steps_per_epoch": None,
         "steps": 60,

@@ -79,7 +79,7 @@ def test_accelerate_takes_every_configuration_that_is_shipped(file, monkeypatch)
 
     launcher = f"accelerate launch --config_file {launch.CONFIGS}/{file.name}"
     machine = 1 if "machines" in file.name else None
-    read, _, _ = _validate_launch_command(launch._accelerate_arguments(launcher, "stages/train.py", machine))
+    read, _, _ = _validate_launch_command(launch._parse_launcher(launcher, "stages/train.py", machine))
     assert read.num_processes == (16 if machine else 2)
     assert read.machine_rank == (machine or 0)
     assert read.use_fsdp == ("fsdp" in file.name)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lathe.common.errors import InputError
 from lathe.models.merge.merge import merge
 from lathe.models.merge.write_shards import MergeReport
-from lathe.training.full_tuning import save_whole
+from lathe.training.full_tuning import save_full_model
 
 SIZES = {
     "hidden_size": 32,
@@ -54,7 +54,7 @@ def trained(base: Path, folder: Path) -> Any:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.02)
     folder.mkdir()
-    save_whole(model, base, folder)
+    save_full_model(model, base, folder)
     return model
 
 
@@ -98,7 +98,7 @@ def test_the_merged_model_is_the_trained_one_rounded_once(base, tmp_path):
 
 def test_weights_that_nothing_moved_are_saved_byte_for_byte(base, tmp_path):
     (tmp_path / "adapter").mkdir()
-    save_whole(loaded(base), base, tmp_path / "adapter")
+    save_full_model(loaded(base), base, tmp_path / "adapter")
     files = sorted(base.glob("*.safetensors"))
     assert len(files) > 1
     for file in files:
@@ -134,7 +134,7 @@ def test_a_tied_head_that_the_base_stores_all_the_same_is_written_once_and_stays
         assert torch.equal(tensors(tmp_path / "adapter")[name], embeddings)
     # Gathered from several processes, each weight is there once.
     (tmp_path / "gathered").mkdir()
-    save_whole(model, base, tmp_path / "gathered", dict(model.named_parameters()))
+    save_full_model(model, base, tmp_path / "gathered", dict(model.named_parameters()))
     for file in (tmp_path / "adapter").iterdir():
         assert (tmp_path / "gathered" / file.name).read_bytes() == file.read_bytes()
     merged(base, tmp_path / "adapter", tmp_path / "out")
@@ -165,7 +165,7 @@ def test_a_model_with_weights_that_its_base_lacks_is_refused(tmp_path):
     model.register_parameter("gate", torch.nn.Parameter(torch.ones(3)))
     (tmp_path / "adapter").mkdir()
     with pytest.raises(InputError, match="no tensor gate, which LlamaForCausalLM has, so that it began with random"):
-        save_whole(model, base, tmp_path / "adapter")
+        save_full_model(model, base, tmp_path / "adapter")
 
 
 NAME = "model.norm.weight"

@@ -9,7 +9,7 @@ from lathe.training import reward_functions
 
 
 def load(folder: Path, name: str):
-    return reward_functions.load([Reward(name="function", weight=1.0, function=name)], folder)[name]
+    return reward_functions.load_reward_functions([Reward(name="function", weight=1.0, function=name)], folder)[name]
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_the_example_that_ships_is_a_reward():
     brevity = load(paths.REWARDS, "example:brevity")
     assert brevity("ab", "abc", {}) == 1
     assert brevity("abcdef", "abc", {}) == 0.5
-    assert reward_functions.source(brevity) == paths.REWARDS / "example.py"
+    assert reward_functions.get_source_file(brevity) == paths.REWARDS / "example.py"
 
 
 def test_a_function_sees_completion_reference_and_row(write):
@@ -47,7 +47,7 @@ def test_an_edited_module_is_read_anew(write):
 
 
 def test_an_installed_package_is_found_where_no_file_is(tmp_path):
-    assert reward_functions.source(load(tmp_path, "difflib:get_close_matches")).name == "difflib.py"
+    assert reward_functions.get_source_file(load(tmp_path, "difflib:get_close_matches")).name == "difflib.py"
 
 
 @pytest.mark.parametrize(

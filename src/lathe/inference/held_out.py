@@ -156,7 +156,7 @@ def fingerprint(files: Mapping[str, Path], decides: Mapping[str, Any]) -> str:
 
     Where the files lie makes no difference. Raises InputError where one is missing.
     """
-    return scratch.fingerprint(decides, files=files, packages=PACKAGES, code=code())
+    return scratch.compute_fingerprint(decides, files=files, packages=PACKAGES, code=code())
 
 
 def code() -> list[Path]:

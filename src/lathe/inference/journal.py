@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from lathe.common.jsonl import line
-from lathe.common.scratch import locked
+from lathe.common.scratch import acquire_lock
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def opened(scratch: Path, fingerprint: str) -> Iterator[Journal]:
     """
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / f"{fingerprint}.jsonl"
-    file = locked(path)
+    file = acquire_lock(path)
     if file is None:
         logger.info("the same answers are being made elsewhere; these are made again")
         with tempfile.TemporaryFile(dir=scratch) as unnamed:
@@ -98,6 +98,6 @@ def _forget_old(scratch: Path, *, besides: Path) -> None:
         (path for path in scratch.glob("*.jsonl") if path != besides), key=lambda path: path.stat().st_mtime
     )
     for path in others[:-KEPT]:
-        if file := locked(path):
+        if file := acquire_lock(path):
             with file:
                 path.unlink()
