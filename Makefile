@@ -1,19 +1,30 @@
 # Everything a person types. `make` alone lists the targets.
 
-PYTHON ?= python3.11
-BIN := .venv/bin
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup unit deps repro experiments chat serve report remote-check ci-lock ci-summary lint format test test-all \
+.PHONY: help setup lock unit deps repro experiments chat serve report remote-check ci-lock ci-summary lint format test \
+	test-all \
 	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate bench-experiments \
 	bench-tracking docs docs-serve docs-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-setup: .venv/.ready .llama.cpp/.pinned ## make .venv with the pinned packages, and put llama.cpp's converter in place
+# Starts with any Python, which finds the one to go on with. What is set up already is recognized in milliseconds.
+setup: ## make .venv and what belongs to it; PYTHON=python3.12, EXTRAS="mlflow wandb" (default: dev), CUDA=1
+	@starter=$$(command -v python3 || command -v "$(PYTHON)") || \
+		{ echo "error: no python3 on the PATH; install Python 3.11, 3.12 or 3.13" >&2; exit 2; }; \
+	"$$starter" tools/install.py --extras "$(EXTRAS)" $(if $(PYTHON),--python "$(PYTHON)") $(if $(CUDA),--cuda "$(CUDA)")
+
+# What these need beside the default pipeline.
+bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate bench-experiments bench-tracking \
+	docs docs-serve docs-check format lint lock unit test test-all: EXTRAS += dev
+serve: EXTRAS += serve
+
+lock: setup ## rewrite requirements.lock after an edit of pyproject.toml
+	python tools/write_lock.py
 
 repro: setup ## run the whole pipeline: base model and data in, measured GGUF files out
 	@python -m lathe check
@@ -40,23 +51,24 @@ ci-lock: setup ## say whether dvc.lock is of the committed code, parameters and 
 ci-summary: setup ## Markdown of the scores against BASE=REVISION, and of the gates
 	@.github/summary.sh "$${BASE:-HEAD}"
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff and mypy, and hadolint where it is installed
 	ruff check .
 	ruff format --check .
 	mypy
+	@if command -v hadolint >/dev/null; then hadolint Dockerfile Dockerfile.cuda; fi
 
 format: setup ## rewrite the code as ruff wants it
 	ruff check --fix .
 	ruff format .
 
 unit: setup ## the quick tests: pure functions and refusals, in under 90 seconds on 2 cores
-	pytest tests/unit -m "not slow" -n 2
+	pytest tests/unit -m "not slow" -n 2 --dist loadfile
 
 deps: setup ## write the library modules of each stage into dvc.yaml, from what its script imports
 	@python -m lathe.common.stage_dependencies
 
 test: lint docs-check ## lint, documentation and all tests but the long ones
-	pytest -m "not slow"
+	pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: lint docs-check ## every test
 	pytest
@@ -88,8 +100,9 @@ bench-experiments: setup ## what `dvc exp show` takes with fifty experiments, an
 bench-tracking: setup ## seconds of the training stage while it is mirrored, to a server and to one that hangs
 	python benchmarks/tracking.py
 
-docs: setup ## rewrite docs/params.md, the pictures in docs/, and the table of results
+docs: setup ## rewrite docs/params.md, schemas/, the pictures in docs/, and the table of results
 	python -m lathe schema > docs/params.md
+	python -m lathe.experiments.schemas
 	python docs/build.py
 
 docs-serve: setup ## show the documentation on http://127.0.0.1:8002, built again as its files change
@@ -100,18 +113,3 @@ docs-check: setup ## build the documentation into .site; a dead link fails
 
 clean: ## remove the environment, the converter and what tools cached; data, models and metrics stay
 	rm -rf .venv .llama.cpp .mypy_cache .ruff_cache .pytest_cache
-
-# An installation that was cut short may hold half a package that pip takes for a whole one: begin it anew.
-.venv/.ready: requirements.txt requirements-dev.txt constraints.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
-		{ echo "error: $(PYTHON) is not Python 3.11; install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@if [ -e .venv/.installing ]; then rm -rf .venv; fi
-	@mkdir -p .venv && touch .venv/.installing
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	@rm .venv/.installing && touch $@
-
-.llama.cpp/.pinned: requirements-converter.txt | .venv/.ready
-	$(BIN)/python -m lathe.gguf.install_converter
-	@touch $@

@@ -29,8 +29,8 @@ from lathe.common import paths
 from lathe.common.jsonl import read_jsonl
 from lathe.config import training_params
 from lathe.config.load import load
-from lathe.gguf.llama_model import Model
-from lathe.inference.kv_cache import Cache
+from lathe.gguf.llama_model import LlamaModel
+from lathe.inference.kv_cache import KVCache
 from lathe.models.loading import load_base
 from lathe.models.loss_mask import Encoded, encode
 from lathe.models.model_folder import read_untrained_names
@@ -93,8 +93,8 @@ def of_gguf(path: Path, rows: Sequence[Encoded], *, threads: int) -> Iterator[Lo
     """Yield the same of a GGUF file, by llama.cpp."""
     longest = max(len(row.input_ids) for row in rows)
     with (
-        Model(path) as model,
-        Cache(model, slots=1, length=longest, max_outputs=longest, threads=threads, fewest=2) as cache,
+        LlamaModel(path) as model,
+        KVCache(model, slots=1, length=longest, max_outputs=longest, threads=threads, min_rows=2) as cache,
     ):
         for row in rows:
             cache.cut(0, 0)

@@ -39,9 +39,8 @@ from lathe.common import paths
 from lathe.common.jsonl import iterate_jsonl, write_jsonl
 from lathe.config.load import load
 from lathe.gguf import convert
-from lathe.gguf.llama_model import Model
+from lathe.gguf.llama_model import LlamaModel
 from lathe.inference.generate import Generator
-from lathe.models.chat_template import render
 
 SYSTEM_TOKENS = 500
 CERTAIN_TOKENS = 20  # in an answer of the model whose next token is certain
@@ -115,7 +114,7 @@ def _workloads(conversations: Sequence[Any], shared_rows: int, folder: Path) -> 
     yield _Workload("test split", file, merged, requests, longest, {LLAMA: 2.0, TRANSFORMERS: 4.0})
 
     def behind_a_system_prompt(path: Path) -> list[Any]:
-        with Model(path, vocab_only=True) as model:
+        with LlamaModel(path, vocab_only=True) as model:
             return [[{"role": "system", "content": _system_prompt(model)}, *each] for each in requests[:shared_rows]]
 
     title = "shared system prompt"
@@ -201,7 +200,9 @@ def _ways(generator: Generator, workload: _Workload) -> Ways:
         for prompt in prompts:
             if forgetful:
                 llama.reset()
-            tokens = llama.tokenize(prompt.encode(), add_bos=not prompt.startswith(generator.bos_token), special=True)
+            tokens = llama.tokenize(
+                prompt.encode(), add_bos=not prompt.startswith(generator.chat_template.bos_token), special=True
+            )
             answer: Any = llama.create_completion(tokens, max_tokens=longest, temperature=0.0)
             [choice] = answer["choices"]
             # It does not count the token that ends an answer.
@@ -222,7 +223,7 @@ def _ways(generator: Generator, workload: _Workload) -> Ways:
                     eos_token_id=ends,
                     pad_token_id=ends[0],
                 )[0, len(tokens) :].tolist()
-            text = b"".join(map(generator.model.piece, written)).decode("utf-8", "replace")
+            text = b"".join(map(generator.model.get_token_bytes, written)).decode("utf-8", "replace")
             answers.append((text, len(written)))
         return answers
 
@@ -273,11 +274,10 @@ def _ratio(timed: _Timed, peer: str) -> float:
 
 
 def _prompt(generator: Generator, messages: Sequence[Any]) -> str:
-    tokens = {"bos_token": generator.bos_token, "eos_token": generator.eos_token}
-    return render(generator.template, messages, add_generation_prompt=True, **tokens)
+    return generator.chat_template.render(messages, add_generation_prompt=True)
 
 
-def _system_prompt(model: Model) -> str:
+def _system_prompt(model: LlamaModel) -> str:
     rules = "You look after the lamps, doors and windows of this house; every room has its rules. "
     rooms = ("attic", "kitchen", "library", "cellar", "garage", "nursery", "office", "hallway")
     text = rules
@@ -297,14 +297,14 @@ def _peak(conversations: Sequence[Any], count: int, folder: Path) -> int:
 
 
 def _answer_and_score(file: Path) -> None:
-    from lathe.inference import journal
-    from lathe.inference.held_out import Asking, conversations_in
+    from lathe.inference.held_out import HeldOutRun, iterate_conversations
+    from lathe.inference.journal import open_journal
 
     merged = paths.GGUF / "merged-f16.gguf"
-    with journal.opened(file.with_suffix(""), "answers") as kept, Generator(merged, **_settings()) as generator:
-        Asking(generator, kept).split(
-            partial(conversations_in, file, max_rows=None), file.with_suffix(".out"), name="test", max_new_tokens=32
-        )
+    with open_journal(file.with_suffix(""), "answers") as journal, Generator(merged, **_settings()) as generator:
+        run = HeldOutRun(generator, journal)
+        prompts = run.store_prompts("test", iterate_conversations(file, max_rows=None))
+        run.measure_split("test", prompts, file.with_suffix(".out"), max_new_tokens=32)
     # Not getrusage: its peak begins with that of the process that forked this one.
     status = Path("/proc/self/status").read_text()
     match = re.search(r"VmHWM:\s+(\d+) kB", status)

@@ -36,7 +36,6 @@ from lathe.gguf.quantize import quantize
 from lathe.gguf.tensor_types import quant_types
 from lathe.inference import likelihood
 from lathe.inference.generate import Generator
-from lathe.models.chat_template import prompt_and_answer
 
 SAMPLES = 2000
 # Of these, llama.cpp makes files as large as of others, or larger than the original, from a dense f16 model.
@@ -111,15 +110,14 @@ def _opened(file: Path) -> Generator:
 
 def _asked(generator: Generator, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """The prompt and the answer of each row as the template writes them."""
-    tokens = {"bos_token": generator.bos_token, "eos_token": generator.eos_token}
-    return [prompt_and_answer(generator.template, row["messages"], **tokens)[:2] for row in rows]
+    return [generator.chat_template.split_answer(row["messages"])[:2] for row in rows]
 
 
 def _measure(
     name: str, by_matrix: bool, file: Path, generator: Generator, asked: Sequence[tuple[str, str]], reference: Generator
 ) -> Measured:
     against = None if generator is reference else reference
-    found = dict(likelihood.of_references(generator, lambda: asked, against=against))
+    found = dict(likelihood.score_references(generator, lambda: asked, against=against))
     likely = [found[number] for number in range(len(asked))]
     tokens = np.array([float(one.tokens) for one in likely])
     answers = generator.complete([prompt for prompt, _ in asked], max_new_tokens=load().params.generate.max_new_tokens)

@@ -11,7 +11,7 @@ import logging
 import _path  # noqa: F401
 
 from lathe import stage
-from lathe.common import metric_files, paths
+from lathe.common import json_files, paths
 from lathe.config.load import Config
 from lathe.models.model_folder import read_untrained_names
 
@@ -35,13 +35,13 @@ def main(config: Config) -> None:
                 target,
                 outtype="f16",
                 llama_cpp=paths.ROOT / chosen if chosen else paths.LLAMA_CPP,
-                metadata=lineage.metadata("adapter"),
+                metadata=lineage.build_metadata("adapter"),
             )
             facts["bytes"] = target.stat().st_size
         except AdapterError as error:
             facts["reason"] = str(error)
             logger.info("no GGUF of the adapter alone: %s", error)
-    metric_files.write_json(paths.METRICS / "convert/adapter.json", facts)
+    json_files.write_json(paths.METRICS / "convert/adapter.json", facts)
 
 
 if __name__ == "__main__":

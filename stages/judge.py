@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import _path  # noqa: F401
 
 from lathe import stage
-from lathe.common import metric_files, paths
+from lathe.common import json_files, paths
 from lathe.common.errors import InputError
 from lathe.config.load import Config
 from lathe.config.params import Judge
@@ -40,7 +40,7 @@ def main(config: Config) -> Throughput:
     settings = config.params.judge
     if not settings.enabled:
         with paths.whole_folder(paths.DATA_JUDGED):
-            metric_files.write_json(paths.METRICS / "judge.json", {"rows": 0})
+            json_files.write_json(paths.METRICS / "judge.json", {"rows": 0})
         return {}
 
     rubric = judged_rows.read_rubric(paths.ROOT / settings.rubric)
@@ -52,8 +52,8 @@ def main(config: Config) -> Throughput:
         verdicts = cache.find(wanted.questions)
     with paths.whole_folder(paths.DATA_JUDGED) as folder:
         judged_rows.write(folder, wanted, verdicts)
-        metric_files.write_json(folder / judged_rows.FACTS, judged_rows.facts(wanted, rubric, settings, judge))
-    metric_files.write_json(paths.METRICS / "judge.json", judged_rows.counts(wanted, verdicts.values()))
+        json_files.write_json(folder / judged_rows.FACTS, judged_rows.facts(wanted, rubric, settings, judge))
+    json_files.write_json(paths.METRICS / "judge.json", judged_rows.counts(wanted, verdicts.values()))
     return speeds
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import _path  # noqa: F401
 
 from lathe import stage
-from lathe.common import metric_files, paths
+from lathe.common import json_files, paths
 from lathe.config.load import Config
 
 
@@ -25,7 +25,7 @@ def main(config: Config) -> None:
             dtype=settings.dtype,
             max_shard_size_bytes=settings.max_shard_size_bytes,
         )
-    metric_files.write_json(paths.METRICS / "merge/report.json", asdict(report))
+    json_files.write_json(paths.METRICS / "merge/report.json", asdict(report))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import time
 import _path  # noqa: F401
 
 from lathe import stage
-from lathe.common import metric_files, paths
+from lathe.common import json_files, metric_files, paths
 from lathe.config.load import Config
 from lathe.models import model_folder
 
@@ -34,7 +34,7 @@ def main(config: Config) -> stage.Throughput:
             settings=params.preprocess,
         )
     seconds = time.perf_counter() - started
-    metric_files.write_json(paths.METRICS / "preprocess/report.json", prepared.report)
+    json_files.write_json(paths.METRICS / "preprocess/report.json", prepared.report)
     for name, rows in prepared.tables.items():
         metric_files.write_csv(paths.METRICS / f"preprocess/{name}.csv", rows)
     return {"rows_per_second": round(prepared.report["rows"]["read"] / seconds, 1)}

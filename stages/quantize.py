@@ -10,7 +10,7 @@ import os
 import _path  # noqa: F401
 
 from lathe import stage
-from lathe.common import metric_files, paths
+from lathe.common import json_files, paths
 from lathe.config.load import Config
 
 
@@ -32,7 +32,7 @@ def main(config: Config, item: str) -> None:
             token_embedding_type=settings.token_embedding_type,
             tensor_types=settings.tensor_types or [],
         )
-    metric_files.write_json(
+    json_files.write_json(
         paths.METRICS / f"quantize/{item}.json", {"bits_per_weight": describe(target)["bits_per_weight"]}
     )
 

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import _path  # noqa: F401
 
 from lathe import out_of_memory, stage
-from lathe.common import launch, metric_files, paths
+from lathe.common import json_files, launch, paths
 from lathe.config.load import Config
 from lathe.models import model_folder
 from lathe.stage import Throughput
@@ -50,7 +50,7 @@ def main(config: Config, machine_rank: int | None) -> Throughput:
         proof = {"trained_tensors": trained.trained_tensors, "frozen_tensors": len(trained.frozen), "moved": []}
         # A list, of which DVC makes no columns.
         digests = [{"tensor": name, "sha256": digest} for name, digest in trained.frozen.items()]
-        metric_files.write_json(paths.METRICS / "train/freeze_proof.json", {**proof, "sha256": digests})
+        json_files.write_json(paths.METRICS / "train/freeze_proof.json", {**proof, "sha256": digests})
     distributed.leave()
     return trained.throughput
 

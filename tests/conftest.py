@@ -12,6 +12,7 @@ import pytest
 import refusals
 import yaml
 from ruamel.yaml import YAML
+from shared import made_once
 
 from lathe.common import paths
 from lathe.common.jsonl import write_jsonl
@@ -50,20 +51,28 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from lathe.sources.builtin import tiny_model
 
-    folder = tmp_path_factory.mktemp("small_model")
-    recipe = replace(
-        tiny_model.RECIPE, intermediate_size=256, num_hidden_layers=1, documents=400, steps=3, batch_size=8, threads=1
-    )
-    tiny_model.build(folder, 1, recipe)
-    return folder
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        recipe = replace(
+            tiny_model.RECIPE,
+            intermediate_size=256,
+            num_hidden_layers=1,
+            documents=400,
+            steps=3,
+            batch_size=8,
+            threads=1,
+        )
+        tiny_model.build(folder, 1, recipe)
+
+    return made_once(tmp_path_factory, "small_model", make)
 
 
 class Checkout:
     """A copy of this repository, committed to Git, in a folder of its own."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, environment: dict[str, str] | None = None) -> None:
         self.root = root
-        self.environment = {
+        self.environment = environment or {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "HF_HUB_OFFLINE": "1",
@@ -172,18 +181,28 @@ def small_checkout(checkout: Checkout, small_model: Path) -> Checkout:
 @pytest.fixture(scope="session")
 def reproduced(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Checkout:
     """A small checkout whose whole pipeline has run and is committed; to be copied, not changed."""
-    checkout = make_checkout(tmp_path_factory.mktemp("reproduced") / "lathe")
-    add_small_inputs(checkout, small_model)
-    ran = checkout.run("dvc", "repro").stdout
-    for stage in yaml.safe_load((checkout.root / "dvc.yaml").read_text())["stages"]:
-        assert f"Running stage '{stage}" in ran
-    checkout.commit()
-    return checkout
+
+    def make(folder: Path) -> None:
+        checkout = make_checkout(folder / "lathe")
+        add_small_inputs(checkout, small_model)
+        ran = checkout.run("dvc", "repro").stdout
+        for stage in yaml.safe_load((checkout.root / "dvc.yaml").read_text())["stages"]:
+            assert f"Running stage '{stage}" in ran
+        checkout.commit()
+
+    return Checkout(made_once(tmp_path_factory, "reproduced", make) / "lathe")
 
 
 def copy_of(checkout: Checkout, root: Path) -> Checkout:
-    """Copy a checkout with its results and its cache."""
-    shutil.copytree(checkout.root, root, symlinks=True)
+    """Copy a checkout with its results and its cache; what is read-only, as DVC's and Git's objects are, is linked."""
+
+    def link_or_copy(source: str, target: str) -> None:
+        if os.stat(source).st_mode & 0o222:
+            shutil.copy2(source, target)
+        else:
+            os.link(source, target)
+
+    shutil.copytree(checkout.root, root, symlinks=True, copy_function=link_or_copy)
     return Checkout(root)
 
 

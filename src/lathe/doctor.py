@@ -1,7 +1,7 @@
-"""What a run needs, checked before anything is downloaded or run: `python -m lathe doctor`.
+"""Doctor: checks what a run needs before anything is downloaded or run (`lathe doctor`).
 
-Each check answers in lines of `ok`, `warning` or `fail` with the remedy, and none stops the others. Only the standard
-library is imported here: where packages are missing, this is what says so.
+Each check gives lines of `ok`, `warning` or `fail` with the remedy, and none stops the others. Only the standard
+library is imported here, so that it can name the packages that are missing.
 """
 
 import json
@@ -39,34 +39,34 @@ COLOURS = {"ok": "32", "warning": "33", "fail": "31"}
 
 
 def run(load: Callable[[], "Config"], *, as_json: bool) -> int:
-    """Check everything, print what was found, and return the exit code.
+    """Check everything, print the findings, and return the exit code.
 
-    0 without a fail, 1 with one, 2 where `load`, which reads the parameters, refuses them.
+    0 without a fail, 1 with one, 2 if `load`, which reads the parameters, refuses them.
     """
-    refused: list[InputError] = []
+    refusals: list[InputError] = []
 
-    def loaded() -> "Config":
+    def load_once() -> "Config":
         try:
             return load()
         except InputError as error:
-            refused.append(error)
+            refusals.append(error)
             raise
 
-    findings = examine(loaded, Circumstances(paths.ROOT, os.environ))
+    findings = examine(load_once, Circumstances(paths.ROOT, os.environ))
     if as_json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False) + "\n")
     else:
         coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        sys.stdout.writelines(lines(findings, coloured=coloured))
+        sys.stdout.writelines(format_findings(findings, coloured=coloured))
     failed = any(finding.status == "fail" for finding in findings)
-    return 2 if refused else 1 if failed else 0
+    return 2 if refusals else 1 if failed else 0
 
 
 def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
-    """Run every check; one that breaks is a fail that says how, and the next one goes on."""
+    """Run every check; one that raises becomes a fail, and the others run."""
     findings: list[Finding] = []
-    findings += _guarded("python", lambda: check_python(sys.version_info[:3]))
-    findings += _guarded("packages", lambda: check_packages(here.root / "requirements.txt"))
+    findings += _run_check("python", lambda: check_python(sys.version_info[:3]))
+    findings += _run_check("packages", lambda: check_packages(here.root / "pyproject.toml"))
     config: list[Config] = []
 
     def check_parameters() -> Findings:
@@ -74,24 +74,24 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
         params = config[0].params
         yield Finding("parameters", "ok", f"model {params.model}, dataset {params.dataset}")
 
-    findings += _guarded("parameters", check_parameters)
-    findings += _guarded("repository", lambda: check_repository(here.root))
-    findings += _guarded("device", lambda: check_device(config[0].params.training.precision if config else "auto"))
-    findings += _guarded("threads", lambda: check_threads(here.environment))
-    findings += _guarded("llama.cpp", check_llama)
+    findings += _run_check("parameters", check_parameters)
+    findings += _run_check("repository", lambda: check_repository(here.root))
+    findings += _run_check("device", lambda: check_device(config[0].params.training.precision if config else "auto"))
+    findings += _run_check("threads", lambda: check_threads(here.environment))
+    findings += _run_check("llama.cpp", check_llama)
     chosen = config[0].params.convert.llama_cpp_dir if config else None
-    findings += _guarded("converter", lambda: check_converter(here.root, chosen))
-    findings += _guarded("links", lambda: check_links(here.root))
-    findings += _guarded("remotes", lambda: check_remotes(here.root, here.environment))
+    findings += _run_check("converter", lambda: check_converter(here.root, chosen))
+    findings += _run_check("links", lambda: check_links(here.root))
+    findings += _run_check("remotes", lambda: check_remotes(here.root, here.environment))
     if config:
-        findings += _guarded("credentials", lambda: check_credentials(config[0], here.environment))
-        findings += _guarded("judge", lambda: check_judge(config[0], here))
-        findings += _guarded("tracking", lambda: check_tracking(config[0], here))
-        findings += _guarded("memory", lambda: check_model(config[0], here))
+        findings += _run_check("credentials", lambda: check_credentials(config[0], here.environment))
+        findings += _run_check("judge", lambda: check_judge(config[0], here))
+        findings += _run_check("tracking", lambda: check_tracking(config[0], here))
+        findings += _run_check("memory", lambda: check_model(config[0], here))
     return findings
 
 
-def lines(findings: Sequence[Finding], *, coloured: bool) -> Iterator[str]:
+def format_findings(findings: Sequence[Finding], *, coloured: bool) -> Iterator[str]:
     """Yield one aligned line per finding, the remedy last."""
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
@@ -101,15 +101,15 @@ def lines(findings: Sequence[Finding], *, coloured: bool) -> Iterator[str]:
         yield f"{status} {finding.check:<{width}}  {finding.text}{finding.remedy and '; ' + finding.remedy}\n"
 
 
-def _guarded(name: str, check: Callable[[], Findings]) -> list[Finding]:
-    found: list[Finding] = []
+def _run_check(name: str, check: Callable[[], Findings]) -> list[Finding]:
+    findings: list[Finding] = []
     try:
-        found.extend(check())
+        findings.extend(check())
     except InputError as error:
-        found += [Finding(name, "fail", line) for line in str(error).splitlines()]
+        findings += [Finding(name, "fail", line) for line in str(error).splitlines()]
     except ModuleNotFoundError as error:
-        found.append(Finding(name, "fail", f"not checked: {error}", "`make setup`"))
+        findings.append(Finding(name, "fail", f"not checked: {error}", "`make setup`"))
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        found.append(Finding(name, "fail", f"the check broke: {text}", "see to this first, and run the doctor again"))
-    return found
+        findings.append(Finding(name, "fail", f"the check broke: {text}", "fix this first, and run the doctor again"))
+    return findings

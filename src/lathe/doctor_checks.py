@@ -1,10 +1,9 @@
-"""Checks of the doctor: machine, packages, repository, devices, remotes, keys, model, memory, disk."""
+"""Checks of the doctor: machine, packages, repository, device, remotes, keys, model, memory, disk."""
 
 import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lathe.common import operating_system, paths
+from lathe.common.dvc_api import find_link_types, read_config
 from lathe.common.errors import InputError
+from lathe.common.git import read_line, try_git
 from lathe.provenance import remotes
 
 if TYPE_CHECKING:
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from lathe.config.training_params import Quantization, Training
     from lathe.estimate import TrainingMemory
 
-PYTHON = (3, 11)
+PYTHONS = ((3, 11), (3, 12), (3, 13))
 
-# What torch, transformers, TRL and the rest take in a process before it holds a model.
+# Memory of torch, transformers, TRL and the rest in a process before it loads a model.
 LIBRARIES_BYTES = 650_000_000
 
 # Above these shares of what is free it may still fail: glibc's malloc keeps what is freed, and training on the CPU was
@@ -46,7 +47,7 @@ Findings = Iterator[Finding]
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What is looked at: a checkout, the environment's variables, and what disk and memory have free (bytes)."""
+    """What is checked: a checkout, the environment's variables, and the free disk and memory (bytes)."""
 
     root: Path
     environment: Mapping[str, str]
@@ -55,64 +56,69 @@ class Circumstances:
 
 
 def check_python(version: tuple[int, ...]) -> Findings:
-    """The packages are pinned for one version of Python."""
+    """Check the version of Python: the packages are pinned for some versions alone."""
     shown = ".".join(map(str, version))
-    if version[:2] == PYTHON:
+    if version[:2] in PYTHONS:
         yield Finding("python", "ok", shown)
     else:
-        wanted = ".".join(map(str, PYTHON))
+        wanted = [".".join(map(str, python)) for python in PYTHONS]
         yield Finding(
             "python",
             "fail",
-            f"{shown} runs this; the packages are pinned for {wanted}",
-            f"`make setup PYTHON=/path/to/python{wanted}`",
+            f"{shown} runs this; the packages are pinned for {', '.join(wanted)}",
+            f"`make clean`, then `make setup PYTHON=/path/to/python{wanted[-1]}`",
         )
 
 
-def check_packages(requirements: Path) -> Findings:
-    """Every pin of requirements.txt against what is installed: missing is a fail, another version a warning."""
-    pins = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", requirements.read_text(encoding="utf-8"), re.MULTILINE))
-    right = 0
-    for name, pinned in pins.items():
+def check_packages(file: Path) -> Findings:
+    """Compare every pin of pyproject.toml with what is installed: missing is a fail, another version a warning.
+
+    What only an optional feature needs may be missing.
+    """
+    import tomllib
+
+    project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+    extras = project.get("optional-dependencies", {})
+    pin = re.compile(r"([\w.-]+)(?:\[.*\])?==([^\s;]+)")
+    needed = dict(pin.findall("\n".join([*project["dependencies"], *extras.get("train", [])])))
+    optional = dict(pin.findall("\n".join(requirement for extra in extras.values() for requirement in extra)))
+    right = wrong = 0
+    for name, pinned in {**optional, **needed}.items():
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(
-                "packages", "fail", f"{name} is not installed; {requirements.name} pins {pinned}", "`make setup`"
-            )
+            if name in needed:
+                wrong += 1
+                yield Finding("packages", "fail", f"{name} is not installed; {file.name} pins {pinned}", "`make setup`")
             continue
         if installed.split("+")[0] == pinned:  # torch adds its build: 2.13.0+cpu
             right += 1
         else:
-            text = f"{name} {installed} is installed; {requirements.name} pins {pinned}"
+            wrong += 1
+            text = f"{name} {installed} is installed; {file.name} pins {pinned}"
             yield Finding("packages", "warning", text, "`make setup`")
-    if right == len(pins):
-        yield Finding("packages", "ok", f"all {right} of {requirements.name}, as pinned")
+    if not wrong:
+        yield Finding("packages", "ok", f"{right} of {file.name}, as pinned")
 
 
 def check_repository(root: Path) -> Findings:
-    """DVC needs a Git repository, and experiments a commit to start from; changes are kept with an experiment."""
-
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
+    """Check for the Git repository that DVC needs, with a commit for experiments to start from."""
     if shutil.which("git") is None:
         yield Finding("repository", "fail", "git is not installed", "install it; DVC works in a Git repository")
-    elif git("rev-parse", "--show-toplevel") is None:
+    elif try_git("rev-parse", "--show-toplevel", root=root) is None:
         yield Finding("repository", "fail", f"{root} is not in a Git repository", "clone it, or `git init` and commit")
-    elif (commit := git("rev-parse", "--short", "HEAD")) is None:
+    elif (commit := read_line("rev-parse", "--short", "HEAD", root=root)) is None:
         yield Finding(
             "repository", "fail", "no commit yet: experiments start from one", "`git add --all && git commit`"
         )
     else:
-        changed = len((git("status", "--porcelain") or "").splitlines())
+        changed = len((try_git("status", "--porcelain", root=root) or b"").splitlines())
         state = f"{changed} changed files are not committed, which is fine" if changed else "nothing uncommitted"
         yield Finding("repository", "ok", f"at commit {commit}, {state}")
 
 
 def check_device(precision: str) -> Findings:
-    """Where training would run, and whether it has the arithmetic that `training.precision` asks for."""
+    """Name the device that would train, and check that it has the arithmetic of `training.precision`."""
     import torch
 
     from lathe.common.text import readable_bytes
@@ -133,7 +139,7 @@ def check_device(precision: str) -> Findings:
 
 
 def check_threads(environment: Mapping[str, str]) -> Findings:
-    """OpenMP's settings; the stages make waiting threads sleep unless the environment says otherwise."""
+    """Check OpenMP's settings; the stages make waiting threads sleep unless the environment says otherwise."""
     policy, count = environment.get("OMP_WAIT_POLICY", ""), environment.get("OMP_NUM_THREADS", "")
     cores = operating_system.count_usable_cores()
     problem = False
@@ -150,37 +156,37 @@ def check_threads(environment: Mapping[str, str]) -> Findings:
 
 
 def check_llama() -> Findings:
-    """The library that quantizes and answers; it is compiled at installation and may not load elsewhere."""
-    from lathe.gguf.llama_library import library
+    """Load the library that quantizes and answers; it is compiled at installation and may not load elsewhere."""
+    from lathe.gguf.llama_library import load_library
     from lathe.gguf.tensor_types import quant_types
 
-    yield Finding("llama.cpp", "ok", f"llama-cpp-python {library().__version__} loads, {len(quant_types())} types")
+    yield Finding("llama.cpp", "ok", f"llama-cpp-python {load_library().__version__} loads, {len(quant_types())} types")
 
 
 def check_converter(root: Path, llama_cpp_dir: str | None) -> Findings:
-    """The converter of `make setup`, or the checkout that `convert.llama_cpp_dir` names."""
+    """Check the converter of `make setup`, or the checkout that `convert.llama_cpp_dir` names."""
     from lathe.gguf import install_converter
 
     folder = root / llama_cpp_dir if llama_cpp_dir else paths.LLAMA_CPP
     if not (folder / "convert_hf_to_gguf.py").is_file():
         remedy = "name a llama.cpp checkout in convert.llama_cpp_dir" if llama_cpp_dir else "`make setup`"
-        yield Finding("converter", "fail", f"{_shown(folder, root)} holds no convert_hf_to_gguf.py", remedy)
+        yield Finding("converter", "fail", f"{_show(folder, root)} holds no convert_hf_to_gguf.py", remedy)
     elif llama_cpp_dir:
-        yield Finding("converter", "ok", f"{_shown(folder, root)}, named by convert.llama_cpp_dir")
+        yield Finding("converter", "ok", f"{_show(folder, root)}, named by convert.llama_cpp_dir")
     elif install_converter.in_place(folder, root / install_converter.REQUIREMENT.name):
-        yield Finding("converter", "ok", f"{_shown(folder, root)}, as pinned")
+        yield Finding("converter", "ok", f"{_show(folder, root)}, as pinned")
     else:
-        text = f"{_shown(folder, root)} is not the one that {install_converter.REQUIREMENT.name} pins"
+        text = f"{_show(folder, root)} is not the one that {install_converter.REQUIREMENT.name} pins"
         yield Finding("converter", "warning", text, "`make setup`")
 
 
 def check_links(root: Path) -> Findings:
-    """How DVC's cache gives files to the workspace here: by a link, or by a copy that takes the space twice."""
-    config = _dvc_config(root)
+    """Check how DVC's cache gives files to the workspace: by a link, or by a copy that takes the space twice."""
+    config = read_config(root)
     cache = _cache(root, config)
     works, wanted = _working_links(root, cache), config["cache"].get("type") or ["reflink", "copy"]
     usable = [kind for kind in wanted if kind in works]
-    text = f"cache.type is {','.join(wanted)}; {', '.join(works)} work between {_shown(cache, root)} and the checkout"
+    text = f"cache.type is {','.join(wanted)}; {', '.join(works)} work between {_show(cache, root)} and the checkout"
     if usable and usable[0] != "copy":
         yield Finding("links", "ok", text)
     else:
@@ -193,27 +199,27 @@ def check_links(root: Path) -> Findings:
 
 
 def check_remotes(root: Path, environment: Mapping[str, str]) -> Findings:
-    """Where `dvc push` and `dvc pull` would go; no secret is shown."""
-    config = _dvc_config(root)
+    """Check the remotes of `dvc push` and `dvc pull`; no secret is shown."""
+    config = read_config(root)
     default = config["core"].get("remote")
     if not config["remote"]:
         yield Finding("remotes", "warning", "none is configured: outputs have no second copy", "`dvc remote add -d …`")
     for name, remote in config["remote"].items():
         url = urllib.parse.urlsplit(str(remote["url"]))
-        shown = remotes.shown(name, remote)
+        shown = remotes.describe_remote(name, remote)
         if name == default:
             shown += ", the default"
         if url.scheme in ("", "file"):
-            yield _local_remote(shown, Path(url.path))
+            yield _check_local_remote(shown, Path(url.path))
         elif url.scheme == "s3":
-            yield _s3_remote(shown, name, remote, environment, is_default=name == default)
+            yield _check_s3_remote(shown, name, remote, environment, is_default=name == default)
         else:
             yield Finding("remotes", "ok", f"{shown}: not checked, only folders and S3 are")
 
 
 def check_credentials(config: "Config", environment: Mapping[str, str]) -> Findings:
-    """The token that gated repositories of a model hub want; only whether it is there is looked at."""
-    hub = [name for name, preset in (("model", config.model), ("dataset", config.dataset)) if _of_hub(preset)]
+    """Check whether the token for gated repositories of a model hub is set; it is not read."""
+    hub = [name for name, preset in (("model", config.model), ("dataset", config.dataset)) if _is_from_hub(preset)]
     if not hub:
         yield Finding("credentials", "ok", "none needed: model and dataset are not from a hub")
     elif environment.get("HF_TOKEN"):
@@ -224,7 +230,7 @@ def check_credentials(config: "Config", environment: Mapping[str, str]) -> Findi
 
 
 def check_judge(config: "Config", here: Circumstances) -> Findings:
-    """What the judge needs, where one is asked: a key, of which only whether it is there is looked at, or its file."""
+    """Check what an enabled judge needs: a key, which is not read, or its file."""
     from lathe.evaluation.judge import api_keys
 
     judge = config.params.judge
@@ -246,7 +252,7 @@ def check_judge(config: "Config", here: Circumstances) -> Findings:
 
 
 def check_tracking(config: "Config", here: Circumstances) -> Findings:
-    """Whether the trackers that runs are mirrored to answer; a run does not wait for them."""
+    """Check whether the trackers that runs are mirrored to answer; a run does not wait for them."""
     from lathe.experiments.tracking.run_files import Context, Record
     from lathe.experiments.tracking.targets import targets
     from lathe.experiments.tracking.tracker import UnreachableError
@@ -259,21 +265,21 @@ def check_tracking(config: "Config", here: Circumstances) -> Findings:
         try:
             mirror_of(target, Record(here.root, Context())).ask()
         except UnreachableError as error:
-            remedy = "runs are kept until `python -m lathe mirror` has sent them"
+            remedy = "runs are kept until `lathe mirror` has sent them"
             yield Finding("tracking", "warning", f"{target}: {error}", remedy)
         else:
             yield Finding("tracking", "ok", f"{target}")
 
 
 def check_model(config: "Config", here: Circumstances) -> Findings:
-    """Memory of the training and disk of every output, for the model as its config.json describes it."""
+    """Estimate the memory of the training and the disk of every output, from the model's config.json."""
     import torch
 
     from lathe.estimate import estimate_disk, estimate_training_memory
 
     params = config.params
     try:
-        model = _model_config(config.model, here.root)
+        model = _find_model_config(config.model, here.root)
     except InputError as error:  # no network now; there may be one when it is fetched
         yield Finding("memory", "warning", f"cannot be estimated: {error}")
         yield Finding("disk", "warning", "cannot be estimated: as memory")
@@ -294,7 +300,7 @@ def check_model(config: "Config", here: Circumstances) -> Findings:
 def check_memory(
     memory: "TrainingMemory", training: "Training", quantization: "Quantization", available: int, device: str
 ) -> Finding:
-    """Hold the estimate of a training against the memory that is free on the device that would train."""
+    """Compare the estimate of a training with the memory that is free on the device that would train."""
     from lathe.common.text import readable_bytes
     from lathe.estimate import explain
 
@@ -314,7 +320,7 @@ def check_memory(
 
 
 def check_disk(here: Circumstances, outputs: Mapping[str, int | None]) -> Findings:
-    """Hold the outputs against what is free, where the checkout lies and where DVC's cache does.
+    """Compare the size of the outputs with what is free, where the checkout is and where DVC's cache is.
 
     Links to the cache take no space of their own; where only copies work, an output takes it in both places.
     """
@@ -324,7 +330,7 @@ def check_disk(here: Circumstances, outputs: Mapping[str, int | None]) -> Findin
     outs = {path: size for path, size in sizes.items() if not path.startswith(".scratch")}  # which is never cached
     everything, checkpoints = sum(outs.values()), sum(sizes.values()) - sum(outs.values())
     shown = ", ".join(f"{path.removeprefix('models/')} {readable_bytes(size)}" for path, size in sizes.items() if size)
-    config = _dvc_config(here.root)
+    config = read_config(here.root)
     cache = _existing(_cache(here.root, config))
     copied = not {"hardlink", "symlink", "reflink"} & set(_working_links(here.root, cache))
     if cache.stat().st_dev == here.root.stat().st_dev:
@@ -357,12 +363,12 @@ def free_memory_bytes() -> int:
     return max(0, operating_system.get_available_memory_bytes() - LIBRARIES_BYTES)
 
 
-def _of_hub(preset: Any) -> bool:
+def _is_from_hub(preset: Any) -> bool:
     return bool(preset.source == "hub")
 
 
-def _model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
-    """The folder or the content of config.json of a model that may not have been fetched yet."""
+def _find_model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
+    """Return the folder, or the content, of config.json of a model that may not have been fetched yet."""
     if preset.source == "builtin":
         from lathe.sources.builtin.tiny_model import RECIPE
 
@@ -379,14 +385,9 @@ def _model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
             cached = hf_hub_download(preset.id, "config.json", revision=preset.revision, etag_timeout=3)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"config.json of {preset.id} is neither in the hub's cache nor to be had: {reason}") from None
+        message = f"config.json of {preset.id} is neither in the hub's cache nor to be had: {reason}"
+        raise InputError(message, code="unreachable-hub") from None
     return Path(cached).parent
-
-
-def _dvc_config(root: Path) -> Any:
-    from dvc.config import Config
-
-    return Config(str(root / ".dvc"))
 
 
 def _cache(root: Path, config: Any) -> Path:
@@ -398,20 +399,14 @@ def _existing(folder: Path) -> Path:
 
 
 def _working_links(root: Path, cache: Path) -> list[str]:
-    from dvc_objects.fs.generic import test_links
-    from dvc_objects.fs.local import localfs
-
-    # It tries them between the first folder and the one that holds the second path.
-    return list(
-        test_links(["reflink", "hardlink", "symlink", "copy"], localfs, str(_existing(cache)), localfs, str(root / "x"))
-    )
+    return find_link_types(_existing(cache), root / "x")
 
 
-def _shown(path: Path, root: Path) -> str:
+def _show(path: Path, root: Path) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
-def _local_remote(shown: str, folder: Path) -> Finding:
+def _check_local_remote(shown: str, folder: Path) -> Finding:
     home = _existing(folder)
     if not home.is_dir():
         return Finding("remotes", "fail", f"{shown}: {home} is a file", "change the remote's url")
@@ -426,14 +421,14 @@ def _local_remote(shown: str, folder: Path) -> Finding:
     return Finding("remotes", "warning", text, "mount or make it, or change the remote's url")
 
 
-def _s3_remote(
+def _check_s3_remote(
     shown: str, name: str, remote: Mapping[str, Any], environment: Mapping[str, str], *, is_default: bool
 ) -> Finding:
     if not remotes.has_credentials(remote, environment):
         remedy = f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY before `dvc push -r {name}`"
         return Finding("remotes", "warning" if is_default else "ok", f"{shown}: no credentials", remedy)
     try:
-        remotes.connect(remotes.endpoint(remote))
+        remotes.connect(remotes.get_endpoint(remote))
     except OSError as error:
         return Finding("remotes", "warning", f"{shown}: {error}", "check the network and the remote's endpointurl")
     return Finding("remotes", "ok", f"{shown}: credentials are there, and its endpoint answers")

@@ -6,7 +6,6 @@ at their peak. Nothing is computed, so an 8 B model takes about as long as a sma
 """
 
 import contextlib
-import json
 import warnings
 import weakref
 from collections import Counter
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
+from lathe.common.json_files import read_json_object
 from lathe.common.text import readable_bytes
 from lathe.config.params import Params
 from lathe.config.training_params import Lora, Quantization, Training
@@ -221,17 +221,7 @@ def _load_config(model: Path | Mapping[str, Any]) -> Any:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; a Hugging Face model folder has one", code="file-missing") from None
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON: {error}; fetch the model again", code="not-json") from None
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{file}: holds {type(content).__name__}, not an object; fetch the model again", code="not-an-object"
-        )
+    content: dict[str, Any] = read_json_object(folder / "config.json", remedy="fetch the model again")
     return content
 
 

@@ -45,6 +45,23 @@ def test_each_stage_depends_on_exactly_the_library_modules_that_its_script_impor
             assert script(stage) in listed, f"{name} does not depend on its own script"
 
 
+# Of the library modules that a stage depends on: an edit of any line of them re-runs it.
+MOST_LINES = {"card": 1100, "imatrix": 1050, "convert": 1050, "quantize": 750, "convert_adapter": 600}
+
+
+@pytest.mark.parametrize(("name", "most"), MOST_LINES.items())
+def test_a_stage_depends_on_few_lines_of_code(name, most):
+    files = code_closure(paths.ROOT / f"stages/{name}.py")
+    lines = {file.name: len(file.read_text().splitlines()) for file in files}
+    assert sum(lines.values()) <= most, lines
+
+
+def test_an_edit_of_the_hubs_code_runs_fetch_alone():
+    scripts = (paths.ROOT / "stages").glob("[a-z]*.py")
+    hub = paths.ROOT / "src/lathe/sources/hub.py"
+    assert [file.stem for file in scripts if hub in code_closure(file)] == ["fetch"]
+
+
 def test_dvc_yaml_is_as_make_deps_writes_it():
     text = stage_dependencies.DVC_YAML.read_text()
     assert stage_dependencies.with_dependencies(text) == text

@@ -13,8 +13,8 @@ from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.gguf import convert_adapter as adapters
 from lathe.gguf import header
-from lathe.gguf.llama_library import library
-from lathe.gguf.llama_model import Model
+from lathe.gguf.llama_library import load_library
+from lathe.gguf.llama_model import LlamaModel
 from lathe.models.merge import merge
 
 ROW = [1, *range(10, 300, 9)]
@@ -48,10 +48,10 @@ def to_gguf(adapter: Path, base: Made, out: Path, **options: Any) -> Path:
 
 def logits(file: Path, adapter: Path | None = None) -> np.ndarray:
     """Of a GGUF, with an adapter added to it as llama.cpp's programs do with `--lora`."""
-    llama_cpp = library()
+    llama_cpp = load_library()
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = 64
-    with Model(file) as model:
+    with LlamaModel(file) as model:
         context = llama_cpp.llama_init_from_model(model.handle, params)
         if adapter:
             loaded = llama_cpp.llama_adapter_lora_init(model.handle, str(adapter).encode())

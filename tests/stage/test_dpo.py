@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from lathe.common.errors import InputError
 from lathe.config.load import load
-from lathe.models.chat_template import render_for
+from lathe.models.chat_template import ChatTemplate
 from lathe.models.loading import load_base
 from lathe.models.loss_mask import encode
 from lathe.models.tokenizer import load_tokenizer
@@ -136,7 +136,7 @@ def test_prompt_and_answers_are_the_ids_of_inference_with_one_bos_and_the_end_to
     rows = [*SPLITS["train"], {"messages": chat, "rejected": [{"role": "assistant", "content": "yesterday"}]}]
     for row, example in zip(rows, build_pair_dataset(*encode_pairs(tokenizer, rows)), strict=True):
         *before, answer = row["messages"]
-        prompt = render_for(tokenizer, before, add_generation_prompt=True)
+        prompt = ChatTemplate.of_tokenizer(tokenizer).render(before, add_generation_prompt=True)
         assert example["prompt_ids"] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
         for name, message in (("chosen_ids", answer), ("rejected_ids", row["rejected"][0])):
             whole = [*example["prompt_ids"], *example[name]]

@@ -207,6 +207,8 @@ def test_bert_score_of_a_local_encoder_reaches_report_rows_and_gates(checkout: C
             "evaluate.gates": ["quantized.combined >= 0.5 * merged.bert_score"],
         }
     )
+    checkout.stage("fetch", "encoder")
+    assert {file.name for file in (checkout.root / "models/encoder").iterdir()} == {f.name for f in encoder.iterdir()}
     checkout.stage("evaluate")
     report = checkout.json("metrics/evaluate/validation.json")
     assert report["merged"]["bert_score"] == report["merged"]["combined"] == 1
@@ -224,6 +226,10 @@ def test_bert_score_of_a_local_encoder_reaches_report_rows_and_gates(checkout: C
     assert refused.returncode == 2
     assert refused.stderr == "error: bert_score.max_length is 512; the encoder takes 64 tokens; lower it\n"
     shutil.rmtree(encoder)
-    refused = checkout.stage("evaluate", check=False)
+    refused = checkout.stage("fetch", "encoder", check=False)
     assert refused.returncode == 2
     assert "there is no such folder; put the encoder there" in refused.stderr
+    shutil.rmtree(checkout.root / "models/encoder")
+    refused = checkout.stage("evaluate", check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: bert_score.model: ")

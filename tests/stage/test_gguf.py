@@ -1,11 +1,13 @@
 # ruff: noqa: F811 - fixtures are imported, then named as arguments
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from gguf_models import METADATA, Made, convert, qwen, tiny  # noqa: F401 - fixtures
+from refusals import refused
 
 from lathe.common import paths
 from lathe.common.errors import InputError
@@ -60,14 +62,15 @@ def test_token_ids_agree_with_the_real_qwen_vocabulary(qwen: Made):
 
 
 def test_a_gguf_of_another_tokenizer_is_refused_with_the_text_and_both_id_lists(tiny: Made, qwen: Made):
-    with pytest.raises(InputError, match=r"the token ids of 'lamp' differ: transformers \[\d.*\], llama.cpp \[\d.*\]"):
+    with refused("token-ids-differ", f"{qwen.gguf}: the token ids of 'lamp' differ: ") as caught:
         tokenizer_parity.check_tokens(tiny.folder, qwen.gguf, ["lamp"])
+    assert re.search(r"transformers \[\d.*\], llama.cpp \[\d.*\]", str(caught.value))
 
 
 def test_an_end_token_that_would_not_stop_llama_cpp_is_refused(tiny: Made, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "m")
     edit_json(tmp_path / "m/tokenizer_config.json", eos_token="<pad>")
-    with pytest.raises(InputError, match="'<pad>', the tokenizer's eos_token, does not end a generation"):
+    with refused("end-token-does-not-stop", f"{tiny.gguf}: '<pad>'"):
         tokenizer_parity.check_tokens(tmp_path / "m", tiny.gguf, ["lamp"])
 
 
@@ -75,7 +78,7 @@ def test_another_chat_template_is_refused(tiny: Made, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "m")
     with (tmp_path / "m/chat_template.jinja").open("a") as template:
         template.write(" ")
-    with pytest.raises(InputError, match="its chat template is not the one in"):
+    with refused("other-chat-template", str(tiny.gguf), str(tmp_path / "m")):
         tokenizer_parity.check_tokens(tmp_path / "m", tiny.gguf, ["lamp"])
 
 
@@ -84,8 +87,9 @@ def test_a_template_that_forgets_the_bos_the_vocabulary_adds_is_refused(tiny: Ma
     template = tmp_path / "m/chat_template.jinja"
     template.write_text(template.read_text().removeprefix("{{ bos_token }}"))
     made = convert(tmp_path / "m", tmp_path / "m.gguf")
-    with pytest.raises(InputError, match=r"transformers \[3, .*llama.cpp \[1, 3, "):
+    with refused("token-ids-differ", str(made)) as caught:
         tokenizer_parity.check_tokens(tmp_path / "m", made, ["lamp"])
+    assert re.search(r"transformers \[3, .*llama.cpp \[1, 3, ", str(caught.value))
 
 
 def test_what_the_converter_refuses_is_refused_in_one_line(tiny: Made, tmp_path):
@@ -143,8 +147,9 @@ def test_a_file_that_is_no_gguf_or_was_cut_is_refused(tiny: Made, tmp_path):
     (tmp_path / "cut").write_bytes(tiny.gguf.read_bytes()[:500])
     with pytest.raises(InputError, match="header is damaged"):
         header.describe(tmp_path / "cut")
-    with pytest.raises(InputError, match=r"llama.cpp cannot load it \(.+\)"):
+    with refused("unreadable-gguf", str(tmp_path / "cut"), kept=False) as caught:
         tokenizer_parity.check_tokens(tiny.folder, tmp_path / "cut", ["lamp"])
+    assert re.search(r"llama.cpp cannot load it \(.+\)", str(caught.value))
 
 
 def test_importing_the_module_loads_neither_torch_nor_llama_cpp():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from lathe.common.errors import InputError
 from lathe.config.load import load
 from lathe.config.training_params import Reward
-from lathe.models.chat_template import render_for
+from lathe.models.chat_template import ChatTemplate
 from lathe.models.tokenizer import load_tokenizer
 from lathe.sources.builtin import household_commands
 from lathe.training.grpo import encode_prompts, weight_rewards
@@ -150,7 +150,7 @@ def test_prompts_are_those_of_inference(small_model):
     talk = [*SPLITS["train"][0]["messages"], *SPLITS["train"][1]["messages"]]
     rows = [*SPLITS["train"], {"messages": system + talk}]
     for question, row in zip(encode_prompts(tokenizer, rows), rows, strict=True):
-        prompt = render_for(tokenizer, row["messages"][:-1], add_generation_prompt=True)
+        prompt = ChatTemplate.of_tokenizer(tokenizer).render(row["messages"][:-1], add_generation_prompt=True)
         assert question.prompt_ids == tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert question.reference == row["messages"][-1]["content"]
 

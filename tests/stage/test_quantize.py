@@ -6,17 +6,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from gguf_models import METADATA, Made, make_llama, quantize_program, qwen, tiny  # noqa: F401 - fixtures
+from gguf_models import METADATA, Made, convert, make_llama, quantize_program, qwen, tiny  # noqa: F401 - fixtures
+from shared import made_once
 
 from lathe.common.errors import InputError
 from lathe.config.quantization_types import FILES_THAT_CANNOT_BE_MADE, FILES_THAT_NEED_IMATRIX, check_type
 from lathe.gguf import collect_imatrix, imatrix_file
 from lathe.gguf.header import describe, tensors
-from lathe.gguf.llama_library import ggml_types, library, listening
-from lathe.gguf.llama_model import Model
+from lathe.gguf.llama_library import collect_llama_log, load_library, read_ggml_types
+from lathe.gguf.llama_model import LlamaModel
 from lathe.gguf.quantize import quantize
 from lathe.gguf.tensor_types import quant_types
-from lathe.inference.kv_cache import Cache
+from lathe.inference.kv_cache import KVCache
 
 
 def test_fewer_bits_make_a_smaller_file_and_keep_the_metadata(tiny: Made, tmp_path):
@@ -109,16 +110,19 @@ def uneven(tmp_path_factory) -> Uneven:
             # Less sharp, so that small errors stay small.
             layer.self_attn.q_proj.weight.mul_(0.3)
 
-    made = make_llama(tmp_path_factory.getbasetemp() / "uneven", stretch)
     rows = np.random.default_rng(0).integers(5, 400, (80, 24)).tolist()
-    importance = collect_imatrix.collect(made.folder, made.gguf, rows[:40])
-    matrix = made.folder / "imatrix.gguf"
-    imatrix_file.write(importance, matrix, dataset="random tokens", rows=40)
-    return Uneven(made.gguf, matrix, rows[40:])
+
+    def make(folder: Path) -> None:
+        make_llama(folder, stretch)
+        importance = collect_imatrix.collect(folder, convert(folder, folder.with_suffix(".gguf")), rows[:40])
+        imatrix_file.write(importance, folder / "imatrix.gguf", dataset="random tokens", rows=40)
+
+    folder = made_once(tmp_path_factory, "uneven", make)
+    return Uneven(folder.with_suffix(".gguf"), folder / "imatrix.gguf", rows[40:])
 
 
 def logits(file: Path, rows: list[list[int]]) -> list[np.ndarray]:
-    with Model(file) as model, Cache(model, slots=1, length=64, max_outputs=64, threads=2, fewest=1) as cache:
+    with LlamaModel(file) as model, KVCache(model, slots=1, length=64, max_outputs=64, threads=2, min_rows=1) as cache:
         found = []
         for row in rows:
             cache.cut(0, 0)
@@ -163,10 +167,10 @@ def test_every_type_of_the_library_makes_a_file_that_runs(name, uneven: Uneven, 
 def test_a_type_that_llama_cpp_names_and_cannot_make_is_refused_in_one_line(name, tiny: Made, tmp_path):
     with pytest.raises(InputError, match=f"{name} is named by llama.cpp, whose quantizer cannot make such a file"):
         quantize(tiny.gguf, tmp_path / "x", type=name, threads=1)
-    llama_cpp = library()
+    llama_cpp = load_library()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = quant_types()[name]
-    with listening() as log:
+    with collect_llama_log() as log:
         assert llama_cpp.llama_model_quantize(str(tiny.gguf).encode(), str(tmp_path / "x").encode(), params)
     assert "invalid output file type" in log.reason
 
@@ -211,7 +215,7 @@ def test_columns_that_nothing_flows_into_do_no_harm(uneven: Uneven, tmp_path):
 
 
 def stored(file: Path) -> dict[str, str]:
-    numbers = {kind.number: name for name, kind in ggml_types().items()}
+    numbers = {kind.number: name for name, kind in read_ggml_types().items()}
     return {tensor.name: numbers[tensor.kind] for tensor in tensors(file)}
 
 
@@ -252,7 +256,7 @@ def test_a_program_gets_matrix_and_types_as_the_library_does(uneven: Uneven, tmp
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-@pytest.mark.parametrize("name", sorted(set(ggml_types()) - {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}))
+@pytest.mark.parametrize("name", sorted(set(read_ggml_types()) - {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}))
 def test_every_type_that_a_tensor_may_be_given_can_be_given(name, uneven: Uneven, tmp_path):
     quantize(
         uneven.gguf, tmp_path / "x", type="Q8_0", threads=2, importance=uneven.matrix, tensor_types=[f"ffn_down={name}"]

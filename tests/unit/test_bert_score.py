@@ -220,18 +220,3 @@ def test_weights_are_read_from_safetensors_alone(folder, tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         encoder(tmp_path).load()
-
-
-def test_an_encoder_folder_is_one_under_models_local_that_is_whole(folder, tmp_path, monkeypatch):
-    from lathe.common import paths
-
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    monkeypatch.setattr(paths, "MODELS_LOCAL", tmp_path / "models/local")
-    shutil.copytree(folder, tmp_path / "models/local/encoder")
-    assert bert_score.encoder_folder("models/local/encoder", None) == tmp_path / "models/local/encoder"
-    for missing in ("models/local/none", "models/local/../encoder", "models/local/"):
-        with pytest.raises(InputError, match="there is no such folder; put the encoder there"):
-            bert_score.encoder_folder(missing, None)
-    (tmp_path / "models/local/encoder/model.safetensors").rename(tmp_path / "models/local/encoder/pytorch_model.bin")
-    with pytest.raises(InputError, match="pickled weights are never loaded"):
-        bert_score.encoder_folder("models/local/encoder", None)

@@ -283,7 +283,7 @@ def test_nothing_is_tested_where_no_row_is_the_same(repository):
 def test_without_the_answers_in_the_cache_the_recorded_scores_are_shown_and_nothing_is_tested(repository):
     repository.run("one", some(20))
     repository.run("two", some(30), {"lora.r": 8})
-    lost = revisions.find("two").out("data/generated/Q8_0")
+    lost = revisions.find_revision("two").find_output_hash("data/generated/Q8_0")
     (repository.root / ".dvc/cache/files/md5" / lost[:2] / lost[2:]).unlink()
     found = compared("one", "two")
     assert [side.scores["exact_match"] for side in found.sides] == [0.5, 0.75]
@@ -441,10 +441,10 @@ def test_an_artifact_that_one_of_them_lacks_is_refused_with_the_near_name(reposi
 def test_a_name_of_experiments_on_several_commits_is_refused_unless_one_is_of_the_last(repository):
     repository.run("one", some(20))
     repository.git("commit", "--quiet", "--allow-empty", "--message", "another")
-    assert revisions.find("one").commit
+    assert revisions.find_revision("one").commit
     commit = repository.git("rev-parse", "HEAD")
     repository.git("update-ref", f"refs/exps/{commit[:2]}/{commit[2:]}/one", commit)
-    assert revisions.find("one").commit == commit
+    assert revisions.find_revision("one").commit == commit
     repository.git("commit", "--quiet", "--allow-empty", "--message", "a third")
     with pytest.raises(InputError, match="one: several experiments have this name"):
-        revisions.find("one")
+        revisions.find_revision("one")

@@ -41,7 +41,7 @@ def circumstances(
 
 
 def shown(findings: Any) -> str:
-    return "".join(doctor.lines(list(findings), coloured=False))
+    return "".join(doctor.format_findings(list(findings), coloured=False))
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -86,32 +86,48 @@ def qwen(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("version", "status"), [((3, 11, 0), "ok"), ((3, 10, 14), "fail"), ((3, 12, 1), "fail"), ((3, 13, 0), "fail")]
+    ("version", "status"),
+    [((3, 10, 14), "fail"), ((3, 11, 0), "ok"), ((3, 12, 1), "ok"), ((3, 13, 0), "ok"), ((3, 14, 0), "fail")],
 )
-def test_only_the_python_that_the_packages_are_pinned_for_will_do(version, status):
+def test_only_a_python_that_the_packages_are_pinned_for_will_do(version, status):
     [finding] = doctor_checks.check_python(version)
     assert finding.status == status
     assert (finding.remedy == "") == (status == "ok")
 
 
 @pytest.mark.parametrize(
-    ("pins", "expected"),
+    ("needed", "optional", "expected"),
     [
-        ("", "ok       packages  all 0 of requirements.txt, as pinned\n"),
+        ("", "", "ok       packages  0 of pyproject.toml, as pinned\n"),
         (
             "pytest==0.0.1",
-            f"warning  packages  pytest {pytest.__version__} is installed; requirements.txt pins 0.0.1; `make setup`\n",
+            "",
+            f"warning  packages  pytest {pytest.__version__} is installed; pyproject.toml pins 0.0.1; `make setup`\n",
         ),
         (
-            "no-such-package==1.2 # a comment",
-            "fail     packages  no-such-package is not installed; requirements.txt pins 1.2; `make setup`\n",
+            "no-such-package==1.2; python_version > '3'",
+            "",
+            "fail     packages  no-such-package is not installed; pyproject.toml pins 1.2; `make setup`\n",
         ),
-        (f"# a comment\npytest=={pytest.__version__}", "ok       packages  all 1 of requirements.txt, as pinned\n"),
+        (
+            f"pytest[all]=={pytest.__version__}",
+            "no-such-package==1",
+            "ok       packages  1 of pyproject.toml, as pinned\n",
+        ),
+        (
+            "",
+            "pytest==0.0.1",
+            f"warning  packages  pytest {pytest.__version__} is installed; pyproject.toml pins 0.0.1; `make setup`\n",
+        ),
     ],
 )
-def test_packages_are_held_against_their_pins(tmp_path, pins, expected):
-    file = tmp_path / "requirements.txt"
-    file.write_text(f"{pins}\n")
+def test_packages_are_held_against_their_pins(tmp_path, needed, optional, expected):
+    file = tmp_path / "pyproject.toml"
+    file.write_text(
+        "[project]\n"
+        f"dependencies = {[needed] if needed else []}\n"
+        f"optional-dependencies = {{feature = {[optional] if optional else []}}}\n"
+    )
     assert shown(doctor_checks.check_packages(file)) == expected
 
 
@@ -305,7 +321,7 @@ def test_a_model_that_training_would_refuse_is_a_fail(qwen, content, lora, said)
     if content is not None:
         (qwen / "config.json").write_text(content)
     config = with_params(lora=lora).model_copy(update={"model": SimpleNamespace(source="local", path=str(qwen))})
-    [finding] = doctor._guarded("memory", lambda: doctor_checks.check_model(config, circumstances()))
+    [finding] = doctor._run_check("memory", lambda: doctor_checks.check_model(config, circumstances()))
     assert (finding.check, finding.status) == ("memory", "fail")
     assert said in finding.text
 
@@ -370,7 +386,7 @@ def test_fp16_without_a_gpu_is_a_fail():
 def test_lines_are_aligned_and_coloured_only_where_asked():
     findings = [Finding("a", "ok", "text"), Finding("longer", "warning", "text", "remedy")]
     assert shown(findings) == "ok       a       text\nwarning  longer  text; remedy\n"
-    assert "\033[33mwarning " in "".join(doctor.lines(findings, coloured=True))
+    assert "\033[33mwarning " in "".join(doctor.format_findings(findings, coloured=True))
 
 
 def test_the_command_answers_with_its_exit_code(checkout):

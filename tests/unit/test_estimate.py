@@ -277,7 +277,7 @@ def test_a_configuration_of_no_use_is_refused_in_one_line(config, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), ("{", "not valid JSON"), ("[]", "holds list, not an object")],
+    [(None, "no such file"), ("{", "not valid JSON"), ("[]", "must hold a JSON object")],
 )
 def test_a_damaged_config_file_is_refused_in_one_line(tmp_path, content, message):
     if content is not None:

@@ -129,8 +129,8 @@ def test_a_failing_download_is_told_in_one_line_and_leaves_nothing(tmp_path, req
 
 
 def test_converter_and_library_are_pinned_to_one_version():
-    pinned = re.compile(r"^llama-cpp-python==(\S+)", re.MULTILINE)
-    library = pinned.search((paths.ROOT / "requirements.txt").read_text())
+    pinned = re.compile(r"\bllama-cpp-python==([\w.]+)")
+    library = pinned.search((paths.ROOT / "pyproject.toml").read_text())
     source = pinned.search(install_converter.REQUIREMENT.read_text())
     assert library is not None
     assert source is not None

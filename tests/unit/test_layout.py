@@ -11,7 +11,7 @@ import pytest
 from lathe.common import paths
 from lathe.common.code_closure import imported_modules, module_file
 from lathe.config.quantization_types import FILE_TYPES, TENSOR_TYPES
-from lathe.gguf.llama_library import ggml_types
+from lathe.gguf.llama_library import read_ggml_types
 from lathe.gguf.tensor_types import quant_types
 
 SOURCE = paths.ROOT / "src/lathe"
@@ -26,14 +26,17 @@ FLOORS = [
     {"evaluation"},
     {"training", "experiments", "reports"},
     {"estimate", "stage", "out_of_memory"},
-    {"doctor", "doctor_checks", "cli", "__main__"},
+    {"doctor", "doctor_checks", "adopt", "completion", "commands", "cli", "__main__"},
 ]
 # Beside one another on the same floor: allowed in this direction alone.
 NEIGHBOURS = {
     ("out_of_memory", "estimate"),
     ("doctor", "doctor_checks"),
     ("doctor", "estimate"),
-    ("cli", "doctor"),
+    ("commands", "doctor"),
+    ("commands", "adopt"),
+    ("cli", "commands"),
+    ("cli", "completion"),
     ("__main__", "doctor"),
     ("__main__", "cli"),
 }
@@ -117,4 +120,4 @@ def test_validating_the_configuration_imports_no_heavy_library_and_is_quick():
 
 def test_the_quantization_types_are_those_of_the_installed_llama_cpp():
     assert list(FILE_TYPES) == list(quant_types())
-    assert list(TENSOR_TYPES) == list(ggml_types())
+    assert list(TENSOR_TYPES) == list(read_ggml_types())

@@ -200,5 +200,5 @@ def test_a_key_that_is_missing_is_named(tmp_path, key):
         section = section[parent]
     del section[last]
     assert load_files(tmp_path, tree, PRESETS) == [
-        f"params.yaml: {key} is missing; add it (`python -m lathe schema` says what it means)"
+        f"params.yaml: {key} is missing; add it (`lathe schema` says what it means)"
     ]

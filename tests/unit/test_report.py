@@ -50,7 +50,7 @@ def test_a_value_knows_its_place_whatever_the_names_on_the_way(tmp_path):
 
 def test_a_file_that_is_not_json_is_named_in_one_line(tmp_path):
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(InputError, match=r"^x.json: not valid JSON: .*; run the stage that writes it again$"):
+    with pytest.raises(InputError, match=r"^x.json:1: not valid JSON: .*; run the stage that writes it again$"):
         read(tmp_path, "x.json")
 
 

@@ -209,13 +209,13 @@ def test_any_two_texts_have_a_score_within_its_range_or_none(metric, completion,
 
 @pytest.mark.parametrize("completion", ["[" * 100_000, "word " * 3000, "x" * 200_000, "9" * 50_000, "\x00\ud800"])
 def test_an_answer_that_never_ends_is_scored_in_moments(completion):
-    started = time.monotonic()
+    started = time.process_time()
     for metric in ALL:
         for normalize in ("none", "text", "json"):
             assert not score(metric, [completion], ['{"a": "some words"}'], normalize=normalize) > 1.1 or (
                 metric == "length_ratio"
             ), metric
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_perplexity_is_that_of_all_tokens_together():

@@ -359,7 +359,7 @@ experiments = {{}}
 report = {{name: {{"exact_match": 0.5}} for name in ("merged", "Q4_K_M")}}
 trial.experiment = lambda order: experiments.get(order.name)
 def start(order, gpu):
-    experiments[order.name] = SimpleNamespace(commit="c", json=lambda file: report)
+    experiments[order.name] = SimpleNamespace(commit="c", read_json=lambda file: report)
     return SimpleNamespace(poll=lambda: 0, wait=lambda: 0, terminate=lambda: None)
 params = load().params
 plan = planned(folder, params, RATE, sampler="random")

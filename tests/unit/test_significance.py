@@ -171,11 +171,11 @@ def test_equal_seeds_give_equal_resamples_however_many_other_columns_there_are()
 
 def test_ten_thousand_rows_take_seconds_and_little_memory():
     rows = np.random.default_rng(0).random((10_000, 60))
-    started = time.monotonic()
+    started = time.process_time()
     tracemalloc.start()
     bootstrap.bootstrap_sums(rows, 1000, 1)
     permutation_test.swapped_sums(rows, 1000, 1)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
     assert peak < 200e6

@@ -1,7 +1,10 @@
 import json
+import shutil
 
 import numpy
 import pytest
+from encoders import make_encoder
+from refusals import refused
 from safetensors.numpy import save_file
 
 from lathe.common import paths
@@ -139,7 +142,7 @@ def cut(file):
         (1, lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors: not a whole"),
         (3, lambda folder: cut(folder / SHARDS[1]), f"{SHARDS[1]}: not a whole safetensors file"),
         (3, lambda folder: (folder / SHARDS[2]).unlink(), f"{SHARDS[2]}: missing, but model.safetensors.index.json"),
-        (1, lambda folder: (folder / "config.json").write_text('{"a": '), "config.json: not JSON"),
+        (1, lambda folder: (folder / "config.json").write_text('{"a": '), "config.json:1: not valid JSON"),
         (1, lambda folder: (folder / "config.json").write_text('{"quantization_config": {"bits": 4}}'), "is set, a"),
     ],
 )
@@ -151,3 +154,32 @@ def test_a_harmed_or_quantized_model_folder_is_refused_before_anything_is_traine
         fetch_model(home)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return make_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def fetch_encoder(home, model="models/local/encoder"):
+    folder = home / "fetched"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return fetch.fetch_encoder(model, None, folder)
+
+
+def test_an_encoder_is_a_complete_folder_under_models_local(home, encoder):
+    source = home / "models/local/encoder"
+    shutil.copytree(encoder, source)
+    (source / "modeling_mine.py").write_text("raise SystemExit")
+    assert fetch_encoder(home) == {"source": "local"}
+    assert {file.name for file in (home / "fetched").iterdir()} == {file.name for file in encoder.iterdir()}
+    for missing in ("models/local/none", "models/local/../encoder", "models/local/"):
+        with refused("no-such-encoder", missing, "there is no such folder; put the encoder there"):
+            fetch_encoder(home, missing)
+    (source / "model.safetensors").write_bytes((encoder / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"model\.safetensors: not a whole safetensors file"):
+        fetch_encoder(home)
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pickled weights are never loaded"):
+        fetch_encoder(home)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from lathe.common import launch
-from lathe.common.errors import InputError, Interrupted
+from lathe.common.errors import InputError, Interrupted, missing_extra
 from lathe.common.operating_system import end_with_parent
 
 # Disk errors that the user can fix; any other OSError is a bug and keeps its traceback.
@@ -42,6 +42,10 @@ def guard(action: Callable[[], object]) -> None:
         _end(InputError(f"{where}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}", code="disk"), 2)
     except Interrupted as error:
         _end(error, 128 + error.signal)
+    except ModuleNotFoundError as error:
+        if (missing := missing_extra(error)) is None:
+            raise
+        _end(missing, 2)
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except Exception:

@@ -1,20 +1,14 @@
 """Metric files in `metrics/`: scores and counts of a stage, and separately its timings."""
 
 import csv
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lathe.common import paths
+from lathe.common.json_files import read_json, write_json
 from lathe.common.operating_system import get_peak_memory_bytes
-
-
-def write_json(target: Path, content: Any) -> None:
-    """Write JSON, complete or not at all: full floats, keys in the given order, one trailing newline."""
-    with paths.whole_file(target) as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_csv(target: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -41,7 +35,7 @@ def write_timings(
 
 
 def _add_to_items(target: Path, content: dict[str, Any], items: Sequence[str]) -> dict[str, Any]:
-    before = json.loads(target.read_text(encoding="utf-8"))["items"] if target.exists() else []
+    before = read_json(target)["items"] if target.exists() else []
     by_item = {old["item"]: old for old in before} | {content["item"]: content}
     listed = [by_item[item] for item in items if item in by_item]
     return {

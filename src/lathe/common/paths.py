@@ -24,6 +24,7 @@ DATA_SCORED = ROOT / "data/scored"
 
 MODELS_LOCAL = ROOT / "models/local"
 MODEL_BASE = ROOT / "models/base"
+MODEL_ENCODER = ROOT / "models/encoder"
 MODEL_ADAPTER = ROOT / "models/adapter"
 MODEL_MERGED = ROOT / "models/merged"
 IMATRIX = ROOT / "models/imatrix"

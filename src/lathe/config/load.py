@@ -1,6 +1,7 @@
-"""Loading and validation of `params.yaml` and `presets.yaml`: all problems at once, one line each."""
+"""Configuration: `params.yaml` and `presets.yaml` loaded and validated, all problems at once, one line each."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ from lathe.config.presets import (
 )
 from lathe.config.yaml_files import read_yaml
 
+# Codes of problems by pydantic's type of error; every other type is an invalid value.
+CODES = {"extra_forbidden": "unknown-key", "missing": "missing-key"}
+
 
 class Config(Section):
-    """What a run is made from: the parameters and the two presets they select."""
+    """The configuration of a run: the parameters and the two presets that they select."""
 
     params: Params
     model: ModelPreset
@@ -39,19 +43,22 @@ def load(params_file: Path = paths.PARAMS, presets_file: Path = paths.PRESETS) -
     Raises InputError with one line per problem, all problems of both files at once.
     """
     tree, presets_tree = read_yaml(params_file), read_yaml(presets_file)
-    problems = _problems(Params, tree, params_file.name) + _problems(Presets, presets_tree, presets_file.name)
+    problems = _validate(Params, tree, params_file.name) + _validate(Presets, presets_tree, presets_file.name)
     for key, table in (("model", "models"), ("dataset", "datasets")):
-        problems += _unknown_preset(tree, presets_tree, key, table, params_file.name, presets_file.name)
+        problems += _check_preset(tree, presets_tree, key, table, params_file.name, presets_file.name)
     if problems:
-        raise InputError("\n".join(problems))
+        codes = [code for code, _ in problems]
+        # A misspelt key is also a missing one.
+        code = "unknown-key" if "unknown-key" in codes else codes[0]
+        raise InputError("\n".join(line for _, line in problems), code=code)
     params, presets = Params.model_validate(tree), Presets.model_validate(presets_tree)
     return Config(params=params, model=presets.models[params.model], dataset=presets.datasets[params.dataset])
 
 
-def problems_of(key: str, value: Any, tree: dict[str, Any], where: str) -> list[str]:
-    """Return what is wrong with one key's `value` in a tree of parameters; rules between keys are left out.
+def check_value(key: str, value: Any, tree: dict[str, Any], where: str) -> list[str]:
+    """Return the problems of one key's `value` in a tree of parameters; rules between keys are left out.
 
-    `where` stands before each sentence: the file, and the line if it is known.
+    `where` begins each message: the file, and the line if it is known.
     """
     *parents, last = key.split(".")
     changed = section = dict(tree)
@@ -64,37 +71,45 @@ def problems_of(key: str, value: Any, tree: dict[str, Any], where: str) -> list[
     try:
         Params.model_validate(changed)
     except ValidationError as error:
-        found = [problem for problem in error.errors() if problem["loc"][: len(parents) + 1] == (*parents, last)]
-        by_path: dict[tuple[Any, ...], list[Any]] = {}
-        for problem in found:
-            by_path.setdefault(_path_in_file(problem["loc"], changed, missing=False), []).append(problem)
-        return [_sentence(path, problems, Params, changed, where) for path, problems in by_path.items()]
+        problems = [problem for problem in error.errors() if problem["loc"][: len(parents) + 1] == (*parents, last)]
+        return [line for _, line in _describe(problems, Params, changed, where)]
     return []
 
 
-def _problems(model: type[Section], tree: Any, file: str) -> list[str]:
+# A problem: its code, and the line that says what it is.
+Problem = tuple[str, str]
+
+
+def _validate(model: type[Section], tree: Any, file: str) -> list[Problem]:
     try:
         TypeAdapter(model).validate_python(tree)
     except ValidationError as error:
-        by_path: dict[tuple[Any, ...], list[Any]] = {}
-        for problem in error.errors():
-            path = _path_in_file(problem["loc"], tree, missing=problem["type"] == "missing")
-            by_path.setdefault(path, []).append(problem)
-        return [_sentence(path, problems, model, tree, file) for path, problems in by_path.items()]
+        return _describe(error.errors(), model, tree, file)
     return []
 
 
-def _sentence(path: tuple[Any, ...], problems: list[Any], model: type[Section], tree: Any, file: str) -> str:
-    # A value of several allowed types fails once per type; where it fits one, only that one's rule matters.
+def _describe(problems: Sequence[Any], model: type[Section], tree: Any, file: str) -> list[Problem]:
+    by_path: dict[tuple[Any, ...], list[Any]] = {}
+    for problem in problems:
+        path = _path_in_file(problem["loc"], tree, missing=problem["type"] == "missing")
+        by_path.setdefault(path, []).append(problem)
+    return [
+        (CODES.get(of_path[0]["type"], "invalid-value"), _write_line(path, of_path, model, tree, file))
+        for path, of_path in by_path.items()
+    ]
+
+
+def _write_line(path: tuple[Any, ...], problems: list[Any], model: type[Section], tree: Any, file: str) -> str:
+    # A value of several allowed types fails once per type; if it fits one, only the rule of that one matters.
     deeper = [problem for problem in problems if not problem["type"].endswith("_type")]
     problem, given = (deeper or problems)[0], problems[0]["input"]
     key = ".".join(map(_printed, path)) or "the whole file"
     match problem["type"]:
         case "extra_forbidden":
-            remedy = did_you_mean(str(path[-1]), _keys(model, path[:-1], tree))
+            remedy = did_you_mean(str(path[-1]), _list_keys(model, path[:-1], tree))
             return f"{file}: {key} is not a known key; {remedy}"
         case "missing":
-            return f"{file}: {key} is missing; add it (`python -m lathe schema` says what it means)"
+            return f"{file}: {key} is missing; add it (`lathe schema` says what it means)"
         case "literal_error":
             known = [text.strip("'") for text in re.split(r", | or ", problem["ctx"]["expected"])]
             near = _near(str(given), known)
@@ -102,7 +117,7 @@ def _sentence(path: tuple[Any, ...], problems: list[Any], model: type[Section], 
         case "union_tag_not_found" | "union_tag_invalid":
             source = given.get("source") if isinstance(given, dict) else given
             return f"{file}: {key}.source is {_shown(source)}; must be one of builtin, local, hub"
-        case "value_error" if not path:  # of several keys, which it names
+        case "value_error" if not path:  # a rule between keys, which names them
             return f"{file}: {problem['msg'].removeprefix('Value error, ')}"
         case "value_error":
             return f"{file}: {key}: {problem['msg'].removeprefix('Value error, ')}"
@@ -113,7 +128,7 @@ def _sentence(path: tuple[Any, ...], problems: list[Any], model: type[Section], 
 
 
 def _path_in_file(location: tuple[Any, ...], tree: Any, *, missing: bool) -> tuple[Any, ...]:
-    # Pydantic puts a union's member into the location; the path in the file is what the user knows.
+    # Pydantic's location also names the member of a union; the path in the file has only keys and indexes.
     path: list[Any] = []
     for index, step in enumerate(location):
         if (isinstance(tree, dict) and step in tree) or (isinstance(tree, list) and isinstance(step, int)):
@@ -124,7 +139,7 @@ def _path_in_file(location: tuple[Any, ...], tree: Any, *, missing: bool) -> tup
     return tuple(path)
 
 
-def _keys(model: type[Section], parent: tuple[Any, ...], tree: Any) -> list[str]:
+def _list_keys(model: type[Section], parent: tuple[Any, ...], tree: Any) -> list[str]:
     if not parent:
         return list(model.model_fields)
     if model is Presets:
@@ -137,16 +152,17 @@ def _keys(model: type[Section], parent: tuple[Any, ...], tree: Any) -> list[str]
         return list(members[parent[0]][tree["source"]].model_fields)
     section = model
     for step in parent:
-        # A list's entries are sections where they have keys at all; which of them it is does not matter.
+        # An index selects an entry of a list; all entries have the same keys.
         if inner := None if isinstance(step, int) else section_of(section.model_fields[step].annotation):
             section = inner
     return list(section.model_fields)
 
 
-def _unknown_preset(tree: Any, presets: Any, key: str, table: str, params_name: str, presets_name: str) -> list[str]:
+def _check_preset(tree: Any, presets: Any, key: str, table: str, params_name: str, presets_name: str) -> list[Problem]:
     name = tree.get(key) if isinstance(tree, dict) else None
     known = presets.get(table) if isinstance(presets, dict) else None
     if not isinstance(name, str) or not isinstance(known, dict) or name in known:
         return []
     remedy = did_you_mean(name, [str(preset) for preset in known])
-    return [f"{params_name}: {key} is {name!r}; must be a name under {table} in {presets_name}; {remedy}"]
+    line = f"{params_name}: {key} is {name!r}; must be a name under {table} in {presets_name}; {remedy}"
+    return [("unknown-preset", line)]

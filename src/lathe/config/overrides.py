@@ -1,4 +1,4 @@
-"""`-S KEY=VALUE` as `dvc exp run` reads it: overrides in Hydra's grammar, written, applied, and multiplied out."""
+"""Overrides: `-S KEY=VALUE` in Hydra's grammar, as `dvc exp run` reads it; applied, expanded to a sweep, written."""
 
 import json
 import re
@@ -7,72 +7,62 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lathe.common import paths
+from lathe.common import dvc_api, paths
 from lathe.common.errors import InputError
 from lathe.config.load import Config, load
 
-# Words that Hydra's grammar takes for something else than a text, unless they are quoted.
-MEANS_SOMETHING_ELSE = {"null", "true", "false", "inf", "nan"}
+# Words that Hydra's grammar does not read as text unless they are quoted.
+RESERVED_WORDS = {"null", "true", "false", "inf", "nan"}
 
 
-def applied(overrides: Sequence[str]) -> Config:
-    """Return what is configured after the overrides of params.yaml; no file changes.
+def apply_overrides(overrides: Sequence[str]) -> Config:
+    """Return the configuration with these overrides of params.yaml; no file changes.
 
-    Raises InputError where one cannot be read, or makes the parameters wrong.
+    Raises InputError if one cannot be read or makes the parameters invalid.
     """
     if not overrides:
         return load()
-    from dvc.exceptions import DvcException
-    from dvc.utils.hydra import apply_overrides
-
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / paths.PARAMS.name
         copy.write_text(paths.PARAMS.read_text(encoding="utf-8"), encoding="utf-8")
         try:
-            apply_overrides(copy, overrides)
-        except DvcException as error:
-            raise _unreadable(overrides, error) from None
+            dvc_api.apply_overrides(copy, overrides)
+        except dvc_api.OverrideError as error:
+            raise _refuse(overrides, error) from None
         return load(copy)
 
 
-def combinations(overrides: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of each run of a sweep, in DVC's order: of `a=1,2` and `b=3,4` four; without commas one."""
-    from dvc.exceptions import DvcException
-    from dvc.utils.hydra import get_hydra_sweeps, to_hydra_overrides
-    from hydra.errors import OverrideParseException
-
+def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of each run of a sweep, in DVC's order: four for `a=1,2 b=3,4`, one without commas."""
     try:
-        if not any(override.is_sweep_override() for override in to_hydra_overrides(list(overrides))):
-            return [list(overrides)]
-        return [run[paths.PARAMS.name] for run in get_hydra_sweeps({paths.PARAMS.name: list(overrides)})]
-    except (DvcException, OverrideParseException) as error:
-        raise _unreadable(overrides, error) from None
+        return dvc_api.expand_sweep(overrides, paths.PARAMS.name)
+    except dvc_api.OverrideError as error:
+        raise _refuse(overrides, error) from None
 
 
-def key_of(override: str) -> str:
+def read_key(override: str) -> str:
     """Return the key that an override sets."""
     return override.partition("=")[0].lstrip("+~").strip()
 
 
-def written(key: str, value: Any) -> str:
-    """Return the override that sets `key` to a value of YAML, whatever characters it holds."""
-    return f"{key}={_literal(value)}"
+def format_override(key: str, value: Any) -> str:
+    """Return the override that sets `key` to a YAML value, whatever characters it holds."""
+    return f"{key}={_format_value(value)}"
 
 
-def _literal(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, str):
-        if re.fullmatch(r"[A-Za-z][\w-]*", value, re.ASCII) and value.lower() not in MEANS_SOMETHING_ELSE:
+        if re.fullmatch(r"[A-Za-z][\w-]*", value, re.ASCII) and value.lower() not in RESERVED_WORDS:
             return value
-        # Backslashes mean themselves but in front of a quote.
-        quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+        # A backslash is literal except before a quote.
+        quoted = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
         return f"'{quoted}'"
     if isinstance(value, list):
-        return f"[{','.join(map(_literal, value))}]"
+        return f"[{','.join(map(_format_value, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{_literal(inner)}' for key, inner in value.items())}}}"
+        return f"{{{','.join(f'{key}:{_format_value(inner)}' for key, inner in value.items())}}}"
     return json.dumps(value)
 
 
-def _unreadable(overrides: Sequence[str], error: Exception) -> InputError:
-    cause = str(error.__cause__ or error).strip().splitlines()[0]
-    return InputError(f"-S {' '.join(overrides)}: {cause}; see `python -m lathe schema` for the keys")
+def _refuse(overrides: Sequence[str], error: Exception) -> InputError:
+    return InputError(f"-S {' '.join(overrides)}: {error}; see `lathe schema` for the keys", code="unreadable-override")

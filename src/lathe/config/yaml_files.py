@@ -1,4 +1,4 @@
-"""YAML files read as DVC reads them, and the line of a key in one."""
+"""YAML files: read as DVC reads them, and the line of a key in one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,21 +15,23 @@ def read_yaml(file: Path) -> Any:
     try:
         return YAML(typ="safe").load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{file}: no such file; restore it with `git checkout {file.name}`") from None
+        message = f"{file}: no such file; restore it with `git checkout {file.name}`"
+        raise InputError(message, code="missing-file") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{file.name}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        message = f"{file.name}: byte {error.start} is not UTF-8; save the file as UTF-8"
+        raise InputError(message, code="not-utf-8") from None
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         problem = " ".join((error.problem or "unreadable").split())
-        raise InputError(f"{file.name}:{line}: not valid YAML: {problem}; mend this line") from None
+        raise InputError(f"{file.name}:{line}: not valid YAML: {problem}; mend this line", code="not-yaml") from None
     except YAMLError as error:
-        raise InputError(f"{file.name}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{file.name}: not valid YAML: {' '.join(str(error).split())}", code="not-yaml") from None
 
 
-def line_of(marked: Any, location: Sequence[Any]) -> int:
+def find_line(marked: Any, location: Sequence[Any]) -> int:
     """Return the line of a key or item in a YAML file, or of the nearest above it that is there.
 
-    `marked` is the file as ruamel's round-trip loader gives it, `location` a problem's as pydantic tells it.
+    `marked` is the file from ruamel's round-trip loader, `location` that of a problem from pydantic.
     """
     line = 1
     for step in location:
@@ -37,5 +39,5 @@ def line_of(marked: Any, location: Sequence[Any]) -> int:
             line = marked.lc.item(step)[0] + 1 if isinstance(step, int) else marked.lc.key(step)[0] + 1
             marked = marked[step]
         except (AttributeError, KeyError, TypeError):
-            continue  # of a union's member, or missing
+            continue  # the name of a union's member, or a missing key
     return line

@@ -58,12 +58,12 @@ def prepare(
     from lathe.data.report import Account
     from lathe.data.splits import divide
     from lathe.data.tokenization import Rules
-    from lathe.models.special_tokens import control_tokens
+    from lathe.models.special_tokens import compile_control_tokens
 
     scratch = out / ".scratch"
     scratch.mkdir()
     account = Account(settings)
-    rows = _read(raw, preset, control_tokens(tokenizer), seed, scratch / "rows", account)
+    rows = _read(raw, preset, compile_control_tokens(tokenizer), seed, scratch / "rows", account)
     account.check_read()
     account.splits = divide(
         rows,

@@ -24,7 +24,7 @@ from lathe.data.truncation import Messages, Side, truncated
 from lathe.data.worker_processes import MOST_PROCESSES, each
 from lathe.data.writing_systems import script
 from lathe.models.chat_template import TemplateError
-from lathe.models.loss_mask import Encoded, Format, encode_each
+from lathe.models.loss_mask import ConversationEncoder, Encoded
 
 # Fewer than these are not worth a process.
 ROWS_PER_PROCESS = 512
@@ -191,7 +191,7 @@ class _Worker:
 
     def __init__(self, rules: Rules, reader: Reader, target: BinaryIO) -> None:
         self.rules, self.reader, self.target = rules, reader, target
-        self.format = Format.of(rules.tokenizer)
+        self.encoder = ConversationEncoder.of_tokenizer(rules.tokenizer)
         self.faults: dict[str, Tally[tuple[str, Fault]]] = {}
         self.scripts: dict[str, Tally[str]] = {}
         self.cut = Cut()
@@ -278,8 +278,7 @@ class _Worker:
                 yield other if isinstance(length, Length) else length
 
     def each(self, conversations: Sequence[Messages]) -> Iterator[Length | Fault]:
-        encoded = encode_each(self.rules.tokenizer, conversations, supervise=self.rules.supervise, format_=self.format)
-        for result in encoded:
+        for result in self.encoder.encode_rows(conversations, supervise=self.rules.supervise):
             yield Fault("template", None, str(result)) if isinstance(result, TemplateError) else _length(result)
 
     def measured(self) -> Measured:

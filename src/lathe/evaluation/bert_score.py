@@ -7,7 +7,6 @@ Only a text's own tokens are matched: what the tokenizer puts around them is lef
 
 import hashlib
 import math
-import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -17,10 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.progress import Progress
-from lathe.sources.model_files import hub_files, wanted_files
 
 if TYPE_CHECKING:
     import torch
@@ -105,24 +102,6 @@ class Encoder:
             return [states[kept] for states, kept in zip(hidden, own, strict=True)]
 
         return embed
-
-
-def encoder_folder(model: str, revision: str | None) -> Path:
-    """Return where the encoder lies: the folder under models/local, or the hub's cache, downloaded if need be.
-
-    Raises InputError where there is none, or it is not whole or pickled, and where the hub cannot or will not give it.
-    """
-    if model.startswith("models/local/"):
-        folder = Path(os.path.normpath(paths.ROOT / model))
-        if paths.MODELS_LOCAL not in folder.parents or not folder.is_dir():
-            raise InputError(f"bert_score.model is {model!r}; there is no such folder; put the encoder there")
-        wanted_files([file.name for file in folder.iterdir()], model)
-        return folder
-    from lathe.sources.hub import Repository
-
-    section, key = "the section bert_score of params.yaml", "`bert_score.model` in params.yaml"
-    repository = Repository("model", model, revision, id_key=key, section=section)
-    return hub_files(repository)["config.json"].parent
 
 
 def scores(pairs: Iterable[Pair], encoder: Encoder, *, batch_size: int, cache: Path) -> Scored:

@@ -64,8 +64,7 @@ def add_bert_score(splits: Sequence[Answers], settings: BertScore, *, seed: int,
     from lathe.evaluation import bert_score
 
     assert settings.model
-    folder = bert_score.encoder_folder(settings.model, settings.revision)
-    encoder = bert_score.Encoder(folder, num_layers=settings.num_layers, max_length=settings.max_length)
+    encoder = bert_score.Encoder(paths.MODEL_ENCODER, num_layers=settings.num_layers, max_length=settings.max_length)
     rows = [row for answers in splits for of_artifact in answers.values() for row in of_artifact]
     pairs = {(row["completion"], row["reference"]) for row in rows}
     # One baseline for both splits, or their scores could not be compared.

@@ -7,18 +7,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lathe.common import dotted_keys, paths
+from lathe.common.dvc_api import DvcRepository, open_repository
 from lathe.common.errors import InputError
 from lathe.common.jsonl import read_jsonl
 from lathe.common.text import did_you_mean
 from lathe.config.artifacts import UNQUANTIZED
 from lathe.evaluation.metrics import LOWER_IS_BETTER, goodness
-from lathe.experiments.changed_code import changed_code, is_left_over, scripts_of
-from lathe.provenance import revisions
-from lathe.provenance.revisions import Revision
+from lathe.experiments.changed_code import has_stale_timings, list_changed_code, list_scripts
+from lathe.provenance.revisions import Revision, find_revision, list_experiments
 
 if TYPE_CHECKING:
-    from dvc.repo import Repo
-
     from lathe.evaluation.evaluate import Row
 
 SIGNIFICANT = 0.05
@@ -86,16 +85,11 @@ def compare(names: Sequence[str], *, split: str, artifact: str | None) -> Compar
 
     Raises InputError where a name means nothing, or what it means has not been evaluated.
     """
-    from dvc.repo import Repo
-
-    from lathe.common import paths
-    from lathe.provenance.dvc_lock import one_line_of_dvc
-
     if len(names) < 2:
         raise InputError(f"compare {' '.join(names)}: takes at least two; name experiments, commits or `workspace`")
     if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise InputError(f"compare: {twice} is named twice; name each experiment once")
-    found = [revisions.find(name) for name in names]
+    found = [find_revision(name) for name in names]
     metric = found[0].parameters["evaluate"]["primary_metric"]
     sides = [_side(revision, split, artifact, metric) for revision in found]
     for side in sides:
@@ -103,7 +97,7 @@ def compare(names: Sequence[str], *, split: str, artifact: str | None) -> Compar
             raise InputError(f"{side.name}: has no {metric}, the evaluate.primary_metric of {names[0]}; evaluate it so")
     result = Comparison(split, metric, sides, _parameters(found))
     result.warnings += [*_warnings_of_settings(found, result.parameters), *_warnings_of_files(sides)]
-    with one_line_of_dvc(), Repo(str(paths.ROOT)) as repo:
+    with open_repository(paths.ROOT) as repo:
         for revision, side in zip(found[1:], sides[1:], strict=True):
             differences, warning = _differences(repo, found[0], sides[0], revision, side, split)
             result.differences += differences
@@ -119,7 +113,7 @@ def compare(names: Sequence[str], *, split: str, artifact: str | None) -> Compar
 def _side(revision: Revision, split: str, artifact: str | None, metric: str) -> Side:
     from lathe.evaluation.best_artifact import best
 
-    steering, report = (revision.json(f"metrics/evaluate/{name}.json") for name in ("validation", split))
+    steering, report = (revision.read_json(f"metrics/evaluate/{name}.json") for name in ("validation", split))
     if not steering or not report:
         raise InputError(f"{revision.name}: has no metrics/evaluate/{split}.json; run the pipeline there")
     if artifact is None:
@@ -149,10 +143,10 @@ def _cost(revision: Revision) -> dict[str, float | None]:
     None where a stage of it was not run for this revision: DVC took its outputs from the run cache, and the timings
     beside them are those of another run.
     """
-    timings = {stem: revision.json(f"metrics/timings/{stem}.json") for stem in sorted(scripts_of(revision))}
+    timings = {stem: revision.read_json(f"metrics/timings/{stem}.json") for stem in sorted(list_scripts(revision))}
     earlier = [revision.parent] if revision.parent else []
-    earlier += [Revision(each.name, each.commit) for each in reversed(revisions.experiments())]
-    known = {stem: each for stem, each in timings.items() if each and not is_left_over(revision, stem, earlier)}
+    earlier += [Revision(each.name, each.commit) for each in reversed(list_experiments())]
+    known = {stem: each for stem, each in timings.items() if each and not has_stale_timings(revision, stem, earlier)}
     whole = len(known) == len(timings)
     training = known.get("train")
     memory = [each["peak_memory_bytes"] for each in known.values()]
@@ -171,7 +165,7 @@ def _cost(revision: Revision) -> dict[str, float | None]:
 def _parameters(found: Sequence[Revision]) -> dict[str, list[Any]]:
     """The keys that have not the same value everywhere, with each one's; of methods that none of them uses, none."""
     used = {revision.parameters["training"]["method"] for revision in found}
-    trees = [revisions.leaves(revision.parameters) for revision in found]
+    trees = [dotted_keys.flatten(revision.parameters) for revision in found]
     keys = list(dict.fromkeys(key for tree in trees for key in tree))
     unused = tuple(f"{method}." for method in ("dpo", "grpo") if method not in used)
     return {
@@ -213,9 +207,13 @@ def _warnings_of_settings(found: Sequence[Revision], parameters: Mapping[str, li
             yield f"the seeds of {both} differ ({seeds}): what chance does is in the difference"
         if scoring := [key for key in own if key.startswith(("evaluate.", "bert_score.", "judge."))]:
             yield f"{both} were not scored alike ({', '.join(scoring)}); differences are by the first one's settings"
-        if code := changed_code(found[0], revision):
+        if code := list_changed_code(found[0], revision):
             yield f"the code of {both} differs: {', '.join(code)}"
-        if "dataset" not in own and found[0].out("data/raw") != revision.out("data/raw") and "seed" not in own:
+        if (
+            "dataset" not in own
+            and found[0].find_output_hash("data/raw") != revision.find_output_hash("data/raw")
+            and "seed" not in own
+        ):
             yield f"the data of {both} differ, under the same name"
 
 
@@ -235,7 +233,7 @@ def _warnings_of_files(sides: Sequence[Side]) -> Iterator[str]:
 
 
 def _differences(
-    repo: "Repo", first: Revision, first_side: Side, other: Revision, other_side: Side, split: str
+    repo: DvcRepository, first: Revision, first_side: Side, other: Revision, other_side: Side, split: str
 ) -> tuple[list[Difference], list[str]]:
     from lathe.evaluation.evaluate import Sampling, evaluate, row_scores
 
@@ -277,12 +275,12 @@ def _differences(
     ], warnings
 
 
-def _answers(repo: "Repo", revision: Revision, artifact: str, split: str) -> dict[str, "Row"] | None:
+def _answers(repo: DvcRepository, revision: Revision, artifact: str, split: str) -> dict[str, "Row"] | None:
     """A revision's answers by what was asked, with the scores that are not made from texts; None where any is gone."""
     files = [
-        revision.cached(repo, "data/processed", f"{split}.jsonl"),
-        revision.cached(repo, f"data/generated/{artifact}", f"{split}.jsonl"),
-        revision.cached(repo, "data/scored", f"{artifact}/{split}.jsonl"),
+        revision.find_cached_file(repo, "data/processed", f"{split}.jsonl"),
+        revision.find_cached_file(repo, f"data/generated/{artifact}", f"{split}.jsonl"),
+        revision.find_cached_file(repo, "data/scored", f"{artifact}/{split}.jsonl"),
     ]
     if any(file is None for file in files):
         return None

@@ -20,7 +20,7 @@ from lathe.common.errors import InputError
 from lathe.common.progress import Progress
 from lathe.gguf import header
 from lathe.gguf.imatrix_file import Importance
-from lathe.gguf.llama_library import ggml_types
+from lathe.gguf.llama_library import read_ggml_types
 from lathe.models.precision import DTYPES, resolve_precision
 
 logger = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ def _column_squares(weight: torch.Tensor) -> Any:
 
 
 def _column_squares_in(file: Path, tensor: header.Tensor) -> Any:
-    kinds = {ggml_types()[name].number: dtype for name, dtype in (("F32", "<f4"), ("F16", "<f2"), ("BF16", "<u2"))}
+    kinds = {read_ggml_types()[name].number: dtype for name, dtype in (("F32", "<f4"), ("F16", "<f2"), ("BF16", "<u2"))}
     columns, rows, *experts = tensor.extents
     shape = (*experts, rows, columns) if experts else (1, rows, columns)
     stored = np.memmap(file, kinds[tensor.kind], mode="r", offset=tensor.offset, shape=shape)

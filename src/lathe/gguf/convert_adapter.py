@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
+from lathe.common.json_files import read_json
 from lathe.gguf.converter_process import run_converter
 
 
@@ -29,7 +30,7 @@ def convert_adapter(
             f"{llama_cpp}: no convert_lora_to_gguf.py; run `make setup`, or name a llama.cpp checkout in "
             f"convert.llama_cpp_dir"
         )
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(adapter / "adapter_config.json")
     _check_adapter(config, adapter, base)
     # llama.cpp scales by alpha / r, whatever the configuration says of rank-stabilised LoRA.
     if config["use_rslora"]:
@@ -59,6 +60,6 @@ def _check_adapter(config: dict[str, Any], adapter: Path, base: Path) -> None:
     if whole:
         # Its converter refuses some of them, and llama.cpp leaves out what the others have learnt, without a word.
         raise AdapterError(f"it holds layers trained whole (lora.modules_to_save): {', '.join(whole)}")
-    tied = json.loads((base / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings")
+    tied = read_json(base / "config.json").get("tie_word_embeddings")
     if tied and any(".lora_embedding_" in name for name in names):
         raise AdapterError("it updates embeddings that are the output head too, which llama.cpp keeps as one tensor")

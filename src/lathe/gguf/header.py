@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lathe.common.errors import InputError
-from lathe.gguf.llama_library import ggml_types
+from lathe.gguf.llama_library import read_ggml_types
 
 
 class Tensor(NamedTuple):
@@ -31,13 +31,13 @@ def describe(path: Path) -> dict[str, Any]:
     `bytes`; `parameters`; `bits_per_weight` (of the tensors); `tensor_types`, type name -> number of tensors;
     `metadata` without arrays; `chat_template` or None. Raises InputError if the file is not GGUF, damaged or cut short.
     """
-    names = {kind.number: name for name, kind in ggml_types().items()}
+    names = {kind.number: name for name, kind in read_ggml_types().items()}
     metadata, found = _read_header(path)
     parameters = tensor_bytes = 0
     for tensor in found:
         if tensor.kind not in names:
             raise InputError(f"{path}: its GGUF header is damaged (tensor type {tensor.kind}); make the file again")
-        count, stored = math.prod(tensor.extents), ggml_types()[names[tensor.kind]]
+        count, stored = math.prod(tensor.extents), read_ggml_types()[names[tensor.kind]]
         parameters += count
         tensor_bytes += count // stored.block_values * stored.block_bytes
     if tensor_bytes > path.stat().st_size:

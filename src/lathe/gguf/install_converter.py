@@ -81,7 +81,7 @@ def _pin(requirement: Path) -> str:
     if installed != match[1]:
         raise InputError(
             f"{PACKAGE} {installed} is installed but {requirement.name} pins {match[1]}: converter and library must be "
-            f"of one llama.cpp; install requirements.txt again, or pin the same version in both files"
+            f"of one llama.cpp; run `make setup`, or pin the same version here and in pyproject.toml"
         )
     return pin
 

@@ -1,4 +1,4 @@
-"""llama.cpp, the library: its logs in ours, its failures as one line, and a GGUF opened for reading."""
+"""llama.cpp, the library: loaded once, its log led into `logging`, and the tensor types that it knows."""
 
 import ctypes
 import logging
@@ -22,14 +22,14 @@ _ERROR, _CONTINUED = 4, 5  # enum ggml_log_level in ggml.h; everything below an 
 
 
 @cache
-def library() -> ModuleType:
-    """Import llama_cpp (0.15 s) and lead its C logs into `logging`: errors as errors, all else at debug level."""
+def load_library() -> ModuleType:
+    """Import llama_cpp (0.15 s) and lead its C log into `logging`: errors as errors, all else at debug level."""
     # OpenMP's threads wait for each other by spinning, for so long that where another process wants the same cores
     # decoding takes ten times its time; after a short spin they sleep. Read when the library is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "100")
     import llama_cpp
 
-    llama_cpp.llama_log_set(_log_callback(llama_cpp), ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(_make_log_callback(llama_cpp), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp
 
@@ -43,12 +43,12 @@ class GgmlType(NamedTuple):
 
 
 @cache
-def ggml_types() -> dict[str, GgmlType]:
+def read_ggml_types() -> dict[str, GgmlType]:
     """Every type that a tensor may have in the installed llama.cpp, by its name in capitals: `Q4_K`, `F16`, `I32`.
 
-    Asked of the library, because gguf-py's own table is of another day.
+    From the library, because gguf-py's own table is of another version.
     """
-    llama_cpp = library()
+    llama_cpp = load_library()
     from llama_cpp._ggml import libggml
 
     libggml.ggml_type_name.restype = ctypes.c_char_p
@@ -64,38 +64,38 @@ def ggml_types() -> dict[str, GgmlType]:
 
 
 @dataclass
-class Log:
-    """What llama.cpp said meanwhile, a line each, without the name of the C function that said it."""
+class LlamaLog:
+    """Lines that llama.cpp logged, without the names of the C functions that logged them."""
 
     lines: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     @property
     def reason(self) -> str:
-        """The first error: the later ones only tell who passed it on."""
+        """The first error: the later ones only name the callers that passed it on."""
         return self.errors[0] if self.errors else "llama.cpp gives no reason"
 
 
 @contextmanager
-def listening() -> Iterator[Log]:
-    """Collect what llama.cpp says inside the block, so that a failure can be given its reason.
+def collect_llama_log() -> Iterator[LlamaLog]:
+    """Collect what llama.cpp logs inside the block, so that a failure can be given its reason.
 
-    Errors that go into an exception are not logged as well: said twice, they would hide its one line.
+    Errors that are collected are not logged as errors too: they go into an exception, whose one line they would hide.
     """
-    library()
-    log = Log()
-    _listeners.append(log)
+    load_library()
+    log = LlamaLog()
+    _collecting.append(log)
     try:
         yield log
     finally:
-        _listeners.remove(log)
+        _collecting.remove(log)
 
 
-_listeners: list[Log] = []
+_collecting: list[LlamaLog] = []
 
 
 @cache
-def _log_callback(llama_cpp: ModuleType) -> Any:
+def _make_log_callback(llama_cpp: ModuleType) -> Any:
     # Cached, because C keeps the pointer: Python must not collect what it points to.
     pending: list[str] = []
     level = 0
@@ -107,13 +107,13 @@ def _log_callback(llama_cpp: ModuleType) -> Any:
         pending.append(text.decode("utf-8", "replace"))
         if not text.endswith(b"\n"):
             return  # a line may come in several pieces
-        said = [re.sub(r"^(\w+: )?(ERROR: )?", "", line.strip()) for line in "".join(pending).splitlines()]
-        lines = [line for line in said if line.strip("=-")]  # not the rules that frame a message
+        printed = [re.sub(r"^(\w+: )?(ERROR: )?", "", line.strip()) for line in "".join(pending).splitlines()]
+        lines = [line for line in printed if line.strip("=-")]  # not the rules that frame a message
         pending.clear()
-        for log in _listeners:
+        for log in _collecting:
             log.lines += lines
             log.errors += lines if level == _ERROR else []
         for line in lines:
-            logger.log(logging.ERROR if level == _ERROR and not _listeners else logging.DEBUG, "%s", line)
+            logger.log(logging.ERROR if level == _ERROR and not _collecting else logging.DEBUG, "%s", line)
 
     return llama_cpp.llama_log_callback(receive)

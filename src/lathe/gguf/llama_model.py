@@ -7,32 +7,37 @@ from types import TracebackType
 from typing import Any, Self
 
 from lathe.common.errors import InputError
-from lathe.gguf.llama_library import library, listening
+from lathe.gguf.llama_library import collect_llama_log, load_library
+from lathe.models.chat_template import ChatTemplate
 
 _MAX_TEXT_BYTES = 1 << 16
 
 
-class Model:
+class LlamaModel:
     """A GGUF file opened with llama.cpp; a context manager.
 
-    With `vocab_only` the weights stay on disk: metadata, template and tokenizer are there in milliseconds.
+    With `vocab_only` the weights are not loaded: metadata, template and tokenizer take milliseconds.
     Raises InputError if there is no such file or llama.cpp cannot load it.
     """
 
     def __init__(self, path: Path, *, vocab_only: bool = False) -> None:
         if not path.is_file():
-            raise InputError(f"{path}: no such GGUF file; the path must name one that the pipeline or you have made")
+            raise InputError(
+                f"{path}: no such GGUF file; the path must name one that the pipeline or you have made",
+                code="missing-file",
+            )
         self.path = path
-        self._library = library()
+        self._library = load_library()
         params = self._library.llama_model_default_params()
         params.vocab_only = vocab_only
-        # Repacked weights are multiplied by other kernels for one row than for four, which batches would
-        # show.
+        # Repacked weights are multiplied by other kernels for one row than for four: results would depend on batches.
         params.use_extra_bufts = False
-        with listening() as log:
+        with collect_llama_log() as log:
             self.handle = self._library.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
-            raise InputError(f"{path}: llama.cpp cannot load it ({log.reason}); make the file again")
+            raise InputError(
+                f"{path}: llama.cpp cannot load it ({log.reason}); make the file again", code="unreadable-gguf"
+            )
         self.vocab = self._library.llama_model_get_vocab(self.handle)
 
     def __enter__(self) -> Self:
@@ -57,13 +62,16 @@ class Model:
         values = (self._text(self._library.llama_model_meta_val_str_by_index, index) for index in range(count))
         return dict(zip(keys, values, strict=True))
 
-    @property
-    def template(self) -> str:
-        """The chat template (Jinja) inside the file. Raises InputError if there is none."""
-        template = self.metadata.get("tokenizer.chat_template")
-        if not template:
-            raise InputError(f"{self.path}: the GGUF holds no chat template; convert a model whose tokenizer has one")
-        return template
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The chat template of the file with its special tokens. Raises InputError if there is none."""
+        text = self.metadata.get("tokenizer.chat_template")
+        if not text:
+            raise InputError(
+                f"{self.path}: the GGUF holds no chat template; convert a model whose tokenizer has one",
+                code="no-chat-template",
+            )
+        return ChatTemplate(text, self.get_token_text(self.bos), self.get_token_text(self.eos), self.adds_bos)
 
     @property
     def n_vocab(self) -> int:
@@ -87,21 +95,21 @@ class Model:
 
     @property
     def adds_bos(self) -> bool:
-        """Whether the vocabulary asks for its BOS in front of every text."""
+        """Whether the vocabulary asks for its BOS before every text."""
         return self._library.llama_vocab_get_add_bos(self.vocab)
 
     def is_end(self, token: int) -> bool:
-        """Whether a token ends a generation."""
+        """Return whether a token ends a generation."""
         return self._library.llama_vocab_is_eog(self.vocab, token)
 
-    def text_of(self, token: int | None) -> str:
-        """How a token is written in the vocabulary, `<|im_end|>`; empty for None."""
+    def get_token_text(self, token: int | None) -> str:
+        """Return a token as the vocabulary writes it, `<|im_end|>`; empty for None."""
         return "" if token is None else self._library.llama_vocab_get_text(self.vocab, token).decode()
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
-        """Token ids of `text`; special tokens written in it are recognised.
+        """Return the token ids of `text`; special tokens written in it are recognised.
 
-        `add_special` puts in front and behind what the vocabulary asks for (BOS, EOS).
+        With `add_special`, the tokens that the vocabulary asks for before and after every text (BOS, EOS) are added.
         """
         raw = text.encode()
         room = len(raw) + 2
@@ -112,9 +120,8 @@ class Model:
                 return list(ids[:count])
             room = -count
 
-    def prompt_tokens(self, prompt: str) -> list[int]:
-        """Token ids of a prompt that a chat template has rendered, with exactly one BOS where the vocabulary
-        wants one.
+    def tokenize_prompt(self, prompt: str) -> list[int]:
+        """Return the token ids of a rendered prompt, with exactly one BOS if the vocabulary asks for one.
 
         A template that writes the BOS itself and a vocabulary that adds it do not make two.
         """
@@ -123,8 +130,8 @@ class Model:
             return [self.bos, *ids]
         return ids
 
-    def piece(self, token: int) -> bytes:
-        """Bytes of one generated token, possibly part of a character; empty for control tokens."""
+    def get_token_bytes(self, token: int) -> bytes:
+        """Return the bytes of a generated token, possibly part of a character; empty for control tokens."""
         buffer = ctypes.create_string_buffer(64)
         size = self._library.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False)
         if size < 0:

@@ -16,7 +16,7 @@ from lathe.common.text import did_you_mean
 from lathe.config.quantization_types import FILES_THAT_CANNOT_BE_MADE, check_type
 from lathe.gguf import imatrix_file
 from lathe.gguf.header import Tensor, tensors
-from lathe.gguf.llama_library import ggml_types, library, listening
+from lathe.gguf.llama_library import collect_llama_log, load_library, read_ggml_types
 from lathe.gguf.program_errors import last_line, raise_disk_fault
 from lathe.gguf.tensor_types import assign, quant_types
 
@@ -82,7 +82,7 @@ def _chosen_types(
             continue
         check_type(chosen, of_embeddings=True)
         # Here llama.cpp looks for no larger type, and ggml ends the process.
-        if name in columns and columns[name] % (block := ggml_types()[chosen].block_values):
+        if name in columns and columns[name] % (block := read_ggml_types()[chosen].block_values):
             raise InputError(
                 f"quantize.{key} is {chosen}, which stores blocks of {block} values; the rows of {name} have "
                 f"{columns[name]}; take a type of smaller blocks, such as Q8_0, or F16"
@@ -104,8 +104,8 @@ def _quantize_with_library(
     chosen: _Chosen,
     _: Path | None,
 ) -> list[str]:
-    llama_cpp = library()
-    numbers = {name: kind.number for name, kind in ggml_types().items()}
+    llama_cpp = load_library()
+    numbers = {name: kind.number for name, kind in read_ggml_types().items()}
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = quant_types()[name]
     params.nthread = threads
@@ -122,7 +122,7 @@ def _quantize_with_library(
         floats = ctypes.POINTER(ctypes.c_float)
         entries = [(name.encode(), mean.ctypes.data_as(floats), len(mean)) for name, mean in means.items()]
         params.imatrix = (llama_cpp.llama_model_imatrix_data * (len(entries) + 1))(*entries)
-    with listening() as log:
+    with collect_llama_log() as log:
         failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params)
     if failed:
         raise_disk_fault(log.reason, out)

@@ -7,14 +7,14 @@ from functools import cache
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.config.quantization_types import parse
-from lathe.gguf.llama_library import library
+from lathe.gguf.llama_library import load_library
 
 
 @cache
 def quant_types() -> dict[str, int]:
     """Every type that the installed llama.cpp can quantize to, by its usual name: `Q4_K_M` -> its llama_ftype."""
     prefix = re.compile(r"LLAMA_FTYPE_(?:MOSTLY|ALL)_(\w+)")
-    library_types = vars(library()).items()
+    library_types = vars(load_library()).items()
     return {match[1]: value for name, value in library_types if (match := prefix.fullmatch(name))}
 
 

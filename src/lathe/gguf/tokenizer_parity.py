@@ -1,10 +1,10 @@
 """Tokenizer parity: token ids of transformers and of llama.cpp are equal, special tokens included."""
 
 from pathlib import Path
-from typing import Any
 
 from lathe.common.errors import InputError
-from lathe.gguf.llama_model import Model
+from lathe.gguf.llama_model import LlamaModel
+from lathe.models.chat_template import ChatTemplate
 
 # Texts on which tokenizers like to disagree. All are composed (Unicode NFC): Qwen's tokenizer composes,
 # llama.cpp takes text as it is, so that a decomposed "e\u0301" never agrees there.
@@ -42,11 +42,11 @@ SAMPLE_TEXTS = (
 
 
 def check_tokens(model: Path, gguf: Path, texts: list[str]) -> int:
-    """Hold the tokenizer in the folder `model` (transformers) and the vocabulary in `gguf` (llama.cpp) equal.
+    """Check that the tokenizer in the folder `model` and llama.cpp with the file `gguf` give the same token ids.
 
     Compared are the ids of every text, special tokens in it recognised by both, and the prompt of a small
     chat rendered with the tokenizer's template: as training sees it, and as llama.cpp does, which adds a BOS
-    where the vocabulary asks for one and the template has not written it. Both must carry the same template,
+    if the vocabulary asks for one and the template has not written it. Both must have the same template,
     and the tokenizer's end-of-turn token (`eos_token`) must end a generation. Returns the number of tokens
     compared; raises InputError with the first difference.
     """
@@ -54,40 +54,41 @@ def check_tokens(model: Path, gguf: Path, texts: list[str]) -> int:
 
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     compared = 0
-    with Model(gguf, vocab_only=True) as vocabulary:
+    with LlamaModel(gguf, vocab_only=True) as vocabulary:
         for text in texts:
             expected = tokenizer(text, add_special_tokens=False)["input_ids"]
-            compared += _equal_ids(gguf, text, expected, vocabulary.tokenize(text))
+            compared += _compare_ids(gguf, text, expected, vocabulary.tokenize(text))
         if not vocabulary.is_end(tokenizer.eos_token_id):
             raise InputError(
                 f"{gguf}: {tokenizer.eos_token!r}, the tokenizer's eos_token, does not end a generation in llama.cpp; "
-                f"mark it as a special token in the tokenizer of {model}"
+                f"mark it as a special token in the tokenizer of {model}",
+                code="end-token-does-not-stop",
             )
         if tokenizer.chat_template:
-            if vocabulary.template != tokenizer.chat_template:
-                raise InputError(f"{gguf}: its chat template is not the one in {model}; convert again from this folder")
-            prompt = _chat_prompt(tokenizer)
+            template, bos = ChatTemplate.of_tokenizer(tokenizer), tokenizer.bos_token_id
+            if vocabulary.chat_template.text != template.text:
+                raise InputError(
+                    f"{gguf}: its chat template is not the one in {model}; convert again from this folder",
+                    code="other-chat-template",
+                )
+            prompt = template.render([{"role": "user", "content": "Hello, 世界!"}], add_generation_prompt=True)
             expected = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            bos = tokenizer.bos_token_id
-            if bos is not None and expected[:1] != [bos] and tokenizer("text")["input_ids"][0] == bos:
+            if template.adds_bos and expected[:1] != [bos]:
                 expected = [bos, *expected]
             if expected[:2] == [bos] * 2:
                 raise InputError(
-                    f"{model}: its chat template begins a prompt with two {tokenizer.bos_token!r}; remove one"
+                    f"{model}: its chat template begins a prompt with two {tokenizer.bos_token!r}; remove one",
+                    code="two-bos",
                 )
-            compared += _equal_ids(gguf, prompt, expected, vocabulary.prompt_tokens(prompt))
+            compared += _compare_ids(gguf, prompt, expected, vocabulary.tokenize_prompt(prompt))
     return compared
 
 
-def _equal_ids(gguf: Path, text: str, expected: list[int], found: list[int]) -> int:
-    if expected != found:
+def _compare_ids(gguf: Path, text: str, expected: list[int], ids: list[int]) -> int:
+    if expected != ids:
         raise InputError(
-            f"{gguf}: the token ids of {text!r} differ: transformers {expected}, llama.cpp {found}; "
-            f"llama.cpp does not know this tokenizer well enough to run the model"
+            f"{gguf}: the token ids of {text!r} differ: transformers {expected}, llama.cpp {ids}; "
+            f"llama.cpp does not know this tokenizer well enough to run the model",
+            code="token-ids-differ",
         )
-    return len(found)
-
-
-def _chat_prompt(tokenizer: Any) -> str:
-    messages = [{"role": "user", "content": "Hello, 世界!"}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return len(ids)

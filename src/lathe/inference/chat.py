@@ -1,4 +1,4 @@
-"""A conversation with a GGUF in the terminal, answers streamed token by token."""
+"""Chat with a GGUF in the terminal, answers streamed token by token."""
 
 import sys
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import TextIO
 
 from lathe.common.errors import InputError
 from lathe.inference.generate import Generator
-from lathe.models.chat_template import render
+from lathe.models.chat_template import Conversation
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
 
@@ -25,18 +25,18 @@ def chat(
     source: TextIO | None = None,
     out: TextIO | None = None,
 ) -> None:
-    """Talk to the model in `gguf`: answer `prompt` once, or read requests until the input ends.
+    """Chat with the model in `gguf`: answer `prompt` once, or read requests until the input ends.
 
     Requests come from `source` (standard input by default), answers go to `out` (standard output by default).
-    `system` is a system message put before the conversation; without one the template's own default holds.
-    Decoding is greedy, by the engine that measures, so that an answer here is the answer that was scored.
+    `system` is a system message put before the conversation; without one the template's own default is used.
+    Decoding is greedy, by the code that is used for scoring, so that an answer here is the answer that was scored.
     Raises InputError if the file is no usable model or a single prompt does not fit into `n_ctx` tokens.
     """
     out = out or sys.stdout
     beginning: History = [{"role": "system", "content": system}] if system else []
     with Generator(gguf, n_parallel=1, n_ctx=n_ctx, threads=threads) as generator:
         if prompt is not None:
-            _say(_answer(generator, [*beginning, _user(prompt)], max_new_tokens), out)
+            _print_answer(_stream_answer(generator, [*beginning, _user_message(prompt)], max_new_tokens), out)
         else:
             _converse(generator, beginning, max_new_tokens, source or sys.stdin, out)
 
@@ -46,13 +46,13 @@ def _converse(generator: Generator, beginning: History, max_new_tokens: int, sou
     if interactive:
         out.write(f"{generator.model.path.name}: {HELP}\n")
     history = list(beginning)
-    while (request := _ask(source, out, interactive=interactive)) not in (None, "/exit"):
+    while (request := _read_request(source, out, interactive=interactive)) not in (None, "/exit"):
         if request == "/reset":
             history = list(beginning)
         elif request:
-            history.append(_user(request))
+            history.append(_user_message(request))
             try:
-                answer = _say(_answer(generator, history, max_new_tokens), out)
+                answer = _print_answer(_stream_answer(generator, history, max_new_tokens), out)
             except InputError as error:
                 history.pop()
                 out.write(f"{error}; or /reset\n")
@@ -60,8 +60,8 @@ def _converse(generator: Generator, beginning: History, max_new_tokens: int, sou
                 history.append({"role": "assistant", "content": answer})
 
 
-def _ask(source: TextIO, out: TextIO, *, interactive: bool) -> str | None:
-    """The next request; empty after Ctrl-C, None at the end of the input."""
+def _read_request(source: TextIO, out: TextIO, *, interactive: bool) -> str | None:
+    """Read the next request; return an empty one after Ctrl-C, None at the end of the input."""
     if not interactive:
         line = source.readline()
         return line.strip() if line else None
@@ -77,31 +77,25 @@ def _ask(source: TextIO, out: TextIO, *, interactive: bool) -> str | None:
         return None
 
 
-def _answer(generator: Generator, messages: History, max_new_tokens: int) -> Iterator[str]:
-    text = render(
-        generator.template,
-        messages,
-        bos_token=generator.bos_token,
-        eos_token=generator.eos_token,
-        add_generation_prompt=True,
-    )
-    return generator.stream(text, max_new_tokens=max_new_tokens)
+def _stream_answer(generator: Generator, messages: Conversation, max_new_tokens: int) -> Iterator[str]:
+    prompt = generator.chat_template.render(messages, add_generation_prompt=True)
+    return generator.stream(prompt, max_new_tokens=max_new_tokens)
 
 
-def _say(pieces: Iterator[str], out: TextIO) -> str:
-    """Write the pieces as they come; Ctrl-C stops them. Returns what was written."""
-    said: list[str] = []
+def _print_answer(pieces: Iterator[str], out: TextIO) -> str:
+    """Write the pieces as they come, until the end or Ctrl-C; return the text that was written."""
+    written: list[str] = []
     try:
         for piece in pieces:
-            said.append(piece)
+            written.append(piece)
             out.write(piece)
             out.flush()
     except KeyboardInterrupt:
         out.write(" …")
     out.write("\n")
     out.flush()
-    return "".join(said)
+    return "".join(written)
 
 
-def _user(content: str) -> dict[str, str]:
+def _user_message(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}

@@ -1,13 +1,14 @@
-"""From chat messages to text and token ids, through the model's own chat template.
+"""Chat template: how messages become the text that a model reads, and where in it the answer is.
 
-One template everywhere: training, evaluation and generation call `render`, and `encode` tokenises what it returns.
+One template everywhere: training, evaluation, generation and chat call `ChatTemplate.render`.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, Self
 
 import jinja2
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
@@ -18,8 +19,8 @@ Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
 # What `strftime_now` formats in templates that state the date (Llama 3, SmolLM3); the current date would make two runs
-# differ. It is the fallback that Llama 3's own template holds.
-TODAY = datetime(2024, 7, 26)
+# differ. It is the fallback in Llama 3's own template.
+FIXED_DATE = datetime(2024, 7, 26)
 
 _TEXT_MESSAGE = {"role", "content"}
 
@@ -28,123 +29,156 @@ class TemplateError(InputError):
     """A conversation that the chat template cannot render as a prompt and an answer."""
 
 
-def render(
-    chat_template: str,
-    messages: Conversation,
-    *,
-    bos_token: str,
-    eos_token: str,
-    add_generation_prompt: bool = False,
-    tools: list[dict[str, Any]] | None = None,
-) -> str:
-    """Return the messages as the model reads them; with `add_generation_prompt`, up to where its answer begins.
+class SplitAnswer(NamedTuple):
+    """A rendered conversation in three parts: the prompt, the answer, and what the template writes after it."""
 
-    The text holds whatever special tokens the template writes, BOS among them, so it is tokenised without adding any.
-    A template that asks for the date gets a fixed one. Raises TemplateError where the template refuses the messages.
+    prompt: str
+    answer: str
+    rest: str
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The Jinja `text` of a chat template with the special tokens that it writes.
+
+    `bos_token` and `eos_token` are empty where the vocabulary has none; `adds_bos` says whether the tokenizer puts its
+    BOS before plain text.
     """
-    try:
-        template, known = _compiled(chat_template)
-        if tools is None and all(map(_is_text_message, messages)):
-            # What render_jinja_template adds, copies of the messages above all, takes longer than the rendering.
-            context = {
-                **known,
-                "messages": messages,
-                "tools": None,
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-                "bos_token": bos_token,
-                "eos_token": eos_token,
-            }
-            return "".join(template.root_render_func(template.new_context(context, shared=True)))
-        texts, _ = render_jinja_template(
-            conversations=[messages],
-            tools=tools,
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            bos_token=bos_token,
-            eos_token=eos_token,
+
+    text: str
+    bos_token: str
+    eos_token: str
+    adds_bos: bool
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Any) -> Self:
+        """Return the template of a Hugging Face tokenizer. Raises TemplateError if it has none."""
+        if not tokenizer.chat_template:
+            raise TemplateError(
+                "the tokenizer has no chat template; choose an instruction-tuned model", code="no-chat-template"
+            )
+        bos = tokenizer.bos_token_id
+        return cls(
+            text=tokenizer.chat_template,
+            bos_token=tokenizer.bos_token or "",
+            eos_token=tokenizer.eos_token or "",
+            adds_bos=bos is not None and tokenizer("text")["input_ids"][0] == bos,
         )
-    except jinja2.TemplateSyntaxError as error:
-        raise TemplateError(f"the chat template's line {error.lineno} is not valid Jinja: {_line(error)}") from None
-    except (jinja2.TemplateError, TypeError) as error:
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise TemplateError(
-            f"the chat template refuses the roles [{roles}]: {_line(error)}; give conversations in its form"
-        ) from None
-    return texts[0]
 
+    def render(
+        self,
+        messages: Conversation,
+        *,
+        add_generation_prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> str:
+        """Return the messages as the model reads them; with `add_generation_prompt`, up to where its answer begins.
 
-def render_for(tokenizer: Any, messages: Conversation, *, add_generation_prompt: bool = False) -> str:
-    """Return `render` with a Hugging Face tokenizer's template and special tokens."""
-    return render(
-        tokenizer.chat_template,
-        messages,
-        bos_token=tokenizer.bos_token or "",
-        eos_token=tokenizer.eos_token or "",
-        add_generation_prompt=add_generation_prompt,
-    )
+        The text contains the special tokens that the template writes, BOS included, so it is tokenized without adding
+        any. A template that asks for the date gets a fixed one. Raises TemplateError if the template refuses the
+        messages.
+        """
+        try:
+            template, variables = _compile(self.text)
+            if tools is None and all(map(_is_text_message, messages)):
+                # What render_jinja_template adds, copies of the messages above all, takes longer than the rendering.
+                context = {
+                    **variables,
+                    "messages": messages,
+                    "tools": None,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                    "bos_token": self.bos_token,
+                    "eos_token": self.eos_token,
+                }
+                return "".join(template.root_render_func(template.new_context(context, shared=True)))
+            texts, _ = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=self.text,
+                add_generation_prompt=add_generation_prompt,
+                bos_token=self.bos_token,
+                eos_token=self.eos_token,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(
+                f"the chat template's line {error.lineno} is not valid Jinja: {_join_lines(error)}",
+                code="template-syntax",
+            ) from None
+        except (jinja2.TemplateError, TypeError) as error:
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            raise TemplateError(
+                f"the chat template refuses the roles [{roles}]: {_join_lines(error)}; give conversations in its form",
+                code="template-refuses",
+            ) from None
+        return texts[0]
 
+    def split_answer(self, messages: Conversation) -> SplitAnswer:
+        """Split the rendered conversation at its last message, which is the answer.
 
-def prompt_and_answer(
-    chat_template: str, messages: Conversation, *, bos_token: str, eos_token: str
-) -> tuple[str, str, str]:
-    """Return the prompt of the last message, the answer as the template writes it behind, and what it adds at the end.
+        The prompt is the one of inference. The three texts make up `render(messages)`, except for a template that
+        writes earlier messages differently once there is an answer. What follows the answer begins with the end token,
+        possibly after white space. Raises TemplateError if the answer is not written right after the prompt, or not as
+        it is.
+        """
+        prompt = self.render(messages[:-1], add_generation_prompt=True)
+        text = self.render(messages)
+        if not text.startswith(prompt):
+            # Mistral Nemo's writes the system message only where a request comes last: then the answer is written as
+            # after that request alone.
+            start = max((at for at, message in enumerate(messages[:-1]) if message["role"] == "user"), default=0)
+            if start > 0:
+                return self.split_answer(messages[start:])._replace(prompt=prompt)
+            raise TemplateError(
+                f"the chat template's generation prompt ends with {prompt[-20:]!r}, but its answers do not begin so; "
+                "use a template whose generation prompt is how it writes answers",
+                code="generation-prompt",
+            )
+        written = text[len(prompt) :]
+        # Many templates rewrite reasoning before the answer proper; the answer itself is only stripped.
+        answer = str(messages[-1]["content"]).rpartition("</think>")[2].strip()
+        if answer not in written:
+            raise TemplateError(
+                f"the chat template does not write the answer {_shorten(answer)} as it is; use one that does",
+                code="answer-not-written",
+            )
+        for message in messages:
+            if message["role"] == "tool" or message.get("tool_calls"):
+                _check_tools_are_written(message, written if message is messages[-1] else prompt)
+        if messages[-1].get("tool_calls"):
+            # Only the template knows where calls end: they take the place of a text, so what ends that ends them.
+            with_text = [*messages[:-1], {"role": "assistant", "content": "an answer"}]
+            rest = self.split_answer(with_text).rest
+            end = len(written.removesuffix(rest).rstrip())
+            if not written.endswith(rest):
+                raise TemplateError(
+                    "the chat template ends a tool call in another way than a text; use one that does not",
+                    code="tool-call-end",
+                )
+        else:
+            end = written.index(answer) + len(answer)
+        return SplitAnswer(prompt, written[:end], written[end:])
 
-    The prompt is the one of inference. The three texts make up `render(messages)`, but for a template that writes
-    earlier messages otherwise once there is an answer; the last begins with the end token, after white space perhaps.
-    Raises TemplateError where an answer is not written behind the prompt, or not as it is.
-    """
-    prompt = render(chat_template, messages[:-1], bos_token=bos_token, eos_token=eos_token, add_generation_prompt=True)
-    whole = render(chat_template, messages, bos_token=bos_token, eos_token=eos_token)
-    if not whole.startswith(prompt):
-        # Mistral Nemo's writes the system message only where a request comes last: then the answer is written as
-        # behind that request alone.
-        start = max((at for at, message in enumerate(messages[:-1]) if message["role"] == "user"), default=0)
-        if start > 0:
-            return prompt, *prompt_and_answer(
-                chat_template, messages[start:], bos_token=bos_token, eos_token=eos_token
-            )[1:]
-        raise TemplateError(
-            f"the chat template's generation prompt ends with {prompt[-20:]!r}, but its answers do not begin so; "
-            "use a template whose generation prompt is how it writes answers"
-        )
-    written = whole[len(prompt) :]
-    # Reasoning before the answer proper is rewritten by many templates; the answer itself is only stripped.
-    answer = str(messages[-1]["content"]).rpartition("</think>")[2].strip()
-    if answer not in written:
-        raise TemplateError(f"the chat template does not write the answer {_shown(answer)} as it is; use one that does")
-    for message in messages:
-        if message["role"] == "tool" or message.get("tool_calls"):
-            _check_tools_are_written(message, written if message is messages[-1] else prompt)
-    if messages[-1].get("tool_calls"):
-        # Where calls end only the template knows: they take the place of a text, so what ends that ends them.
-        text = [*messages[:-1], {"role": "assistant", "content": "an answer"}]
-        _, _, rest = prompt_and_answer(chat_template, text, bos_token=bos_token, eos_token=eos_token)
-        end = len(written.removesuffix(rest).rstrip())
-        if not written.endswith(rest):
-            raise TemplateError("the chat template ends a tool call in another way than a text; use one that does not")
-    else:
-        end = written.index(answer) + len(answer)
-    return prompt, written[:end], written[end:]
+    @cached_property
+    def answer_prefix(self) -> str:
+        r"""What the template writes between its generation prompt and a plain answer; empty if only white space.
 
-
-def answer_lead(chat_template: str, *, bos_token: str, eos_token: str) -> str:
-    r"""Return what the template writes between its generation prompt and a plain answer, white space aside.
-
-    Empty for most; `<think>\n\n</think>\n\n` for Qwen3. A model trained by `encode` begins its completions with it, so
-    it is to be removed before a completion is compared with the bare answer.
-    """
-    probe = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
-    _, written, _ = prompt_and_answer(chat_template, probe, bos_token=bos_token, eos_token=eos_token)
-    lead = written.removesuffix("an answer")
-    return lead if lead.strip() else ""
+        Empty for most; `<think>\n\n</think>\n\n` for Qwen3. A model trained on this template begins its answers with
+        it, so it is removed before an answer is compared with its reference.
+        """
+        question_and_answer = [
+            {"role": "user", "content": "a question"},
+            {"role": "assistant", "content": "an answer"},
+        ]
+        prefix = self.split_answer(question_and_answer).answer.removesuffix("an answer")
+        return prefix if prefix.strip() else ""
 
 
 @lru_cache
-def _compiled(chat_template: str) -> tuple[jinja2.Template, dict[str, Any]]:
-    """Return the template as transformers compiles it, and what it knows besides the conversation."""
-    template = _compile_jinja_template(chat_template)
-    template.environment.globals["strftime_now"] = TODAY.strftime
+def _compile(text: str) -> tuple[jinja2.Template, dict[str, Any]]:
+    """Return the template as transformers compiles it, and its variables besides the conversation."""
+    template = _compile_jinja_template(text)
+    template.environment.globals["strftime_now"] = FIXED_DATE.strftime
     return template, dict(template.globals)
 
 
@@ -153,19 +187,22 @@ def _is_text_message(message: Message) -> bool:
 
 
 def _check_tools_are_written(message: Message, rendered: str) -> None:
-    """Raise TemplateError where a tool's answer, or a call of one, is not in the rendering."""
+    """Raise TemplateError if a tool message, or a call of a tool, is not in the rendered text."""
     expected = [str(message["content"]).strip()] if message["role"] == "tool" else []
     for call in message.get("tool_calls") or []:
         expected += [call["function"]["name"], *call["function"]["arguments"]]
     for text in expected:
         if text not in rendered and json.dumps(text, ensure_ascii=False)[1:-1] not in rendered:
             what = "tool message" if message["role"] == "tool" else "tool call"
-            raise TemplateError(f"the chat template does not write the {what} {_shown(text)}; use one that does")
+            raise TemplateError(
+                f"the chat template does not write the {what} {_shorten(text)}; use one that does",
+                code="tool-not-written",
+            )
 
 
-def _shown(text: str) -> str:
+def _shorten(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-def _line(error: Exception) -> str:
+def _join_lines(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")

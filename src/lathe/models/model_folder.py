@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lathe.common.errors import InputError
+from lathe.common.json_files import read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -165,15 +166,14 @@ def get_text_value(config: dict[str, Any], key: str) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raises InputError where the file holds anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing: give the whole folder", code="file-missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error}): copy it again", code="not-json") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object: copy it again", code="not-an-object")
-    return value
+    content: dict[str, Any] = read_json_object(path, remedy="copy the whole folder again")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any], *, sort_keys: bool = False) -> None:
+    """Write a JSON file of a model: indented by two spaces, a newline at the end."""
+    text = json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:

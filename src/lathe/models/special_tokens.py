@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 
-def control_tokens(tokenizer: Any) -> re.Pattern[str]:
+def compile_control_tokens(tokenizer: Any) -> re.Pattern[str]:
     """Return a pattern of the texts that the tokenizer reads as control tokens, such as `<|im_end|>` or `</s>`.
 
     A message that holds one would end its own turn. The unknown token is not among them.

@@ -1,23 +1,23 @@
-"""Token segments: text cut before special tokens, so that shared parts are tokenized once."""
+"""Token segments: text cut before special tokens, so that parts that texts share are tokenized once."""
 
 import re
 from collections.abc import Iterable
 from typing import Any
 
 
-def _common_length(prompt: list[str], whole: list[str], ids: dict[str, list[int]]) -> int | None:
-    """Return how many ids the prompt has if the whole begins with them, else None; both are given in segments."""
+def count_prompt_ids(prompt: list[str], text: list[str], ids: dict[str, list[int]]) -> int | None:
+    """Return how many ids the prompt has if the text begins with them, else None; both are given in segments."""
     if not prompt:
         return 0
     *before, last = prompt
     place = len(before)
-    if len(whole) < len(prompt) or whole[:place] != before or ids[whole[place]][: len(ids[last])] != ids[last]:
+    if len(text) < len(prompt) or text[:place] != before or ids[text[place]][: len(ids[last])] != ids[last]:
         return None
     return sum([len(ids[segment]) for segment in prompt])
 
 
-def _ids(tokenizer: Any, segments: Iterable[str]) -> dict[str, list[int]]:
-    """Return the ids of each segment; one that several texts share is tokenised once."""
+def tokenize_segments(tokenizer: Any, segments: Iterable[str]) -> dict[str, list[int]]:
+    """Return the ids of each segment; one that several texts share is tokenized once."""
     unique = list(dict.fromkeys(segments))
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -26,24 +26,26 @@ def _ids(tokenizer: Any, segments: Iterable[str]) -> dict[str, list[int]]:
     return {segment: encoding.ids for segment, encoding in zip(unique, encoded, strict=True)}
 
 
-def _concatenated(parts: list[list[int]]) -> list[int]:
-    whole: list[int] = []
+def concatenate(parts: list[list[int]]) -> list[int]:
+    """Return the ids of all parts in one list."""
+    ids: list[int] = []
     for part in parts:
-        whole += part
-    return whole
+        ids += part
+    return ids
 
 
-def _segments(starts: re.Pattern[str], text: str) -> list[str]:
+def split_segments(starts: re.Pattern[str], text: str) -> list[str]:
+    """Cut a text before each match of `starts`."""
     cuts = [match.start() for match in starts.finditer(text)]
     return [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True) if start < stop]
 
 
-def _segment_starts(tokenizer: Any) -> re.Pattern[str]:
+def compile_segment_starts(tokenizer: Any) -> re.Pattern[str]:
     """Return a pattern of the special tokens before which a text can be cut without changing its ids.
 
-    The tokenizer looks for added tokens first, from left to right, and tokenises what lies between them piece by piece.
-    That makes a cut safe before a token that is sought in the text as it stands, needs no neighbours to be found, takes
-    no white space from the left, and cannot lose its first characters to another added token.
+    The tokenizer looks for added tokens first, from left to right, and tokenizes the text between them piece by piece.
+    So a cut is safe before a token that is matched in the text as it is (not normalized), wherever it is (not
+    `single_word`), takes no white space from the left, and cannot lose its first characters to another added token.
     """
     if tokenizer.backend_tokenizer.encode_special_tokens:
         return re.compile("(?!)")
@@ -60,7 +62,7 @@ def _segment_starts(tokenizer: Any) -> re.Pattern[str]:
 
 
 def _can_cover(other: str, token: str) -> bool:
-    """Tell whether `other`, found from further left in a text, can hold the first characters of `token`."""
+    """Return whether `other`, matched further left in a text, can take the first characters of `token`."""
     start = other.find(token[0], 1)
     while start > 0:
         if token.startswith(other[start:]) or other.startswith(token, start):

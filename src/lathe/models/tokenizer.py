@@ -14,6 +14,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not tokenizer.chat_template:
         raise InputError(
             f"{folder.name}: the model has no chat template; choose an instruction-tuned model, or give its preset one "
-            "(template: chatml)"
+            "(template: chatml)",
+            code="no-chat-template",
         )
     return tokenizer

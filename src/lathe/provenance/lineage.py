@@ -1,8 +1,8 @@
-"""What a GGUF says of its own origin: names and commits, and digests of all that its bytes depend on.
+"""Lineage of a GGUF: the `lathe.*` keys of its metadata, names, commits and digests of all that its bytes depend on.
 
-A digest of a file or folder is DVC's own (md5; of a folder, of the list of its files, with `.dir` behind), so that it
-can be looked up in any `dvc.lock`; it is computed from the files. The digest of the parameters is the SHA-256 of what
-`dvc.lock` holds of them for the stage that writes the file, as JSON. None depends on folder, time or locale.
+The digest of a file or folder is DVC's own, computed from the files (md5; for a folder that of the list of its files,
+with `.dir` at the end), so that it can be looked up in any `dvc.lock`. The digest of the parameters is the SHA-256 of
+what `dvc.lock` has of them for the stage that writes the file, as JSON. None depends on folder, time or locale.
 """
 
 import hashlib
@@ -14,24 +14,29 @@ from typing import Any
 import lathe
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.json_files import read_json
 from lathe.config.yaml_files import read_yaml
 
 _CHUNK_BYTES = 1 << 20
 
 
-def metadata(item: str) -> dict[str, str]:
+def build_metadata(item: str) -> dict[str, str]:
     """Return the `lathe.*` keys of `base`, `adapter` or `merged`: origin and digest of each thing it was made from."""
-    facts = {"lathe.version": lathe.__version__, "lathe.artifact": item, "lathe.base.digest": digest(paths.MODEL_BASE)}
-    facts |= _origin("base", "model")
+    keys = {
+        "lathe.version": lathe.__version__,
+        "lathe.artifact": item,
+        "lathe.base.digest": hash_path(paths.MODEL_BASE),
+    }
+    keys |= _read_origin("base", "model")
     if item != "base":
-        facts |= _origin("dataset", "dataset")
-        facts["lathe.dataset.digest"] = digest(paths.DATA_PROCESSED)
-        facts["lathe.adapter.digest"] = digest(paths.MODEL_ADAPTER)
-    facts["lathe.parameters.digest"] = parameters_digest(parameters(item))
-    return facts
+        keys |= _read_origin("dataset", "dataset")
+        keys["lathe.dataset.digest"] = hash_path(paths.DATA_PROCESSED)
+        keys["lathe.adapter.digest"] = hash_path(paths.MODEL_ADAPTER)
+    keys["lathe.parameters.digest"] = digest_parameters(select_parameters(item))
+    return keys
 
 
-def parameters(item: str) -> dict[str, dict[str, Any]]:
+def select_parameters(item: str) -> dict[str, dict[str, Any]]:
     """Return the parameters upstream of `base`, `adapter` or `merged`, those alone, by file and key as in `dvc.lock`.
 
     They are those of the stages `convert_base`, `convert_adapter` and `convert_merged` in dvc.yaml.
@@ -49,20 +54,20 @@ def parameters(item: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def parameters_digest(tree: Mapping[str, Mapping[str, Any]]) -> str:
+def digest_parameters(tree: Mapping[str, Any]) -> str:
     """Return the SHA-256 of parameters, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def digest(path: Path, advance: Callable[[int], object] | None = None) -> str:
-    """Return DVC's hash of a file or folder, read anew; `advance` is told how many bytes have been read.
+def hash_path(path: Path, advance: Callable[[int], object] | None = None) -> str:
+    """Return DVC's hash of a file or folder, computed from its bytes; `advance` gets the number of bytes read.
 
-    Raises InputError where there is none.
+    Raises InputError if there is no such file or folder.
     """
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder; run the stage that writes it")
+        raise InputError(f"{path}: no such file or folder; run the stage that writes it", code="no-such-file")
     if path.is_dir():
-        return folder_digest({name: digest(file, advance) for name, file in files_in(path)})
+        return hash_folder({name: hash_path(file, advance) for name, file in list_files(path)})
     hashed = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -72,27 +77,20 @@ def digest(path: Path, advance: Callable[[int], object] | None = None) -> str:
     return hashed.hexdigest()
 
 
-def files_in(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield every file below a folder, with its path in it as DVC writes it."""
+def list_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield every file below a folder with its relative path as DVC writes it."""
     for file in sorted(folder.rglob("*")):
         if not file.is_dir():
             yield file.relative_to(folder).as_posix(), file
 
 
-def folder_digest(files: Mapping[str, str]) -> str:
-    """Return DVC's hash of a folder from its files' hashes by path."""
-    from dvc_data.hashfile.hash_info import HashInfo
-    from dvc_data.hashfile.tree import Tree
-
-    tree = Tree()
-    for name, md5 in files.items():
-        tree.add(tuple(name.split("/")), None, HashInfo("md5", md5))
-    tree.digest()
-    return str(tree.oid)
+def hash_folder(files: Mapping[str, str]) -> str:
+    """Return DVC's hash of a folder from its files' hashes by path; a test compares it with DVC's own."""
+    listing = [{"md5": md5, "relpath": name} for name, md5 in sorted(files.items())]
+    return hashlib.md5(json.dumps(listing).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
-def _origin(name: str, fetched: str) -> dict[str, str]:
-    [facts] = json.loads((paths.METRICS / f"fetch/{fetched}.json").read_text(encoding="utf-8"))["origin"]
-    return {
-        f"lathe.{name}.{key}": facts[key] for key in ("name", "source", "id", "revision", "commit") if facts.get(key)
-    }
+def _read_origin(name: str, item: str) -> dict[str, str]:
+    [origin] = read_json(paths.METRICS / f"fetch/{item}.json")["origin"]
+    keys = ("name", "source", "id", "revision", "commit")
+    return {f"lathe.{name}.{key}": origin[key] for key in keys if origin.get(key)}

@@ -1,24 +1,22 @@
-"""Every output of dvc.lock read again, byte by byte, and held against it: no time stamp is trusted."""
+"""Verification: every output of dvc.lock read and compared with its hash, byte by byte; no time stamp is trusted."""
 
 import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lathe.common import paths
+from lathe.common.dvc_api import DvcRepository, open_repository
 from lathe.common.progress import Progress
-from lathe.provenance.dvc_lock import cached_file, cached_listing, current_stages, one_line_of_dvc
-from lathe.provenance.lineage import digest, files_in, folder_digest
-
-if TYPE_CHECKING:
-    from dvc.repo import Repo
+from lathe.provenance.dvc_lock import read_current_stages, read_listing
+from lathe.provenance.lineage import hash_folder, hash_path, list_files
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A file that is not as dvc.lock has it: what is wrong, and what helps."""
+class OutputProblem:
+    """A file that differs from dvc.lock: what is wrong, and what helps."""
 
     path: str
     problem: str
@@ -30,52 +28,52 @@ class Difference:
 
 def run() -> int:
     """Verify the workspace and print what differs, a line each. Returns the exit code: 1 if anything does."""
-    differences, outputs, size = verify()
-    for difference in differences:
-        sys.stdout.write(f"{difference}\n")
-    count = f"{len(differences)} of them" if differences else "nothing"
+    problems, outputs, size = verify()
+    for problem in problems:
+        sys.stdout.write(f"{problem}\n")
+    count = f"{len(problems)} of them" if problems else "nothing"
     sys.stdout.write(f"{outputs} outputs, {size:,} bytes read: {count} differs from dvc.lock\n")
     sys.stdout.write("(whether dvc.lock is what params.yaml, data and code would now make: `dvc status`)\n")
-    return 1 if differences else 0
+    return 1 if problems else 0
 
 
-def verify() -> tuple[list[Difference], int, int]:
+def verify() -> tuple[list[OutputProblem], int, int]:
     """Read every output of the stages that dvc.yaml has; return what differs, the number of outputs, and bytes read.
 
-    A cached file that is no link to its output is read too. Raises InputError where there is no whole dvc.lock.
+    A cached file that is no link to its output is read too. Raises InputError if there is no complete dvc.lock.
     """
-    from dvc.repo import Repo
-
-    with one_line_of_dvc(), Repo(str(paths.ROOT)) as repo:
-        outs = [out for stage in current_stages(repo).values() for out in stage.get("outs", [])]
+    with open_repository(paths.ROOT) as repo:
+        outs = [out for stage in read_current_stages(repo).values() for out in stage.get("outs", [])]
         with Progress("verify", sum(out.get("size", 0) for out in outs), unit="B") as progress:
-            differences = [found for out in outs for found in _compare(repo, out, progress.add)]
-        return differences, len(outs), progress.done
+            problems = [problem for out in outs for problem in _compare_output(repo, out, progress.add)]
+        return problems, len(outs), progress.done
 
 
-def _compare(repo: "Repo", out: dict[str, Any], advance: Callable[[int], object]) -> Iterator[Difference]:
+def _compare_output(
+    repo: DvcRepository, out: dict[str, Any], advance: Callable[[int], object]
+) -> Iterator[OutputProblem]:
     path, expected = paths.ROOT / out["path"], out["md5"]
     if not path.exists():
-        if cached_file(repo, expected).exists():
-            yield Difference(out["path"], "missing", f"`dvc checkout {out['path']}` puts it back")
+        if repo.cached_file(expected).exists():
+            yield OutputProblem(out["path"], "missing", f"`dvc checkout {out['path']}` puts it back")
         else:
-            yield Difference(out["path"], "missing", f"`dvc pull {out['path']}` or `dvc repro` brings it")
+            yield OutputProblem(out["path"], "missing", f"`dvc pull {out['path']}` or `dvc repro` brings it")
         return
     if not expected.endswith(".dir"):
         yield from _compare_file(repo, out["path"], path, expected, advance)
         return
-    listing = cached_listing(repo, expected)
+    listing = read_listing(repo, expected)
     if path.is_dir() and listing is not None:
         for name, md5 in sorted(listing.items()):
             yield from _compare_file(repo, f"{out['path']}/{name}", path / name, md5, advance)
-        for name, _ in files_in(path):
+        for name, _ in list_files(path):
             if name not in listing:
-                yield Difference(f"{out['path']}/{name}", "not in dvc.lock", "remove it")
+                yield OutputProblem(f"{out['path']}/{name}", "not in dvc.lock", "remove it")
         return
-    # Without the list, all that can be said is whether the folder as a whole is the one.
-    found = {name: digest(file, advance) for name, file in files_in(path)} if path.is_dir() else {}
-    if folder_digest(found) != expected:
-        yield Difference(
+    # Without the listing only the folder as a whole can be compared.
+    hashes = {name: hash_path(file, advance) for name, file in list_files(path)} if path.is_dir() else {}
+    if hash_folder(hashes) != expected:
+        yield OutputProblem(
             out["path"],
             "changed (which file: unknown, DVC's cache has no list of them)",
             f"`dvc fetch {out['path']}`, then verify again",
@@ -83,22 +81,23 @@ def _compare(repo: "Repo", out: dict[str, Any], advance: Callable[[int], object]
 
 
 def _compare_file(
-    repo: "Repo", name: str, path: Path, expected: str, advance: Callable[[int], object]
-) -> Iterator[Difference]:
-    cached = cached_file(repo, expected)
+    repo: DvcRepository, name: str, path: Path, expected: str, advance: Callable[[int], object]
+) -> Iterator[OutputProblem]:
+    cached = repo.cached_file(expected)
     if not path.exists():
-        yield Difference(name, "missing", f"`dvc checkout {name}` puts it back")
-    elif (found := digest(path, advance)) != expected:
-        problem = f"changed ({found}, in dvc.lock {expected})"
+        yield OutputProblem(name, "missing", f"`dvc checkout {name}` puts it back")
+    elif (actual := hash_path(path, advance)) != expected:
+        problem = f"changed ({actual}, in dvc.lock {expected})"
         if not cached.exists():
-            yield Difference(name, problem, "`dvc pull` or `dvc repro` makes it anew")
-        elif os.path.samefile(path, cached) or digest(cached, advance) != expected:
-            yield Difference(name, f"{problem}, in DVC's cache too", _forget(cached))
+            yield OutputProblem(name, problem, "`dvc pull` or `dvc repro` makes it anew")
+        elif os.path.samefile(path, cached) or hash_path(cached, advance) != expected:
+            yield OutputProblem(name, f"{problem}, in DVC's cache too", _suggest_removal(cached))
         else:
-            yield Difference(name, problem, f"`dvc checkout --force {name}` puts it back")
-    elif cached.exists() and not os.path.samefile(path, cached) and digest(cached, advance) != expected:
-        yield Difference(str(cached.relative_to(paths.ROOT)), f"damaged, DVC's copy of {name}", _forget(cached))
+            yield OutputProblem(name, problem, f"`dvc checkout --force {name}` puts it back")
+    elif cached.exists() and not os.path.samefile(path, cached) and hash_path(cached, advance) != expected:
+        shown = str(cached.relative_to(paths.ROOT))
+        yield OutputProblem(shown, f"damaged, DVC's copy of {name}", _suggest_removal(cached))
 
 
-def _forget(cached: Path) -> str:
+def _suggest_removal(cached: Path) -> str:
     return f"remove {os.path.relpath(cached, paths.ROOT)}, then `dvc pull`, or `dvc repro` where no remote has it"

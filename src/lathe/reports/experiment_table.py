@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from lathe.common import dotted_keys
 from lathe.reports.values import Value
 
 COMMITS = 10  # experiments of so many last commits
@@ -73,7 +74,7 @@ def _row(
         rev=state.content["rev"],
         is_experiment=is_experiment,
         state=_state(state, executor),
-        parameters=dict(_leaves(state.get("data", "params", "params.yaml", "data"))),
+        parameters=_flatten(state.get("data", "params", "params.yaml", "data")),
         metrics={name: value for name, value in metrics.items() if value is not None},
     )
 
@@ -84,14 +85,13 @@ def _state(state: Value, executor: Value | None) -> str | None:
     return executor.content if executor and executor.content in {"queued", "running", "failed"} else None
 
 
-def _leaves(tree: Value | None, prefix: str = "") -> list[tuple[str, Value]]:
+def _flatten(tree: Value | None) -> dict[str, Value]:
     if tree is None:
-        return []
-    found: list[tuple[str, Value]] = []
-    for key in tree.content:
-        value = Value(tree.content[key], tree.file, (*tree.steps, key))
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value.content, dict) else [(prefix + key, value)]
-    return found
+        return {}
+    return {
+        ".".join(keys): Value(content, tree.file, (*tree.steps, *keys))
+        for keys, content in dotted_keys.walk(tree.content)
+    }
 
 
 def _comparable(row: Row, name: str) -> str | None:

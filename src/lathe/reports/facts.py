@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
+from lathe.common.git import find_head, try_git
 from lathe.common.jsonl import read_jsonl
 from lathe.config.artifacts import BASE, FEW_SHOT, MERGED, UNQUANTIZED
 from lathe.evaluation.best_artifact import best
-from lathe.provenance.lineage import digest as dvc_digest
+from lathe.provenance.lineage import hash_path
 from lathe.reports.values import Value, read
 
 UNTRAINED = {BASE, FEW_SHOT}
@@ -325,7 +325,7 @@ def _stale(root: Path, lock: Value | None) -> list[str]:
     return [
         path
         for path, digest in ((out.content["path"], out.content.get("md5", "")) for out in _outs(lock))
-        if path.startswith("metrics/") and (root / path).is_file() and dvc_digest(root / path) != digest
+        if path.startswith("metrics/") and (root / path).is_file() and hash_path(root / path) != digest
     ]
 
 
@@ -335,16 +335,12 @@ def _outs(lock: Value | None) -> Iterator[Value]:
 
 
 def _commit(root: Path) -> Commit | None:
-    sha = _git(root, "rev-parse", "HEAD")
+    sha = find_head(root)
     if sha is None:
         return None
-    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!metrics", ":!dvc.lock")
+    shown = ("--", ".", ":!metrics", ":!dvc.lock")
+    changes = try_git("status", "--porcelain", "--untracked-files=no", *shown, root=root)
     return Commit(sha, changed=bool(changes))
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _curves(root: Path) -> list[Curve]:

@@ -1,14 +1,14 @@
 """Ollama's Modelfile: the template of training in Go's template language, the stop tokens, how to sample.
 
 Ollama renders with Go's text/template, not with the Jinja of the GGUF. A Jinja template is recognised by what it
-writes: where it renders a few conversations as one of the built-in templates does, that one's translation is the
-Modelfile's. Any other is left to Ollama, which knows some by heart. https://docs.ollama.com/modelfile
+writes: if it renders a few conversations as one of the built-in templates does, the Modelfile gets the translation of
+that one. Any other is left to Ollama, which knows some templates itself. https://docs.ollama.com/modelfile
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lathe.models.chat_template import TemplateError, prompt_and_answer, render
+from lathe.models.chat_template import ChatTemplate, TemplateError
 from lathe.models.templates import builtin_templates
 
 # The built-in templates as Go has them, without BOS; EOS stands for the end token. White space around a message, which
@@ -41,53 +41,42 @@ _CONVERSATIONS = (_TURNS[:1], _TURNS, (_SYSTEM, *_TURNS[:1]), (_SYSTEM, *_TURNS)
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What a GGUF says of its special tokens: their text, empty where there is none, and whether a BOS is put first."""
-
-    bos_token: str
-    eos_token: str
-    adds_bos: bool
-
-
-@dataclass(frozen=True)
 class GoTemplate:
-    """A built-in template by `name`, its text in Go, and the system message it writes where a request has none."""
+    """A built-in template by `name`, its text in Go, and the system message it writes if a request has none."""
 
     name: str
     text: str
     system: str | None
 
 
-def go_template(chat_template: str, vocabulary: Vocabulary) -> GoTemplate | None:
-    """Translate a Jinja chat template that writes what a built-in one does; None where there is no such one.
+def translate_template(template: ChatTemplate) -> GoTemplate | None:
+    """Translate a chat template that writes what a built-in one writes into Go; return None for any other.
 
-    Ollama itself puts the BOS first where the GGUF asks for it, so that the text has one only where it does not.
+    Ollama itself puts the BOS first if the GGUF asks for it, so the Go text has one only if it does not.
     """
-    tokens = (vocabulary.bos_token, vocabulary.eos_token)
+    tokens = (template.bos_token, template.eos_token)
     if any(mark in token for token in tokens for mark in ("{{", '"""', "\n")):
         return None
-    for name, go in _GO.items():
-        for bos in dict.fromkeys([vocabulary.bos_token, ""]):
-            system = _matches(chat_template, builtin_templates.read_template(name), vocabulary, bos)
+    for name, go_text in _GO.items():
+        for bos in dict.fromkeys([template.bos_token, ""]):
+            builtin = replace(template, text=builtin_templates.read_template(name), bos_token=bos)
+            system = _find_default_system(template, builtin)
             if system is not None:
-                begin = "" if vocabulary.adds_bos else bos
-                return GoTemplate(name, begin + go.replace("EOS", vocabulary.eos_token), system or None)
+                begin = "" if template.adds_bos else bos
+                return GoTemplate(name, begin + go_text.replace("EOS", template.eos_token), system or None)
     return None
 
 
-def stop_tokens(chat_template: str, vocabulary: Vocabulary) -> list[str]:
-    """Return what ends an answer: what the template writes behind one, and the vocabulary's end token."""
-    _, _, behind = prompt_and_answer(
-        chat_template, _TURNS[:2], bos_token=vocabulary.bos_token, eos_token=vocabulary.eos_token
-    )
-    marker = builtin_templates.MARKER.match(behind.lstrip())
-    return list(dict.fromkeys(token for token in (marker and marker[0], vocabulary.eos_token) if token))
+def find_stop_tokens(template: ChatTemplate) -> list[str]:
+    """Return the tokens that end an answer: the marker that the template writes after one, and the end token."""
+    marker = builtin_templates.MARKER.match(template.split_answer(_TURNS[:2]).rest.lstrip())
+    return list(dict.fromkeys(token for token in (marker and marker[0], template.eos_token) if token))
 
 
-def modelfile(file: str, chat_template: str, vocabulary: Vocabulary, *, n_ctx: int) -> str:
-    """Return the text of a Modelfile for the GGUF `file` beside it; `n_ctx` is the context in tokens."""
+def build_modelfile(file: str, template: ChatTemplate, *, n_ctx: int) -> str:
+    """Return the text of a Modelfile for the GGUF `file` in the same folder; `n_ctx` is the context in tokens."""
     lines = ["# Made by the stage `card`: ollama create NAME -f Modelfile", f"FROM ./{file}"]
-    translated = go_template(chat_template, vocabulary)
+    translated = translate_template(template)
     if translated:
         lines += [f"# The chat template {translated.name}, of training, in Go; without tool calls."]
         lines += [f'TEMPLATE """{translated.text}"""']
@@ -101,7 +90,7 @@ def modelfile(file: str, chat_template: str, vocabulary: Vocabulary, *, n_ctx: i
         lines += [
             "# in the GGUF, if it knows it; compare `ollama show --template NAME` before you rely on the answers."
         ]
-    lines += [f'PARAMETER stop "{token}"' for token in stop_tokens(chat_template, vocabulary)]
+    lines += [f'PARAMETER stop "{token}"' for token in find_stop_tokens(template)]
     lines += [
         "# As the model was measured: the likeliest token, no penalty.",
         "PARAMETER temperature 0",
@@ -111,32 +100,28 @@ def modelfile(file: str, chat_template: str, vocabulary: Vocabulary, *, n_ctx: i
     return "\n".join(lines) + "\n"
 
 
-def _matches(ours: str, builtin: str, vocabulary: Vocabulary, bos: str) -> str | None:
-    """The system message that `ours` writes unasked, empty for none, where it renders as `builtin` does; else None."""
+def _find_default_system(template: ChatTemplate, builtin: ChatTemplate) -> str | None:
+    """Return the system message that `template` writes if a request has none, where it renders as `builtin` does.
 
-    def theirs(conversation: tuple[dict[str, str], ...]) -> str:
-        return rendered(builtin, conversation, bos)
-
-    def rendered(template: str, conversation: tuple[dict[str, str], ...], bos_token: str) -> str:
-        eos_token = vocabulary.eos_token
-        return render(template, conversation, bos_token=bos_token, eos_token=eos_token, add_generation_prompt=True)
-
-    unasked = ""
+    Empty if it writes none; None if it renders anything else.
+    """
+    default = ""
     for conversation in _CONVERSATIONS:
         try:
-            written = rendered(ours, conversation, vocabulary.bos_token)
+            text = template.render(conversation, add_generation_prompt=True)
         except TemplateError:
             if conversation[0] is _SYSTEM:
                 continue  # some families' own templates refuse a system message
             return None
-        if len(conversation) == 1 and written != theirs(conversation):
-            before, _, behind = theirs((_SYSTEM, *conversation)).partition(_SYSTEM["content"])
-            found = re.fullmatch(f"{re.escape(before)}(.+){re.escape(behind)}", written, re.DOTALL)
-            if not found or '"""' in found[1]:
+        if len(conversation) == 1 and text != builtin.render(conversation, add_generation_prompt=True):
+            with_system = builtin.render((_SYSTEM, *conversation), add_generation_prompt=True)
+            before, _, after = with_system.partition(_SYSTEM["content"])
+            match = re.fullmatch(f"{re.escape(before)}(.+){re.escape(after)}", text, re.DOTALL)
+            if not match or '"""' in match[1]:
                 return None
-            unasked = found[1]
-        if unasked and conversation[0] is not _SYSTEM:
-            conversation = ({"role": "system", "content": unasked}, *conversation)
-        if written != theirs(conversation):
+            default = match[1]
+        if default and conversation[0] is not _SYSTEM:
+            conversation = ({"role": "system", "content": default}, *conversation)
+        if text != builtin.render(conversation, add_generation_prompt=True):
             return None
-    return unasked
+    return default

@@ -5,14 +5,13 @@ An address is `FILE#POINTER`, the latter a JSON pointer as URI fragment (RFC 690
 """
 
 import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lathe.common.errors import InputError
+from lathe.common.json_files import read_json
 from lathe.common.jsonl import read_jsonl
 from lathe.config.yaml_files import read_yaml
 
@@ -71,10 +70,7 @@ def read(root: Path, name: str) -> Value | None:
     if file.suffix in DELIMITERS:
         rows = csv.DictReader(text.splitlines(), delimiter=DELIMITERS[file.suffix])
         return Value([{key: _number_or_text(cell) for key, cell in row.items()} for row in rows], name)
-    try:
-        return Value(json.loads(text), name)
-    except ValueError as error:
-        raise InputError(f"{name}: not valid JSON: {error}; run the stage that writes it again") from None
+    return Value(read_json(file, shown=name), name)
 
 
 def _number_or_text(cell: str) -> Any:

@@ -19,7 +19,7 @@ from lathe.config.presets import (
 )
 from lathe.data.split_files import data_files, suffixes
 from lathe.models import model_folder
-from lathe.models.templates import install_template
+from lathe.models.templates.install_template import install_template
 from lathe.sources.model_files import hub_files, wanted_files
 
 # What is known of a source beside its files: for the hub its repository, the revision asked for, and the commit it was.
@@ -39,16 +39,43 @@ def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> Origin:
 
             tiny_model.build(folder, seed)
         case LocalModel():
-            _bring(_local_model(preset.path), folder)
+            source = _find_local(preset.path, paths.MODELS_LOCAL)
+            if not source.is_dir():
+                raise InputError(
+                    f"{preset.path}: is a file; give the folder that holds config.json and the safetensors",
+                    code="not-a-folder",
+                )
+            _link_files(_select_files(source, preset.path), folder)
         case HubModel():
             from lathe.sources.hub import Repository
 
             repository = Repository("model", preset.id, preset.revision)
-            _bring(hub_files(repository), folder)
+            _link_files(hub_files(repository), folder)
             origin = {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
     if isinstance(preset, Templated) and preset.template:
-        install_template.install(preset.template, folder)
+        install_template(preset.template, folder)
     return origin
+
+
+def fetch_encoder(model: str, revision: str | None, folder: Path) -> Origin:
+    """Fill the empty `folder` with the encoder of BERTScore: a folder under models/local, or a repository of the Hub.
+
+    Raises InputError if there is none, if it is incomplete or pickled, and if the Hub cannot or will not give it.
+    """
+    if model.startswith("models/local/"):
+        source = Path(os.path.normpath(paths.ROOT / model))
+        if paths.MODELS_LOCAL not in source.parents or not source.is_dir():
+            raise InputError(
+                f"bert_score.model is {model!r}; there is no such folder; put the encoder there", code="no-such-encoder"
+            )
+        _link_files(_select_files(source, model), folder)
+        return {"source": "local"}
+    from lathe.sources.hub import Repository
+
+    section, key = "the section bert_score of params.yaml", "`bert_score.model` in params.yaml"
+    repository = Repository("model", model, revision, id_key=key, section=section)
+    _link_files(hub_files(repository), folder)
+    return {"source": "hub", "id": model, "revision": revision, "commit": repository.commit}
 
 
 def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
@@ -66,7 +93,7 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
             for split, rows in household_commands.rows(seed).items():
                 write_jsonl(rows, folder / f"{split}.jsonl")
         case LocalDataset():
-            source = _local(preset.path, paths.DATA_LOCAL)
+            source = _find_local(preset.path, paths.DATA_LOCAL)
             files = data_files(source)
             if not files:
                 raise InputError(
@@ -93,7 +120,7 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
     return {}
 
 
-def _local(path: str, home: Path) -> Path:
+def _find_local(path: str, home: Path) -> Path:
     source = Path(os.path.normpath(paths.ROOT / path))
     if home not in source.parents:
         raise InputError(
@@ -112,22 +139,19 @@ def _local(path: str, home: Path) -> Path:
     return source
 
 
-def _local_model(path: str) -> dict[str, Path]:
-    """Return the files to take of a model folder, by name."""
-    source = _local(path, paths.MODELS_LOCAL)
-    if not source.is_dir():
-        raise InputError(f"{path}: is a file; give the folder that holds config.json and the safetensors")
-    names = wanted_files([file.name for file in source.iterdir() if file.is_file()], path)
-    # What would fail an hour later, in `train` or `merge`, is seen in the headers.
+def _select_files(source: Path, shown: str) -> dict[str, Path]:
+    """Return the files to take of a model folder, by name. Raises InputError if it is no complete model."""
+    names = wanted_files([file.name for file in source.iterdir() if file.is_file()], shown)
+    # The headers show what would fail an hour later, in `train`, `merge` or `evaluate`.
     model_folder.read_config(source)
     model_folder.open_model(source)
     return {name: source / name for name in names}
 
 
-def _bring(files: dict[str, Path], folder: Path) -> None:
-    """Link the weights, copy the texts beside them."""
+def _link_files(files: dict[str, Path], folder: Path) -> None:
+    """Link the weights into a folder, copy the texts beside them."""
     for name, file in files.items():
-        # DVC makes a stage's outputs read-only, and what is linked with them too: right for gigabytes of weights, a
-        # nuisance for texts, which people edit, and a template of the preset's changes.
-        bring = paths.link if name.endswith(".safetensors") else shutil.copyfile
-        bring(file, folder / name)
+        # DVC makes a stage's outputs read-only, and their hard links too: right for gigabytes of weights, wrong for
+        # texts, which people edit and a preset's template changes.
+        place = paths.link if name.endswith(".safetensors") else shutil.copyfile
+        place(file, folder / name)

@@ -8,7 +8,6 @@ import glob
 import logging
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import httpx2
-import tqdm
 from huggingface_hub import (
     HfApi,
     constants,
@@ -41,6 +39,8 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.progress import Progress
+from lathe.common.text import readable_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,6 @@ LONGEST_WAIT_SECONDS = 60.0  # a hub that asks for more is not waited for
 BROKEN_DOWN = frozenset({500, 502, 503, 504})
 BUSY = frozenset({408, 429}) | BROKEN_DOWN
 TIMEOUT_SECONDS = 30.0
-SECONDS_BETWEEN_LINES = 30.0  # where there is no terminal to draw a bar on
 
 # The connection broke after it had been made; one that was never made is not asked for again, but the cache is.
 BROKEN = (httpx2.ReadError, httpx2.ReadTimeout, httpx2.RemoteProtocolError)
@@ -194,10 +193,10 @@ class Repository:
         for file in files:
             if file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
                 raise InputError(
-                    f"{self.name}: {file.path} has {_bytes(file.size)}, more than the hub gives in one piece; run "
-                    f"`hf download {self.name} --repo-type {self.kind} --revision {self.commit}` first"
+                    f"{self.name}: {file.path} has {readable_bytes(file.size)}, more than the hub gives in one piece; "
+                    f"run `hf download {self.name} --repo-type {self.kind} --revision {self.commit}` first"
                 )
-        with _Progress(self.name, total=sum(file.size for file in files)) as progress:
+        with Progress(self.name, sum(file.size for file in files), unit="B", log_ends=True) as progress:
             for file in files:
                 self._download_file(file, progress)
         # All blobs are there: this links them under their names, and keeps the listing for runs without a network.
@@ -210,7 +209,7 @@ class Repository:
             )
         )
 
-    def _download_file(self, file: RepoFile, progress: "_Progress") -> None:
+    def _download_file(self, file: RepoFile, progress: Progress) -> None:
         # The library's own download begins a file anew whenever its process was killed; hours of it may be lost.
         blob, partial = self._blob(file), self._partial(file)
         lock = Path(constants.HF_HUB_CACHE) / ".locks" / self.folder.name / f"{blob.name}.lock"
@@ -218,12 +217,12 @@ class Repository:
         blob.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
             if blob.exists() and _hash(blob, blob.name) == blob.name:  # of another commit
-                progress.bar.update(file.size)
+                progress.add(file.size)
                 return
             if _size(partial) > file.size:
                 partial.unlink()
-            counted = progress.of_file()
-            self._ask(lambda: self._get(file, partial, counted), again=BROKEN_DOWN)
+            file_progress = _FileProgress(progress)
+            self._ask(lambda: self._get(file, partial, file_progress), again=BROKEN_DOWN)
             if _hash(partial, blob.name) != blob.name:
                 partial.unlink()
                 raise InputError(
@@ -266,8 +265,8 @@ class Repository:
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise InputError(
-                f"{self.name} takes {_bytes(needed)} in {constants.HF_HUB_CACHE}, where {_bytes(free)} are free; "
-                "free some, or set HF_HOME to a folder on a larger disk"
+                f"{self.name} takes {readable_bytes(needed)} in {constants.HF_HUB_CACHE}, where {readable_bytes(free)} "
+                "are free; free some, or set HF_HOME to a folder on a larger disk"
             )
 
     def _ask(self, action: Callable[[], Answer], again: frozenset[int] = frozenset()) -> Answer:
@@ -336,42 +335,14 @@ class Repository:
         )
 
 
-class _Progress:
-    """Bytes on the way: a bar with an ETA on a terminal, elsewhere a line in the log now and then."""
-
-    def __init__(self, name: str, *, total: int) -> None:
-        terminal = sys.stderr.isatty()
-        self.bar: Any = (tqdm.tqdm if terminal else _Lines)(
-            desc=name,
-            total=total,
-            unit="B",
-            unit_scale=True,
-            leave=terminal,
-            mininterval=0.1 if terminal else SECONDS_BETWEEN_LINES,
-            maxinterval=SECONDS_BETWEEN_LINES,
-            miniters=1,
-        )
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.refresh()
-        self.bar.close()
-
-    def of_file(self) -> "_FileProgress":
-        """Return what counts the bytes of the next file."""
-        return _FileProgress(self.bar)
-
-
 class _FileProgress:
-    """Stands for the bar of one file, as http_get makes and uses it, and moves the bar of all."""
+    """The bar of one file as http_get makes and uses it: it counts into the progress of all files."""
 
-    def __init__(self, bar: Any) -> None:
-        self.bar, self.start = bar, bar.n
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.start = progress, progress.done
 
     def __call__(self, *, initial: int = 0, **_: object) -> "_FileProgress":
-        self.bar.update(self.start + initial - self.bar.n)  # begun anew, or gone on with after a break
+        self.progress.add(self.start + initial - self.progress.done)  # `initial` bytes are kept of a broken download
         return self
 
     def __enter__(self) -> "_FileProgress":
@@ -381,17 +352,7 @@ class _FileProgress:
         pass
 
     def update(self, count: int) -> None:
-        self.bar.update(count)
-
-
-class _Lines(tqdm.tqdm):
-    def __init__(self, **options: Any) -> None:
-        shape = "{desc}: {n_fmt} of {total_fmt}B, {rate_fmt}, {remaining} to go"
-        super().__init__(bar_format=shape, **options)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if msg is None:
-            logger.info("%s", self)
+        self.progress.add(count)
 
 
 def _wait(error: BaseException, again: frozenset[int], default: float) -> float | None:
@@ -415,10 +376,6 @@ def _hash(file: Path, like: str) -> str:
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
-
-
-def _bytes(count: int) -> str:
-    return str(tqdm.tqdm.format_sizeof(count, "B"))
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,6 @@
 """Which files of a model are taken, from a folder or a repository: safetensors and the texts that describe them."""
 
 import fnmatch
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +60,7 @@ def wanted_files(names: list[str], shown: str) -> list[str]:
 
 def _indexed(names: list[str], index: Path, shown: str) -> list[str]:
     # Some repositories hold the weights a second time, in their maker's own layout (`consolidated.safetensors`).
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    shards = set(model_folder.read_json(index)["weight_map"].values())
     if lacking := sorted(shards - set(names)):
         raise InputError(
             f"{shown}: holds no {lacking[0]}, which {model_folder.INDEX_FILE} names; give a complete model"

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import re
-import sys
 import time
 from contextlib import nullcontext
 from functools import cached_property
@@ -12,12 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback
 
 from lathe.common import launch
 from lathe.common.errors import InputError
+from lathe.common.progress import Progress
 from lathe.training.throughput import ThroughputMeter
 
 logger = logging.getLogger(__name__)
@@ -107,19 +106,15 @@ class _CurveCallback(TrainerCallback):
         self.started = (0, 0.0)  # step and time
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="training",
-            unit="step",
-            disable=not (sys.stderr.isatty() and launch.is_main()),
+        self.bar = Progress(
+            "training", state.max_steps, done=state.global_step, unit="step", log=False, draw=launch.is_main()
         )
         self.started = (state.global_step, time.monotonic())
         for entry in state.log_history:  # from a resumed checkpoint
             self._log_curves(entry["step"], self._select_curves(entry))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update()
+        self.bar.add()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         values = self._select_curves(logs)
@@ -145,7 +140,7 @@ class _CurveCallback(TrainerCallback):
         line = {"step": state.global_step, "of": state.max_steps, **values, **rates}
         if rates:
             line["seconds_left"] = self._estimate_seconds_left(state)
-        with logging_redirect_tqdm() if not self.bar.disable else nullcontext():
+        with logging_redirect_tqdm() if self.bar.is_drawn else nullcontext():
             logger.info(json.dumps({name: _round(value) for name, value in line.items()}))
 
     def _log_curves(self, step: int, values: dict[str, float]) -> None:

@@ -21,8 +21,8 @@ from lathe.common.errors import InputError
 from lathe.config.training_params import Reward
 from lathe.evaluation.answer_checks import REWARDS
 from lathe.models.adapter import unwrap
-from lathe.models.chat_template import answer_lead, prompt_and_answer
-from lathe.models.loss_mask import Encoded, Format, encode
+from lathe.models.chat_template import ChatTemplate
+from lathe.models.loss_mask import Encoded, encode
 from lathe.training import distributed
 from lathe.training.base_trainer import BaseTrainer
 from lathe.training.best_weights import BestWeights
@@ -90,9 +90,7 @@ def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
     return RewardTrainer(
         prompts=prompts,
         rewards=rewards,
-        answer_prefix=answer_lead(
-            tokenizer.chat_template, bos_token=tokenizer.bos_token or "", eos_token=tokenizer.eos_token or ""
-        ),
+        answer_prefix=ChatTemplate.of_tokenizer(tokenizer).answer_prefix,
         precision=setup.precision,
         sequences=[Encoded(row, prompt.prompt_ids, []) for row, prompt in enumerate(prompts["train"])],
         learning_rate_key="grpo.learning_rate",
@@ -296,15 +294,13 @@ def _set_end_of_answer(model: Any, tokenizer: Any) -> None:
 
 def encode_prompts(tokenizer: Any, examples: Sequence[dict[str, Any]]) -> list[RewardPrompt]:
     """Return the prompt before each conversation's last answer, and that answer as the reference."""
-    form = Format.of(tokenizer)
+    template = ChatTemplate.of_tokenizer(tokenizer)
     encoded = encode(tokenizer, [example["messages"] for example in examples], supervise="last")
     prompts = []
     for sequence, example in zip(encoded, examples, strict=True):
         reference = str(example["messages"][-1]["content"])
         if example["messages"][-1].get("tool_calls"):
-            _, reference, _ = prompt_and_answer(
-                form.chat_template, example["messages"], bos_token=form.bos_token, eos_token=form.eos_token
-            )
+            reference = template.split_answer(example["messages"]).answer
         prompts.append(RewardPrompt(sequence.input_ids[: sequence.supervised.index(True)], reference, example))
     return prompts
 

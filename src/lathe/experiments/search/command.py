@@ -33,13 +33,13 @@ def run(args: argparse.Namespace) -> None:
     models = list(read_yaml(paths.PRESETS)["models"])
     told = environment.read(os.environ, load().params.model_dump(), models)
     # Of one key on the command line and in the environment the former counts.
-    named = set(map(overrides.key_of, args.overrides))
-    fixed = [*(text for text in told.overrides if overrides.key_of(text) not in named), *args.overrides]
-    params = overrides.applied(fixed).params
+    named = set(map(overrides.read_key, args.overrides))
+    fixed = [*(text for text in told.overrides if overrides.read_key(text) not in named), *args.overrides]
+    params = overrides.apply_overrides(fixed).params
     file = args.file.resolve()
     name = str(file.relative_to(paths.ROOT) if file.is_relative_to(paths.ROOT) else file)
     chosen = search_file.read(file, params.model_dump(), name)
-    unsearched = [key for key in map(overrides.key_of, fixed) if key in chosen.space]
+    unsearched = [key for key in map(overrides.read_key, fixed) if key in chosen.space]
     if fixed:
         added = f" (not searched: {', '.join(unsearched)})" if unsearched else ""
         logger.info("every trial runs with %s%s", " ".join(f"-S {text}" for text in fixed), added)

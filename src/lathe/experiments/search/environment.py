@@ -8,7 +8,7 @@ from typing import Any
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.config import overrides
-from lathe.config.load import problems_of
+from lathe.config.load import check_value
 
 # The parameters that they fix.
 VARIABLES = {
@@ -44,12 +44,12 @@ def read(variables: Mapping[str, str], params: Mapping[str, Any], models: Sequen
             near = did_you_mean(given[name], list(models))
             problems.append(f"{name} is {value!r}; must be a name under models in presets.yaml; {near}")
         elif name != NUMBER_OF_TRIALS:
-            problems += problems_of(VARIABLES[name], value, dict(params), name)
+            problems += check_value(VARIABLES[name], value, dict(params), name)
         elif not isinstance(value, int) or value < 1:
             problems.append(f"{name} is {given[name]!r}; must be a whole number of trials, at least 1")
     if problems:
         raise InputError("\n".join(problems))
-    fixed = [overrides.written(key, values[name]) for name, key in VARIABLES.items() if name in given]
+    fixed = [overrides.format_override(key, values[name]) for name, key in VARIABLES.items() if name in given]
     return Environment(given, fixed, int(given[NUMBER_OF_TRIALS]) if NUMBER_OF_TRIALS in given else None)
 
 

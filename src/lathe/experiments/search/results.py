@@ -4,7 +4,6 @@ metrics/search is not in Git, like the report: a study belongs to its storage, n
 find the results of others among their files.
 """
 
-import json
 import logging
 import subprocess
 import sys
@@ -14,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.git import find_head, run_git
+from lathe.common.json_files import write_json
 from lathe.experiments.search import trial
 from lathe.experiments.search.study import ENVIRONMENT, EXPERIMENT, REASON, SETTING, Study
-from lathe.provenance import revisions
+from lathe.provenance.revisions import list_experiments
 
 if TYPE_CHECKING:
     import optuna
@@ -31,8 +32,7 @@ MOST_NAMES = 10  # beside the points of a front: more would cover one another
 def write(study: Study, folder: Path) -> None:
     """Write `study.json`, the course of the best score and the pictures into the study's folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    with paths.whole_file(folder / "study.json") as partial:
-        partial.write_text(json.dumps(summary(study), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "study.json", summary(study))
     if rows := course(study):
         with paths.whole_file(folder / "course.tsv") as partial:
             lines = ["trial\tbest", *(f"{row['trial']}\t{row['best']}" for row in rows)]
@@ -166,18 +166,18 @@ def apply(study: Study, wanted: str | None) -> str:
     if wanted not in found:
         raise InputError(f"--apply {wanted}: no finished experiment of the study; it has {', '.join(found)}")
     commit = found[wanted].user_attrs[EXPERIMENT]
-    baselines = {each.commit: each.baseline for each in revisions.experiments()}
+    baselines = {each.commit: each.baseline for each in list_experiments()}
     if commit not in baselines:
         raise InputError(
             f"--apply {wanted}: not in this repository; where another machine made it, get it with "
             f"`dvc exp pull REMOTE {wanted}`"
         )
-    if changed := revisions.git("diff", "--name-only", "HEAD").decode().splitlines():
+    if changed := run_git("diff", "--name-only", "HEAD").decode().splitlines():
         raise InputError(
             f"--apply {wanted}: DVC would put the whole of it over what is not committed, which is "
             f"{', '.join(changed)}; commit it, or `git stash`"
         )
-    if baselines[commit] != revisions.head():
+    if baselines[commit] != find_head():
         logger.warning("%s began from the commit %.10s: it goes back behind what came later", wanted, baselines[commit])
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "exp", "apply", commit]
     done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, check=False)

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lathe.common import paths
+from lathe.common import dotted_keys, paths
 from lathe.common.errors import InputError, Interrupted
+from lathe.common.git import read_line
 from lathe.common.progress import Progress
 from lathe.config import overrides
 from lathe.config.artifacts import UNQUANTIZED
@@ -23,7 +24,7 @@ from lathe.experiments.search import environment, storage, trial
 from lathe.experiments.search.environment import Environment
 from lathe.experiments.search.search_file import Plan
 from lathe.experiments.search.study import SECONDS_BETWEEN_BEATS, Study
-from lathe.provenance import revisions
+from lathe.provenance.revisions import list_experiments
 
 if TYPE_CHECKING:
     import optuna
@@ -113,7 +114,7 @@ class Driver:
             number=begun.number,
             sampler=plan.sampler,
             message=trial.message(plan.study, begun),
-            overrides=[*self.fixed, *(overrides.written(key, value) for key, value in values.items())],
+            overrides=[*self.fixed, *(overrides.format_override(key, value) for key, value in values.items())],
             head=self.head,
             snapshot=self.snapshot,
             driver=os.getpid(),
@@ -151,7 +152,7 @@ class Driver:
         if found is None:
             return False
         try:
-            report = found.json("metrics/evaluate/validation.json") or {}
+            report = found.read_json("metrics/evaluate/validation.json") or {}
             types = [name for name in report if name not in UNQUANTIZED]
             scores = [objective.value(report, types) for objective in self.study.plan.objectives]
         except ValueError as error:
@@ -188,11 +189,11 @@ def start(order: trial.Order, gpu: str | None) -> "subprocess.Popen[bytes]":
 
 def setting(plan: Plan, params: Params, fixed: list[str], snapshot: str) -> dict[str, Any]:
     """Return what all trials of a study have in common, so that their scores can be compared."""
-    leaves = revisions.leaves(params.model_dump())
+    leaves = dotted_keys.flatten(params.model_dump())
     return {
         "space": {key: dimension.model_dump() for key, dimension in plan.space.items()},
         "objectives": plan.directions,
-        "overrides": {overrides.key_of(text): text.partition("=")[2] for text in fixed},
+        "overrides": {overrides.read_key(text): text.partition("=")[2] for text in fixed},
         "parameters": {key: value for key, value in leaves.items() if key not in plan.space},
         "files": {name: _digest(snapshot, name) for name in DECIDES},
     }
@@ -200,8 +201,7 @@ def setting(plan: Plan, params: Params, fixed: list[str], snapshot: str) -> dict
 
 def _digest(commit: str, name: str) -> str | None:
     """Return Git's hash of a file or folder in a commit; None where there is none."""
-    found = revisions.git("rev-parse", "--quiet", "--verify", f"{commit}:./{name}", unless_it_fails=True)
-    return found.decode().strip() if found else None
+    return read_line("rev-parse", "--quiet", "--verify", f"{commit}:./{name}")
 
 
 def gpus() -> list[str]:
@@ -235,7 +235,7 @@ def search(
     if plan.sampler == "grid":
         n_trials = min(n_trials, plan.grid_size)
     head, snapshot = trial.snapshot()
-    for line in preflight.look().lines():
+    for line in preflight.find_changes().describe():
         logger.info("%s", line)
     study = opened(plan, params, url)
     study.agree(setting(plan, params, fixed, snapshot))
@@ -263,7 +263,7 @@ def _refuse_foreign_experiments(study: Study) -> None:
     own = {trial.message(name, each) for each in study.trials()}
     taken = [
         each.name
-        for each in revisions.experiments()
+        for each in list_experiments()
         if re.fullmatch(rf"{re.escape(name)}-\d+", each.name) and each.message not in own
     ]
     if taken:

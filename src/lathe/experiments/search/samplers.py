@@ -5,6 +5,7 @@ import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lathe.common import dotted_keys
 from lathe.experiments.search.search_file import Categorical, Float, Int, Plan
 
 if TYPE_CHECKING:
@@ -63,9 +64,7 @@ def _told(choice: Any) -> Any:
 def _as_they_are(plan: Plan, params: Mapping[str, Any]) -> dict[str, Any]:
     point: dict[str, Any] = {}
     for key, dimension in plan.space.items():
-        value: Any = params
-        for part in key.split("."):
-            value = value[part]
+        value = dotted_keys.get_value(params, key)
         match dimension:
             case Categorical(choices=choices) if value in choices:
                 point[key] = _told(value)

@@ -13,9 +13,9 @@ from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.config import gates
 from lathe.config.base import Name, Positive, PositiveFloat, Section
-from lathe.config.load import problems_of
+from lathe.config.load import check_value
 from lathe.config.params import Params
-from lathe.config.yaml_files import line_of, read_yaml
+from lathe.config.yaml_files import find_line, read_yaml
 
 LARGEST_GRID = 100_000  # points; its order is drawn whole
 
@@ -161,7 +161,7 @@ def read(file: Path, params: Mapping[str, Any], name: str) -> Plan:
 
 def _of_dimension(key: str, dimension: Float | Int | Categorical, params: Mapping[str, Any], where: str) -> list[str]:
     values = dimension.choices if isinstance(dimension, Categorical) else [dimension.low, dimension.high]
-    problems = [problem for value in values for problem in problems_of(key, value, dict(params), where)]
+    problems = [problem for value in values for problem in check_value(key, value, dict(params), where)]
     if problems:
         return problems
     if isinstance(dimension, Categorical):
@@ -190,7 +190,7 @@ def _of_grid(plan: Plan, name: str, marked: Any) -> Iterator[str]:
 
 
 def _where(file: str, marked: Any, location: Sequence[Any]) -> str:
-    return f"{file}:{line_of(marked, location)}"
+    return f"{file}:{find_line(marked, location)}"
 
 
 def _sentence(problem: Any, tree: Any) -> str:

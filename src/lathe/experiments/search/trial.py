@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lathe.common import operating_system, paths
+from lathe.common.dvc_api import open_repository, run_command, update_local_config
 from lathe.common.errors import InputError
-from lathe.provenance import revisions
-from lathe.provenance.revisions import Revision
+from lathe.common.git import find_head, read_line, run_git
+from lathe.provenance.revisions import Revision, list_experiments
 
 if TYPE_CHECKING:
     import optuna
@@ -100,18 +101,18 @@ def snapshot() -> tuple[str, str]:
 
     Raises InputError where contents have changed that DVC tracks: a trial gets what DVC keeps of them.
     """
-    if (head := revisions.head()) is None:
+    if (head := find_head()) is None:
         raise InputError("the repository has no commit, and experiments hang on one; `git commit` first")
     if changed := _changed_data():
         raise InputError(f"{', '.join(changed)}: not as DVC keeps it; `dvc add` it, so that the trials have it")
     # Asked first, as a stash fails where files have other time stamps and the same contents.
-    is_changed = revisions.git("status", "--porcelain", "--untracked-files=no")
-    return head, revisions.git("stash", "create").decode().strip() if is_changed else head
+    is_changed = run_git("status", "--porcelain", "--untracked-files=no")
+    return head, run_git("stash", "create").decode().strip() if is_changed else head
 
 
 def experiment(order: Order) -> Revision | None:
     """Find the experiment that a trial has made, whatever commit it is based on."""
-    for found in revisions.experiments():
+    for found in list_experiments():
         if found.name == order.name and found.message == order.message:
             return Revision(found.name, found.commit)
     return None
@@ -139,56 +140,42 @@ def was_killed(log: str, code: int) -> bool:
 
 
 def _changed_data() -> list[str]:
-    from dvc.repo import Repo
-
-    with Repo(str(paths.ROOT)) as repo:
-        tracked = [out for stage in repo.index.stages if stage.is_data_source for out in stage.outs]
-        return [str(out) for out in tracked if out.exists and out.changed_checksum()]
+    with open_repository(paths.ROOT) as repo:
+        return repo.changed_sources()
 
 
 def _copy(order: Order, checkout: Path) -> None:
-    from dvc.config import Config
-    from dvc.repo import Repo
-
-    git = revisions.git
-    source = git("rev-parse", "--path-format=absolute", "--git-common-dir").decode().strip()
-    identity = [(key, git("config", key, unless_it_fails=True)) for key in ("user.name", "user.email")]
-    user = [f"--config={key}={value.decode().strip()}" for key, value in identity if value]
+    source = run_git("rev-parse", "--path-format=absolute", "--git-common-dir").decode().strip()
+    identity = {key: read_line("config", key) for key in ("user.name", "user.email")}
+    user = [f"--config={key}={value}" for key, value in identity.items() if value]
     checkout.parent.mkdir(parents=True, exist_ok=True)
-    git("clone", "--quiet", "--shared", "--no-checkout", *user, source, str(checkout))
-    git("checkout", "--quiet", "--detach", order.head, root=checkout)
-    git("read-tree", "--reset", "-u", order.snapshot, root=checkout)
-    with Repo(str(paths.ROOT)) as repo:
-        local, cache = repo.config.read("local"), repo.cache.local_cache_dir
-    with Config(str(checkout / ".dvc")).edit("local") as config:
-        for section, values in local.items():
-            config.setdefault(section, {}).update(values)
-        config.setdefault("cache", {})["dir"] = cache
-        config.setdefault("core", {})["site_cache_dir"] = str(checkout / ".dvc/tmp/site")
-    with Repo(str(checkout)) as repo:
-        repo.checkout(force=True, allow_missing=True)  # what is not in the cache is made by the run
+    run_git("clone", "--quiet", "--shared", "--no-checkout", *user, source, str(checkout))
+    run_git("checkout", "--quiet", "--detach", order.head, root=checkout)
+    run_git("read-tree", "--reset", "-u", order.snapshot, root=checkout)
+    with open_repository(paths.ROOT) as repo:
+        local, cache = repo.local_config, repo.cache_folder
+    update_local_config(checkout, local)
+    own = {"cache": {"dir": str(cache)}, "core": {"site_cache_dir": str(checkout / ".dvc/tmp/site")}}
+    update_local_config(checkout, own)
+    with open_repository(checkout) as repo:
+        repo.checkout()  # what is not in the cache is made by the run
 
 
 def _run(order: Order, checkout: Path) -> int:
-    from dvc.cli import main as dvc
-
     os.chdir(checkout)
     sets = [part for override in order.overrides for part in ("--set-param", override)]
-    code: int = dvc(["exp", "run", "--name", order.name, "--message", order.message, *sets])
+    code = run_command(["exp", "run", "--name", order.name, "--message", order.message, *sets])
     if code == 0:
-        [made] = [found for found in revisions.experiments(checkout) if found.name == order.name]
-        revisions.git("push", "--quiet", "origin", f"{made.ref}:{made.ref}", root=checkout)
+        [made] = [found for found in list_experiments(checkout) if found.name == order.name]
+        run_git("push", "--quiet", "origin", f"{made.ref}:{made.ref}", root=checkout)
         _let_dvc_read(made.commit)
     return code
 
 
 def _let_dvc_read(commit: str) -> None:
     """Let DVC read the experiment, and keep that; else the first `dvc exp show` would do so for all trials at once."""
-    from dvc.repo import Repo
-    from dvc.repo.experiments.collect import collect_rev
-
-    with Repo(str(paths.ROOT)) as repo:
-        collect_rev(repo, commit)
+    with open_repository(paths.ROOT) as repo:
+        repo.cache_experiment(commit)
 
 
 def log_of(folder: Path, name: str) -> str:

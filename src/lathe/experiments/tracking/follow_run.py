@@ -19,7 +19,7 @@ from lathe.experiments.tracking.run_files import Context, Curves, Record, read_c
 from lathe.experiments.tracking.start_mirror import is_running
 from lathe.experiments.tracking.tracker import Mirror, UnreachableError
 from lathe.experiments.tracking.trackers import mirror_of
-from lathe.provenance import revisions
+from lathe.provenance.revisions import list_experiments
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _collected(live: Record, folder: Path) -> Record | None:
 def _experiment(name: str | None) -> str | None:
     """Return the commit of the experiment of that name that began where this one did."""
     baseline = os.environ.get("DVC_EXP_BASELINE_REV")
-    for each in revisions.experiments(paths.MAIN):
+    for each in list_experiments(paths.MAIN):
         if each.name == name and each.baseline == baseline:
             return each.commit
     return None

@@ -9,15 +9,16 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lathe.common import dotted_keys
+from lathe.common.json_files import read_json
 from lathe.config.yaml_files import read_yaml
-from lathe.provenance import revisions
-from lathe.provenance.lineage import parameters_digest
+from lathe.provenance.lineage import digest_parameters
 
 # Points of a curve by its name: (optimizer step, value), in the order of dvclive's file.
 Curves = dict[str, list[tuple[int, float]]]
@@ -59,7 +60,7 @@ class Context:
     @staticmethod
     def read(folder: Path) -> "Context":
         """Return what `write` wrote."""
-        return Context(**json.loads((folder / _CONTEXT).read_text(encoding="utf-8")))
+        return Context(**read_json(folder / _CONTEXT))
 
 
 class Record:
@@ -74,12 +75,12 @@ class Record:
         tree, presets = (read_yaml(self.folder / name) for name in CONFIGURATION[:2])
         tree = {key: value for key, value in tree.items() if key != "tracking"}
         chosen = {key: presets[f"{key}s"][tree[key]] for key in ("model", "dataset")}
-        return revisions.leaves({**tree, "presets": chosen})
+        return dotted_keys.flatten({**tree, "presets": chosen})
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the parameters."""
-        return parameters_digest(self.parameters)
+        return digest_parameters(self.parameters)
 
     @property
     def name(self) -> str:
@@ -111,9 +112,9 @@ class Record:
         """Each number of metrics/evaluate but those in lists: `evaluate/validation/merged/exact_match`."""
         found: dict[str, float] = {}
         for file in sorted((self.folder / "metrics/evaluate").glob("*.json")):
-            tree = json.loads(file.read_text(encoding="utf-8"))
-            for key, value in _numbers(tree):
-                found["/".join(("evaluate", file.stem, *map(_spelt, key)))] = value
+            for keys, value in dotted_keys.walk(read_json(file)):
+                if isinstance(value, int | float):
+                    found["/".join(("evaluate", file.stem, *map(_spelt, keys)))] = float(value)
         return found
 
     @property
@@ -185,11 +186,3 @@ def _spelt(name: str) -> str:
     for sign, word in _SIGNS.items():
         name = name.replace(sign, word)
     return re.sub(r"[^\w\-. ]", "_", name)
-
-
-def _numbers(tree: dict[str, Any], parents: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, (*parents, key))
-        elif isinstance(value, (int, float)):
-            yield (*parents, key), float(value)

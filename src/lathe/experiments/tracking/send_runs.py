@@ -19,7 +19,7 @@ from lathe.experiments.tracking.start_mirror import SCRATCH
 from lathe.experiments.tracking.targets import Target
 from lathe.experiments.tracking.tracker import UnreachableError
 from lathe.experiments.tracking.trackers import mirror_of
-from lathe.provenance import revisions
+from lathe.provenance.revisions import find_revision, list_experiments
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ def _copied(rev: str) -> Iterator[Record]:
     SCRATCH.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=SCRATCH) as name:  # beside DVC's cache, for links
         folder = Path(name)
-        if commit := revisions.find(rev).commit:
-            names = {each.commit: each.name for each in revisions.experiments()}
+        if commit := find_revision(rev).commit:
+            names = {each.commit: each.name for each in list_experiments()}
             yield run_copies.of_commit(commit, folder, Context(experiment=names.get(commit)))
             return
         record = run_copies.of_workspace(paths.ROOT, folder, Context())

@@ -72,7 +72,7 @@ def _start(mark: Path, log: Path) -> None:
         subprocess.Popen(
             [sys.executable, "-m", "lathe", "mirror", "--follow", str(mark)],
             cwd=paths.MAIN,  # an experiment's own folder goes before this process does
-            env={**inherited, "PYTHONPATH": str(paths.ROOT / "src")},
+            env={**inherited, "PYTHONPATH": str(paths.ROOT / "src"), "LATHE_CHECKOUT": str(paths.ROOT)},
             stdin=subprocess.DEVNULL,
             stdout=written,
             stderr=subprocess.STDOUT,

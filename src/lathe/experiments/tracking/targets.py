@@ -1,10 +1,11 @@
 """Where runs are mirrored to: the section `tracking` of params.yaml, and the environment, which wins."""
 
+import importlib.util
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lathe.common.errors import InputError
+from lathe.common.errors import InputError, missing_extra
 from lathe.config.base import plain_address
 from lathe.config.params import Tracking
 
@@ -45,7 +46,8 @@ def targets(
 ) -> tuple[list[Target], list[str]]:
     """Return where runs go, and for each variable of the environment that overrides params.yaml a line that says so.
 
-    `asked` names the only ones that are wanted, enabled or not. Raises InputError for a variable of no use.
+    `asked` names the only ones that are wanted, enabled or not. Raises InputError for a variable of no use, and
+    for a tracker whose package is not installed.
     """
     overrides: list[str] = []
 
@@ -84,6 +86,12 @@ def targets(
         if wandb.enabled and mode != "disabled":
             chosen("wandb.mode", "WANDB_MODE", wandb.mode)
         found.append(WandbTarget(mode if mode != "disabled" else wandb.mode, wandb.project))
+    for target in found:
+        package = importlib.util.find_spec(target.name)
+        if package is None or package.origin is None:  # without an origin it is the folder of W&B's runs
+            missing = missing_extra(ModuleNotFoundError(name=target.name))
+            assert missing
+            raise missing
     return found, overrides
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from lathe.common.json_files import read_json
 from lathe.common.scratch import acquire_lock
 from lathe.experiments.tracking import targets
 from lathe.experiments.tracking.start_mirror import SCRATCH
@@ -25,7 +26,7 @@ def remember(folder: Path, left: Sequence[Target]) -> None:
 def remembered(folder: Path) -> list[Target]:
     """Return what `remember` wrote; nothing for a run that never came to its end."""
     file = folder / _TARGETS
-    return [targets.from_json(tree) for tree in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
+    return [targets.from_json(tree) for tree in read_json(file)] if file.exists() else []
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common import paths
-from lathe.common.metric_files import write_json
+from lathe.common.json_files import read_json, write_json
 from lathe.experiments.tracking.run_files import Curves, Record, contradicts, missing
 from lathe.experiments.tracking.start_mirror import SCRATCH
 from lathe.experiments.tracking.targets import WandbTarget
@@ -116,7 +116,7 @@ class WandbMirror(Mirror):
         for number in itertools.count(1):
             self.id = first if number == 1 else f"{first}-{number}"
             self.note = SCRATCH / f"wandb/{self.target.mode}-{self.id}.json"
-            kept = json.loads(self.note.read_text(encoding="utf-8")) if self.note.exists() else {}
+            kept = read_json(self.note) if self.note.exists() else {}
             self.known = {
                 name: {int(step): value for step, value in points.items()}
                 for name, points in kept.get("points", {}).items()

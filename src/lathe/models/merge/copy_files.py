@@ -1,6 +1,5 @@
 """Files beside the weights of a merged model: tokenizer, chat template, configuration."""
 
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,6 +10,7 @@ from lathe.models.merge.read_adapter import TensorChange, get_module_name
 from lathe.models.model_folder import (
     Weights,
     get_text_value,
+    write_json,
 )
 
 CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -90,7 +90,7 @@ def write_merged_config(
     if corrected == config:
         shutil.copyfile(path, out)
     else:
-        write_json_file(out, corrected, sort_keys=False)
+        write_json(out, corrected)
 
 
 def _correct_config(config: dict[str, Any], correct: dict[str, Any]) -> dict[str, Any]:
@@ -99,9 +99,3 @@ def _correct_config(config: dict[str, Any], correct: dict[str, Any]) -> dict[str
     if isinstance(config.get("text_config"), dict):
         result["text_config"] = _correct_config(config["text_config"], correct)
     return result
-
-
-def write_json_file(path: Path, value: dict[str, Any], *, sort_keys: bool) -> None:
-    """Write a JSON object with one trailing newline."""
-    text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")

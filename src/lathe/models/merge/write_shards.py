@@ -10,7 +10,6 @@ from typing import Any, BinaryIO
 import torch
 
 from lathe.common.errors import InputError
-from lathe.models.merge.copy_files import write_json_file
 from lathe.models.merge.lora_delta import iterate_row_chunks, merge_rows, reshape_to_rows
 from lathe.models.merge.plan import MergedTensor
 from lathe.models.merge.read_adapter import list_adapter_tensors
@@ -20,6 +19,7 @@ from lathe.models.model_folder import (
     ITEMSIZES,
     SINGLE_FILE,
     Weights,
+    write_json,
 )
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def write_shards(shards: list[list[MergedTensor]], base: Weights, adapter: Weigh
     if len(shards) > 1:
         size = sum(target.bytes for shard in shards for target in shard)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_json_file(out / INDEX_FILE, index, sort_keys=True)
+        write_json(out / INDEX_FILE, index, sort_keys=True)
     return MergeReport(total, changed, largest, written)
 
 

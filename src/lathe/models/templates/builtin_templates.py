@@ -12,7 +12,7 @@ _FOLDER = Path(__file__).parent
 
 BUILTIN = ("chatml", "llama-3", "mistral", "gemma", "plain")
 
-# What a template writes as a token of its own, by its looks; that the vocabulary has it is checked.
+# What looks like a token of its own in a rendered template; whether the vocabulary has it is checked.
 MARKER = re.compile(r"<\|[^<>|\s][^<>\n]{0,60}?\|>|<(?:start|end)_of_turn>")
 
 
@@ -25,15 +25,19 @@ def read_template(template: str) -> str:
     if "/" not in template:
         raise InputError(
             f"presets.yaml: template {template!r} is not built in; {did_you_mean(template, list(BUILTIN))}; "
-            f"a file of your own is given as {home}/..."
+            f"a file of your own is given as {home}/...",
+            code="unknown-template",
         )
     if paths.MODELS_LOCAL not in file.parents:
         raise InputError(
-            f"presets.yaml: template {template!r} is not under {home}/, which is what DVC watches; put the file there"
+            f"presets.yaml: template {template!r} is not under {home}/, which is what DVC watches; put the file there",
+            code="template-outside",
         )
     if not file.is_file():
-        raise InputError(f"{template}: no such file; put it there and run `dvc add {template}`")
+        raise InputError(f"{template}: no such file; put it there and run `dvc add {template}`", code="missing-file")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{template}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        raise InputError(
+            f"{template}: byte {error.start} is not UTF-8; save the file as UTF-8", code="not-utf-8"
+        ) from None

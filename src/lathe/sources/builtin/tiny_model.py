@@ -7,7 +7,6 @@ vocabulary, which llama.cpp's converter takes like any other Llama.
 """
 
 import io
-import json
 import logging
 import string
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lathe.models.model_folder import write_json
 from lathe.sources.builtin import household_commands
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def _save_tokenizer(folder: Path, vocabulary: bytes, recipe: Recipe) -> None:
         "pad_token": PAD,
         "extra_special_tokens": [START_OF_TURN],
     }
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
@@ -310,7 +310,3 @@ def _own_torch_state(seed: int, threads: int) -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(before)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from lathe.evaluation.judge.failures import RefusedError
 from lathe.evaluation.judge.prompt import Question
 from lathe.evaluation.judge.verdict import GRAMMAR_SCHEMA, Answer
 from lathe.gguf import llama_library
-from lathe.gguf.llama_model import Model
+from lathe.gguf.llama_model import LlamaModel
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +26,15 @@ class Gguf:
 
     def __init__(self, file: Path, questions: Collection[Question], *, max_tokens: int) -> None:
         self.file, self.max_tokens = file, max_tokens
-        with Model(file, vocab_only=True) as model:
-            model.template  # noqa: B018 - refuses a file without one, for which llama.cpp would take some other
+        with LlamaModel(file, vocab_only=True) as model:
+            model.chat_template  # noqa: B018 - refuses a file without one, for which llama.cpp would take another
             longest = max(len(model.tokenize(question.system + question.user)) for question in questions)
             # As the file says: without its weights, llama.cpp does not know.
             trained = int(model.metadata[f"{model.metadata['general.architecture']}.context_length"])
             self._n_ctx = min(trained, longest + _TOKENS_OF_THE_TEMPLATE + max_tokens)
         self._stopping = threading.Event()
         # A C function: kept here as long as llama.cpp may call it.
-        self._is_stopping = llama_library.library().ggml_abort_callback(lambda _: self._stopping.is_set())
+        self._is_stopping = llama_library.load_library().ggml_abort_callback(lambda _: self._stopping.is_set())
         self._model = self._loaded()
 
     async def ask(self, question: Question) -> Answer:
@@ -58,8 +58,8 @@ class Gguf:
         self._model.close()
 
     def _loaded(self) -> Any:
-        library = llama_library.library()
-        with llama_library.listening() as log:
+        library = llama_library.load_library()
+        with llama_library.collect_llama_log() as log:
             try:
                 model = library.Llama(str(self.file), n_ctx=self._n_ctx, n_gpu_layers=-1, seed=0, verbose=False)
             except ValueError as error:
