@@ -35,7 +35,7 @@ def hash_file(file: Path) -> str:
         with file.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
     except FileNotFoundError:
-        raise InputError(f"{file}: no such file; run the stage that writes it", code="file-missing") from None
+        raise InputError(f"{file}: no such file; run the stage that writes it", code="no-such-file") from None
 
 
 def acquire_lock(file: Path) -> BinaryIO | None:
