@@ -33,7 +33,7 @@ from lathe.gguf.llama_model import LlamaModel
 from lathe.inference.kv_cache import KVCache
 from lathe.models.loading import load_base
 from lathe.models.loss_mask import Encoded, encode
-from lathe.models.model_folder import left_by_full_tuning
+from lathe.models.model_folder import read_untrained_names
 from lathe.models.tokenizer import load_tokenizer
 
 Logits = NDArray[np.float32]
@@ -127,7 +127,7 @@ def _distances(rows: Sequence[Encoded]) -> Iterator[tuple[str, str, Distance]]:
     in_16_bit = quantization.model_copy(update={"load_in_4bit": False})
     merged = list(of_transformers(load_base(paths.MODEL_MERGED, in_16_bit, precision="fp32"), rows))
     base = list(of_transformers(load_base(paths.MODEL_BASE, in_16_bit, precision="fp32"), rows))
-    if left_by_full_tuning(paths.MODEL_ADAPTER) is None:
+    if read_untrained_names(paths.MODEL_ADAPTER) is None:
         trained = list(of_transformers(_adapted(quantization), rows))
         name = "4-bit base + adapter" if quantization.load_in_4bit else "base + adapter"
         if quantization.load_in_4bit:

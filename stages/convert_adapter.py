@@ -13,7 +13,7 @@ import _path  # noqa: F401
 from lathe import stage
 from lathe.common import json_files, paths
 from lathe.config.load import Config
-from lathe.models.model_folder import left_by_full_tuning
+from lathe.models.model_folder import read_untrained_names
 
 logger = logging.getLogger("lathe.convert_adapter")
 
@@ -27,7 +27,7 @@ def main(config: Config) -> None:
     with paths.whole_folder(paths.GGUF / "adapter") as folder:
         target = folder / "adapter-f16.gguf"
         try:
-            if left_by_full_tuning(paths.MODEL_ADAPTER) is not None:
+            if read_untrained_names(paths.MODEL_ADAPTER) is not None:
                 raise AdapterError("all weights were trained (training.tuning: full): there is no adapter")
             convert_adapter(
                 paths.MODEL_ADAPTER,

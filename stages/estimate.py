@@ -1,4 +1,4 @@
-"""Say beforehand what training will take: optimizer steps, and memory at its worst moment.
+"""Estimate what training will take: optimizer steps, and peak memory.
 
 reads   models/base/config.json, metrics/preprocess/report.json, params.yaml: training, sft, dpo, grpo, lora,
         quantization
@@ -21,13 +21,13 @@ logger = logging.getLogger("lathe.estimate")
 def main(config: Config) -> None:
     from lathe.common.text import readable_bytes
     from lathe.estimate import estimate_training_memory, explain
-    from lathe.training.optimizer_steps import training_steps
+    from lathe.training.optimizer_steps import count_training_steps
 
     params = config.params
     report = json_files.read_json(paths.METRICS / "preprocess/report.json")
     splits = {split["split"]: split for split in report["splits"]}
     train = splits["train"]
-    steps = training_steps(params, rows=train["kept"], sequences=train["sequences"])
+    steps = count_training_steps(params, examples=train["kept"], sequences=train["sequences"])
     longest = max(splits[name]["tokens"]["total"]["max"] for name in ("train", "validation"))
     total, parts = None, []
     try:

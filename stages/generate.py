@@ -19,7 +19,7 @@ from lathe.common import json_files, paths
 from lathe.config import artifacts
 from lathe.config.artifacts import FEW_SHOT, MERGED, UNQUANTIZED
 from lathe.config.load import Config
-from lathe.stage import Speeds
+from lathe.stage import Throughput
 
 if TYPE_CHECKING:
     from lathe.inference.held_out import HeldOutRun
@@ -28,7 +28,7 @@ SPLITS = {name: paths.DATA_PROCESSED / f"{name}.jsonl" for name in ("validation"
 TRAIN = paths.DATA_PROCESSED / "train.jsonl"
 
 
-def main(config: Config, item: str) -> Speeds:
+def main(config: Config, item: str) -> Throughput:
     from lathe.inference.general_text import read_paragraphs
     from lathe.inference.generate import Generator
     from lathe.inference.held_out import HeldOutRun, compute_fingerprint

@@ -19,7 +19,7 @@ from lathe.common import json_files, paths
 from lathe.common.errors import InputError
 from lathe.config.load import Config
 from lathe.config.params import Judge
-from lathe.stage import Speeds
+from lathe.stage import Throughput
 
 if TYPE_CHECKING:
     from lathe.evaluation.judge.judged_rows import Rows
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lathe.judge")
 
 
-def main(config: Config) -> Speeds:
+def main(config: Config) -> Throughput:
     from lathe.config import artifacts
     from lathe.evaluation.judge import judged_rows
     from lathe.evaluation.judge.providers.provider import identity
@@ -57,7 +57,7 @@ def main(config: Config) -> Speeds:
     return speeds
 
 
-def _buy_missing(wanted: "Rows", settings: Judge, cache: "Cache") -> Speeds:
+def _buy_missing(wanted: "Rows", settings: Judge, cache: "Cache") -> Throughput:
     """Buy the verdicts that are not kept yet; raises InputError if one is still missing then."""
     from lathe.evaluation.judge.request_verdicts import Ledger, buy
 

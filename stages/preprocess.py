@@ -14,7 +14,7 @@ from lathe.config.load import Config
 from lathe.models import model_folder
 
 
-def main(config: Config) -> stage.Speeds:
+def main(config: Config) -> stage.Throughput:
     model_folder.check_length(paths.MODEL_BASE, config.params.training.max_length)
 
     from lathe.data.prepare import prepare

@@ -1,11 +1,11 @@
-"""Train a LoRA adapter on the frozen base, 4-bit or 16-bit, or all its weights, by the method of training.method.
+"""Train a LoRA adapter on the frozen base, 4-bit or 16-bit, or all its weights, by SFT, DPO or GRPO.
 
 reads   models/base/, data/processed/, rewards/, params.yaml: seed, training, sft, dpo, grpo, lora, quantization,
         preprocess.supervise
 writes  models/adapter/, metrics/train/ (curves, last values, freeze_proof.json), metrics/speed/
 
-training.launcher says in how many processes; of several machines only the first, where DVC runs, writes.
-Interrupted, it goes on from its last checkpoint in .scratch/train/ when it is run again.
+training.launcher sets the number of processes; of several machines only the first, where DVC runs, writes.
+After an interruption it resumes from its last checkpoint in .scratch/train/ when it is run again.
 """
 
 from contextlib import nullcontext
@@ -16,13 +16,17 @@ from lathe import out_of_memory, stage
 from lathe.common import json_files, launch, paths
 from lathe.config.load import Config
 from lathe.models import model_folder
-from lathe.stage import Speeds
+from lathe.stage import Throughput
 from lathe.training import reward_functions
 
 
-def main(config: Config, machine_rank: int | None) -> Speeds:
+def main(config: Config, machine_rank: int | None) -> Throughput:
     params = config.params
-    functions = reward_functions.load(params.grpo.rewards, paths.REWARDS) if params.training.method == "grpo" else {}
+    functions = (
+        reward_functions.load_reward_functions(params.grpo.rewards, paths.REWARDS)
+        if params.training.method == "grpo"
+        else {}
+    )
     model_folder.check_length(paths.MODEL_BASE, params.training.max_length)
     if launch.is_needed(params.training.launcher, machine_rank):
         return launch.run(params.training.launcher, __file__, machine_rank=machine_rank)
@@ -31,7 +35,7 @@ def main(config: Config, machine_rank: int | None) -> Speeds:
     from lathe.training.train import train
 
     adapter = paths.whole_folder(paths.MODEL_ADAPTER) if launch.is_main() else nullcontext(paths.MODEL_ADAPTER)
-    with out_of_memory.explained(paths.MODEL_BASE, params), adapter as folder:
+    with out_of_memory.explain_out_of_memory(paths.MODEL_BASE, params), adapter as folder:
         trained = train(
             paths.MODEL_BASE,
             {split: paths.DATA_PROCESSED / f"{split}.jsonl" for split in ("train", "validation")},
@@ -39,16 +43,16 @@ def main(config: Config, machine_rank: int | None) -> Speeds:
             paths.METRICS / "train",
             params=params,
             functions=functions,
-            speed=paths.METRICS / "speed",
+            throughput=paths.METRICS / "speed",
             scratch=paths.SCRATCH / "train",
         )
     if launch.is_main():
         proof = {"trained_tensors": trained.trained_tensors, "frozen_tensors": len(trained.frozen), "moved": []}
-        # A list: DVC makes columns of everything else.
+        # A list, of which DVC makes no columns.
         digests = [{"tensor": name, "sha256": digest} for name, digest in trained.frozen.items()]
         json_files.write_json(paths.METRICS / "train/freeze_proof.json", {**proof, "sha256": digests})
     distributed.leave()
-    return trained.speeds
+    return trained.throughput
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""How many steps and how much memory a training takes, and how much disk each output, before there are any weights.
+"""Estimates from config.json and parameters alone: memory of a training, and disk space of each output.
 
-Everything follows from a model's config.json and the parameters. The model is made on torch's meta device, which knows
-shapes and holds no data, with the adapter that training would put on it; one step and one evaluation are then run on
-fake tensors, and what would be alive at the worst moment is counted. Nothing is computed, so an 8 B model takes
-about as long as a small one: a second or two, and some 100 MB.
+The model is made on torch's meta device, where tensors have shapes and no data, with the adapter that training would
+add. One training step and one evaluation batch are then run on fake tensors, and the bytes of live tensors are counted
+at their peak. Nothing is computed, so an 8 B model takes about as long as a small one: a second or two, and 100 MB.
 """
 
 import contextlib
@@ -22,11 +21,10 @@ from lathe.config.params import Params
 from lathe.config.training_params import Lora, Quantization, Training
 from lathe.gguf.file_sizes import gguf_bytes
 from lathe.training.checkpoints import KEPT_CHECKPOINTS
-from lathe.training.optimizer_steps import _less
 
-# Bytes of state per trained weight, by the optimizer's name in transformers: AdamW keeps two moments and Lion one, in
-# float32 or, for the 8-bit ones, a byte each (bitsandbytes leaves tensors below 4096 values in float32: little in sum).
-# Adafactor keeps a number per row and column of a matrix.
+# Bytes of optimizer state per trained weight, by the optimizer's name in transformers. AdamW keeps two moments and Lion
+# one: in float32, or a byte each in the 8-bit ones (bitsandbytes keeps tensors below 4096 values in float32, which is
+# little in sum). Adafactor keeps a number per row and column of a matrix.
 OPTIMIZER_BYTES = {
     "adamw_torch": 8,
     "adamw_torch_fused": 8,
@@ -48,11 +46,11 @@ DOUBLE_QUANT_SCALE_BITS = 8 / 64 + 32 / (64 * 256)
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes that a training holds at its worst moment, by what they are for.
+    """Bytes of a training at its peak, by purpose.
 
-    `weights` is the frozen base, `adapter` what is trained (under full tuning the whole model; nothing is frozen), both
-    with `gradients` and `optimizer` states there in each step; `activations` and `logits` are those of one forward and
-    backward pass, `evaluation` both of a pass without gradients, which takes the place of a step's.
+    `weights` is the frozen base, `adapter` the trained weights (with full tuning the whole model), which have
+    `gradients` and `optimizer` states. `activations` and `logits` are those of one forward and backward pass;
+    `evaluation` is both in a forward pass without gradients.
     """
 
     weights: int
@@ -65,7 +63,7 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """The larger of a step and an evaluation, without what the process itself and its libraries take."""
+        """The larger of a step and an evaluation, without the process itself and its libraries."""
         step = self.gradients + self.activations + self.logits
         return self.weights + self.adapter + self.optimizer + max(step, self.evaluation)
 
@@ -79,48 +77,49 @@ def estimate_training_memory(
 ) -> TrainingMemory:
     """Estimate the memory of `lathe.training.train.train` on the device that would train.
 
-    `model` is a folder with config.json, or its content. `length` is that of the longest row in tokens, by default
-    `training.max_length`; `supervised_tokens` in how many columns of a batch some row is supervised, which get logits,
-    by default all. The defaults make an upper bound.
+    `model` is a folder with config.json, or its content. `length` is that of the longest sequence in tokens, by default
+    `training.max_length`; `supervised_tokens` is the number of batch columns with a supervised token, which get logits,
+    by default all. The defaults give an upper bound.
 
-    weights      linear layers in 4 bits and their scales if asked for; all else (embeddings, norms, head) in 16 bits,
-                 in fp32 in 32; under full tuning nothing but buffers
-    adapter      float32, under full tuning the whole model; its gradients as many bytes, the optimizer's states
+    weights      linear layers in 4 bits with their scales, if configured; all else (embeddings, norms, head) in 16
+                 bits, with fp32 in 32; with full tuning only buffers
+    adapter      float32, with full tuning the whole model; as many bytes of gradients, and optimizer states by
                  `OPTIMIZER_BYTES`
-    activations  what is alive at the worst moment of the step, counted on fake tensors, checkpointing included, and
-                 the largest 4-bit layer unpacked
-    logits       the part of that as wide as the vocabulary: per supervised position and entry two numbers of the
-                 precision in the backward pass
+    activations  live tensors at the peak of the step, counted on fake tensors, with activation checkpointing if
+                 configured, and the largest 4-bit layer unpacked
+    logits       the part of these that is as wide as the vocabulary: two numbers in the training precision per
+                 supervised position and vocabulary entry, in the backward pass
 
-    This is what the tensors take. With malloc told to return what is freed (MALLOC_MMAP_THRESHOLD_=262144), the
-    resident size grew by 0.91 to 1.09 times the estimate in ten trainings on the CPU; glibc's malloc as it is keeps
-    freed blocks, and made that 1.4 to 2.2 times. A 16-bit checkpoint that is packed to 4 bits stays mapped besides, in
-    pages that the kernel takes back when it must: 1.1 to 1.4 times.
-    What a kernel uses inside is not seen, and attention is counted as torch's fused kernel for the CPU does it. On a
-    GPU the estimate is untested.
+    These are the bytes of tensors. With malloc set to return freed memory (MALLOC_MMAP_THRESHOLD_=262144) the
+    resident size grew by 0.91 to 1.09 times the estimate in ten trainings on the CPU; glibc's default keeps freed
+    blocks, and made that 1.4 to 2.2 times. A 16-bit checkpoint that is packed to 4 bits stays mapped as well, in pages
+    that the kernel can take back: 1.1 to 1.4 times. Memory inside kernels is not seen, and attention is counted as in
+    torch's fused kernel for the CPU. On a GPU the estimate is untested.
 
-    Raises InputError where the model or the adapter cannot be made from the configuration, and for another method than
-    supervised fine-tuning: what pairs and samples hold has not been measured.
+    Raises InputError where the model or the adapter cannot be made from the configuration, and for DPO and GRPO, whose
+    memory has not been measured.
     """
     from lathe.models.precision import resolve_precision
 
     training, lora, quantization = params.training, params.lora, params.quantization
     if training.method != "sft":
-        raise InputError(f"training.method is {training.method!r}; memory is estimated for 'sft' alone")
+        raise InputError(
+            f"training.method is {training.method!r}; memory is estimated for 'sft' alone", code="method-not-estimated"
+        )
     precision = resolve_precision(training.precision)
     length = length or training.max_length
     columns = supervised_tokens or length - 1
-    with _quiet():
-        config = _config(model)
+    with _ignore_warnings():
+        config = _load_config(model)
         if training.tuning == "full":
-            to_train = _on_meta(config, "fp32")
+            to_train = _make_meta_model(config, "fp32")
             frozen, largest_packed = sum(buffer.nbytes for buffer in to_train.buffers()), 0
         else:
-            base = _on_meta(config, precision)
-            frozen, largest_packed = _weights_bytes(base, quantization)
-            to_train = _adapted(base, lora)
-        trained = _trained_weights(to_train)
-        step, evaluation = _worst_moments(to_train, params, precision, length, columns)
+            base = _make_meta_model(config, precision)
+            frozen, largest_packed = _measure_weights(base, quantization)
+            to_train = _add_meta_adapter(base, lora)
+        trained = _count_trained(to_train)
+        step, evaluation = _measure_peaks(to_train, params, precision, length, columns)
     return TrainingMemory(
         weights=frozen,
         adapter=4 * trained,
@@ -136,19 +135,19 @@ def estimate_disk(model: Path | Mapping[str, Any], params: Params) -> dict[str, 
     """Estimate the bytes of each output of the pipeline, by its path; None where it depends on the data alone.
 
     Safetensors hold each weight in the configuration's type (float32 if it names none), the merged model in
-    `merge.dtype`, the adapter float32. For GGUF files see `gguf_bytes`. `.scratch/train` is what checkpoints take while
-    the model is trained: the trained weights in float32 and the optimizer's states, in those that are kept and the
-    one that is being written.
+    `merge.dtype`, the adapter float32. For GGUF files see `gguf_bytes`. `.scratch/train` holds checkpoints during the
+    training, each with the trained weights in float32 and the optimizer's states: those that are kept, and one that is
+    being written.
     """
-    with _quiet():
-        config = _config(model)
-        base = _on_meta(config, "bf16")
+    with _ignore_warnings():
+        config = _load_config(model)
+        base = _make_meta_model(config, "bf16")
         weights, head = base.num_parameters(), base.get_output_embeddings()
         full = params.training.tuning == "full"
-        trained = weights if full else _trained_weights(_adapted(base, params.lora))
+        trained = weights if full else _count_trained(_add_meta_adapter(base, params.lora))
     vocabulary = config.get_text_config().vocab_size
     output = head.weight.numel() if head is not None else 0
-    stored = _dtype_bytes(config)
+    stored = _get_bytes_per_weight(config)
     return {
         "models/base": weights * stored,
         "data/raw": None,
@@ -165,15 +164,15 @@ def estimate_disk(model: Path | Mapping[str, Any], params: Params) -> dict[str, 
 
 
 def explain(memory: TrainingMemory, training: Training, quantization: Quantization) -> str:
-    """Name in one line the part that takes most, and what to change about it."""
-    evaluating = memory.evaluation > memory.gradients + memory.activations + memory.logits
-    passes = (
+    """Return one line that names the largest part, and what to change about it."""
+    is_evaluation_larger = memory.evaluation > memory.gradients + memory.activations + memory.logits
+    forward_pass = (
         {"evaluation": memory.evaluation}
-        if evaluating
+        if is_evaluation_larger
         else {"activations": memory.activations, "logits": memory.logits}
     )
     trained = memory.adapter + memory.gradients + memory.optimizer
-    parts = {"weights": memory.weights, "adapter, gradients and optimizer": trained, **passes}
+    parts = {"weights": memory.weights, "adapter, gradients and optimizer": trained, **forward_pass}
     largest = max(parts, key=lambda name: parts[name])
     match largest:
         case "weights" if quantization.load_in_4bit:
@@ -183,9 +182,9 @@ def explain(memory: TrainingMemory, training: Training, quantization: Quantizati
         case "activations" if not training.gradient_checkpointing:
             remedy = "set training.gradient_checkpointing to true"
         case "evaluation":
-            remedy = _less("per_device_eval_batch_size", training.per_device_eval_batch_size)
+            remedy = _advise_lower("per_device_eval_batch_size", training.per_device_eval_batch_size)
         case "activations" | "logits":
-            remedy = _less("per_device_train_batch_size", training.per_device_train_batch_size)
+            remedy = _advise_lower("per_device_train_batch_size", training.per_device_train_batch_size)
         case _ if training.tuning == "full":
             remedy = "set training.tuning to lora"
         case _:
@@ -193,26 +192,40 @@ def explain(memory: TrainingMemory, training: Training, quantization: Quantizati
     return f"most of it is {largest}, {readable_bytes(parts[largest])} of {readable_bytes(memory.total)}; {remedy}"
 
 
-def _config(model: Path | Mapping[str, Any]) -> Any:
+def _advise_lower(key: str, batch_size: int) -> str:
+    if batch_size == 1:
+        return "lower training.max_length"
+    accumulate = ", raise gradient_accumulation_steps as much" if "train" in key else ""
+    return f"lower training.{key} (now {batch_size}){accumulate}, or training.max_length"
+
+
+def _load_config(model: Path | Mapping[str, Any]) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
-    content, shown = (_read(model), f"{model.name}/config.json") if isinstance(model, Path) else (model, "config.json")
+    content, shown = (
+        (_read_config(model), f"{model.name}/config.json") if isinstance(model, Path) else (model, "config.json")
+    )
     kind = content.get("model_type")
     if kind not in CONFIG_MAPPING:
-        raise InputError(f"{shown}: model_type is {kind!r}; no architecture of the installed transformers")
+        raise InputError(
+            f"{shown}: model_type is {kind!r}; no architecture of the installed transformers",
+            code="architecture-unknown",
+        )
     try:
         return CONFIG_MAPPING[kind].from_dict(dict(content))
     except (StrictDataclassError, ValueError, TypeError) as error:
-        raise InputError(f"{shown}: transformers refuses it: {' '.join(str(error).split())}") from None
+        raise InputError(
+            f"{shown}: transformers refuses it: {' '.join(str(error).split())}", code="config-refused"
+        ) from None
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = read_json_object(folder / "config.json", remedy="fetch the model again")
     return content
 
 
-def _on_meta(config: Any, precision: str) -> Any:
+def _make_meta_model(config: Any, precision: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -222,10 +235,12 @@ def _on_meta(config: Any, precision: str) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=DTYPES[precision], trust_remote_code=False)
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-        raise InputError(f"config.json: no causal language model: {' '.join(str(error).split())}") from None
+        raise InputError(
+            f"config.json: no causal language model: {' '.join(str(error).split())}", code="not-a-causal-model"
+        ) from None
 
 
-def _adapted(base: Any, lora: Lora) -> Any:
+def _add_meta_adapter(base: Any, lora: Lora) -> Any:
     import torch
 
     from lathe.models.adapter import add_adapter
@@ -234,12 +249,12 @@ def _adapted(base: Any, lora: Lora) -> Any:
         return add_adapter(base, lora)
 
 
-def _trained_weights(model: Any) -> int:
+def _count_trained(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _weights_bytes(base: Any, quantization: Quantization) -> tuple[int, int]:
-    """Bytes of the frozen base, and of its largest packed layer once unpacked for a product."""
+def _measure_weights(base: Any, quantization: Quantization) -> tuple[int, int]:
+    """Return the bytes of the frozen base, and of its largest 4-bit layer when it is unpacked."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -259,13 +274,13 @@ def _weights_bytes(base: Any, quantization: Quantization) -> tuple[int, int]:
     return total, max((weight.nbytes for weight in packed), default=0)
 
 
-def _worst_moments(
+def _measure_peaks(
     adapted: Any, params: Params, precision: str, length: int, columns: int
 ) -> tuple[Counter[str], Counter[str]]:
-    """Bytes of activations and logits at the worst moment of a training step, and of an evaluation pass.
+    """Return the bytes of activations and logits at the peak of a training step, and of an evaluation batch.
 
-    Each layer adds as much as the next, so that what two and four of them hold tells what all of them do. Layers are
-    taken off `adapted` for that.
+    Layers are alike, so the peak is extrapolated from those with two and with four layers. The other layers of
+    `adapted` are removed for that.
     """
     from torch import nn
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -273,42 +288,43 @@ def _worst_moments(
     training = params.training
     depth = adapted.config.get_text_config().num_hidden_layers
     layers = next(module for module in adapted.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
-    # A pack's attention is that of its rows, which is less.
+    # Attention in a pack is within its sequences, which is less.
     longest = max(length, training.max_length) if params.sft.packing else length
-    kept = columns if longest == length else longest - 1
-    passes = (
-        (True, (training.per_device_train_batch_size, longest, kept)),
+    step_columns = columns if longest == length else longest - 1
+    shapes = (
+        (True, (training.per_device_train_batch_size, longest, step_columns)),
         (False, (training.per_device_eval_batch_size, length, columns)),
     )
-    counted: list[list[Counter[str]]] = []
+    peaks: list[list[Counter[str]]] = []
     counts = sorted({min(depth, 4), min(depth, 2)}, reverse=True)
     for count in counts:
         del layers[count:]
         with FakeTensorMode():
-            _take_fake_weights(adapted)
+            _replace_by_fake_tensors(adapted)
             if training.gradient_checkpointing:
                 adapted.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
                 adapted.enable_input_require_grads()
             try:
-                moments = [_worst_moment(adapted, *shape, precision, learning) for learning, shape in passes]
+                of_depth = [_measure_peak(adapted, *shape, precision, is_training) for is_training, shape in shapes]
             except RuntimeError as error:
                 raise InputError(
-                    f"config.json: its layers do not fit together: {' '.join(str(error).split())}"
+                    f"config.json: its layers do not fit together: {' '.join(str(error).split())}",
+                    code="shapes-do-not-fit",
                 ) from None
-            counted.append(moments)
+            peaks.append(of_depth)
     if len(counts) == 1:
-        step, evaluation = counted[0]
+        step, evaluation = peaks[0]
         return step, evaluation
-    steps = (depth - counts[0]) / (counts[0] - counts[1])
+    extra = (depth - counts[0]) / (counts[0] - counts[1])
     step, evaluation = (
-        Counter({kind: round(more[kind] + steps * (more[kind] - less[kind])) for kind in more | less})
-        for more, less in zip(*counted, strict=True)
+        Counter({kind: round(more[kind] + extra * (more[kind] - less[kind])) for kind in more | less})
+        for more, less in zip(*peaks, strict=True)
     )
     return step, evaluation
 
 
-def _worst_moment(model: Any, rows: int, length: int, columns: int, precision: str, learning: bool) -> Counter[str]:
-    """Run the trainer's own step on one batch; return the bytes by kind at the moment when most were alive."""
+def _measure_peak(model: Any, rows: int, length: int, columns: int, precision: str, is_training: bool) -> Counter[str]:
+    """Run the trainer's own step on one batch of fake tensors, and return the bytes by kind at their peak."""
     import torch
 
     from lathe.training.training_step import autocast, compute_step_loss
@@ -320,25 +336,25 @@ def _worst_moment(model: Any, rows: int, length: int, columns: int, precision: s
         "columns": torch.arange(columns),
         "targets": torch.zeros(rows, columns, dtype=torch.long),
     }
-    model.train(learning)
+    model.train(is_training)
     for parameter in model.parameters():
-        # There from the second pass of an accumulated step on; counted apart.
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and learning else None
-    alive = _alive(model.config.get_text_config().vocab_size)
-    alive.leave_out([*batch.values(), *model.buffers()])
+        # Present from the second pass of an accumulated step on; counted separately.
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and is_training else None
+    counter = _make_memory_counter(model.config.get_text_config().vocab_size)
+    counter.leave_out([*batch.values(), *model.buffers()])
     for parameter in model.parameters():
-        alive.leave_out([parameter] if parameter.grad is None else [parameter, parameter.grad])
-    with alive, torch.set_grad_enabled(learning):
+        counter.leave_out([parameter] if parameter.grad is None else [parameter, parameter.grad])
+    with counter, torch.set_grad_enabled(is_training):
         # On the CPU there is no fp16; bf16 takes as many bytes.
         with autocast("cpu", "fp32" if precision == "fp32" else "bf16"):
             loss = compute_step_loss(model, batch)
-        if learning:
+        if is_training:
             loss.backward()
-    return alive.most
+    return counter.peak
 
 
-def _take_fake_weights(model: Any) -> None:
-    """Put fake tensors, which have a device and a type but no data, in the place of those on the meta device."""
+def _replace_by_fake_tensors(model: Any) -> None:
+    """Replace tensors on the meta device by fake tensors, which have a device and a type but no data."""
     import torch
 
     for module in model.modules():
@@ -349,19 +365,19 @@ def _take_fake_weights(model: Any) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
 
 
-def _alive(vocabulary: int) -> Any:
-    """Return a context that counts the bytes of what is made inside it for as long as it is alive."""
+def _make_memory_counter(vocabulary: int) -> Any:
+    """Return a context manager that counts the bytes of live tensors that were made inside it."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
     from torch.utils.weak import WeakIdKeyDictionary
 
-    class Alive(TorchDispatchMode):
+    class MemoryCounter(TorchDispatchMode):
         def __init__(self) -> None:
             super().__init__()
             self.bytes: Counter[str] = Counter()
-            self.most: Counter[str] = Counter()
-            self.known = WeakIdKeyDictionary()  # storages, which views share
+            self.peak: Counter[str] = Counter()
+            self.known = WeakIdKeyDictionary()  # storages, shared by views
 
         def leave_out(self, tensors: Sequence[torch.Tensor]) -> None:
             for tensor in tensors:
@@ -372,8 +388,8 @@ def _alive(vocabulary: int) -> Any:
             for made in tree_leaves(result):
                 if isinstance(made, torch.Tensor) and made.untyped_storage() not in self.known:
                     self.add(made)
-            if self.bytes.total() > self.most.total():
-                self.most = Counter(self.bytes)
+            if self.bytes.total() > self.peak.total():
+                self.peak = Counter(self.bytes)
             return result
 
         def add(self, made: torch.Tensor) -> None:
@@ -383,18 +399,18 @@ def _alive(vocabulary: int) -> Any:
             self.bytes[kind] += storage.nbytes()
             weakref.finalize(storage, self.bytes.subtract, {kind: storage.nbytes()})
 
-    return Alive()
+    return MemoryCounter()
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # PEFT and transformers warn of what only matters to a model that is trained or saved.
+def _ignore_warnings() -> Iterator[None]:
+    # PEFT and transformers warn of what matters only when a model is trained or saved.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _dtype_bytes(config: Any) -> int:
+def _get_bytes_per_weight(config: Any) -> int:
     import torch
 
     dtype = config.dtype or config.get_text_config().dtype or torch.float32

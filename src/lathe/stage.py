@@ -1,4 +1,4 @@
-"""What every stage does around its own steps: arguments, parameters, refusals, timings."""
+"""Stage runner: arguments, parameters, errors and timings around the steps of every stage."""
 
 import argparse
 import inspect
@@ -12,20 +12,20 @@ from lathe.common.errors import InputError
 from lathe.config.load import Config, load
 from lathe.experiments.tracking import start_mirror
 
-# What a stage measured besides seconds and memory, such as {"tokens_per_second": 812.5}.
-Speeds = dict[str, float]
+# Measured by a stage besides seconds and memory, such as {"tokens_per_second": 812.5}.
+Throughput = dict[str, float]
 
 
-def run(main: Callable[[Config], Speeds | None]) -> None:
-    """Run a stage that does one thing; its script's docstring is the help text."""
-    name, parser = _parser(main)
+def run(main: Callable[[Config], Throughput | None]) -> None:
+    """Run a stage without items; its script's docstring is the help text."""
+    name, parser = _make_parser(main)
     parser.parse_args()
-    guard(lambda: _timed(name, None, lambda: main(_loaded(name))))
+    guard(lambda: _run_timed(name, None, lambda: main(_load_config(name))))
 
 
-def run_on_machines(main: Callable[[Config, int | None], Speeds | None]) -> None:
-    """Run a stage that several machines may share; which of them this is may be said on the command line."""
-    name, parser = _parser(main)
+def run_on_machines(main: Callable[[Config, int | None], Throughput | None]) -> None:
+    """Run a stage that several machines may share; `--machine_rank` is the number of this one."""
+    name, parser = _make_parser(main)
     parser.add_argument(
         "--machine_rank",
         type=int,
@@ -36,39 +36,39 @@ def run_on_machines(main: Callable[[Config, int | None], Speeds | None]) -> None
     if machine_rank:  # the first machine writes the timings
         guard(lambda: main(load(), machine_rank))
     else:
-        guard(lambda: _timed(name, None, lambda: main(_loaded(name), machine_rank)))
+        guard(lambda: _run_timed(name, None, lambda: main(_load_config(name), machine_rank)))
 
 
-def run_items(main: Callable[[Config, str], Speeds | None], items: Callable[[Config], list[str]]) -> None:
+def run_items(main: Callable[[Config, str], Throughput | None], items: Callable[[Config], list[str]]) -> None:
     """Run a stage once per item named on the command line; without one, for all of `items`.
 
-    An item is what `dvc.yaml` runs the stage's script for: an artifact, a quantization type.
+    An item is an artifact or a quantization type, as `dvc.yaml` names it in the stage's command.
     """
-    name, parser = _parser(main)
+    name, parser = _make_parser(main)
     parser.add_argument("items", nargs="*", metavar="ITEM", help="what to run it for (default: all)")
     chosen = parser.parse_args().items
 
-    def each() -> None:
-        config = _loaded(name)
+    def run_chosen() -> None:
+        config = _load_config(name)
         known = items(config)
         for item in chosen:
             if item not in known:
-                raise InputError(f"{name} {item}: no such item; known: {', '.join(known)}")
+                raise InputError(f"{name} {item}: no such item; known: {', '.join(known)}", code="unknown-item")
         for item in chosen or known:
-            _timed(name, item, lambda item=item: main(config, item), known)  # type: ignore[misc]
+            _run_timed(name, item, lambda item=item: main(config, item), known)  # type: ignore[misc]
 
-    guard(each)
+    guard(run_chosen)
 
 
-def _loaded(name: str) -> Config:
-    """Return the parameters, and let what mirrors the run know that this stage of it has begun."""
+def _load_config(name: str) -> Config:
+    """Return the parameters, and start the mirror of this run, if there is to be one."""
     config = load()
     if "DVC_STAGE" in os.environ and not launch.is_worker():
         start_mirror.begun(name, config.params.tracking)
     return config
 
 
-def _parser(main: Callable[..., object]) -> tuple[str, argparse.ArgumentParser]:
+def _make_parser(main: Callable[..., object]) -> tuple[str, argparse.ArgumentParser]:
     module = inspect.getmodule(main)
     assert module is not None
     assert module.__file__ is not None
@@ -81,11 +81,11 @@ def _parser(main: Callable[..., object]) -> tuple[str, argparse.ArgumentParser]:
     return name, parser
 
 
-def _timed(name: str, item: str | None, action: Callable[[], Speeds | None], items: Sequence[str] = ()) -> None:
+def _run_timed(name: str, item: str | None, action: Callable[[], Throughput | None], items: Sequence[str] = ()) -> None:
     started = time.perf_counter()
-    speeds = action() or {}
+    throughput = action() or {}
     if launch.is_worker():
         if launch.is_main():
-            launch.hand_over({"peak_memory_bytes": operating_system.get_peak_memory_bytes(), **speeds})
+            launch.report_throughput({"peak_memory_bytes": operating_system.get_peak_memory_bytes(), **throughput})
         return
-    metric_files.write_timings(name, item, seconds=time.perf_counter() - started, speeds=speeds, items=items)
+    metric_files.write_timings(name, item, seconds=time.perf_counter() - started, throughput=throughput, items=items)

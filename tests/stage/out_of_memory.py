@@ -26,7 +26,7 @@ def main(base: Path) -> None:
     limit = 1024 * int(size[1]) + ALLOWED_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     many = chosen.model_copy(update={"training": _training(chosen, per_device_train_batch_size=512)})
-    with out_of_memory.explained(base, many):
+    with out_of_memory.explain_out_of_memory(base, many):
         _train(base, many)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import changed, learnt_by_heart, write_splits
+from refusals import refused
 from safetensors.torch import load_file
 
-from lathe.common.errors import InputError
 from lathe.config.load import load
 from lathe.training.train import train
 
@@ -82,5 +82,5 @@ def test_training_stops_when_the_best_is_not_beaten_for_long(run, caplog):
 
 
 def test_a_metric_that_the_method_does_not_evaluate_is_refused(run):
-    with pytest.raises(InputError, match=r"^training.metric_for_best_model is 'reward'; sft evaluates loss$"):
+    with refused("metric-not-evaluated", "training.metric_for_best_model is 'reward'"):
         run(metric_for_best_model="reward")

@@ -1,21 +1,22 @@
 """Training on pairs of a better and a worse answer, on a model of one layer."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import changed, write_splits
+from refusals import refused
 from safetensors.torch import load_file
 
-from lathe.common.errors import InputError
 from lathe.config.load import load
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.loading import load_base
 from lathe.models.loss_mask import encode
 from lathe.models.tokenizer import load_tokenizer
 from lathe.sources.builtin import household_commands
-from lathe.training.preference_pairs import encode_pairs, pair_dataset
+from lathe.training.preference_pairs import build_pair_dataset, encode_pairs
 from lathe.training.train import train
 
 CONFIG = load().params
@@ -134,7 +135,7 @@ def test_prompt_and_answers_are_the_ids_of_inference_with_one_bos_and_the_end_to
         {"role": "assistant", "content": "yes, now"},
     ]
     rows = [*SPLITS["train"], {"messages": chat, "rejected": [{"role": "assistant", "content": "yesterday"}]}]
-    for row, example in zip(rows, pair_dataset(*encode_pairs(tokenizer, rows)), strict=True):
+    for row, example in zip(rows, build_pair_dataset(*encode_pairs(tokenizer, rows)), strict=True):
         *before, answer = row["messages"]
         prompt = ChatTemplate.of_tokenizer(tokenizer).render(before, add_generation_prompt=True)
         assert example["prompt_ids"] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -180,19 +181,16 @@ def test_all_weights_can_learn_from_pairs_without_a_second_model(run):
 
 def test_a_row_without_an_answer_to_reject_is_named_before_anything_is_loaded(run, tmp_path):
     lacking = {**SPLITS, "validation": [*SPLITS["validation"][:2], {"messages": SPLITS["train"][0]["messages"]}]}
-    with pytest.raises(InputError) as caught:
+    with refused("rejected-answer-missing", "data/processed/validation.jsonl:3: "):
         run(lacking, base=tmp_path / "no model here")
-    assert str(caught.value) == (
-        "data/processed/validation.jsonl:3: has no rejected answer, and training.method 'dpo' learns from pairs; "
-        "choose a dataset that has them (columns chosen and rejected), or training.method: sft"
-    )
 
 
 def test_an_adapter_on_the_output_layer_is_refused(run):
-    with pytest.raises(InputError, match=r"it matches lm_head, the output head, of which TRL"):
+    with refused("layer-output-head", "it matches lm_head"):
         run(**{"lora.target_modules": ["q_proj", "lm_head"]})
 
 
 def test_a_loss_that_is_no_number_names_step_and_rows(run):
-    with pytest.raises(InputError, match=r"(loss|grad_norm) is (nan|inf) at step \d+, not a number, with the rows of"):
+    with refused("loss-not-finite", "data/processed/train.jsonl:", "dpo.learning_rate", kept=False) as caught:
         run(**{**EXACT, "dpo.learning_rate": 1.0, "max_grad_norm": 1e30, "dpo.beta": 1e38})
+    assert re.match(r"(loss|grad_norm) is (nan|inf) at step \d+, not a number, with the rows of", str(caught.value))

@@ -32,13 +32,13 @@ FULL = {
 def trained(small_model, tmp_path, monkeypatch):
     """Return a function that trains with some parameters changed and gives the folder, and the model as it was then."""
     models = []
-    save = training.save_whole
+    save = training.save_full_model
 
     def saved(model, *others):
         models.append(model)
         save(model, *others)
 
-    def train(**changes) -> tuple[Path, torch.nn.Module, training.Trained]:
+    def train(**changes) -> tuple[Path, torch.nn.Module, training.TrainingResult]:
         folder = tmp_path / f"adapter{len(models)}"
         folder.mkdir()
         chosen = changed(load().params, {**FULL, **changes})
@@ -46,7 +46,7 @@ def trained(small_model, tmp_path, monkeypatch):
         result = training.train(small_model, files, folder, tmp_path / f"metrics{len(models)}", params=chosen)
         return folder, models[-1], result
 
-    monkeypatch.setattr(training, "save_whole", saved)
+    monkeypatch.setattr(training, "save_full_model", saved)
     return train
 
 

@@ -24,7 +24,7 @@ from lathe.common import paths
 from lathe.common.errors import Interrupted
 from lathe.config.load import load
 from lathe.sources.builtin import household_commands
-from lathe.training.checkpoints import KEPT_TRAININGS, claimed
+from lathe.training.checkpoints import KEPT_TRAININGS, acquire_checkpoints
 from lathe.training.train import train
 
 CONFIG = load().params
@@ -251,7 +251,7 @@ def test_two_runs_of_the_same_training_do_not_share_checkpoints(runs, expected, 
     runs.interrupt()
     [folder] = {path.parent for path in runs.checkpoints()}
     before = digests(folder)
-    with claimed(runs.scratch, folder.name) as mine:
+    with acquire_checkpoints(runs.scratch, folder.name) as mine:
         assert mine
         assert runs.run() == expected
     assert "the same training is running elsewhere" in caplog.text
@@ -259,11 +259,11 @@ def test_two_runs_of_the_same_training_do_not_share_checkpoints(runs, expected, 
 
 
 def test_who_comes_while_an_interrupted_run_saves_waits_for_it(tmp_path):
-    with claimed(tmp_path, "training") as first:
+    with acquire_checkpoints(tmp_path, "training") as first:
         assert first
         first.announce_stop()
-        program = "import sys; from pathlib import Path; from lathe.training.checkpoints import claimed\n"
-        program += "with claimed(Path(sys.argv[1]), 'training') as mine: print(mine is not None)"
+        program = "import sys; from pathlib import Path; from lathe.training.checkpoints import acquire_checkpoints\n"
+        program += "with acquire_checkpoints(Path(sys.argv[1]), 'training') as mine: print(mine is not None)"
         command = [sys.executable, "-c", program, str(tmp_path)]
         environment = {**os.environ, "PYTHONPATH": str(paths.ROOT / "src")}
         second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -274,9 +274,9 @@ def test_who_comes_while_an_interrupted_run_saves_waits_for_it(tmp_path):
 
 def test_of_trainings_that_nobody_went_on_with_the_newest_are_kept(tmp_path):
     for number in range(KEPT_TRAININGS + 3):
-        with claimed(tmp_path, f"training{number:02d}") as checkpoints:
+        with acquire_checkpoints(tmp_path, f"training{number:02d}") as checkpoints:
             assert checkpoints
-            with checkpoints.saving() as folder:
+            with checkpoints.open_partial() as folder:
                 (folder / "checkpoint-1").mkdir()
         os.utime(tmp_path / f"training{number:02d}", (number, number))
     kept = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())

@@ -11,9 +11,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from refusals import refused
 
 from lathe.common import paths
-from lathe.common.errors import InputError
 from lathe.common.text import readable_bytes
 from lathe.config import params, training_params
 from lathe.config.load import load
@@ -23,9 +23,9 @@ from lathe.gguf.quantize import quantize
 from lathe.models.adapter import add_adapter
 from lathe.models.loading import load_base
 from lathe.training import sft, training_step
-from lathe.training.loss import CHUNK_BYTES, IGNORED
-from lathe.training.optimizer_steps import training_steps
-from lathe.training.packing import Padded
+from lathe.training.loss import CHUNK_BYTES, IGNORE_INDEX
+from lathe.training.optimizer_steps import count_training_steps
+from lathe.training.packing import PaddedCollator
 from lathe.training.training_step import compute_step_loss
 
 CONFIG = load().params
@@ -202,8 +202,8 @@ def test_the_estimate_runs_the_step_of_the_trainer_on_a_batch_of_its_collator(sm
     assert sft.compute_step_loss is compute_step_loss
     monkeypatch.setattr(training_step, "compute_step_loss", record)
     estimated(QWEN)
-    example = {"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "seq_lengths": [3]}
-    collated = Padded(0)([example])
+    example = {"input_ids": [1, 2, 3], "labels": [IGNORE_INDEX, 2, 3], "seq_lengths": [3]}
+    collated = PaddedCollator(0)([example])
     for batch in batches:
         assert training_step.select_model_inputs(batch).keys() == training_step.select_model_inputs(collated).keys()
         assert batch.keys() <= collated.keys()
@@ -259,35 +259,35 @@ def test_the_largest_part_is_named_with_what_to_change(training, quantization, e
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "code", "part"),
     [
-        ({}, "config.json: model_type is None; no architecture of the installed transformers"),
-        ({"model_type": "qwen99"}, "config.json: model_type is 'qwen99'; no architecture"),
-        ({"model_type": "vit"}, "config.json: no causal language model"),
-        ({**QWEN, "num_key_value_heads": 3}, "config.json: its layers do not fit together"),
-        ({**QWEN, "hidden_size": "wide"}, "config.json: transformers refuses it"),
+        ({}, "architecture-unknown", "model_type is None"),
+        ({"model_type": "qwen99"}, "architecture-unknown", "model_type is 'qwen99'"),
+        ({"model_type": "vit"}, "not-a-causal-model", "no causal language model"),
+        ({**QWEN, "num_key_value_heads": 3}, "shapes-do-not-fit", "its layers do not fit together"),
+        ({**QWEN, "hidden_size": "wide"}, "config-refused", "hidden_size"),
     ],
 )
-def test_a_configuration_of_no_use_is_refused_in_one_line(config, message):
-    with pytest.raises(InputError) as caught:
+def test_a_configuration_of_no_use_is_refused_in_one_line(config, code, part):
+    with refused(code, "config.json: ", part) as caught:
         estimated(config)
-    assert str(caught.value).startswith(message)
+    assert str(caught.value).startswith("config.json: ")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "no such file"), ("{", "not valid JSON"), ("[]", "must hold a JSON object")],
+    ("content", "code"),
+    [(None, "no-such-file"), ("{", "not-json"), ("[]", "no-json-object")],
 )
-def test_a_damaged_config_file_is_refused_in_one_line(tmp_path, content, message):
+def test_a_damaged_config_file_is_refused_in_one_line(tmp_path, content, code):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(InputError, match=message):
+    with refused(code, "config.json"):
         estimated(tmp_path)
 
 
 def test_layers_that_do_not_exist_are_refused():
-    with pytest.raises(InputError, match=r"lora\.target_modules: 'query' matches no layer"):
+    with refused("layer-unknown", "lora.target_modules: 'query'"):
         estimated(QWEN, lora=changed(CONFIG.lora, target_modules=["query"]))
 
 
@@ -372,7 +372,7 @@ def test_optimizer_steps_are_counted_as_the_trainer_counts_them():
     )
 
     def steps(rows: int, **changes: Any) -> dict[str, int | None]:
-        return training_steps(sections(training=changed(training, **changes)), rows=rows, sequences=rows)
+        return count_training_steps(sections(training=changed(training, **changes)), examples=rows, sequences=rows)
 
     assert steps(100) == {"steps_per_epoch": 9, "steps": 23}
     assert steps(1)["steps"] == 3
@@ -393,13 +393,13 @@ def test_another_method_has_steps_of_its_own_behind_those_of_its_supervised_phas
         grpo=changed(CONFIG.grpo, sft_epochs=0.0, max_steps=60),
     )
     # A conversation of which every turn is learnt may make several sequences; it is one pair.
-    assert training_steps(chosen, rows=100, sequences=120) == {
+    assert count_training_steps(chosen, examples=100, sequences=120) == {
         "sft_steps": 6,
         "steps_per_epoch": 13,
         "steps": 39,
     }
     chosen = chosen.model_copy(update={"training": changed(chosen.training, method="grpo")})
-    assert training_steps(chosen, rows=100, sequences=120) == {
+    assert count_training_steps(chosen, examples=100, sequences=120) == {
         "sft_steps": 0,
         "steps_per_epoch": None,
         "steps": 60,
@@ -408,5 +408,5 @@ def test_another_method_has_steps_of_its_own_behind_those_of_its_supervised_phas
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])
 def test_memory_is_not_guessed_for_a_method_that_was_not_measured(method):
-    with pytest.raises(InputError, match=rf"^training.method is '{method}'; memory is estimated for 'sft' alone$"):
+    with refused("method-not-estimated", f"training.method is '{method}'"):
         estimate_training_memory(QWEN, sections(training=changed(TRAINING, method=method)))

@@ -125,7 +125,7 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
+def _use_one_thread() -> Iterator[None]:
     # Several threads only wait for each other on models as small as these.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from lathe.common import operating_system, paths
-from lathe.common.scratch import locked
+from lathe.common.scratch import acquire_lock
 
 SOURCE = paths.ROOT / "src"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCE)}
@@ -61,15 +61,16 @@ def test_no_other_module_knows_the_operating_system(file):
 def test_the_configuration_loads_and_a_lock_is_exclusive_without_fcntl(tmp_path):
     program = (
         ELSEWHERE
-        + "from lathe.common.scratch import locked\n"
+        + "from lathe.common.scratch import acquire_lock\n"
         + "file = Path(sys.argv[1])\n"
-        + "with locked(file) as held:\n"
+        + "with acquire_lock(file) as held:\n"
         + "    held.write(b'note'); held.flush()\n"
-        + "    again = ELSEWHERE + 'from lathe.common.scratch import locked\\nprint(locked(Path(sys.argv[1])))'\n"
+        + "    again = ELSEWHERE + 'from lathe.common.scratch import acquire_lock\\n'\n"
+        + "    again += 'print(acquire_lock(Path(sys.argv[1])))'\n"
         + "    import subprocess\n"
         + "    print(subprocess.run([sys.executable, '-c', again, str(file)], capture_output=True, text=True).stdout)\n"
         + "    print(file.read_bytes().decode())\n"
-        + "with locked(file) as held: print(held.name == str(file) or held.name == file)\n"
+        + "with acquire_lock(file) as held: print(held.name == str(file) or held.name == file)\n"
         + "with operating_system.open_locked(file, wait=True): print('waited')\n"
     )
     done = python(f"ELSEWHERE = {ELSEWHERE!r}\n{program}", str(tmp_path / "work.lock"))
@@ -86,10 +87,10 @@ def test_who_waits_for_a_lock_gets_it_when_the_holder_is_killed(tmp_path):
     )
     assert holder.stdout
     assert holder.stdout.readline() == "held\n"
-    assert locked(file) is None
+    assert acquire_lock(file) is None
     holder.kill()
     with operating_system.open_locked(file, wait=True) as mine:
-        assert locked(file) is None
+        assert acquire_lock(file) is None
         assert mine.name == file or mine.name == str(file)
     holder.communicate()
 

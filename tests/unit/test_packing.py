@@ -7,9 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lathe.config.load import load
 from lathe.models.adapter import add_adapter
 from lathe.models.loss_mask import Encoded
-from lathe.training.loss import IGNORED, sum_token_losses
-from lathe.training.packing import EndToEnd, Padded, packed_dataset, row_dataset
-from lathe.training.row_attention import NAME, separate_rows
+from lathe.training.loss import IGNORE_INDEX, sum_token_losses
+from lathe.training.packing import PaddedCollator, PaddingFreeCollator, build_dataset, build_packed_dataset
+from lathe.training.row_attention import ROW_ATTENTION, separate_rows
 from lathe.training.training_step import compute_step_loss, select_model_inputs
 
 VOCABULARY = 90
@@ -63,10 +63,10 @@ def gradients(model) -> dict[str, torch.Tensor]:
 def test_packed_rows_have_the_loss_and_the_gradients_of_rows_one_by_one(kind, checkpointing):
     model = made(kind, **MODELS[kind])
     expected = 0.0
-    for row in row_dataset(rows()):
+    for row in build_dataset(rows()):
         # The stock forward with its own attention, labels and loss, which is a mean.
         batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
-        supervised = sum(label != IGNORED for label in row["labels"])
+        supervised = sum(label != IGNORE_INDEX for label in row["labels"])
         loss = model(**batch, use_cache=False).loss * supervised
         loss.backward()
         expected += loss.item()
@@ -76,9 +76,9 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_rows_one_by_one(kind, ch
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.train()
-    packs = packed_dataset(rows(), max_length=24)
+    packs = build_packed_dataset(rows(), max_length=24)
     assert len(packs) < len(LENGTHS)
-    loss = loss_of(model, EndToEnd()(list(packs)))
+    loss = loss_of(model, PaddingFreeCollator()(list(packs)))
     loss.backward()
     torch.testing.assert_close(loss.item(), expected, rtol=1e-5, atol=0)
     for name, gradient in gradients(model).items():
@@ -89,7 +89,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_rows_one_by_one(kind, ch
 def test_no_token_of_a_row_changes_what_is_said_of_another(kind):
     model = made(kind, **MODELS[kind]).eval()
     assert separate_rows(model, "auto", precision="fp32")
-    batch = EndToEnd()(list(packed_dataset(rows(), max_length=60)))
+    batch = PaddingFreeCollator()(list(build_packed_dataset(rows(), max_length=60)))
     inputs = select_model_inputs(batch)
     before = model(**inputs).logits[0]
     first = 0
@@ -107,10 +107,10 @@ def test_no_token_of_a_row_changes_what_is_said_of_another(kind):
 
 def test_padded_batches_have_the_same_loss_too():
     model = made("llama")
-    examples = list(row_dataset(rows()))
-    padded = loss_of(model, Padded(0)(examples))
+    examples = list(build_dataset(rows()))
+    padded = loss_of(model, PaddedCollator(0)(examples))
     assert separate_rows(model, "auto", precision="fp32")
-    torch.testing.assert_close(loss_of(model, EndToEnd()(examples)), padded, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss_of(model, PaddingFreeCollator()(examples)), padded, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -126,18 +126,18 @@ def test_models_that_would_mix_rows_are_left_as_they_were(kind, shape):
     model = made(kind, **shape)
     before = model.config._attn_implementation
     assert not separate_rows(model, "auto", precision="fp32")
-    assert model.config._attn_implementation == before != NAME
+    assert model.config._attn_implementation == before != ROW_ATTENTION
 
 
 def test_packs_hold_every_row_once_and_whole():
     sequences = rows([7, 3, 9, 30, 1, 4, 8, 8, 2] * 300)
-    packs = packed_dataset(sequences, max_length=20)
+    packs = build_packed_dataset(sequences, max_length=20)
     found, sizes = [], []
     for pack in packs:
         sizes.append(len(pack["input_ids"]))
         ends = torch.tensor(pack["seq_lengths"]).cumsum(0).tolist()
         for start, end in zip([0, *ends], ends, strict=False):
-            assert pack["labels"][start] == IGNORED
+            assert pack["labels"][start] == IGNORE_INDEX
             found.append(pack["input_ids"][start:end])
     assert sorted(found) == sorted(row.input_ids for row in sequences)
     assert max(sizes) == 30  # the longest row, which no limit cuts
@@ -146,11 +146,11 @@ def test_packs_hold_every_row_once_and_whole():
 
 
 def test_only_tokens_that_predict_a_supervised_one_get_logits():
-    batch = EndToEnd()(list(row_dataset(rows())))
+    batch = PaddingFreeCollator()(list(build_dataset(rows())))
     assert batch["columns"].tolist() == sorted(set(batch["columns"].tolist()))
     assert batch["targets"].shape == (1, sum(sum(row.supervised[1:]) for row in rows()))
-    assert (batch["targets"] != IGNORED).all()
-    assert (batch["labels"][:, 1:] != IGNORED).sum() == batch["targets"].numel()
+    assert (batch["targets"] != IGNORE_INDEX).all()
+    assert (batch["labels"][:, 1:] != IGNORE_INDEX).sum() == batch["targets"].numel()
     assert batch["input_ids"].shape == (1, sum(LENGTHS))
     assert batch["supervised_tokens"] == batch["targets"].numel()
     assert batch["row_lengths"] == tuple(sorted(LENGTHS, reverse=True))
@@ -160,8 +160,8 @@ def test_only_tokens_that_predict_a_supervised_one_get_logits():
 def test_the_loss_is_that_of_torch_and_so_is_its_gradient(dtype, monkeypatch):
     monkeypatch.setattr("lathe.training.loss.CHUNK_BYTES", 4 * 11 * 3)
     logits = (8 * torch.randn(20, 11, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
-    targets = torch.tensor([3, IGNORED, 0, 10] * 5)
-    expected = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+    targets = torch.tensor([3, IGNORE_INDEX, 0, 10] * 5)
+    expected = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
     (expected_gradient,) = torch.autograd.grad(expected / 7, logits)
     loss = sum_token_losses(logits, targets)
     (gradient,) = torch.autograd.grad(loss / 7, logits)
@@ -173,7 +173,7 @@ def test_an_adapter_on_the_head_gets_gradients_through_the_loss():
     model = made("llama")
     assert separate_rows(model, "auto", precision="fp32")
     model = add_adapter(model, load().params.lora.model_copy(update={"modules_to_save": ["lm_head"]}))
-    loss_of(model, EndToEnd()(list(row_dataset(rows())))).backward()
+    loss_of(model, PaddingFreeCollator()(list(build_dataset(rows())))).backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in trained)
     assert any("lm_head" in name for name, parameter in model.named_parameters() if parameter.grad is not None)

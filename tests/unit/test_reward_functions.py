@@ -1,15 +1,15 @@
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from lathe.common import paths
-from lathe.common.errors import InputError
 from lathe.config.training_params import Reward
 from lathe.training import reward_functions
 
 
 def load(folder: Path, name: str):
-    return reward_functions.load([Reward(name="function", weight=1.0, function=name)], folder)[name]
+    return reward_functions.load_reward_functions([Reward(name="function", weight=1.0, function=name)], folder)[name]
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_the_example_that_ships_is_a_reward():
     brevity = load(paths.REWARDS, "example:brevity")
     assert brevity("ab", "abc", {}) == 1
     assert brevity("abcdef", "abc", {}) == 0.5
-    assert reward_functions.source(brevity) == paths.REWARDS / "example.py"
+    assert reward_functions.get_source_file(brevity) == paths.REWARDS / "example.py"
 
 
 def test_a_function_sees_completion_reference_and_row(write):
@@ -47,41 +47,44 @@ def test_an_edited_module_is_read_anew(write):
 
 
 def test_an_installed_package_is_found_where_no_file_is(tmp_path):
-    assert reward_functions.source(load(tmp_path, "difflib:get_close_matches")).name == "difflib.py"
+    assert reward_functions.get_source_file(load(tmp_path, "difflib:get_close_matches")).name == "difflib.py"
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "said"),
+    ("text", "name", "code", "part"),
     [
-        ("", "yours:f", "'yours:f': there is no rewards/yours.py and no installed package yours; add one of them"),
-        ("def g(c, r, row):\n    return 1\n", "mine:gg", "mine.py has no function 'gg'; did you mean 'g'?"),
-        ("g = 1\n", "mine:g", "mine.py has no function 'g'; write `def g(...)`"),
-        ("def f(c):\n    return 1\n", "mine:f", r"mine.py has f(c); a reward takes (completion, reference, row)"),
-        ("def f(:\n", "mine:f", "'mine:f' cannot be loaded: SyntaxError: invalid syntax (mine.py, line 1); mend it"),
-        ("1 / 0\n", "mine:f", "'mine:f' cannot be loaded: ZeroDivisionError: division by zero; mend it"),
-        ("import no_such_package\n", "mine:f", "cannot be loaded: No module named 'no_such_package'; install it"),
+        ("", "yours:f", "reward-module-missing", "'yours:f': there is no rewards/yours.py"),
+        (
+            "def g(c, r, row):\n    return 1\n",
+            "mine:gg",
+            "reward-missing",
+            "mine.py has no function 'gg'; did you mean 'g'?",
+        ),
+        ("g = 1\n", "mine:g", "reward-missing", "mine.py has no function 'g'; write `def g(...)`"),
+        ("def f(c):\n    return 1\n", "mine:f", "reward-signature", "mine.py has f(c)"),
+        ("def f(:\n", "mine:f", "reward-module-broken", "'mine:f' cannot be loaded: SyntaxError"),
+        ("1 / 0\n", "mine:f", "reward-module-broken", "'mine:f' cannot be loaded: ZeroDivisionError"),
+        ("import no_such_package\n", "mine:f", "reward-module-broken", "'no_such_package'; install it"),
     ],
 )
-def test_a_function_that_is_not_there_is_refused_in_one_line(write, text, name, said):
-    with pytest.raises(InputError) as caught:
+def test_a_function_that_is_not_there_is_refused_in_one_line(write, text, name, code, part):
+    with refused(code, "grpo.rewards: ", part) as caught:
         load(write(text), name)
-    assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "code", "part"),
     [
-        ("row['none']", "mine:f raised KeyError in line 2: 'none' for 'an answer'; mend it"),
-        ("None", "mine:f returned None for 'an answer'; a reward is a number from 0 to 1"),
-        ("'1'", "mine:f returned '1'"),
-        ("float('nan')", "mine:f returned nan"),
-        ("-0.5", "mine:f returned -0.5"),
-        ("2", "mine:f returned 2"),
+        ("row['none']", "reward-failed", "mine:f raised KeyError in line 2: 'none' for 'an answer'"),
+        ("None", "reward-out-of-range", "mine:f returned None for 'an answer'"),
+        ("'1'", "reward-out-of-range", "mine:f returned '1'"),
+        ("float('nan')", "reward-out-of-range", "mine:f returned nan"),
+        ("-0.5", "reward-out-of-range", "mine:f returned -0.5"),
+        ("2", "reward-out-of-range", "mine:f returned 2"),
     ],
 )
-def test_a_function_that_fails_or_returns_no_share_is_refused_in_one_line(write, body, said):
-    with pytest.raises(InputError) as caught:
+def test_a_function_that_fails_or_returns_no_share_is_refused_in_one_line(write, body, code, part):
+    with refused(code, "grpo.rewards: ", part) as caught:
         load(write(f"def f(completion, reference, row):\n    return {body}\n"), "mine:f")("an answer", "", {})
-    assert said in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -42,8 +42,8 @@ def test_it_is_as_exact_as_the_fused_kernel_in_bf16(window, key_heads, scaling):
 
 
 def test_it_is_for_short_rows_in_bf16_on_the_cpu():
-    row = torch.zeros(1, 1, short_attention.LONGEST, 8, dtype=torch.bfloat16)
-    assert short_attention.is_shorter_way(row)
-    assert not short_attention.is_shorter_way(row.float())
-    assert not short_attention.is_shorter_way(torch.cat([row, row], dim=2))
-    assert not short_attention.is_shorter_way(row.to("meta"))
+    row = torch.zeros(1, 1, short_attention.MAX_TOKENS, 8, dtype=torch.bfloat16)
+    assert short_attention.is_faster(row)
+    assert not short_attention.is_faster(row.float())
+    assert not short_attention.is_faster(torch.cat([row, row], dim=2))
+    assert not short_attention.is_faster(row.to("meta"))

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lathe.config.load import load
 from lathe.models.adapter import add_adapter
-from lathe.training.throughput import Speed, operations, peak_flops
+from lathe.training.throughput import ThroughputMeter, count_flops, get_peak_flops
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 32, 48, 100, 2
 
@@ -29,10 +29,10 @@ def model() -> Any:
 
 def test_a_step_needs_four_operations_per_frozen_weight_and_six_per_trained_one(model):
     layer = HIDDEN * (2 * HIDDEN + 2 * HIDDEN // 2) + 3 * HIDDEN * INNER  # q, o, k, v; gate, up, down
-    assert operations(model) == (6 * LAYERS * layer, 6 * HIDDEN * VOCABULARY)
+    assert count_flops(model) == (6 * LAYERS * layer, 6 * HIDDEN * VOCABULARY)
     adapted = add_adapter(model, load().params.lora)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    assert operations(adapted) == (4 * LAYERS * layer + 6 * trained, 4 * HIDDEN * VOCABULARY)
+    assert count_flops(adapted) == (4 * LAYERS * layer + 6 * trained, 4 * HIDDEN * VOCABULARY)
 
 
 @pytest.mark.parametrize(
@@ -48,15 +48,15 @@ def test_a_step_needs_four_operations_per_frozen_weight_and_six_per_trained_one(
     ],
 )
 def test_the_peak_of_a_device_is_that_of_its_own_kind(device, peak):
-    assert peak_flops(device) == peak
+    assert get_peak_flops(device) == peak
 
 
 def test_rates_are_those_of_the_steps_alone_and_of_this_process(model):
     trainer = SimpleNamespace(trained_tokens=1000, trained_supervised_tokens=100)  # of a run that was interrupted
-    speed = Speed(model, precision="bf16")
+    speed = ThroughputMeter(model, precision="bf16")
     speed.follow(trainer)
     speed.on_train_begin(None, None, None)
-    assert speed.since_last() == speed.overall() == {}
+    assert speed.measure_since_last() == speed.measure_overall() == {}
     for _ in range(2):
         speed.on_step_begin(None, None, None)
         trainer.trained_tokens += 300
@@ -64,12 +64,12 @@ def test_rates_are_those_of_the_steps_alone_and_of_this_process(model):
         time.sleep(0.02)
         speed.on_step_end(None, None, None)
         time.sleep(0.1)  # an evaluation
-    overall = speed.overall()
+    overall = speed.measure_overall()
     assert overall["tokens_per_second"] == pytest.approx(600 / speed.seconds, abs=0.1)
     assert overall["tokens_per_second"] == pytest.approx(10 * overall["supervised_tokens_per_second"], abs=1)
     assert 0.04 <= speed.seconds < 0.1
-    assert speed.since_last().keys() == {*overall, "peak_memory_bytes"}
-    assert speed.since_last() == {}
+    assert speed.measure_since_last().keys() == {*overall, "peak_memory_bytes"}
+    assert speed.measure_since_last() == {}
     speed.peak = 1e9
     done = 600 * speed.per_token + 60 * speed.per_supervised_token
-    assert speed.overall()["model_flops_utilization"] == pytest.approx(done / speed.seconds / 1e9, abs=1e-4)
+    assert speed.measure_overall()["model_flops_utilization"] == pytest.approx(done / speed.seconds / 1e9, abs=1e-4)

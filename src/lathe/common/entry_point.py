@@ -1,4 +1,4 @@
-"""Entry point of every program: logging set up, bad input answered in one line, exit codes."""
+"""Entry point of every program: logging, exit codes, and bad input reported in one line."""
 
 import errno
 import logging
@@ -13,7 +13,7 @@ from lathe.common import launch
 from lathe.common.errors import InputError, Interrupted, missing_extra
 from lathe.common.operating_system import end_with_parent
 
-# What the user can mend about a disk; any other OSError is a fault of ours and keeps its traceback.
+# Disk errors that the user can fix; any other OSError is a bug and keeps its traceback.
 REMEDIES = {
     errno.ENOSPC: "free some space, `dvc gc --workspace` for one, and run again",
     errno.EDQUOT: "free some space, `dvc gc --workspace` for one, and run again",
@@ -23,9 +23,12 @@ REMEDIES = {
 
 
 def guard(action: Callable[[], object]) -> None:
-    """Run `action`; answer bad input, or a disk that takes no more, in one line with exit code 2, Ctrl-C with 130."""
+    """Run `action`; report bad input, or a disk that cannot be written to, in one line with exit code 2.
+
+    Ctrl-C ends with 130, another signal with 128 and its number.
+    """
     _set_up_logging()
-    # Run by DVC or a launcher; a script that is run by hand may outlive its terminal.
+    # Only if run by DVC or a launcher: a script that is run by hand may outlive its terminal.
     if "DVC_STAGE" in os.environ or launch.is_worker():
         end_with_parent()
     try:
@@ -36,7 +39,7 @@ def guard(action: Callable[[], object]) -> None:
         if error.errno not in REMEDIES:
             raise
         where = error.filename2 or error.filename or "the disk"
-        _end(InputError(f"{where}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"), 2)
+        _end(InputError(f"{where}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}", code="disk"), 2)
     except Interrupted as error:
         _end(error, 128 + error.signal)
     except ModuleNotFoundError as error:
@@ -48,12 +51,12 @@ def guard(action: Callable[[], object]) -> None:
     except Exception:
         if not launch.is_worker():
             raise
-        launch.tell(traceback.format_exc(), 1)
+        launch.end_worker(traceback.format_exc(), 1)
 
 
 def _end(reason: object, code: int) -> NoReturn:
     if launch.is_worker():
-        launch.tell(str(reason), code)
+        launch.end_worker(str(reason), code)
     if isinstance(reason, InputError):
         sys.exit(_refuse(reason))
     print(reason, file=sys.stderr)  # noqa: T201
@@ -69,9 +72,13 @@ def _set_up_logging() -> None:
     level = os.environ.get("LATHE_LOG_LEVEL", "INFO").upper()
     known = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
     if level not in known:
-        sys.exit(_refuse(InputError(f"LATHE_LOG_LEVEL is {level!r}; must be one of {', '.join(known)}")))
+        sys.exit(
+            _refuse(
+                InputError(f"LATHE_LOG_LEVEL is {level!r}; must be one of {', '.join(known)}", code="unknown-log-level")
+            )
+        )
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("lathe").setLevel(level if launch.is_main() else logging.ERROR)
-    if level != "DEBUG":  # what the user can do nothing about
+    if level != "DEBUG":  # warnings that the user can do nothing about
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -1,4 +1,4 @@
-"""Unfinished work in the scratch folder: named by all that decides its result, and held by one process at a time."""
+"""Scratch folder: unfinished work, named by a fingerprint of what determines its result, and locked by one process."""
 
 import hashlib
 import json
@@ -13,35 +13,35 @@ from lathe.common.errors import InputError
 from lathe.common.operating_system import open_locked
 
 
-def fingerprint(
-    decides: Mapping[str, Any], *, files: Mapping[str, Path], packages: Collection[str], code: Collection[Path]
+def compute_fingerprint(
+    values: Mapping[str, Any], *, files: Mapping[str, Path], packages: Collection[str], code: Collection[Path]
 ) -> str:
-    """Return the name of some work: a digest of what decides it, what is in its files, its packages and its code.
+    """Return a digest of values, contents of files, versions of packages, and code.
 
-    Where the files lie makes no difference. Raises InputError where one is missing.
+    Where the files are makes no difference. Raises InputError where one is missing.
     """
     everything = {
-        "decides": dict(decides),
-        "files": {name: digest(file) for name, file in files.items()},
+        "values": dict(values),
+        "files": {name: hash_file(file) for name, file in files.items()},
         "packages": {name: version(name) for name in packages},
-        "code": {file.relative_to(paths.ROOT).as_posix(): digest(file) for file in code},
+        "code": {file.relative_to(paths.ROOT).as_posix(): hash_file(file) for file in code},
     }
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def digest(file: Path) -> str:
+def hash_file(file: Path) -> str:
     """Return the SHA-256 of a file. Raises InputError where it is missing."""
     try:
         with file.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
     except FileNotFoundError:
-        raise InputError(f"{file}: no such file; run the stage that writes it") from None
+        raise InputError(f"{file}: no such file; run the stage that writes it", code="no-such-file") from None
 
 
-def locked(file: Path) -> BinaryIO | None:
-    """Open a file, made where there is none, at its end and under its lock; None where another process holds that.
+def acquire_lock(file: Path) -> BinaryIO | None:
+    """Open a file at its end, made where there is none, under a lock; None where another process holds the lock.
 
-    The lock goes with the file object, and with the process. Whoever holds it may remove the file.
+    The lock ends with the file object, and with the process. Its holder may remove the file.
     """
     while True:
         handle = open_locked(file, wait=False)
@@ -52,4 +52,4 @@ def locked(file: Path) -> BinaryIO | None:
                 return handle
         except FileNotFoundError:
             pass
-        handle.close()  # it was removed before the lock was ours
+        handle.close()  # removed before this process had the lock

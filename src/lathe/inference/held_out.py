@@ -160,7 +160,7 @@ def compute_fingerprint(files: Mapping[str, Path], determines: Mapping[str, Any]
 
     The paths of the files make no difference. Raises InputError if one is missing.
     """
-    return scratch.fingerprint(determines, files=files, packages=PACKAGES, code=list_code())
+    return scratch.compute_fingerprint(determines, files=files, packages=PACKAGES, code=list_code())
 
 
 def list_code() -> list[Path]:

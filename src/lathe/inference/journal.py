@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from lathe.common import paths
 from lathe.common.jsonl import line
-from lathe.common.scratch import locked
+from lathe.common.scratch import acquire_lock
 from lathe.inference.row_file import RowFile
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def open_journal(scratch: Path, fingerprint: str) -> Iterator[Journal]:
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / f"{fingerprint}.jsonl"
     with ExitStack() as stack:
-        file = locked(path)
+        file = acquire_lock(path)
         if file is None:
             logger.info("another process generates the same answers; this one computes them too")
             unnamed = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
@@ -122,7 +122,7 @@ def _remove_old(scratch: Path, *, besides: Path) -> None:
         (path for path in scratch.glob("*.jsonl") if path != besides), key=lambda path: path.stat().st_mtime
     )
     for path in others[:-MAX_INTERRUPTED]:
-        if file := locked(path):
+        if file := acquire_lock(path):
             with file:
                 _remove_files(path)
 

@@ -1,4 +1,4 @@
-"""Loading a base model for training: precision, 4-bit weights, the adapter on top."""
+"""Base model loaded for training, in its precision or in 4 bits."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from lathe.models.precision import DTYPES
 
 
 def load_base(folder: Path, quantization: Quantization, *, precision: str) -> Any:
-    """Load the base: 4-bit linear layers if asked for, all else in the type of `precision`.
+    """Load the base: linear layers in 4 bits if configured, all else in the type of `precision`.
 
-    What is to be trained whole is loaded in fp32: an update is smaller than what bf16 rounds to.
+    For full tuning `precision` is fp32: updates are smaller than the rounding of bf16.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -22,17 +22,17 @@ def load_base(folder: Path, quantization: Quantization, *, precision: str) -> An
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=DTYPES[precision],
-        quantization_config=_quantization_config(quantization, precision),
+        quantization_config=_make_quantization_config(quantization, precision),
         device_map={"": device},
         trust_remote_code=False,
         use_safetensors=True,
         local_files_only=True,
     )
-    _keep_weights_trainable_through(model)
+    _keep_4bit_weights_trainable(model)
     return model
 
 
-def _quantization_config(quantization: Quantization, precision: str) -> Any:
+def _make_quantization_config(quantization: Quantization, precision: str) -> Any:
     if not quantization.load_in_4bit:
         return None
     from transformers import BitsAndBytesConfig
@@ -46,11 +46,11 @@ def _quantization_config(quantization: Quantization, precision: str) -> Any:
     )
 
 
-def _keep_weights_trainable_through(model: Any) -> None:
+def _keep_4bit_weights_trainable(model: Any) -> None:
     """Stop bitsandbytes from repacking 4-bit weights for inference at the first evaluation.
 
-    On a CPU with AVX-512 bf16 it does so in place, and the packed product has no gradient: training would go on after
-    the first evaluation with the wrong gradients, and say so in one warning only (bitsandbytes 0.50.2).
+    On a CPU with AVX-512 bf16 it does so in place, and the repacked product has no gradient: training would go on with
+    wrong gradients after the first evaluation, with one warning only (bitsandbytes 0.50.2).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,4 +1,4 @@
-"""Precision: bf16, fp16 or fp32, resolved by what the device multiplies in hardware."""
+"""Precision: bf16, fp16 or fp32, resolved by what the device supports in hardware."""
 
 import platform
 
@@ -17,7 +17,10 @@ def resolve_precision(name: str) -> str:
     if name == "auto":
         return "bf16" if has_native_bf16() else "fp32"
     if name == "fp16" and not torch.cuda.is_available():
-        raise InputError("training.precision is 'fp16'; needs a CUDA device; use auto, bf16 or fp32 on this machine")
+        raise InputError(
+            "training.precision is 'fp16'; needs a CUDA device; use auto, bf16 or fp32 on this machine",
+            code="precision-needs-gpu",
+        )
     return name
 
 

@@ -1,4 +1,4 @@
-"""What the forward and backward passes of every trainer have in common, whatever their loss."""
+"""Base trainer: bf16 autocast, and a stop at a loss or gradient that is not finite, whatever the method."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -9,64 +9,69 @@ from transformers import Trainer
 
 from lathe.models.loss_mask import Encoded
 from lathe.training import distributed
-from lathe.training.nonfinite_loss import not_finite
+from lathe.training.nonfinite_loss import make_nonfinite_error
 from lathe.training.training_step import autocast
 
 
 class BaseTrainer(Trainer):
-    """A trainer's passes in bf16 where asked for, stopped by a loss or gradient that is no number.
+    """A trainer whose forward passes are in bf16 if asked for, and that stops at a loss or gradient not finite.
 
-    To be named before TRL's class among the bases of a trainer.
+    Among the bases of a trainer it goes before TRL's class.
     """
 
-    def __init__(self, *, precision: str, rows: Sequence[Encoded], rate: str, **arguments: Any) -> None:
-        """Name `rows` of the training split and `rate`, the learning rate's key, where a loss is no number."""
-        self.precision = precision  # before TRL's trainer may want to compute something
-        self.rows = rows
-        self.rate = rate
-        self.step_batches: list[torch.Tensor] = []  # token ids of the passes of the step at hand
-        self.lost: list[tuple[float, torch.Tensor]] = []  # losses and token ids of those that went wrong
+    def __init__(
+        self, *, precision: str, sequences: Sequence[Encoded], learning_rate_key: str, **arguments: Any
+    ) -> None:
+        """Set up; `sequences` of the training split and `learning_rate_key` are for the message of a stop."""
+        self.precision = precision  # before TRL's __init__, which may compute something
+        self.sequences = sequences
+        self.learning_rate_key = learning_rate_key
+        self.step_token_ids: list[torch.Tensor] = []  # of the forward passes of the current step
+        self.nonfinite_losses: list[tuple[float, torch.Tensor]] = []  # with the token ids of their passes
         super().__init__(**arguments)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
-        """Return bf16 autocast, where the forward pass is in bf16.
+        """Return bf16 autocast where the precision is bf16.
 
-        Asked to do so itself, accelerate would also give a float32 copy of all logits.
+        With `bf16=True` accelerate would do it too, and also make a float32 copy of all logits.
         """
         return autocast(self.args.device.type, self.precision, cache_enabled=bool(cache_enabled))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return nothing, where transformers would walk through all parameters; `lathe.training.throughput` counts."""
+        """Return 0: transformers would walk through all parameters, and `lathe.training.throughput` counts."""
         return 0
 
-    def ids_of(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Return the token ids of the pass just made, (rows, tokens), by which its rows are known."""
+    def get_token_ids(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the token ids of the last forward pass, (rows, tokens)."""
         ids: torch.Tensor = inputs["input_ids"]
         return ids
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Run one pass, and note a loss that is no number."""
+        """Run one forward and backward pass, and keep a loss that is not finite."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        ids = self.ids_of(inputs)
+        ids = self.get_token_ids(inputs)
         if not torch.isfinite(loss):
-            self.lost.append((loss.item(), ids.cpu()))
-        self.step_batches.append(ids)
+            self.nonfinite_losses.append((loss.item(), ids.cpu()))
+        self.step_token_ids.append(ids)
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
-        wrong = not self.args.fp16 and not torch.isfinite(norm)  # in fp16 the scaler skips such a step and goes on
-        if distributed.largest(int(wrong or bool(self.lost))):
-            self._refuse(norm)
-        self.step_batches.clear()
+        is_bad = not self.args.fp16 and not torch.isfinite(norm)  # in fp16 the scaler skips such a step and goes on
+        if distributed.reduce_max(int(is_bad or bool(self.nonfinite_losses))):
+            self._raise_nonfinite(norm)
+        self.step_token_ids.clear()
         return norm
 
-    def _refuse(self, norm: torch.Tensor) -> NoReturn:
-        """Say which step and rows gave a loss or gradient that is no number, in all processes alike."""
-        lost = [each for by_rank in distributed.gathered(self.lost) for each in by_rank]
+    def _raise_nonfinite(self, norm: torch.Tensor) -> NoReturn:
+        """Raise the same InputError in all processes."""
+        losses = [entry for of_rank in distributed.gather(self.nonfinite_losses) for entry in of_rank]
+        if losses:
+            quantity, value, batches = "loss", losses[0][0], [ids for _, ids in losses]
+        else:
+            gathered = distributed.gather([ids.cpu() for ids in self.step_token_ids])
+            quantity, value, batches = "grad_norm", norm.item(), [ids for of_rank in gathered for ids in of_rank]
         step = self.state.global_step + 1
-        if lost:
-            raise not_finite("loss", lost[0][0], step, [ids for _, ids in lost], self.rows, rate=self.rate)
-        by_rank = distributed.gathered([ids.cpu() for ids in self.step_batches])
-        batches = [ids for batches in by_rank for ids in batches]
-        raise not_finite("grad_norm", norm.item(), step, batches, self.rows, rate=self.rate)
+        raise make_nonfinite_error(
+            quantity, value, step, batches, self.sequences, learning_rate_key=self.learning_rate_key
+        )

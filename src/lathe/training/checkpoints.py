@@ -1,8 +1,8 @@
-"""Checkpoints on disk: whole or passed over, for one training alone, and never for another one than theirs.
+"""Checkpoints on disk: complete or ignored, and only for the training that they belong to.
 
-A training's folder below the scratch folder is named by a fingerprint of all that decides its result. It holds
-`checkpoint-<step>` folders as transformers writes them, each with the digests of its files, and `result` where it is
-done and another training goes on from it.
+A training has a folder in the scratch folder, named by a fingerprint of everything that determines its result: with
+`checkpoint-<step>` folders as transformers writes them, each with the SHA-256 of its files, and `result` if it is a
+finished phase that another one continues.
 """
 
 import errno
@@ -21,112 +21,111 @@ from safetensors import SafetensorError
 
 from lathe.common import launch
 from lathe.common.errors import InputError
-from lathe.common.scratch import digest, locked
+from lathe.common.scratch import acquire_lock, hash_file
 from lathe.training import distributed
 
 logger = logging.getLogger(__name__)
 
-DIGESTS = "sha256.json"  # written last: a checkpoint without it was never finished
-KEPT_CHECKPOINTS = 2  # of one training: the newest, and the one before should that prove damaged
-KEPT_TRAININGS = 8  # that were interrupted and not gone on with, beside the one that runs
+DIGESTS = "sha256.json"  # written last: a checkpoint without it is incomplete
+KEPT_CHECKPOINTS = 2  # of one training: the newest, and the one before in case it is damaged
+KEPT_TRAININGS = 8  # interrupted ones, beside the one that runs
 STOPPING = b"stopping"
 RESULT = "result"
 
 
 class Checkpoints:
-    """The checkpoints of one training, which this process, or rank 0 of several, holds the lock of.
+    """The checkpoints of one training, locked by this process, or by rank 0 of several.
 
-    Of several processes all call the same methods.
+    Each method must be called by all processes.
     """
 
     def __init__(self, folder: Path, lock: BinaryIO | None) -> None:
         self.folder = folder
         self.lock = lock
 
-    def newest(self) -> Path | None:
-        """Return the newest checkpoint that is whole; None where there is none."""
-        found: Path | None = distributed.from_main(self._newest() if launch.is_main() else None)
-        return found
+    def find_newest(self) -> Path | None:
+        """Return the newest complete checkpoint; None where there is none."""
+        newest: Path | None = distributed.broadcast_from_main(self._find_newest() if launch.is_main() else None)
+        return newest
 
-    def _newest(self) -> Path | None:
-        for checkpoint in reversed(self._listed()):
-            if _is_whole(checkpoint):
+    def _find_newest(self) -> Path | None:
+        for checkpoint in reversed(self._list()):
+            if _is_complete(checkpoint):
                 return checkpoint
             logger.warning("%s is damaged; going on from the one before", checkpoint)
         return None
 
-    def result(self) -> Path | None:
-        """Return what this training ended with; None where it has not ended."""
+    def find_result(self) -> Path | None:
+        """Return the folder with the result of this training; None where it has not ended."""
         result = self.folder / RESULT
-        return result if distributed.from_main(launch.is_main() and _is_whole(result)) else None
+        return result if distributed.broadcast_from_main(launch.is_main() and _is_complete(result)) else None
 
     @contextmanager
-    def saving(self) -> Iterator[Path]:
-        """Yield a folder to write a `checkpoint-<step>` or the RESULT into; it is kept once it is whole."""
+    def open_partial(self) -> Iterator[Path]:
+        """Yield a folder to write `checkpoint-<step>` or RESULT into; it is moved to its place when complete."""
         partial = self.folder / ".partial"
         if launch.is_main():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         distributed.wait()
         try:
-            with disk_errors():
+            with raise_disk_errors():
                 yield partial
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)  # or a full disk stays full
             raise
         distributed.wait()
         if launch.is_main():
-            self._keep(partial)
+            self._commit(partial)
         distributed.wait()
 
-    def _keep(self, partial: Path) -> None:
+    def _commit(self, partial: Path) -> None:
         for written in partial.iterdir():
-            digests = {file.name: digest(file) for file in sorted(written.iterdir())}
+            digests = {file.name: hash_file(file) for file in sorted(written.iterdir())}
             (written / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
             target = self.folder / written.name
-            shutil.rmtree(target, ignore_errors=True)  # a damaged one that was passed over
+            shutil.rmtree(target, ignore_errors=True)  # a damaged one
             written.rename(target)
-        for old in self._listed()[:-KEPT_CHECKPOINTS]:
+        for old in self._list()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
 
     def announce_stop(self) -> None:
-        """Tell who asks for the lock that it is free in a moment."""
+        """Note in the lock file that the lock will be free in a moment."""
         if self.lock:
             self.lock.write(STOPPING)
             self.lock.flush()
 
     def remove(self) -> None:
-        """Remove them all: the training has ended well."""
+        """Remove all checkpoints of this training, which has finished."""
         if self.lock:
             shutil.rmtree(self.folder, ignore_errors=True)
             Path(self.lock.name).unlink()
 
-    def _listed(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint-*"), key=step_of)
+    def _list(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-*"), key=get_step)
 
 
 @contextmanager
-def claimed(scratch: Path, fingerprint: str) -> Iterator[Checkpoints | None]:
-    """Yield the checkpoints of the training with that fingerprint; None where another process is training the same.
+def acquire_checkpoints(scratch: Path, fingerprint: str) -> Iterator[Checkpoints | None]:
+    """Yield the checkpoints of the training with that fingerprint; None where another process runs the same training.
 
-    The second does not wait: the first removes the checkpoints when it is done, so there would be nothing to go on
-    from. It waits for one that has been told to stop and is about to save. Of other trainings' checkpoints the newest
-    `KEPT_TRAININGS` stay.
+    It does not wait for the other process, which removes the checkpoints when it finishes, so that nothing could be
+    resumed; unless that is stopping and about to save. Of other trainings the newest `KEPT_TRAININGS` are kept.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    lock = _lock(scratch / f"{fingerprint}.lock", wait=True)
+    lock = _wait_for_lock(scratch / f"{fingerprint}.lock", wait=True)
     if lock is None:
         logger.warning("the same training is running elsewhere; this one keeps no checkpoints")
         yield None
         return
     with lock:
-        _forget_old(scratch, besides=fingerprint)
+        _remove_old(scratch, besides=fingerprint)
         yield Checkpoints(scratch / fingerprint, lock)
 
 
 @contextmanager
-def disk_errors() -> Iterator[None]:
-    """Raise what torch and safetensors say of a disk that takes no more as the OSError that it is."""
+def raise_disk_errors() -> Iterator[None]:
+    """Turn the errors of torch and safetensors for a disk that cannot be written to into OSError."""
     try:
         yield
     except SafetensorError as error:
@@ -134,32 +133,32 @@ def disk_errors() -> Iterator[None]:
             raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
         raise
     except RuntimeError as error:
-        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):  # it keeps no error number
+        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):  # without an error number
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
         raise
 
 
-def step_of(checkpoint: Path) -> int:
+def get_step(checkpoint: Path) -> int:
     """Return the optimizer step after which a checkpoint was taken."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         digests = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
-        return all(digest(checkpoint / name) == expected for name, expected in digests.items())
+        return all(hash_file(checkpoint / name) == expected for name, expected in digests.items())
     except (FileNotFoundError, InputError, ValueError):
         return False
 
 
-def _lock(file: Path, *, wait: bool) -> BinaryIO | None:
-    said = False
-    while (lock := locked(file)) is None:
+def _wait_for_lock(file: Path, *, wait: bool) -> BinaryIO | None:
+    is_logged = False
+    while (lock := acquire_lock(file)) is None:
         if not (wait and _is_about_to_be_free(file)):
             return None
-        if not said:
+        if not is_logged:
             logger.info("waiting for an interrupted run of the same training to save its checkpoint")
-            said = True
+            is_logged = True
         time.sleep(0.1)
     lock.truncate(0)
     return lock
@@ -169,12 +168,12 @@ def _is_about_to_be_free(lock: Path) -> bool:
     try:
         return lock.read_bytes() == STOPPING
     except FileNotFoundError:
-        return True  # whoever held it has just removed it
+        return True  # its holder has just removed it
 
 
-def _forget_old(scratch: Path, *, besides: str) -> None:
+def _remove_old(scratch: Path, *, besides: str) -> None:
     others = [folder for folder in scratch.iterdir() if folder.is_dir() and folder.name != besides]
     for folder in sorted(others, key=lambda folder: folder.stat().st_mtime)[:-KEPT_TRAININGS]:
-        if lock := _lock(scratch / f"{folder.name}.lock", wait=False):
+        if lock := _wait_for_lock(scratch / f"{folder.name}.lock", wait=False):
             with lock:
                 Checkpoints(folder, lock).remove()

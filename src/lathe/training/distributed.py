@@ -1,6 +1,7 @@
-"""What the processes of one training settle between them; each of these must be called by all of them.
+"""Processes of one training: rank, count, and collective operations between them.
 
-In one process they do nothing. accelerate and torch do the talking, over NCCL between GPUs and gloo between CPUs.
+Each function must be called by all processes; in a training of one process it does nothing. accelerate and torch
+communicate over NCCL between GPUs and gloo between CPUs.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ from lathe.common import launch
 
 
 def join() -> None:
-    """Meet the other processes, and take this one's GPU; before anything is put on a device."""
+    """Join the process group, and select this process's GPU; before anything is put on a device."""
     if launch.is_worker():
         import torch
         from accelerate import PartialState
@@ -18,40 +19,40 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Part in good order, when all is done."""
+    """Leave the process group when all processes are done."""
     if launch.is_worker():
-        _state().wait_for_everyone()
-        _state().destroy_process_group()
+        _get_state().wait_for_everyone()
+        _get_state().destroy_process_group()
 
 
-def count() -> int:
+def count_processes() -> int:
     """Return how many processes train together."""
-    return int(_state().num_processes) if launch.is_worker() else 1
+    return int(_get_state().num_processes) if launch.is_worker() else 1
 
 
-def own() -> int:
-    """Return which of them this one is, from 0."""
-    return int(_state().process_index) if launch.is_worker() else 0
+def get_rank() -> int:
+    """Return the number of this process, from 0."""
+    return int(_get_state().process_index) if launch.is_worker() else 0
 
 
 def wait() -> None:
-    """Wait until all are here."""
+    """Wait until all processes have called this."""
     if launch.is_worker():
-        _state().wait_for_everyone()
+        _get_state().wait_for_everyone()
 
 
-def largest(value: int) -> int:
-    """Return the largest value that any of them gives."""
-    return max(_reduced([value], "MAX"))
+def reduce_max(value: int) -> int:
+    """Return the largest value of all processes."""
+    return max(_reduce([value], "MAX"))
 
 
-def total(values: list[int]) -> list[int]:
-    """Return for each value its sum over all of them."""
-    return _reduced(values, "SUM")
+def reduce_sum(values: list[int]) -> list[int]:
+    """Return each value summed over all processes."""
+    return _reduce(values, "SUM")
 
 
-def gathered(value: Any) -> list[Any]:
-    """Return what each of them gives, by rank."""
+def gather(value: Any) -> list[Any]:
+    """Return the values of all processes, by rank."""
     if not launch.is_worker():
         return [value]
     from accelerate.utils import gather_object
@@ -59,8 +60,8 @@ def gathered(value: Any) -> list[Any]:
     return list(gather_object([value]))
 
 
-def from_main(value: Any) -> Any:
-    """Return what rank 0 gives."""
+def broadcast_from_main(value: Any) -> Any:
+    """Return the value of rank 0."""
     if not launch.is_worker():
         return value
     from accelerate.utils import broadcast_object_list
@@ -68,17 +69,17 @@ def from_main(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
-def _reduced(values: list[int], operation: str) -> list[int]:
+def _reduce(values: list[int], operation: str) -> list[int]:
     if not launch.is_worker():
         return values
     import torch
 
-    agreed = torch.tensor(values, device=_state().device)
-    torch.distributed.all_reduce(agreed, getattr(torch.distributed.ReduceOp, operation))
-    return [int(value) for value in agreed.tolist()]
+    reduced = torch.tensor(values, device=_get_state().device)
+    torch.distributed.all_reduce(reduced, getattr(torch.distributed.ReduceOp, operation))
+    return [int(value) for value in reduced.tolist()]
 
 
-def _state() -> Any:
+def _get_state() -> Any:
     from accelerate import PartialState
 
     return PartialState()

@@ -1,7 +1,7 @@
-"""Direct preference optimization with TRL: the better answer of a pair is to gain on the worse one.
+"""Direct preference optimization with TRL: the chosen answer of a pair is made likelier than the rejected one.
 
-The reward of an answer is beta times how much likelier it has become than it was when the pairs began; the margin is
-the better answer's reward less the worse one's (https://arxiv.org/abs/2305.18290).
+The reward of an answer is beta times the gain of its log-probability over the reference model, which is the model as
+this phase began; the margin is the chosen answer's reward less the rejected one's (https://arxiv.org/abs/2305.18290).
 """
 
 import os
@@ -14,23 +14,23 @@ import datasets
 from trl import DPOConfig, DPOTrainer
 
 from lathe.training.base_trainer import BaseTrainer
-from lathe.training.best_weights import Best
-from lathe.training.preference_pairs import encode_pairs, pair_dataset
+from lathe.training.best_weights import BestWeights
+from lathe.training.preference_pairs import build_pair_dataset, encode_pairs
 from lathe.training.resume import ResumableTrainer
 from lathe.training.row_attention import pad_rows
-from lathe.training.trainer_setup import Setting
+from lathe.training.trainer_setup import TrainerSetup
 
 
-def trainer(setting: Setting) -> ResumableTrainer:
-    """Return the trainer that learns from pairs of answers, which `lathe.training.preference_pairs` has checked."""
-    training, dpo = setting.params.training, setting.params.dpo
-    chosen, rejected = encode_pairs(setting.tokenizer, setting.splits["train"])
-    pad_rows(setting.model, training.attn_implementation)
+def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
+    """Return the trainer for preference pairs, which `lathe.training.preference_pairs` has checked."""
+    training, dpo = setup.params.training, setup.params.dpo
+    chosen, rejected = encode_pairs(setup.tokenizer, setup.splits["train"])
+    pad_rows(setup.model, training.attn_implementation)
     return PairTrainer(
-        precision=setting.precision,
-        model=setting.model,
+        precision=setup.precision,
+        model=setup.model,
         args=DPOConfig(
-            **setting.arguments(
+            **setup.build_arguments(
                 num_train_epochs=dpo.num_train_epochs,
                 per_device_train_batch_size=dpo.per_device_train_batch_size,
                 gradient_accumulation_steps=dpo.gradient_accumulation_steps,
@@ -38,39 +38,39 @@ def trainer(setting: Setting) -> ResumableTrainer:
                 beta=dpo.beta,
                 loss_type=dpo.loss_type,
                 label_smoothing=dpo.label_smoothing,
-                max_length=None,  # rows that are too long are preprocess's matter; no answer is cut here
+                max_length=None,  # preprocess has handled long examples; no answer is cut here
                 precompute_ref_log_probs=True,
                 precompute_ref_batch_size=training.per_device_eval_batch_size,
-                eval_on_start=True,  # a margin says something beside the one it began with
+                eval_on_start=True,  # so that the curve of the margin starts before training
             )
         ),
-        train_dataset=pair_dataset(chosen, rejected),
-        eval_dataset=pair_dataset(*encode_pairs(setting.tokenizer, setting.splits["validation"])),
-        processing_class=setting.tokenizer,
-        callbacks=list(setting.callbacks),
-        rows=chosen,
-        rate="dpo.learning_rate",
-        checkpoints=setting.checkpoints,
+        train_dataset=build_pair_dataset(chosen, rejected),
+        eval_dataset=build_pair_dataset(*encode_pairs(setup.tokenizer, setup.splits["validation"])),
+        processing_class=setup.tokenizer,
+        callbacks=list(setup.callbacks),
+        sequences=chosen,
+        learning_rate_key="dpo.learning_rate",
+        checkpoints=setup.checkpoints,
         save_steps=training.save_steps,
-        best=Best(training),
+        best=BestWeights(training),
     )
 
 
 class PairTrainer(BaseTrainer, ResumableTrainer, DPOTrainer):
-    """TRL's trainer on token ids of ours, which is exact over the validation pairs and when it goes on.
+    """TRL's trainer on Lathe's token ids, exact over the validation pairs and when it resumes.
 
-    What the reference, the model as it is now, makes of each pair is computed once and before the first step, so that
-    neither a second model nor a copy of the adapter stays in memory.
+    The reference's log-probabilities are computed once, before the first step, by the model itself: neither a second
+    model nor a copy of the adapter stays in memory.
     """
 
     def __init__(self, **arguments: Any) -> None:
-        self.evaluated: list[int] = []  # pairs of each batch of the evaluation at hand
+        self.eval_batch_pairs: list[int] = []  # pairs in each batch of the current evaluation
         super().__init__(**arguments)
         if "ref" in getattr(self.model, "peft_config", {}):  # TRL's copy of the adapter, for the reference
             self.model.delete_adapter("ref")
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """Return the summed log-probabilities of the better and of the worse answers, in the precision of training."""
+        """Return the summed log-probabilities of chosen and rejected answers, in the precision of training."""
         with self.compute_loss_context_manager():
             return super().compute_ref_log_probs(model, inputs)
 
@@ -82,36 +82,36 @@ class PairTrainer(BaseTrainer, ResumableTrainer, DPOTrainer):
             self.trained_tokens += int(inputs["attention_mask"].sum())
             self.trained_supervised_tokens += int(inputs["completion_mask"].sum())
         else:
-            self.evaluated.append(len(inputs["input_ids"]) // 2)
+            self.eval_batch_pairs.append(len(inputs["input_ids"]) // 2)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what TRL has collected, validation as the mean over pairs: TRL's is over batches, whatever they hold."""
-        self._metrics["train"].pop("num_tokens", None)  # no checkpoint keeps TRL's count; ours is logged
-        if self.evaluated:
-            pairs = sum(self.evaluated)
+        """Log TRL's measures, those of validation as the mean over pairs: TRL averages over batches of any size."""
+        self._metrics["train"].pop("num_tokens", None)  # TRL's count is in no checkpoint; ours is logged instead
+        if self.eval_batch_pairs:
+            pairs = sum(self.eval_batch_pairs)
             for name, means in self._metrics["eval"].items():
-                if len(means) == len(self.evaluated):
-                    whole = sum(mean * count for mean, count in zip(means, self.evaluated, strict=True))
-                    self._metrics["eval"][name] = [whole / pairs]
-            self.evaluated.clear()
+                if len(means) == len(self.eval_batch_pairs):
+                    total = sum(mean * count for mean, count in zip(means, self.eval_batch_pairs, strict=True))
+                    self._metrics["eval"][name] = [total / pairs]
+            self.eval_batch_pairs.clear()
         super().log(logs, start_time)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        return dataset  # token ids are there: those of lathe.models.chat_template, as in inference
+        return dataset  # it holds token ids already, from lathe.models.chat_template as in inference
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        with _bars_on_terminals_only():
+        with _hide_bars_off_terminal():
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
-        if skip_scheduler and self.state.global_step:  # a run that goes on has evaluated before its first step
+        if skip_scheduler and self.state.global_step:  # a resumed run has evaluated before its first step
             return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
 
 @contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
+def _hide_bars_off_terminal() -> Iterator[None]:
     if sys.stderr.isatty():
         yield
         return

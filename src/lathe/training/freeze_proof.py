@@ -1,22 +1,22 @@
-"""Proof that training left the base alone."""
+"""Proof that training left the base as it was: SHA-256 of every frozen tensor."""
 
 import hashlib
 from typing import Any
 
 import torch
 
-from lathe.training.sharding import whole
+from lathe.training.sharding import gather_full_tensor
 
 
-def digests(model: Any, *, trained: bool = False) -> dict[str, str]:
-    """Return the SHA-256 of the bytes of every tensor that is frozen, or of every trained one, by its name."""
+def hash_tensors(model: Any, *, trained: bool = False) -> dict[str, str]:
+    """Return the SHA-256 of the bytes of every frozen tensor, or of every trained one, by its name."""
     return {
-        name: _digest(whole(parameter.data))
+        name: _hash_tensor(gather_full_tensor(parameter.data))
         for name, parameter in sorted(model.named_parameters())
         if parameter.requires_grad == trained
     }
 
 
-def _digest(tensor: torch.Tensor) -> str:
+def _hash_tensor(tensor: torch.Tensor) -> str:
     flat = tensor.detach().contiguous().view(-1).cpu()
     return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Group relative policy optimization with TRL: answers sampled to one prompt are told better or worse by rewards.
+"""Group relative policy optimization with TRL: answers sampled for one prompt are compared by their rewards.
 
 Source: Shao et al. 2024, DeepSeekMath (arXiv 2402.03300).
 """
@@ -20,52 +20,52 @@ from trl import GRPOConfig, GRPOTrainer
 from lathe.common.errors import InputError
 from lathe.config.training_params import Reward
 from lathe.evaluation.answer_checks import REWARDS
-from lathe.models.adapter import unwrapped
+from lathe.models.adapter import unwrap
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.loss_mask import Encoded, encode
 from lathe.training import distributed
 from lathe.training.base_trainer import BaseTrainer
-from lathe.training.best_weights import Best
+from lathe.training.best_weights import BestWeights
 from lathe.training.resume import ResumableTrainer
 from lathe.training.reward_functions import RewardFunction
 from lathe.training.row_attention import pad_rows
-from lathe.training.trainer_setup import Setting
+from lathe.training.trainer_setup import TrainerSetup
 
-# What transformers does not keep of a step that is made from answers sampled before the checkpoint.
-ANSWERS = "answers_{rank}.safetensors"
-REFERENCE = "ref"  # TRL's name for the copy of the adapter that the KL divergence is measured from
+# Sampled answers that later steps are still to be trained on; not in transformers' checkpoints.
+ANSWERS_FILE = "answers_{rank}.safetensors"
+REFERENCE_ADAPTER = "ref"  # TRL's name for the copy of the adapter that the KL divergence is measured from
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked of the model, as ids (tokens), what it should say, and the processed row that both come from."""
+class RewardPrompt:
+    """A prompt as token ids, its reference answer, and the processed example that both come from."""
 
     prompt_ids: list[int]
     reference: str
-    row: dict[str, Any]
+    example: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Weighed:
-    """One entry of `grpo.rewards` under a name of its own."""
+class WeightedReward:
+    """An entry of `grpo.rewards` with a unique name."""
 
     name: str
     weight: float
     function: RewardFunction
 
 
-def trainer(setting: Setting) -> ResumableTrainer:
-    """Return the trainer that rewards answers to the last request of each conversation.
+def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
+    """Return the trainer that rewards answers to the last prompt of each conversation.
 
     Raises InputError where a parameter does not fit the model.
     """
-    grpo, training, tokenizer = setting.params.grpo, setting.params.training, setting.tokenizer
-    pad_rows(setting.model, training.attn_implementation)
-    _end_answers_as_taught(setting.model, tokenizer)
-    questions = {split: _questions(tokenizer, setting.splits[split]) for split in ("train", "validation")}
-    rewards = weighed(grpo.rewards, setting.functions)
+    grpo, training, tokenizer = setup.params.grpo, setup.params.training, setup.tokenizer
+    pad_rows(setup.model, training.attn_implementation)
+    _set_end_of_answer(setup.model, tokenizer)
+    prompts = {split: encode_prompts(tokenizer, setup.splits[split]) for split in ("train", "validation")}
+    rewards = weight_rewards(grpo.rewards, setup.functions)
     arguments = GRPOConfig(
-        **setting.arguments(
+        **setup.build_arguments(
             max_steps=grpo.max_steps,
             per_device_train_batch_size=grpo.per_device_train_batch_size,
             gradient_accumulation_steps=grpo.gradient_accumulation_steps,
@@ -75,54 +75,54 @@ def trainer(setting: Setting) -> ResumableTrainer:
             max_completion_length=grpo.max_completion_length,
             temperature=grpo.temperature,
             top_p=grpo.top_p,
-            top_k=0,  # transformers' own default keeps fifty
+            top_k=0,  # transformers' default is 50
             beta=grpo.beta,
             epsilon=grpo.epsilon,
             num_iterations=grpo.num_iterations,
             loss_type=grpo.loss_type,
             scale_rewards=grpo.scale_rewards,
             reward_weights=[reward.weight for reward in rewards],
-            shuffle_dataset=False,  # `_in_order` has done so, in a way that a resumed run can repeat
+            shuffle_dataset=False,  # `_shuffle_prompts` does it, in a way that a resumed run repeats
             remove_unused_columns=False,
         )
     )
-    asked = -(-grpo.max_steps // grpo.num_iterations) * arguments.generation_batch_size // grpo.num_generations
+    prompts_needed = -(-grpo.max_steps // grpo.num_iterations) * arguments.generation_batch_size // grpo.num_generations
     return RewardTrainer(
-        questions=questions,
+        prompts=prompts,
         rewards=rewards,
         answer_prefix=ChatTemplate.of_tokenizer(tokenizer).answer_prefix,
-        precision=setting.precision,
-        rows=[Encoded(row, question.prompt_ids, []) for row, question in enumerate(questions["train"])],
-        rate="grpo.learning_rate",
-        model=setting.model,
+        precision=setup.precision,
+        sequences=[Encoded(row, prompt.prompt_ids, []) for row, prompt in enumerate(prompts["train"])],
+        learning_rate_key="grpo.learning_rate",
+        model=setup.model,
         args=arguments,
-        train_dataset=_in_order(questions["train"], asked, seed=setting.params.seed),
-        eval_dataset=Dataset.from_dict({"question": list(range(len(questions["validation"])))}),
+        train_dataset=_shuffle_prompts(prompts["train"], prompts_needed, seed=setup.params.seed),
+        eval_dataset=Dataset.from_dict({"prompt_index": list(range(len(prompts["validation"])))}),
         processing_class=tokenizer,
-        callbacks=list(setting.callbacks),
-        checkpoints=setting.checkpoints,
+        callbacks=list(setup.callbacks),
+        checkpoints=setup.checkpoints,
         save_steps=training.save_steps,
-        best=Best(training),
+        best=BestWeights(training),
     )
 
 
-def weighed(rewards: Sequence[Reward], functions: Mapping[str, RewardFunction]) -> list[Weighed]:
-    """Return the rewards as functions of completion, reference and row; the second of a name is called NAME_2."""
+def weight_rewards(rewards: Sequence[Reward], functions: Mapping[str, RewardFunction]) -> list[WeightedReward]:
+    """Return the rewards with functions of (completion, reference, example); the second of a name is called NAME_2."""
     names = [reward.function.partition(":")[2] if reward.function else reward.name for reward in rewards]
     return [
-        Weighed(
-            name if (count := names[: place + 1].count(name)) == 1 else f"{name}_{count}",
+        WeightedReward(
+            name if (count := names[: index + 1].count(name)) == 1 else f"{name}_{count}",
             reward.weight,
-            functions[reward.function] if reward.function else _built_in(reward),
+            functions[reward.function] if reward.function else _get_built_in(reward),
         )
-        for place, (reward, name) in enumerate(zip(rewards, names, strict=True))
+        for index, (reward, name) in enumerate(zip(rewards, names, strict=True))
     ]
 
 
 class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
-    """TRL's trainer with prompts as inference has them, answers without dropout, and an evaluation that draws nothing.
+    """TRL's trainer with the prompts of inference, answers without dropout, and an evaluation without sampling.
 
-    The validation split is answered greedily, before the first step too, and what is logged is the mean reward.
+    Validation prompts are answered greedily, before the first step too, and the mean reward is logged.
     """
 
     generation_config: GenerationConfig
@@ -130,41 +130,41 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
     def __init__(
         self,
         *,
-        questions: dict[str, list[Question]],
-        rewards: list[Weighed],
+        prompts: dict[str, list[RewardPrompt]],
+        rewards: list[WeightedReward],
         answer_prefix: str,
         **arguments: Any,
     ) -> None:
-        self.questions, self.rewards, self.answer_prefix = questions, rewards, answer_prefix
-        super().__init__(reward_funcs=[self._scorer(reward) for reward in rewards], **arguments)
-        self.add_callback(_EvaluateFirst(self))
+        self.prompts, self.rewards, self.answer_prefix = prompts, rewards, answer_prefix
+        super().__init__(reward_funcs=[self._make_reward_function(reward) for reward in rewards], **arguments)
+        self.add_callback(_EvaluateFirstCallback(self))
 
-    def train_to_the_end(self) -> None:
-        """Train as `ResumableTrainer` does, and leave no adapter behind but the trained one."""
-        super().train_to_the_end()
-        if REFERENCE in getattr(self.model, "peft_config", {}):
-            self.model.delete_adapter(REFERENCE)
+    def train_to_end(self) -> None:
+        """Train as `ResumableTrainer` does, and delete TRL's copy of the adapter."""
+        super().train_to_end()
+        if REFERENCE_ADAPTER in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter(REFERENCE_ADAPTER)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Log the mean reward of greedy answers to the validation split, and the mean of each reward."""
         accelerator, size = self.accelerator, self.args.per_device_eval_batch_size
-        # Prompts of a similar length together; each process takes its share of them.
-        asked = sorted(self.questions["validation"], key=lambda question: len(question.prompt_ids))
-        share = asked[accelerator.process_index :: accelerator.num_processes]
+        # Prompts of similar length together; each process takes its share of them.
+        prompts = sorted(self.prompts["validation"], key=lambda prompt: len(prompt.prompt_ids))
+        share = prompts[accelerator.process_index :: accelerator.num_processes]
         sums = torch.zeros(len(self.rewards) + 3, device=self.args.device, dtype=torch.float64)
         self.model.eval()
-        with self._greedily():
+        with self._decode_greedily():
             for start in range(0, len(share), size):
                 batch = share[start : start + size]
-                ids, _ = self._generate_single_turn([question.prompt_ids for question in batch], None, {}, 1)
+                ids, _ = self._generate_single_turn([prompt.prompt_ids for prompt in batch], None, {}, 1)
                 texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-                for question, answer_ids, text in zip(batch, ids, texts, strict=True):
-                    earned = [self._score(reward, text, question) for reward in self.rewards]
+                for prompt, answer_ids, text in zip(batch, ids, texts, strict=True):
+                    values = [self._compute_reward(reward, text, prompt) for reward in self.rewards]
                     unfinished = answer_ids[-1] not in self.eos_token_ids
-                    sums += sums.new_tensor([*earned, len(answer_ids), unfinished, 1])
+                    sums += sums.new_tensor([*values, len(answer_ids), unfinished, 1])
         self.model.train()
         *means, length, unfinished, count = accelerator.reduce(sums).tolist()
-        measured = {
+        metrics = {
             f"{metric_key_prefix}_reward": sum(
                 reward.weight * mean / count for reward, mean in zip(self.rewards, means, strict=True)
             ),
@@ -175,30 +175,30 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
             f"{metric_key_prefix}_completion_length": length / count,
             f"{metric_key_prefix}_unfinished": unfinished / count,
         }
-        super(GRPOTrainer, self).log(dict(measured))  # TRL's would add the averages of the training, and forget them
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
-        return measured
+        super(GRPOTrainer, self).log(dict(metrics))  # TRL's would add the averages of the training, and clear them
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return TRL's loss; what is counted as supervised are the tokens of the answers."""
-        answered = int(inputs["completion_mask"].sum())
-        self.trained_tokens += int(inputs["prompt_mask"].sum()) + answered
-        self.trained_supervised_tokens += answered
+        """Return TRL's loss, and count tokens; those of the answers are the supervised ones."""
+        answer_tokens = int(inputs["completion_mask"].sum())
+        self.trained_tokens += int(inputs["prompt_mask"].sum()) + answer_tokens
+        self.trained_supervised_tokens += answer_tokens
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def ids_of(self, inputs: Any) -> torch.Tensor:
-        """Return the prompts of the pass just made; `inputs` were the questions of a whole step."""
+    def get_token_ids(self, inputs: Any) -> torch.Tensor:
+        """Return the prompts of the last forward pass; `inputs` are those of a whole step."""
         ids: torch.Tensor = self._buffered_inputs[(self._step - 1) % self.args.steps_per_generation]["prompt_ids"]
         return ids
 
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return prompts, None, {}  # they are ids already
+        return prompts, None, {}  # they are token ids already
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **more: Any) -> Any:
-        training = self.model.training
-        self.model.eval()  # an answer is that of the model as it will be used: without dropout
+        is_training = self.model.training
+        self.model.eval()  # answers as the model will give them in use: without dropout
         try:
             with self.autocast_smart_context_manager():
                 return super()._generate_single_turn(prompt_ids, *others, **more)
@@ -207,18 +207,19 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
                 raise
             raise InputError(
                 f"the model gives no probabilities at step {self.state.global_step + 1}, from which to sample answers; "
-                "lower grpo.learning_rate"
+                "lower grpo.learning_rate",
+                code="probabilities-not-finite",
             ) from None
         finally:
-            self.model.train(training)
+            self.model.train(is_training)
 
     def _get_per_token_logps_and_entropies(self, *others: Any, **more: Any) -> Any:
-        # In training TRL calls it under autocast, for the probabilities to compare with not: they would differ.
+        # TRL computes new log-probabilities under autocast, and old ones without: they would differ.
         with self.autocast_smart_context_manager():
             return super()._get_per_token_logps_and_entropies(*others, **more)
 
     @contextmanager
-    def _greedily(self) -> Iterator[None]:
+    def _decode_greedily(self) -> Iterator[None]:
         sampling = self.generation_config
         self.generation_config = GenerationConfig(
             do_sample=False,
@@ -232,43 +233,46 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
         finally:
             self.generation_config = sampling
 
-    def _scorer(self, reward: Weighed) -> Any:
+    def _make_reward_function(self, reward: WeightedReward) -> Any:
         # TRL calls it with columns of the dataset, and logs it by its name.
-        def scorer(*, completions: list[str], question: list[int], **_: Any) -> list[float]:
-            asked = self.questions["train"]
-            return [self._score(reward, text, asked[index]) for text, index in zip(completions, question, strict=True)]
+        def compute_rewards(*, completions: list[str], prompt_index: list[int], **_: Any) -> list[float]:
+            prompts = self.prompts["train"]
+            return [
+                self._compute_reward(reward, text, prompts[index])
+                for text, index in zip(completions, prompt_index, strict=True)
+            ]
 
-        scorer.__name__ = reward.name
-        return scorer
+        compute_rewards.__name__ = reward.name
+        return compute_rewards
 
-    def _score(self, reward: Weighed, text: str, question: Question) -> float:
-        return reward.function(text.removeprefix(self.answer_prefix), question.reference, question.row)
+    def _compute_reward(self, reward: WeightedReward, text: str, prompt: RewardPrompt) -> float:
+        return reward.function(text.removeprefix(self.answer_prefix), prompt.reference, prompt.example)
 
-    def _save_own(self, checkpoint: Path) -> None:
-        super()._save_own(checkpoint)
+    def _save_extra_state(self, checkpoint: Path) -> None:
+        super()._save_extra_state(checkpoint)
         if self._buffered_inputs and self._step % (self.args.steps_per_generation * self.num_iterations):
             tensors = {
-                f"{place}.{name}": tensor.clone()  # the passes of a step are views of one tensor
-                for place, batch in enumerate(self._buffered_inputs)
+                f"{index}.{name}": tensor.clone()  # the batches of a step are views of one tensor
+                for index, batch in enumerate(self._buffered_inputs)
                 for name, tensor in batch.items()
                 if isinstance(tensor, torch.Tensor)
             }
-            save_file(tensors, checkpoint / ANSWERS.format(rank=distributed.own()))
+            save_file(tensors, checkpoint / ANSWERS_FILE.format(rank=distributed.get_rank()))
 
-    def _load_own(self, checkpoint: Path) -> None:
-        super()._load_own(checkpoint)
+    def _load_extra_state(self, checkpoint: Path) -> None:
+        super()._load_extra_state(checkpoint)
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         self._step = state["global_step"] * self.args.gradient_accumulation_steps
-        if (answers := checkpoint / ANSWERS.format(rank=distributed.own())).exists():
-            passes: list[dict[str, torch.Tensor]] = [{} for _ in range(self.args.steps_per_generation)]
+        if (answers := checkpoint / ANSWERS_FILE.format(rank=distributed.get_rank())).exists():
+            batches: list[dict[str, torch.Tensor]] = [{} for _ in range(self.args.steps_per_generation)]
             for key, tensor in load_file(answers, device=str(self.args.device)).items():
-                place, _, name = key.partition(".")
-                passes[int(place)][name] = tensor
-            self._buffered_inputs = passes
+                index, _, name = key.partition(".")
+                batches[int(index)][name] = tensor
+            self._buffered_inputs = batches
 
 
-class _EvaluateFirst(TrainerCallback):
-    """Lets the curve begin with what the model could do before the first step."""
+class _EvaluateFirstCallback(TrainerCallback):
+    """Evaluates before the first step, so that the curves start with the untrained model."""
 
     def __init__(self, trainer: RewardTrainer) -> None:
         self.trainer = trainer
@@ -278,47 +282,47 @@ class _EvaluateFirst(TrainerCallback):
             self.trainer.evaluate()
 
 
-def _end_answers_as_taught(model: Any, tokenizer: Any) -> None:
-    """Let generation stop at the token that ends an answer in the chat template, whatever the configuration says."""
-    probe = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
-    [row] = encode(tokenizer, [probe], supervise="last")
-    taught = max(place for place, supervised in enumerate(row.supervised) if supervised)
-    config = unwrapped(model).generation_config
+def _set_end_of_answer(model: Any, tokenizer: Any) -> None:
+    """Let generation stop at the token that ends an answer in the chat template, in addition to the configured ones."""
+    conversation = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+    [row] = encode(tokenizer, [conversation], supervise="last")
+    last = max(index for index, is_supervised in enumerate(row.supervised) if is_supervised)
+    config = unwrap(model).generation_config
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    config.eos_token_id = sorted({row.input_ids[taught], *(token for token in known if token is not None)})
+    config.eos_token_id = sorted({row.input_ids[last], *(token for token in known if token is not None)})
 
 
-def _questions(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[Question]:
-    """Return each conversation's last request, and the answer that stands there."""
+def encode_prompts(tokenizer: Any, examples: Sequence[dict[str, Any]]) -> list[RewardPrompt]:
+    """Return the prompt before each conversation's last answer, and that answer as the reference."""
     template = ChatTemplate.of_tokenizer(tokenizer)
-    encoded = encode(tokenizer, [row["messages"] for row in rows], supervise="last")
-    questions = []
-    for sequence, row in zip(encoded, rows, strict=True):
-        reference = str(row["messages"][-1]["content"])
-        if row["messages"][-1].get("tool_calls"):
-            reference = template.split_answer(row["messages"]).answer
-        questions.append(Question(sequence.input_ids[: sequence.supervised.index(True)], reference, row))
-    return questions
+    encoded = encode(tokenizer, [example["messages"] for example in examples], supervise="last")
+    prompts = []
+    for sequence, example in zip(encoded, examples, strict=True):
+        reference = str(example["messages"][-1]["content"])
+        if example["messages"][-1].get("tool_calls"):
+            reference = template.split_answer(example["messages"]).answer
+        prompts.append(RewardPrompt(sequence.input_ids[: sequence.supervised.index(True)], reference, example))
+    return prompts
 
 
-def _in_order(questions: Sequence[Question], asked: int, *, seed: int) -> Dataset:
-    """Return `asked` prompts with the indices of their questions: all in random order before any comes again.
+def _shuffle_prompts(prompts: Sequence[RewardPrompt], count: int, *, seed: int) -> Dataset:
+    """Return `count` prompts with their indices: all in random order before any is repeated.
 
-    TRL's sampler would begin a second pass over the questions as it began the first when a run is resumed in it.
+    TRL's sampler would shuffle a second pass like the first when a run is resumed in it.
     """
-    dice = random.Random(seed)
+    generator = random.Random(seed)
     order: list[int] = []
-    while len(order) < asked:
-        order += dice.sample(range(len(questions)), len(questions))
-    order = order[:asked]
-    return Dataset.from_dict({"prompt": [questions[index].prompt_ids for index in order], "question": order})
+    while len(order) < count:
+        order += generator.sample(range(len(prompts)), len(prompts))
+    order = order[:count]
+    return Dataset.from_dict({"prompt": [prompts[index].prompt_ids for index in order], "prompt_index": order})
 
 
-def _built_in(reward: Reward) -> RewardFunction:
+def _get_built_in(reward: Reward) -> RewardFunction:
     options = reward.model_dump(exclude={"name", "weight"}, exclude_none=True)
     function = REWARDS[reward.name]
 
-    def earned(completion: str, reference: str, row: dict[str, Any]) -> float:
+    def compute(completion: str, reference: str, example: dict[str, Any]) -> float:
         return function(completion, reference, **options)
 
-    return earned
+    return compute

@@ -1,33 +1,33 @@
-"""The loss of supervised tokens, without a float32 copy of the logits."""
+"""Loss: negative log-likelihood of the supervised tokens, without a float32 copy of the logits."""
 
 from typing import Any
 
 import torch
 
-IGNORED = -100  # label of a token that carries no loss, as in torch's cross entropy
-CHUNK_BYTES = 1 << 24  # of float32 logits in work at a time
+IGNORE_INDEX = -100  # label of a token that carries no loss, as in torch's cross entropy
+CHUNK_BYTES = 1 << 24  # of float32 logits at a time
 
 
 def sum_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the summed negative log-likelihood (float32) of `targets` where they are not IGNORED.
+    """Return the summed negative log-likelihood (float32) of `targets` where they are not IGNORE_INDEX.
 
     `logits`: (positions, vocabulary) in any float type, computed with in float32; `targets`: (positions,).
     """
-    loss: torch.Tensor = _SummedLoss.apply(logits, targets)
+    loss: torch.Tensor = _SumTokenLosses.apply(logits, targets)
     return loss
 
 
-class _SummedLoss(torch.autograd.Function):
-    """Keeps the logits as they came and one float32 per position, and works on a few positions at a time.
+class _SumTokenLosses(torch.autograd.Function):
+    """Keeps the logits in their own type and one float32 per position, and computes a chunk of positions at a time.
 
-    torch's cross entropy would hold three float32 tensors as large as the logits; on a real vocabulary they are the
+    torch's cross entropy would hold three float32 tensors as large as the logits; with a real vocabulary they are the
     largest of a step, and writing and reading them takes most of the loss's time.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        sums = torch.cat([part.float().logsumexp(-1) for part in logits.split(_positions_at_a_time(logits))])
-        kept = targets != IGNORED
+        sums = torch.cat([part.float().logsumexp(-1) for part in logits.split(_get_chunk_size(logits))])
+        kept = targets != IGNORE_INDEX
         chosen = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float()
         ctx.save_for_backward(logits, targets, sums)
         return ((sums - chosen) * kept).sum()
@@ -35,9 +35,9 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, targets, sums = ctx.saved_tensors
-        scale = gradients[0] * (targets != IGNORED)
+        scale = gradients[0] * (targets != IGNORE_INDEX)
         gradient = torch.empty_like(logits)
-        size = _positions_at_a_time(logits)
+        size = _get_chunk_size(logits)
         for part, into, sum_, target, factor in zip(
             *(tensor.split(size) for tensor in (logits, gradient, sums, targets.clamp(min=0), scale)), strict=True
         ):
@@ -47,5 +47,5 @@ class _SummedLoss(torch.autograd.Function):
         return gradient, None
 
 
-def _positions_at_a_time(logits: torch.Tensor) -> int:
+def _get_chunk_size(logits: torch.Tensor) -> int:
     return max(1, CHUNK_BYTES // (4 * logits.shape[1]))

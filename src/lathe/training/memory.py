@@ -1,4 +1,4 @@
-"""Memory of a training given back to the system."""
+"""Memory that a training has used, released to the system."""
 
 import gc
 import sys
@@ -7,15 +7,16 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def given_back() -> Iterator[None]:
-    """When what it is put around ends, free what only cycles hold, and return what torch keeps of a GPU's memory."""
+def release_memory_afterwards() -> Iterator[None]:
+    """Release memory when the block, or the function that this decorates, ends."""
     try:
         yield
     finally:
-        _give_back()
+        release_memory()
 
 
-def _give_back() -> None:
+def release_memory() -> None:
+    """Free objects that only reference cycles hold, and the GPU memory that torch keeps cached."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""Which rows a training was at when its loss or gradient stopped being a number."""
+"""Non-finite loss or gradient: the error that names the step and the examples in it."""
 
 from collections.abc import Sequence
 
@@ -7,35 +7,36 @@ import torch
 from lathe.common.errors import InputError
 from lathe.models.loss_mask import Encoded
 
-SHOWN = 32  # rows named; a step may have thousands
+SHOWN = 32  # line numbers in the message; a step may have thousands
 
 
-def not_finite(
-    what: str,
+def make_nonfinite_error(
+    quantity: str,
     value: float,
     step: int,
     batches: Sequence[torch.Tensor],
-    rows: Sequence[Encoded],
+    sequences: Sequence[Encoded],
     *,
-    rate: str = "training.learning_rate",
+    learning_rate_key: str = "training.learning_rate",
 ) -> InputError:
-    """Return the error that says `what` became nan or inf at `step`, naming the rows of `batches`.
+    """Return the error that says that `quantity` became nan or inf at `step`, with the lines of the examples.
 
-    `batches` are token ids, (rows, tokens) each, padded or packed; `rate` is the key of the learning rate.
+    `batches` are token ids, (rows, tokens) each, padded or packed.
     """
-    lines = _lines(batches, rows)
-    named = ", ".join(str(line) for line in lines[:SHOWN]) + (", …" if len(lines) > SHOWN else "")
+    lines = _find_lines(batches, sequences)
+    shown = ", ".join(str(line) for line in lines[:SHOWN]) + (", …" if len(lines) > SHOWN else "")
     return InputError(
-        f"{what} is {value} at step {step}, not a number, with the rows of data/processed/train.jsonl:{named}; lower "
-        f"{rate}, or look at the rows: python -m lathe inspect --row {lines[0]}"
+        f"{quantity} is {value} at step {step}, not a number, with the rows of data/processed/train.jsonl:{shown}; "
+        f"lower {learning_rate_key}, or look at the rows: python -m lathe inspect --row {lines[0]}",
+        code="loss-not-finite",
     )
 
 
-def _lines(batches: Sequence[torch.Tensor], rows: Sequence[Encoded]) -> list[int]:
+def _find_lines(batches: Sequence[torch.Tensor], sequences: Sequence[Encoded]) -> list[int]:
     # By their tokens, whatever order, padding or packing put them into the batch.
-    held = b"".join(_bytes(batch.flatten()) for batch in batches)
-    return sorted({row.row + 1 for row in rows if _bytes(torch.tensor(row.input_ids)) in held})
+    trained = b"".join(_as_bytes(batch.flatten()) for batch in batches)
+    return sorted({row.row + 1 for row in sequences if _as_bytes(torch.tensor(row.input_ids)) in trained})
 
 
-def _bytes(ids: torch.Tensor) -> bytes:
+def _as_bytes(ids: torch.Tensor) -> bytes:
     return ids.to(torch.int32).cpu().numpy().tobytes()

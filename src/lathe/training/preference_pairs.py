@@ -1,4 +1,4 @@
-"""Pairs of a better and a worse answer to one prompt: what training on them needs, and their token ids."""
+"""Preference pairs: a chosen and a rejected answer to one prompt, checked and encoded to token ids."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,37 +8,38 @@ from datasets import Dataset
 from lathe.common.errors import InputError
 from lathe.models.loss_mask import Encoded, encode
 
-Rows = Sequence[Mapping[str, Any]]  # processed rows, with `rejected` in all of them
+Pairs = Sequence[Mapping[str, Any]]  # processed examples with `messages` and `rejected`
 
 
-def check_pairs(splits: Mapping[str, Rows]) -> None:
-    """Raise InputError where a row has no answer to reject."""
+def check_pairs(splits: Mapping[str, Pairs]) -> None:
+    """Raise InputError where an example has no rejected answer."""
     for split in ("train", "validation"):
-        for number, row in enumerate(splits[split], start=1):
-            if not row.get("rejected"):
+        for line, example in enumerate(splits[split], start=1):
+            if not example.get("rejected"):
                 raise InputError(
-                    f"data/processed/{split}.jsonl:{number}: has no rejected answer, and training.method 'dpo' learns "
-                    "from pairs; choose a dataset that has them (columns chosen and rejected), or training.method: sft"
+                    f"data/processed/{split}.jsonl:{line}: has no rejected answer, and training.method 'dpo' learns "
+                    "from pairs; choose a dataset that has them (columns chosen and rejected), or training.method: sft",
+                    code="rejected-answer-missing",
                 )
 
 
-def encode_pairs(tokenizer: Any, rows: Rows) -> tuple[list[Encoded], list[Encoded]]:
-    """Return the rows with their better, and with their worse answer; the last answer alone is supervised in both.
+def encode_pairs(tokenizer: Any, pairs: Pairs) -> tuple[list[Encoded], list[Encoded]]:
+    """Return the sequences with the chosen and with the rejected answers; only the last answer is supervised.
 
-    Both begin with the same ids: the prompt of inference. Raises TemplateError that names a row.
+    Both begin with the same token ids: the prompt of inference. Raises TemplateError that names a row.
     """
-    chosen = encode(tokenizer, [row["messages"] for row in rows], supervise="last")
-    rejected = encode(tokenizer, [[*row["messages"][:-1], *row["rejected"]] for row in rows], supervise="last")
+    chosen = encode(tokenizer, [pair["messages"] for pair in pairs], supervise="last")
+    rejected = encode(tokenizer, [[*pair["messages"][:-1], *pair["rejected"]] for pair in pairs], supervise="last")
     return chosen, rejected
 
 
-def pair_dataset(chosen: Sequence[Encoded], rejected: Sequence[Encoded]) -> Dataset:
-    """Return one example per pair, as TRL's collator takes them: `prompt_ids`, `chosen_ids`, `rejected_ids`."""
-    starts = [row.supervised.index(True) for row in chosen]
+def build_pair_dataset(chosen: Sequence[Encoded], rejected: Sequence[Encoded]) -> Dataset:
+    """Return one entry per pair, as TRL's collator takes them: `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+    starts = [sequence.supervised.index(True) for sequence in chosen]
     return Dataset.from_dict(
         {
-            "prompt_ids": [row.input_ids[:start] for row, start in zip(chosen, starts, strict=True)],
-            "chosen_ids": [row.input_ids[start:] for row, start in zip(chosen, starts, strict=True)],
-            "rejected_ids": [row.input_ids[start:] for row, start in zip(rejected, starts, strict=True)],
+            "prompt_ids": [sequence.input_ids[:start] for sequence, start in zip(chosen, starts, strict=True)],
+            "chosen_ids": [sequence.input_ids[start:] for sequence, start in zip(chosen, starts, strict=True)],
+            "rejected_ids": [sequence.input_ids[start:] for sequence, start in zip(rejected, starts, strict=True)],
         }
     )

@@ -1,7 +1,7 @@
-"""Attention over rows that lie end to end in one sequence, without padding: each row sees itself alone.
+"""Row attention: rows end to end in one batch without padding, each of which attends to itself alone.
 
-Where FlashAttention is installed its variable-length kernel does that. Everywhere else, the CPU included, the rows are
-padded to one another for the attention alone; every other layer works on the tokens there are.
+FlashAttention's variable-length kernel does that where it is installed. Everywhere else, the CPU included, rows of
+similar length are padded for the attention only; all other layers compute real tokens alone.
 """
 
 from functools import lru_cache
@@ -13,42 +13,43 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 from lathe.common.errors import InputError
-from lathe.models.adapter import unwrapped
+from lathe.models.adapter import unwrap
 from lathe.training import short_attention
 
-NAME = "lathe_rows"
+ROW_ATTENTION = "lathe_rows"
 FLASH = "flash_attention_2"
 
-# Rows are padded to the longest of their group; a row of less than this share of it begins the next group. Among short
+# Rows are padded to the longest of their group. A row shorter than this share of it starts the next group. Among short
 # rows another group costs more than the padding.
 SHORTEST_OF_A_GROUP = 0.7
 SHORTEST_OF_A_SHORT_GROUP = 0.4
 
 
-def check_attention(asked: str, *, precision: str) -> None:
-    """Raise InputError where `training.attn_implementation` asks for FlashAttention and it cannot be had."""
-    if asked == FLASH and not _flash(precision):
+def check_attention(implementation: str, *, precision: str) -> None:
+    """Raise InputError where `training.attn_implementation` is FlashAttention and it is not available."""
+    if implementation == FLASH and not _can_use_flash(precision):
         raise InputError(
             f"training.attn_implementation is {FLASH!r}; needs a CUDA device, the package flash-attn and a 16-bit "
-            "precision; use auto or sdpa"
+            "precision; use auto or sdpa",
+            code="flash-attention-unavailable",
         )
 
 
-def separate_rows(model: Any, asked: str, *, precision: str) -> bool:
-    """Let `model` take rows end to end, if it keeps them apart; tell whether it does. `asked`: a key's value.
+def separate_rows(model: Any, implementation: str, *, precision: str) -> bool:
+    """Switch `model` to rows end to end, if it keeps them apart; return whether it does.
 
-    The model is asked, not a list of names: state-space layers, recurrences and attention of other kinds would carry
-    something from one row into the next, and such a model is left as it was.
+    `implementation` is `training.attn_implementation`. The model itself is tested, as state-space layers, recurrences
+    and other kinds of attention carry something from one row into the next; such a model is left as it was.
     """
-    model = unwrapped(model)
-    if asked in ("sdpa", "eager"):
-        model.set_attn_implementation(asked)
+    model = unwrap(model)
+    if implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
         return False
     before = model.config._attn_implementation
     if before not in {"sdpa", FLASH} or getattr(model.config, "attention_chunk_size", None):
         return False
-    flash = model.device.type == "cuda" and _flash(precision)
-    model.set_attn_implementation(FLASH if flash else NAME)
+    flash = model.device.type == "cuda" and _can_use_flash(precision)
+    model.set_attn_implementation(FLASH if flash else ROW_ATTENTION)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=flash):  # weights trained whole are float32
         if _keeps_rows_apart(model):
             return True
@@ -56,17 +57,17 @@ def separate_rows(model: Any, asked: str, *, precision: str) -> bool:
     return False
 
 
-def pad_rows(model: Any, asked: str) -> None:
-    """Let `model` take padded batches, as other trainers and `generate` make them."""
-    model = unwrapped(model)
-    if asked != "auto":
-        model.set_attn_implementation(asked)
-    elif model.config._attn_implementation == NAME:
+def pad_rows(model: Any, implementation: str) -> None:
+    """Switch `model` to padded batches, as other trainers and `generate` make them."""
+    model = unwrap(model)
+    if implementation != "auto":
+        model.set_attn_implementation(implementation)
+    elif model.config._attn_implementation == ROW_ATTENTION:
         model.set_attn_implementation("sdpa")
 
 
-def attention_arguments(lengths: list[int]) -> dict[str, Any]:
-    """Return what a model's forward needs beside ids and positions to keep rows of these lengths (tokens) apart."""
+def build_attention_arguments(lengths: list[int]) -> dict[str, Any]:
+    """Return the arguments of a model's forward that keep rows of these lengths (tokens) apart."""
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return {
         "row_lengths": tuple(lengths),
@@ -94,23 +95,23 @@ def attend_rows(
     position_bias: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend causally within each row, as transformers' attention interface asks.
+    """Attend causally within each row; the signature is that of transformers' attention interface.
 
-    `query`, `key`, `value`: (1, heads, tokens, head size), the rows one after another, by falling length for least
+    `query`, `key`, `value`: (1, heads, tokens, head size), the rows one after another, longest first for least
     padding. Returns (1, tokens, heads, head size). Without `row_lengths` the tokens are one row.
     """
     if attention_mask is not None or softcap is not None or s_aux is not None or position_bias is not None:
         raise NotImplementedError("attention with a mask, soft caps, sinks or biases")
     parts, first = [], 0
-    for group in _groups(row_lengths or (query.shape[2],), query.device):
-        here = slice(first, first + group.tokens)
-        queries, keys, values = (group.pad(states[0, :, here].transpose(0, 1)) for states in (query, key, value))
+    for group in _group_rows(row_lengths or (query.shape[2],), query.device):
+        part = slice(first, first + group.tokens)
+        queries, keys, values = (group.pad(states[0, :, part].transpose(0, 1)) for states in (query, key, value))
         mask = None
         if sliding_window is not None and sliding_window < group.longest:
-            mask = _window(group.longest, sliding_window, query.device)
-        # Padding is on the right, so that no token of a row sees any: the causal order is mask enough.
-        if not dropout and short_attention.is_shorter_way(queries):
-            visible = _window(group.longest, group.longest, query.device) if mask is None else mask
+            mask = _make_window_mask(group.longest, sliding_window, query.device)
+        # Padding is on the right, where no token of a row sees it: causal order is enough of a mask.
+        if not dropout and short_attention.is_faster(queries):
+            visible = _make_window_mask(group.longest, group.longest, query.device) if mask is None else mask
             attended = short_attention.attend(queries, keys, values, visible[0, 0], scaling).transpose(1, 2)
         else:
             attended, _weights = sdpa_attention_forward(
@@ -121,8 +122,8 @@ def attend_rows(
     return torch.cat(parts)[None] if len(parts) > 1 else parts[0][None], None
 
 
-class _Group:
-    """Rows of similar length: `slots` says where each of their tokens lies among the padded ones."""
+class _RowGroup:
+    """Rows of similar length; `slots` are the positions of their tokens among the padded ones."""
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         self.rows, self.longest, self.tokens = len(lengths), max(lengths), sum(lengths)
@@ -145,11 +146,11 @@ class _Group:
     def unpad(self, states: torch.Tensor) -> torch.Tensor:
         """(rows, longest, heads, head size) -> (tokens, heads, head size)."""
         states = states.flatten(0, 1)
-        return states if self.slots is None else _Take.apply(states, self.slots)
+        return states if self.slots is None else _SelectRows.apply(states, self.slots)
 
 
-class _Take(torch.autograd.Function):
-    """`index_select` whose indices differ: its gradient is a copy, not the slow sum that torch must make of it."""
+class _SelectRows(torch.autograd.Function):
+    """`index_select` of distinct indices: its gradient is a copy, where torch must sum, which is slow."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -164,50 +165,51 @@ class _Take(torch.autograd.Function):
         return gradient.new_zeros(ctx.shape).index_copy_(0, slots, gradient), None
 
 
-@lru_cache(maxsize=2)  # every layer asks, and once more where activations are recomputed
-def _groups(lengths: tuple[int, ...], device: torch.device) -> list[_Group]:
+@lru_cache(maxsize=2)  # called by every layer, and again where activations are recomputed
+def _group_rows(lengths: tuple[int, ...], device: torch.device) -> list[_RowGroup]:
     groups: list[list[int]] = []
     for length in lengths:
         longest = groups[-1][0] if groups else 0
-        share = SHORTEST_OF_A_GROUP if longest > short_attention.LONGEST else SHORTEST_OF_A_SHORT_GROUP
+        share = SHORTEST_OF_A_GROUP if longest > short_attention.MAX_TOKENS else SHORTEST_OF_A_SHORT_GROUP
         if share * longest <= length <= longest:
             groups[-1].append(length)
         else:
             groups.append([length])
-    return [_Group(group, device) for group in groups]
+    return [_RowGroup(group, device) for group in groups]
 
 
 @lru_cache(maxsize=4)
-def _window(length: int, sliding_window: int, device: torch.device) -> torch.Tensor:
-    """(1, 1, length, length): true where a query, by row, sees a key: the latest `sliding_window`, itself included."""
+def _make_window_mask(length: int, sliding_window: int, device: torch.device) -> torch.Tensor:
+    """Return (1, 1, length, length): true where a query sees a key, one of the last `sliding_window` up to itself."""
     visible = torch.ones(length, length, dtype=torch.bool, device=device)
     return visible.tril().triu(1 - sliding_window)[None, None]
 
 
-def _flash(precision: str) -> bool:
+def _can_use_flash(precision: str) -> bool:
     return precision != "fp32" and torch.cuda.is_available() and bool(is_flash_attn_2_available())
 
 
 def _keeps_rows_apart(model: Any) -> bool:
-    """Tell whether the second of two rows is read the same whatever stands in the first."""
+    """Tell whether the logits of the second of two rows are the same whatever the first one holds."""
     lengths = [5, 4]
     positions = torch.tensor([[*range(5), *range(4)]])
     training = model.training
     model.eval()
-    seen = []
+    logits = []
     try:
         for first in ([1, 2, 3, 4, 5], [9, 8, 7, 6, 5]):
             batch = {"input_ids": torch.tensor([[*first, 1, 2, 3, 4]]), "position_ids": positions}
-            batch |= attention_arguments(lengths)
+            batch |= build_attention_arguments(lengths)
             batch = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             with torch.no_grad():
-                seen.append(model(**batch, use_cache=False).logits[0, 5:].float())
-    except (NotImplementedError, TypeError):  # it takes no such arguments, or attends in another way
+                logits.append(model(**batch, use_cache=False).logits[0, 5:].float())
+    except (NotImplementedError, TypeError):  # no such arguments, or another kind of attention
         return False
     finally:
         model.train(training)
-    # Experts may sum in another order; a leak is larger by far.
-    return bool((seen[0] - seen[1]).abs().max() <= 1e-3 * seen[0].abs().max())
+    # Experts may sum in another order; a leak is far larger.
+    return bool((logits[0] - logits[1]).abs().max() <= 1e-3 * logits[0].abs().max())
 
 
-AttentionInterface.register(NAME, attend_rows)  # no mask function of this name: transformers then makes no mask
+# Without a mask function of this name transformers makes no mask.
+AttentionInterface.register(ROW_ATTENTION, attend_rows)

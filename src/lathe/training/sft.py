@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with TRL; only the answers' tokens carry loss."""
+"""Supervised fine-tuning with TRL: only the answers' tokens carry loss."""
 
 import logging
 from typing import Any
@@ -7,61 +7,67 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from lathe.common.errors import InputError
-from lathe.models.adapter import unwrapped
+from lathe.models.adapter import unwrap
 from lathe.models.loss_mask import encode
 from lathe.training import distributed
 from lathe.training.base_trainer import BaseTrainer
-from lathe.training.best_weights import Best
-from lathe.training.dataset_padding import BlanksLast, filled
-from lathe.training.packing import EndToEnd, Padded, packed_dataset, row_dataset
+from lathe.training.best_weights import BestWeights
+from lathe.training.dataset_padding import PaddingLastSampler, pad_dataset
+from lathe.training.packing import PaddedCollator, PaddingFreeCollator, build_dataset, build_packed_dataset
 from lathe.training.resume import ResumableTrainer
 from lathe.training.row_attention import separate_rows
-from lathe.training.trainer_setup import Setting
+from lathe.training.trainer_setup import TrainerSetup
 from lathe.training.training_step import compute_step_loss
 
 logger = logging.getLogger(__name__)
 
 
-def trainer(setting: Setting) -> ResumableTrainer:
+def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
     """Return the trainer that teaches the answers of the conversations.
 
-    Raises InputError where rows are to be packed and the model would mix them.
+    Raises InputError where sequences are to be packed and the model would mix them.
     """
-    training, tokenizer = setting.params.training, setting.tokenizer
-    packing, max_length = setting.params.sft.packing, training.max_length
-    supervise = setting.params.preprocess.supervise
-    rows = {
-        split: encode(tokenizer, [row["messages"] for row in setting.splits[split]], supervise=supervise)
+    training, tokenizer = setup.params.training, setup.tokenizer
+    packing, max_length = setup.params.sft.packing, training.max_length
+    supervise = setup.params.preprocess.supervise
+    sequences = {
+        split: encode(tokenizer, [example["messages"] for example in setup.splits[split]], supervise=supervise)
         for split in ("train", "validation")
     }
-    end_to_end = separate_rows(setting.model, training.attn_implementation, precision=setting.precision)
-    if not end_to_end:
+    is_padding_free = separate_rows(setup.model, training.attn_implementation, precision=setup.precision)
+    if not is_padding_free:
+        reason = _explain_padding(setup)
         if packing:
-            raise InputError(f"sft.packing is true; {_why_padded(setting)}; set it to false")
-        logger.warning("%s: batches are padded, which is slower", _why_padded(setting))
-    train = packed_dataset(rows["train"], max_length=max_length) if packing else row_dataset(rows["train"])
-    processes = distributed.count()
+            raise InputError(f"sft.packing is true; {reason}; set it to false", code="packing-impossible")
+        logger.warning("%s: batches are padded, which is slower", reason)
+    if packing:
+        train = build_packed_dataset(sequences["train"], max_length=max_length)
+    else:
+        train = build_dataset(sequences["train"])
+    processes = distributed.count_processes()
     return AnswerTrainer(
-        precision=setting.precision,
-        model=setting.model,
+        precision=setup.precision,
+        model=setup.model,
         args=SFTConfig(
-            **setting.arguments(
+            **setup.build_arguments(
                 max_length=max_length,
                 dataset_kwargs={"skip_prepare_dataset": True},
                 remove_unused_columns=False,  # the collator needs them all
             )
         ),
-        train_dataset=filled(train, processes * training.per_device_train_batch_size),
-        eval_dataset=filled(row_dataset(rows["validation"]), processes * training.per_device_eval_batch_size),
-        data_collator=EndToEnd() if end_to_end else Padded(tokenizer.pad_token_id or 0),
+        train_dataset=pad_dataset(train, processes * training.per_device_train_batch_size),
+        eval_dataset=pad_dataset(
+            build_dataset(sequences["validation"]), processes * training.per_device_eval_batch_size
+        ),
+        data_collator=PaddingFreeCollator() if is_padding_free else PaddedCollator(tokenizer.pad_token_id or 0),
         processing_class=tokenizer,
-        callbacks=list(setting.callbacks),
-        rows=rows["train"],
-        rate="training.learning_rate",
+        callbacks=list(setup.callbacks),
+        sequences=sequences["train"],
+        learning_rate_key="training.learning_rate",
         examples=len(train),
-        checkpoints=setting.checkpoints,
+        checkpoints=setup.checkpoints,
         save_steps=training.save_steps,
-        best=Best(training),
+        best=BestWeights(training),
     )
 
 
@@ -74,7 +80,7 @@ class AnswerTrainer(BaseTrainer, ResumableTrainer, SFTTrainer):
 
     def __init__(self, *, examples: int, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.examples = examples  # of the training split; blank ones follow them
+        self.examples = examples  # in the training dataset, before its padding
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -91,7 +97,7 @@ class AnswerTrainer(BaseTrainer, ResumableTrainer, SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if len(self.train_dataset) == self.examples:
             return super()._get_train_sampler(train_dataset)
-        return BlanksLast(self.train_dataset, self.examples, self.args.data_seed)
+        return PaddingLastSampler(self.train_dataset, self.examples, self.args.data_seed)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Log the loss per supervised token; the stock loop averages over batches, whatever they hold."""
@@ -104,15 +110,15 @@ class AnswerTrainer(BaseTrainer, ResumableTrainer, SFTTrainer):
             tokens += inputs["supervised_tokens"]
         loss, tokens = self.accelerator.reduce(loss), self.accelerator.reduce(tokens)
         self.model.train()
-        measured = {f"{metric_key_prefix}_loss": (loss / tokens).item()}
-        self.log(dict(measured))
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
-        return measured
+        metrics = {f"{metric_key_prefix}_loss": (loss / tokens).item()}
+        self.log(dict(metrics))
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
-def _why_padded(setting: Setting) -> str:
-    asked = setting.params.training.attn_implementation
-    if asked != "auto":
-        return f"training.attn_implementation is {asked!r}, which pads rows"
-    name = type(unwrapped(setting.model)).__name__
+def _explain_padding(setup: TrainerSetup) -> str:
+    attention = setup.params.training.attn_implementation
+    if attention != "auto":
+        return f"training.attn_implementation is {attention!r}, which pads rows"
+    name = type(unwrap(setup.model)).__name__
     return f"{name} does not keep rows apart without padding"

@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a share (FSDP2); what is done to one of them all processes must do."""
+"""Sharded tensors (FSDP2), of which each process holds a part; all processes must call these functions together."""
 
 from typing import Any
 
@@ -8,24 +8,28 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lathe.common import launch
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with all its shares."""
+def gather_full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with the parts of all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def state_to_save(model: Any) -> dict[str, torch.Tensor] | None:
-    """Return what `save_pretrained` is to be given: the trained tensors, whole; None where it finds them itself."""
-    return trained(model) if launch.is_sharded() else None
+def get_state_to_save(model: Any) -> dict[str, torch.Tensor] | None:
+    """Return the full trained tensors for `save_pretrained`; None where it finds them itself."""
+    return get_trained_tensors(model) if launch.is_sharded() else None
 
 
-def trained(model: Any) -> dict[str, torch.Tensor]:
-    """Return every tensor that is trained, whole, by its name; no copies where nothing is shared out."""
-    return {name: whole(each.detach()) for name, each in model.named_parameters() if each.requires_grad}
+def get_trained_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Return every trained tensor in full, by its name; without copies where nothing is sharded."""
+    return {
+        name: gather_full_tensor(parameter.detach())
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
-def fill(tensor: torch.Tensor, content: torch.Tensor) -> None:
-    """Give a tensor, or this process's share of it, the values of a whole one."""
+def copy_full_tensor(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy the values of a full tensor into `target`, or into this process's part of it."""
     with torch.no_grad():
-        if isinstance(tensor, DTensor):
-            content = distribute_tensor(content.to(tensor.device), tensor.device_mesh, tensor.placements)
-        tensor.copy_(content)
+        if isinstance(target, DTensor):
+            source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
+        target.copy_(source)

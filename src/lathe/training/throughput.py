@@ -1,4 +1,4 @@
-"""How fast a training is: tokens per second, and the share of what the device could compute."""
+"""Throughput: tokens per second, and model FLOPs utilization on GPUs whose peak is known."""
 
 import time
 from typing import Any
@@ -7,11 +7,11 @@ import torch
 from transformers import TrainerCallback
 
 from lathe.common import metric_files, operating_system
-from lathe.models.adapter import unwrapped
+from lathe.models.adapter import unwrap
 from lathe.training import distributed
 
-# Dense bf16 or fp16 matrix products with float32 sums, in operations per second: NVIDIA's data sheets. A name is looked
-# for in the device's own, in this order.
+# Dense bf16 or fp16 matrix products with float32 sums, in operations per second, from NVIDIA's data sheets. The first
+# name that is part of the device's name counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -33,8 +33,8 @@ PEAK_FLOPS = {
 }
 
 
-class Speed(TrainerCallback):
-    """Counts the seconds of the steps alone, without evaluations and checkpoints; the tokens of all processes."""
+class ThroughputMeter(TrainerCallback):
+    """Counts seconds of steps, without evaluations and checkpoints, and the tokens of all processes."""
 
     def __init__(self, model: Any, *, precision: str) -> None:
         self.trainer: Any = None
@@ -42,16 +42,16 @@ class Speed(TrainerCallback):
         self.started = 0.0
         self.first = self.logged = (0.0, 0, 0)  # seconds, tokens, supervised tokens
         on_gpu = precision != "fp32" and torch.cuda.is_available()
-        self.peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
-        self.per_token, self.per_supervised_token = operations(model)
+        self.peak = get_peak_flops(torch.cuda.get_device_name()) if on_gpu else None
+        self.per_token, self.per_supervised_token = count_flops(model)
 
     def follow(self, trainer: Any) -> None:
-        """Take `trained_tokens` and `trained_supervised_tokens` from this trainer."""
+        """Read `trained_tokens` and `trained_supervised_tokens` of this trainer from now on."""
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave out what an interrupted run counted before this one."""
-        self.first = self.logged = self._counted()
+        """Leave out what an interrupted run counted before."""
+        self.first = self.logged = self._count()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock."""
@@ -61,23 +61,25 @@ class Speed(TrainerCallback):
         """Stop the clock."""
         self.seconds += time.perf_counter() - self.started
 
-    def since_last(self) -> dict[str, float]:
-        """Return the rates since the last call, and the most memory used so far; nothing where no step was made."""
-        rates = self._rates(self.logged)
-        self.logged = self._counted()
+    def measure_since_last(self) -> dict[str, float]:
+        """Return the rates since the last call, and the peak memory so far; nothing where no step was made."""
+        rates = self._compute_rates(self.logged)
+        self.logged = self._count()
         memory = metric_files.get_peak_gpu_memory_bytes() or operating_system.get_peak_memory_bytes()
         return {**rates, "peak_memory_bytes": memory} if rates else {}
 
-    def overall(self) -> dict[str, float]:
-        """Return the rates of all steps that this process made; nothing where it made none."""
-        return self._rates(self.first)
+    def measure_overall(self) -> dict[str, float]:
+        """Return the rates of all steps of this process; nothing where it made none."""
+        return self._compute_rates(self.first)
 
-    def _counted(self) -> tuple[float, int, int]:
-        tokens, supervised = distributed.total([self.trainer.trained_tokens, self.trainer.trained_supervised_tokens])
+    def _count(self) -> tuple[float, int, int]:
+        tokens, supervised = distributed.reduce_sum(
+            [self.trainer.trained_tokens, self.trainer.trained_supervised_tokens]
+        )
         return self.seconds, tokens, supervised
 
-    def _rates(self, before: tuple[float, int, int]) -> dict[str, float]:
-        seconds, tokens, supervised = (new - old for new, old in zip(self._counted(), before, strict=True))
+    def _compute_rates(self, before: tuple[float, int, int]) -> dict[str, float]:
+        seconds, tokens, supervised = (new - old for new, old in zip(self._count(), before, strict=True))
         if not seconds:
             return {}
         rates = {
@@ -86,23 +88,23 @@ class Speed(TrainerCallback):
         }
         if self.peak:
             done = self.per_token * tokens + self.per_supervised_token * supervised
-            rates["model_flops_utilization"] = round(done / seconds / (self.peak * distributed.count()), 4)
+            rates["model_flops_utilization"] = round(done / seconds / (self.peak * distributed.count_processes()), 4)
         return rates
 
 
-def peak_flops(device: str) -> float | None:
-    """Return the rate of 16-bit matrix products that a GPU's maker states, by the device's name; None for others."""
+def get_peak_flops(device: str) -> float | None:
+    """Return the peak of 16-bit matrix products from the data sheet of a GPU, by the device's name; None for others."""
     return next((peak for known, peak in PEAK_FLOPS.items() if known in device), None)
 
 
-def operations(model: Any) -> tuple[float, float]:
-    """Return the floating-point operations that a training step needs per token, and more per supervised token.
+def count_flops(model: Any) -> tuple[float, float]:
+    """Return the floating-point operations of a training step per token, and in addition per supervised token.
 
-    Two per weight of a linear layer forward, two backward to its input, two for its own gradient where it is trained;
-    the output layer works at supervised positions alone. Attention between tokens is not counted, nor what a checkpoint
-    recomputes. Of mixtures of experts, whose weights are no linear layers, too little is counted.
+    Two per weight of a linear layer forward, two backward to its input, two for its own gradient if it is trained.
+    The output layer computes supervised positions only. Not counted: attention between tokens, and what activation
+    checkpointing recomputes. Mixtures of experts are undercounted, as their weights are no linear layers.
     """
-    head = unwrapped(model).get_output_embeddings()
+    head = unwrap(model).get_output_embeddings()
     per_token = per_supervised_token = 0.0
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):

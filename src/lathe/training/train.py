@@ -1,4 +1,4 @@
-"""A training from the base to the saved adapter, whatever the method: one phase, or a supervised one before it."""
+"""Training from the base to the saved adapter, by any method, in one phase or with a supervised phase first."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from lathe.common import launch, paths
 from lathe.common.code_closure import code_closure
 from lathe.common.errors import InputError
 from lathe.common.jsonl import read_jsonl
-from lathe.common.scratch import fingerprint
+from lathe.common.scratch import compute_fingerprint
 from lathe.config.params import Params
 from lathe.models.adapter import add_adapter, check_adapter
 from lathe.models.loading import load_base
@@ -26,42 +26,42 @@ from lathe.models.model_folder import open_model
 from lathe.models.precision import resolve_precision
 from lathe.models.tokenizer import load_tokenizer
 from lathe.training import distributed, memory
-from lathe.training.best_weights import Best
-from lathe.training.checkpoints import Checkpoints, claimed, disk_errors
+from lathe.training.best_weights import BestWeights
+from lathe.training.checkpoints import Checkpoints, acquire_checkpoints, raise_disk_errors
 from lathe.training.dvclive_curves import Curves
-from lathe.training.freeze_proof import digests
-from lathe.training.full_tuning import by_base_names, save_whole
+from lathe.training.freeze_proof import hash_tensors
+from lathe.training.full_tuning import map_to_base_names, save_full_model
 from lathe.training.preference_pairs import check_pairs
 from lathe.training.resume import ResumableTrainer
-from lathe.training.reward_functions import RewardFunction, source
+from lathe.training.reward_functions import RewardFunction, get_source_file
 from lathe.training.row_attention import check_attention
-from lathe.training.sharding import state_to_save
-from lathe.training.throughput import Speed
-from lathe.training.trainer_setup import Setting
+from lathe.training.sharding import get_state_to_save
+from lathe.training.throughput import ThroughputMeter
+from lathe.training.trainer_setup import TrainerSetup
 
 logger = logging.getLogger(__name__)
 
-# What besides data and parameters decides what a training ends with.
+# Their versions are part of a training's fingerprint: a checkpoint is not resumed with another one.
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a training left to record beside the adapter."""
+class TrainingResult:
+    """What a training reports beside the adapter."""
 
     frozen: dict[str, str]  # name of every frozen tensor -> SHA-256 of its bytes, the same before and after
     trained_tensors: int
-    speeds: dict[str, float]  # of the last phase, such as {"tokens_per_second": 812.5}
+    throughput: dict[str, float]  # of the last phase, such as {"tokens_per_second": 812.5}
 
 
 @dataclass(frozen=True)
 class _Phase:
     method: str
     params: Params
-    curves: str  # what the names of its curves begin with
+    curve_prefix: str
 
 
-@memory.given_back()
+@memory.release_memory_afterwards()
 def train(
     base: Path,
     splits: Mapping[str, Path],
@@ -70,17 +70,17 @@ def train(
     *,
     params: Params,
     functions: Mapping[str, RewardFunction] | None = None,
-    speed: Path | None = None,
+    throughput: Path | None = None,
     scratch: Path | None = None,
-) -> Trained:
-    """Train on the examples in the file `splits["train"]`; save what was trained into the empty folder `adapter`.
+) -> TrainingResult:
+    """Train on the examples in the file `splits["train"]`, and save the trained weights to the empty folder `adapter`.
 
-    That is an adapter for `base` as PEFT saves it, or under full tuning all of its weights (`full_tuning`).
-    The curves go to the dvclive folder `metrics`, those that vary from run to run to the folder `speed`;
-    `splits["validation"]` is evaluated every `eval_steps`. Both are JSON Lines as `preprocess` writes them.
-    `functions` are the rewards of the user's own that `grpo.rewards` names.
-    Every `save_steps` a checkpoint goes to the folder `scratch`, from where the same training goes on if it was
-    interrupted; at the end they are removed. Without `scratch` there are none.
+    These are an adapter for `base` as PEFT saves it, or with full tuning all weights (`full_tuning`).
+    `splits["validation"]` is evaluated every `eval_steps`. Both files are JSON Lines as `preprocess` writes them.
+    The curves go to the dvclive folder `metrics`, and what varies from run to run to the folder `throughput`.
+    `functions` are the user's own rewards, by their names in `grpo.rewards`.
+    Every `save_steps` a checkpoint is written to the folder `scratch`, from which the same training resumes; they are
+    removed at the end. Without `scratch` there are none.
     Raises InputError where a parameter does not fit the model and where the loss is not finite, Interrupted after
     SIGINT or SIGTERM.
     """
@@ -89,82 +89,83 @@ def train(
     precision = resolve_precision(training.precision)
     check_attention(training.attn_implementation, precision=precision)
     _check_liger(training.use_liger_kernel)
-    Best(training)  # whether the method has the metric that is asked for
-    full = training.tuning == "full"
+    BestWeights(training)  # raises if the method does not evaluate the metric
+    is_full = training.tuning == "full"
     examples = {split: read_jsonl(file) for split, file in splits.items()}
     if training.method == "dpo":
         check_pairs(examples)
-    if not full:
+    if not is_full:
         check_adapter(base, params.lora)
     if launch.is_sharded() and params.quantization.load_in_4bit:
         raise InputError(
             "quantization.load_in_4bit is true; FSDP would leave the 4-bit base whole on every GPU; set it to false, "
-            "or set training.launcher to a DDP configuration"
+            "or set training.launcher to a DDP configuration",
+            code="sharding-4bit",
         )
     set_seed(params.seed)  # before the model and the adapter are made
     tokenizer = load_tokenizer(base)
-    model = load_base(base, params.quantization, precision="fp32" if full else precision)
-    if warning := unusual_rate(training.learning_rate, weights=model.num_parameters(), tuning=training.tuning):
+    model = load_base(base, params.quantization, precision="fp32" if is_full else precision)
+    if warning := describe_unusual_rate(training.learning_rate, weights=model.num_parameters(), tuning=training.tuning):
         logger.warning(warning)
-    if full:
-        by_base_names(model, open_model(base))  # whether it can be saved, asked before the hours of training
+    if is_full:
+        map_to_base_names(model, open_model(base))  # raises if it could not be saved, before hours of training
     else:
         model = add_adapter(model, params.lora)
-    frozen = digests(model)
-    phases = _phases(params)
-    claims: list[Checkpoints | None] = []
-    with Curves(metrics, speed) as curves, ExitStack() as locks:
+    frozen = hash_tensors(model)
+    phases = _plan_phases(params)
+    acquired: list[Checkpoints | None] = []
+    with Curves(metrics, throughput) as curves, ExitStack() as locks:
         for phase in phases:
-            tensors = {**frozen, **digests(model, trained=True)}
-            values = _values_of_fingerprint(phase, tensors, precision, model.device.type)
-            files = _files_of_fingerprint(phase, base, splits, functions or {})
-            claims.append(locks.enter_context(_claimed(scratch, values, files)))
-            measured = Speed(model, precision=precision)
-            set_seed(params.seed)  # as if no phase had been before
-            trainer = _trainer(phase.method)(
-                Setting(
+            tensors = {**frozen, **hash_tensors(model, trained=True)}
+            values = _get_fingerprint_values(phase, tensors, precision, model.device.type)
+            files = _get_fingerprint_files(phase, base, splits, functions or {})
+            acquired.append(locks.enter_context(_acquire_checkpoints(scratch, values, files)))
+            meter = ThroughputMeter(model, precision=precision)
+            set_seed(params.seed)  # as if there had been no phase before
+            trainer = _import_builder(phase.method)(
+                TrainerSetup(
                     model=model,
                     tokenizer=tokenizer,
                     splits=examples,
                     params=phase.params,
                     precision=precision,
-                    checkpoints=claims[-1],
-                    callbacks=[measured, curves.callback(phase.curves, measured)],
+                    checkpoints=acquired[-1],
+                    callbacks=[meter, curves.make_callback(phase.curve_prefix, meter)],
                     functions=functions or {},
                 )
             )
-            measured.follow(trainer)
+            meter.follow(trainer)
             trainer.remove_callback(PrinterCallback)  # the curves log the same
-            with _without_casts(model, precision):
-                trainer.train_to_the_end()
+            with _disable_input_casts(model, precision):
+                trainer.train_to_end()
             if phase is phases[-1]:
-                curves.note(trainer.best.kept(trainer.state))
+                curves.add_to_summary(trainer.best.summarize(trainer.state))
             else:
-                trainer.keep_result()
-        after = digests(model)
+                trainer.save_result()
+        after = hash_tensors(model)
         if moved := [name for name, digest in frozen.items() if after[name] != digest]:
             raise RuntimeError(f"training moved {len(moved)} tensors that are frozen, {moved[0]} first")
-        state = state_to_save(model)
+        state = get_state_to_save(model)
         if launch.is_main():
-            with disk_errors():
-                if full:
-                    save_whole(model, base, adapter, state)
+            with raise_disk_errors():
+                if is_full:
+                    save_full_model(model, base, adapter, state)
                 else:
                     _save_adapter(model, adapter, state)
-        for checkpoints in claims:
+        for checkpoints in acquired:
             if checkpoints:
                 checkpoints.remove()
     trained_tensors = sum(parameter.requires_grad for parameter in model.parameters())
-    return Trained(frozen=frozen, trained_tensors=trained_tensors, speeds=measured.overall())
+    return TrainingResult(frozen=frozen, trained_tensors=trained_tensors, throughput=meter.measure_overall())
 
 
-def unusual_rate(rate: float, *, weights: int, tuning: Literal["lora", "full"]) -> str | None:
-    """Return a warning where `rate` is far from what models of so many weights are trained with, or None.
+def describe_unusual_rate(rate: float, *, weights: int, tuning: Literal["lora", "full"]) -> str | None:
+    """Return a warning if `rate` is far from the usual rates for a model of that many weights, else None.
 
-    The committed params.yaml is a toy's; its rate ruins a real model, and a real model's rate teaches the toy nothing.
+    The rate in the committed params.yaml is for a tiny model; it would ruin a real one.
     """
-    # LoRA's usual 1e-5 to 1e-3 is for models from 0.1 B weights; ones of a few million take ten times as much. All
-    # weights at once take a tenth of what an adapter takes.
+    # LoRA's usual 1e-5 to 1e-3 is for models from 0.1 B weights; models of a few million take ten times as much. Full
+    # tuning takes a tenth of an adapter's rate.
     lowest, highest = (1e-6, 2e-3) if weights >= 100_000_000 else (1e-5, 5e-2)
     if tuning == "full":
         lowest, highest = lowest / 10, highest / 10
@@ -177,42 +178,43 @@ def unusual_rate(rate: float, *, weights: int, tuning: Literal["lora", "full"]) 
     )
 
 
-def _check_liger(asked: bool) -> None:
-    if asked and not is_liger_kernel_available():
+def _check_liger(use_liger_kernel: bool) -> None:
+    if use_liger_kernel and not is_liger_kernel_available():
         raise InputError(
-            "training.use_liger_kernel is true; liger-kernel is not installed; install it, or set it to false"
+            "training.use_liger_kernel is true; liger-kernel is not installed; install it, or set it to false",
+            code="liger-kernel-missing",
         )
 
 
-def _without_casts(model: Any, precision: str) -> AbstractContextManager[Any]:
-    """Let an adapter take its input as it is, under autocast: PEFT would make it float32, and autocast bf16 again."""
+def _disable_input_casts(model: Any, precision: str) -> AbstractContextManager[Any]:
+    """Leave the input of an adapter in bf16: PEFT would cast it to float32, and autocast back."""
     if precision != "bf16" or not isinstance(model, PeftModel):
         return nullcontext()
     context: AbstractContextManager[Any] = disable_input_dtype_casting(model)
     return context
 
 
-def _trainer(method: str) -> Callable[[Setting], ResumableTrainer]:
-    # TRL's trainers are imported where they are used: each takes a second or more.
+def _import_builder(method: str) -> Callable[[TrainerSetup], ResumableTrainer]:
+    # Imported here: each of TRL's trainers takes a second or more.
     match method:
         case "sft":
-            from lathe.training.sft import trainer
+            from lathe.training.sft import build_trainer
         case "dpo":
-            from lathe.training.dpo import trainer
+            from lathe.training.dpo import build_trainer
         case "grpo":
-            from lathe.training.grpo import trainer
-    return trainer
+            from lathe.training.grpo import build_trainer
+    return build_trainer
 
 
-def _phases(params: Params) -> list[_Phase]:
+def _plan_phases(params: Params) -> list[_Phase]:
     method = params.training.method
-    whole = _Phase(method, params, "")
+    main = _Phase(method, params, "")
     if method == "sft":
-        return [whole]
+        return [main]
     epochs = getattr(params, method).sft_epochs
     if not epochs:
-        return [whole]
-    before = params.training.model_copy(
+        return [main]
+    supervised = params.training.model_copy(
         update={
             "method": "sft",
             "num_train_epochs": epochs,
@@ -222,11 +224,11 @@ def _phases(params: Params) -> list[_Phase]:
             "early_stopping_patience": None,
         }
     )
-    return [_Phase("sft", params.model_copy(update={"training": before}), "sft/"), whole]
+    return [_Phase("sft", params.model_copy(update={"training": supervised}), "sft/"), main]
 
 
-def _values_of_fingerprint(phase: _Phase, tensors: dict[str, str], precision: str, device: str) -> dict[str, Any]:
-    """Return the parameters and circumstances that decide what a phase ends with."""
+def _get_fingerprint_values(phase: _Phase, tensors: dict[str, str], precision: str, device: str) -> dict[str, Any]:
+    """Return the parameters and circumstances that determine the result of a phase."""
     params = phase.params
     return {
         "training": params.training.model_dump(exclude={"save_steps"}),
@@ -237,41 +239,45 @@ def _values_of_fingerprint(phase: _Phase, tensors: dict[str, str], precision: st
         "seed": params.seed,
         "precision": precision,
         "device": device,
-        "processes": distributed.count(),
+        "processes": distributed.count_processes(),
         "sharded": launch.is_sharded(),
         "tensors": tensors,
     }
 
 
-def _files_of_fingerprint(
+def _get_fingerprint_files(
     phase: _Phase, base: Path, splits: Mapping[str, Path], functions: Mapping[str, RewardFunction]
 ) -> dict[str, Path]:
-    """Return the files that decide what a phase ends with: data, texts of the base, the user's rewards."""
+    """Return the files that determine the result of a phase: data, base without its weights, the user's rewards."""
     files = {f"data/{split}": file for split, file in splits.items()}
     for file in base.iterdir():
-        if file.is_file() and file.suffix != ".safetensors":  # of weights, the loaded tensors are hashed
+        if file.is_file() and file.suffix != ".safetensors":  # loaded tensors are hashed instead
             files[f"base/{file.name}"] = file
     if phase.method == "grpo":
-        files |= {f"reward/{name}": source(function) for name, function in functions.items()}
+        files |= {f"reward/{name}": get_source_file(function) for name, function in functions.items()}
     return files
 
 
 @contextmanager
-def _claimed(scratch: Path | None, values: dict[str, Any], files: dict[str, Path]) -> Iterator[Checkpoints | None]:
+def _acquire_checkpoints(
+    scratch: Path | None, values: dict[str, Any], files: dict[str, Path]
+) -> Iterator[Checkpoints | None]:
     if scratch is None:
         yield None
         return
-    name = fingerprint(values, files=files, packages=PACKAGES, code=code_closure(paths.ROOT / "stages/train.py"))
+    name = compute_fingerprint(
+        values, files=files, packages=PACKAGES, code=code_closure(paths.ROOT / "stages/train.py")
+    )
     with ExitStack() as lock:
-        mine = lock.enter_context(claimed(scratch, name)) if launch.is_main() else None
-        folder = distributed.from_main(mine.folder if mine else None)
-        yield mine or (Checkpoints(folder, None) if folder else None)
+        locked = lock.enter_context(acquire_checkpoints(scratch, name)) if launch.is_main() else None
+        folder = distributed.broadcast_from_main(locked.folder if locked else None)
+        yield locked or (Checkpoints(folder, None) if folder else None)
 
 
 def _save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
-    """Save the adapter alone, without paths and with names in order: equal runs give equal bytes."""
+    """Save the adapter without paths and with sorted names: equal runs give equal bytes."""
     model.save_pretrained(folder, state_dict=state, save_embedding_layers=False, selected_adapters=["default"])
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form with nothing filled in
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = "models/base"

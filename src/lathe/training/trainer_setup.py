@@ -1,4 +1,4 @@
-"""What the trainer of every method is made of."""
+"""Trainer setup: model, examples, parameters and callbacks of one phase, and the arguments all methods share."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,30 +14,30 @@ from lathe.training.reward_functions import RewardFunction
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One phase of a training: a model with what is trained in it, and what it is trained on."""
+class TrainerSetup:
+    """What the trainer of one phase is built from."""
 
-    model: Any  # with its adapter, or whole under full tuning
+    model: Any  # with its adapter, or without one under full tuning
     tokenizer: Any
-    splits: dict[str, list[dict[str, Any]]]  # processed rows: `messages`, and `rejected` in preference pairs
+    splits: dict[str, list[dict[str, Any]]]  # processed examples: `messages`, and `rejected` in preference pairs
     params: Params
     precision: str  # bf16, fp16 or fp32
     checkpoints: Checkpoints | None
     callbacks: Sequence[TrainerCallback]
-    functions: Mapping[str, RewardFunction]  # of the user's own, by the name that `grpo.rewards` gives them
+    functions: Mapping[str, RewardFunction]  # the user's own, by the name in `grpo.rewards`
 
-    def arguments(self, **own: Any) -> dict[str, Any]:
-        """Return the arguments that all methods share, by transformers' names; `own` ones take their place."""
+    def build_arguments(self, **overrides: Any) -> dict[str, Any]:
+        """Return the arguments that all methods share, by transformers' names, with `overrides`."""
         training = self.params.training
         on_cpu = not torch.cuda.is_available()
         shared = {
-            "output_dir": tempfile.gettempdir(),  # must exist; checkpoints go to a folder of ours
+            "output_dir": tempfile.gettempdir(),  # must exist; checkpoints go to the scratch folder
             "save_strategy": "no",
             "report_to": [],
             "seed": self.params.seed,
             "data_seed": self.params.seed,
             "use_cpu": on_cpu,
-            "bf16": False,  # autocast is the trainers' own matter
+            "bf16": False,  # `BaseTrainer` does autocast
             "fp16": self.precision == "fp16",
             "num_train_epochs": training.num_train_epochs,
             "max_steps": training.max_steps or -1,
@@ -53,18 +53,18 @@ class Setting:
             "gradient_checkpointing": training.gradient_checkpointing,
             "torch_compile": training.torch_compile,
             "use_liger_kernel": training.use_liger_kernel,
-            # Loss and logits are our own, or TRL's, matter.
+            # Lathe, or TRL, computes logits and loss.
             "liger_kernel_config": {"fused_linear_cross_entropy": False, "cross_entropy": False},
             "logging_steps": training.logging_steps,
             "logging_nan_inf_filter": False,  # it waits for the device at every pass, and hides what must stop the run
             "eval_strategy": "steps",
             "eval_steps": training.eval_steps,
             "dataloader_pin_memory": not on_cpu,
-            # An expert that no token was sent to has no gradient; other tensors always have one.
+            # An expert that no token was routed to has no gradient; other tensors always have one.
             "ddp_find_unused_parameters": any(
-                "expert" in name for name, each in self.model.named_parameters() if each.requires_grad
+                "expert" in name for name, parameter in self.model.named_parameters() if parameter.requires_grad
             ),
             "ddp_broadcast_buffers": False,
             "disable_tqdm": True,  # lathe.training.dvclive_curves draws the bar
         }
-        return shared | own
+        return shared | overrides

@@ -5,7 +5,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
-from lathe.common.scratch import locked
+from lathe.common.scratch import acquire_lock
 from lathe.experiments.tracking.run_files import Curves, Record
 from lathe.experiments.tracking.start_mirror import SCRATCH
 from lathe.experiments.tracking.targets import Target
@@ -50,7 +50,7 @@ class Mirror(ABC):
         ).hexdigest()
         file = SCRATCH / f"locks/{key[:32]}"
         file.parent.mkdir(parents=True, exist_ok=True)
-        if (lock := locked(file)) is None:
+        if (lock := acquire_lock(file)) is None:
             raise UnreachableError("another process is sending this run")
         with lock:
             yield

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lathe.common.json_files import read_json
-from lathe.common.scratch import locked
+from lathe.common.scratch import acquire_lock
 from lathe.experiments.tracking import targets
 from lathe.experiments.tracking.start_mirror import SCRATCH
 from lathe.experiments.tracking.targets import Target
@@ -33,7 +33,7 @@ def remembered(folder: Path) -> list[Target]:
 def claimed(folder: Path) -> Iterator[bool]:
     """Hold a folder of a run; yields False where another process does."""
     lock = folder.with_name(f"{folder.name}.lock")
-    held = locked(lock)
+    held = acquire_lock(lock)
     if held is None:
         yield False
         return

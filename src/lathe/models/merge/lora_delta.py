@@ -5,41 +5,40 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lathe.models.merge.read_adapter import _Change
+from lathe.models.merge.read_adapter import TensorChange
 from lathe.models.model_folder import Weights
 
-# Elements worked on at once: 0.25 MB in float32, which stays in a core's cache from the product to the file. With more,
-# malloc hands every buffer back to the system and the pages come in anew: half the time of a merge.
+# Elements computed at once: 0.25 MB in float32, which stays in a core's cache from the product to the file. Of larger
+# buffers malloc returns every one to the system, and new pages cost half the time of a merge.
 CHUNK_ELEMENTS = 1 << 16
 
 
-def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
+def reshape_to_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as (rows, columns), whatever its number of dimensions."""
     rows = tensor.shape[0] if tensor.dim() else 1
     return tensor.reshape(rows, tensor.numel() // rows if rows else 0)
 
 
-def _row_chunks(shape: Sequence[int]) -> Iterator[slice]:
+def iterate_row_chunks(shape: Sequence[int]) -> Iterator[slice]:
+    """Yield slices of rows with about CHUNK_ELEMENTS elements each; `shape`: (rows, columns)."""
     step = max(1, CHUNK_ELEMENTS // max(1, shape[1]))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 
 
-# The arithmetic -----------------------------------------------------------------------------------
-
-
-def _merged_rows(
-    original: torch.Tensor, change: _Change, adapter: Weights, dtype: torch.dtype
+def merge_rows(
+    original: torch.Tensor, change: TensorChange, adapter: Weights, dtype: torch.dtype
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield the merged tensor some rows at a time: (which rows, the rows in `dtype`)."""
-    # PEFT loads what replaces a tensor in the precision of the base before anything is added to it.
+    # PEFT casts a replacement to the precision of the base before anything is added to it.
     start = original
     if change.replacement:
-        start = _as_rows(adapter.read(change.replacement)).to(original.dtype)
+        start = reshape_to_rows(adapter.read(change.replacement)).to(original.dtype)
     factors = None
     if change.low_rank:
         first, second = (adapter.read(name).float() for name in change.low_rank)
         magnitude = adapter.read(change.magnitude).float() if change.magnitude else None
-        factors = _Factors(
+        factors = LoraFactors(
             first.T if change.embedding else first, second.T if change.embedding else second, change.scaling
         )
         if magnitude is not None:
@@ -47,13 +46,13 @@ def _merged_rows(
             factors = replace(
                 factors,
                 row_magnitude=None if by_column else magnitude,
-                column_scale=magnitude / _column_norms(start, factors) if by_column else None,
+                column_scale=magnitude / _compute_column_norms(start, factors) if by_column else None,
             )
-    addend = _as_rows(adapter.read(change.addend).float()) * change.scaling if change.addend else None
+    addend = reshape_to_rows(adapter.read(change.addend).float()) * change.scaling if change.addend else None
     token_rows = adapter.read(change.token_rows) if change.token_rows else None
     indices = torch.tensor(change.token_indices, dtype=torch.long)
 
-    for rows in _row_chunks(start.shape):
+    for rows in iterate_row_chunks(start.shape):
         merged = start[rows]
         if factors is not None:
             merged = factors.add_to(merged, rows)
@@ -67,8 +66,8 @@ def _merged_rows(
 
 
 @dataclass(frozen=True)
-class _Factors:
-    """The product of left (rows x r), right (r x columns) and scaling in float32, and DoRA's rescaling."""
+class LoraFactors:
+    """LoRA's delta in float32: left (rows x r), right (r x columns) and scaling; and DoRA's rescaling."""
 
     left: torch.Tensor
     right: torch.Tensor
@@ -77,10 +76,11 @@ class _Factors:
     column_scale: torch.Tensor | None = None
 
     def sum(self, start: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Add the product to these rows of the weight (in 16 or 32 bit), in float32."""
+        """Add the delta to these rows of the weight (in 16 or 32 bit), in float32."""
         return torch.mm(self.left[rows], self.right).mul_(self.scaling).add_(start.float())
 
     def add_to(self, start: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Return these rows of the weight with the delta added, rescaled for DoRA, in float32."""
         merged = self.sum(start, rows)
         if self.row_magnitude is not None:
             norms = torch.linalg.norm(merged, dim=1)
@@ -90,9 +90,9 @@ class _Factors:
         return merged
 
 
-def _column_norms(start: torch.Tensor, factors: _Factors) -> torch.Tensor:
-    """The norm of every column of the sum: DoRA scales each dimension of an embedding over all its rows."""
+def _compute_column_norms(start: torch.Tensor, factors: LoraFactors) -> torch.Tensor:
+    """Return the norm of every column of the sum: DoRA scales each dimension of an embedding over all its rows."""
     squares = torch.zeros(start.shape[1], dtype=torch.float64)
-    for rows in _row_chunks(start.shape):
+    for rows in iterate_row_chunks(start.shape):
         squares += factors.sum(start[rows], rows).double().square_().sum(dim=0)
     return squares.sqrt().float()

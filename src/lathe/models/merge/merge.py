@@ -1,11 +1,10 @@
-"""Merge what was trained into its base model without ever holding the model in memory.
+"""Merge of an adapter, or of fully tuned weights, into the base, without holding the model in memory.
 
-The base is read one tensor at a time in the precision it is stored in, the adapter's change is added in
-float32 a few rows at a time, the sum is cast once and written straight to the file. Nothing passes through
-quantized weights, also where the adapter was trained on a quantized base. What an adapter's tensors mean
-(names, scaling, DoRA, tied embeddings) follows PEFT 0.21, `peft/tuners/lora/{layer,variants}.py` and
-`peft/utils/save_and_load.py`; PEFT itself and transformers are not imported. Weights that were trained whole
-take the place of the base's.
+The base is read one tensor at a time in the precision it is stored in, the adapter's delta is added in float32 a few
+rows at a time, and the sum is cast once and written to the file. Quantized weights are never used, even if the
+adapter was trained on a quantized base. The meaning of an adapter's tensors (names, scaling, DoRA, tied embeddings)
+follows PEFT 0.21, `peft/tuners/lora/{layer,variants}.py` and `peft/utils/save_and_load.py`; PEFT and transformers are
+not imported. Fully tuned weights replace the base's.
 """
 
 from collections.abc import Iterator
@@ -15,23 +14,23 @@ from pathlib import Path
 import torch
 
 from lathe.common.errors import InputError
-from lathe.models.merge.copy_files import _copy_companions, _write_config
-from lathe.models.merge.plan import OUTPUT_DTYPES, _plan, _plan_whole
-from lathe.models.merge.read_adapter import _read_adapter_config, _read_changes
-from lathe.models.merge.write_shards import MergeReport, _divide, _write_shards
-from lathe.models.model_folder import left_by_full_tuning, open_adapter, open_model, read_config
+from lathe.models.merge.copy_files import copy_companion_files, write_merged_config
+from lathe.models.merge.plan import OUTPUT_DTYPES, plan_adapter_merge, plan_full_merge
+from lathe.models.merge.read_adapter import read_adapter_config, read_changes
+from lathe.models.merge.write_shards import MergeReport, divide_into_shards, write_shards
+from lathe.models.model_folder import open_adapter, open_model, read_config, read_untrained_names
 
 
 def merge(base: Path, adapter: Path, out: Path, *, dtype: str, max_shard_size_bytes: int) -> MergeReport:
-    """Fill the empty folder `out` with the model `base` changed by what was trained, `adapter`.
+    """Write the base model `base` merged with the trained weights in `adapter` to the empty folder `out`.
 
     `base` is a Hugging Face model folder of safetensors in 16 or 32 bit, `adapter` a LoRA adapter saved by PEFT, or
     the weights of full tuning as `lathe.training.full_tuning` saves them.
     `dtype` is "auto" (each tensor keeps the dtype it is stored in), "bfloat16" or "float16". The base's
     division into shards is kept; a shard that would exceed `max_shard_size_bytes` is divided further.
 
-    Where PEFT's merged model answers differently from the adapted model that was trained, the trained model
-    is right: LoRA on the embeddings of a tied model leaves the output head as it was, and so unties the two.
+    Where PEFT's merged model differs from the adapted model that was trained, the result is that of the trained one:
+    LoRA on the embeddings of a tied model does not change the output head, and so unties the two.
 
     Memory: one tensor of the base at a time, mapped from its file, plus the adapter's tensors for it.
 
@@ -39,36 +38,38 @@ def merge(base: Path, adapter: Path, out: Path, *, dtype: str, max_shard_size_by
     adapter is not understood or not used, and where the result is not finite or equals the base.
     """
     if dtype != "auto" and dtype not in OUTPUT_DTYPES:
-        raise InputError(f"merge dtype {dtype!r} is not known: give 'auto', 'bfloat16' or 'float16'")
+        raise InputError(
+            f"merge dtype {dtype!r} is not known: give 'auto', 'bfloat16' or 'float16'", code="merge-dtype-unknown"
+        )
     if max_shard_size_bytes < 1:
-        raise InputError(f"max_shard_size_bytes {max_shard_size_bytes} must be at least 1")
+        raise InputError(f"max_shard_size_bytes {max_shard_size_bytes} must be at least 1", code="shard-size")
     base_config = read_config(base)
     base_weights = open_model(base)
-    left = left_by_full_tuning(adapter)
+    left = read_untrained_names(adapter)
     if left is None:
-        adapter_config = _read_adapter_config(adapter, str(base_config.get("model_type")))
+        adapter_config = read_adapter_config(adapter, str(base_config.get("model_type")))
         adapter_weights = open_adapter(adapter)
-        changes = _read_changes(adapter_weights, adapter_config)
-        targets = _plan(base_weights, base_config, adapter_weights, adapter_config, changes, dtype)
+        changes = read_changes(adapter_weights, adapter_config)
+        targets = plan_adapter_merge(base_weights, base_config, adapter_weights, adapter_config, changes, dtype)
     else:
         adapter_weights = open_model(adapter)
-        targets = _plan_whole(base_weights, base_config, adapter_weights, left, dtype)
-    shards = _divide(targets, base_weights, max_shard_size_bytes)
-    with _one_thread():
-        report = _write_shards(shards, base_weights, adapter_weights, out)
+        targets = plan_full_merge(base_weights, base_config, adapter_weights, left, dtype)
+    shards = divide_into_shards(targets, base_weights, max_shard_size_bytes)
+    with _use_one_thread():
+        report = write_shards(shards, base_weights, adapter_weights, out)
     if not report.tensors_changed:
         what = "all its deltas are zero" if left is None else "all its tensors are the base's"
-        raise InputError(f"{adapter}: merging it changes nothing, {what}: train first")
+        raise InputError(f"{adapter}: merging it changes nothing, {what}: train first", code="merge-changes-nothing")
 
-    _copy_companions(base, adapter, out)
-    _write_config(base / "config.json", base_config, targets, base_weights, out / "config.json")
+    copy_companion_files(base, adapter, out)
+    write_merged_config(base / "config.json", base_config, targets, base_weights, out / "config.json")
     return report
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    # Disk and memory set the pace, not arithmetic. More threads gain little, lose tenfold waiting for each other
-    # where the cores are shared, and could let the number of cores into the result.
+def _use_one_thread() -> Iterator[None]:
+    # Disk and memory are the limit, not arithmetic. More threads gain little, take ten times as long where cores are
+    # shared, and could make the result depend on the number of cores.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from lathe.common.errors import InputError
-from lathe.models.merge.read_adapter import _adapter_names, _Change, _module_of
-from lathe.models.model_folder import FLOATS, ITEMSIZES, Stored, Weights, text_value
+from lathe.models.merge.read_adapter import TensorChange, get_module_name, list_adapter_tensors
+from lathe.models.model_folder import FLOATS, ITEMSIZES, StoredTensor, Weights, get_text_value
 
 OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16"}
 
@@ -17,38 +17,40 @@ OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16"}
 HEADS = {"embed_tokens": "lm_head", "wte": "lm_head", "word_embeddings": "lm_head", "embed_in": "embed_out"}
 
 
-# What becomes of every tensor ---------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class _Target:
-    """One tensor of the merged model: where it comes from, how it changes, what it is stored as."""
+class MergedTensor:
+    """One tensor of the merged model: its source in the base, its change, the type and shape it is stored in."""
 
     name: str
     source: str
     dtype: str
     shape: tuple[int, ...]
-    change: _Change = field(default_factory=_Change)
+    change: TensorChange = field(default_factory=TensorChange)
 
     @property
     def bytes(self) -> int:
+        """Size in the file."""
         return math.prod(self.shape) * ITEMSIZES[self.dtype]
 
 
-def _plan(
+def plan_adapter_merge(
     base: Weights,
     base_config: dict[str, Any],
     adapter: Weights,
     adapter_config: dict[str, Any],
-    changes: dict[str, _Change],
+    changes: dict[str, TensorChange],
     dtype: str,
-) -> list[_Target]:
+) -> list[MergedTensor]:
+    """Return the tensors of the base merged with an adapter; every change of the adapter is used.
+
+    Raises InputError where a change fits no tensor, or where layers that should be changed are not.
+    """
     names = list(base.tensors)
     changes = dict(changes)
-    embeddings, head = _tied_pair(base, base_config, changes)
+    embeddings, head = _find_tied_pair(base, base_config, changes)
     if embeddings and head:
         names = [name for name in names if name != head]
-        head_change = _change_of_tied_head(embeddings, head, changes, adapter, adapter_config)
+        head_change = _derive_head_change(embeddings, head, changes, adapter, adapter_config)
         if head_change is None:
             changes.pop(head, None)
         else:
@@ -59,98 +61,110 @@ def _plan(
     for name in names:
         source = name if name in base.tensors and not (name == head and embeddings) else str(embeddings)
         stored = base.tensors[source]
-        change = changes.pop(name, _Change())
-        shape = _merged_shape(source, stored, change, base, adapter)
-        targets.append(_Target(name, source, _merged_dtype(stored, dtype), shape, change))
+        change = changes.pop(name, TensorChange())
+        shape = _compute_merged_shape(source, stored, change, base, adapter)
+        targets.append(MergedTensor(name, source, _choose_dtype(stored, dtype), shape, change))
     if changes:
         unknown = min(changes)
-        tensor = next(name for name in _adapter_names(changes[unknown]))
+        tensor = next(name for name in list_adapter_tensors(changes[unknown]))
         raise InputError(
             f"{base.folder}: no tensor {unknown} for the adapter's {tensor} of shape "
-            f"{list(adapter.shape(tensor))}: give the base that the adapter was trained on"
+            f"{list(adapter.shape(tensor))}: give the base that the adapter was trained on",
+            code="base-tensor-missing",
         )
     _check_vocabulary(targets, base)
     _check_coverage(targets, base, base_config, adapter_config)
     return targets
 
 
-def _plan_whole(
+def plan_full_merge(
     base: Weights, base_config: dict[str, Any], trained: Weights, left: list[str], dtype: str
-) -> list[_Target]:
-    """Every tensor of the base gives way to the trained one of its name, but for those that training left alone."""
+) -> list[MergedTensor]:
+    """Return the tensors of the base, each replaced by the trained one of its name unless it was not trained."""
     if unknown := sorted(trained.tensors.keys() - base.tensors.keys()):
         raise InputError(
             f"{base.folder}: no tensor {unknown[0]} for the trained one of shape "
-            f"{list(trained.shape(unknown[0]))}: give the base that was trained"
+            f"{list(trained.shape(unknown[0]))}: give the base that was trained",
+            code="base-tensor-missing",
         )
-    changes = {name: _Change(replacement=name) for name in trained.tensors}
-    # A weight that the base stores twice is one weight, as in training; it is written once.
-    embeddings, head = _tied_pair(base, base_config, changes)
+    changes = {name: TensorChange(replacement=name) for name in trained.tensors}
+    # A tied weight that the base stores twice is one weight in training; it is written once.
+    embeddings, head = _find_tied_pair(base, base_config, changes)
     once = {embeddings, head} <= changes.keys() and torch.equal(trained.read(str(embeddings)), trained.read(str(head)))
     targets = []
     for name, stored in base.tensors.items():
         if name == head and once:
             continue
         if name not in changes and name not in left:
-            raise InputError(f"{trained.folder}: no tensor {name}, which {base.folder} has: train again")
+            raise InputError(
+                f"{trained.folder}: no tensor {name}, which {base.folder} has: train again", code="tensor-missing"
+            )
         new = trained.tensors.get(name, stored)
         if (new.shape, new.dtype) != (stored.shape, stored.dtype):
             raise InputError(
                 f"{trained.folder}: trained tensor {name} is {new.dtype} of shape {list(new.shape)}, that of "
-                f"{base.folder} {stored.dtype} of shape {list(stored.shape)}: give the base that was trained"
+                f"{base.folder} {stored.dtype} of shape {list(stored.shape)}: give the base that was trained",
+                code="shape-mismatch",
             )
         if name in changes and stored.dtype not in FLOATS:
             raise InputError(
-                f"{trained.folder}: trained tensor {name} is {new.dtype}, not in 16 or 32 bit: train again"
+                f"{trained.folder}: trained tensor {name} is {new.dtype}, not in 16 or 32 bit: train again",
+                code="tensor-not-float",
             )
-        targets.append(_Target(name, name, _merged_dtype(stored, dtype), stored.shape, changes.get(name, _Change())))
+        targets.append(
+            MergedTensor(name, name, _choose_dtype(stored, dtype), stored.shape, changes.get(name, TensorChange()))
+        )
     return targets
 
 
-def _merged_dtype(stored: Stored, dtype: str) -> str:
+def _choose_dtype(stored: StoredTensor, dtype: str) -> str:
     return OUTPUT_DTYPES.get(dtype, stored.dtype) if stored.dtype in FLOATS else stored.dtype
 
 
-def _tied_pair(base: Weights, config: dict[str, Any], changes: dict[str, _Change]) -> tuple[str | None, str | None]:
-    """The names of embeddings and head where the base shares one weight between the two, else two Nones."""
-    found = [name for name in base.tensors if name.endswith(".weight") and _module_of(name).rpartition(".")[2] in HEADS]
-    if len(found) != 1:
+def _find_tied_pair(
+    base: Weights, config: dict[str, Any], changes: dict[str, TensorChange]
+) -> tuple[str | None, str | None]:
+    """Return the names of embeddings and head if the base shares one weight between the two, else two Nones."""
+    candidates = [
+        name for name in base.tensors if name.endswith(".weight") and get_module_name(name).rpartition(".")[2] in HEADS
+    ]
+    if len(candidates) != 1:
         return None, None
-    embeddings = found[0]
-    head = HEADS[_module_of(embeddings).rpartition(".")[2]] + ".weight"
-    # A configuration that does not say leaves it to the class; weights without a head then mean tied.
-    says_tied = text_value(config, "tie_word_embeddings")
+    embeddings = candidates[0]
+    head = HEADS[get_module_name(embeddings).rpartition(".")[2]] + ".weight"
+    # Without the key the model class decides; weights without a head then mean tied.
+    is_tied = get_text_value(config, "tie_word_embeddings")
     if head not in base.tensors:
-        return (None, None) if says_tied is False else (embeddings, head)
+        return (None, None) if is_tied is False else (embeddings, head)
     touched = embeddings in changes or head in changes
-    if says_tied and touched and torch.equal(base.read(embeddings), base.read(head)):
+    if is_tied and touched and torch.equal(base.read(embeddings), base.read(head)):
         return embeddings, head
     return None, None
 
 
-def _change_of_tied_head(
-    embeddings: str, head: str, changes: dict[str, _Change], adapter: Weights, config: dict[str, Any]
-) -> _Change | None:
-    """How the head of a tied model changes on its own; None where it stays tied to the embeddings."""
-    change = changes.get(embeddings, _Change())
+def _derive_head_change(
+    embeddings: str, head: str, changes: dict[str, TensorChange], adapter: Weights, config: dict[str, Any]
+) -> TensorChange | None:
+    """Return the change of the head of a tied model; None where it stays tied to the embeddings."""
+    change = changes.get(embeddings, TensorChange())
     own = changes.get(head)
     if own is None:
-        # Replaced rows and a resized vocabulary belong to the shared weight. LoRA, and a copy trained on its
-        # own, changed what goes in and not what comes out, unless the two were kept tied in training.
+        # Replaced rows and a resized vocabulary belong to the shared weight. LoRA, and a copy trained on its own,
+        # changed the embeddings and not the head, unless the two were kept tied in training.
         apart = change.low_rank or change.own_copy
         if not apart or config.get("ensure_weight_tying"):
             return None
-        return _Change(replacement=None if change.own_copy else change.replacement)
-    if embeddings in changes and _same_change(change, own, adapter):
+        return TensorChange(replacement=None if change.own_copy else change.replacement)
+    if embeddings in changes and _is_same_change(change, own, adapter):
         return None
-    # The head was a copy of the shared weight as the adapter has it, where it has one and the head has none.
+    # The head was a copy of the shared weight: of the adapter's, if the adapter replaced it and not the head.
     if own.replacement is None and change.replacement is not None and not change.own_copy:
         own = replace(own, replacement=change.replacement)
     return own
 
 
-def _same_change(embeddings: _Change, head: _Change, adapter: Weights) -> bool:
-    """Whether the two changes make the same weight, so that it may stay shared."""
+def _is_same_change(embeddings: TensorChange, head: TensorChange, adapter: Weights) -> bool:
+    """Tell whether the two changes make the same weight, so that it may stay shared."""
 
     def same(one: str | None, other: str | None, *, transposed: bool = False) -> bool:
         if one is None or other is None:
@@ -169,24 +183,28 @@ def _same_change(embeddings: _Change, head: _Change, adapter: Weights) -> bool:
     return all(same(one, other, transposed=True) for one, other in zip(embeddings.low_rank, head.low_rank, strict=True))
 
 
-def _merged_shape(source: str, stored: Stored, change: _Change, base: Weights, adapter: Weights) -> tuple[int, ...]:
-    """The shape after the change; raises InputError where the adapter's tensors do not fit the base's."""
+def _compute_merged_shape(
+    source: str, stored: StoredTensor, change: TensorChange, base: Weights, adapter: Weights
+) -> tuple[int, ...]:
+    """Return the shape after the change; raise InputError where the adapter's tensors do not fit the base's."""
     shape = stored.shape
 
     def mismatch(name: str) -> InputError:
         return InputError(
             f"{adapter.folder}: adapter tensor {name} of shape {list(adapter.shape(name))} does not fit "
-            f"{source} of shape {list(stored.shape)} in {base.folder}: give the base that it was trained on"
+            f"{source} of shape {list(stored.shape)} in {base.folder}: give the base that it was trained on",
+            code="shape-mismatch",
         )
 
-    if _adapter_names(change) and stored.dtype not in FLOATS:
+    if list_adapter_tensors(change) and stored.dtype not in FLOATS:
         raise InputError(
             f"{stored.path}: {source} is stored as {stored.dtype}, but a merge needs weights that were never "
-            "quantized: give the 16-bit model"
+            "quantized: give the 16-bit model",
+            code="weights-quantized",
         )
     if change.replacement:
         replaced = adapter.shape(change.replacement)
-        module = _module_of(source).rpartition(".")[2]
+        module = get_module_name(source).rpartition(".")[2]
         may_resize = module in HEADS or module in HEADS.values()
         if replaced != shape and not (may_resize and replaced[1:] == shape[1:]):
             raise mismatch(change.replacement)
@@ -208,27 +226,28 @@ def _merged_shape(source: str, stored: Stored, change: _Change, base: Weights, a
     return shape
 
 
-def _check_vocabulary(targets: list[_Target], base: Weights) -> None:
-    """Embeddings and head must have one number of rows."""
-    sized = [t for t in targets if _module_of(t.name).rpartition(".")[2] in {*HEADS, *HEADS.values()}]
+def _check_vocabulary(targets: list[MergedTensor], base: Weights) -> None:
+    """Raise InputError where embeddings and head differ in their number of rows."""
+    sized = [t for t in targets if get_module_name(t.name).rpartition(".")[2] in {*HEADS, *HEADS.values()}]
     resized = [t for t in sized if t.shape != base.shape(t.source)]
     for target in sized:
         if resized and target.shape[0] != resized[0].shape[0]:
             raise InputError(
                 f"{base.folder}: the adapter makes {resized[0].name} of shape {list(resized[0].shape)}, but "
-                f"{target.name} stays at {list(target.shape)}: save it with save_embedding_layers=True"
+                f"{target.name} stays at {list(target.shape)}: save it with save_embedding_layers=True",
+                code="vocabulary-mismatch",
             )
 
 
 def _check_coverage(
-    targets: list[_Target], base: Weights, base_config: dict[str, Any], adapter_config: dict[str, Any]
+    targets: list[MergedTensor], base: Weights, base_config: dict[str, Any], adapter_config: dict[str, Any]
 ) -> None:
-    """Refuse the adapter of a shallower model: LoRA on a module by its name reaches every layer's."""
+    """Raise InputError for the adapter of a model with fewer layers: target_modules names modules of every layer."""
     modules = adapter_config.get("target_modules")
     chosen = adapter_config.get("layers_to_transform") is not None or adapter_config.get("exclude_modules")
     if not isinstance(modules, list) or chosen or any(re.search(r"\.\d+\.", name) for name in modules):
         return
-    layers = text_value(base_config, "num_hidden_layers")
+    layers = get_text_value(base_config, "num_hidden_layers")
     numbered = re.compile(r"^(.*?\.)(\d+)(\..*)$")
     covered = set()
     for target in targets:
@@ -237,11 +256,12 @@ def _check_coverage(
             covered.add((match[1], match[3]))
     for target in targets:
         match = numbered.match(target.name)
-        if not match or _adapter_names(target.change) or (match[1], match[3]) not in covered:
+        if not match or list_adapter_tensors(target.change) or (match[1], match[3]) not in covered:
             continue
-        # Layers past the configured ones (multi-token prediction heads) are in some files and in no model.
+        # Some files have layers beyond the configured ones (multi-token prediction heads); no model loads them.
         if isinstance(layers, int) and int(match[2]) < layers:
             raise InputError(
                 f"{base.folder}: {target.name} of shape {list(target.shape)} has no counterpart in the "
-                "adapter, which covers other layers: give the base that the adapter was trained on"
+                "adapter, which covers other layers: give the base that the adapter was trained on",
+                code="layers-not-covered",
             )

@@ -1,4 +1,4 @@
-"""PEFT adapter folders read for the merge: configuration, LoRA factors, modules trained whole."""
+"""PEFT adapter folder, read for the merge: configuration, LoRA factors, modules trained in full."""
 
 import json
 import math
@@ -16,11 +16,11 @@ from lathe.models.model_folder import (
     read_json,
 )
 
-# Models of transformers' Conv1D layers, whose weights are stored transposed; a square one does not show it.
+# Models with transformers' Conv1D layers, whose weights are stored transposed; a square one cannot be recognized.
 CONV1D_MODELS = {"clvp", "convbert", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
 
-# Keys of adapter_config.json that either are honoured below or do not touch the merged weights. Any other key
-# must be unset: a LoRA variant that this module does not know would otherwise be merged wrongly, in silence.
+# Keys of adapter_config.json that are either used below or do not affect the merged weights. Any other key must be
+# unset: a LoRA variant that this module does not know would be merged wrongly, without an error.
 KNOWN_ADAPTER_KEYS = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config"),
     *("ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"),
@@ -29,19 +29,17 @@ KNOWN_ADAPTER_KEYS = {
     *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config"),
     *("target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora"),
 }
-# Initializations that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA alter its weights.
+# Initializations that do not change the base; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA alter its weights.
 KNOWN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-# The two folders ----------------------------------------------------------------------------------
-
-
-def _read_adapter_config(adapter: Path, model_type: str) -> dict[str, Any]:
+def read_adapter_config(adapter: Path, model_type: str) -> dict[str, Any]:
+    """Read adapter_config.json; raise InputError for an adapter that cannot be merged exactly."""
     path = adapter / "adapter_config.json"
     config = read_json(path)
 
     def refuse(key: str, why: str, remedy: str = "merge it with PEFT itself") -> None:
-        raise InputError(f"{path}: {key} {json.dumps(config.get(key))} {why}: {remedy}")
+        raise InputError(f"{path}: {key} {json.dumps(config.get(key))} {why}: {remedy}", code="adapter-unsupported")
 
     if config.get("peft_type") != "LORA":
         refuse("peft_type", "is not supported, only LORA is")
@@ -64,12 +62,9 @@ def _read_adapter_config(adapter: Path, model_type: str) -> dict[str, Any]:
     return config
 
 
-# What the adapter says ----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class _Change:
-    """What happens to one tensor of the base, in this order; the fields hold names of the adapter's tensors.
+class TensorChange:
+    """The change of one tensor of the base; fields hold names of the adapter's tensors, in the order of application.
 
     `replacement` is the tensor to start from instead of the base's. `low_rank` are the two factors: for a
     linear layer B (out x r) and A (r x in), for an embedding (`embedding` true) lora_embedding_A (r x rows)
@@ -78,7 +73,7 @@ class _Change:
     """
 
     replacement: str | None = None
-    # A module trained as a copy of its own (modules_to_save): what it was tied to did not move with it.
+    # A module trained as a separate copy (modules_to_save): a weight that it was tied to has not changed.
     own_copy: bool = False
     low_rank: tuple[str, str] | None = None
     embedding: bool = False
@@ -89,38 +84,39 @@ class _Change:
     addend: str | None = None
 
 
-def _read_changes(adapter: Weights, config: dict[str, Any]) -> dict[str, _Change]:
-    """Sort the adapter's tensors into one change per base tensor; every one of them ends up in a change."""
+def read_changes(adapter: Weights, config: dict[str, Any]) -> dict[str, TensorChange]:
+    """Return the change of each base tensor; every tensor of the adapter is used in one."""
     fields = _read_fields(adapter, config)
     changes = {}
-    for target, found in fields.items():
+    for target, names in fields.items():
         module = target.removesuffix(".weight").removesuffix(".bias")
         linear, embedding = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
-        change = _Change(
-            replacement=found.get("replacement"),
-            own_copy="replacement" in found
+        change = TensorChange(
+            replacement=names.get("replacement"),
+            own_copy="replacement" in names
             and any(_lies_in(target, name) for name in config.get("modules_to_save") or []),
-            token_rows=found.get("token_rows"),
-            addend=found.get("addend"),
+            token_rows=names.get("token_rows"),
+            addend=names.get("addend"),
         )
-        factors = embedding if any(name in found for name in embedding) else linear
-        if any(name in found for name in (*factors, "magnitude", "addend")):
-            rank, scaling = _rank_and_scaling(module, config)
+        factors = embedding if any(name in names for name in embedding) else linear
+        if any(name in names for name in (*factors, "magnitude", "addend")):
+            rank, scaling = _get_rank_and_scaling(module, config)
             change = replace(change, scaling=scaling)
-        if any(name in found for name in (*factors, "magnitude")):
+        if any(name in names for name in (*factors, "magnitude")):
             change = replace(
                 change,
-                low_rank=_check_factors(adapter, module, factors, found, rank),
+                low_rank=_check_factors(adapter, module, factors, names, rank),
                 embedding=factors == embedding,
-                magnitude=_check_magnitude(adapter, module, found, config),
+                magnitude=_check_magnitude(adapter, module, names, config),
             )
         if change.token_rows:
-            indices = _token_indices(module, config)
+            indices = _get_token_indices(module, config)
             rows = adapter.shape(change.token_rows)[0]
             if len(indices) != rows or not rows:
                 raise InputError(
                     f"{adapter.folder}: {change.token_rows} has {rows} rows, but trainable_token_indices has "
-                    f"{len(indices)} tokens for {module}: save the adapter again"
+                    f"{len(indices)} tokens for {module}: save the adapter again",
+                    code="adapter-token-rows",
                 )
             change = replace(change, token_indices=tuple(indices))
         changes[target] = change
@@ -128,12 +124,13 @@ def _read_changes(adapter: Weights, config: dict[str, Any]) -> dict[str, _Change
         if not any(change.replacement and _lies_in(target, name) for target, change in changes.items()):
             raise InputError(
                 f"{adapter.folder / ADAPTER_FILE}: no tensor of {name!r}, which modules_to_save names: "
-                "save the adapter again"
+                "save the adapter again",
+                code="adapter-tensor-missing",
             )
     return changes
 
 
-# What PEFT appends to the name of a module, what it is here, and which of the module's tensors it changes.
+# Suffix that PEFT appends to the name of a module, the field it goes into, and the tensor of the module it changes.
 _SUFFIXES = (
     (".lora_A.weight", "lora_A", ".weight"),
     (".lora_B.weight", "lora_B", ".weight"),
@@ -152,12 +149,14 @@ def _read_fields(adapter: Weights, config: dict[str, Any]) -> dict[str, dict[str
     for name in sorted(adapter.tensors):
         if not name.startswith(prefix):
             raise InputError(
-                f"{adapter.folder}: adapter tensor {name} does not start with {prefix!r}: save it with PEFT"
+                f"{adapter.folder}: adapter tensor {name} does not start with {prefix!r}: save it with PEFT",
+                code="adapter-tensor-name",
             )
         if adapter.tensors[name].dtype not in FLOATS:
             raise InputError(
                 f"{adapter.folder}: adapter tensor {name} is stored as {adapter.tensors[name].dtype}, "
-                "not in 16 or 32 bit: train with that module left unquantized"
+                "not in 16 or 32 bit: train with that module left unquantized",
+                code="tensor-not-float",
             )
         rest = name.removeprefix(prefix)
         for suffix, kind, changed in _SUFFIXES:
@@ -167,22 +166,25 @@ def _read_fields(adapter: Weights, config: dict[str, Any]) -> dict[str, dict[str
         else:
             wrapper = _WRAPPER.search(rest)
             target = _WRAPPER.sub("", rest)
-            # Beside a trained copy PEFT may save the untouched original, and the copy under a second name.
+            # Beside a trained copy PEFT may save the unchanged original, and the copy under a second name.
             if (
                 wrapper
                 and wrapper[1] == "original_module"
-                and _is_among(_module_of(target), config.get("modules_to_save"))
+                and _is_among(get_module_name(target), config.get("modules_to_save"))
             ):
                 continue
             if wrapper and wrapper[1] == "modules_to_save" and prefix + target in adapter.tensors:
                 continue
             fields.setdefault(target, {})["replacement"] = name
     if not fields:
-        raise InputError(f"{adapter.folder / ADAPTER_FILE}: holds no tensor: train the adapter first")
+        raise InputError(
+            f"{adapter.folder / ADAPTER_FILE}: holds no tensor: train the adapter first", code="adapter-empty"
+        )
     return fields
 
 
-def _module_of(target: str) -> str:
+def get_module_name(target: str) -> str:
+    """Return the name of the module that a tensor belongs to."""
     return target.rpartition(".")[0]
 
 
@@ -191,18 +193,18 @@ def _is_among(module: str, names: Sequence[str] | None) -> bool:
 
 
 def _lies_in(target: str, module: str) -> bool:
-    """Whether a tensor belongs to a module of that name, or to one inside it."""
+    """Tell whether a tensor belongs to a module of that name, or to one inside it."""
     return f".{module}." in f".{target}"
 
 
-def _rank_and_scaling(module: str, config: dict[str, Any]) -> tuple[int, float]:
-    rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
-    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+def _get_rank_and_scaling(module: str, config: dict[str, Any]) -> tuple[int, float]:
+    rank = _match_pattern(config.get("rank_pattern") or {}, module, config["r"])
+    alpha = _match_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
-    # The first match counts and is anchored as PEFT does it (`get_pattern_key`).
+def _match_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
+    # As PEFT does it (`get_pattern_key`): the first match counts, and is anchored.
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -210,42 +212,48 @@ def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
 
 
 def _check_factors(
-    adapter: Weights, module: str, factors: tuple[str, str], found: dict[str, str], rank: int
+    adapter: Weights, module: str, factors: tuple[str, str], names: dict[str, str], rank: int
 ) -> tuple[str, str]:
     for name in factors:
-        if name not in found:
-            raise InputError(f"{adapter.folder / ADAPTER_FILE}: {module} has no {name}: save the adapter again")
-    a, b = found[factors[0]], found[factors[1]]
+        if name not in names:
+            raise InputError(
+                f"{adapter.folder / ADAPTER_FILE}: {module} has no {name}: save the adapter again",
+                code="adapter-tensor-missing",
+            )
+    a, b = names[factors[0]], names[factors[1]]
     shape_a, shape_b = adapter.shape(a), adapter.shape(b)
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != rank or shape_b[1] != rank:
         raise InputError(
             f"{adapter.folder}: {a} of shape {list(shape_a)} and {b} of shape {list(shape_b)} are not two "
-            f"matrices of rank {rank}, which adapter_config.json gives: use the configuration saved with them"
+            f"matrices of rank {rank}, which adapter_config.json gives: use the configuration saved with them",
+            code="adapter-rank",
         )
     return (a, b) if factors[0] == "lora_embedding_A" else (b, a)
 
 
-def _check_magnitude(adapter: Weights, module: str, found: dict[str, str], config: dict[str, Any]) -> str | None:
-    if bool(config.get("use_dora")) != ("magnitude" in found):
-        has = "has" if "magnitude" in found else "has no"
+def _check_magnitude(adapter: Weights, module: str, names: dict[str, str], config: dict[str, Any]) -> str | None:
+    if bool(config.get("use_dora")) != ("magnitude" in names):
+        has = "has" if "magnitude" in names else "has no"
         raise InputError(
             f"{adapter.folder}: {module} {has} lora_magnitude_vector, but adapter_config.json says use_dora "
-            f"{json.dumps(bool(config.get('use_dora')))}: save the adapter again"
+            f"{json.dumps(bool(config.get('use_dora')))}: save the adapter again",
+            code="adapter-dora",
         )
-    return found.get("magnitude")
+    return names.get("magnitude")
 
 
-def _token_indices(module: str, config: dict[str, Any]) -> list[int]:
+def _get_token_indices(module: str, config: dict[str, Any]) -> list[int]:
     indices = config.get("trainable_token_indices") or []
     if isinstance(indices, list):
         return indices
     for name, of_module in indices.items():
         if _is_among(module, [name]):
             return list(of_module)
-    # Saved for the head that is tied to the embeddings, under the embeddings' own entry.
+    # For a head that is tied to the embeddings, PEFT saves the indices under the embeddings' name.
     return list(next(iter(indices.values()))) if len(indices) == 1 else []
 
 
-def _adapter_names(change: _Change) -> list[str]:
+def list_adapter_tensors(change: TensorChange) -> list[str]:
+    """Return the names of the adapter's tensors that a change uses."""
     names = [change.replacement, *(change.low_rank or ()), change.magnitude, change.token_rows, change.addend]
     return [name for name in names if name]

@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 import torch
 
 from lathe.common.errors import InputError
-from lathe.models.merge.lora_delta import _as_rows, _merged_rows, _row_chunks
-from lathe.models.merge.plan import _Target
-from lathe.models.merge.read_adapter import _adapter_names
+from lathe.models.merge.lora_delta import iterate_row_chunks, merge_rows, reshape_to_rows
+from lathe.models.merge.plan import MergedTensor
+from lathe.models.merge.read_adapter import list_adapter_tensors
 from lathe.models.model_folder import (
     FLOATS,
     INDEX_FILE,
@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """Counts and sizes of a merge.
 
     `largest_change` is the largest absolute difference between a merged and a base weight, both in the
-    precision written; rows that only the merged model has (a grown vocabulary) are left out of it.
+    precision written; rows that only the merged model has (a larger vocabulary) are not counted.
     `bytes_written` is the size of the safetensors files.
     """
 
@@ -40,33 +40,33 @@ class MergeReport:
     bytes_written: int
 
 
-# The merged files ---------------------------------------------------------------------------------
-
-
-def _divide(targets: list[_Target], base: Weights, max_shard_size_bytes: int) -> list[list[_Target]]:
-    """Group the targets into files: the base's own division, cut further where a file would be too large."""
-    shards: list[list[_Target]] = []
+def divide_into_shards(
+    targets: list[MergedTensor], base: Weights, max_shard_size_bytes: int
+) -> list[list[MergedTensor]]:
+    """Group the tensors into files: the base's shards, divided further where a file would be too large."""
+    shards: list[list[MergedTensor]] = []
     size, path = 0, None
     for target in targets:
         # A head that the base does not have comes last, in the last file if there is room.
-        lies_in = base.tensors[target.name].path if target.name in base.tensors else path
-        if not shards or lies_in != path or size + target.bytes > max_shard_size_bytes:
+        base_path = base.tensors[target.name].path if target.name in base.tensors else path
+        if not shards or base_path != path or size + target.bytes > max_shard_size_bytes:
             shards.append([])
             size = 0
         shards[-1].append(target)
-        size, path = size + target.bytes, lies_in
+        size, path = size + target.bytes, base_path
     return shards
 
 
-def _write_shards(shards: list[list[_Target]], base: Weights, adapter: Weights, out: Path) -> MergeReport:
+def write_shards(shards: list[list[MergedTensor]], base: Weights, adapter: Weights, out: Path) -> MergeReport:
+    """Merge and write the shards, tensor by tensor, and their index if there are several."""
     total, changed, largest, written = 0, 0, 0.0, 0
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        # The order of safetensors' own writer: the widest dtype first, then by name.
+        # The order of safetensors' own writer: the widest type first, then by name.
         shard = sorted(shard, key=lambda target: (-list(ITEMSIZES).index(target.dtype), target.name))
         with (out / name).open("wb") as file:
-            file.write(_header(shard))
+            file.write(_build_header(shard))
             for target in shard:
                 change, differs = _write_tensor(file, target, base, adapter)
                 largest = max(largest, change)
@@ -82,9 +82,9 @@ def _write_shards(shards: list[list[_Target]], base: Weights, adapter: Weights, 
     return MergeReport(total, changed, largest, written)
 
 
-def _header(shard: list[_Target]) -> bytes:
-    # Written by hand because safetensors' own writer wants the data of the whole file in memory first. The
-    # format: eight bytes for the length of the header, the header as JSON padded to eight bytes, the data.
+def _build_header(shard: list[MergedTensor]) -> bytes:
+    # safetensors' own writer needs the data of the whole file in memory. The format: eight bytes for the length of the
+    # header, the header as JSON padded to eight bytes, the data.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for target in shard:
@@ -99,48 +99,51 @@ def _header(shard: list[_Target]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(file: BinaryIO, target: _Target, base: Weights, adapter: Weights) -> tuple[float, bool]:
+def _write_tensor(file: BinaryIO, target: MergedTensor, base: Weights, adapter: Weights) -> tuple[float, bool]:
     """Write one tensor; return the largest absolute change and whether anything changed."""
     dtype = FLOATS.get(target.dtype)
-    original = _as_rows(base.read(target.source))
+    original = reshape_to_rows(base.read(target.source))
     if dtype is None:
-        for rows in _row_chunks(original.shape):
-            file.write(_bytes_of(original[rows]))
+        for rows in iterate_row_chunks(original.shape):
+            file.write(_as_bytes(original[rows]))
         return 0.0, False
 
     largest = 0.0
-    if _adapter_names(target.change):
-        merged_rows = _merged_rows(original, target.change, adapter, dtype)
+    if list_adapter_tensors(target.change):
+        merged_rows = merge_rows(original, target.change, adapter, dtype)
     else:
-        merged_rows = ((rows, original[rows].to(dtype)) for rows in _row_chunks(original.shape))
+        merged_rows = ((rows, original[rows].to(dtype)) for rows in iterate_row_chunks(original.shape))
     for rows, merged in merged_rows:
         _check_finite(merged, original[rows], target, base)
-        # Two tensors of one model differ in what the merge did to them, not in what the cast did.
-        if _adapter_names(target.change):
+        # Compared after the cast: a change by the cast alone is none of the merge.
+        if list_adapter_tensors(target.change):
             before = original[rows].to(dtype)
-            largest = max(largest, _largest(merged[: len(before)].float() - before.float()))
-        file.write(_bytes_of(merged))
+            largest = max(largest, _get_largest_absolute(merged[: len(before)].float() - before.float()))
+        file.write(_as_bytes(merged))
     return largest, largest > 0.0 or target.shape != base.shape(target.source)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def _as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).numpy().data
 
 
-def _check_finite(merged: torch.Tensor, original: torch.Tensor, target: _Target, base: Weights) -> None:
-    if math.isfinite(_largest(merged)):
+def _check_finite(merged: torch.Tensor, original: torch.Tensor, target: MergedTensor, base: Weights) -> None:
+    if math.isfinite(_get_largest_absolute(merged)):
         return
-    if original.numel() and not math.isfinite(_largest(original)):
+    if original.numel() and not math.isfinite(_get_largest_absolute(original)):
         where, remedy = str(base.tensors[target.source].path), "the base is damaged, copy it again"
-    elif _adapter_names(target.change):
+    elif list_adapter_tensors(target.change):
         where, remedy = "the adapter", "training diverged, train again with a lower learning rate"
     else:
         where, remedy = target.dtype, "its range is too small for this model, use bfloat16"
-    raise InputError(f"{target.name}: NaN or infinity in the merged tensor, from {where}: {remedy}")
+    raise InputError(
+        f"{target.name}: NaN or infinity in the merged tensor, from {where}: {remedy}",
+        code="merge-not-finite",
+    )
 
 
-def _largest(tensor: torch.Tensor) -> float:
-    """The largest absolute value; NaN where there is a NaN."""
+def _get_largest_absolute(tensor: torch.Tensor) -> float:
+    """Return the largest absolute value; NaN where there is a NaN."""
     if not tensor.numel():
         return 0.0
     low, high = torch.aminmax(tensor)
