@@ -305,7 +305,7 @@ def mirror(revs: list[str], followed: Path | None, *, mlflow: bool, wandb: bool)
     from lathe.experiments.tracking import follow_run, send_runs
 
     if followed:
-        follow_run.follow(followed)
+        follow_run.follow_run(followed)
     asked = {"mlflow": mlflow, "wandb": wandb}
     sys.exit(send_runs.run(revs, [name for name, wanted in asked.items() if wanted]))
 

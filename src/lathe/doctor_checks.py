@@ -245,18 +245,18 @@ def check_judge(config: "Config", here: Circumstances) -> Findings:
 
 def check_tracking(config: "Config", here: Circumstances) -> Findings:
     """Whether the trackers that runs are mirrored to answer; a run does not wait for them."""
-    from lathe.experiments.tracking.run_files import Context, Record
-    from lathe.experiments.tracking.targets import targets
-    from lathe.experiments.tracking.tracker import UnreachableError
-    from lathe.experiments.tracking.trackers import mirror_of
+    from lathe.experiments.tracking.run_files import Context, MirroredRun
+    from lathe.experiments.tracking.targets import choose_targets
+    from lathe.experiments.tracking.tracker import TrackerUnreachableError
+    from lathe.experiments.tracking.trackers import create_mirror
 
-    chosen, _ = targets(config.params.tracking, here.environment)
+    chosen, _ = choose_targets(config.params.tracking, here.environment)
     if not chosen:
         yield Finding("tracking", "ok", "runs are mirrored nowhere: neither MLflow nor W&B is enabled")
     for target in chosen:
         try:
-            mirror_of(target, Record(here.root, Context())).ask()
-        except UnreachableError as error:
+            create_mirror(target, MirroredRun(here.root, Context())).check()
+        except TrackerUnreachableError as error:
             remedy = "runs are kept until `python -m lathe mirror` has sent them"
             yield Finding("tracking", "warning", f"{target}: {error}", remedy)
         else:

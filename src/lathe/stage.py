@@ -64,7 +64,7 @@ def _loaded(name: str) -> Config:
     """Return the parameters, and let what mirrors the run know that this stage of it has begun."""
     config = load()
     if "DVC_STAGE" in os.environ and not launch.is_worker():
-        start_mirror.begun(name, config.params.tracking)
+        start_mirror.start_mirroring(name, config.params.tracking)
     return config
 
 

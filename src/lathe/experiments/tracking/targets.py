@@ -8,7 +8,7 @@ from lathe.common.errors import InputError
 from lathe.config.base import plain_address
 from lathe.config.params import Tracking
 
-Name = Literal["mlflow", "wandb"]
+TrackerName = Literal["mlflow", "wandb"]
 
 _SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
@@ -19,7 +19,7 @@ class MlflowTarget:
 
     tracking_uri: str
     experiment_name: str
-    name: Name = "mlflow"
+    name: TrackerName = "mlflow"
 
     def __str__(self) -> str:
         return f"MLflow at {self.tracking_uri}, experiment {self.experiment_name}"
@@ -31,7 +31,7 @@ class WandbTarget:
 
     mode: str
     project: str
-    name: Name = "wandb"
+    name: TrackerName = "wandb"
 
     def __str__(self) -> str:
         return f"W&B {self.mode}, project {self.project}"
@@ -40,7 +40,7 @@ class WandbTarget:
 Target = MlflowTarget | WandbTarget
 
 
-def targets(
+def choose_targets(
     tracking: Tracking, environment: Mapping[str, str], *, asked: Collection[str] = ()
 ) -> tuple[list[Target], list[str]]:
     """Return where runs go, and for each variable of the environment that overrides params.yaml a line that says so.
@@ -87,7 +87,7 @@ def targets(
     return found, overrides
 
 
-def as_json(target: Target) -> dict[str, Any]:
+def to_json(target: Target) -> dict[str, Any]:
     """Return what `from_json` takes."""
     return asdict(target)
 
