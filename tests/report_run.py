@@ -44,7 +44,7 @@ def write_table(file: Path, rows: list[dict[str, Any]], delimiter: str) -> None:
 def build(root: Path, rows: int = 200, *, judged: bool = False) -> None:
     """Write metrics, data, dvc.lock and dvc.yaml under `root`."""
     chance = random.Random(3)
-    held_out = {split: household_commands.rows(1)[split][:rows] for split in SPLITS}
+    held_out = {split: household_commands.make_rows(1)[split][:rows] for split in SPLITS}
     for split, conversations in held_out.items():
         write_lines(root / f"data/processed/{split}.jsonl", conversations)
         for artifact in ARTIFACTS:

@@ -294,9 +294,9 @@ def report(out: Path | None) -> None:
     from lathe.reports import experiment_table, facts, page
 
     params = load().params
-    found = facts.gather(paths.ROOT, seed=params.seed, primary_metric=params.evaluate.primary_metric)
+    found = facts.gather_facts(paths.ROOT, seed=params.seed, primary_metric=params.evaluate.primary_metric)
     target = out or paths.METRICS / "report/index.html"
-    page.write(target, found, experiment_table.read(paths.ROOT, found.columns))
+    page.write_page(target, found, experiment_table.read_experiments(paths.ROOT, found.columns))
     sys.stdout.write(f"{target}\n")
 
 

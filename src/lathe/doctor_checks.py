@@ -150,9 +150,9 @@ def check_threads(environment: Mapping[str, str]) -> Findings:
 def check_llama() -> Findings:
     """The library that quantizes and answers; it is compiled at installation and may not load elsewhere."""
     from lathe.gguf.llama_library import library
-    from lathe.gguf.tensor_types import quant_types
+    from lathe.gguf.tensor_types import list_file_types
 
-    yield Finding("llama.cpp", "ok", f"llama-cpp-python {library().__version__} loads, {len(quant_types())} types")
+    yield Finding("llama.cpp", "ok", f"llama-cpp-python {library().__version__} loads, {len(list_file_types())} types")
 
 
 def check_converter(root: Path, llama_cpp_dir: str | None) -> Findings:
@@ -165,7 +165,7 @@ def check_converter(root: Path, llama_cpp_dir: str | None) -> Findings:
         yield Finding("converter", "fail", f"{_shown(folder, root)} holds no convert_hf_to_gguf.py", remedy)
     elif llama_cpp_dir:
         yield Finding("converter", "ok", f"{_shown(folder, root)}, named by convert.llama_cpp_dir")
-    elif install_converter.in_place(folder, root / install_converter.REQUIREMENT.name):
+    elif install_converter.is_installed(folder, root / install_converter.REQUIREMENT.name):
         yield Finding("converter", "ok", f"{_shown(folder, root)}, as pinned")
     else:
         text = f"{_shown(folder, root)} is not the one that {install_converter.REQUIREMENT.name} pins"

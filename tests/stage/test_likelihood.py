@@ -22,7 +22,7 @@ def opened(path, n_parallel=8, n_ctx=512, threads=1):
 def requests(generator, count):
     """What the household commands ask, and what is to be answered, as the model's template writes them."""
     tokens = {"bos_token": generator.bos_token, "eos_token": generator.eos_token}
-    rows = household_commands.rows(1)["validation"][:count]
+    rows = household_commands.make_rows(1)["validation"][:count]
     return [prompt_and_answer(generator.template, row["messages"], **tokens)[:2] for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""What a stage leaves in `metrics/`: its scores and counts, and apart from them its timings."""
+"""Metric files: CSV of plots, timings and peak memory of a stage in `metrics/`."""
 
 import csv
 import resource
@@ -12,7 +12,7 @@ from lathe.common.json_files import read_json, write_json
 
 
 def write_csv(target: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a plot's rows, which all have the keys of the first, whole or not at all."""
+    """Write the rows of a plot, all with the keys of the first, completely or not at all."""
     with paths.whole_file(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -22,25 +22,25 @@ def write_csv(target: Path, rows: Sequence[dict[str, Any]]) -> None:
 def write_timings(
     stage: str, item: str | None, *, seconds: float, speeds: dict[str, float], items: Sequence[str] = ()
 ) -> None:
-    """Record what varies from run to run, outside of `dvc.lock`: it never makes a stage look changed.
+    """Write what varies from run to run; it is not in `dvc.lock`, so that no stage looks changed by it.
 
-    A stage that runs once for each of `items` has one file with their sum and, in a list, each item's own; DVC makes no
-    columns of lists, so that `dvc exp show` has one figure per stage.
+    A stage that runs once for each of `items` has one file with the sum and a list of the items' own; DVC makes no
+    columns of lists, so that `dvc exp show` has one number per stage.
     """
     content: dict[str, Any] = {"seconds": round(seconds, 2), "peak_memory_bytes": peak_memory_bytes(), **speeds}
     if (gpu_bytes := peak_gpu_memory_bytes()) is not None:
         content["peak_gpu_memory_bytes"] = gpu_bytes
     target = paths.METRICS / "timings" / f"{stage}.json"
-    write_json(target, _with_others(target, {"item": item, **content}, items) if item else content)
+    write_json(target, _merge_items(target, {"item": item, **content}, items) if item else content)
 
 
-def _with_others(target: Path, content: dict[str, Any], items: Sequence[str]) -> dict[str, Any]:
+def _merge_items(target: Path, content: dict[str, Any], items: Sequence[str]) -> dict[str, Any]:
     before = read_json(target)["items"] if target.exists() else []
     by_item = {old["item"]: old for old in before} | {content["item"]: content}
     listed = [by_item[item] for item in items if item in by_item]
     return {
-        "seconds": round(sum(each["seconds"] for each in listed), 2),
-        "peak_memory_bytes": max(each["peak_memory_bytes"] for each in listed),
+        "seconds": round(sum(timing["seconds"] for timing in listed), 2),
+        "peak_memory_bytes": max(timing["peak_memory_bytes"] for timing in listed),
         "items": listed,
     }
 

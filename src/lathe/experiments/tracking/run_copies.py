@@ -39,7 +39,9 @@ def copy_commit(commit: str, folder: Path, context: Context) -> MirroredRun:
     listed = list_paths("ls-tree", "-r", "--name-only", commit, "--", *IN_GIT, root=paths.MAIN)
     for name in CONFIGURATION:
         if name not in listed:
-            raise InputError(f"{commit[:10]} has no {name}; name a commit with a pipeline that has run")
+            raise InputError(
+                f"{commit[:10]} has no {name}; name a commit with a pipeline that has run", code="no-pipeline"
+            )
     archived = run_git("archive", commit, "--", *listed, root=paths.MAIN)
     with tarfile.open(fileobj=io.BytesIO(archived)) as archive:
         archive.extractall(folder, filter="data")

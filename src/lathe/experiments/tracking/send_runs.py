@@ -42,7 +42,9 @@ def _send_named(revs: Sequence[str], asked: Collection[str]) -> Iterator[tuple[s
     for line in overrides:
         logger.info("%s", line)
     if not chosen:
-        raise InputError("tracking is enabled for nothing; give --mlflow or --wandb, or enable one in params.yaml")
+        raise InputError(
+            "tracking is enabled for nothing; give --mlflow or --wandb, or enable one in params.yaml", code="no-tracker"
+        )
     for rev in revs:
         with _copy_run(rev) as record:
             for target in chosen:
@@ -79,7 +81,10 @@ def _copy_run(rev: str) -> Iterator[MirroredRun]:
             return
         record = run_copies.copy_workspace(paths.ROOT, folder, Context())
         if what := run_copies.find_mismatch(paths.ROOT):
-            raise InputError(f"workspace: {what} is not as dvc.lock has it; run `dvc repro`, or name a commit")
+            raise InputError(
+                f"workspace: {what} is not as dvc.lock has it; run `dvc repro`, or name a commit",
+                code="changed-workspace",
+            )
         yield record
 
 

@@ -59,11 +59,13 @@ def choose_targets(
     enabled = {"mlflow": mlflow.enabled, "wandb": wandb.enabled}
     if switch := environment.get("MLFLOW_ENABLED"):
         if switch.lower() not in _SWITCH:
-            raise InputError(f"MLFLOW_ENABLED is {switch!r}; must be one of {', '.join(_SWITCH)}")
+            raise InputError(
+                f"MLFLOW_ENABLED is {switch!r}; must be one of {', '.join(_SWITCH)}", code="invalid-variable"
+            )
         enabled["mlflow"] = _SWITCH[switch.lower()]
     mode = environment.get("WANDB_MODE") or (wandb.mode if wandb.enabled else "disabled")
     if mode not in ("online", "offline", "disabled"):
-        raise InputError(f"WANDB_MODE is {mode!r}; must be one of online, offline, disabled")
+        raise InputError(f"WANDB_MODE is {mode!r}; must be one of online, offline, disabled", code="invalid-variable")
     enabled["wandb"] = mode != "disabled"
     for name, variable, written in (
         ("mlflow", "MLFLOW_ENABLED", mlflow.enabled),
@@ -77,7 +79,9 @@ def choose_targets(
         try:
             plain_address(uri)
         except ValueError as error:
-            raise InputError(f"MLFLOW_TRACKING_URI: {error}, MLFLOW_TRACKING_PASSWORD for one") from None
+            raise InputError(
+                f"MLFLOW_TRACKING_URI: {error}, MLFLOW_TRACKING_PASSWORD for one", code="invalid-variable"
+            ) from None
         experiment = chosen("mlflow.experiment_name", "MLFLOW_EXPERIMENT_NAME", mlflow.experiment_name)
         found.append(MlflowTarget(uri.rstrip("/"), experiment))
     if "wandb" in asked or (enabled["wandb"] and not asked):
