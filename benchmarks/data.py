@@ -82,7 +82,7 @@ def _make_tokenizer(folder: Path) -> None:
 
     folder.mkdir()
     recipe = replace(tiny_model.RECIPE, vocab_size=PIECES)
-    vocabulary = tiny_model._vocabulary(household_commands.documents(42, recipe.documents), 42, PIECES)
+    vocabulary = tiny_model._train_vocabulary(household_commands.make_documents(42, recipe.documents), 42, PIECES)
     tiny_model._save_tokenizer(folder, vocabulary, recipe)
 
 

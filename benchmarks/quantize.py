@@ -33,7 +33,7 @@ from lathe.config.quantization_types import FILES_THAT_CANNOT_BE_MADE, FILES_THA
 from lathe.evaluation.text_metrics import exact_match
 from lathe.gguf.header import describe
 from lathe.gguf.quantize import quantize
-from lathe.gguf.tensor_types import quant_types
+from lathe.gguf.tensor_types import list_file_types
 from lathe.inference import likelihood
 from lathe.inference.generate import Generator
 
@@ -82,7 +82,7 @@ def main() -> None:
     for file in (original, matrix, paths.DATA_PROCESSED / "validation.jsonl"):
         if not file.is_file():
             raise SystemExit(f"error: {file}: no such file; run the pipeline first: make repro")
-    sensible = sorted(set(quant_types()) - FILES_THAT_CANNOT_BE_MADE - NOT_OF_INTEREST)
+    sensible = sorted(set(list_file_types()) - FILES_THAT_CANNOT_BE_MADE - NOT_OF_INTEREST)
     types = chosen.types.split(",") if chosen.types else sensible
     rows = read_jsonl(paths.DATA_PROCESSED / "validation.jsonl")[: chosen.rows]
     measured: list[Measured] = []

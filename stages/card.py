@@ -16,13 +16,13 @@ from lathe.config.load import Config
 def main(config: Config) -> None:
     from lathe.evaluation.best_artifact import best
     from lathe.gguf.llama_model import LlamaModel
-    from lathe.reports.model_card import Facts, license_of, model_card
+    from lathe.reports.model_card import CardFacts, read_license, render_model_card
     from lathe.reports.modelfile import build_modelfile
 
     types = config.params.quantize.types
     with LlamaModel(paths.GGUF / "merged-f16.gguf", vocab_only=True) as merged:
         metadata, template = merged.metadata, merged.chat_template
-    facts = Facts(
+    facts = CardFacts(
         model=read_json(paths.METRICS / "fetch/model.json")["origin"][0],
         dataset=read_json(paths.METRICS / "fetch/dataset.json")["origin"][0],
         rows=read_json(paths.METRICS / "preprocess/report.json"),
@@ -30,10 +30,10 @@ def main(config: Config) -> None:
         test=read_json(paths.METRICS / "evaluate/test.json"),
         quantized={name: read_json(paths.METRICS / f"quantize/{name}.json") for name in types},
         lineage={key.removeprefix("lathe."): text for key, text in metadata.items() if key.startswith("lathe.")},
-        license=license_of(paths.MODEL_BASE),
+        license=read_license(paths.MODEL_BASE),
     )
     chosen = best(facts.validation, types, config.params.evaluate.primary_metric)
-    card = model_card(facts, config.params, chosen)
+    card = render_model_card(facts, config.params, chosen)
     with paths.whole_file(paths.GGUF / "README.md") as partial:
         partial.write_text(card, encoding="utf-8")
     with paths.whole_file(paths.GGUF / "Modelfile") as partial:

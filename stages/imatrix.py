@@ -31,7 +31,7 @@ def main(config: Config) -> None:
             chats = [template.render(row["messages"]) for row in chosen]
             tokens = tokenizer(chats, add_special_tokens=False)["input_ids"]
             importance = collect(paths.MODEL_MERGED, paths.GGUF / "merged-f16.gguf", tokens)
-            imatrix_file.write(
+            imatrix_file.write_importance(
                 importance, folder / "imatrix.gguf", dataset="data/processed/train.jsonl", rows=len(chosen)
             )
             facts = {"rows": len(chosen), "tokens": sum(map(len, tokens)), "tensors": len(importance)}

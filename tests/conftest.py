@@ -150,7 +150,7 @@ def add_small_inputs(checkout: Checkout, model: Path) -> None:
     from lathe.sources.builtin import household_commands
 
     shutil.copytree(model, checkout.root / "models/local/small")
-    rows = household_commands.rows(1)["train"][:60]
+    rows = household_commands.make_rows(1)["train"][:60]
     folder = checkout.root / "data/local"
     with (folder / "few.jsonl").open("w") as lines:
         for row in rows:

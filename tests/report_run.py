@@ -44,7 +44,7 @@ def write_table(file: Path, rows: list[dict[str, Any]], delimiter: str) -> None:
 def build(root: Path, rows: int = 200, *, judged: bool = False) -> None:
     """Write metrics, data, dvc.lock and dvc.yaml under `root`."""
     chance = random.Random(3)
-    held_out = {split: household_commands.rows(1)[split][:rows] for split in SPLITS}
+    held_out = {split: household_commands.make_rows(1)[split][:rows] for split in SPLITS}
     for split, conversations in held_out.items():
         write_lines(root / f"data/processed/{split}.jsonl", conversations)
         for artifact in ARTIFACTS:
@@ -333,13 +333,13 @@ def search(root: Path) -> None:
         objectives = ", ".join(f"{{metric: {score}}}" for score in scores)
         file.write_text(SEARCH.format(name=name, objectives=f"[{objectives}]"))
         with mock.patch.object(paths, "SCRATCH", root / ".scratch"):
-            study = Study(search_file.read(file, params, name), InMemoryStorage(), params, is_local=True)
-        study.agree({"overrides": {"training.num_train_epochs": "2"}})
-        while (trial := study.next(9, may_begin=True)) is not None:
-            values = study.values(trial)
+            study = Study(search_file.read_plan(file, params, name), InMemoryStorage(), params, is_local=True)
+        study.check_setting({"overrides": {"training.num_train_epochs": "2"}})
+        while (trial := study.take_trial(9, may_begin=True)) is not None:
+            values = study.choose_values(trial)
             if trial.number == 5:
                 study.fail(trial, f"train: error: {'no answer at all, ' * 20}")
                 continue
             rate = values["training.learning_rate"]
             study.finish(trial, [rate**0.1, 8e5 + 4e7 * rate][: len(scores)], "c0ffee" * 6)  # none is best in both
-        results.write(study, root / "metrics/search" / name)
+        results.write_results(study, root / "metrics/search" / name)

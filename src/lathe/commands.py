@@ -180,9 +180,9 @@ def write_report(out: Path | None) -> None:
     from lathe.reports import experiment_table, facts, page
 
     params = load().params
-    run = facts.gather(paths.ROOT, seed=params.seed, primary_metric=params.evaluate.primary_metric)
+    run = facts.gather_facts(paths.ROOT, seed=params.seed, primary_metric=params.evaluate.primary_metric)
     target = out or paths.METRICS / "report/index.html"
-    page.write(target, run, experiment_table.read(paths.ROOT, run.columns))
+    page.write_page(target, run, experiment_table.read_experiments(paths.ROOT, run.columns))
     sys.stdout.write(f"{target}\n")
 
 
@@ -219,7 +219,7 @@ def mirror_runs(revs: list[str], followed: Path | None, *, mlflow: bool, wandb: 
     from lathe.experiments.tracking import follow_run, send_runs
 
     if followed:
-        follow_run.follow(followed)
+        follow_run.follow_run(followed)
     chosen = {"mlflow": mlflow, "wandb": wandb}
     sys.exit(send_runs.run(revs, [name for name, wanted in chosen.items() if wanted]))
 

@@ -156,11 +156,13 @@ def check_threads(environment: Mapping[str, str]) -> Findings:
 
 
 def check_llama() -> Findings:
-    """Load the library that quantizes and answers; it is compiled at installation and may not load elsewhere."""
+    """The library that quantizes and answers; it is compiled at installation and may not load elsewhere."""
     from lathe.gguf.llama_library import load_library
-    from lathe.gguf.tensor_types import quant_types
+    from lathe.gguf.tensor_types import list_file_types
 
-    yield Finding("llama.cpp", "ok", f"llama-cpp-python {load_library().__version__} loads, {len(quant_types())} types")
+    yield Finding(
+        "llama.cpp", "ok", f"llama-cpp-python {load_library().__version__} loads, {len(list_file_types())} types"
+    )
 
 
 def check_converter(root: Path, llama_cpp_dir: str | None) -> Findings:
@@ -173,7 +175,7 @@ def check_converter(root: Path, llama_cpp_dir: str | None) -> Findings:
         yield Finding("converter", "fail", f"{_show(folder, root)} holds no convert_hf_to_gguf.py", remedy)
     elif llama_cpp_dir:
         yield Finding("converter", "ok", f"{_show(folder, root)}, named by convert.llama_cpp_dir")
-    elif install_converter.in_place(folder, root / install_converter.REQUIREMENT.name):
+    elif install_converter.is_installed(folder, root / install_converter.REQUIREMENT.name):
         yield Finding("converter", "ok", f"{_show(folder, root)}, as pinned")
     else:
         text = f"{_show(folder, root)} is not the one that {install_converter.REQUIREMENT.name} pins"
@@ -252,19 +254,19 @@ def check_judge(config: "Config", here: Circumstances) -> Findings:
 
 
 def check_tracking(config: "Config", here: Circumstances) -> Findings:
-    """Check whether the trackers that runs are mirrored to answer; a run does not wait for them."""
-    from lathe.experiments.tracking.run_files import Context, Record
-    from lathe.experiments.tracking.targets import targets
-    from lathe.experiments.tracking.tracker import UnreachableError
-    from lathe.experiments.tracking.trackers import mirror_of
+    """Whether the trackers that runs are mirrored to answer; a run does not wait for them."""
+    from lathe.experiments.tracking.run_files import Context, MirroredRun
+    from lathe.experiments.tracking.targets import choose_targets
+    from lathe.experiments.tracking.tracker import TrackerUnreachableError
+    from lathe.experiments.tracking.trackers import create_mirror
 
-    chosen, _ = targets(config.params.tracking, here.environment)
+    chosen, _ = choose_targets(config.params.tracking, here.environment)
     if not chosen:
         yield Finding("tracking", "ok", "runs are mirrored nowhere: neither MLflow nor W&B is enabled")
     for target in chosen:
         try:
-            mirror_of(target, Record(here.root, Context())).ask()
-        except UnreachableError as error:
+            create_mirror(target, MirroredRun(here.root, Context())).check()
+        except TrackerUnreachableError as error:
             remedy = "runs are kept until `lathe mirror` has sent them"
             yield Finding("tracking", "warning", f"{target}: {error}", remedy)
         else:

@@ -19,7 +19,7 @@ from lathe.common.json_files import read_json_object
 from lathe.common.text import readable_bytes
 from lathe.config.params import Params
 from lathe.config.training_params import Lora, Quantization, Training
-from lathe.gguf.file_sizes import gguf_bytes
+from lathe.gguf.file_sizes import estimate_gguf_bytes
 from lathe.training.checkpoints import KEPT_CHECKPOINTS
 
 # Bytes of optimizer state per trained weight, by the optimizer's name in transformers. AdamW keeps two moments and Lion
@@ -156,9 +156,12 @@ def estimate_disk(model: Path | Mapping[str, Any], params: Params) -> dict[str, 
         "models/adapter": trained * (stored if full else 4),
         "models/merged": weights * (stored if params.merge.dtype == "auto" else 2),
         "models/gguf/adapter": 0 if full else trained * 2,
-        "models/gguf/base-f16.gguf": gguf_bytes("F16", weights, output, vocabulary),
-        "models/gguf/merged-f16.gguf": gguf_bytes("F16", weights, output, vocabulary),
-        **{f"models/gguf/{name}.gguf": gguf_bytes(name, weights, output, vocabulary) for name in params.quantize.types},
+        "models/gguf/base-f16.gguf": estimate_gguf_bytes("F16", weights, output, vocabulary),
+        "models/gguf/merged-f16.gguf": estimate_gguf_bytes("F16", weights, output, vocabulary),
+        **{
+            f"models/gguf/{name}.gguf": estimate_gguf_bytes(name, weights, output, vocabulary)
+            for name in params.quantize.types
+        },
         "data/generated": None,
     }
 

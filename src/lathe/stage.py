@@ -64,7 +64,7 @@ def _load_config(name: str) -> Config:
     """Return the parameters, and start the mirror of this run, if there is to be one."""
     config = load()
     if "DVC_STAGE" in os.environ and not launch.is_worker():
-        start_mirror.begun(name, config.params.tracking)
+        start_mirror.start_mirroring(name, config.params.tracking)
     return config
 
 

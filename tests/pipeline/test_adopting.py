@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     file = tmp_path_factory.mktemp("data") / "My rows.jsonl"
     with file.open("w") as lines:
-        for row in household_commands.rows(1)["train"][:60]:
+        for row in household_commands.make_rows(1)["train"][:60]:
             ask, reply = (message["content"] for message in row["messages"])
             lines.write(json.dumps({"ask": ask, "reply": reply}) + "\n")
     return file

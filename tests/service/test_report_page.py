@@ -400,8 +400,8 @@ def test_hostile_texts_are_shown_and_do_nothing(tmp_path, browser, size, scheme)
     gates = {"passed": False, "gates": {hostile: {"passed": False, "margin": None}}}
     report_run.write_json(tmp_path / "metrics/evaluate/gates.json", gates)
     target = tmp_path / "index.html"
-    found = facts.gather(tmp_path, seed=42, primary_metric="exact_match")
-    page.write(target, found, experiment_table.Experiments([], [], [], hostile))
+    found = facts.gather_facts(tmp_path, seed=42, primary_metric="exact_match")
+    page.write_page(target, found, experiment_table.Experiments([], [], [], hostile))
 
     written = target.read_text(encoding="utf-8")
     assert not set("\x00\x07\x1b\u202e\u2066\u200b\ufeff") & set(written)

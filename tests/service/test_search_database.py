@@ -85,7 +85,7 @@ def experiment(order):
     content = {{"merged": {{}}, "Q4_K_M": {{"exact_match": 0.5}}}}
     made = (folder / order.name).exists()
     return SimpleNamespace(commit="c", json=lambda name: content) if made else None
-trial.experiment = experiment
+trial.find_experiment = experiment
 def start(order, gpu):
     with (folder / "runs").open("a") as runs:
         runs.write(order.name + "\\n")
@@ -147,7 +147,7 @@ def test_a_wrong_password_is_told_in_one_line_and_not_shown(server: Server, tmp_
     from lathe.experiments.search import storage
 
     with pytest.raises(InputError, match="password authentication failed") as caught:
-        storage.opened(server.url.replace(PASSWORD, "wr0ng"), "some")
+        storage.open_storage(server.url.replace(PASSWORD, "wr0ng"), "some")
     assert "wr0ng" not in str(caught.value)
     assert "\n" not in str(caught.value)
 

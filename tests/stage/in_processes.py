@@ -44,7 +44,7 @@ def train_once(base: Path, training: dict[str, Any]) -> None:
     from lathe.training import distributed
     from lathe.training.train import train
 
-    rows, out = household_commands.rows(1), Path(training["out"])
+    rows, out = household_commands.make_rows(1), Path(training["out"])
     if launch.is_main():
         (out / "adapter").mkdir(parents=True, exist_ok=True)
     splits = {"train": rows["train"][: training["rows"]], "validation": rows["validation"][:5]}

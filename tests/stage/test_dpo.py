@@ -20,7 +20,10 @@ from lathe.training.preference_pairs import build_pair_dataset, encode_pairs
 from lathe.training.train import train
 
 CONFIG = load().params
-SPLITS = {"train": household_commands.rows(1)["train"][:24], "validation": household_commands.rows(1)["validation"][:6]}
+SPLITS = {
+    "train": household_commands.make_rows(1)["train"][:24],
+    "validation": household_commands.make_rows(1)["validation"][:6],
+}
 QUICK = {
     "method": "dpo",
     "max_steps": 6,

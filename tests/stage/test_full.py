@@ -14,7 +14,10 @@ from lathe.models.merge.merge import merge
 from lathe.sources.builtin import household_commands
 from lathe.training import train as training
 
-SPLITS = {"train": household_commands.rows(1)["train"][:24], "validation": household_commands.rows(1)["validation"][:6]}
+SPLITS = {
+    "train": household_commands.make_rows(1)["train"][:24],
+    "validation": household_commands.make_rows(1)["validation"][:6],
+}
 FULL = {
     "tuning": "full",
     "quantization.load_in_4bit": False,

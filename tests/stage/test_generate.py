@@ -44,7 +44,7 @@ def made(tmp_path_factory, learnt: Made) -> Checkout:
     checkout.set(SETTINGS)
     processed = checkout.root / "data/processed"
     processed.mkdir(parents=True)
-    rows = household_commands.rows(1)
+    rows = household_commands.make_rows(1)
     for split, count in (("train", 40), ("validation", 14), ("test", 17)):
         write_jsonl(rows[split][:count], processed / f"{split}.jsonl")
     (checkout.root / "data/general.txt").write_text(GENERAL)
@@ -210,7 +210,7 @@ def test_a_systems_message_stays_in_front_and_those_of_examples_are_left_out():
 
 
 def test_as_many_examples_are_shown_as_leave_the_longest_request_its_room(learnt: Made, tmp_path, caplog):
-    rows = [row["messages"] for row in household_commands.rows(1)["train"][:30]]
+    rows = [row["messages"] for row in household_commands.make_rows(1)["train"][:30]]
     examples = few_shot.draw_examples(rows[10:], 8, seed=1)
     counts = {}
     for n_ctx in (60, 130, 200, 330, 1000):

@@ -20,7 +20,10 @@ from lathe.training.grpo import encode_prompts, weight_rewards
 from lathe.training.train import TrainingResult, train
 
 CONFIG = load().params
-SPLITS = {"train": household_commands.rows(1)["train"][:12], "validation": household_commands.rows(1)["validation"][:6]}
+SPLITS = {
+    "train": household_commands.make_rows(1)["train"][:12],
+    "validation": household_commands.make_rows(1)["validation"][:6],
+}
 SHORT = Reward(name="length", weight=1.0, max_characters=8)
 SETTING = {
     "method": "grpo",

@@ -51,9 +51,11 @@ def test_each_expert_of_a_mixture_has_an_importance_of_its_own(mixture: Made, ex
         assert ours[name].counts.sum() == (2 * tokens if experts else tokens)
         # A router on the verge sends a token or two elsewhere.
         np.testing.assert_allclose(ours[name].counts, theirs[name].counts, atol=2, err_msg=name)
-        np.testing.assert_allclose(ours[name].means(), theirs[name].means(), rtol=0.3, err_msg=name)
+        np.testing.assert_allclose(ours[name].compute_means(), theirs[name].compute_means(), rtol=0.3, err_msg=name)
         if name.startswith("blk.0.ffn_down_exps"):
-            assert not np.allclose(ours[name].means().reshape(4, -1)[0], ours[name].means().reshape(4, -1)[1], rtol=0.1)
+            assert not np.allclose(
+                ours[name].compute_means().reshape(4, -1)[0], ours[name].compute_means().reshape(4, -1)[1], rtol=0.1
+            )
 
 
 def test_rows_of_any_lengths_and_batches_give_the_same_sums(tiny: Made, exact, monkeypatch):
@@ -67,7 +69,7 @@ def test_rows_of_any_lengths_and_batches_give_the_same_sums(tiny: Made, exact, m
 def test_a_tensor_whose_columns_were_reordered_gets_no_importance_and_is_named(tiny: Made, tmp_path, caplog):
     harmed = tmp_path / "harmed.gguf"
     shutil.copy(tiny.gguf, harmed)
-    [tensor] = [tensor for tensor in header.tensors(harmed) if tensor.name == "blk.1.attn_output.weight"]
+    [tensor] = [tensor for tensor in header.list_tensors(harmed) if tensor.name == "blk.1.attn_output.weight"]
     weight = np.memmap(harmed, "<f2", mode="r+", offset=tensor.offset, shape=tuple(reversed(tensor.extents)))
     weight[:] = weight[:, ::-1].copy()
     weight.flush()
@@ -90,14 +92,14 @@ def test_a_matrix_is_read_as_it_was_written_and_unused_experts_count_alike(tmp_p
         "blk.0.a.weight": Importance(np.float32([[1, 2, 3]]), np.float32([2])),
         "blk.0.b_exps.weight": Importance(np.float32([[2, 4], [0, 0]]), np.float32([4, 0])),
     }
-    imatrix_file.write(written, tmp_path / "m.gguf", dataset="somewhere", rows=7)
-    read = imatrix_file.read(tmp_path / "m.gguf")
+    imatrix_file.write_importance(written, tmp_path / "m.gguf", dataset="somewhere", rows=7)
+    read = imatrix_file.read_importance(tmp_path / "m.gguf")
     assert read.keys() == written.keys()
     for name in read:
         np.testing.assert_array_equal(read[name].sums, written[name].sums)
         np.testing.assert_array_equal(read[name].counts, written[name].counts)
-    assert read["blk.0.a.weight"].means().tolist() == [0.5, 1, 1.5]
-    assert read["blk.0.b_exps.weight"].means().tolist() == [0.5, 1, 1, 1]
+    assert read["blk.0.a.weight"].compute_means().tolist() == [0.5, 1, 1.5]
+    assert read["blk.0.b_exps.weight"].compute_means().tolist() == [0.5, 1, 1, 1]
     metadata = header.describe(tmp_path / "m.gguf")["metadata"]
     assert metadata["general.type"] == "imatrix"
     assert metadata["imatrix.chunk_count"] == 7
@@ -105,12 +107,12 @@ def test_a_matrix_is_read_as_it_was_written_and_unused_experts_count_alike(tmp_p
 
 def test_a_file_that_holds_no_matrix_is_refused(tiny: Made, tmp_path):
     with pytest.raises(InputError, match="no such importance matrix; run the stage imatrix"):
-        imatrix_file.read(tmp_path / "none.gguf")
+        imatrix_file.read_importance(tmp_path / "none.gguf")
     with pytest.raises(InputError, match="holds no sums with their counts"):
-        imatrix_file.read(tiny.gguf)
+        imatrix_file.read_importance(tiny.gguf)
     (tmp_path / "text").write_text("no matrix at all, whatever its name")
     with pytest.raises(InputError, match="not an importance matrix"):
-        imatrix_file.read(tmp_path / "text")
+        imatrix_file.read_importance(tmp_path / "text")
 
 
 def test_the_stage_takes_as_many_training_rows_as_asked_for_and_there_are(small_checkout):

@@ -20,7 +20,7 @@ def open_generator(path, n_parallel=8, n_ctx=512, threads=1):
 
 def requests(generator, count):
     """What the household commands ask, and what is to be answered, as the model's template writes them."""
-    rows = household_commands.rows(1)["validation"][:count]
+    rows = household_commands.make_rows(1)["validation"][:count]
     return [generator.chat_template.split_answer(row["messages"])[:2] for row in rows]
 
 

@@ -12,11 +12,11 @@ from shared import made_once
 from lathe.common.errors import InputError
 from lathe.config.quantization_types import FILES_THAT_CANNOT_BE_MADE, FILES_THAT_NEED_IMATRIX, check_type
 from lathe.gguf import collect_imatrix, imatrix_file
-from lathe.gguf.header import describe, tensors
+from lathe.gguf.header import describe, list_tensors
 from lathe.gguf.llama_library import collect_llama_log, load_library, read_ggml_types
 from lathe.gguf.llama_model import LlamaModel
 from lathe.gguf.quantize import quantize
-from lathe.gguf.tensor_types import quant_types
+from lathe.gguf.tensor_types import list_file_types
 from lathe.inference.kv_cache import KVCache
 
 
@@ -83,7 +83,7 @@ def test_an_external_program_that_cannot_be_run_or_fails_is_refused_in_one_line(
 def test_every_type_of_the_library_is_offered():
     import llama_cpp
 
-    types = quant_types()
+    types = list_file_types()
     assert types["Q4_K_M"] == llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
     assert types["F32"] == llama_cpp.LLAMA_FTYPE_ALL_F32
     assert "GUESSED" not in types
@@ -115,7 +115,7 @@ def uneven(tmp_path_factory) -> Uneven:
     def make(folder: Path) -> None:
         make_llama(folder, stretch)
         importance = collect_imatrix.collect(folder, convert(folder, folder.with_suffix(".gguf")), rows[:40])
-        imatrix_file.write(importance, folder / "imatrix.gguf", dataset="random tokens", rows=40)
+        imatrix_file.write_importance(importance, folder / "imatrix.gguf", dataset="random tokens", rows=40)
 
     folder = made_once(tmp_path_factory, "uneven", make)
     return Uneven(folder.with_suffix(".gguf"), folder / "imatrix.gguf", rows[40:])
@@ -147,7 +147,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-@pytest.mark.parametrize("name", sorted(set(quant_types()) - FILES_THAT_CANNOT_BE_MADE))
+@pytest.mark.parametrize("name", sorted(set(list_file_types()) - FILES_THAT_CANNOT_BE_MADE))
 def test_every_type_of_the_library_makes_a_file_that_runs(name, uneven: Uneven, tmp_path):
     out = tmp_path / "out.gguf"
     if name in FILES_THAT_NEED_IMATRIX:
@@ -169,7 +169,7 @@ def test_a_type_that_llama_cpp_names_and_cannot_make_is_refused_in_one_line(name
         quantize(tiny.gguf, tmp_path / "x", type=name, threads=1)
     llama_cpp = load_library()
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = quant_types()[name]
+    params.ftype = list_file_types()[name]
     with collect_llama_log() as log:
         assert llama_cpp.llama_model_quantize(str(tiny.gguf).encode(), str(tmp_path / "x").encode(), params)
     assert "invalid output file type" in log.reason
@@ -192,9 +192,9 @@ def test_the_importance_matrix_brings_a_file_nearer_to_the_original_and_one_in_t
     reference = logits(uneven.gguf, uneven.rows)
     reversed_columns = {
         tensor: imatrix_file.Importance(one.sums[:, ::-1], one.counts)
-        for tensor, one in imatrix_file.read(uneven.matrix).items()
+        for tensor, one in imatrix_file.read_importance(uneven.matrix).items()
     }
-    imatrix_file.write(reversed_columns, tmp_path / "reversed.gguf", dataset="reversed", rows=24)
+    imatrix_file.write_importance(reversed_columns, tmp_path / "reversed.gguf", dataset="reversed", rows=24)
     nats = {}
     for which, importance in (("none", None), ("own", uneven.matrix), ("reversed", tmp_path / "reversed.gguf")):
         quantize(uneven.gguf, tmp_path / which, type=name, threads=2, importance=importance)
@@ -206,9 +206,9 @@ def test_the_importance_matrix_brings_a_file_nearer_to_the_original_and_one_in_t
 def test_columns_that_nothing_flows_into_do_no_harm(uneven: Uneven, tmp_path):
     dead = {
         tensor: imatrix_file.Importance(np.where(np.arange(one.sums.shape[1]) < 64, 0, one.sums), one.counts)
-        for tensor, one in imatrix_file.read(uneven.matrix).items()
+        for tensor, one in imatrix_file.read_importance(uneven.matrix).items()
     }
-    imatrix_file.write(dead, tmp_path / "dead.gguf", dataset="dead", rows=24)
+    imatrix_file.write_importance(dead, tmp_path / "dead.gguf", dataset="dead", rows=24)
     for name in ("Q4_0", "Q4_K_M", "Q2_K", "IQ3_M", "IQ2_XXS", "IQ1_S"):
         quantize(uneven.gguf, tmp_path / name, type=name, threads=2, importance=tmp_path / "dead.gguf")
         assert np.isfinite(logits(tmp_path / name, uneven.rows[:1])).all()
@@ -216,7 +216,7 @@ def test_columns_that_nothing_flows_into_do_no_harm(uneven: Uneven, tmp_path):
 
 def stored(file: Path) -> dict[str, str]:
     numbers = {kind.number: name for name, kind in read_ggml_types().items()}
-    return {tensor.name: numbers[tensor.kind] for tensor in tensors(file)}
+    return {tensor.name: numbers[tensor.kind] for tensor in list_tensors(file)}
 
 
 def test_types_of_head_embeddings_and_named_tensors_are_the_users(tiny: Made, tmp_path):

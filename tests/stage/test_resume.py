@@ -28,7 +28,10 @@ from lathe.training.checkpoints import KEPT_TRAININGS, acquire_checkpoints
 from lathe.training.train import train
 
 CONFIG = load().params
-SPLITS = {"train": household_commands.rows(1)["train"][:30], "validation": household_commands.rows(1)["validation"][:6]}
+SPLITS = {
+    "train": household_commands.make_rows(1)["train"][:30],
+    "validation": household_commands.make_rows(1)["validation"][:6],
+}
 # Dropout draws random numbers in each step; no two of the intervals divide each other, nor an epoch of 5 steps.
 TRAINING = {
     "max_steps": 12,

@@ -24,7 +24,10 @@ from lathe.models.tokenizer import load_tokenizer
 from lathe.sources.builtin import household_commands
 from lathe.training.train import train
 
-SPLITS = {"train": household_commands.rows(1)["train"][:24], "validation": household_commands.rows(1)["validation"][:8]}
+SPLITS = {
+    "train": household_commands.make_rows(1)["train"][:24],
+    "validation": household_commands.make_rows(1)["validation"][:8],
+}
 QUICK = {
     "max_steps": 6,
     "per_device_train_batch_size": 4,

@@ -35,7 +35,7 @@ def test_every_text_and_every_chat_has_the_same_ids_in_llama_cpp(vocabulary, req
     tokenizer = AutoTokenizer.from_pretrained(made.folder)
     texts = [*tokenizer_parity.SAMPLE_TEXTS, *read_paragraphs(paths.ROOT / "data/general.txt"), *mixtures(200)]
     answers = [text for text in texts if text.strip()]
-    chats = [row["messages"] for row in household_commands.rows(1)["test"][:100]]
+    chats = [row["messages"] for row in household_commands.make_rows(1)["test"][:100]]
     chats += [
         [
             {"role": "system", "content": f"Answer in the language of {request}."},

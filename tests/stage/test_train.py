@@ -30,7 +30,10 @@ from lathe.sources.builtin import household_commands
 from lathe.training.train import TrainingResult, describe_unusual_rate, train
 
 CONFIG = load().params
-SPLITS = {"train": household_commands.rows(1)["train"][:24], "validation": household_commands.rows(1)["validation"][:6]}
+SPLITS = {
+    "train": household_commands.make_rows(1)["train"][:24],
+    "validation": household_commands.make_rows(1)["validation"][:6],
+}
 QUICK = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 100, "max_length": 256}
 
 

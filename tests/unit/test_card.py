@@ -11,7 +11,7 @@ from conftest import changed
 
 from lathe.config import params
 from lathe.config.load import load
-from lathe.reports.model_card import Facts, license_of, model_card
+from lathe.reports.model_card import CardFacts, read_license, render_model_card
 
 COMMIT = "6b2f" * 10
 
@@ -33,7 +33,7 @@ REPORT = {
     "Q2_K": measured(0.5, 1_000_000, 0.2),
 }
 COUNTS = {"kept": 1200, "scripts": {"Latin": 1000, "Cyrillic": 200}, "supervised_tokens": 34567}
-FACTS = Facts(
+FACTS = CardFacts(
     model={"name": "qwen3-600m", "source": "hub", "id": "Qwen/Qwen3-0.6B", "revision": "main", "commit": COMMIT},
     dataset={"name": "gsm8k", "source": "hub", "id": "openai/gsm8k", "commit": COMMIT},
     rows={
@@ -65,7 +65,7 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def test_the_front_matter_names_base_data_and_licence_as_the_hub_reads_them(chosen):
-    front = front_matter(model_card(FACTS, chosen, "Q8_0"))
+    front = front_matter(render_model_card(FACTS, chosen, "Q8_0"))
     assert front["base_model"] == "Qwen/Qwen3-0.6B"
     assert front["base_model_relation"] == "quantized"
     assert front["datasets"] == ["openai/gsm8k"]
@@ -75,14 +75,14 @@ def test_the_front_matter_names_base_data_and_licence_as_the_hub_reads_them(chos
 
 def test_a_base_that_is_not_on_the_hub_has_no_name_there_and_a_missing_licence_is_said(chosen):
     facts = dataclasses.replace(FACTS, model={"name": "mine", "source": "local"}, license={})
-    card = model_card(facts, chosen, "Q8_0")
+    card = render_model_card(facts, chosen, "Q8_0")
     assert "base_model" not in front_matter(card)
     assert "license" not in front_matter(card)
     assert "No licence of the base model is known" in card
 
 
 def test_every_file_has_its_size_score_interval_and_divergence(chosen):
-    lines = model_card(FACTS, chosen, "Q8_0").splitlines()
+    lines = render_model_card(FACTS, chosen, "Q8_0").splitlines()
     header = "| file | size | bits per weight | exact_match | perplexity | KL to f16 |"
     table = lines[lines.index(header) : lines.index(header) + 6]
     assert table[2:] == [
@@ -94,7 +94,7 @@ def test_every_file_has_its_size_score_interval_and_divergence(chosen):
 
 
 def test_it_says_how_to_run_the_best_file_and_where_it_comes_from(chosen):
-    card = model_card(FACTS, chosen, "Q8_0")
+    card = render_model_card(FACTS, chosen, "Q8_0")
     assert "llama-cli -m Q8_0.gguf" in card
     assert f"Qwen/Qwen3-0.6B, commit {COMMIT}, digest b1.dir" in card
     for digest in ("d2.dir", "a3.dir", "p4"):
@@ -104,8 +104,8 @@ def test_it_says_how_to_run_the_best_file_and_where_it_comes_from(chosen):
 
 
 def test_rows_that_were_not_answered_are_not_counted_as_scored(chosen):
-    assert "Scores of 1,200 held-out rows" in model_card(FACTS, chosen, "Q8_0")
-    assert "Scores of 7 held-out rows" in model_card(FACTS, changed(chosen, {"generate.max_rows": 7}), "Q8_0")
+    assert "Scores of 1,200 held-out rows" in render_model_card(FACTS, chosen, "Q8_0")
+    assert "Scores of 7 held-out rows" in render_model_card(FACTS, changed(chosen, {"generate.max_rows": 7}), "Q8_0")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_rows_that_were_not_answered_are_not_counted_as_scored(chosen):
     [("dpo", "1 supervised epochs, then 2 epochs of pairs"), ("grpo", "1.25 supervised epochs, then 100 steps")],
 )
 def test_a_method_with_two_phases_is_told_as_two(chosen, method, length):
-    card = model_card(FACTS, changed(chosen, {"method": method, "lora.target_modules": r".*(q|v)_proj"}), "Q8_0")
+    card = render_model_card(FACTS, changed(chosen, {"method": method, "lora.target_modules": r".*(q|v)_proj"}), "Q8_0")
     assert f"| length | {length} |" in card
     assert r"| target_modules | .*(q\|v)_proj |" in card
 
@@ -121,7 +121,7 @@ def test_a_method_with_two_phases_is_told_as_two(chosen, method, length):
 def test_it_holds_no_secret_and_no_path_of_this_machine(chosen, monkeypatch):
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "LATHE_API_KEY"):
         monkeypatch.setenv(name, "secret-of-the-environment")
-    card = model_card(FACTS, changed(chosen, {"judge.base_url": "https://user:secret@judge.invalid"}), "Q8_0")
+    card = render_model_card(FACTS, changed(chosen, {"judge.base_url": "https://user:secret@judge.invalid"}), "Q8_0")
     assert "secret" not in card
     assert os.getcwd() not in card
 
@@ -142,4 +142,4 @@ def test_it_holds_no_secret_and_no_path_of_this_machine(chosen, monkeypatch):
 def test_the_licence_is_what_the_model_s_own_card_says(tmp_path: Path, files, expected):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert license_of(tmp_path) == expected
+    assert read_license(tmp_path) == expected

@@ -12,7 +12,7 @@ from lathe.common import paths
 from lathe.common.code_closure import imported_modules, module_file
 from lathe.config.quantization_types import FILE_TYPES, TENSOR_TYPES
 from lathe.gguf.llama_library import read_ggml_types
-from lathe.gguf.tensor_types import quant_types
+from lathe.gguf.tensor_types import list_file_types
 
 SOURCE = paths.ROOT / "src/lathe"
 
@@ -119,5 +119,5 @@ def test_validating_the_configuration_imports_no_heavy_library_and_is_quick():
 
 
 def test_the_quantization_types_are_those_of_the_installed_llama_cpp():
-    assert list(FILE_TYPES) == list(quant_types())
+    assert list(FILE_TYPES) == list(list_file_types())
     assert list(TENSOR_TYPES) == list(read_ggml_types())

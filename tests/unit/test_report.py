@@ -11,7 +11,7 @@ import report_run
 
 from lathe.common.errors import InputError
 from lathe.reports import experiment_table, facts, page, plots, text_diff
-from lathe.reports.values import Value, read
+from lathe.reports.values import Value, read_value
 
 NO_EXPERIMENTS = experiment_table.Experiments([], [], [])
 
@@ -30,28 +30,28 @@ def run(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "run"))
 
 
-def gathered(root: Path, metric: str = "exact_match") -> facts.Facts:
-    return facts.gather(root, seed=42, primary_metric=metric)
+def gathered(root: Path, metric: str = "exact_match") -> facts.ReportFacts:
+    return facts.gather_facts(root, seed=42, primary_metric=metric)
 
 
 def rendered(root: Path) -> str:
-    return page.render(gathered(root), NO_EXPERIMENTS)
+    return page.render_page(gathered(root), NO_EXPERIMENTS)
 
 
 def test_a_value_knows_its_place_whatever_the_names_on_the_way(tmp_path):
     gate = "Q4_K_M.exact_match >= a/b~c"
     (tmp_path / "x.json").write_text(json.dumps({"gates": {gate: {"margin": 0.5}}}))
-    value = read(tmp_path, "x.json").get("gates", gate, "margin")
+    value = read_value(tmp_path, "x.json").get("gates", gate, "margin")
     assert value.content == 0.5
     assert value.address == "x.json#/gates/Q4_K_M.exact_match%20%3E%3D%20a~1b~0c/margin"
     assert value.get("more") is None
-    assert read(tmp_path, "y.json") is None
+    assert read_value(tmp_path, "y.json") is None
 
 
 def test_a_file_that_is_not_json_is_named_in_one_line(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(InputError, match=r"^x.json:1: not valid JSON: .*; run the stage that writes it again$"):
-        read(tmp_path, "x.json")
+        read_value(tmp_path, "x.json")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_file_that_is_not_json_is_named_in_one_line(tmp_path):
     ],
 )
 def test_numbers_are_rounded_and_have_their_unit(value, style, text):
-    assert page.shown(value, style) == text
+    assert page.format_value(value, style) == text
 
 
 def test_the_best_file_is_named_by_validation_and_the_headline_is_of_test(run):
@@ -95,7 +95,7 @@ def test_the_same_seed_draws_the_same_rows_and_another_one_others(run):
     rows = [sample.row for sample in gathered(run).samples]
     assert rows == [sample.row for sample in gathered(run).samples]
     assert len(rows) == len(set(rows)) == facts.SAMPLED_ROWS
-    assert rows != [sample.row for sample in facts.gather(run, seed=7, primary_metric="exact_match").samples]
+    assert rows != [sample.row for sample in facts.gather_facts(run, seed=7, primary_metric="exact_match").samples]
 
 
 def test_answers_that_are_equal_stand_together_and_the_reference_first(run):
@@ -124,7 +124,7 @@ def test_a_row_that_only_the_untrained_model_got_wrong_does_not_differ(run):
 
 
 def test_worst_rows_keep_their_order_and_leave_out_what_is_the_reference(run):
-    rows = read(run, "data/scored/base_few_shot/validation.jsonl").content
+    rows = read_value(run, "data/scored/base_few_shot/validation.jsonl").content
     wrong = [row["row"] for row in rows if row["completion"] != row["reference"]]
     assert [row.content["row"] for row in gathered(run).worst["base_few_shot"]] == wrong[: facts.WORST_ROWS]
 
@@ -222,7 +222,7 @@ def test_a_score_that_does_not_apply_is_a_dash_and_one_that_never_does_is_no_col
 
 
 def test_a_primary_metric_that_nothing_has_leaves_the_summary_out(run):
-    html = page.render(gathered(run, "judge"), NO_EXPERIMENTS)
+    html = page.render_page(gathered(run, "judge"), NO_EXPERIMENTS)
     assert "No file has a score by <code>judge</code>" in html
 
 
@@ -232,7 +232,7 @@ def test_an_axis_holds_all_values_and_its_ticks_say_where_they_are():
         middle, spread = 10 ** chance.uniform(-6, 9), 10 ** chance.uniform(-3, 2)
         values = [middle * (1 + spread * chance.random()) for _ in range(chance.randint(1, 5))]
         unit = chance.choice([1, 0.01, 1e6])
-        axis = plots.axis(values, 46, 348, unit=unit, may_be_log=chance.random() < 0.5)
+        axis = plots.create_axis(values, 46, 348, unit=unit, may_be_log=chance.random() < 0.5)
         assert all(46 <= axis.place(value) <= 348 for value in values)
         assert len(axis.ticks) >= 1
         for value, text in axis.ticks:
@@ -242,9 +242,9 @@ def test_an_axis_holds_all_values_and_its_ticks_say_where_they_are():
 def test_labels_of_crowded_points_hide_neither_one_another_nor_leave_the_plot():
     table = Value([[890_000 + 9000 * n, 0.95 + 0.002 * (n % 3)] for n in range(9)], "x.json")
     points = [plots.Point(f"Q{n}_K_M", row.get(0), row.get(1)) for n, row in enumerate(table)]
-    x = plots.across([point.x.content for point in points])
-    drawn = plots.scatter("Score", points, x, x_label="bytes", y_label="")
-    boxes = [plots._box(mark.label, plots.LETTER * 6) for mark in drawn.marks]
+    x = plots.create_x_axis([point.x.content for point in points])
+    drawn = plots.draw_scatter("Score", points, x, x_label="bytes", y_label="")
+    boxes = [plots._measure_label(mark.label, plots.LETTER * 6) for mark in drawn.marks]
     for number, (left, top, right, bottom) in enumerate(boxes):
         assert left >= 0
         assert right <= plots.WIDTH
@@ -253,7 +253,9 @@ def test_labels_of_crowded_points_hide_neither_one_another_nor_leave_the_plot():
 
 def test_a_curve_breaks_where_it_has_no_number_and_long_ones_keep_their_ends():
     steps = [{"step": float(n), "loss": math.nan if 500 <= n < 600 else 1.0 / (n + 1)} for n in range(10_001)]
-    drawn = plots.curves("Loss", {"training": list(Value(steps, "l.tsv"))}, x="step", y="loss", x_label="", y_label="")
+    drawn = plots.draw_curves(
+        "Loss", {"training": list(Value(steps, "l.tsv"))}, x="step", y="loss", x_label="", y_label=""
+    )
     [line] = drawn.lines
     assert len(line.paths) == 2
     points = [point for path in line.paths for point in path.split()]
@@ -263,12 +265,13 @@ def test_a_curve_breaks_where_it_has_no_number_and_long_ones_keep_their_ends():
     assert line.last.content == 1.0 / 10_001
     nothing = [{"step": 1.0, "loss": math.inf}]
     assert (
-        plots.curves("Loss", {"a": list(Value(nothing, "l.tsv"))}, x="step", y="loss", x_label="", y_label="") is None
+        plots.draw_curves("Loss", {"a": list(Value(nothing, "l.tsv"))}, x="step", y="loss", x_label="", y_label="")
+        is None
     )
 
 
 def joined(text: str, reference: str | None = None) -> list[tuple[str, str]]:
-    return [(piece.kind, piece.text) for piece in text_diff.pieces(text, reference)]
+    return [(piece.kind, piece.text) for piece in text_diff.split_text(text, reference)]
 
 
 def test_differences_are_marked_by_words():
@@ -319,7 +322,7 @@ def test_experiments_show_what_changed_and_what_failed():
         {**state(None, 0.006, 0.8), "experiments": None},
     ]
     wanted = {"merged": ("v.json", "merged", "exact_match"), "no": ("w.json", "x")}
-    found = experiment_table.table(Value(listed, experiment_table.SOURCE), wanted)
+    found = experiment_table.build_table(Value(listed, experiment_table.SOURCE), wanted)
     assert [(row.name, row.state) for row in found.rows] == [
         ("main", None),
         ("low", None),
@@ -334,7 +337,7 @@ def test_experiments_show_what_changed_and_what_failed():
 
 
 def test_where_dvc_cannot_be_asked_the_page_says_why(tmp_path):
-    found = experiment_table.read(tmp_path, {})
+    found = experiment_table.read_experiments(tmp_path, {})
     assert found.rows == []
     assert found.problem.startswith("`dvc exp show` gave none: ")
 

@@ -52,7 +52,7 @@ def params() -> Params:
 def read(folder: Path, params: Params, text: str) -> search_file.Plan:
     file = folder / "some.yaml"
     file.write_text(text)
-    return search_file.read(file, params.model_dump(), "some.yaml")
+    return search_file.read_plan(file, params.model_dump(), "some.yaml")
 
 
 def planned(folder: Path, params: Params, *space: str, sampler: str = "tpe") -> search_file.Plan:
@@ -61,7 +61,7 @@ def planned(folder: Path, params: Params, *space: str, sampler: str = "tpe") -> 
 
 @pytest.mark.parametrize("file", sorted((paths.ROOT / "experiments/search").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_search_that_comes_along_can_be_run(file, params):
-    plan = search_file.read(file, params.model_dump(), file.name)
+    plan = search_file.read_plan(file, params.model_dump(), file.name)
     plan.check(params, file.name)
 
 
@@ -128,19 +128,19 @@ def test_of_several_types_the_worst_score_counts():
     report = {"Q8_0": {"exact_match": 0.9, "bytes": 9}, "Q2_K": {"exact_match": 0.4, "bytes": 3}}
     most = search_file.Objective(metric="quantized.exact_match", direction="maximize")
     least = search_file.Objective(metric="quantized.bytes", direction="minimize")
-    assert most.value(report, ["Q8_0", "Q2_K"]) == 0.4
-    assert least.value(report, ["Q8_0", "Q2_K"]) == 9
+    assert most.read_score(report, ["Q8_0", "Q2_K"]) == 0.4
+    assert least.read_score(report, ["Q8_0", "Q2_K"]) == 9
     with pytest.raises(ValueError, match=r"has no Q8_0\.kl"):
-        search_file.Objective(metric="Q8_0.kl", direction="minimize").value(report, ["Q8_0"])
+        search_file.Objective(metric="Q8_0.kl", direction="minimize").read_score(report, ["Q8_0"])
 
 
 def test_the_environment_becomes_overrides_that_are_recorded(params):
     told = {"LORA_N_TRIALS": "12", "LORA_MODEL_NAME": "tiny", "LORA_LEARNING_RATE": "2e-4", "LORA_NUM_EPOCHS": "3"}
-    found = environment.read({**told, "LORA_R": "8"}, params.model_dump(), ["tiny"])
+    found = environment.read_environment({**told, "LORA_R": "8"}, params.model_dump(), ["tiny"])
     assert found.overrides == ["model=tiny", "training.num_train_epochs=3", "training.learning_rate=0.0002"]
     assert found.n_trials == 12
     assert found.variables == told
-    assert environment.read({}, params.model_dump(), ["tiny"]) == environment.Environment({}, [], None)
+    assert environment.read_environment({}, params.model_dump(), ["tiny"]) == environment.Environment({}, [], None)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_the_environment_becomes_overrides_that_are_recorded(params):
 def test_a_variable_that_its_parameter_cannot_be_is_refused_in_one_line(params, name, texts):
     for text in texts:
         with pytest.raises(InputError, match=rf"^{name}( is empty; |( is|: \S+ is) .*; must be )") as caught:
-            environment.read({name: text}, params.model_dump(), ["tiny"])
+            environment.read_environment({name: text}, params.model_dump(), ["tiny"])
         assert "\n" not in str(caught.value), text
 
 
@@ -169,7 +169,7 @@ def test_a_grid_has_each_point_once(tmp_path, params):
         "quantize.types: {type: categorical, choices: [[Q8_0], [Q4_K_M]]}",
         sampler="grid",
     )
-    points = [json.dumps(samplers.grid_point(plan, number)) for number in range(plan.grid_size)]
+    points = [json.dumps(samplers.choose_grid_point(plan, number)) for number in range(plan.grid_size)]
     assert len(points) == len(set(points)) == 3 * 4 * 2
     with pytest.raises(InputError, match=r"some.yaml:11: space.training.learning_rate: a grid needs points; give it"):
         planned(tmp_path, params, RATE, sampler="grid")
@@ -187,12 +187,12 @@ ERROR: failed to reproduce 'train': failed to run: exec python3 stages/train.py,
 
 
 def test_a_failure_is_told_by_its_stage_and_its_last_error():
-    assert trial.reason(LOG, 255) == "train: error: training.max_length is 8; no row fits"
+    assert trial.explain_failure(LOG, 255) == "train: error: training.max_length is 8; no row fits"
     missing = "ERROR: failed to reproduce 'generate@base': [Errno 2] No such file or directory: 'data/none.txt'"
-    assert trial.reason(missing, 255) == "generate@base: [Errno 2] No such file or directory: 'data/none.txt'"
+    assert trial.explain_failure(missing, 255) == "generate@base: [Errno 2] No such file or directory: 'data/none.txt'"
     raised = "Traceback (most recent call last):\n  File\ntorch.OutOfMemoryError: CUDA out of memory\n"
-    assert trial.reason(raised, 1) == "torch.OutOfMemoryError: CUDA out of memory"
-    assert trial.reason("", 3) == "ended with 3 and said nothing"
+    assert trial.explain_failure(raised, 1) == "torch.OutOfMemoryError: CUDA out of memory"
+    assert trial.explain_failure("", 3) == "ended with 3 and said nothing"
     assert not trial.was_killed(LOG, 255)
     assert trial.was_killed("", -9)
     assert trial.was_killed("ERROR: failed to run: exec python3 x, exited with -9", 255)
@@ -207,12 +207,12 @@ def test_a_failure_is_told_by_its_stage_and_its_last_error():
     ],
 )
 def test_a_password_is_never_shown(url, shown):
-    assert storage.shown(url) == shown
+    assert storage.hide_password(url) == shown
 
 
 def test_a_database_that_is_away_is_told_in_one_line_without_its_password():
     with pytest.raises(InputError) as caught:
-        storage.opened("postgresql://me:secret@127.0.0.1:1/db", "some")
+        storage.open_storage("postgresql://me:secret@127.0.0.1:1/db", "some")
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("postgresql://me@127.0.0.1:1/db: ")
@@ -227,19 +227,19 @@ def kept(tmp_path, monkeypatch):
 
 
 def opened(plan: search_file.Plan, params: Params, setting: dict[str, Any] | None = None) -> study.Study:
-    found = study.Study(plan, storage.opened(None, plan.study), params.model_dump(), is_local=True)
-    found.agree(setting or {})
+    found = study.Study(plan, storage.open_storage(None, plan.study), params.model_dump(), is_local=True)
+    found.check_setting(setting or {})
     return found
 
 
 def test_a_line_that_a_kill_cut_short_does_not_spoil_the_journal(kept, params):
     plan = planned(kept, params, RATE)
     first = opened(plan, params)
-    begun = first.next(2, may_begin=True)
+    begun = first.take_trial(2, may_begin=True)
     with (kept / "journals/some.journal").open("ab") as journal:
         journal.write(b'{"op_code":5,"worker_id":"x"')
     first.finish(begun, [0.5], "c0ffee")
-    assert opened(plan, params).finished() == 1
+    assert opened(plan, params).count_finished() == 1
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_line_that_a_kill_cut_short_does_not_spoil_the_journal(kept, params):
 )
 def test_a_damaged_journal_is_refused_with_its_line_and_left_as_it_is(kept, params, damage):
     plan = planned(kept, params, RATE)
-    opened(plan, params).next(2, may_begin=True)
+    opened(plan, params).take_trial(2, may_begin=True)
     journal = kept / "journals/some.journal"
     lines = journal.read_bytes().splitlines(keepends=True)
     for at in (1, len(lines)):
@@ -264,8 +264,8 @@ def test_a_trial_of_a_driver_that_was_killed_goes_on_with_its_number_and_paramet
 
     def begin_and_die() -> None:
         driver = opened(plan, params)
-        begun = [driver.next(3, may_begin=True) for _ in range(2)]
-        driver.values(begun[1])
+        begun = [driver.take_trial(3, may_begin=True) for _ in range(2)]
+        driver.choose_values(begun[1])
         os._exit(9)
 
     process = context.Process(target=begin_and_die)
@@ -274,28 +274,28 @@ def test_a_trial_of_a_driver_that_was_killed_goes_on_with_its_number_and_paramet
     left = opened(plan, params)
     before = left.trials()[1].params
     driver = opened(plan, params)
-    taken = [driver.next(3, may_begin=True) for _ in range(3)]
+    taken = [driver.take_trial(3, may_begin=True) for _ in range(3)]
     assert [one.number for one in taken] == [0, 1, 2]
-    assert driver.values(taken[1]) == before
-    assert driver.next(3, may_begin=True) is None
-    assert left.next(3, may_begin=True) is None, "the driver lives"
+    assert driver.choose_values(taken[1]) == before
+    assert driver.take_trial(3, may_begin=True) is None
+    assert left.take_trial(3, may_begin=True) is None, "the driver lives"
 
 
 def test_who_has_lost_a_trial_stops_it_and_what_the_other_recorded_stands(kept, params):
     plan = planned(kept, params, RATE)
     slow, other = opened(plan, params), opened(plan, params)
-    begun = slow.next(1, may_begin=True)
+    begun = slow.take_trial(1, may_begin=True)
     other._me = {**other._me, "machine": "another"}
-    taken = other._taken_over(other.trials()[0])
-    assert other.beat() == []
-    assert slow.beat() == [0]
-    other.values(taken)
+    taken = other._take_over(other.trials()[0])
+    assert other.send_heartbeat() == []
+    assert slow.send_heartbeat() == [0]
+    other.choose_values(taken)
     other.finish(taken, [0.5], "c0ffee")
     slow.finish(begun, [0.1], "decaf")
     slow.fail(begun, "too late")
     [trial] = slow.trials()
     assert (trial.values, trial.user_attrs["experiment"]) == ([0.5], "c0ffee")
-    assert slow._taken_over(trial) is None
+    assert slow._take_over(trial) is None
 
 
 def test_drivers_at_once_share_the_trials_and_repeat_no_point(kept, params):
@@ -304,8 +304,8 @@ def test_drivers_at_once_share_the_trials_and_repeat_no_point(kept, params):
 
     def drive() -> None:
         driver = opened(plan, params)
-        while (begun := driver.next(12, may_begin=True)) is not None:
-            driver.finish(begun, [driver.values(begun)["training.learning_rate"]], "c0ffee")
+        while (begun := driver.take_trial(12, may_begin=True)) is not None:
+            driver.finish(begun, [driver.choose_values(begun)["training.learning_rate"]], "c0ffee")
 
     drivers = [context.Process(target=drive) for _ in range(3)]
     for process in drivers:
@@ -323,8 +323,8 @@ def test_a_search_begins_with_the_parameters_as_they_are_and_is_the_same_each_ti
     for _ in range(2):
         driver = opened(plan, params)
         for _ in range(6):
-            begun = driver.next(6, may_begin=True)
-            driver.finish(begun, [-abs(driver.values(begun)["training.learning_rate"] - 0.004)], "c0ffee")
+            begun = driver.take_trial(6, may_begin=True)
+            driver.finish(begun, [-abs(driver.choose_values(begun)["training.learning_rate"] - 0.004)], "c0ffee")
         found.append([one.params["training.learning_rate"] for one in driver.trials()])
         (kept / "journals/some.journal").unlink()
     assert found[0] == found[1]
@@ -357,7 +357,7 @@ storage.JOURNALS, paths.SCRATCH, run_search.LOGS = folder / "j", folder / "s", f
 run_search.SECONDS_BETWEEN_LOOKS = run_search.SECONDS_BETWEEN_SEARCHES_FOR_WORK = 0
 experiments = {{}}
 report = {{name: {{"exact_match": 0.5}} for name in ("merged", "Q4_K_M")}}
-trial.experiment = lambda order: experiments.get(order.name)
+trial.find_experiment = lambda order: experiments.get(order.name)
 def start(order, gpu):
     experiments[order.name] = SimpleNamespace(commit="c", read_json=lambda file: report)
     return SimpleNamespace(poll=lambda: 0, wait=lambda: 0, terminate=lambda: None)
@@ -394,13 +394,13 @@ def test_what_a_search_found_is_written_with_pictures(kept, params):
     plan = planned(kept, params, RATE, "lora.r: {type: int, low: 4, high: 64}", sampler="random")
     driver = opened(plan, params, {"overrides": {"seed": "1"}})
     for number in range(8):
-        begun = driver.next(8, may_begin=True)
-        values = driver.values(begun)
+        begun = driver.take_trial(8, may_begin=True)
+        values = driver.choose_values(begun)
         if number == 3:
             driver.fail(begun, "train: error: no")
         else:
             driver.finish(begun, [values["training.learning_rate"]], "c0ffee")
-    results.write(driver, kept / "found")
+    results.write_results(driver, kept / "found")
     found = json.loads((kept / "found/study.json").read_text())
     scores = [one["scores"].get("Q4_K_M.exact_match") for one in found["trials"]]
     assert [one["state"] for one in found["trials"]].count("complete") == 7
@@ -417,9 +417,9 @@ def test_what_a_search_found_is_written_with_pictures(kept, params):
 def test_a_study_in_which_every_trial_failed_is_an_error_with_the_reason(kept, params, capsys):
     driver = opened(planned(kept, params, RATE), params)
     for reason in ("train: error: no", "train: error: too long"):
-        driver.fail(driver.next(2, may_begin=True), reason)
+        driver.fail(driver.take_trial(2, may_begin=True), reason)
     with pytest.raises(InputError, match="no trial has scores; the last one failed: train: error: too long; mend that"):
-        command._tell(driver)
+        command._print_best(driver)
     assert capsys.readouterr().out == "2 trials ended, 2 of them failed\n"
 
 
@@ -430,36 +430,36 @@ def test_of_several_objectives_the_best_are_a_front_of_which_one_must_be_named(k
     plan = read(kept, params, text)
     driver = opened(plan, params, {"overrides": {}, "objectives": plan.directions})
     for scores in ([0.9, 800.0], [0.7, 500.0], [0.5, 900.0], [0.6, 600.0]):
-        begun = driver.next(4, may_begin=True)
-        driver.values(begun)
+        begun = driver.take_trial(4, may_begin=True)
+        driver.choose_values(begun)
         driver.finish(begun, scores, "c0ffee")
-    results.write(driver, kept / "found")
+    results.write_results(driver, kept / "found")
     assert json.loads((kept / "found/study.json").read_text())["best"] == ["some-0", "some-1"]
     assert (kept / "found/pareto.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match=r"2 experiments are best.*some-0: 0.9, 800; some-1: 0.7, 500.*name one"):
-        results.apply(driver, None)
+        results.apply_best(driver, None)
     with pytest.raises(InputError, match="--apply some-9: no finished experiment of the study"):
-        results.apply(driver, "some-9")
+        results.apply_best(driver, "some-9")
     with pytest.raises(InputError, match=r"not in this repository; .* `dvc exp pull REMOTE some-1`"):
-        results.apply(driver, "some-1")
+        results.apply_best(driver, "some-1")
 
 
 def test_each_trial_at_once_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert run_search.gpus() == ["2", "5"]
+    assert run_search.list_gpus() == ["2", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert run_search.gpus() == []
+    assert run_search.list_gpus() == []
 
 
 def test_the_process_of_a_trial_knows_what_it_is_and_nothing_of_what_is_the_searchs_own(kept, monkeypatch):
     monkeypatch.setattr(run_search, "LOGS", kept)
     says_all = [sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"]
-    monkeypatch.setattr(trial.Order, "command", lambda order: says_all)
+    monkeypatch.setattr(trial.Order, "build_command", lambda order: says_all)
     monkeypatch.setenv(storage.VARIABLE, "postgresql://me:secret@host/db")
     monkeypatch.setenv("LORA_BATCH_SIZE", "4")
-    run_search.start(trial.Order("late", 3, "tpe", "some trial", [], "", "", os.getpid()), "5").wait()
-    told = json.loads(trial.log_of(kept, "late-3"))
-    context = Context.of_search(told)
+    run_search.start_trial(trial.Order("late", 3, "tpe", "some trial", [], "", "", os.getpid()), "5").wait()
+    told = json.loads(trial.read_log(kept, "late-3"))
+    context = Context.from_environment(told)
     assert (context.study, context.trial, context.sampler) == ("late", "3", "tpe")
     assert told["CUDA_VISIBLE_DEVICES"] == "5"
     assert not {storage.VARIABLE, "LORA_BATCH_SIZE"} & set(told)

@@ -12,10 +12,10 @@ from lathe.common.errors import InputError
 from lathe.config import params
 from lathe.config.load import load
 from lathe.experiments.tracking import run_files, start_mirror, targets
-from lathe.experiments.tracking.run_files import Context, Record
+from lathe.experiments.tracking.run_files import Context, MirroredRun
 from lathe.experiments.tracking.targets import MlflowTarget, WandbTarget
-from lathe.experiments.tracking.tracker import UnreachableError
-from lathe.experiments.tracking.trackers import mirror_of
+from lathe.experiments.tracking.tracker import TrackerUnreachableError
+from lathe.experiments.tracking.trackers import create_mirror
 
 
 def tracking(**changes):
@@ -27,7 +27,7 @@ def tracking(**changes):
 
 
 def test_nothing_is_mirrored_unless_it_is_asked_for():
-    assert targets.targets(load().params.tracking, {}) == ([], [])
+    assert targets.choose_targets(load().params.tracking, {}) == ([], [])
 
 
 def test_the_environment_wins_over_the_parameters_and_says_so():
@@ -37,16 +37,16 @@ def test_the_environment_wins_over_the_parameters_and_says_so():
         "MLFLOW_EXPERIMENT_NAME": "mine",
         "WANDB_MODE": "offline",
     }
-    chosen, said = targets.targets(tracking(), environment)
+    chosen, said = targets.choose_targets(tracking(), environment)
     assert chosen == [MlflowTarget("http://127.0.0.1:9", "mine"), WandbTarget("offline", "lathe")]
     for variable in environment:
         assert any(variable in line for line in said), variable
     off = {"MLFLOW_ENABLED": "0", "WANDB_MODE": "disabled"}
-    assert targets.targets(tracking(mlflow__enabled=True, wandb__enabled=True), off)[0] == []
+    assert targets.choose_targets(tracking(mlflow__enabled=True, wandb__enabled=True), off)[0] == []
 
 
 def test_a_variable_that_says_what_the_parameters_say_is_not_worth_a_line():
-    chosen, said = targets.targets(tracking(mlflow__enabled=True), {"MLFLOW_ENABLED": "true"})
+    chosen, said = targets.choose_targets(tracking(mlflow__enabled=True), {"MLFLOW_ENABLED": "true"})
     assert len(chosen) == 1
     assert said == []
 
@@ -65,18 +65,18 @@ def test_a_variable_that_says_what_the_parameters_say_is_not_worth_a_line():
 )
 def test_a_variable_of_no_use_is_refused_and_no_secret_shown(environment, message):
     with pytest.raises(InputError) as caught:
-        targets.targets(tracking(), environment)
+        targets.choose_targets(tracking(), environment)
     assert str(caught.value) == message
 
 
 def test_what_is_named_is_chosen_enabled_or_not():
-    [chosen], _ = targets.targets(tracking(mlflow__enabled=True), {}, asked=["wandb"])
+    [chosen], _ = targets.choose_targets(tracking(mlflow__enabled=True), {}, asked=["wandb"])
     assert chosen == WandbTarget("offline", "lathe")
-    assert targets.from_json(targets.as_json(chosen)) == chosen
+    assert targets.from_json(targets.to_json(chosen)) == chosen
 
 
-def of_this_checkout(context: Context | None = None) -> Record:
-    return Record(paths.ROOT, context or Context())
+def of_this_checkout(context: Context | None = None) -> MirroredRun:
+    return MirroredRun(paths.ROOT, context or Context())
 
 
 def test_the_parameters_of_a_run_are_all_but_where_it_is_mirrored_to():
@@ -111,8 +111,11 @@ def test_a_point_whose_line_is_not_yet_whole_waits(tmp_path: Path):
 
 def test_only_points_that_are_not_known_are_sent():
     curves = {"train/loss": [(1, 2.5), (2, 2.0)], "eval/loss": [(1, 3.0)]}
-    assert run_files.missing({"train/loss": {1: 2.5}}, curves) == [("eval/loss", 1, 3.0), ("train/loss", 2, 2.0)]
-    assert run_files.missing({"train/loss": {1: 2.5, 2: 2.0}, "eval/loss": {1: 3.0}}, curves) == []
+    assert run_files.find_unsent_points({"train/loss": {1: 2.5}}, curves) == [
+        ("eval/loss", 1, 3.0),
+        ("train/loss", 2, 2.0),
+    ]
+    assert run_files.find_unsent_points({"train/loss": {1: 2.5, 2: 2.0}, "eval/loss": {1: 3.0}}, curves) == []
 
 
 def test_a_run_with_another_point_is_another_run():
@@ -142,30 +145,30 @@ def test_a_run_is_called_as_its_experiment_and_tagged_with_its_trial():
 
 def test_what_a_search_tells_its_trials_is_read_from_the_environment():
     told = {"LATHE_STUDY": "rates", "LATHE_TRIAL": "3", "LATHE_SAMPLER": "TPESampler", "DVC_EXP_NAME": "rates-3"}
-    assert Context.of_search(told) == Context(None, "rates-3", "rates", "3", "TPESampler")
-    assert Context.of_search({}) == Context()
+    assert Context.from_environment(told) == Context(None, "rates-3", "rates", "3", "TPESampler")
+    assert Context.from_environment({}) == Context()
 
 
 def test_a_variable_of_no_use_stops_no_stage_and_is_said_once(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(start_mirror, "FOLLOWING", tmp_path / "following")
     monkeypatch.setenv("MLFLOW_ENABLED", "on")
     with caplog.at_level("INFO"):
-        start_mirror.begun("preprocess", tracking())
-        start_mirror.begun("train", tracking())
+        start_mirror.start_mirroring("preprocess", tracking())
+        start_mirror.start_mirroring("train", tracking())
     assert caplog.messages == ["mirrored nowhere: MLFLOW_ENABLED is 'on'; must be one of 1, true, yes, 0, false, no"]
 
 
 def test_a_connection_that_fails_is_told_by_its_cause_alone():
-    with pytest.raises(UnreachableError) as caught:
-        mirror_of(MlflowTarget("http://127.0.0.1:9", "mine"), of_this_checkout()).ask()
+    with pytest.raises(TrackerUnreachableError) as caught:
+        create_mirror(MlflowTarget("http://127.0.0.1:9", "mine"), of_this_checkout()).check()
     assert str(caught.value) == "[Errno 111] Connection refused"
 
 
 def test_wandb_online_without_a_key_is_one_line_and_no_request(monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     found = of_this_checkout()
-    with pytest.raises(UnreachableError) as caught:
-        mirror_of(WandbTarget("online", "lathe"), found).finish(found)
+    with pytest.raises(TrackerUnreachableError) as caught:
+        create_mirror(WandbTarget("online", "lathe"), found).finish(found)
     assert str(caught.value) == "WANDB_API_KEY is not set; set it, or tracking.wandb.mode to offline"
 
 

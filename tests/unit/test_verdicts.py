@@ -250,4 +250,4 @@ def test_an_address_is_plain_because_it_is_written_into_dvc_lock(address):
 
 
 def test_secrets_in_a_text_are_hidden_longest_first():
-    assert redaction.hide("key abcd and abc", {"abc", "abcd", ""}) == "key [hidden] and [hidden]"
+    assert redaction.hide_secrets("key abcd and abc", {"abc", "abcd", ""}) == "key [hidden] and [hidden]"

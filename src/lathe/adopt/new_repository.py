@@ -14,7 +14,7 @@ from lathe.common.git import run_git, try_git
 from lathe.config.load import load
 from lathe.config.yaml_files import read_yaml
 from lathe.experiments.recipes import read_overrides
-from lathe.sources.model_files import wanted_files
+from lathe.sources.model_files import select_files
 
 # Remotes of Lathe's own that are nobody else's.
 REMOTES_LEFT_OUT = r"\n\['remote \"ycloud\"'\][^\[]*"
@@ -93,7 +93,7 @@ def _read_own(
     if own.model and own.model.local:
         if not own.model.local.is_dir():
             raise InputError(f"--model {model}: is no folder; give a Hugging Face model folder", code="missing-source")
-        wanted_files([file.name for file in own.model.local.iterdir()], str(model))
+        select_files([file.name for file in own.model.local.iterdir()], str(model))
     return own
 
 
@@ -116,7 +116,7 @@ def _write_own_files(repository: Path, own: Own) -> None:
     if own.model and own.model.local:
         target = repository / own.model_path
         target.mkdir(parents=True)
-        for name in wanted_files([file.name for file in own.model.local.iterdir()], str(own.model.local)):
+        for name in select_files([file.name for file in own.model.local.iterdir()], str(own.model.local)):
             shutil.copyfile(own.model.local / name, target / name)
         _track(repository, own.model_path)
     if own.dataset and own.dataset.local:

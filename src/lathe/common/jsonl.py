@@ -1,4 +1,4 @@
-"""The one form in which rows lie on disk: JSON Lines."""
+"""JSON Lines: the form of every file of rows."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -23,17 +23,19 @@ def line(row: Any) -> bytes:
 
 
 def read_jsonl(file: Path) -> list[Any]:
-    """Read what `write_jsonl` wrote; raises InputError where the file was harmed since."""
+    """Read what `write_jsonl` wrote; raises InputError if the file is missing or damaged."""
     return list(iterate_jsonl(file))
 
 
 def iterate_jsonl(file: Path) -> Iterator[Any]:
-    """Yield the same row by row."""
+    """Yield the rows of `read_jsonl` one by one."""
     if not file.is_file():
-        raise InputError(f"{file}: no such file; run the stage that writes it")
+        raise InputError(f"{file}: no such file; run the stage that writes it", code="no-such-file")
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 yield json.loads(line)
             except ValueError:
-                raise InputError(f"{file}:{number}: not a JSON line; run the stage that writes it again") from None
+                raise InputError(
+                    f"{file}:{number}: not a JSON line; run the stage that writes it again", code="not-json"
+                ) from None

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lathe.common.text import _shown
+from lathe.common.text import shorten_value
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
@@ -41,8 +41,8 @@ def plain_address(address: str) -> str:
     """Return the address of a server, in which no key may stand; raises ValueError, which shows none either."""
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", address):
         raise ValueError(
-            f"{_shown(re.sub('//.*@|[?#].*', '…', address))} is no plain address; write http(s)://HOST[:PORT][/PATH] "
-            "and put keys into the environment"
+            f"{shorten_value(re.sub('//.*@|[?#].*', '…', address))} is no plain address; write "
+            "http(s)://HOST[:PORT][/PATH] and put keys into the environment"
         )
     return address
 

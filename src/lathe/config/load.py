@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lathe.common import paths
 from lathe.common.errors import InputError
-from lathe.common.text import _near, _printed, _shown, did_you_mean
+from lathe.common.text import did_you_mean, escape_name, shorten_value, suggest_name
 from lathe.config.base import Section, section_of
 from lathe.config.params import Params
 from lathe.config.presets import (
@@ -103,7 +103,7 @@ def _write_line(path: tuple[Any, ...], problems: list[Any], model: type[Section]
     # A value of several allowed types fails once per type; if it fits one, only the rule of that one matters.
     deeper = [problem for problem in problems if not problem["type"].endswith("_type")]
     problem, given = (deeper or problems)[0], problems[0]["input"]
-    key = ".".join(map(_printed, path)) or "the whole file"
+    key = ".".join(map(escape_name, path)) or "the whole file"
     match problem["type"]:
         case "extra_forbidden":
             remedy = did_you_mean(str(path[-1]), _list_keys(model, path[:-1], tree))
@@ -112,19 +112,19 @@ def _write_line(path: tuple[Any, ...], problems: list[Any], model: type[Section]
             return f"{file}: {key} is missing; add it (`lathe schema` says what it means)"
         case "literal_error":
             known = [text.strip("'") for text in re.split(r", | or ", problem["ctx"]["expected"])]
-            near = _near(str(given), known)
-            return f"{file}: {key} is {_shown(given)}; must be one of {', '.join(known)}{near and f'; {near}'}"
+            near = suggest_name(str(given), known)
+            return f"{file}: {key} is {shorten_value(given)}; must be one of {', '.join(known)}{near and f'; {near}'}"
         case "union_tag_not_found" | "union_tag_invalid":
             source = given.get("source") if isinstance(given, dict) else given
-            return f"{file}: {key}.source is {_shown(source)}; must be one of builtin, local, hub"
-        case "value_error" if not path:  # a rule between keys, which names them
+            return f"{file}: {key}.source is {shorten_value(source)}; must be one of builtin, local, hub"
+        case "value_error" if not path:  # of several keys, which it names
             return f"{file}: {problem['msg'].removeprefix('Value error, ')}"
         case "value_error":
             return f"{file}: {key}: {problem['msg'].removeprefix('Value error, ')}"
         case "too_short":
-            return f"{file}: {key} is {_shown(given)}; must have at least {problem['ctx']['min_length']} item"
+            return f"{file}: {key} is {shorten_value(given)}; must have at least {problem['ctx']['min_length']} item"
     rules = [rule["msg"].removeprefix("Input should be ").removeprefix("a valid ") for rule in deeper or problems]
-    return f"{file}: {key} is {_shown(given)}; must be {' or '.join(dict.fromkeys(rules))}"
+    return f"{file}: {key} is {shorten_value(given)}; must be {' or '.join(dict.fromkeys(rules))}"
 
 
 def _path_in_file(location: tuple[Any, ...], tree: Any, *, missing: bool) -> tuple[Any, ...]:

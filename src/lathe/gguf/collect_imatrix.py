@@ -41,30 +41,31 @@ def collect(model: Path, file: Path, rows: Sequence[Sequence[int]]) -> dict[str,
     reorder columns the inputs would belong to others. Tensors without a layer get no importance and are named in one
     warning. Raises InputError if no layer is found in the file.
     """
-    network = _load(model)
-    watch = _Watch(network)
+    network = _load_model(model)
+    watch = _InputRecorder(network)
     with Progress("importance matrix", len(rows)) as progress, torch.inference_mode(), watch:
-        for batch in _batches(rows):
+        for batch in _group_rows(rows):
             network.base_model(input_ids=batch.to(network.device), use_cache=False)
             progress.add(len(batch))
     importance: dict[str, Importance] = {}
-    tensors = {tensor.name: tensor for tensor in header.tensors(file)}
-    names = _Names(file, tensors)
+    tensors = {tensor.name: tensor for tensor in header.list_tensors(file)}
+    names = _TensorNames(file, tensors)
     for layer, weight in watch.weights.items():
-        targets = names.of(layer)
-        if targets and _same_columns(weight, file, [tensors[name] for name in targets]):
-            sums, counts = watch.seen(layer)
+        targets = names.find_tensors(layer)
+        if targets and _has_same_columns(weight, file, [tensors[name] for name in targets]):
+            sums, counts = watch.get_sums(layer)
             importance |= {name: Importance(sums, counts) for name in targets}
-    _warn_of_others(tensors, importance)
+    _warn_of_unmatched(tensors, importance)
     if not importance:
         raise InputError(
             f"{model}: no linear layer of it is found again in {file.name}, so there is no importance matrix; "
-            "set quantize.imatrix to false"
+            "set quantize.imatrix to false",
+            code="no-matching-layer",
         )
     return importance
 
 
-def _load(folder: Path) -> Any:
+def _load_model(folder: Path) -> Any:
     """The model on the GPU where its weights fit there, else on the CPU."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -87,7 +88,7 @@ def _load(folder: Path) -> Any:
     return model.eval()
 
 
-def _batches(rows: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+def _group_rows(rows: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
     """Rows of one length together, so that none needs padding, which would count as text; (rows, tokens)."""
     by_length: dict[int, list[Sequence[int]]] = defaultdict(list)
     for row in rows:
@@ -98,7 +99,7 @@ def _batches(rows: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
             yield torch.tensor(same[start : start + size])
 
 
-class _Watch(TorchFunctionMode):
+class _InputRecorder(TorchFunctionMode):
     """Sees every product of an input with a weight of the model, and adds up the squares of the input.
 
     A mode and not hooks on modules: transformers multiplies the experts of a mixture without modules of their own.
@@ -117,12 +118,12 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear:
-            self._add(args[0], args[1])
+            self._add_squares(args[0], args[1])
         elif func is torch.addmm:  # GPT-2's Conv1D, whose weights are transposed
-            self._add(args[1], args[2].t())
+            self._add_squares(args[1], args[2].t())
         return func(*args, **(kwargs or {}))
 
-    def seen(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def get_sums(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Sums of squares, (experts, columns), and the tokens they are over, (experts,)."""
         return self._sums[name].float().cpu().numpy(), self._counts[name].float().cpu().numpy()
 
@@ -137,7 +138,7 @@ class _Watch(TorchFunctionMode):
             return None
         return name, parameter, distance // (parameter.stride(0) * parameter.itemsize) if parameter.dim() == 3 else 0
 
-    def _add(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
+    def _add_squares(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
         if (found := self._find(weight)) is None:
             return
         name, parameter, expert = found
@@ -151,7 +152,7 @@ class _Watch(TorchFunctionMode):
         self._counts[name][expert] += len(flat)
 
 
-class _Names:
+class _TensorNames:
     """From the names of the weights in transformers to those in the GGUF file, by gguf-py's table."""
 
     def __init__(self, file: Path, tensors: Mapping[str, Any]) -> None:
@@ -166,7 +167,7 @@ class _Names:
             get_tensor_name_map(numbers[architecture], max(blocks, default=0) + 1) if architecture in numbers else None
         )
 
-    def of(self, layer: str) -> list[str]:
+    def find_tensors(self, layer: str) -> list[str]:
         """The tensors that hold a layer's weight: none, one, or gate and up of experts that transformers has in one."""
         name = layer.replace("language_model.", "")
         if not name.endswith(".weight"):
@@ -181,13 +182,13 @@ class _Names:
         return []
 
 
-def _same_columns(weight: torch.Tensor, file: Path, tensors: Sequence[header.Tensor]) -> bool:
+def _has_same_columns(weight: torch.Tensor, file: Path, tensors: Sequence[header.Tensor]) -> bool:
     """Whether the file's tensors together hold the weight with its columns in place: each column's squares tell.
 
     A factor on all of it does not matter.
     """
-    ours = _column_squares(weight)
-    theirs = sum(_column_squares_in(file, tensor) for tensor in tensors)
+    ours = _sum_squares(weight)
+    theirs = sum(_sum_stored_squares(file, tensor) for tensor in tensors)
     if ours.shape != theirs.shape:
         return False
     ours, theirs = ours / ours.sum(), theirs / theirs.sum()
@@ -195,7 +196,7 @@ def _same_columns(weight: torch.Tensor, file: Path, tensors: Sequence[header.Ten
 
 
 @torch.no_grad()
-def _column_squares(weight: torch.Tensor) -> Any:
+def _sum_squares(weight: torch.Tensor) -> Any:
     """(experts, columns): the sum of the squares in each column."""
     stack = weight.reshape(-1, *weight.shape[-2:])
     rows = max(1, _CHUNK // stack.shape[-1])
@@ -203,7 +204,7 @@ def _column_squares(weight: torch.Tensor) -> Any:
     return torch.stack(sums).cpu().numpy()
 
 
-def _column_squares_in(file: Path, tensor: header.Tensor) -> Any:
+def _sum_stored_squares(file: Path, tensor: header.Tensor) -> Any:
     kinds = {read_ggml_types()[name].number: dtype for name, dtype in (("F32", "<f4"), ("F16", "<f2"), ("BF16", "<u2"))}
     columns, rows, *experts = tensor.extents
     shape = (*experts, rows, columns) if experts else (1, rows, columns)
@@ -219,7 +220,7 @@ def _column_squares_in(file: Path, tensor: header.Tensor) -> Any:
     return sums
 
 
-def _warn_of_others(tensors: Mapping[str, header.Tensor], importance: Mapping[str, Importance]) -> None:
+def _warn_of_unmatched(tensors: Mapping[str, header.Tensor], importance: Mapping[str, Importance]) -> None:
     left = {
         re.sub(r"^blk\.\d+\.", "", name)
         for name in set(tensors) - set(importance)

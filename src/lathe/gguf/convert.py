@@ -23,19 +23,27 @@ def convert(model: Path, out: Path, *, outtype: str, llama_cpp: Path, metadata: 
     debug level.
     """
     if outtype not in OUT_TYPES:
-        raise InputError(f"{outtype!r} is no output type; {did_you_mean(outtype, list(OUT_TYPES))}")
+        raise InputError(
+            f"{outtype!r} is no output type; {did_you_mean(outtype, list(OUT_TYPES))}", code="unknown-output-type"
+        )
     if not (llama_cpp / "convert_hf_to_gguf.py").is_file():
         raise InputError(
             f"{llama_cpp}: no convert_hf_to_gguf.py; run `make setup`, or name a llama.cpp checkout in "
-            f"convert.llama_cpp_dir"
+            f"convert.llama_cpp_dir",
+            code="no-converter",
         )
     if not (model / "config.json").is_file():
-        raise InputError(f"{model}: no config.json; the folder must hold a model in Hugging Face format")
+        raise InputError(
+            f"{model}: no config.json; the folder must hold a model in Hugging Face format", code="incomplete-model"
+        )
     # The converter would make a file without tensors, or read a pickle.
     if not any(model.glob("model*.safetensors")) and not (model / "model.safetensors.index.json").is_file():
-        raise InputError(f"{model}: no model*.safetensors; the folder must hold the weights, as safetensors")
+        raise InputError(
+            f"{model}: no model*.safetensors; the folder must hold the weights, as safetensors", code="incomplete-model"
+        )
     arguments = [str(model.absolute()), "--outfile", str(out.absolute()), "--outtype", outtype]
     if refusal := run_converter(llama_cpp, "convert_hf_to_gguf.py", metadata, arguments, out):
         raise InputError(
-            f"{model}: llama.cpp's converter refuses it: {refusal} (LATHE_LOG_LEVEL=debug shows all it said)"
+            f"{model}: llama.cpp's converter refuses it: {refusal} (LATHE_LOG_LEVEL=debug shows all it said)",
+            code="conversion-refused",
         )

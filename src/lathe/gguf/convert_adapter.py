@@ -28,7 +28,8 @@ def convert_adapter(
     if not (llama_cpp / "convert_lora_to_gguf.py").is_file():
         raise InputError(
             f"{llama_cpp}: no convert_lora_to_gguf.py; run `make setup`, or name a llama.cpp checkout in "
-            f"convert.llama_cpp_dir"
+            f"convert.llama_cpp_dir",
+            code="no-converter",
         )
     config = read_json(adapter / "adapter_config.json")
     _check_adapter(config, adapter, base)
@@ -44,14 +45,16 @@ def convert_adapter(
             llama_cpp, "convert_lora_to_gguf.py", {"general.name": "adapter", **metadata}, arguments, out
         )
     if refusal:
-        raise AdapterError(f"llama.cpp's converter refuses it: {refusal}")
+        raise AdapterError(f"llama.cpp's converter refuses it: {refusal}", code="conversion-refused")
 
 
 def _check_adapter(config: dict[str, Any], adapter: Path, base: Path) -> None:
     from safetensors import safe_open
 
     if config["use_dora"]:
-        raise AdapterError("it holds magnitudes (lora.use_dora), which llama.cpp does not know")
+        raise AdapterError(
+            "it holds magnitudes (lora.use_dora), which llama.cpp does not know", code="adapter-with-dora"
+        )
     with safe_open(adapter / "adapter_model.safetensors", "numpy") as weights:
         names = list(weights.keys())
     # PEFT may save the base's embeddings beside their update, unchanged.
@@ -59,7 +62,13 @@ def _check_adapter(config: dict[str, Any], adapter: Path, base: Path) -> None:
     whole = sorted(name for name in trained if ".lora_" not in name)
     if whole:
         # Its converter refuses some of them, and llama.cpp leaves out what the others have learnt, without a word.
-        raise AdapterError(f"it holds layers trained whole (lora.modules_to_save): {', '.join(whole)}")
+        raise AdapterError(
+            f"it holds layers trained whole (lora.modules_to_save): {', '.join(whole)}",
+            code="adapter-with-whole-layers",
+        )
     tied = read_json(base / "config.json").get("tie_word_embeddings")
     if tied and any(".lora_embedding_" in name for name in names):
-        raise AdapterError("it updates embeddings that are the output head too, which llama.cpp keeps as one tensor")
+        raise AdapterError(
+            "it updates embeddings that are the output head too, which llama.cpp keeps as one tensor",
+            code="adapter-with-tied-embeddings",
+        )

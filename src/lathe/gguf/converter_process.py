@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from lathe.common import paths
-from lathe.gguf.program_errors import last_line, raise_disk_fault
+from lathe.gguf.program_errors import extract_reason, raise_disk_error
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ def run_converter(
     logger.debug("%s\n%s%s", " ".join(command), done.stdout, done.stderr)
     if done.returncode == 0:
         return None
-    raise_disk_fault(done.stderr, out)
+    raise_disk_error(done.stderr, out)
     out.unlink(missing_ok=True)
-    return last_line(done.stderr)
+    return extract_reason(done.stderr)
 
 
 def _converter_environment() -> dict[str, str]:

@@ -33,7 +33,7 @@ LLAMA_8B = (8_030_261_248, 128_256 * 4096)
 VOCABULARY_ENTRY_BYTES = 50
 
 
-def gguf_bytes(type: str, weights: int, output: int, vocabulary: int) -> int:  # noqa: A002 - the field's own word
+def estimate_gguf_bytes(type: str, weights: int, output: int, vocabulary: int) -> int:  # noqa: A002 - the field's own word
     """Estimate the size of a GGUF of `weights` weights, `output` of them in the output (or tied) embeddings.
 
     llama.cpp's types below 8 bit are mixtures that store those embeddings as Q6_K; what a type takes for the others is

@@ -20,7 +20,7 @@ class Tensor(NamedTuple):
     offset: int
 
 
-def tensors(path: Path) -> list[Tensor]:
+def list_tensors(path: Path) -> list[Tensor]:
     """Every tensor of a GGUF file, in file order; raises InputError if the file is not GGUF."""
     return _read_header(path)[1]
 
@@ -36,14 +36,18 @@ def describe(path: Path) -> dict[str, Any]:
     parameters = tensor_bytes = 0
     for tensor in found:
         if tensor.kind not in names:
-            raise InputError(f"{path}: its GGUF header is damaged (tensor type {tensor.kind}); make the file again")
+            raise InputError(
+                f"{path}: its GGUF header is damaged (tensor type {tensor.kind}); make the file again",
+                code="damaged-gguf",
+            )
         count, stored = math.prod(tensor.extents), read_ggml_types()[names[tensor.kind]]
         parameters += count
         tensor_bytes += count // stored.block_values * stored.block_bytes
     if tensor_bytes > path.stat().st_size:
         raise InputError(
             f"{path}: cut short: {path.stat().st_size:,} bytes, and its tensors alone take {tensor_bytes:,}; "
-            "copy the file again"
+            "copy the file again",
+            code="truncated-gguf",
         )
     return {
         "bytes": path.stat().st_size,
@@ -76,15 +80,17 @@ _SCALARS = {
 def _read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
     """Metadata without arrays, and every tensor."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file; name a GGUF file")
+        raise InputError(f"{path}: no such file; name a GGUF file", code="no-such-file")
     with path.open("rb") as file:
         if (begin := file.read(4)) != b"GGUF":
-            raise InputError(f"{path}: not a GGUF file; it begins with {begin!r}")
+            raise InputError(f"{path}: not a GGUF file; it begins with {begin!r}", code="not-gguf")
         with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
             try:
                 return _Header(data).read()
             except (struct.error, KeyError, OverflowError, UnicodeDecodeError) as error:
-                raise InputError(f"{path}: its GGUF header is damaged ({error}); make the file again") from error
+                raise InputError(
+                    f"{path}: its GGUF header is damaged ({error}); make the file again", code="damaged-gguf"
+                ) from error
 
 
 class _Header:
@@ -92,42 +98,42 @@ class _Header:
         self.data, self.at = data, 4
 
     def read(self) -> tuple[dict[str, Any], list[Tensor]]:
-        version, tensor_count, key_count = self._take("<IQQ")
+        version, tensor_count, key_count = self._unpack("<IQQ")
         if version not in (2, 3):
             raise KeyError(f"version {version}")
-        pairs = [(self._string(), self._value(self._take("<I")[0])) for _ in range(key_count)]
+        pairs = [(self._read_string(), self._read_value(self._unpack("<I")[0])) for _ in range(key_count)]
         metadata = {key: value for key, value in pairs if value is not None}
-        found = [self._tensor() for _ in range(tensor_count)]
+        found = [self._read_tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         begin = -(-self.at // alignment) * alignment
         return metadata, [tensor._replace(offset=begin + tensor.offset) for tensor in found]
 
-    def _tensor(self) -> Tensor:
-        name = self._string()
-        extents = self._take(f"<{self._take('<I')[0]}Q")
-        kind, offset = self._take("<IQ")
+    def _read_tensor(self) -> Tensor:
+        name = self._read_string()
+        extents = self._unpack(f"<{self._unpack('<I')[0]}Q")
+        kind, offset = self._unpack("<IQ")
         return Tensor(name, extents, kind, offset)
 
-    def _value(self, kind: int) -> Any:
+    def _read_value(self, kind: int) -> Any:
         if kind == _STRING:
-            return self._string()
+            return self._read_string()
         if kind != _ARRAY:
-            return self._take(_SCALARS[kind])[0]
-        kind, count = self._take("<IQ")
+            return self._unpack(_SCALARS[kind])[0]
+        kind, count = self._unpack("<IQ")
         if kind == _STRING:
             for _ in range(count):
-                (size,) = self._take("<Q")
+                (size,) = self._unpack("<Q")
                 self.at += size
         else:
             self.at += count * struct.calcsize(_SCALARS[kind])
         return None
 
-    def _string(self) -> str:
-        (size,) = self._take("<Q")
+    def _read_string(self) -> str:
+        (size,) = self._unpack("<Q")
         self.at += size
         return self.data[self.at - size : self.at].decode()
 
-    def _take(self, layout: str) -> tuple[Any, ...]:
+    def _unpack(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from(layout, self.data, self.at)
         self.at += struct.calcsize(layout)
         return values

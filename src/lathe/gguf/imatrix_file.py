@@ -24,13 +24,13 @@ class Importance:
     sums: Floats
     counts: Floats
 
-    def means(self) -> Floats:
+    def compute_means(self) -> Floats:
         """What the quantizer weighs errors by, (experts × columns,); 1 for an expert that no token went to."""
         counts = self.counts[:, None]
         return np.where(counts > 0, self.sums / np.maximum(counts, 1), np.float32(1)).astype(np.float32).ravel()
 
 
-def write(importance: Mapping[str, Importance], target: Path, *, dataset: str, rows: int) -> None:
+def write_importance(importance: Mapping[str, Importance], target: Path, *, dataset: str, rows: int) -> None:
     """Write the importance of weights, by their names in GGUF, summed over `rows` rows of `dataset`.
 
     The caller makes the file appear whole or not at all.
@@ -53,7 +53,7 @@ def write(importance: Mapping[str, Importance], target: Path, *, dataset: str, r
     writer.close()
 
 
-def read(source: Path) -> dict[str, Importance]:
+def read_importance(source: Path) -> dict[str, Importance]:
     """Read what `write` or llama.cpp's own `llama-imatrix` wrote.
 
     Raises InputError where the file is missing or is something else.
@@ -61,14 +61,21 @@ def read(source: Path) -> dict[str, Importance]:
     from gguf import GGUFReader
 
     if not source.is_file():
-        raise InputError(f"{source}: no such importance matrix; run the stage imatrix, which writes it")
+        raise InputError(
+            f"{source}: no such importance matrix; run the stage imatrix, which writes it", code="no-such-file"
+        )
     try:
         tensors = {tensor.name: np.array(tensor.data, np.float32) for tensor in GGUFReader(source).tensors}
     except ValueError as error:
-        raise InputError(f"{source}: not an importance matrix ({error}); run the stage imatrix again") from None
+        raise InputError(
+            f"{source}: not an importance matrix ({error}); run the stage imatrix again", code="damaged-imatrix"
+        ) from None
     names = [name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")]
     if not names or any(f"{name}.counts" not in tensors for name in names):
-        raise InputError(f"{source}: not an importance matrix; it holds no sums with their counts; run imatrix again")
+        raise InputError(
+            f"{source}: not an importance matrix; it holds no sums with their counts; run imatrix again",
+            code="damaged-imatrix",
+        )
     return {
         name: Importance(np.atleast_2d(tensors[f"{name}.in_sum2"]), tensors[f"{name}.counts"].ravel()) for name in names
     }

@@ -22,7 +22,7 @@ REQUIREMENT = paths.ROOT / "requirements-converter.txt"
 
 # Of vendor/llama.cpp in the source package; `models` holds real vocabularies without weights, and chat
 # templates.
-WANTED = (
+UNPACKED = (
     "LICENSE",
     "conversion",
     "convert_hf_to_gguf.py",
@@ -30,7 +30,7 @@ WANTED = (
     "gguf-py",
     "models",
 )
-STAMP = ".pinned"
+PIN_FILE = ".pinned"
 
 
 def main() -> None:
@@ -45,34 +45,35 @@ def install(target: Path, requirement: Path) -> bool:
     installed llama-cpp-python is of another version, if pip cannot download the package, or if its hash
     differs.
     """
-    if in_place(target, requirement):
+    if is_installed(target, requirement):
         return False
     with paths.whole_folder(target) as folder:
         # Inside the folder that is being made, so that the next run clears it away if this one is killed.
         download = folder / ".download"
         _unpack(_download(requirement, download), folder)
         shutil.rmtree(download)
-        (folder / STAMP).write_text(_pin(requirement), encoding="utf-8")
+        (folder / PIN_FILE).write_text(_read_pin(requirement), encoding="utf-8")
     return True
 
 
-def in_place(target: Path, requirement: Path) -> bool:
+def is_installed(target: Path, requirement: Path) -> bool:
     """Tell whether `target` holds the converter that the file `requirement` pins.
 
     Raises InputError if the installed llama-cpp-python is of another version.
     """
-    stamp, pin = target / STAMP, _pin(requirement)
+    stamp, pin = target / PIN_FILE, _read_pin(requirement)
     return stamp.is_file() and stamp.read_text(encoding="utf-8") == pin
 
 
-def _pin(requirement: Path) -> str:
+def _read_pin(requirement: Path) -> str:
     lines = requirement.read_text(encoding="utf-8").splitlines()
     pin = " ".join(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     match = re.fullmatch(rf"{PACKAGE}==(\S+) --hash=sha256:[0-9a-f]{{64}}", pin)
     if match is None:
         raise InputError(
             f"{requirement}: {pin!r} does not pin the converter; "
-            f"it must read '{PACKAGE}==VERSION --hash=sha256:DIGEST' and nothing else"
+            f"it must read '{PACKAGE}==VERSION --hash=sha256:DIGEST' and nothing else",
+            code="converter-not-pinned",
         )
     try:
         installed = importlib.metadata.version(PACKAGE)
@@ -81,7 +82,8 @@ def _pin(requirement: Path) -> str:
     if installed != match[1]:
         raise InputError(
             f"{PACKAGE} {installed} is installed but {requirement.name} pins {match[1]}: converter and library must be "
-            f"of one llama.cpp; run `make setup`, or pin the same version here and in pyproject.toml"
+            f"of one llama.cpp; run `make setup`, or pin the same version here and in pyproject.toml",
+            code="other-llama-cpp",
         )
     return pin
 
@@ -94,16 +96,17 @@ def _download(requirement: Path, folder: Path) -> Path:
         said = " / ".join(line.strip() for line in done.stderr.splitlines() if line.strip()) or "nothing"
         raise InputError(
             f"pip could not download the source package that {requirement.name} pins; check the network and the "
-            f"package index, then run `python -m lathe.gguf.install_converter` again; pip said: {said[-600:]}"
+            f"package index, then run `python -m lathe.gguf.install_converter` again; pip said: {said[-600:]}",
+            code="download-failed",
         )
     [archive] = folder.iterdir()
     return archive
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    missing = set(WANTED)
+    missing = set(UNPACKED)
     with tarfile.open(archive) as source:
-        for member, path in _wanted_files(source):
+        for member, path in _select_files(source):
             missing.discard(path.parts[0])
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             content = source.extractfile(member)
@@ -111,16 +114,22 @@ def _unpack(archive: Path, folder: Path) -> None:
             with content, (folder / path).open("wb") as file:
                 shutil.copyfileobj(content, file)
     if missing:
-        raise InputError(f"{archive.name} lacks vendor/llama.cpp/{sorted(missing)[0]}: it is not the source package")
+        raise InputError(
+            f"{archive.name} lacks vendor/llama.cpp/{sorted(missing)[0]}: it is not the source package",
+            code="incomplete-source-package",
+        )
 
 
-def _wanted_files(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, Path]]:
+def _select_files(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, Path]]:
     # Only regular files, and written by us: a link or a path that leads elsewhere cannot reach the disk.
     for member in archive:
         parts = PurePosixPath(member.name).parts
-        if member.isfile() and parts[1:3] == ("vendor", "llama.cpp") and parts[3:4] and parts[3] in WANTED:
+        if member.isfile() and parts[1:3] == ("vendor", "llama.cpp") and parts[3:4] and parts[3] in UNPACKED:
             if ".." in parts:
-                raise InputError(f"the source package holds the path {member.name!r}, which leads out; do not use it")
+                raise InputError(
+                    f"the source package holds the path {member.name!r}, which leads out; do not use it",
+                    code="unsafe-path",
+                )
             yield member, Path(*parts[3:])
 
 

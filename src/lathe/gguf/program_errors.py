@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 
-def raise_disk_fault(said: str, out: Path) -> None:
+def raise_disk_error(said: str, out: Path) -> None:
     """Raise the OSError behind a failed write to `out`, if that is what the converter or llama.cpp reports."""
     if match := re.search(r"\[Errno (\d+)\]", said):
         number = int(match[1])
@@ -16,7 +16,7 @@ def raise_disk_fault(said: str, out: Path) -> None:
             file.write(bytes(1 << 20))
 
 
-def last_line(output: str) -> str:
+def extract_reason(output: str) -> str:
     """The reason in what the converter or the quantizer printed before it failed."""
     # A traceback ends with its error, and the converter's own refusals are its last log line.
     lines = [line.strip() for line in output.splitlines() if line.strip(" ^~") and not re.search(r"\d%\|", line)]

@@ -15,10 +15,10 @@ from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.config.quantization_types import FILES_THAT_CANNOT_BE_MADE, check_type
 from lathe.gguf import imatrix_file
-from lathe.gguf.header import Tensor, tensors
+from lathe.gguf.header import Tensor, list_tensors
 from lathe.gguf.llama_library import collect_llama_log, load_library, read_ggml_types
-from lathe.gguf.program_errors import last_line, raise_disk_fault
-from lathe.gguf.tensor_types import assign, quant_types
+from lathe.gguf.program_errors import extract_reason, raise_disk_error
+from lathe.gguf.tensor_types import assign_types, list_file_types
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +47,19 @@ def quantize(
     caller makes the file appear whole or not at all. Raises InputError if a type is unknown, a pattern matches
     nothing, or llama.cpp refuses (some I types need an importance matrix).
     """
-    types = quant_types()
+    types = list_file_types()
     if type not in types:
-        raise InputError(f"{type!r} is no quantization type; {did_you_mean(type, list(types))}")
+        raise InputError(
+            f"{type!r} is no quantization type; {did_you_mean(type, list(types))}", code="unknown-quantization-type"
+        )
     if type in FILES_THAT_CANNOT_BE_MADE:
-        raise InputError(f"{type} is named by llama.cpp, whose quantizer cannot make such a file; take another type")
+        raise InputError(
+            f"{type} is named by llama.cpp, whose quantizer cannot make such a file; take another type",
+            code="unsupported-quantization-type",
+        )
     if not source.is_file():
-        raise InputError(f"{source}: no such GGUF file; quantizing starts from a 16-bit one")
-    chosen = _chosen_types(tensors(source), output_tensor_type, token_embedding_type, tensor_types)
+        raise InputError(f"{source}: no such GGUF file; quantizing starts from a 16-bit one", code="no-such-file")
+    chosen = _choose_types(list_tensors(source), output_tensor_type, token_embedding_type, tensor_types)
     if tensor_types and type in ("F32", "F16", "BF16"):
         logger.warning("%s: llama.cpp leaves quantize.tensor_types out of account where no tensor is quantized", type)
     make = _quantize_with_library if binary is None else _quantize_with_program
@@ -70,7 +75,7 @@ class _Chosen(NamedTuple):
     others: Mapping[str, str]
 
 
-def _chosen_types(
+def _choose_types(
     found: Sequence[Tensor], output: str | None, token_embedding: str | None, patterns: Sequence[str]
 ) -> _Chosen:
     columns = {tensor.name: tensor.extents[0] for tensor in found}
@@ -85,14 +90,15 @@ def _chosen_types(
         if name in columns and columns[name] % (block := read_ggml_types()[chosen].block_values):
             raise InputError(
                 f"quantize.{key} is {chosen}, which stores blocks of {block} values; the rows of {name} have "
-                f"{columns[name]}; take a type of smaller blocks, such as Q8_0, or F16"
+                f"{columns[name]}; take a type of smaller blocks, such as Q8_0, or F16",
+                code="rows-do-not-fit-blocks",
             )
     can_be_quantized = [
         tensor.name
         for tensor in found
         if len(tensor.extents) > 1 and re.search(r"(?<!_norm)\.weight$", tensor.name) is not None
     ]
-    return _Chosen(output, token_embedding, assign(patterns, can_be_quantized))
+    return _Chosen(output, token_embedding, assign_types(patterns, can_be_quantized))
 
 
 def _quantize_with_library(
@@ -107,7 +113,7 @@ def _quantize_with_library(
     llama_cpp = load_library()
     numbers = {name: kind.number for name, kind in read_ggml_types().items()}
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = quant_types()[name]
+    params.ftype = list_file_types()[name]
     params.nthread = threads
     if chosen.output:
         params.output_tensor_type = numbers[chosen.output]
@@ -117,7 +123,11 @@ def _quantize_with_library(
     overrides = [(f"^{re.escape(name)}$".encode(), numbers[kind]) for name, kind in chosen.others.items()]
     if overrides:
         params.tt_overrides = (llama_cpp.llama_model_tensor_override * (len(overrides) + 1))(*overrides)
-    means = {name: one.means() for name, one in imatrix_file.read(importance).items()} if importance else {}
+    means = (
+        {name: one.compute_means() for name, one in imatrix_file.read_importance(importance).items()}
+        if importance
+        else {}
+    )
     if means:
         floats = ctypes.POINTER(ctypes.c_float)
         entries = [(name.encode(), mean.ctypes.data_as(floats), len(mean)) for name, mean in means.items()]
@@ -125,9 +135,9 @@ def _quantize_with_library(
     with collect_llama_log() as log:
         failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params)
     if failed:
-        raise_disk_fault(log.reason, out)
+        raise_disk_error(log.reason, out)
         out.unlink(missing_ok=True)
-        raise InputError(f"{source}: llama.cpp cannot make {name} of it: {log.reason}")
+        raise InputError(f"{source}: llama.cpp cannot make {name} of it: {log.reason}", code="quantization-refused")
     return log.lines
 
 
@@ -158,15 +168,17 @@ def _quantize_with_program(
         )
     except OSError as error:
         raise InputError(
-            f"quantize.binary: {binary} cannot be run ({error.strerror}); name llama.cpp's llama-quantize, or null"
+            f"quantize.binary: {binary} cannot be run ({error.strerror}); name llama.cpp's llama-quantize, or null",
+            code="program-failed",
         ) from None
     logger.debug("%s\n%s", " ".join(command), done.stdout)
     if done.returncode != 0 or not out.is_file():
-        raise_disk_fault(done.stdout, out)
+        raise_disk_error(done.stdout, out)
         out.unlink(missing_ok=True)
         raise InputError(
-            f"{source}: {binary} cannot make {name} of it: {last_line(done.stdout)} "
-            f"(LATHE_LOG_LEVEL=debug shows all it said)"
+            f"{source}: {binary} cannot make {name} of it: {extract_reason(done.stdout)} "
+            f"(LATHE_LOG_LEVEL=debug shows all it said)",
+            code="quantization-refused",
         )
     return done.stdout.splitlines()
 

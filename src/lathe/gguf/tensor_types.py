@@ -11,14 +11,14 @@ from lathe.gguf.llama_library import load_library
 
 
 @cache
-def quant_types() -> dict[str, int]:
+def list_file_types() -> dict[str, int]:
     """Every type that the installed llama.cpp can quantize to, by its usual name: `Q4_K_M` -> its llama_ftype."""
     prefix = re.compile(r"LLAMA_FTYPE_(?:MOSTLY|ALL)_(\w+)")
     library_types = vars(load_library()).items()
     return {match[1]: value for name, value in library_types if (match := prefix.fullmatch(name))}
 
 
-def assign(entries: Sequence[str], tensors: Sequence[str]) -> dict[str, str]:
+def assign_types(entries: Sequence[str], tensors: Sequence[str]) -> dict[str, str]:
     """The type of each tensor that an entry `PATTERN=TYPE` matches anywhere in its name; the first that does counts.
 
     `tensors` are the names that can be quantized. Raises InputError for an entry that matches none of them.
@@ -33,7 +33,8 @@ def assign(entries: Sequence[str], tensors: Sequence[str]) -> dict[str, str]:
             )
             raise InputError(
                 f"quantize.tensor_types: {entry!r} matches no tensor that can be quantized; "
-                f"{did_you_mean(pattern.pattern, kinds)}; they are named such as {tensors[len(tensors) // 2]!r}"
+                f"{did_you_mean(pattern.pattern, kinds)}; they are named such as {tensors[len(tensors) // 2]!r}",
+                code="no-such-tensor",
             )
         for tensor in matched:
             assigned.setdefault(tensor, name)

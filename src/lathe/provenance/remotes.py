@@ -278,8 +278,8 @@ def _walk_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _hide_secrets(text: str, settings: Mapping[str, Any]) -> str:
-    from lathe.common.redaction import hide
+    from lathe.common.redaction import hide_secrets
 
     values = [os.environ.get(variable, "") for variable in SECRET_VARIABLES]
     values += [str(settings.get(key) or "") for key in SECRET_SETTINGS]
-    return hide(text, values)
+    return hide_secrets(text, values)

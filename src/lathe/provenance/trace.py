@@ -20,7 +20,7 @@ from lathe.common.git import try_git
 from lathe.common.progress import Progress
 from lathe.config.yaml_files import read_yaml
 from lathe.gguf import header
-from lathe.gguf.tensor_types import quant_types
+from lathe.gguf.tensor_types import list_file_types
 from lathe.provenance import lineage
 from lathe.provenance.dvc_lock import read_listing, read_locked_stages
 from lathe.provenance.revisions import list_experiments
@@ -118,7 +118,7 @@ def trace(file: Path) -> Trace:
 
 
 def _name_type(number: Any) -> str:
-    names = {value: name for name, value in quant_types().items()}
+    names = {value: name for name, value in list_file_types().items()}
     return names.get(number, f"type {number}")
 
 

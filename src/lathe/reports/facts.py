@@ -1,4 +1,4 @@
-"""Everything that the page tells, read from the files that the stages left."""
+"""Facts of the report: everything that the page shows, read from the files of the stages."""
 
 import itertools
 import random
@@ -14,17 +14,17 @@ from lathe.common.jsonl import read_jsonl
 from lathe.config.artifacts import BASE, FEW_SHOT, MERGED, UNQUANTIZED
 from lathe.evaluation.best_artifact import best
 from lathe.provenance.lineage import hash_path
-from lathe.reports.values import Value, read
+from lathe.reports.values import Value, read_value
 
 UNTRAINED = {BASE, FEW_SHOT}
 
 SAMPLED_ROWS = 20
 WORST_ROWS = 10  # of each artifact
 
-# What stands in the scores beside the metrics proper.
+# Keys of the scores that are no metrics.
 NOT_SCORES = {"bytes", "intervals", "deltas"}
 
-# Of the training's parameters those that a reader asks for first; all of them are in dvc.lock.
+# The training parameters that the page shows; dvc.lock has all of them.
 KEY_PARAMETERS = (
     ("training", "method"),
     ("training", "tuning"),
@@ -53,7 +53,7 @@ TRACED = ("models/base", "data/raw", "data/processed", "models/adapter", "models
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitScores:
     """The scores of one split by artifact, as `evaluate` wrote them."""
 
     report: Value
@@ -67,7 +67,7 @@ class Split:
     def metrics(self) -> list[str]:
         """The metrics that some artifact has a number for."""
         names = (name for scores in self.report.content.values() for name in scores if name not in NOT_SCORES)
-        return [name for name in dict.fromkeys(names) if any(self.score(each, name) for each in self.artifacts)]
+        return [name for name in dict.fromkeys(names) if any(self.score(artifact, name) for artifact in self.artifacts)]
 
     @cached_property
     def differences(self) -> list[tuple[str, str]]:
@@ -101,48 +101,48 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Commit:
-    """Where the checkout stands; `changed` if it holds changes that are not committed, those of metrics/ aside."""
+class CheckoutCommit:
+    """The commit of the checkout; `changed` if there are uncommitted changes outside of metrics/."""
 
     sha: str
     changed: bool
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one or several artifacts answered, word for word the same."""
+class SampledAnswer:
+    """An answer that one or several artifacts gave, word for word the same."""
 
     artifacts: list[str]
     text: str
-    cut: bool  # the answer did not end by itself
+    cut: bool  # it did not end by itself
     is_reference: bool
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out request, its reference and what each artifact made of it."""
+    """A held-out prompt, its reference and the answers of the artifacts."""
 
     row: int
     request: str
     reference: str
-    answers: list[Answer]  # the reference first, if it was given
+    answers: list[SampledAnswer]  # the reference first, if it was given
 
     @property
     def differs(self) -> bool:
-        """Whether one of the trained artifacts answered something else than the reference."""
+        """Whether the answer of a trained artifact differs from the reference."""
         return any(not each.is_reference and set(each.artifacts) - UNTRAINED for each in self.answers)
 
 
 @dataclass(frozen=True)
 class Search:
-    """A study of `lathe search`, and the course of its best score where it has one objective."""
+    """A study of `lathe search`, and its best score over the trials if it has one objective."""
 
     study: Value
     course: Value | None
 
     @property
     def objectives(self) -> list[str]:
-        """The scores that it went by."""
+        """The scores that were optimized."""
         return [objective.content["metric"] for objective in self.study.get("objectives") or ()]
 
     @property
@@ -155,20 +155,20 @@ class Search:
 
 @dataclass(frozen=True)
 class Curve:
-    """One quantity of training in the course of its steps: the files of training and validation that have it."""
+    """One quantity over the steps of training: the files of training and validation that have it."""
 
     name: str
     series: dict[str, Value]
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What there is to tell; what a pipeline that has not run whole has not left is None or empty."""
+class ReportFacts:
+    """Everything that the page shows; what the pipeline has not written yet is None or empty."""
 
     root: Path
     seed: int
     primary_metric: str
-    commit: Commit | None
+    commit: CheckoutCommit | None
     lock: Value | None
     stale: list[str]
     model: Value | None
@@ -180,7 +180,7 @@ class Facts:
     freeze_proof: Value | None
     merge: Value | None
     estimate: Value | None
-    splits: dict[str, Split]
+    splits: dict[str, SplitScores]
     gates: Value | None
     measured: dict[str, Value]
     data: Value | None
@@ -194,7 +194,7 @@ class Facts:
 
     @cached_property
     def best(self) -> str | None:
-        """The file that validation names: of the quantized ones if there are any; None without a score to go by."""
+        """The artifact with the best validation score, a quantized one if there are any; None without scores."""
         if "validation" not in self.splits:
             return None
         report = self.splits["validation"].report.content
@@ -204,16 +204,16 @@ class Facts:
         return best(report, candidates, self.primary_metric) if candidates else None
 
     @property
-    def headline(self) -> tuple[str, Split] | None:
+    def headline(self) -> tuple[str, SplitScores] | None:
         """The split that is reported: test, or validation where there is no test yet."""
         return next(((name, self.splits[name]) for name in ("test", "validation") if name in self.splits), None)
 
     def request(self, row: int) -> str | None:
-        """Return what was asked in a validation row, where the data are here."""
+        """Return the prompt of a validation row; None if the data are not here."""
         return self.requests[row] if row < len(self.requests) else None
 
     def rows(self, artifact: str, split: str) -> Value | None:
-        """Return how many rows of a split the artifact was asked."""
+        """Return how many rows of a split the artifact answered."""
         measured = self.measured.get(artifact)
         splits = measured.get("splits") if measured else None
         return next((each.get("rows") for each in splits or () if each.content["split"] == split), None)
@@ -239,63 +239,67 @@ class Facts:
         return found.get("tokens_per_second") if found else None
 
 
-def gather(root: Path, *, seed: int, primary_metric: str) -> Facts:
-    """Read what the stages left under `root`; `seed` chooses the sampled rows.
+def gather_facts(root: Path, *, seed: int, primary_metric: str) -> ReportFacts:
+    """Read the files of the stages below `root`; `seed` chooses the sampled rows.
 
-    Raises InputError where there is nothing at all, or a file cannot be read.
+    Raises InputError if there are none, or if a file is damaged.
     """
     if not any((root / "metrics").rglob("*.json")):
-        raise InputError(f"{root / 'metrics'}: nothing has been measured; run `make repro` first")
-    reports = {name: read(root, f"metrics/evaluate/{name}.json") for name in ("validation", "test")}
-    splits = {name: Split(report) for name, report in reports.items() if report}
+        raise InputError(
+            f"{root / 'metrics'}: nothing has been measured; run `make repro` first", code="nothing-measured"
+        )
+    reports = {name: read_value(root, f"metrics/evaluate/{name}.json") for name in ("validation", "test")}
+    splits = {name: SplitScores(report) for name, report in reports.items() if report}
     artifacts = list(dict.fromkeys(name for split in splits.values() for name in split.artifacts))
-    lock = read(root, "dvc.lock")
-    requests = _requests(root)
-    return Facts(
+    lock = read_value(root, "dvc.lock")
+    requests = _read_requests(root)
+    return ReportFacts(
         root=root,
         seed=seed,
         primary_metric=primary_metric,
-        commit=_commit(root),
+        commit=_read_commit(root),
         lock=lock,
-        stale=_stale(root, lock),
-        model=_origin(root, "model"),
-        dataset=_origin(root, "dataset"),
-        parameters=_parameters(lock),
-        digests=_digests(lock),
-        curves=_curves(root),
-        training=read(root, "metrics/train/metrics.json"),
-        freeze_proof=read(root, "metrics/train/freeze_proof.json"),
-        merge=read(root, "metrics/merge/report.json"),
-        estimate=read(root, "metrics/estimate/training.json"),
+        stale=_list_stale(root, lock),
+        model=_read_origin(root, "model"),
+        dataset=_read_origin(root, "dataset"),
+        parameters=_select_parameters(lock),
+        digests=_list_digests(lock),
+        curves=_read_curves(root),
+        training=read_value(root, "metrics/train/metrics.json"),
+        freeze_proof=read_value(root, "metrics/train/freeze_proof.json"),
+        merge=read_value(root, "metrics/merge/report.json"),
+        estimate=read_value(root, "metrics/estimate/training.json"),
         splits=splits,
-        gates=read(root, "metrics/evaluate/gates.json"),
-        measured={name: value for name in artifacts if (value := read(root, f"metrics/generate/{name}.json"))},
-        data=read(root, "metrics/preprocess/report.json"),
-        lengths=read(root, "metrics/preprocess/lengths.csv"),
-        samples=_samples(root, artifacts, requests, seed),
+        gates=read_value(root, "metrics/evaluate/gates.json"),
+        measured={name: value for name in artifacts if (value := read_value(root, f"metrics/generate/{name}.json"))},
+        data=read_value(root, "metrics/preprocess/report.json"),
+        lengths=read_value(root, "metrics/preprocess/lengths.csv"),
+        samples=_sample_rows(root, artifacts, requests, seed),
         requests=requests,
-        worst=_worst(root, artifacts),
-        reasons=_reasons(root, artifacts),
-        timings=_timings(root),
-        searches=_searches(root),
+        worst=_read_worst(root, artifacts),
+        reasons=_read_reasons(root, artifacts),
+        timings=_read_timings(root),
+        searches=_read_searches(root),
     )
 
 
-def _origin(root: Path, fetched: str) -> Value | None:
-    found = read(root, f"metrics/fetch/{fetched}.json")
+def _read_origin(root: Path, fetched: str) -> Value | None:
+    found = read_value(root, f"metrics/fetch/{fetched}.json")
     return found.get("origin", 0) if found else None
 
 
-def _searches(root: Path) -> list[Search]:
+def _read_searches(root: Path) -> list[Search]:
     found = sorted((root / "metrics/search").glob("*/study.json"))
     names = [str(file.relative_to(root).parent) for file in found]
     return [
-        Search(study, read(root, f"{name}/course.tsv")) for name in names if (study := read(root, f"{name}/study.json"))
+        Search(study, read_value(root, f"{name}/course.tsv"))
+        for name in names
+        if (study := read_value(root, f"{name}/study.json"))
     ]
 
 
-def _parameters(lock: Value | None) -> list[tuple[str, Value]]:
-    """Return the key parameters that the adapter was trained with, which params.yaml may have left since."""
+def _select_parameters(lock: Value | None) -> list[tuple[str, Value]]:
+    """Return the key parameters that the adapter was trained with; params.yaml may have changed since."""
     used = lock.get("stages", "train", "params", "params.yaml") if lock else None
     if used is None:
         return []
@@ -312,45 +316,45 @@ def _parameters(lock: Value | None) -> list[tuple[str, Value]]:
     ]
 
 
-def _digests(lock: Value | None) -> list[tuple[str, Value, Value | None]]:
+def _list_digests(lock: Value | None) -> list[tuple[str, Value, Value | None]]:
     """Return path, digest and bytes of the outputs that a file can be traced by."""
-    outs = {out.content["path"]: out for out in _outs(lock)}
+    outs = {out.content["path"]: out for out in _iterate_outputs(lock)}
     names = [*TRACED, *(path for path in outs if path.startswith("models/gguf/"))]
     found = [(name, outs[name].get("md5"), outs[name].get("size")) for name in names if name in outs]
     return [(name, digest, size) for name, digest, size in found if digest]
 
 
-def _stale(root: Path, lock: Value | None) -> list[str]:
-    """Return the files of metrics/ that are not those which dvc.lock names."""
+def _list_stale(root: Path, lock: Value | None) -> list[str]:
+    """Return the files of metrics/ that differ from dvc.lock."""
     return [
         path
-        for path, digest in ((out.content["path"], out.content.get("md5", "")) for out in _outs(lock))
+        for path, digest in ((out.content["path"], out.content.get("md5", "")) for out in _iterate_outputs(lock))
         if path.startswith("metrics/") and (root / path).is_file() and hash_path(root / path) != digest
     ]
 
 
-def _outs(lock: Value | None) -> Iterator[Value]:
+def _iterate_outputs(lock: Value | None) -> Iterator[Value]:
     for _, stage in lock.get("stages").items() if lock else ():  # type: ignore[union-attr]
         yield from stage.get("outs") or ()
 
 
-def _commit(root: Path) -> Commit | None:
+def _read_commit(root: Path) -> CheckoutCommit | None:
     sha = find_head(root)
     if sha is None:
         return None
     shown = ("--", ".", ":!metrics", ":!dvc.lock")
     changes = try_git("status", "--porcelain", "--untracked-files=no", *shown, root=root)
-    return Commit(sha, changed=bool(changes))
+    return CheckoutCommit(sha, changed=bool(changes))
 
 
-def _curves(root: Path) -> list[Curve]:
+def _read_curves(root: Path) -> list[Curve]:
     """Return the curves, the losses first; those of training and validation with one name are one."""
     folder = root / "metrics/train/plots/metrics"
     found: dict[str, dict[str, Value]] = {}
     for file in sorted(folder.rglob("*.tsv")):
         parts = list(file.relative_to(folder).with_suffix("").parts)
         side = next((part for part in parts if part in SIDES), None)
-        table = read(root, str(file.relative_to(root)))
+        table = read_value(root, str(file.relative_to(root)))
         if side and table and table.content:
             parts.remove(side)
             found.setdefault("/".join(parts), {})[SIDES[side]] = table
@@ -358,35 +362,35 @@ def _curves(root: Path) -> list[Curve]:
     return [Curve(name, dict(sorted(found[name].items()))) for name in names if name != "tokens"]
 
 
-def _samples(root: Path, artifacts: Sequence[str], requests: list[str], seed: int) -> list[Sample]:
+def _sample_rows(root: Path, artifacts: Sequence[str], requests: list[str], seed: int) -> list[Sample]:
     """Return the same rows of the validation split for the same seed, in their order."""
-    answered = _answered(root, artifacts)
+    answered = _read_answers(root, artifacts)
     if not answered:
         return []
     rows = min(len(answers) for answers in answered.values())
     chosen = sorted(random.Random(seed).sample(range(rows), min(SAMPLED_ROWS, rows)))
-    return [_sample(row, answered, requests) for row in chosen]
+    return [_build_sample(row, answered, requests) for row in chosen]
 
 
-def _answered(root: Path, artifacts: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def _read_answers(root: Path, artifacts: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     files = {name: root / f"data/generated/{name}/validation.jsonl" for name in artifacts}
     return {name: read_jsonl(file) for name, file in files.items() if file.is_file()}
 
 
-def _requests(root: Path) -> list[str]:
-    """Return what was asked in each validation row, without the template's marks; nothing where the data are not."""
-    rows = read(root, "data/processed/validation.jsonl")
-    return ["\n\n".join(_turns(row["messages"][:-1])) for row in rows.content] if rows else []
+def _read_requests(root: Path) -> list[str]:
+    """Return the prompt of each validation row, without the template's markers; empty if the data are not here."""
+    rows = read_value(root, "data/processed/validation.jsonl")
+    return ["\n\n".join(_format_turns(row["messages"][:-1])) for row in rows.content] if rows else []
 
 
-def _turns(messages: list[dict[str, Any]]) -> list[str]:
+def _format_turns(messages: list[dict[str, Any]]) -> list[str]:
     contents = [str(message.get("content") or "") for message in messages]
     if len(messages) == 1:
         return contents
     return [f"{message['role']}: {content}" for message, content in zip(messages, contents, strict=True)]
 
 
-def _sample(row: int, answered: dict[str, list[dict[str, Any]]], requests: list[str]) -> Sample:
+def _build_sample(row: int, answered: dict[str, list[dict[str, Any]]], requests: list[str]) -> Sample:
     first = next(iter(answered.values()))[row]
     answers: dict[tuple[str, bool], list[str]] = {}
     for name, rows in answered.items():
@@ -398,7 +402,7 @@ def _sample(row: int, answered: dict[str, list[dict[str, Any]]], requests: list[
         reference=first["reference"],
         answers=sorted(
             (
-                Answer(names, text, cut=cut, is_reference=text == first["reference"])
+                SampledAnswer(names, text, cut=cut, is_reference=text == first["reference"])
                 for (text, cut), names in answers.items()
             ),
             key=lambda answer: not answer.is_reference,
@@ -406,27 +410,27 @@ def _sample(row: int, answered: dict[str, list[dict[str, Any]]], requests: list[
     )
 
 
-def _worst(root: Path, artifacts: Sequence[str]) -> dict[str, list[Value]]:
+def _read_worst(root: Path, artifacts: Sequence[str]) -> dict[str, list[Value]]:
     """Return each artifact's first scored validation rows, worst first, but those whose answer is the reference."""
     found: dict[str, list[Value]] = {}
     for name in artifacts:
-        rows = read(root, f"data/scored/{name}/validation.jsonl")
+        rows = read_value(root, f"data/scored/{name}/validation.jsonl")
         if rows:
             wrong = (row for row in rows if row.content["completion"] != row.content["reference"])
             found[name] = list(itertools.islice(wrong, WORST_ROWS))
     return found
 
 
-def _reasons(root: Path, artifacts: Sequence[str]) -> dict[str, dict[int, str]]:
-    """Return by artifact and validation row what the judge said; nothing where there was no judge."""
-    verdicts = {name: read(root, f"data/judged/{name}/validation.jsonl") for name in artifacts}
+def _read_reasons(root: Path, artifacts: Sequence[str]) -> dict[str, dict[int, str]]:
+    """Return the judge's reasons by artifact and validation row; empty without a judge."""
+    verdicts = {name: read_value(root, f"data/judged/{name}/validation.jsonl") for name in artifacts}
     return {name: {each["row"]: each["reason"] for each in found.content} for name, found in verdicts.items() if found}
 
 
-def _timings(root: Path) -> list[tuple[str, Value]]:
-    """Return what each stage took, in the order of dvc.yaml."""
+def _read_timings(root: Path) -> list[tuple[str, Value]]:
+    """Return the timings of each stage, in the order of dvc.yaml."""
     files = {file.stem: file for file in sorted((root / "metrics/timings").glob("*.json"))}
-    pipeline = read(root, "dvc.yaml")
+    pipeline = read_value(root, "dvc.yaml")
     order = list(pipeline.content["stages"]) if pipeline else []
     names = sorted(files, key=lambda name: order.index(name) if name in order else len(order))
-    return [(name, value) for name in names if (value := read(root, f"metrics/timings/{name}.json"))]
+    return [(name, value) for name in names if (value := read_value(root, f"metrics/timings/{name}.json"))]

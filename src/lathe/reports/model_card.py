@@ -1,7 +1,6 @@
-"""The model card: what the files are, how good they are, how to run them, where they come from.
+"""Model card: what the files are, how good they are, how to run them, where they come from.
 
-All of it is read from what the stages wrote; nothing in it is a date, a path of this machine or a secret, so that
-equal inputs give equal bytes.
+It contains no date, no path of this machine and no secret, so that equal inputs give equal bytes.
 """
 
 import logging
@@ -19,24 +18,24 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
-Report = dict[str, dict[str, Any]]
+ScoresByArtifact = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the stages wrote, as it is in their JSON files; `lineage` are the `lathe.*` keys of the merged GGUF."""
+class CardFacts:
+    """The JSON files of the stages; `lineage` are the `lathe.*` keys of the merged GGUF."""
 
     model: Mapping[str, Any]
     dataset: Mapping[str, Any]
     rows: Mapping[str, Any]
-    validation: Report
-    test: Report
+    validation: ScoresByArtifact
+    test: ScoresByArtifact
     quantized: Mapping[str, Mapping[str, Any]]
     lineage: Mapping[str, str]
     license: Mapping[str, str]
 
 
-def model_card(facts: Facts, params: Params, best: str) -> str:
+def render_model_card(facts: CardFacts, params: Params, best: str) -> str:
     """Return the card in Markdown, with the front matter of a Hugging Face model card; `best` is the file to run."""
     wanted = [*params.evaluate.metrics, "judge", "combined"]
     metrics = [name for name in wanted if any(scores.get(name) is not None for scores in facts.test.values())]
@@ -45,14 +44,14 @@ def model_card(facts: Facts, params: Params, best: str) -> str:
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True, autoescape=False
     )
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        front_matter=yaml.safe_dump(_front_matter(facts, params), sort_keys=False, allow_unicode=True),
+        front_matter=yaml.safe_dump(_build_front_matter(facts, params), sort_keys=False, allow_unicode=True),
         name=f"{facts.model['name']}-{facts.dataset['name']}",
-        base=_source(facts.model, facts.lineage["base.digest"]),
-        dataset=_source(facts.dataset, facts.lineage["dataset.digest"]),
+        base=_describe_source(facts.model, facts.lineage["base.digest"]),
+        dataset=_describe_source(facts.dataset, facts.lineage["dataset.digest"]),
         lineage=facts.lineage,
         license=facts.license,
         metrics=metrics,
-        files=[_row(name, scores, metrics, facts.quantized) for name, scores in facts.test.items()],
+        files=[_build_row(name, scores, metrics, facts.quantized) for name, scores in facts.test.items()],
         has_kl=any(scores.get("kl") is not None for scores in facts.test.values()),
         has_few_shot="base_few_shot" in facts.test,
         has_intervals=any(scores.get("intervals") for scores in facts.test.values()),
@@ -63,11 +62,11 @@ def model_card(facts: Facts, params: Params, best: str) -> str:
         },
         best={
             "name": f"{best}.gguf",
-            "score": _number(facts.validation[best][params.evaluate.primary_metric]),
+            "score": _format_number(facts.validation[best][params.evaluate.primary_metric]),
         },
         primary_metric=params.evaluate.primary_metric,
         n_ctx=params.generate.n_ctx,
-        training=_training(params),
+        training=_list_training_facts(params),
         supervised_tokens=f"{splits['train']['supervised_tokens']:,}",
         scripts=" and ".join(splits["train"]["scripts"]) or "no known",
         max_length=f"{params.training.max_length:,}",
@@ -75,26 +74,27 @@ def model_card(facts: Facts, params: Params, best: str) -> str:
     return text.rstrip("\n") + "\n"
 
 
-def license_of(model: Path) -> dict[str, str]:
-    """Return what a model folder says of its licence: the keys of its README's front matter; empty where nothing.
+def read_license(model: Path) -> dict[str, str]:
+    """Return the licence keys in the front matter of a model's README; empty if there are none.
 
-    A licence text without such a key is `other`, by the hub's word for it.
+    A licence text without such a key is `other`, as the Hub calls it.
     """
     from huggingface_hub.repocard import metadata_load
 
     readme = model / "README.md"
     try:
-        said = metadata_load(readme) if readme.exists() else None
+        metadata = metadata_load(readme) if readme.exists() else None
     except (ValueError, yaml.YAMLError) as error:
         logger.warning("models/base/README.md: its front matter is no YAML object (%s)", str(error).splitlines()[0])
-        said = None
-    found = {key: str(said[key]) for key in ("license", "license_name", "license_link") if said and said.get(key)}
-    if not found and any(model.glob("LICENSE*")):
+        metadata = None
+    keys = ("license", "license_name", "license_link")
+    license_keys = {key: str(metadata[key]) for key in keys if metadata and metadata.get(key)}
+    if not license_keys and any(model.glob("LICENSE*")):
         return {"license": "other"}
-    return found
+    return license_keys
 
 
-def _front_matter(facts: Facts, params: Params) -> dict[str, Any]:
+def _build_front_matter(facts: CardFacts, params: Params) -> dict[str, Any]:
     # https://huggingface.co/docs/hub/model-cards#model-card-metadata; only what is on the hub has a name there.
     front: dict[str, Any] = {}
     if facts.model.get("id"):
@@ -112,8 +112,8 @@ def _front_matter(facts: Facts, params: Params) -> dict[str, Any]:
     }
 
 
-def _source(fetched: Mapping[str, Any], digest: str) -> dict[str, str]:
-    """How a model or dataset is named in a sentence, and all that says which one it is."""
+def _describe_source(fetched: Mapping[str, Any], digest: str) -> dict[str, str]:
+    """Return the name of a model or dataset in a sentence, and its full origin."""
     if fetched.get("id"):
         shown = f"{fetched['id']}"
         commit = f", commit {fetched['commit']}" if fetched.get("commit") else ""
@@ -122,38 +122,43 @@ def _source(fetched: Mapping[str, Any], digest: str) -> dict[str, str]:
     return {"shown": shown, "origin": f"{shown} ({fetched['source']}), digest {digest}"}
 
 
-def _row(name: str, scores: Mapping[str, Any], metrics: Sequence[str], quantized: Mapping[str, Any]) -> dict[str, Any]:
+def _build_row(
+    name: str, scores: Mapping[str, Any], metrics: Sequence[str], quantized: Mapping[str, Any]
+) -> dict[str, Any]:
     intervals = {entry["metric"]: entry for entry in scores.get("intervals", [])}
     shipped = name in quantized
     return {
         "name": f"`{name}.gguf`" if shipped else f"({name})",
         "size": f"{scores['bytes'] / 1e6:,.2f} MB",
         "bits_per_weight": f"{quantized[name]['bits_per_weight']:.2f}" if shipped else "16",
-        "scores": [_score(scores.get(metric), intervals.get(metric)) for metric in metrics],
-        "perplexity": _number(scores.get("perplexity")),
-        "kl": _number(scores.get("kl")),
+        "scores": [_format_score(scores.get(metric), intervals.get(metric)) for metric in metrics],
+        "perplexity": _format_number(scores.get("perplexity")),
+        "kl": _format_number(scores.get("kl")),
     }
 
 
-def _score(value: float | None, interval: Mapping[str, Any] | None) -> str:
+def _format_score(value: float | None, interval: Mapping[str, Any] | None) -> str:
     if value is None or interval is None or interval["low"] is None:
-        return _number(value)
-    return f"{_number(value)} ({_number(interval['low'])} – {_number(interval['high'])})"
+        return _format_number(value)
+    return f"{_format_number(value)} ({_format_number(interval['low'])} – {_format_number(interval['high'])})"
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "–" if value is None else f"{value:,.4g}"
 
 
-def _listed(names: str | list[str]) -> str:
+def _join_names(names: str | list[str]) -> str:
     return names if isinstance(names, str) else ", ".join(names)
 
 
-def _training(params: Params) -> list[tuple[str, str]]:
+def _list_training_facts(params: Params) -> list[tuple[str, str]]:
     training, lora = params.training, params.lora
     facts: list[tuple[str, Any]] = [("method", training.method), ("tuning", training.tuning)]
     if training.tuning == "lora":
-        facts += [("r, lora_alpha", f"{lora.r}, {lora.lora_alpha:g}"), ("target_modules", _listed(lora.target_modules))]
+        facts += [
+            ("r, lora_alpha", f"{lora.r}, {lora.lora_alpha:g}"),
+            ("target_modules", _join_names(lora.target_modules)),
+        ]
         if lora.use_dora or lora.use_rslora:
             facts.append(("variant", "DoRA" if lora.use_dora else "rsLoRA"))
         base = f"4 bits ({params.quantization.bnb_4bit_quant_type})" if params.quantization.load_in_4bit else "16 bits"

@@ -1,10 +1,10 @@
-"""The page: facts and experiments in, one HTML file out that needs nothing else.
+"""Report page: one HTML file of facts and experiments, which loads nothing else.
 
-Every number is an element that names the value it shows, in full, and where it stands:
+Every number is an element that names its exact value and its place:
 
     <data value="0.9784" data-source="metrics/evaluate/test.json#/Q4_K_M/exact_match">97.8 %</data>
 
-One that is made of several names them all, and in `data-is` how: `ratio` of the first to the second, or `sum`.
+A number computed from several names them all, and in `data-is` how: `ratio` of the first to the second, or `sum`.
 """
 
 import json
@@ -19,7 +19,7 @@ from lathe.common import paths
 from lathe.evaluation.metrics import goodness
 from lathe.reports import plots, text_diff
 from lathe.reports.experiment_table import Experiments
-from lathe.reports.facts import UNTRAINED, Facts, Search, Split
+from lathe.reports.facts import UNTRAINED, ReportFacts, Search, SplitScores
 from lathe.reports.values import Value
 
 HERE = Path(__file__).parent
@@ -47,15 +47,15 @@ UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 TIMES = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
-def write(target: Path, facts: Facts, experiments: Experiments) -> None:
-    """Write the page whole or not at all."""
-    html = render(facts, experiments)
+def write_page(target: Path, facts: ReportFacts, experiments: Experiments) -> None:
+    """Write the page completely or not at all."""
+    html = render_page(facts, experiments)
     with paths.whole_file(target) as partial:
         partial.write_text(html, encoding="utf-8")
 
 
-def render(facts: Facts, experiments: Experiments) -> str:
-    """Return the page; text of data and models stands in it escaped."""
+def render_page(facts: ReportFacts, experiments: Experiments) -> str:
+    """Return the page; text of data and models is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -63,15 +63,15 @@ def render(facts: Facts, experiments: Experiments) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"pieces": text_diff.pieces, "named": named, "breakable": breakable}
+    environment.filters |= {"pieces": text_diff.split_text, "named": name_metric, "breakable": add_line_breaks}
     environment.globals |= {
-        "number": number,
-        "ratio": ratio,
-        "total": total,
-        "literal": literal,
-        "verdict": verdict,
-        "style_of": style_of,
-        "verdict_of": verdict_of,
+        "number": format_number,
+        "ratio": format_ratio,
+        "total": format_total,
+        "literal": format_literal,
+        "verdict": format_verdict,
+        "style_of": choose_style,
+        "verdict_of": compare_scores,
         "style": Markup((HERE / "style.css").read_text(encoding="utf-8")),
     }
     return environment.get_template("page.html.jinja").render(
@@ -80,24 +80,24 @@ def render(facts: Facts, experiments: Experiments) -> str:
         made=datetime.now(UTC),
         seconds=[seconds for _, timing in facts.timings if (seconds := timing.get("seconds"))],
         on_gpu=any(timing.get("peak_gpu_memory_bytes") for _, timing in facts.timings),
-        size_plots=size_plots(facts),
-        curves=curve_plots(facts),
-        lengths=length_plot(facts),
-        search_plots=[plot for plot in map(search_plot, facts.searches) if plot],
+        size_plots=draw_size_plots(facts),
+        curves=draw_curve_plots(facts),
+        lengths=draw_length_plot(facts),
+        search_plots=[plot for plot in map(draw_search_plot, facts.searches) if plot],
     )
 
 
-def named(metric: str) -> str:
-    """Return a metric's name as people write it."""
+def name_metric(metric: str) -> str:
+    """Return the usual name of a metric."""
     return NAMES.get(metric, metric.replace("_", " "))
 
 
-def breakable(text: str) -> Markup:
-    """Return the text escaped, with places where a line may break: compact JSON has none of its own."""
+def add_line_breaks(text: str) -> Markup:
+    """Return the text escaped, with line breaks allowed after commas: compact JSON has no spaces."""
     return Markup(",<wbr>").join(text.split(","))
 
 
-def style_of(metric: str) -> str:
+def choose_style(metric: str) -> str:
     """Return how a metric's values are written."""
     if metric in SHARES:
         return "share"
@@ -112,47 +112,47 @@ def style_of(metric: str) -> str:
     }.get(metric, "number" if metric.endswith("perplexity") else "score")
 
 
-def verdict_of(metric: str, ours: Value | None, theirs: Value | None) -> str:
+def compare_scores(metric: str, ours: Value | None, theirs: Value | None) -> str:
     """Return whether a score is better than another one."""
     first, second = (goodness(metric, score.content if score else None) for score in (ours, theirs))
     return "better" if first > second else "worse"
 
 
-def number(value: Value | None, style: str, *, sign: bool = False) -> Markup:
-    """Return the element that shows a number, a dash where there is none."""
+def format_number(value: Value | None, style: str, *, sign: bool = False) -> Markup:
+    """Return the element that shows a number, a dash if there is none."""
     if value is None:
         return Markup('<span class="none" title="does not apply">–</span>')
-    return _element(value.content, value.address, style, sign=sign)
+    return _build_element(value.content, value.address, style, sign=sign)
 
 
-def ratio(first: Value, second: Value) -> Markup:
-    """Return how many times the second number the first is."""
-    return _element(first.content / second.content, f"{first.address} {second.address}", "ratio", how="ratio")
+def format_ratio(first: Value, second: Value) -> Markup:
+    """Return the element of the ratio of the first number to the second."""
+    return _build_element(first.content / second.content, f"{first.address} {second.address}", "ratio", how="ratio")
 
 
-def total(values: Sequence[Value], style: str) -> Markup:
-    """Return the sum of numbers."""
+def format_total(values: Sequence[Value], style: str) -> Markup:
+    """Return the element of the sum of numbers."""
     sources = " ".join(value.address for value in values)
-    return _element(sum(value.content for value in values), sources, style, how="sum")
+    return _build_element(sum(value.content for value in values), sources, style, how="sum")
 
 
-def literal(value: Value) -> Markup:
-    """Return a value as params.yaml has it: true, 0.006, `all-linear`."""
+def format_literal(value: Value) -> Markup:
+    """Return the element of a value as params.yaml has it: true, 0.006, `all-linear`."""
     text = value.content if isinstance(value.content, str) else json.dumps(value.content, ensure_ascii=False)
     return Markup('<data value="{}" data-source="{}" data-style="literal">{}</data>').format(
         json.dumps(value.content), value.address, text
     )
 
 
-def verdict(value: Value) -> Markup:
-    """Return whether a gate held."""
+def format_verdict(value: Value) -> Markup:
+    """Return the element that says whether a gate held."""
     opening = Markup('<data value="{}" data-source="{}" data-style="verdict">')
     text = "passed" if value.content else "failed"
     return opening.format(json.dumps(value.content), value.address) + text + Markup("</data>")
 
 
-def _element(value: float, sources: str, style: str, *, how: str | None = None, sign: bool = False) -> Markup:
-    text = shown(value + 0.0, style)  # a negative zero is none
+def _build_element(value: float, sources: str, style: str, *, how: str | None = None, sign: bool = False) -> Markup:
+    text = format_value(value + 0.0, style)  # a negative zero is none
     if sign and value > 0:
         text = "+" + text
     text = text.replace("-", "−").replace(" ", "\u00a0")
@@ -163,12 +163,12 @@ def _element(value: float, sources: str, style: str, *, how: str | None = None, 
     return opening + text + Markup("</data>")
 
 
-def shown(value: float, style: str) -> str:
+def format_value(value: float, style: str) -> str:
     """Return the number rounded, with its unit."""
     match style:
         case "share":
             return f"{100 * value:.1f} %"
-        case "percent":  # where the unit stands elsewhere
+        case "percent":  # the unit is in the heading
             return f"{100 * value:.1f}"
         case "points":
             return f"{value:.1f}"
@@ -181,7 +181,7 @@ def shown(value: float, style: str) -> str:
         case "count":
             return f"{value:,.0f}"
         case "bytes":
-            # A file of 0.9 MB stands in one column with others of 1.5 MB.
+            # 0.9 MB and 1.5 MB in one column have one unit.
             fitting = (unit for unit, size in reversed(UNITS.items()) if value >= (1e5 if unit == "MB" else size))
             unit = next(fitting, "B")
             return f"{value:,.0f} B" if unit == "B" else f"{value / UNITS[unit]:.2f} {unit}"
@@ -197,8 +197,8 @@ def shown(value: float, style: str) -> str:
     raise ValueError(f"{style!r} is no style of numbers")
 
 
-def size_plots(facts: Facts) -> list[plots.Plot]:
-    """Draw score, KL, perplexity and speed against bytes, of the merged model and the files made of it."""
+def draw_size_plots(facts: ReportFacts) -> list[plots.Plot]:
+    """Draw score, KL, perplexity and speed against size, of the merged model and the quantized files."""
     if "validation" not in facts.splits:
         return []
     split = facts.splits["validation"]
@@ -208,19 +208,21 @@ def size_plots(facts: Facts) -> list[plots.Plot]:
     if not sizes:
         return []
     unit = next((unit for unit, size in reversed(UNITS.items()) if max(sizes) >= size), "B")
-    x = plots.across(sizes, unit=UNITS[unit])
-    drawn = [_against_size(split, names, metric, x, unit) for metric in wanted]
+    x = plots.create_x_axis(sizes, unit=UNITS[unit])
+    drawn = [_draw_against_size(split, names, metric, x, unit) for metric in wanted]
     speeds = [
         plots.Point(name, size, speed)
         for name in names
         if (speed := facts.speed(name)) and (size := split.score(name, "bytes"))
     ]
     if speeds:
-        drawn.append(plots.scatter("Speed", speeds, x, x_label=f"size ({unit})", y_label="generated tokens/s"))
+        drawn.append(plots.draw_scatter("Speed", speeds, x, x_label=f"size ({unit})", y_label="generated tokens/s"))
     return [plot for plot in drawn if plot]
 
 
-def _against_size(split: Split, names: Sequence[str], metric: str, x: plots.Axis, unit: str) -> plots.Plot | None:
+def _draw_against_size(
+    split: SplitScores, names: Sequence[str], metric: str, x: plots.Axis, unit: str
+) -> plots.Plot | None:
     points = []
     for name in names:
         size, score, interval = split.score(name, "bytes"), split.score(name, metric), split.interval(name, metric)
@@ -232,17 +234,17 @@ def _against_size(split: Split, names: Sequence[str], metric: str, x: plots.Axis
     y_unit, y_label = (0.01, "%") if metric in SHARES else (1, {"kl": "nats per token"}.get(metric, "score"))
     if metric.endswith("perplexity"):
         y_label = "per token"
-    return plots.scatter(_title(metric), points, x, x_label=f"size ({unit})", y_label=y_label, y_unit=y_unit)
+    return plots.draw_scatter(_capitalize(metric), points, x, x_label=f"size ({unit})", y_label=y_label, y_unit=y_unit)
 
 
-def _title(metric: str) -> str:
-    return named(metric)[0].upper() + named(metric)[1:]
+def _capitalize(metric: str) -> str:
+    return name_metric(metric)[0].upper() + name_metric(metric)[1:]
 
 
-def curve_plots(facts: Facts) -> list[plots.Plot]:
+def draw_curve_plots(facts: ReportFacts) -> list[plots.Plot]:
     """Draw every curve of the training."""
     drawn = [
-        plots.curves(
+        plots.draw_curves(
             curve.name.replace("_", " ").capitalize(),
             {name: list(table) for name, table in curve.series.items()},
             x="step",
@@ -256,8 +258,8 @@ def curve_plots(facts: Facts) -> list[plots.Plot]:
     return [plot for plot in drawn if plot]
 
 
-def length_plot(facts: Facts) -> plots.Plot | None:
-    """Draw how long the training rows are."""
+def draw_length_plot(facts: ReportFacts) -> plots.Plot | None:
+    """Draw the lengths of the training rows."""
     if facts.lengths is None:
         return None
     series: dict[str, list[Value]] = {}
@@ -265,16 +267,17 @@ def length_plot(facts: Facts) -> plots.Plot | None:
         rows = [row for row in facts.lengths if row.content["split"] == "train" and row.content["part"] == part]
         if rows:
             series[part] = rows
-    return plots.curves("Lengths of the training rows", series, x="tokens", y="rows", x_label="tokens", y_label="rows")
+    title = "Lengths of the training rows"
+    return plots.draw_curves(title, series, x="tokens", y="rows", x_label="tokens", y_label="rows")
 
 
-def search_plot(search: Search) -> plots.Plot | None:
-    """Draw how the best score of a search rose or fell, or of two objectives what the best trials have of both."""
+def draw_search_plot(search: Search) -> plots.Plot | None:
+    """Draw the best score over the trials of a search, or the best trials by two objectives."""
     name = search.study.content["study"]
     if search.course:
         label = search.objectives[0]
         series = {"best so far": list(search.course)}
-        return plots.curves(f"Search {name}", series, x="trial", y="best", x_label="trial", y_label=label)
+        return plots.draw_curves(f"Search {name}", series, x="trial", y="best", x_label="trial", y_label=label)
     if len(search.objectives) != 2:
         return None
     up, across = search.objectives
@@ -286,5 +289,5 @@ def search_plot(search: Search) -> plots.Plot | None:
     ]
     if not points:
         return None
-    axis = plots.across([point.x.content for point in points])
-    return plots.scatter(f"Search {name}: best trials", points, axis, x_label=across, y_label=up)
+    axis = plots.create_x_axis([point.x.content for point in points])
+    return plots.draw_scatter(f"Search {name}: best trials", points, axis, x_label=across, y_label=up)

@@ -1,6 +1,6 @@
-"""Texts of data and models, made fit to be read: nothing invisible, nothing endless, differences marked.
+"""Text differences: texts of data and models in pieces, with invisible characters named and differences marked.
 
-What comes from here is plain text in pieces; the template escapes it.
+The pieces are plain text; the template escapes them.
 """
 
 import difflib
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 LONGEST = 4000  # characters of a text that are shown
-COMPARED = 1500  # words of two texts that are compared: the time grows with their product
+COMPARED = 1500  # words of a text that are compared: the time grows with the product of two
 
 # Invisible marks that change what is read, or make two answers differ unseen. Joiners stay: emoji need them.
 _INVISIBLE = set(
@@ -21,32 +21,32 @@ _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a text, as `kind` says: `plain`, `differs` from the reference, `missing` of it, or `control`.
+    """A part of a text; `kind` is `plain`, `differs` (from the reference), `missing` (in the text) or `control`.
 
-    The last is no part, but the name of a character that cannot be seen, or a remark.
+    `control` is the name of an invisible character, or a note.
     """
 
     text: str
     kind: str = "plain"
 
 
-def pieces(text: str, reference: str | None = None) -> list[Piece]:
+def split_text(text: str, reference: str | None = None) -> list[Piece]:
     """Return the text in pieces, marked where it differs from `reference`; if it is cut, the last piece says so."""
     shown, rest = text[:LONGEST], len(text) - LONGEST
-    parts = [(shown, "plain")] if reference is None else list(_compared(shown, reference[:LONGEST]))
-    found = [piece for part, kind in parts for piece in _visible(part, kind)]
+    parts = [(shown, "plain")] if reference is None else list(_compare_words(shown, reference[:LONGEST]))
+    split = [piece for part, kind in parts for piece in _mark_hidden(part, kind)]
     if rest > 0:
-        found.append(Piece(f"… {rest:,} more characters", "control"))
-    return found
+        split.append(Piece(f"… {rest:,} more characters", "control"))
+    return split
 
 
-def _compared(text: str, reference: str) -> Iterator[tuple[str, str]]:
+def _compare_words(text: str, reference: str) -> Iterator[tuple[str, str]]:
     ours, theirs = _WORD.findall(text), _WORD.findall(reference)
     if len(ours) > COMPARED or len(theirs) > COMPARED:
         yield text, "plain"
         return
     matcher = difflib.SequenceMatcher(None, theirs, ours, autojunk=False)
-    if matcher.ratio() < 0.5:  # marks everywhere say nothing
+    if matcher.ratio() < 0.5:  # nearly everything would be marked
         yield text, "plain"
         return
     for operation, a, b, c, d in matcher.get_opcodes():
@@ -56,10 +56,10 @@ def _compared(text: str, reference: str) -> Iterator[tuple[str, str]]:
             yield "".join(ours[c:d]), "plain" if operation == "equal" else "differs"
 
 
-def _visible(text: str, kind: str) -> Iterator[Piece]:
+def _mark_hidden(text: str, kind: str) -> Iterator[Piece]:
     start = 0
     for place, character in enumerate(text):
-        if _hidden(character):
+        if _is_hidden(character):
             if place > start:
                 yield Piece(text[start:place], kind)
             yield Piece(f"U+{ord(character):04X}", "control")
@@ -68,6 +68,6 @@ def _visible(text: str, kind: str) -> Iterator[Piece]:
         yield Piece(text[start:], kind)
 
 
-def _hidden(character: str) -> bool:
+def _is_hidden(character: str) -> bool:
     # Cs are lone surrogates, which JSON can hold and UTF-8 cannot.
     return character in _INVISIBLE or (unicodedata.category(character) in {"Cc", "Cs"} and character not in "\n\t")

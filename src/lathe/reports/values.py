@@ -1,4 +1,4 @@
-"""Values that know which file they stand in and where: what the page shows can be looked up, and is, by a test.
+"""Values with their place in a file, so that a test can look up every number that the page shows.
 
 An address is `FILE#POINTER`, the latter a JSON pointer as URI fragment (RFC 6901, section 6):
 `metrics/evaluate/test.json#/merged/bytes`. Rows of JSONL, CSV and TSV files are counted from 0.
@@ -20,7 +20,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A JSON value with its place; `steps` lead there from the top of `file`."""
+    """A JSON value with its place: the keys and indices (`steps`) that lead to it in `file`."""
 
     content: Any
     file: str
@@ -33,14 +33,14 @@ class Value:
         return quote(self.file) + "#" + "".join("/" + quote(step, safe="~") for step in steps)
 
     def get(self, *steps: str | int) -> "Value | None":
-        """Return the value that the steps lead to; None where there is none, or null."""
-        found = self.content
+        """Return the value that the steps lead to; None if there is none, or null."""
+        content = self.content
         for step in steps:
-            known = found if isinstance(found, dict) else range(len(found)) if isinstance(found, list) else ()
+            known = content if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ()
             if step not in known:
                 return None
-            found = found[step]
-        return None if found is None else Value(found, self.file, (*self.steps, *steps))
+            content = content[step]
+        return None if content is None else Value(content, self.file, (*self.steps, *steps))
 
     def items(self) -> Iterator[tuple[str, "Value"]]:
         """Yield the keys of an object with their values, but those that are null."""
@@ -54,10 +54,10 @@ class Value:
             yield Value(value, self.file, (*self.steps, index))
 
 
-def read(root: Path, name: str) -> Value | None:
-    """Read a JSON, JSONL, CSV, TSV or YAML file; None where it does not exist.
+def read_value(root: Path, name: str) -> Value | None:
+    """Read a JSON, JSONL, CSV, TSV or YAML file; None if it does not exist.
 
-    Raises InputError where it cannot be read as what its name says.
+    Raises InputError if its content is not what its name says.
     """
     file = root / name
     if not file.is_file():
@@ -69,11 +69,11 @@ def read(root: Path, name: str) -> Value | None:
     text = file.read_text(encoding="utf-8")
     if file.suffix in DELIMITERS:
         rows = csv.DictReader(text.splitlines(), delimiter=DELIMITERS[file.suffix])
-        return Value([{key: _number_or_text(cell) for key, cell in row.items()} for row in rows], name)
+        return Value([{key: _parse_cell(cell) for key, cell in row.items()} for row in rows], name)
     return Value(read_json(file, shown=name), name)
 
 
-def _number_or_text(cell: str) -> Any:
+def _parse_cell(cell: str) -> Any:
     try:
         return float(cell)
     except (TypeError, ValueError):

@@ -20,7 +20,7 @@ from lathe.config.presets import (
 from lathe.data.split_files import data_files, suffixes
 from lathe.models import model_folder
 from lathe.models.templates.install_template import install_template
-from lathe.sources.model_files import hub_files, wanted_files
+from lathe.sources.model_files import fetch_hub_files, select_files
 
 # What is known of a source beside its files: for the hub its repository, the revision asked for, and the commit it was.
 Origin = dict[str, str | None]
@@ -50,7 +50,7 @@ def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> Origin:
             from lathe.sources.hub import Repository
 
             repository = Repository("model", preset.id, preset.revision)
-            _link_files(hub_files(repository), folder)
+            _link_files(fetch_hub_files(repository), folder)
             origin = {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
     if isinstance(preset, Templated) and preset.template:
         install_template(preset.template, folder)
@@ -74,7 +74,7 @@ def fetch_encoder(model: str, revision: str | None, folder: Path) -> Origin:
 
     section, key = "the section bert_score of params.yaml", "`bert_score.model` in params.yaml"
     repository = Repository("model", model, revision, id_key=key, section=section)
-    _link_files(hub_files(repository), folder)
+    _link_files(fetch_hub_files(repository), folder)
     return {"source": "hub", "id": model, "revision": revision, "commit": repository.commit}
 
 
@@ -90,7 +90,7 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
             from lathe.common.jsonl import write_jsonl
             from lathe.sources.builtin import household_commands
 
-            for split, rows in household_commands.rows(seed).items():
+            for split, rows in household_commands.make_rows(seed).items():
                 write_jsonl(rows, folder / f"{split}.jsonl")
         case LocalDataset():
             source = _find_local(preset.path, paths.DATA_LOCAL)
@@ -98,7 +98,8 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
             if not files:
                 raise InputError(
                     f"{preset.path}: holds no data file; expected one of {suffixes()}, or folders train, validation, "
-                    "test of them"
+                    "test of them",
+                    code="no-data-files",
                 )
             for name, file in files.items():
                 # Copied, not linked: DVC makes a stage's outputs read-only, and these are the user's own files.
@@ -125,23 +126,25 @@ def _find_local(path: str, home: Path) -> Path:
     if home not in source.parents:
         raise InputError(
             f"presets.yaml: path {path!r} is not under {home.relative_to(paths.ROOT)}/, which is what DVC watches; "
-            "put or link the files there"
+            "put or link the files there",
+            code="outside-local",
         )
     for part in (source, *source.parents[: len(source.relative_to(home).parts) - 1]):
         if part.is_symlink() and part.is_dir():
             shown = part.relative_to(paths.ROOT)
             raise InputError(
                 f"{shown}: is a link to a folder, behind which DVC sees no change; link the files in it: "
-                f"`rm {shown} && cp -rs {part.resolve()} {shown}`"
+                f"`rm {shown} && cp -rs {part.resolve()} {shown}`",
+                code="linked-folder",
             )
     if not source.exists():
-        raise InputError(f"{path}: no such file or folder; put it there and run `dvc add {path}`")
+        raise InputError(f"{path}: no such file or folder; put it there and run `dvc add {path}`", code="no-such-file")
     return source
 
 
 def _select_files(source: Path, shown: str) -> dict[str, Path]:
     """Return the files to take of a model folder, by name. Raises InputError if it is no complete model."""
-    names = wanted_files([file.name for file in source.iterdir() if file.is_file()], shown)
+    names = select_files([file.name for file in source.iterdir() if file.is_file()], shown)
     # The headers show what would fail an hour later, in `train`, `merge` or `evaluate`.
     model_folder.read_config(source)
     model_folder.open_model(source)

@@ -1,7 +1,7 @@
-"""Files of the Hugging Face Hub: a revision made a commit, what is missing downloaded, all of it verified.
+"""Hugging Face Hub: revisions resolved to commits, files downloaded, resumed and verified.
 
-Files lie in the user's own hub cache (`HF_HOME`, `HF_HUB_CACHE`), in its own layout: what another tool downloaded is
-used, and what is downloaded here is there for other tools.
+Files are in the user's own Hub cache (`HF_HOME`, `HF_HUB_CACHE`), in its own layout: files that another tool downloaded
+are used, and other tools can use those that are downloaded here.
 """
 
 import glob
@@ -45,30 +45,30 @@ from lathe.common.text import readable_bytes
 logger = logging.getLogger(__name__)
 
 Kind = Literal["model", "dataset"]
-Answer = TypeVar("Answer")
+Response = TypeVar("Response")
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
-WAITS_SECONDS = (1.0, 2.0, 4.0)  # before asking again where the library does not do so itself
-LONGEST_WAIT_SECONDS = 60.0  # a hub that asks for more is not waited for
-BROKEN_DOWN = frozenset({500, 502, 503, 504})
-BUSY = frozenset({408, 429}) | BROKEN_DOWN
+WAITS_SECONDS = (1.0, 2.0, 4.0)  # between attempts that the library does not make itself
+LONGEST_WAIT_SECONDS = 60.0  # a hub that asks for a longer wait is not waited for
+SERVER_FAILURES = frozenset({500, 502, 503, 504})
+RETRIED_STATUSES = frozenset({408, 429}) | SERVER_FAILURES
 TIMEOUT_SECONDS = 30.0
 
-# The connection broke after it had been made; one that was never made is not asked for again, but the cache is.
-BROKEN = (httpx2.ReadError, httpx2.ReadTimeout, httpx2.RemoteProtocolError)
+# A connection that broke after it was made; if none can be made the cache is used instead of another attempt.
+CONNECTION_ERRORS = (httpx2.ReadError, httpx2.ReadTimeout, httpx2.RemoteProtocolError)
 
 
-class UnreachableError(InputError):
-    """The hub gives no answer at all."""
+class HubUnreachableError(InputError):
+    """The Hub cannot be reached."""
 
 
 class Repository:
     """A model or dataset repository at one commit.
 
-    The token is the one of `HF_TOKEN`, or that of `hf auth login`; it is sent to the hub alone, not to the hosts that
-    the hub redirects downloads to.
+    The token is `HF_TOKEN`, or that of `hf auth login`; it is sent to the Hub alone, not to the hosts that it redirects
+    downloads to.
     """
 
     def __init__(
@@ -82,19 +82,19 @@ class Repository:
     ) -> None:
         """Resolve `revision` (commit, branch, tag; None: the main branch) to a commit; warn unless it is one.
 
-        `id_key` is where the user named the repository, `section` where the key `revision` stands: for what is said.
-        A commit whose files are in the cache needs no hub. Raises InputError, one line with the remedy, where the hub
-        refuses or cannot be reached.
+        Messages name `id_key`, the key of the repository's name, and `section`, which has the key `revision`. A commit
+        whose files are in the cache needs no Hub. Raises InputError, one line with the remedy, if the Hub refuses or
+        cannot be reached.
         """
-        disable_progress_bars()  # one bar of ours instead of one per file
-        disable_propagation()  # or what the library says appears twice
+        disable_progress_bars()  # one bar for all files instead of one per file
+        disable_propagation()  # or messages of the library appear twice
         self.kind, self.name, self.revision = kind, name, revision
         self.id_key, self.section = id_key, section
         self.folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)
         self._verified: set[str] = set()
         self.commit = revision if revision and COMMIT.fullmatch(revision) else None
         if self.commit is None:
-            self.commit = self._resolved()
+            self.commit = self._resolve_revision()
             logger.warning(
                 "%s is not pinned: %r may mean other files tomorrow; to keep these, put into %s\n    revision: %s",
                 name,
@@ -114,18 +114,18 @@ class Repository:
             pass
         try:
             return sorted(self._listing)
-        except UnreachableError:
-            # Without the hub nobody knows whether a dataset in the cache is whole; a model's index tells.
+        except HubUnreachableError:
+            # Without the Hub a dataset in the cache may be incomplete; of a model the index tells.
             if self.kind == "dataset" or not any(self._snapshot.glob("*.safetensors")):
                 raise
             logger.info("%s: the hub cannot be asked for the list of its files; taking those in the cache", self.name)
             return sorted(file.name for file in self._snapshot.iterdir())
 
     def files(self, wanted: Iterable[str]) -> dict[str, Path]:
-        """Return where these files lie in the cache, each verified by its hash, after downloading those it lacks.
+        """Return the paths of files in the cache, each verified by its hash; download those that it lacks.
 
-        Raises InputError where the hub refuses, the disk is too small, or what came is not what the hub announced; that
-        is removed, and the next run downloads it again.
+        Raises InputError if the Hub refuses, if the disk is too small, and if a file is not what the Hub announced;
+        such a file is removed, and the next run downloads it again.
         """
         chosen = list(wanted)
         missing = [path for path in chosen if path not in self._verified and not self._is_cached(path)]
@@ -141,45 +141,49 @@ class Repository:
 
     @cached_property
     def _listing(self) -> dict[str, RepoFile]:
-        # Asked first, because it tells a wrong name or commit, or a hub that is not there, at once.
-        self._info(self.commit)
-        entries = self._ask(
+        # First, because it reports a wrong name or commit, or an unreachable Hub, at once.
+        self._request_info(self.commit)
+        entries = self._request(
             lambda: list(HfApi().list_repo_tree(self.name, repo_type=self.kind, revision=self.commit, recursive=True))
         )
         files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         if strange := [path for path in files if path.startswith("/") or ".." in path.split("/")]:
-            raise InputError(f"{self.name}: {strange[0]!r} would lie outside of its folder; use another repository")
+            raise InputError(
+                f"{self.name}: {strange[0]!r} would lie outside of its folder; use another repository",
+                code="unsafe-path",
+            )
         return files
 
-    def _resolved(self) -> str:
+    def _resolve_revision(self) -> str:
         ref = self.folder / "refs" / (self.revision or constants.DEFAULT_REVISION)
         known = ref.read_text().strip() if ref.is_file() else None
         try:
-            commit = str(self._info(self.revision).sha)
-        except UnreachableError as unreachable:
+            commit = str(self._request_info(self.revision).sha)
+        except HubUnreachableError as unreachable:
             if not known:
                 raise
-            raise UnreachableError(
-                f"{unreachable}; to use what the cache has of it, pin {self.section}: `revision: {known}`"
+            raise HubUnreachableError(
+                f"{unreachable}; to use what the cache has of it, pin {self.section}: `revision: {known}`",
+                code="hub-unreachable",
             ) from None
-        if commit != known:  # for the other tools that use this cache
+        if commit != known:  # for other tools that use this cache
             with paths.whole_file(ref) as partial:
                 partial.write_text(commit)
         return commit
 
-    def _info(self, revision: str | None) -> Any:
-        return self._ask(
+    def _request_info(self, revision: str | None) -> Any:
+        return self._request(
             lambda: HfApi().repo_info(self.name, repo_type=self.kind, revision=revision, timeout=TIMEOUT_SECONDS),
-            again=BUSY,
+            retried=RETRIED_STATUSES,
         )
 
     def _is_cached(self, path: str) -> bool:
         pointer = self._snapshot / path
         if not pointer.exists():
             return False
-        # In the cache's layout a file is a link to a blob named by its hash; with links off nothing tells the hash.
+        # In the cache a file is a link to a blob named by its hash; without links the hash is unknown.
         etag = pointer.readlink().name if pointer.is_symlink() else ""
-        if (not COMMIT.fullmatch(etag) and not SHA256.fullmatch(etag)) or _hash(pointer, etag) == etag:
+        if (not COMMIT.fullmatch(etag) and not SHA256.fullmatch(etag)) or _hash_file(pointer, etag) == etag:
             return True
         logger.warning("%s: %s in the cache is damaged; it is removed", self.name, path)
         pointer.resolve().unlink()
@@ -188,19 +192,24 @@ class Repository:
 
     def _download(self, files: list[RepoFile]) -> None:
         self._require_space(
-            sum(file.size - _size(self._partial(file)) for file in files if not _size(self._blob(file)))
+            sum(
+                file.size - _get_size(self._partial_path(file))
+                for file in files
+                if not _get_size(self._blob_path(file))
+            )
         )
         for file in files:
             if file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
                 raise InputError(
                     f"{self.name}: {file.path} has {readable_bytes(file.size)}, more than the hub gives in one piece; "
-                    f"run `hf download {self.name} --repo-type {self.kind} --revision {self.commit}` first"
+                    f"run `hf download {self.name} --repo-type {self.kind} --revision {self.commit}` first",
+                    code="file-too-large",
                 )
         with Progress(self.name, sum(file.size for file in files), unit="B", log_ends=True) as progress:
             for file in files:
                 self._download_file(file, progress)
-        # All blobs are there: this links them under their names, and keeps the listing for runs without a network.
-        self._ask(
+        # With all blobs present this links them under their names, and caches the listing for runs without a network.
+        self._request(
             lambda: snapshot_download(
                 self.name,
                 repo_type=self.kind,
@@ -210,28 +219,29 @@ class Repository:
         )
 
     def _download_file(self, file: RepoFile, progress: Progress) -> None:
-        # The library's own download begins a file anew whenever its process was killed; hours of it may be lost.
-        blob, partial = self._blob(file), self._partial(file)
+        # The library's own download starts a file again after its process was killed; hours may be lost.
+        blob, partial = self._blob_path(file), self._partial_path(file)
         lock = Path(constants.HF_HUB_CACHE) / ".locks" / self.folder.name / f"{blob.name}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         blob.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
-            if blob.exists() and _hash(blob, blob.name) == blob.name:  # of another commit
+            if blob.exists() and _hash_file(blob, blob.name) == blob.name:  # of another commit
                 progress.add(file.size)
                 return
-            if _size(partial) > file.size:
+            if _get_size(partial) > file.size:
                 partial.unlink()
-            file_progress = _FileProgress(progress)
-            self._ask(lambda: self._get(file, partial, file_progress), again=BROKEN_DOWN)
-            if _hash(partial, blob.name) != blob.name:
+            file_progress = _FileBar(progress)
+            self._request(lambda: self._download_bytes(file, partial, file_progress), retried=SERVER_FAILURES)
+            if _hash_file(partial, blob.name) != blob.name:
                 partial.unlink()
                 raise InputError(
                     f"{self.name}: {file.path} came with another hash than the hub announced ({blob.name[:12]}…); it "
-                    "is removed, run again to download it anew"
+                    "is removed, run again to download it anew",
+                    code="wrong-hash",
                 )
             partial.replace(blob)
 
-    def _get(self, file: RepoFile, partial: Path, progress: "_FileProgress") -> None:
+    def _download_bytes(self, file: RepoFile, partial: Path, progress: "_FileBar") -> None:
         url = hf_hub_url(self.name, file.path, repo_type=self.kind, revision=self.commit)
         headers = {**build_hf_headers(library_name="lathe"), "Accept-Encoding": "identity"}
         with partial.open("ab") as target:
@@ -246,19 +256,20 @@ class Repository:
                     tqdm_class=progress,  # type: ignore[arg-type]
                 )
             except OSError as error:
-                if "Consistency check failed" not in str(error):  # how it tells of a size that is not the announced one
+                if "Consistency check failed" not in str(error):  # its error for another size than the announced one
                     raise
                 partial.unlink()
                 raise InputError(
                     f"{self.name}: {file.path} came in another size than the hub announced ({file.size} bytes); it is "
-                    "removed, run again to download it anew"
+                    "removed, run again to download it anew",
+                    code="wrong-size",
                 ) from None
 
-    def _blob(self, file: RepoFile) -> Path:
+    def _blob_path(self, file: RepoFile) -> Path:
         return self.folder / "blobs" / (file.lfs.sha256 if file.lfs else file.blob_id)
 
-    def _partial(self, file: RepoFile) -> Path:
-        return self._blob(file).with_suffix(".incomplete")
+    def _partial_path(self, file: RepoFile) -> Path:
+        return self._blob_path(file).with_suffix(".incomplete")
 
     def _require_space(self, needed: int) -> None:
         folder = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
@@ -266,11 +277,12 @@ class Repository:
         if needed > free:
             raise InputError(
                 f"{self.name} takes {readable_bytes(needed)} in {constants.HF_HUB_CACHE}, where {readable_bytes(free)} "
-                "are free; free some, or set HF_HOME to a folder on a larger disk"
+                "are free; free some, or set HF_HOME to a folder on a larger disk",
+                code="disk-too-small",
             )
 
-    def _ask(self, action: Callable[[], Answer], again: frozenset[int] = frozenset()) -> Answer:
-        waits = list(WAITS_SECONDS if again else ())
+    def _request(self, action: Callable[[], Response], retried: frozenset[int] = frozenset()) -> Response:
+        waits = list(WAITS_SECONDS if retried else ())
         while True:
             try:
                 return action()
@@ -278,74 +290,85 @@ class Repository:
                 problem: BaseException = error
                 if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
                     problem = error.__cause__
-                seconds = _wait(problem, again, waits[0]) if waits else None
+                seconds = _choose_delay(problem, retried, waits[0]) if waits else None
                 if seconds is None:
-                    raise self._refusal(problem) from None
+                    raise self._explain_error(problem) from None
                 del waits[0]
-                logger.warning("%s: %s; asking again in %.0f s", self.name, _first_line(problem), seconds)
+                logger.warning("%s: %s; asking again in %.0f s", self.name, _format_error(problem), seconds)
                 time.sleep(seconds)
 
-    def _refusal(self, error: BaseException) -> InputError:
+    def _explain_error(self, error: BaseException) -> InputError:
         page = f"{constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
         if isinstance(error, OfflineModeIsEnabled):
-            return UnreachableError(
-                f"{self.name}: the hub has to be asked, but HF_HUB_OFFLINE is set; unset it and run again"
+            return HubUnreachableError(
+                f"{self.name}: the hub has to be asked, but HF_HUB_OFFLINE is set; unset it and run again",
+                code="hub-offline",
             )
         if not isinstance(error, HfHubHTTPError):
-            return UnreachableError(
-                f"{self.name}: no answer from {constants.ENDPOINT} ({_first_line(error)}); check the network, and "
-                "HTTPS_PROXY and HF_ENDPOINT where they are set"
+            return HubUnreachableError(
+                f"{self.name}: no answer from {constants.ENDPOINT} ({_format_error(error)}); check the network, and "
+                "HTTPS_PROXY and HF_ENDPOINT where they are set",
+                code="hub-unreachable",
             )
         status, with_token = error.response.status_code, get_token() is not None
         if isinstance(error, GatedRepoError):
             how = "with the account of your token" if with_token else "and set HF_TOKEN to a token of that account"
-            return InputError(f"{self.name} is gated; accept its terms at {page} {how}")
+            return InputError(f"{self.name} is gated; accept its terms at {page} {how}", code="gated-repository")
         if isinstance(error, RevisionNotFoundError):
             return InputError(
-                f"{self.name} has no revision {self.revision!r}; give a commit, tag or branch from {page}/commits/main"
+                f"{self.name} has no revision {self.revision!r}; give a commit, tag or branch from {page}/commits/main",
+                code="no-such-revision",
             )
         if status in {401, 404} and not with_token:
             return InputError(
                 f"{self.name}: no such {self.kind} on {constants.ENDPOINT}, or not a public one; check {self.id_key}, "
-                f"or set HF_TOKEN to a token that may read it ({constants.ENDPOINT}/settings/tokens)"
+                f"or set HF_TOKEN to a token that may read it ({constants.ENDPOINT}/settings/tokens)",
+                code="no-such-repository",
             )
         if status == 401:
             return InputError(
                 f"{self.name}: the hub does not accept the token of HF_TOKEN; make a new one at "
-                f"{constants.ENDPOINT}/settings/tokens, or unset it for a public repository"
+                f"{constants.ENDPOINT}/settings/tokens, or unset it for a public repository",
+                code="token-refused",
             )
         if status == 403:
             return InputError(
                 f"{self.name}: the token of HF_TOKEN may not read it (403); give it read access at "
-                f"{constants.ENDPOINT}/settings/tokens"
+                f"{constants.ENDPOINT}/settings/tokens",
+                code="token-not-allowed",
             )
         if status == 404:
             return InputError(
                 f"{self.name}: no such {self.kind} on {constants.ENDPOINT}, or the account of HF_TOKEN may not see it; "
-                f"check {self.id_key}"
+                f"check {self.id_key}",
+                code="no-such-repository",
             )
         if status == 429:
             seconds = error.response.headers.get("Retry-After")
             when = f"in {seconds} s" if seconds else "later"
             remedy = "" if with_token else "; with HF_TOKEN set the hub allows more"
-            return InputError(f"{self.name}: the hub takes no more requests for now (429); run again {when}{remedy}")
+            return InputError(
+                f"{self.name}: the hub takes no more requests for now (429); run again {when}{remedy}",
+                code="too-many-requests",
+            )
         return InputError(
             f"{self.name}: the hub answers {status} ({error.response.reason_phrase}); run again later, what is "
-            "downloaded is kept"
+            "downloaded is kept",
+            code="hub-failed",
         )
 
 
-class _FileProgress:
+class _FileBar:
     """The bar of one file as http_get makes and uses it: it counts into the progress of all files."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress, self.start = progress, progress.done
 
-    def __call__(self, *, initial: int = 0, **_: object) -> "_FileProgress":
+    def __call__(self, *, initial: int = 0, **_: object) -> "_FileBar":
         self.progress.add(self.start + initial - self.progress.done)  # `initial` bytes are kept of a broken download
         return self
 
-    def __enter__(self) -> "_FileProgress":
+    def __enter__(self) -> "_FileBar":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -355,28 +378,28 @@ class _FileProgress:
         self.progress.add(count)
 
 
-def _wait(error: BaseException, again: frozenset[int], default: float) -> float | None:
-    """Return the seconds after which to ask again; None where that is of no use."""
-    if isinstance(error, BROKEN):
+def _choose_delay(error: BaseException, retried: frozenset[int], default: float) -> float | None:
+    """Return the seconds before the next attempt; None if none is made."""
+    if isinstance(error, CONNECTION_ERRORS):
         return default
-    if not isinstance(error, HfHubHTTPError) or error.response.status_code not in again:
+    if not isinstance(error, HfHubHTTPError) or error.response.status_code not in retried:
         return None
     asked = error.response.headers.get("Retry-After", "")
     seconds = float(asked) if asked.isdigit() else default
     return seconds if seconds <= LONGEST_WAIT_SECONDS else None
 
 
-def _hash(file: Path, like: str) -> str:
-    """Return the hash of a file of the kind that `like` is: SHA-256 of large files, Git's blob hash of the others."""
+def _hash_file(file: Path, like: str) -> str:
+    """Return the SHA-256 of a file if `like` is one, as of large files; else Git's blob hash."""
     if SHA256.fullmatch(like):
         with file.open("rb") as stream:
             return sha_fileobj(stream).hex()
     return git_hash(file.read_bytes())
 
 
-def _size(file: Path) -> int:
+def _get_size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def _first_line(error: BaseException) -> str:
+def _format_error(error: BaseException) -> str:
     return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -43,14 +43,14 @@ class Layout:
 
         Raises InputError where `config` is unknown, or None while there are several, or where no file holds rows.
         """
-        _quieten()
+        _silence_libraries()
         self.repository = repository
         script = f"{repository.name.split('/')[-1]}.py"
         if script in repository.paths:
             logger.warning("%s: its %s is not run; its data files are read as they are", repository.name, script)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name).resolve()
-            self.builder = self._builder(folder, config)
+            self.builder = self._load_builder(folder, config)
             found = self.builder.config.data_files.items()
             self.splits = {
                 str(split): [str(Path(file).relative_to(folder)) for file in files] for split, files in found
@@ -66,7 +66,8 @@ class Layout:
         if name not in self.splits:
             raise InputError(
                 f"presets.yaml: {split}_split is {wanted!r}, but {self.repository.name} has no split {name!r}; "
-                f"{did_you_mean(name, list(self.splits))}"
+                f"{did_you_mean(name, list(self.splits))}",
+                code="no-such-split",
             )
         files = self.repository.files(self.splits[name])
         suffix = READ_UNCHANGED[self._kind]
@@ -77,7 +78,7 @@ class Layout:
             shard = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
             paths.link(file, folder / f"{split}{shard}{suffix}")
 
-    def _builder(self, folder: Path, config: str | None) -> datasets.DatasetBuilder:
+    def _load_builder(self, folder: Path, config: str | None) -> datasets.DatasetBuilder:
         name = self.repository.name
         for path in self.repository.paths:
             if not path.endswith(ARCHIVES):
@@ -86,30 +87,34 @@ class Layout:
         for path, file in self.repository.files(path for path in CARDS if path in self.repository.paths).items():
             shutil.copyfile(file, folder / path)
         if not (folder / "README.md").exists():
-            (folder / "README.md").write_text(_card_of_conversion(self.repository.paths))
+            (folder / "README.md").write_text(_build_conversion_card(self.repository.paths))
         try:
             configs = [str(each) for each in datasets.get_dataset_config_names(str(folder))]
             chosen = config or datasets.get_dataset_default_config_name(str(folder))
             if chosen is None:
                 raise InputError(
-                    f"presets.yaml: {name} has several configurations; choose one with `config:`: {', '.join(configs)}"
+                    f"presets.yaml: {name} has several configurations; choose one with `config:`: {', '.join(configs)}",
+                    code="several-configurations",
                 )
             if chosen not in configs:
                 raise InputError(
-                    f"presets.yaml: config is {chosen!r}, which {name} has not; {did_you_mean(chosen, configs)}"
+                    f"presets.yaml: config is {chosen!r}, which {name} has not; {did_you_mean(chosen, configs)}",
+                    code="no-such-configuration",
                 )
             builder = datasets.load_dataset_builder(str(folder), name=chosen, cache_dir=str(folder / ".cache"))
         except (DatasetsError, OSError, ValueError, yaml.YAMLError) as error:
             problem = str(error).splitlines()[0].replace(str(folder), name).rstrip(".")
             raise InputError(
                 f"{name}: holds no data files that can be read ({problem}); try the hub's own conversion, `revision: "
-                "refs/convert/parquet`, or put files of yours under data/local"
+                "refs/convert/parquet`, or put files of yours under data/local",
+                code="no-data-files",
             ) from None
         kind = builder.__module__.rpartition(".")[2]
         if kind not in READ_UNCHANGED:
             raise InputError(
                 f"{name}: its files are for the builder {kind!r}, not rows of text; expected one of "
-                f"{', '.join(READ_UNCHANGED)}"
+                f"{', '.join(READ_UNCHANGED)}",
+                code="not-text",
             )
         return builder
 
@@ -140,11 +145,12 @@ class Layout:
             except (DatasetsError, ValueError) as error:
                 problem = str(error.__cause__ or error).splitlines()[0].rstrip(".")
                 raise InputError(
-                    f"presets.yaml: {split}_split is {wanted!r}, but {self.repository.name} cannot give it: {problem}"
+                    f"presets.yaml: {split}_split is {wanted!r}, but {self.repository.name} cannot give it: {problem}",
+                    code="unreadable-split",
                 ) from None
 
 
-def _card_of_conversion(files: list[str]) -> str:
+def _build_conversion_card(files: list[str]) -> str:
     """Return a README that declares what the hub's own conversion says by its folders alone; else an empty one."""
     configs: dict[str, dict[str, list[str]]] = {}
     for match in filter(None, map(CONVERTED.fullmatch, files)):
@@ -156,7 +162,7 @@ def _card_of_conversion(files: list[str]) -> str:
     return f"---\n{json.dumps({'configs': declared})}\n---\n" if declared else ""
 
 
-def _quieten() -> None:
+def _silence_libraries() -> None:
     """Keep bars off logs, and what the libraries say of files that are empty here; their errors come as ours."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

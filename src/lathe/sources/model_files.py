@@ -29,12 +29,14 @@ PATTERNS = (
 )
 
 
-def hub_files(repository: "Repository") -> dict[str, Path]:
+def fetch_hub_files(repository: "Repository") -> dict[str, Path]:
     """Return the files to take of a repository, by name, where they lie in the hub's cache, downloaded and verified."""
-    names = wanted_files([path for path in repository.paths if "/" not in path], repository.name)
+    names = select_files([path for path in repository.paths if "/" not in path], repository.name)
     model_folder.read_config(repository.files(["config.json"])["config.json"].parent)
     if model_folder.INDEX_FILE in names:
-        names = _indexed(names, repository.files([model_folder.INDEX_FILE])[model_folder.INDEX_FILE], repository.name)
+        names = _select_indexed(
+            names, repository.files([model_folder.INDEX_FILE])[model_folder.INDEX_FILE], repository.name
+        )
     elif model_folder.SINGLE_FILE in names:
         names = [name for name in names if not name.endswith(".safetensors") or name == model_folder.SINGLE_FILE]
     files = repository.files(names)
@@ -42,27 +44,31 @@ def hub_files(repository: "Repository") -> dict[str, Path]:
     return files
 
 
-def wanted_files(names: list[str], shown: str) -> list[str]:
+def select_files(names: list[str], shown: str) -> list[str]:
     """Return the names to take of those in a model's folder; raises InputError where it is no whole model."""
     for name in ("config.json", "tokenizer_config.json"):
         if name not in names:
-            raise InputError(f"{shown}: holds no {name}; give a complete Hugging Face model folder")
+            raise InputError(
+                f"{shown}: holds no {name}; give a complete Hugging Face model folder", code="incomplete-model"
+            )
     if not fnmatch.filter(names, "*.safetensors"):
         pickles = sorted(name for name in names if name.endswith(model_folder.PICKLES))
         if pickles:
             raise InputError(
-                f"{shown}/{pickles[0]}: pickled weights are never loaded; save the model with safe_serialization=True"
+                f"{shown}/{pickles[0]}: pickled weights are never loaded; save the model with safe_serialization=True",
+                code="pickled-weights",
             )
-        raise InputError(f"{shown}: holds no *.safetensors; put the model's weights there")
+        raise InputError(f"{shown}: holds no *.safetensors; put the model's weights there", code="incomplete-model")
     wanted = {name for pattern in PATTERNS for name in fnmatch.filter(names, pattern)}
     return sorted(name for name in wanted if not name.endswith((*model_folder.PICKLES, ".py")))
 
 
-def _indexed(names: list[str], index: Path, shown: str) -> list[str]:
+def _select_indexed(names: list[str], index: Path, shown: str) -> list[str]:
     # Some repositories hold the weights a second time, in their maker's own layout (`consolidated.safetensors`).
     shards = set(model_folder.read_json(index)["weight_map"].values())
     if lacking := sorted(shards - set(names)):
         raise InputError(
-            f"{shown}: holds no {lacking[0]}, which {model_folder.INDEX_FILE} names; give a complete model"
+            f"{shown}: holds no {lacking[0]}, which {model_folder.INDEX_FILE} names; give a complete model",
+            code="incomplete-model",
         )
     return [name for name in names if not name.endswith(".safetensors") or name in shards]

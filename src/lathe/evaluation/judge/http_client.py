@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 
 from lathe.common.errors import InputError
-from lathe.common.redaction import hide
+from lathe.common.redaction import hide_secrets
 from lathe.evaluation.judge.failures import DeclinedError, MalformedError, UnavailableError
 
 _SHOWN_CHARACTERS = 300
@@ -64,7 +64,7 @@ class Session:
             raise InputError(f"{self.address}: {self._reason(error)}; check judge.base_url") from None
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             raise UnavailableError(f"{self.address} broke off: {self._reason(error)}", billed=True) from None
-        text = hide(response.text, self.secrets)
+        text = hide_secrets(response.text, self.secrets)
         if response.is_redirect:
             raise InputError(
                 f"{self.address} redirects ({response.status_code}), which is not followed: the key would go "
@@ -78,7 +78,7 @@ class Session:
             raise MalformedError(f"the server's answer is not JSON: {_short(text)!r}") from None
 
     def _reason(self, error: Exception) -> str:
-        return _short(hide(str(error), self.secrets)) or type(error).__name__
+        return _short(hide_secrets(str(error), self.secrets)) or type(error).__name__
 
 
 def certificates(ca_bundle: Path | None) -> ssl.SSLContext | None:

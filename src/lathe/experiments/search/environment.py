@@ -1,4 +1,4 @@
-"""What the environment says about a search: the variables of the set-up that Lathe replaces."""
+"""Environment of a search: the variables of the set-up that Lathe replaces, as overrides."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from lathe.common.text import did_you_mean
 from lathe.config import overrides
 from lathe.config.load import check_value
 
-# The parameters that they fix.
+# Each variable with the parameter that it fixes.
 VARIABLES = {
     "LORA_MODEL_NAME": "model",
     "LORA_NUM_EPOCHS": "training.num_train_epochs",
@@ -22,20 +22,20 @@ NUMBER_OF_TRIALS = "LORA_N_TRIALS"
 
 @dataclass(frozen=True)
 class Environment:
-    """The variables that are set, and what follows: overrides as on the command line, and the number of trials."""
+    """The variables that are set, with the overrides and the number of trials that they stand for."""
 
     variables: dict[str, str]
     overrides: list[str]
     n_trials: int | None
 
 
-def read(variables: Mapping[str, str], params: Mapping[str, Any], models: Sequence[str]) -> Environment:
-    """Read the variables that are set; `models` are the presets that there are.
+def read_environment(variables: Mapping[str, str], params: Mapping[str, Any], models: Sequence[str]) -> Environment:
+    """Read the variables that are set; `models` are the names of the presets.
 
-    Raises InputError with a line for each that its parameter cannot be.
+    Raises InputError with a line for each value that its parameter cannot have.
     """
     given = {name: variables[name] for name in (*VARIABLES, NUMBER_OF_TRIALS) if name in variables}
-    values = {name: _value(text) if name != "LORA_MODEL_NAME" else text for name, text in given.items()}
+    values = {name: _parse_value(text) if name != "LORA_MODEL_NAME" else text for name, text in given.items()}
     problems = []
     for name, value in values.items():
         if not given[name].strip():
@@ -48,13 +48,13 @@ def read(variables: Mapping[str, str], params: Mapping[str, Any], models: Sequen
         elif not isinstance(value, int) or value < 1:
             problems.append(f"{name} is {given[name]!r}; must be a whole number of trials, at least 1")
     if problems:
-        raise InputError("\n".join(problems))
+        raise InputError("\n".join(problems), code="invalid-variable")
     fixed = [overrides.format_override(key, values[name]) for name, key in VARIABLES.items() if name in given]
     return Environment(given, fixed, int(given[NUMBER_OF_TRIALS]) if NUMBER_OF_TRIALS in given else None)
 
 
-def _value(text: str) -> int | float | str:
-    """Return the number that is written, whole where it is written so; what is none is returned as it is."""
+def _parse_value(text: str) -> int | float | str:
+    """Return a number as int or float, as it is written; any other text as it is."""
     if re.fullmatch(r"\d{1,15}", text, re.ASCII):
         return int(text)
     return float(text) if re.fullmatch(r"(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text, re.ASCII) else text

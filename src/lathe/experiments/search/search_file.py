@@ -1,4 +1,4 @@
-"""A search file: what is searched, for which scores, and how; read and refused like the parameters themselves."""
+"""Search file: the parameters to search, the objectives, the sampler; validated like params.yaml."""
 
 import math
 import re
@@ -17,23 +17,23 @@ from lathe.config.load import check_value
 from lathe.config.params import Params
 from lathe.config.yaml_files import find_line, read_yaml
 
-LARGEST_GRID = 100_000  # points; its order is drawn whole
+LARGEST_GRID = 100_000  # points; the order of all is drawn at once
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Float(Section):
-    """A number between two others, both included; `log`: by its logarithm, `step`: in steps from `low`."""
+    """A number from `low` to `high`, both included; `log`: sampled by its logarithm, `step`: in steps from `low`."""
 
     type: Literal["float"]
-    low: Finite
-    high: Finite
+    low: FiniteFloat
+    high: FiniteFloat
     log: bool = False
     step: PositiveFloat | None = None
 
     @property
     def points(self) -> Sequence[float] | None:
-        """The values that a grid takes; None where there are no steps."""
+        """The values that a grid takes; None without steps."""
         if self.step is None:
             return None
         # Rounded as the count is: 0.1 goes three times into 0.3.
@@ -41,7 +41,7 @@ class Float(Section):
 
 
 class Int(Section):
-    """A whole number between two others, both included."""
+    """A whole number from `low` to `high`, both included."""
 
     type: Literal["int"]
     low: int
@@ -51,12 +51,12 @@ class Int(Section):
 
     @property
     def points(self) -> Sequence[int] | None:
-        """The values that a grid takes; None where they are searched by their logarithm."""
+        """The values that a grid takes; None if they are sampled by their logarithm."""
         return None if self.log else range(self.low, self.high + 1, self.step or 1)
 
 
 class Categorical(Section):
-    """One of several values, of whatever kind the parameter takes: lists too."""
+    """One of several values of whatever type the parameter has, lists included."""
 
     type: Literal["categorical"]
     choices: Annotated[list[Any], Field(min_length=1)]
@@ -73,24 +73,25 @@ Dimension = Annotated[Float | Int | Categorical, Field(discriminator="type")]
 class Objective(Section):
     """A score of metrics/evaluate/validation.json, such as `Q4_K_M.exact_match`, and which way is better.
 
-    The artifact `quantized` is whichever quantization type scored worst: the only one, where a trial makes one.
+    The artifact `quantized` is the quantization type that scored worst: the only one, if a trial makes one.
     """
 
     metric: Annotated[str, Field(pattern=r"^\w+\.\w+$")]
     direction: Literal["maximize", "minimize"]
 
-    def value(self, report: Mapping[str, Mapping[str, Any]], types: Sequence[str]) -> float:
-        """Read the score from a report of `evaluate`; raises ValueError where there is none."""
+    def read_score(self, report: Mapping[str, Mapping[str, Any]], types: Sequence[str]) -> float:
+        """Read the score from a report of `evaluate`; raises ValueError if there is none."""
         artifact, _, score = self.metric.partition(".")
-        found = [report.get(name, {}).get(score) for name in (types if artifact == gates.QUANTIZED else [artifact])]
-        scores = [value for value in found if isinstance(value, int | float) and math.isfinite(value)]
-        if not scores or len(scores) < len(found):
+        names = types if artifact == gates.QUANTIZED else [artifact]
+        values = [report.get(name, {}).get(score) for name in names]
+        scores = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+        if not scores or len(scores) < len(values):
             raise ValueError(f"metrics/evaluate/validation.json has no {self.metric}")
         return float(min(scores) if self.direction == "maximize" else max(scores))
 
 
 class Plan(Section):
-    """The whole of a search file; every key must be there."""
+    """The content of a search file; every key is required."""
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
     sampler: Literal["tpe", "random", "grid"]
@@ -111,15 +112,18 @@ class Plan(Section):
         """How many points a grid has; parameters without steps count as one."""
         return math.prod(len(dimension.points) for dimension in self.space.values() if dimension.points is not None)
 
-    def without(self, keys: Sequence[str]) -> "Plan":
-        """Return the plan with parameters fixed: they are not searched."""
+    def fix_parameters(self, keys: Sequence[str]) -> "Plan":
+        """Return the plan without some parameters, which overrides fix."""
         space = {key: dimension for key, dimension in self.space.items() if key not in keys}
         if not space:
-            raise InputError(f"-S {', '.join(keys)}: nothing is left to search; leave one parameter of the file free")
+            raise InputError(
+                f"-S {', '.join(keys)}: nothing is left to search; leave one parameter of the file free",
+                code="nothing-to-search",
+            )
         return self.model_copy(update={"space": space})
 
     def check(self, params: Params, where: str) -> None:
-        """Raise InputError where an objective is not among the scores that a trial has."""
+        """Raise InputError if an objective is none of the scores that a trial has."""
         type_lists = [params.quantize.types]
         if isinstance(searched := self.space.get("quantize.types"), Categorical):
             type_lists = searched.choices
@@ -130,11 +134,13 @@ class Plan(Section):
                     gates.check(gate, types=types, scores=params.scores)
                 except ValueError as error:
                     rule = str(error).partition(" names ")[2] or str(error)
-                    raise InputError(f"{where}: objectives: {objective.metric} names {rule}") from None
+                    raise InputError(
+                        f"{where}: objectives: {objective.metric} names {rule}", code="unknown-objective"
+                    ) from None
 
 
-def read(file: Path, params: Mapping[str, Any], name: str) -> Plan:
-    """Read a search file, which messages call `name`, and hold it against the parameters as they are.
+def read_plan(file: Path, params: Mapping[str, Any], name: str) -> Plan:
+    """Read a search file, which messages call `name`, and validate it against the current parameters.
 
     Raises InputError with one line per problem: file, line, key, value, rule and remedy.
     """
@@ -145,21 +151,25 @@ def read(file: Path, params: Mapping[str, Any], name: str) -> Plan:
     try:
         plan = Plan.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{_where(name, marked, problem['loc'])}: {_sentence(problem, tree)}" for problem in error.errors()]
+        lines = [
+            f"{_locate(name, marked, problem['loc'])}: {_describe_problem(problem, tree)}" for problem in error.errors()
+        ]
         raise InputError("\n".join(dict.fromkeys(lines))) from None
     problems = [
         problem
         for key, dimension in plan.space.items()
-        for problem in _of_dimension(key, dimension, params, _where(name, marked, ("space", key)))
+        for problem in _check_dimension(key, dimension, params, _locate(name, marked, ("space", key)))
     ]
     if plan.sampler == "grid" and not problems:
-        problems = list(_of_grid(plan, name, marked))
+        problems = list(_check_grid(plan, name, marked))
     if problems:
-        raise InputError("\n".join(dict.fromkeys(problems)))
+        raise InputError("\n".join(dict.fromkeys(problems)), code="invalid-search-file")
     return plan
 
 
-def _of_dimension(key: str, dimension: Float | Int | Categorical, params: Mapping[str, Any], where: str) -> list[str]:
+def _check_dimension(
+    key: str, dimension: Float | Int | Categorical, params: Mapping[str, Any], where: str
+) -> list[str]:
     values = dimension.choices if isinstance(dimension, Categorical) else [dimension.low, dimension.high]
     problems = [problem for value in values for problem in check_value(key, value, dict(params), where)]
     if problems:
@@ -178,22 +188,22 @@ def _of_dimension(key: str, dimension: Float | Int | Categorical, params: Mappin
     return []
 
 
-def _of_grid(plan: Plan, name: str, marked: Any) -> Iterator[str]:
+def _check_grid(plan: Plan, name: str, marked: Any) -> Iterator[str]:
     for key, dimension in plan.space.items():
         if dimension.points is None:
             yield (
-                f"{_where(name, marked, ('space', key))}: space.{key}: a grid needs points; give it a step and no log, "
-                "or take type categorical with choices"
+                f"{_locate(name, marked, ('space', key))}: space.{key}: a grid needs points; give it a step and no "
+                "log, or take type categorical with choices"
             )
     if (size := plan.grid_size) > LARGEST_GRID:
-        yield f"{_where(name, marked, ('space',))}: the grid has {size:,} points; {LARGEST_GRID:,} are the most"
+        yield f"{_locate(name, marked, ('space',))}: the grid has {size:,} points; {LARGEST_GRID:,} are the most"
 
 
-def _where(file: str, marked: Any, location: Sequence[Any]) -> str:
+def _locate(file: str, marked: Any, location: Sequence[Any]) -> str:
     return f"{file}:{find_line(marked, location)}"
 
 
-def _sentence(problem: Any, tree: Any) -> str:
+def _describe_problem(problem: Any, tree: Any) -> str:
     path = [step for step in problem["loc"] if step not in ("float", "int", "categorical")]
     key, given = ".".join(map(str, path)) or "the whole file", problem["input"]
     match problem["type"]:

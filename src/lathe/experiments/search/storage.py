@@ -24,9 +24,9 @@ SECONDS_BETWEEN_ATTEMPTS = 1.0
 
 
 class JournalLock:
-    """Lets one process at a time write to a journal; the kernel frees it when that process is gone, however it went.
+    """Lock for one process at a time to write to a journal; the kernel releases it when that process ends.
 
-    A line that a killed process left half written is cut away before the next is written behind it.
+    An incomplete line of a killed process is removed before the next is appended.
     """
 
     def __init__(self, journal: Path) -> None:
@@ -49,26 +49,26 @@ class JournalLock:
         return True
 
     def release(self) -> None:
-        """Let the next one write."""
+        """Release the lock."""
         assert self._file is not None
         self._file.close()
         self._file = None
 
 
-def opened(url: str | None, study: str) -> "BaseStorage":
+def open_storage(url: str | None, study: str) -> "BaseStorage":
     """Open the database at `url`, or the study's journal.
 
-    Raises InputError, which never shows a password, where the database cannot be reached or the journal read.
+    Raises InputError, which never shows a password, if the database cannot be reached or the journal is damaged.
     """
     import optuna
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns of errors that it then raises
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it logs errors that it then raises
     if url is None:
         journal = JOURNALS / f"{study}.journal"
         journal.parent.mkdir(exist_ok=True)
-        _check(journal)
+        _check_journal(journal)
         return JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalLock(journal)))
 
     from sqlalchemy.engine import make_url
@@ -79,7 +79,8 @@ def opened(url: str | None, study: str) -> "BaseStorage":
     except ArgumentError:
         raise InputError(
             f"{VARIABLE} or --storage is no database URL; write postgresql://USER:PASSWORD@HOST/DATABASE or "
-            "sqlite:///FILE"
+            "sqlite:///FILE",
+            code="invalid-database-url",
         ) from None
     if address.drivername == "postgresql":
         address = address.set(drivername="postgresql+psycopg")
@@ -90,36 +91,37 @@ def opened(url: str | None, study: str) -> "BaseStorage":
         except (IntegrityError, ProgrammingError) as error:
             # Another driver makes the same tables at this moment.
             if not attempts_left:
-                raise _away(url, error) from None
+                raise _build_error(url, error) from None
             time.sleep(SECONDS_BETWEEN_ATTEMPTS)
         except (SQLAlchemyError, ImportError) as error:
-            raise _away(url, error) from None
+            raise _build_error(url, error) from None
     raise AssertionError("the last attempt returns or raises")
 
 
-def _check(journal: Path) -> None:
-    """Refuse a journal that was damaged: Optuna would read it up to there, and might write on behind it."""
+def _check_journal(journal: Path) -> None:
+    """Refuse a damaged journal: Optuna would read it up to the damage, and might append to it."""
     if not journal.exists():
         return
     with journal.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.endswith(b"\n") and not _is_operation(line):
                 raise InputError(
-                    f"{journal}:{number}: no line of Optuna's journal; put back a copy, or remove the file"
+                    f"{journal}:{number}: no line of Optuna's journal; put back a copy, or remove the file",
+                    code="damaged-journal",
                 )
 
 
 def _is_operation(line: bytes) -> bool:
     try:
-        found = json.loads(line)
+        operation = json.loads(line)
     except ValueError:
         return False
-    return isinstance(found, dict) and found.get("op_code") in range(11)
+    return isinstance(operation, dict) and operation.get("op_code") in range(11)
 
 
 @contextmanager
-def told_when_away(url: str | None) -> Iterator[None]:
-    """Turn the loss of a database into one line that says how to go on."""
+def translate_connection_errors(url: str | None) -> Iterator[None]:
+    """Turn a lost connection to the database into an InputError that says how to continue."""
     from sqlalchemy.exc import InterfaceError, OperationalError
 
     try:
@@ -127,24 +129,31 @@ def told_when_away(url: str | None) -> Iterator[None]:
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, InterfaceError | OperationalError):
-            cause = cause.__cause__ or cause.__context__  # Optuna asks once more in the same, broken transaction
+            cause = cause.__cause__ or cause.__context__  # Optuna repeats the query in the broken transaction
         if cause is None:
             raise
-        raise InputError(f"{shown(url)}: {why(cause)}; when the database is back, the same command goes on") from None
+        raise InputError(
+            f"{hide_password(url)}: {format_database_error(cause)}; when the database is back, "
+            "the same command goes on",
+            code="database-lost",
+        ) from None
 
 
-def _away(url: str, error: BaseException) -> InputError:
-    return InputError(f"{shown(url)}: {why(error)}; is it running, and are user and password right?")
+def _build_error(url: str, error: BaseException) -> InputError:
+    return InputError(
+        f"{hide_password(url)}: {format_database_error(error)}; is it running, and are user and password right?",
+        code="no-database",
+    )
 
 
-def shown(url: str | None) -> str:
-    """Return the address without what must not be shown: password, and the options, which may hold one."""
+def hide_password(url: str | None) -> str:
+    """Return the address without the password, and without the options, which may contain one."""
     if url is None:
         return str(JOURNALS.relative_to(paths.MAIN))
     return re.sub(r"//([^/@:]*)(:[^/]*)?@", r"//\1@", url.partition("?")[0])
 
 
-def why(error: BaseException) -> str:
-    """Return the first line of what a database said."""
-    said = str(getattr(error, "orig", None) or error).strip().splitlines()
-    return said[0] if said else type(error).__name__
+def format_database_error(error: BaseException) -> str:
+    """Return the first line of a database's message."""
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,11 +1,11 @@
-"""The trials of a study, shared out among drivers: each is run by one of them, and none is lost when one is killed.
+"""Study: its trials distributed among drivers, each run by one driver, none lost if a driver is killed.
 
-A trial that was begun carries its owner, who renews it. One whose owner is gone is taken over with its number and its
-parameters. Optuna's own heartbeats would end it as failed and begin another, and its journal has none.
+A running trial has an owner, which renews its claim by heartbeats. A trial whose owner is gone is taken over with its
+number and its parameters. Optuna's own heartbeats would end it as failed and start another, and its journal has none.
 
-Drivers of one checkout exclude one another by a lock. Between machines there is none: who takes a trial over writes its
-name, waits, and lets go if another wrote later. Should a machine be slower than that wait, or come back from the dead,
-two run the trial until the next beat, when the one whose name is gone stops; the storage takes the scores of one alone.
+Drivers of one checkout exclude one another by a lock. Between machines there is none: a driver that takes a trial over
+writes its name, waits, and gives up if another wrote later. If a machine is slower than that, or comes back, two
+drivers run the trial until the next heartbeat, when the one that is not the owner stops; only one's scores are stored.
 """
 
 import json
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_BEATS = 20.0
-SECONDS_UNTIL_GONE = 150.0  # without a beat, of an owner on another machine
-SECONDS_TO_CLAIM = 2.0  # in which another machine's claim to the same trial would show
+SECONDS_UNTIL_GONE = 150.0  # without a heartbeat of an owner on another machine
+SECONDS_TO_CLAIM = 2.0  # until another machine's claim to the same trial is visible
 
 OWNER, SETTING, ENVIRONMENT = "owner", "setting", "environment"
 EXPERIMENT, REASON, SURPLUS = "experiment", "reason", "surplus"
 
 
 class Study:
-    """A study of Optuna, seen by one driver; it is begun where the storage has none of that name.
+    """A study of Optuna as one driver uses it; it is created if the storage has none of that name.
 
-    `is_local`: drivers of this checkout alone can take part. `params` are the parameters that the trials begin from.
+    `is_local`: only drivers of this checkout can take part. `params` are the parameters before a trial's own.
     """
 
     def __init__(self, plan: Plan, storage: "BaseStorage", params: dict[str, Any], *, is_local: bool) -> None:
@@ -54,64 +54,65 @@ class Study:
         )
         self._lock = paths.SCRATCH / "search" / f"{plan.study}.lock"
         self._lock.parent.mkdir(parents=True, exist_ok=True)
-        self._me = _process(os.getpid())
+        self._me = _identify_process(os.getpid())
         self._beats = 0
         self._mine: dict[int, optuna.Trial] = {}
-        self._seen: dict[int, tuple[Any, float]] = {}  # of another's trial: its owner, and since when unchanged
+        self._seen: dict[int, tuple[Any, float]] = {}  # of other drivers: owner, and since when
 
     @property
     def optuna_study(self) -> "optuna.Study":
-        """The study itself, to be read."""
+        """Optuna's object, to be read."""
         return self._study
 
-    def agree(self, setting: dict[str, Any]) -> None:
-        """Settle what all trials have in common; raises InputError where they were begun with something else."""
+    def check_setting(self, setting: dict[str, Any]) -> None:
+        """Record what all trials have in common; raises InputError if they were started with something else."""
         known = self._study.user_attrs.get(SETTING)
         if known is None:
             self._study.set_user_attr(SETTING, setting)
-            known = self._study.user_attrs[SETTING]  # another driver's, where it was faster
+            known = self._study.user_attrs[SETTING]  # another driver's, if it was faster
         for name, now in setting.items():
             if (then := known.get(name)) != now:
                 raise InputError(
-                    f"study {self.plan.study}: its trials were run with other {name}: {_difference(then, now)}; "
-                    "go back to that, or give the search file another study name"
+                    f"study {self.plan.study}: its trials were run with other {name}: "
+                    f"{_describe_difference(then, now)}; go back to that, or give the search file another study name",
+                    code="other-setting",
                 )
 
     def trials(self) -> list["optuna.trial.FrozenTrial"]:
-        """Return every trial, those left out that were begun beyond the number."""
+        """Return every trial but those that were started beyond the wanted number."""
         return [trial for trial in self._study.get_trials(deepcopy=False) if SURPLUS not in trial.user_attrs]
 
-    def finished(self) -> int:
+    def count_finished(self) -> int:
         """Return how many trials have ended, well or not."""
         return sum(trial.state.is_finished() for trial in self.trials())
 
-    def next(self, n_trials: int, *, may_begin: bool) -> "optuna.Trial | None":
-        """Return a trial to run: one whose owner is gone, else a new one where fewer than `n_trials` were begun."""
-        with self._locked():
+    def take_trial(self, n_trials: int, *, may_begin: bool) -> "optuna.Trial | None":
+        """Return a trial to run: one whose owner is gone, or a new one if fewer than `n_trials` were started."""
+        with self._lock_study():
             for frozen in self.trials():
                 free = not frozen.state.is_finished() and frozen.number not in self._mine
-                if free and self._is_abandoned(frozen) and (trial := self._taken_over(frozen)) is not None:
+                if free and self._is_abandoned(frozen) and (trial := self._take_over(frozen)) is not None:
                     return trial
             if not may_begin or len(self.trials()) >= n_trials:
                 return None
-            return self._begun(n_trials)
+            return self._start_trial(n_trials)
 
-    def values(self, trial: "optuna.Trial") -> dict[str, Any]:
-        """Return the parameters of a trial, the same ones however often it is begun."""
+    def choose_values(self, trial: "optuna.Trial") -> dict[str, Any]:
+        """Return the parameters of a trial, the same ones however often it is started."""
         place = sum(other.number < trial.number for other in self.trials())
-        self._study.sampler = samplers.sampler(self.plan, place, self.params)
-        return samplers.suggested(self.plan, trial)
+        self._study.sampler = samplers.create_sampler(self.plan, place, self.params)
+        return samplers.suggest_values(self.plan, trial)
 
     def finish(self, trial: "optuna.Trial", scores: Sequence[float], commit: str) -> None:
         """Record a trial's scores, and the commit of its experiment."""
-        self._end(trial, EXPERIMENT, commit, scores)
+        self._end_trial(trial, EXPERIMENT, commit, scores)
 
     def fail(self, trial: "optuna.Trial", reason: str) -> None:
         """Record why a trial has no scores."""
-        self._end(trial, REASON, reason, None)
+        self._end_trial(trial, REASON, reason, None)
 
-    def beat(self) -> list[int]:
-        """Say that this driver still runs its trials; return the numbers of those that another has taken over."""
+    def send_heartbeat(self) -> list[int]:
+        """Renew this driver's claim to its trials; return the numbers of those that another has taken over."""
         self._beats += 1
         by_number = {trial.number: trial for trial in self.trials()}
         lost = [number for number in self._mine if not self._is_mine(by_number[number])]
@@ -122,11 +123,11 @@ class Study:
         return lost
 
     def record_environment(self, variables: dict[str, str]) -> None:
-        """Keep with the study what the environment said."""
+        """Store the variables of the environment with the study."""
         if variables:
             self._study.set_user_attr(ENVIRONMENT, variables)
 
-    def _end(self, trial: "optuna.Trial", attribute: str, content: str, scores: Sequence[float] | None) -> None:
+    def _end_trial(self, trial: "optuna.Trial", attribute: str, content: str, scores: Sequence[float] | None) -> None:
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
@@ -137,13 +138,13 @@ class Study:
             logger.warning("trial %d has been ended by another driver; what that one recorded stands", trial.number)
         self._mine.pop(trial.number, None)
 
-    def _begun(self, n_trials: int) -> "optuna.Trial | None":
+    def _start_trial(self, n_trials: int) -> "optuna.Trial | None":
         from optuna.trial import TrialState
 
         trial = self._study.ask()
         trial.set_user_attr(OWNER, self._me)
         if sum(other.number < trial.number for other in self.trials()) >= n_trials:
-            # A driver on another machine began the last one at the same moment.
+            # A driver on another machine started the last one at the same moment.
             trial.set_user_attr(SURPLUS, True)
             self._study.tell(trial, state=TrialState.FAIL)
             return None
@@ -153,16 +154,16 @@ class Study:
     def _is_abandoned(self, trial: "optuna.trial.FrozenTrial") -> bool:
         owner = trial.user_attrs.get(OWNER)
         if owner is None and self.is_local:
-            return True  # its driver was killed between two lines of `_begun`, or the lock would not be ours
+            return True  # its driver was killed within `_start_trial`, or it would hold the lock
         if owner is not None and owner["machine"] == self._me["machine"]:
-            return _process(owner["pid"]) != {key: value for key, value in owner.items() if key != "beat"}
+            return _identify_process(owner["pid"]) != {key: value for key, value in owner.items() if key != "beat"}
         before, since = self._seen.setdefault(trial.number, (owner, time.monotonic()))
         if before != owner:
             self._seen[trial.number] = (owner, time.monotonic())
             return False
         return time.monotonic() - since > SECONDS_UNTIL_GONE
 
-    def _taken_over(self, frozen: "optuna.trial.FrozenTrial") -> "optuna.Trial | None":
+    def _take_over(self, frozen: "optuna.trial.FrozenTrial") -> "optuna.Trial | None":
         import optuna
 
         study = self._storage.get_study_id_from_name(self.plan.study)
@@ -180,7 +181,7 @@ class Study:
         return trial
 
     def _claim(self, trial: "optuna.Trial") -> bool:
-        """Write this driver's name, and that it lives; return False where the trial has been ended meanwhile."""
+        """Write this driver's name and heartbeat to a trial; return False if the trial has ended meanwhile."""
         from optuna.exceptions import UpdateFinishedTrialError
 
         try:
@@ -194,15 +195,15 @@ class Study:
         return {key: value for key, value in owner.items() if key != "beat"} == self._me
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _lock_study(self) -> Iterator[None]:
         held = operating_system.open_locked(self._lock, wait=True)
         assert held is not None
         with held:
             yield
 
 
-def _process(pid: int) -> dict[str, Any]:
-    """Name a process of this machine so that no later one has the same name; its start is None where it is gone."""
+def _identify_process(pid: int) -> dict[str, Any]:
+    """Return a unique description of a process on this machine; `started` is None if it has ended."""
     return {
         "machine": operating_system.identify_machine(),
         "pid": pid,
@@ -210,12 +211,12 @@ def _process(pid: int) -> dict[str, Any]:
     }
 
 
-def _difference(then: Any, now: Any) -> str:
+def _describe_difference(then: Any, now: Any) -> str:
     if isinstance(then, dict) and isinstance(now, dict):
         key = next(key for key in {**then, **now} if then.get(key) != now.get(key))
-        return f"{key} {_shown(then.get(key))}, now {_shown(now.get(key))}"
-    return f"{_shown(then)}, now {_shown(now)}"
+        return f"{key} {_format_value(then.get(key))}, now {_format_value(now.get(key))}"
+    return f"{_format_value(then)}, now {_format_value(now)}"
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "none" if value is None or value == "" else json.dumps(value, ensure_ascii=False)

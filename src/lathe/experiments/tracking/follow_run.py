@@ -15,10 +15,10 @@ from pathlib import Path
 from lathe.common import operating_system, paths
 from lathe.config.load import load
 from lathe.experiments.tracking import run_copies, targets, unsent_runs
-from lathe.experiments.tracking.run_files import Context, Curves, Record, read_curves
+from lathe.experiments.tracking.run_files import Context, CurvePoints, MirroredRun, read_curves
 from lathe.experiments.tracking.start_mirror import is_running
-from lathe.experiments.tracking.tracker import Mirror, UnreachableError
-from lathe.experiments.tracking.trackers import mirror_of
+from lathe.experiments.tracking.tracker import Mirror, TrackerUnreachableError
+from lathe.experiments.tracking.trackers import create_mirror
 from lathe.provenance.revisions import list_experiments
 
 logger = logging.getLogger(__name__)
@@ -30,22 +30,22 @@ PATIENCE_SECONDS = 60.0  # that a tracker has when the pipeline has ended
 QUEUE_SECONDS = 30.0  # that DVC's queue has to make a commit of an experiment, when its process has ended
 
 
-def follow(mark: Path) -> None:
+def follow_run(mark: Path) -> None:
     """Mirror the run of the DVC process that the folder `mark` names (`start_mirror`), and end this process."""
     operating_system.lower_priority()
-    context = Context.of_search(os.environ)
-    chosen, _ = targets.targets(load().params.tracking, os.environ)
+    context = Context.from_environment(os.environ)
+    chosen, _ = targets.choose_targets(load().params.tracking, os.environ)
     folder = unsent_runs.PENDING / f"{mark.name}-{int(time.time())}"
     folder.mkdir(parents=True)
-    with unsent_runs.claimed(folder):
-        live = _as_begun(folder / "begun", context)
-        senders = [_Sender(mirror_of(target, live)) for target in chosen]
+    with unsent_runs.lock_run(folder):
+        live = _copy_parameters(folder / "begun", context)
+        senders = [_Sender(create_mirror(target, live)) for target in chosen]
         for sender in senders:
             sender.start()
         _watch(mark, senders)
-        record = _collected(live, folder / unsent_runs.RUN)
+        record = _collect_run(live, folder / unsent_runs.RUN)
         if record:
-            unsent_runs.remember(folder, chosen)  # should this process be killed
+            unsent_runs.write_targets(folder, chosen)  # should this process be killed
         for sender in senders:
             sender.end(record)
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -53,7 +53,7 @@ def follow(mark: Path) -> None:
             sender.join(max(0.0, deadline - time.monotonic()))
         left = [sender.mirror.target for sender in senders if not sender.done]
         if record and left:
-            unsent_runs.remember(folder, left)
+            unsent_runs.write_targets(folder, left)
             logger.warning("%s: not all was sent; `python -m lathe mirror` does", " and ".join(map(str, left)))
         else:
             shutil.rmtree(folder)
@@ -61,12 +61,12 @@ def follow(mark: Path) -> None:
     os._exit(0)  # a client that waits for its server would keep this process
 
 
-def _as_begun(folder: Path, context: Context) -> Record:
+def _copy_parameters(folder: Path, context: Context) -> MirroredRun:
     """Keep the parameters that the run began with: an experiment's folder goes, and users edit theirs."""
     folder.mkdir()
     for name in ("params.yaml", "presets.yaml"):
         shutil.copy2(paths.ROOT / name, folder / name)
-    return Record(folder, context)
+    return MirroredRun(folder, context)
 
 
 def _watch(mark: Path, senders: "list[_Sender]") -> None:
@@ -84,25 +84,25 @@ def _watch(mark: Path, senders: "list[_Sender]") -> None:
                 sender.curves = curves
 
 
-def _collected(live: Record, folder: Path) -> Record | None:
+def _collect_run(live: MirroredRun, folder: Path) -> MirroredRun | None:
     """Copy what the run left to `folder`, from its commit if it is an experiment; None where it did not end well."""
     folder.mkdir()
     until = time.monotonic() + (QUEUE_SECONDS if paths.ROOT != paths.MAIN else 0.0)
-    while (commit := _experiment(live.context.experiment)) is None and time.monotonic() < until:
+    while (commit := _find_experiment(live.context.experiment)) is None and time.monotonic() < until:
         time.sleep(WATCH_SECONDS)
     if commit:
-        record = run_copies.of_commit(commit, folder, live.context)
+        record = run_copies.copy_commit(commit, folder, live.context)
         if record.digest == live.digest:
             return record
         shutil.rmtree(folder)  # an earlier one of the same name
         folder.mkdir()
     if paths.ROOT != paths.MAIN:
         return None
-    record = run_copies.of_workspace(paths.ROOT, folder, live.context)
-    return record if record.digest == live.digest and not run_copies.out_of_place(paths.ROOT) else None
+    record = run_copies.copy_workspace(paths.ROOT, folder, live.context)
+    return record if record.digest == live.digest and not run_copies.find_mismatch(paths.ROOT) else None
 
 
-def _experiment(name: str | None) -> str | None:
+def _find_experiment(name: str | None) -> str | None:
     """Return the commit of the experiment of that name that began where this one did."""
     baseline = os.environ.get("DVC_EXP_BASELINE_REV")
     for each in list_experiments(paths.MAIN):
@@ -117,12 +117,12 @@ class _Sender(threading.Thread):
     def __init__(self, mirror: Mirror) -> None:
         super().__init__(daemon=True)
         self.mirror = mirror
-        self.curves: Curves = {}
+        self.curves: CurvePoints = {}
         self.done = False
         self._ended = threading.Event()
-        self._record: Record | None = None
+        self._record: MirroredRun | None = None
 
-    def end(self, record: Record | None) -> None:
+    def end(self, record: MirroredRun | None) -> None:
         """Let it send the whole run, or say of it that it was cut short."""
         self._record = record
         self._ended.set()
@@ -132,12 +132,12 @@ class _Sender(threading.Thread):
         pause, said = SEND_SECONDS, ""
         while not self.done:
             try:
-                with self.mirror.alone():
+                with self.mirror.lock():
                     while not self.done:
                         self._send_once()
                         pause, said = SEND_SECONDS, ""
                         self._ended.wait(SEND_SECONDS)
-            except UnreachableError as error:
+            except TrackerUnreachableError as error:
                 if str(error) != said:
                     said = str(error)
                     logger.warning("%s: %s", self.mirror.target, said)
@@ -156,6 +156,6 @@ class _Sender(threading.Thread):
             sent = self.mirror.finish(self._record)
             logger.info("%s: complete, %d points at the end: %s", self.mirror.target, sent, self.mirror.address)
         else:
-            self.mirror.interrupted()
+            self.mirror.mark_interrupted()
             logger.info("%s: the run did not come to its end", self.mirror.target)
         self.done = True

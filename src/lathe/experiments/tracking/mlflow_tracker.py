@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from lathe.experiments.tracking.run_files import Curves, Record, contradicts, missing
+from lathe.experiments.tracking.run_files import CurvePoints, MirroredRun, contradicts, find_unsent_points
 from lathe.experiments.tracking.targets import MlflowTarget
-from lathe.experiments.tracking.tracker import Mirror, UnreachableError
+from lathe.experiments.tracking.tracker import Mirror, TrackerUnreachableError
 
 POINTS_AT_ONCE, PARAMETERS_AT_ONCE = 1000, 100  # the server's own limits
 LONGEST_VALUE = 6000  # characters of a parameter
@@ -26,7 +26,7 @@ KIND = {"mlflow.experimentKind": "custom_model_development"}  # its pages are th
 class MlflowMirror(Mirror):
     """The run of `record` on the server; it is found by its parameters and its points, or made with the first point."""
 
-    def __init__(self, target: MlflowTarget, record: Record) -> None:
+    def __init__(self, target: MlflowTarget, record: MirroredRun) -> None:
         super().__init__(target, record)
         self.target: MlflowTarget = target
         self.run_id: str | None = None
@@ -40,34 +40,34 @@ class MlflowMirror(Mirror):
             f"{self.target.tracking_uri}/#/experiments/{self._experiment}/runs/{self.run_id}" if self.run_id else None
         )
 
-    def ask(self) -> None:
+    def check(self) -> None:
         """Ask for the experiment, which may not be there yet."""
-        with self._asking():
+        with self._translate_errors():
             self._client.get_experiment_by_name(self.target.experiment_name)
 
-    def update(self, curves: Curves, *, whole: bool = False) -> int:
+    def update(self, curves: CurvePoints, *, whole: bool = False) -> int:
         """Send the points that are not there yet."""
-        with self._asking():
+        with self._translate_errors():
             if self.run_id is None or contradicts(self.known, curves, whole=whole):
-                self._find(curves, whole=whole)
-            points = missing(self.known, curves)
-            self._send(points)
+                self._find_run(curves, whole=whole)
+            points = find_unsent_points(self.known, curves)
+            self._send_points(points)
             for name, step, value in points:
                 self.known.setdefault(name, {})[step] = value
             return len(points)
 
-    def finish(self, record: Record) -> int:
+    def finish(self, record: MirroredRun) -> int:
         """Send all that is not there yet, and end the run."""
         sent = self.update(record.curves, whole=True)
         assert self.run_id
-        with self._asking():
+        with self._translate_errors():
             run = self._client.get_run(self.run_id)
             there = run.data.metrics
             scores = [
                 (name, record.last_step, value) for name, value in record.scores.items() if there.get(name) != value
             ]
-            self._send(scores)
-            self._describe(record, run.data)
+            self._send_points(scores)
+            self._log_description(record, run.data)
             if run.data.tags.get(FILES) != record.files_digest:
                 for file in record.files:
                     folder = file.relative_to(record.folder).parent.as_posix()
@@ -77,10 +77,10 @@ class MlflowMirror(Mirror):
                 self._client.set_terminated(self.run_id, "FINISHED")
         return sent + len(scores)
 
-    def interrupted(self) -> None:
+    def mark_interrupted(self) -> None:
         """Say of a run that has begun that it was cut short."""
         if self.run_id:
-            with self._asking():
+            with self._translate_errors():
                 self._client.set_terminated(self.run_id, "KILLED")
 
     @cached_property
@@ -93,7 +93,7 @@ class MlflowMirror(Mirror):
         return MlflowClient(self.target.tracking_uri)
 
     @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         from mlflow.exceptions import MlflowException
 
         try:
@@ -101,11 +101,11 @@ class MlflowMirror(Mirror):
         except (MlflowException, OSError) as error:
             # Whether it took what it was sent is unknown: it is asked again.
             self.run_id = None
-            raise UnreachableError(_reason(error)) from None
+            raise TrackerUnreachableError(_format_error(error)) from None
 
-    def _find(self, curves: Curves, *, whole: bool) -> None:
+    def _find_run(self, curves: CurvePoints, *, whole: bool) -> None:
         self.run_id = None
-        self._experiment = self._experiment_id()
+        self._experiment = self._require_experiment()
         wanted = f"tags.`{DIGEST}` = '{self.record.digest}'"
         mine = self.record.context.experiment
         for run in self._client.search_runs([self._experiment], wanted, order_by=["attributes.start_time DESC"]):
@@ -121,11 +121,11 @@ class MlflowMirror(Mirror):
                 self.run_id, self.known = run.info.run_id, known
                 if not whole and run.info.status != "FINISHED":
                     self._client.update_run(self.run_id, "RUNNING", self.record.name)
-                    self._describe(self.record, run.data)
+                    self._log_description(self.record, run.data)
                 return
-        self._create()
+        self._create_run()
 
-    def _create(self) -> None:
+    def _create_run(self) -> None:
         record = self.record
         tags = {
             DIGEST: record.digest,
@@ -133,14 +133,14 @@ class MlflowMirror(Mirror):
             **record.tags,
         }
         if record.context.study:
-            tags["mlflow.parentRunId"] = self._parent(record.context.study)
+            tags["mlflow.parentRunId"] = self._find_parent(record.context.study)
         run = self._client.create_run(self._experiment, tags=tags, run_name=record.name)
         if not run.info.run_id:
-            raise UnreachableError("what answers there is not an MLflow server")
+            raise TrackerUnreachableError("what answers there is not an MLflow server")
         self.run_id, self.known = run.info.run_id, {}
-        self._describe(record, run.data)
+        self._log_description(record, run.data)
 
-    def _parent(self, study: str) -> str:
+    def _find_parent(self, study: str) -> str:
         """Return the run that stands for a study; of several, made at once on two machines, the oldest."""
         wanted = f"tags.`{STUDY}` = '{study}'"
 
@@ -154,7 +154,7 @@ class MlflowMirror(Mirror):
             self._client.set_terminated(made, "FINISHED")
         return found()[0]
 
-    def _experiment_id(self) -> str:
+    def _require_experiment(self) -> str:
         from mlflow.exceptions import MlflowException
 
         name = self.target.experiment_name
@@ -167,7 +167,7 @@ class MlflowMirror(Mirror):
                 there = self._client.get_experiment_by_name(name)
         return str(there.experiment_id)
 
-    def _describe(self, record: Record, there: Any) -> None:
+    def _log_description(self, record: MirroredRun, there: Any) -> None:
         from mlflow.entities import Param, RunTag
 
         wanted = dict(record.tags)
@@ -184,7 +184,7 @@ class MlflowMirror(Mirror):
         if tags:
             self._client.log_batch(self.run_id, tags=tags)
 
-    def _send(self, points: list[tuple[str, int, float]]) -> None:
+    def _send_points(self, points: list[tuple[str, int, float]]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -193,7 +193,7 @@ class MlflowMirror(Mirror):
             self._client.log_batch(self.run_id, metrics=metrics[start : start + POINTS_AT_ONCE])
 
 
-def _reason(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     """Return in one line why it failed; of a connection the cause alone, not the four layers around it."""
     text = " ".join(str(error).split())
     cause = re.search(r"\(Caused by \w+\((.*)\)\)", text)

@@ -12,7 +12,7 @@ from lathe.common.dvc_api import open_repository
 from lathe.common.errors import InputError
 from lathe.common.git import find_head, list_paths, run_git
 from lathe.config.yaml_files import read_yaml
-from lathe.experiments.tracking.run_files import CONFIGURATION, MODEL_FILES, Context, Record
+from lathe.experiments.tracking.run_files import CONFIGURATION, MODEL_FILES, Context, MirroredRun
 from lathe.provenance.dvc_lock import read_current_stages, read_listing, read_locked_stages
 from lathe.provenance.lineage import hash_path
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 IN_GIT = (*CONFIGURATION, "metrics/train", "metrics/speed", "metrics/evaluate", "metrics/timings")
 
 
-def of_workspace(root: Path, folder: Path, context: Context) -> Record:
+def copy_workspace(root: Path, folder: Path, context: Context) -> MirroredRun:
     """Copy the files of the checkout `root` as they are now into the empty `folder`."""
     for name in IN_GIT:
         source, target = root / name, folder / name
@@ -30,23 +30,25 @@ def of_workspace(root: Path, folder: Path, context: Context) -> Record:
             shutil.copytree(source, target)
         elif source.exists():
             shutil.copy2(source, target)
-    return _completed(folder, replace(context, commit=find_head()))
+    return _add_outputs(folder, replace(context, commit=find_head()))
 
 
-def of_commit(commit: str, folder: Path, context: Context) -> Record:
+def copy_commit(commit: str, folder: Path, context: Context) -> MirroredRun:
     """Copy the files of a commit, an experiment's for one, into the empty `folder`."""
     # The checkout of an experiment is gone when it has ended.
     listed = list_paths("ls-tree", "-r", "--name-only", commit, "--", *IN_GIT, root=paths.MAIN)
     for name in CONFIGURATION:
         if name not in listed:
-            raise InputError(f"{commit[:10]} has no {name}; name a commit with a pipeline that has run")
+            raise InputError(
+                f"{commit[:10]} has no {name}; name a commit with a pipeline that has run", code="no-pipeline"
+            )
     archived = run_git("archive", commit, "--", *listed, root=paths.MAIN)
     with tarfile.open(fileobj=io.BytesIO(archived)) as archive:
         archive.extractall(folder, filter="data")
-    return _completed(folder, replace(context, commit=commit))
+    return _add_outputs(folder, replace(context, commit=commit))
 
 
-def out_of_place(root: Path) -> str | None:
+def find_mismatch(root: Path) -> str | None:
     """Return a parameter or file of the checkout `root` that is not as its dvc.lock has it: after a run cut short.
 
     Of the files only answers and metrics are read again. `dvc status` is not asked: it would hold DVC's lock, which the
@@ -69,7 +71,7 @@ def out_of_place(root: Path) -> str | None:
     return None
 
 
-def _completed(folder: Path, context: Context) -> Record:
+def _add_outputs(folder: Path, context: Context) -> MirroredRun:
     """Link in what DVC keeps: by the hashes of the lock, so that it is of this very run."""
     tuning = read_yaml(folder / "params.yaml")["training"].get("tuning")
     outs = {
@@ -89,4 +91,4 @@ def _completed(folder: Path, context: Context) -> Record:
             if not (folder / path).exists():
                 logger.warning("%s of this run is not in DVC's cache, and is left out; `dvc fetch` brings it", path)
     context.write(folder)
-    return Record(folder, context)
+    return MirroredRun(folder, context)

@@ -21,7 +21,7 @@ from lathe.config.yaml_files import read_yaml
 from lathe.provenance.lineage import digest_parameters
 
 # Points of a curve by its name: (optimizer step, value), in the order of dvclive's file.
-Curves = dict[str, list[tuple[int, float]]]
+CurvePoints = dict[str, list[tuple[int, float]]]
 
 CURVES = {"metrics/train/plots/metrics": "", "metrics/speed/plots/metrics": "speed/"}
 VARYING = "speed/"  # what the names of curves begin with that differ when the same training is run again
@@ -44,7 +44,7 @@ class Context:
     sampler: str | None = None
 
     @staticmethod
-    def of_search(environment: Mapping[str, str]) -> "Context":
+    def from_environment(environment: Mapping[str, str]) -> "Context":
         """Return what `lathe search` and DVC tell the stages that they run."""
         return Context(
             experiment=environment.get("DVC_EXP_NAME") or None,
@@ -63,7 +63,7 @@ class Context:
         return Context(**read_json(folder / _CONTEXT))
 
 
-class Record:
+class MirroredRun:
     """A run as trackers show it; everything is read when it is asked for, and once."""
 
     def __init__(self, folder: Path, context: Context) -> None:
@@ -103,7 +103,7 @@ class Record:
         return {key: value for key, value in found.items() if value is not None}
 
     @cached_property
-    def curves(self) -> Curves:
+    def curves(self) -> CurvePoints:
         """The points that dvclive wrote."""
         return read_curves(self.folder)
 
@@ -114,7 +114,7 @@ class Record:
         for file in sorted((self.folder / "metrics/evaluate").glob("*.json")):
             for keys, value in dotted_keys.walk(read_json(file)):
                 if isinstance(value, int | float):
-                    found["/".join(("evaluate", file.stem, *map(_spelt, keys)))] = float(value)
+                    found["/".join(("evaluate", file.stem, *map(_sanitize_name, keys)))] = float(value)
         return found
 
     @property
@@ -139,18 +139,18 @@ class Record:
         return digest.hexdigest()
 
 
-def read_curves(root: Path, *, since: float = 0.0) -> Curves:
+def read_curves(root: Path, *, since: float = 0.0) -> CurvePoints:
     """Return the points of dvclive's files written after the time `since`; a line half written is left out."""
-    found: Curves = {}
+    found: CurvePoints = {}
     for folder, prefix in CURVES.items():
         for file in sorted((root / folder).rglob("*.tsv")):
             if file.stat().st_mtime >= since:
                 name = prefix + file.relative_to(root / folder).with_suffix("").as_posix()
-                found[name] = _points(file)
+                found[name] = _read_points(file)
     return found
 
 
-def missing(known: Mapping[str, Mapping[int, float]], curves: Curves) -> list[tuple[str, int, float]]:
+def find_unsent_points(known: Mapping[str, Mapping[int, float]], curves: CurvePoints) -> list[tuple[str, int, float]]:
     """Return each point, as (curve, step, value), of a step that is not known yet; those of one step side by side."""
     found = [
         (name, step, value)
@@ -161,7 +161,7 @@ def missing(known: Mapping[str, Mapping[int, float]], curves: Curves) -> list[tu
     return sorted(found, key=lambda point: point[1])
 
 
-def contradicts(known: Mapping[str, Mapping[int, float]], curves: Curves, *, whole: bool) -> bool:
+def contradicts(known: Mapping[str, Mapping[int, float]], curves: CurvePoints, *, whole: bool) -> bool:
     """Tell whether known points are of another run; `whole` where the curves have come to their end.
 
     Speeds differ whenever something is run, and tell nothing.
@@ -175,13 +175,13 @@ def contradicts(known: Mapping[str, Mapping[int, float]], curves: Curves, *, who
     return False
 
 
-def _points(file: Path) -> list[tuple[int, float]]:
+def _read_points(file: Path) -> list[tuple[int, float]]:
     text = file.read_text(encoding="utf-8")
     rows = csv.reader(text[: text.rfind("\n") + 1].splitlines()[1:], delimiter="\t")
     return [(int(step), float(value)) for step, value in rows]
 
 
-def _spelt(name: str) -> str:
+def _sanitize_name(name: str) -> str:
     """Return a name in characters that every tracker takes: a gate has signs that MLflow refuses."""
     for sign, word in _SIGNS.items():
         name = name.replace(sign, word)

@@ -20,10 +20,10 @@ FOLLOWING, LOGS = SCRATCH / "following", SCRATCH / "logs"
 KEPT_LOGS = 20
 
 
-def begun(stage: str, tracking: Tracking) -> None:
+def start_mirroring(stage: str, tracking: Tracking) -> None:
     """Start what follows this run of the pipeline, unless an earlier stage has. Called by each stage that DVC runs."""
     try:
-        chosen, said = targets.targets(tracking, os.environ)
+        chosen, said = targets.choose_targets(tracking, os.environ)
     except InputError as error:
         chosen, said = [], [f"mirrored nowhere: {error}"]  # no reason to stop a pipeline
     if not chosen and not said:
@@ -44,7 +44,7 @@ def begun(stage: str, tracking: Tracking) -> None:
     if chosen:
         log = LOGS / f"{time.strftime('%Y%m%d-%H%M%S')}-{dvc.pid}.log"
         logger.info("mirrored to %s; log: %s", " and ".join(map(str, chosen)), log.relative_to(paths.MAIN))
-        _start(mark, log)
+        _start_process(mark, log)
 
 
 def is_running(mark: Path) -> bool:
@@ -59,7 +59,7 @@ def is_running(mark: Path) -> bool:
         return False
 
 
-def _start(mark: Path, log: Path) -> None:
+def _start_process(mark: Path, log: Path) -> None:
     for old in FOLLOWING.iterdir():
         if not is_running(old):
             shutil.rmtree(old, ignore_errors=True)  # another run may do the same

@@ -9,7 +9,7 @@ from lathe.common.errors import InputError, missing_extra
 from lathe.config.base import plain_address
 from lathe.config.params import Tracking
 
-Name = Literal["mlflow", "wandb"]
+TrackerName = Literal["mlflow", "wandb"]
 
 _SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
@@ -20,7 +20,7 @@ class MlflowTarget:
 
     tracking_uri: str
     experiment_name: str
-    name: Name = "mlflow"
+    name: TrackerName = "mlflow"
 
     def __str__(self) -> str:
         return f"MLflow at {self.tracking_uri}, experiment {self.experiment_name}"
@@ -32,7 +32,7 @@ class WandbTarget:
 
     mode: str
     project: str
-    name: Name = "wandb"
+    name: TrackerName = "wandb"
 
     def __str__(self) -> str:
         return f"W&B {self.mode}, project {self.project}"
@@ -41,7 +41,7 @@ class WandbTarget:
 Target = MlflowTarget | WandbTarget
 
 
-def targets(
+def choose_targets(
     tracking: Tracking, environment: Mapping[str, str], *, asked: Collection[str] = ()
 ) -> tuple[list[Target], list[str]]:
     """Return where runs go, and for each variable of the environment that overrides params.yaml a line that says so.
@@ -61,11 +61,13 @@ def targets(
     enabled = {"mlflow": mlflow.enabled, "wandb": wandb.enabled}
     if switch := environment.get("MLFLOW_ENABLED"):
         if switch.lower() not in _SWITCH:
-            raise InputError(f"MLFLOW_ENABLED is {switch!r}; must be one of {', '.join(_SWITCH)}")
+            raise InputError(
+                f"MLFLOW_ENABLED is {switch!r}; must be one of {', '.join(_SWITCH)}", code="invalid-variable"
+            )
         enabled["mlflow"] = _SWITCH[switch.lower()]
     mode = environment.get("WANDB_MODE") or (wandb.mode if wandb.enabled else "disabled")
     if mode not in ("online", "offline", "disabled"):
-        raise InputError(f"WANDB_MODE is {mode!r}; must be one of online, offline, disabled")
+        raise InputError(f"WANDB_MODE is {mode!r}; must be one of online, offline, disabled", code="invalid-variable")
     enabled["wandb"] = mode != "disabled"
     for name, variable, written in (
         ("mlflow", "MLFLOW_ENABLED", mlflow.enabled),
@@ -79,7 +81,9 @@ def targets(
         try:
             plain_address(uri)
         except ValueError as error:
-            raise InputError(f"MLFLOW_TRACKING_URI: {error}, MLFLOW_TRACKING_PASSWORD for one") from None
+            raise InputError(
+                f"MLFLOW_TRACKING_URI: {error}, MLFLOW_TRACKING_PASSWORD for one", code="invalid-variable"
+            ) from None
         experiment = chosen("mlflow.experiment_name", "MLFLOW_EXPERIMENT_NAME", mlflow.experiment_name)
         found.append(MlflowTarget(uri.rstrip("/"), experiment))
     if "wandb" in asked or (enabled["wandb"] and not asked):
@@ -95,7 +99,7 @@ def targets(
     return found, overrides
 
 
-def as_json(target: Target) -> dict[str, Any]:
+def to_json(target: Target) -> dict[str, Any]:
     """Return what `from_json` takes."""
     return asdict(target)
 

@@ -1,11 +1,11 @@
 """Trackers by name: the class that mirrors a run to MLflow or to Weights & Biases."""
 
-from lathe.experiments.tracking.run_files import Record
+from lathe.experiments.tracking.run_files import MirroredRun
 from lathe.experiments.tracking.targets import MlflowTarget, Target
 from lathe.experiments.tracking.tracker import Mirror
 
 
-def mirror_of(target: Target, record: Record) -> Mirror:
+def create_mirror(target: Target, record: MirroredRun) -> Mirror:
     """Return the run of `record` at `target`; nothing is asked of it yet."""
     if isinstance(target, MlflowTarget):
         from lathe.experiments.tracking.mlflow_tracker import MlflowMirror

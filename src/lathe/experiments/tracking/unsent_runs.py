@@ -16,21 +16,21 @@ RUN = "run"  # the copy, below its folder
 _TARGETS = "targets.json"
 
 
-def remember(folder: Path, left: Sequence[Target]) -> None:
+def write_targets(folder: Path, left: Sequence[Target]) -> None:
     """Write down where the run in `folder` is still to be sent."""
     partial = folder / f".{_TARGETS}"
-    partial.write_text(json.dumps([targets.as_json(target) for target in left]), encoding="utf-8")
+    partial.write_text(json.dumps([targets.to_json(target) for target in left]), encoding="utf-8")
     partial.rename(folder / _TARGETS)
 
 
-def remembered(folder: Path) -> list[Target]:
+def read_targets(folder: Path) -> list[Target]:
     """Return what `remember` wrote; nothing for a run that never came to its end."""
     file = folder / _TARGETS
     return [targets.from_json(tree) for tree in read_json(file)] if file.exists() else []
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
+def lock_run(folder: Path) -> Iterator[bool]:
     """Hold a folder of a run; yields False where another process does."""
     lock = folder.with_name(f"{folder.name}.lock")
     held = acquire_lock(lock)

@@ -12,10 +12,10 @@ from typing import Any
 
 from lathe.common import paths
 from lathe.common.json_files import read_json, write_json
-from lathe.experiments.tracking.run_files import Curves, Record, contradicts, missing
+from lathe.experiments.tracking.run_files import CurvePoints, MirroredRun, contradicts, find_unsent_points
 from lathe.experiments.tracking.start_mirror import SCRATCH
 from lathe.experiments.tracking.targets import WandbTarget
-from lathe.experiments.tracking.tracker import Mirror, UnreachableError
+from lathe.experiments.tracking.tracker import Mirror, TrackerUnreachableError
 
 FOLDER = paths.MAIN / "wandb"
 
@@ -41,7 +41,7 @@ LONGEST_TAG = 64  # characters
 class WandbMirror(Mirror):
     """The run of `record`; of runs with its parameters the one whose points it does not contradict."""
 
-    def __init__(self, target: WandbTarget, record: Record) -> None:
+    def __init__(self, target: WandbTarget, record: MirroredRun) -> None:
         super().__init__(target, record)
         self.target: WandbTarget = target
         self.run: Any = None
@@ -56,47 +56,47 @@ class WandbMirror(Mirror):
         """Where the run can be looked at: a page, or an offline run's folder."""
         return (self.run and self.run.url) or self.folder
 
-    def ask(self) -> None:
+    def check(self) -> None:
         """Look for the key, which is all that can be said without making a run."""
         if self.target.mode == "online" and not os.environ.get(KEY):
-            raise UnreachableError(f"{KEY} is not set; set it, or tracking.wandb.mode to offline")
+            raise TrackerUnreachableError(f"{KEY} is not set; set it, or tracking.wandb.mode to offline")
 
-    def update(self, curves: Curves) -> int:
+    def update(self, curves: CurvePoints) -> int:
         """Send the points that are not there yet."""
-        with self._asking():
+        with self._translate_errors():
             if self.note is None or contradicts(self.known, curves, whole=False):
-                self._find(curves, whole=False)
-            return self._send(missing(self.known, curves))
+                self._find_run(curves, whole=False)
+            return self._send_points(find_unsent_points(self.known, curves))
 
-    def finish(self, record: Record) -> int:
+    def finish(self, record: MirroredRun) -> int:
         """Send all that is not there yet, and end the run."""
         everything = json.dumps([record.tags, record.scores, record.files_digest], sort_keys=True)
         digest = hashlib.sha256(everything.encode()).hexdigest()
-        with self._asking():
+        with self._translate_errors():
             if self.note is None or contradicts(self.known, record.curves, whole=True):
-                self._find(record.curves, whole=True)
-            if self.finished == digest and not missing(self.known, record.curves):
+                self._find_run(record.curves, whole=True)
+            if self.finished == digest and not find_unsent_points(self.known, record.curves):
                 return 0
-            self._open(record)
-            sent = self._send(missing(self.known, record.curves))
+            self._open_run(record)
+            sent = self._send_points(find_unsent_points(self.known, record.curves))
             self.run.summary.update(record.scores)
             self.run.config.update({"git_commit": record.context.commit})
-            self.run.tags = _tags(record)
-            self.run.log_artifact(self._artifact(record))
+            self.run.tags = _build_tags(record)
+            self.run.log_artifact(self._build_artifact(record))
             self.run.finish()
             self.run, self.finished = None, digest
-            self._keep()
+            self._write_note()
         return sent
 
-    def interrupted(self) -> None:
+    def mark_interrupted(self) -> None:
         """Say of a run that has begun that it was cut short."""
-        with self._asking():
+        with self._translate_errors():
             if self.run is not None:
                 self.run.finish(exit_code=1)
                 self.run = None
 
     @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         os.environ.update(ENVIRONMENT)
         for name, place in PLACES.items():
             os.environ.setdefault(name, place)
@@ -105,9 +105,9 @@ class WandbMirror(Mirror):
         try:
             yield
         except (wandb.errors.Error, OSError) as error:
-            raise UnreachableError(" ".join(str(error).split())[:300]) from None
+            raise TrackerUnreachableError(" ".join(str(error).split())[:300]) from None
 
-    def _find(self, curves: Curves, *, whole: bool) -> None:
+    def _find_run(self, curves: CurvePoints, *, whole: bool) -> None:
         if self.run is not None:
             self.run.finish(exit_code=1)
             self.run = None
@@ -125,12 +125,12 @@ class WandbMirror(Mirror):
             if not contradicts(self.known, curves, whole=whole):
                 return
 
-    def _open(self, record: Record) -> None:
+    def _open_run(self, record: MirroredRun) -> None:
         """Begin the run, or go on with it; an offline folder cannot be gone on with, and is written anew."""
         if self.run is not None:
             return
         offline = self.target.mode == "offline"
-        self.ask()
+        self.check()
         import wandb
 
         FOLDER.mkdir(exist_ok=True)
@@ -144,7 +144,7 @@ class WandbMirror(Mirror):
             name=record.name,
             group=record.context.study,
             config=record.parameters,
-            tags=_tags(record),
+            tags=_build_tags(record),
             mode="offline" if offline else "online",
             resume=None if offline else "allow",
             dir=str(FOLDER.parent),
@@ -153,21 +153,21 @@ class WandbMirror(Mirror):
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP)
         self.folder = str(Path(self.run.dir).parent)
-        self._keep()
+        self._write_note()
 
-    def _send(self, points: list[tuple[str, int, float]]) -> int:
+    def _send_points(self, points: list[tuple[str, int, float]]) -> int:
         if not points:
             return 0
-        self._open(self.record)
+        self._open_run(self.record)
         for step, of_step in itertools.groupby(points, key=lambda point: point[1]):
             row = {name: value for name, _, value in of_step}
             self.run.log({STEP: step, **row})
             for name, value in row.items():
                 self.known.setdefault(name, {})[step] = value
-        self._keep()
+        self._write_note()
         return len(points)
 
-    def _artifact(self, record: Record) -> Any:
+    def _build_artifact(self, record: MirroredRun) -> Any:
         import wandb
 
         artifact = wandb.Artifact(f"run-{self.id}", type="run")
@@ -175,11 +175,11 @@ class WandbMirror(Mirror):
             artifact.add_file(str(file), file.relative_to(record.folder).as_posix())
         return artifact
 
-    def _keep(self) -> None:
+    def _write_note(self) -> None:
         assert self.note
         kept = {"id": self.id, "folder": self.folder, "finished": self.finished, "points": self.known}
         write_json(self.note, kept)
 
 
-def _tags(record: Record) -> list[str]:
+def _build_tags(record: MirroredRun) -> list[str]:
     return [f"{key}:{value}"[:LONGEST_TAG] for key, value in record.tags.items()]

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-Answer = dict[str, str | int]
-Pair = tuple["Device", str]  # a device and the name of a room
+CommandAnswer = dict[str, str | int]
+DeviceInRoom = tuple["Device", str]  # a device and the name of a room
 
 TRAIN_ROWS = 2_400
 VALIDATION_ROWS = 500
@@ -64,8 +64,8 @@ class Command(NamedTuple):
     """A request, its answer, and, where that is an error, what one would answer who does not notice."""
 
     request: str
-    answer: Answer
-    unnoticed: Answer | None = None
+    answer: CommandAnswer
+    unnoticed: CommandAnswer | None = None
 
 
 _PERCENT = tuple(range(5, 100, 5))
@@ -174,46 +174,46 @@ DELAYS_IN_WORDS = {
 }
 
 
-def rows(seed: int) -> dict[str, list[dict]]:
+def make_rows(seed: int) -> dict[str, list[dict]]:
     """Return `train`, `validation` and `test`, each a list of `{"messages": [user, assistant], "rejected": [wrong]}`.
 
     `wrong` is a message of the assistant too. No two rows of any split ask the same thing, even when case and
     punctuation are ignored.
     """
     rng = Random(f"commands rows {seed}")
-    known, unseen = known_and_unseen_pairs(seed)
+    known, unseen = split_pairs(seed)
     taken: set[str] = set()
-    test = _distinct(rng, unseen, TEST_ROWS_OF_UNSEEN_PAIRS, taken, error_share=0.0)
-    test += _distinct(rng, known, TEST_ROWS - TEST_ROWS_OF_UNSEEN_PAIRS, taken, error_share=0.25)
-    validation = _distinct(rng, known, VALIDATION_ROWS, taken)
-    train = _distinct(rng, known, TRAIN_ROWS, taken)
+    test = _draw_distinct(rng, unseen, TEST_ROWS_OF_UNSEEN_PAIRS, taken, error_share=0.0)
+    test += _draw_distinct(rng, known, TEST_ROWS - TEST_ROWS_OF_UNSEEN_PAIRS, taken, error_share=0.25)
+    validation = _draw_distinct(rng, known, VALIDATION_ROWS, taken)
+    train = _draw_distinct(rng, known, TRAIN_ROWS, taken)
     rng.shuffle(test)
     listens_badly = Random(f"commands rejected {seed}")
     return {
-        name: [_row(command, _rejected(listens_badly, command, known)) for command in split]
+        name: [_make_row(command, _make_rejected(listens_badly, command, known)) for command in split]
         for name, split in (("train", train), ("validation", validation), ("test", test))
     }
 
 
-def documents(seed: int, count: int) -> list[str]:
+def make_documents(seed: int, count: int) -> list[str]:
     """Return `count` one-line texts that teach the words and what they mean, in a notation that is not the answers'.
 
     Most read `request -> (key=value;...)`; some only say what a time of day means, some are lines of an inventory.
     None repeats a request of any split or mentions a pair of device and room that is kept for the test.
     """
     rng = Random(f"commands documents {seed}")
-    known, _ = known_and_unseen_pairs(seed)
-    taken = {normalized(row["messages"][0]["content"]) for split in rows(seed).values() for row in split}
-    moments = [_clock(rng) for _ in range(int(count * MOMENT_SHARE))]
-    records = [_record(rng, *rng.choice(known)) for _ in range(int(count * RECORD_SHARE))]
-    requests = _distinct(rng, known, count - len(moments) - len(records), taken, error_share=0.35)
-    texts = records + [_document(request, answer) for request, answer in moments]
-    texts += [_document(command.request, command.answer) for command in requests]
+    known, _ = split_pairs(seed)
+    taken = {normalize(row["messages"][0]["content"]) for split in make_rows(seed).values() for row in split}
+    moments = [_draw_clock_time(rng) for _ in range(int(count * MOMENT_SHARE))]
+    records = [_make_inventory_line(rng, *rng.choice(known)) for _ in range(int(count * RECORD_SHARE))]
+    requests = _draw_distinct(rng, known, count - len(moments) - len(records), taken, error_share=0.35)
+    texts = records + [_write_document(request, answer) for request, answer in moments]
+    texts += [_write_document(command.request, command.answer) for command in requests]
     rng.shuffle(texts)
     return texts
 
 
-def known_and_unseen_pairs(seed: int) -> tuple[list[Pair], list[Pair]]:
+def split_pairs(seed: int) -> tuple[list[DeviceInRoom], list[DeviceInRoom]]:
     """Split all pairs of a device and a room: what may be learned from, and what appears in the test alone."""
     rng = Random(f"commands pairs {seed}")
     rooms = rng.sample(list(ROOMS), len(DEVICES) * UNSEEN_ROOMS_PER_DEVICE)
@@ -225,28 +225,28 @@ def known_and_unseen_pairs(seed: int) -> tuple[list[Pair], list[Pair]]:
     )
 
 
-def normalized(request: str) -> str:
+def normalize(request: str) -> str:
     """Return the request without case and punctuation: two that are equal in this form ask in the same words."""
     kept = "".join(c if c.isalnum() or c in "%:" else " " for c in request.casefold())
     return " ".join(kept.split())
 
 
-def compact_json(answer: Answer) -> str:
+def encode_answer(answer: CommandAnswer) -> str:
     """Return the answer as the dataset writes it: no spaces, keys in the order given."""
     return json.dumps(answer, separators=(",", ":"), ensure_ascii=False)
 
 
-def _row(command: Command, rejected: Answer) -> dict:
+def _make_row(command: Command, rejected: CommandAnswer) -> dict:
     return {
         "messages": [
             {"role": "user", "content": command.request},
-            {"role": "assistant", "content": compact_json(command.answer)},
+            {"role": "assistant", "content": encode_answer(command.answer)},
         ],
-        "rejected": [{"role": "assistant", "content": compact_json(rejected)}],
+        "rejected": [{"role": "assistant", "content": encode_answer(rejected)}],
     }
 
 
-def _rejected(rng: Random, command: Command, known: Sequence[Pair]) -> Answer:
+def _make_rejected(rng: Random, command: Command, known: Sequence[DeviceInRoom]) -> CommandAnswer:
     """Return an answer in which one thing is wrong; a pair that it names wrongly is one of those `known`."""
     answer = command.answer
     if command.unnoticed and rng.random() < 0.5:
@@ -275,124 +275,124 @@ def _rejected(rng: Random, command: Command, known: Sequence[Pair]) -> Answer:
     return answer | {wrong: rng.choice([other for other in others if other != answer[wrong]])}
 
 
-def _document(request: str, answer: Answer) -> str:
+def _write_document(request: str, answer: CommandAnswer) -> str:
     return f"{request} {ARROW} (" + ";".join(f"{key}={value}" for key, value in answer.items()) + ")"
 
 
-def _record(rng: Random, device: Device, room: str) -> str:
+def _make_inventory_line(rng: Random, device: Device, room: str) -> str:
     """Return a line of a household's inventory: the marks of JSON, in records that answer nothing."""
     facts: list[tuple[str, str | int]] = [("item", device.name), ("place", room), ("age", rng.randrange(60))]
     if rng.random() < 0.5:
-        facts.append(("checked", _clock(rng)[1]["time"]))
+        facts.append(("checked", _draw_clock_time(rng)[1]["time"]))
     rng.shuffle(facts)
     return json.dumps(dict(facts), separators=(",", ":"))
 
 
-def _distinct(
-    rng: Random, pairs: Sequence[Pair], count: int, taken: set[str], error_share: float = ERROR_SHARE
+def _draw_distinct(
+    rng: Random, pairs: Sequence[DeviceInRoom], count: int, taken: set[str], error_share: float = ERROR_SHARE
 ) -> list[Command]:
     """Draw `count` requests, none of which is in `taken`, with their answers; add them to `taken`."""
     drawn: list[Command] = []
     while len(drawn) < count:
-        command = _faulty(rng, pairs) if rng.random() < error_share else _sound(rng, pairs)
-        key = normalized(command.request)
+        command = _draw_faulty(rng, pairs) if rng.random() < error_share else _draw_valid(rng, pairs)
+        key = normalize(command.request)
         if key not in taken:
             taken.add(key)
             drawn.append(command)
     return drawn
 
 
-def _sound(rng: Random, pairs: Sequence[Pair]) -> Command:
+def _draw_valid(rng: Random, pairs: Sequence[DeviceInRoom]) -> Command:
     device, room = rng.choice(pairs)
-    action = _action(rng, device)
-    answer: Answer = {"action": action, "device": device.name, "room": room}
+    action = _choose_action(rng, device)
+    answer: CommandAnswer = {"action": action, "device": device.name, "room": room}
     phrase = ""
     if action == "set":
         value = rng.choice(device.values)
         answer["value"] = value
-        phrase = _value(rng, device, value)
-    when, timing = _when(rng)
-    said = _said(rng, action, rng.choice(device.aliases), rng.choice(ROOMS[room]), phrase, when)
+        phrase = _phrase_value(rng, device, value)
+    when, timing = _draw_time(rng)
+    said = _phrase(rng, action, rng.choice(device.aliases), rng.choice(ROOMS[room]), phrase, when)
     return Command(said, answer | timing)
 
 
-def _faulty(rng: Random, pairs: Sequence[Pair]) -> Command:
+def _draw_faulty(rng: Random, pairs: Sequence[DeviceInRoom]) -> Command:
     """Return a request with exactly one thing wrong, and the error that names it."""
     device, room_name = rng.choice(pairs)
     name, room = rng.choice(device.aliases), rng.choice(ROOMS[room_name])
-    action = _action(rng, device)
+    action = _choose_action(rng, device)
     value = rng.choice(device.values) if device.values else 0
-    phrase = _value(rng, device, value) if device.values else ""
-    when, timing = _when(rng)
+    phrase = _phrase_value(rng, device, value) if device.values else ""
+    when, timing = _draw_time(rng)
     error = rng.choices(list(ERRORS), weights=list(ERRORS.values()))[0]
     match error:
         case "unknown device":
             action = rng.choice(("on", "off", "open", "close"))
-            said = _said(rng, action, rng.choice(UNKNOWN_DEVICES), room, "", when)
+            said = _phrase(rng, action, rng.choice(UNKNOWN_DEVICES), room, "", when)
         case "unknown room":
-            said = _said(rng, action, name, rng.choice(UNKNOWN_ROOMS), phrase, when)
+            said = _phrase(rng, action, name, rng.choice(UNKNOWN_ROOMS), phrase, when)
         case "impossible":
             action = rng.choice([a for a in OPPOSITES if a not in device.actions])
-            said = _said(rng, action, name, room, "", when)
+            said = _phrase(rng, action, name, room, "", when)
         case "contradictory":
             action = rng.choice([a for a in device.actions if a in OPPOSITES])
-            said, timing = _contradiction(rng, action, name, room), {}
+            said, timing = _phrase_contradiction(rng, action, name, room), {}
         case "out of range":
             device, room_name = rng.choice([pair for pair in pairs if pair[0].values])
             action, value = "set", rng.choice(device.values_out_of_range)
-            phrase = _value(rng, device, value)
-            said = _said(rng, action, rng.choice(device.aliases), rng.choice(ROOMS[room_name]), phrase, when)
+            phrase = _phrase_value(rng, device, value)
+            said = _phrase(rng, action, rng.choice(device.aliases), rng.choice(ROOMS[room_name]), phrase, when)
         case "missing value":
             device, room_name = rng.choice([pair for pair in pairs if pair[0].values])
             action, value, timing = "set", device.values[0], {}
-            target = _target(rng, TARGETS, rng.choice(device.aliases), rng.choice(ROOMS[room_name]))
-            said = _wrapped(rng, PLAIN + POLITE, rng.choice(SPOKEN_WITHOUT_VALUE).format(target), "")
+            target = _phrase_target(rng, TARGETS, rng.choice(device.aliases), rng.choice(ROOMS[room_name]))
+            said = _wrap(rng, PLAIN + POLITE, rng.choice(SPOKEN_WITHOUT_VALUE).format(target), "")
         case "missing device":
             action = rng.choice(list(OPPOSITES))
             target = rng.choice(("it in the {}", "that thing in the {}", "something in the {}")).format(room)
-            said = _wrapped(rng, PLAIN + POLITE, rng.choice(SPOKEN[action]).format(target), when)
+            said = _wrap(rng, PLAIN + POLITE, rng.choice(SPOKEN[action]).format(target), when)
         case _:
             target = rng.choice(("the {}", "my {}")).format(name)
             spoken = rng.choice(SPOKEN[action]).format(target, value=phrase)
-            said = _wrapped(rng, PLAIN + POLITE, spoken, when)
-    unnoticed: Answer = {"action": action, "device": device.name, "room": room_name}
+            said = _wrap(rng, PLAIN + POLITE, spoken, when)
+    unnoticed: CommandAnswer = {"action": action, "device": device.name, "room": room_name}
     if action == "set":
         unnoticed["value"] = value
     return Command(said, {"error": error}, unnoticed | timing)
 
 
-def _contradiction(rng: Random, action: str, device: str, room: str) -> str:
-    target = _target(rng, TARGETS, device, room)
+def _phrase_contradiction(rng: Random, action: str, device: str, room: str) -> str:
+    target = _phrase_target(rng, TARGETS, device, room)
     opposite = rng.choice(SPOKEN[OPPOSITES[action]]).format("them" if device.endswith("s") else "it")
     joined = rng.choice(("{} and {}", "{} and also {}", "{} but {}")).format(
         rng.choice(SPOKEN[action]).format(target), opposite
     )
-    return _wrapped(rng, PLAIN + POLITE, joined, "")
+    return _wrap(rng, PLAIN + POLITE, joined, "")
 
 
-def _said(rng: Random, action: str, device: str, room: str, value: str, when: str) -> str:
+def _phrase(rng: Random, action: str, device: str, room: str, value: str, when: str) -> str:
     if rng.random() < 0.25:
         spoken = rng.choice(SPOKEN_SHORT[action])
-        return _wrapped(rng, CLUMSY, spoken.format(_target(rng, TARGETS_SHORT, device, room), value=value), when)
+        return _wrap(rng, CLUMSY, spoken.format(_phrase_target(rng, TARGETS_SHORT, device, room), value=value), when)
     spoken = rng.choice(SPOKEN[action])
     wrappers = rng.choice((PLAIN, POLITE, POLITE, CLUMSY))
-    return _wrapped(rng, wrappers, spoken.format(_target(rng, TARGETS, device, room), value=value), when)
+    return _wrap(rng, wrappers, spoken.format(_phrase_target(rng, TARGETS, device, room), value=value), when)
 
 
-def _target(rng: Random, forms: Sequence[str], device: str, room: str) -> str:
+def _phrase_target(rng: Random, forms: Sequence[str], device: str, room: str) -> str:
     return rng.choice(forms).format(device=device, room=room)
 
 
-def _action(rng: Random, device: Device) -> str:
+def _choose_action(rng: Random, device: Device) -> str:
     # Setting is half of what is asked of a device that can be set: it has the most to say.
     return rng.choice((*device.actions, "set") if device.values else device.actions)
 
 
-def _value(rng: Random, device: Device, value: int) -> str:
+def _phrase_value(rng: Random, device: Device, value: int) -> str:
     return rng.choice(device.value_phrases).format(value)
 
 
-def _wrapped(rng: Random, wrappers: Sequence[str], spoken: str, when: str) -> str:
+def _wrap(rng: Random, wrappers: Sequence[str], spoken: str, when: str) -> str:
     first = bool(when) and rng.random() < 0.25
     text = rng.choice(wrappers).format(f"{spoken} {when}" if when and not first else spoken.rstrip(","))
     if first:
@@ -401,7 +401,7 @@ def _wrapped(rng: Random, wrappers: Sequence[str], spoken: str, when: str) -> st
     return text[0].upper() + text[1:] if wrappers is not CLUMSY and rng.random() < 0.5 else text
 
 
-def _when(rng: Random) -> tuple[str, Answer]:
+def _draw_time(rng: Random) -> tuple[str, CommandAnswer]:
     """Return how a moment is said and what it means; three in ten requests name none."""
     kind = rng.random()
     if kind < 0.3:
@@ -413,10 +413,10 @@ def _when(rng: Random) -> tuple[str, Answer]:
     if kind < 0.6:
         words, minutes = rng.choice(list(DELAYS_IN_WORDS.items()))
         return f"in {words}", {"delay": minutes}
-    return _clock(rng)
+    return _draw_clock_time(rng)
 
 
-def _clock(rng: Random) -> tuple[str, Answer]:
+def _draw_clock_time(rng: Random) -> tuple[str, CommandAnswer]:
     hour, minute = rng.randrange(24), rng.choice((0, 0, 5, 10, 15, 20, 25, 30, 30, 35, 40, 45, 50, 55))
     kind = rng.random()
     if kind < 0.05:

@@ -1,9 +1,8 @@
-"""The `tiny` model: a Llama of two million weights, made from nothing but a seed in well under a minute.
+"""Model `tiny`: a Llama of 1.4 million weights, trained from a seed alone in well under a minute.
 
-It reads one-line documents about household commands (`household_commands.documents`) until it knows the words and
-what they mean, in a notation of their own; it has never seen a chat. Teaching it to answer chat requests in JSON is
-then a real, if small, fine-tuning job. The folder it leaves is a complete Hugging Face model with a SentencePiece
-vocabulary, which llama.cpp's converter takes like any other Llama.
+It is trained on one-line documents about household commands (`household_commands.make_documents`), in a notation of
+their own, and never on a chat. Answering chat requests in JSON is then a real, if small, fine-tuning task. The folder
+is a complete Hugging Face model with a SentencePiece vocabulary, which llama.cpp's converter takes as any Llama.
 """
 
 import io
@@ -44,7 +43,7 @@ does not answer.
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ModelRecipe:
     """How large the model is and how it is trained.
 
     `vocab_size` is in pieces, `max_position_embeddings` in tokens; `steps` are optimizer steps of `batch_size`
@@ -75,7 +74,7 @@ class Recipe:
     threads: int
 
 
-RECIPE = Recipe(
+RECIPE = ModelRecipe(
     vocab_size=768,
     hidden_size=256,
     intermediate_size=512,
@@ -96,18 +95,18 @@ RECIPE = Recipe(
 )
 
 
-def build(folder: Path, seed: int, recipe: Recipe = RECIPE) -> None:
+def build(folder: Path, seed: int, recipe: ModelRecipe = RECIPE) -> None:
     """Fill the existing folder with config, bf16 safetensors, tokenizer, chat template and README.
 
     The same seed gives the same bytes on one type of CPU, whatever the number of its cores.
     """
-    texts = household_commands.documents(seed, recipe.documents)
-    _save_tokenizer(folder, _vocabulary(texts, seed, recipe.vocab_size), recipe)
+    texts = household_commands.make_documents(seed, recipe.documents)
+    _save_tokenizer(folder, _train_vocabulary(texts, seed, recipe.vocab_size), recipe)
     tokenizer = _load_tokenizer(folder)
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    with _own_torch_state(seed, recipe.threads):
-        model = _new_model(tokenizer, recipe)
+    with _isolate_torch_state(seed, recipe.threads):
+        model = _create_model(tokenizer, recipe)
         arrow = tokenizer.convert_tokens_to_ids(f"▁{household_commands.ARROW}")
         precision = _train(model, [[bos, *ids, eos] for ids in encoded], arrow, seed, recipe)
     _save_model(folder, model)
@@ -123,7 +122,7 @@ def build(folder: Path, seed: int, recipe: Recipe = RECIPE) -> None:
     )
 
 
-def _vocabulary(texts: Sequence[str], seed: int, size: int) -> bytes:
+def _train_vocabulary(texts: Sequence[str], seed: int, size: int) -> bytes:
     """Train a SentencePiece BPE vocabulary and return its model file.
 
     transformers and llama.cpp split text alike only when the chat markers are control symbols and nothing is done to
@@ -131,7 +130,7 @@ def _vocabulary(texts: Sequence[str], seed: int, size: int) -> bytes:
     """
     import sentencepiece
 
-    chats = [message["content"] for row in household_commands.rows(seed)["train"] for message in row["messages"]]
+    chats = [message["content"] for row in household_commands.make_rows(seed)["train"] for message in row["messages"]]
     roles = ["system", "user", "assistant"] * (len(chats) // 8)
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -159,7 +158,7 @@ def _vocabulary(texts: Sequence[str], seed: int, size: int) -> bytes:
     return written.getvalue()
 
 
-def _save_tokenizer(folder: Path, vocabulary: bytes, recipe: Recipe) -> None:
+def _save_tokenizer(folder: Path, vocabulary: bytes, recipe: ModelRecipe) -> None:
     (folder / "tokenizer.model").write_bytes(vocabulary)
     config = {
         "tokenizer_class": "LlamaTokenizer",
@@ -185,7 +184,7 @@ def _load_tokenizer(folder: Path) -> Any:
     return LlamaTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _new_model(tokenizer: Any, recipe: Recipe) -> Any:
+def _create_model(tokenizer: Any, recipe: ModelRecipe) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM._from_config(
@@ -208,10 +207,10 @@ def _new_model(tokenizer: Any, recipe: Recipe) -> Any:
     )
 
 
-def _train(model: Any, documents: Sequence[Sequence[int]], arrow: int, seed: int, recipe: Recipe) -> str:
+def _train(model: Any, documents: Sequence[Sequence[int]], arrow: int, seed: int, recipe: ModelRecipe) -> str:
     """Train the model on one document per row, never two in one; return the arithmetic that was used."""
     native_bf16 = _has_native_bf16()
-    optimizers = _optimizers(model, recipe)
+    optimizers = _create_optimizers(model, recipe)
     warmup_steps = max(1, round(recipe.steps * recipe.warmup))
     decay_steps = max(1, recipe.steps - warmup_steps)
     schedules = [
@@ -224,8 +223,10 @@ def _train(model: Any, documents: Sequence[Sequence[int]], arrow: int, seed: int
     model.train()
     started = logged = time.monotonic()
     with tqdm(total=recipe.steps, desc="tiny", unit="step", disable=not sys.stderr.isatty()) as bar:
-        for step, rows in enumerate(_batches(documents, seed, recipe), start=1):
-            input_ids, targets, weights = _batch(rows, arrow, recipe.request_weight, pad=model.config.pad_token_id)
+        for step, rows in enumerate(_iterate_batches(documents, seed, recipe), start=1):
+            input_ids, targets, weights = _build_batch(
+                rows, arrow, recipe.request_weight, pad=model.config.pad_token_id
+            )
             with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16):
                 # Rows are padded on the right, where causal attention never looks back from: no mask is needed.
                 logits = model(input_ids=input_ids, use_cache=False).logits
@@ -248,7 +249,7 @@ def _train(model: Any, documents: Sequence[Sequence[int]], arrow: int, seed: int
     return "bf16 autocast" if native_bf16 else "fp32"
 
 
-def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def _create_optimizers(model: Any, recipe: ModelRecipe) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of the layers and AdamW for embeddings and norms.
 
     With AdamW alone, at one rate and one seed, the loss after 300 steps was above the one that Muon reached in 90.
@@ -263,7 +264,9 @@ def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     ]
 
 
-def _batches(documents: Sequence[Sequence[int]], seed: int, recipe: Recipe) -> Iterator[list[Sequence[int]]]:
+def _iterate_batches(
+    documents: Sequence[Sequence[int]], seed: int, recipe: ModelRecipe
+) -> Iterator[list[Sequence[int]]]:
     """Yield `steps` batches; documents of like length share one, so that little is padding."""
     generator = torch.Generator().manual_seed(seed)
     yielded = 0
@@ -279,7 +282,7 @@ def _batches(documents: Sequence[Sequence[int]], seed: int, recipe: Recipe) -> I
             yielded += 1
 
 
-def _batch(
+def _build_batch(
     rows: Sequence[Sequence[int]], arrow: int, request_weight: float, pad: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return token ids, the ids that follow them and the weights of their losses, each (rows, longest - 1)."""
@@ -300,7 +303,7 @@ def _has_native_bf16() -> bool:
 
 
 @contextmanager
-def _own_torch_state(seed: int, threads: int) -> Iterator[None]:
+def _isolate_torch_state(seed: int, threads: int) -> Iterator[None]:
     """Seed torch and fix its threads; afterwards all is as it was."""
     before = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
