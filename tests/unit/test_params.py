@@ -65,7 +65,7 @@ def test_the_committed_files_are_valid():
         (
             "bert_score: # BERTScore",
             "bert_score:\n  model: /encoders/mine\nunused: # BERTScore",
-            "invalid-value",
+            "unknown-key",
             ["bert_score.model"],
         ),
     ],

@@ -86,13 +86,19 @@ def export_files(folder: Path) -> None:
 
 def trim_makefile(text: str) -> str:
     """Return a Makefile without the targets for work on Lathe itself."""
-    rules = [rule for rule in text.split("\n\n") if not re.match(rf"({LEFT_OUT_TARGETS}):", rule)]
-    for number, rule in enumerate(rules):
-        if ".PHONY:" in rule:
-            head, _, names = rule.partition(".PHONY:")
-            kept = [name for name in names.replace("\\\n", " ").split() if not re.fullmatch(LEFT_OUT_TARGETS, name)]
-            rules[number] = f"{head}.PHONY: {' '.join(kept)}"
-    return "\n\n".join(rules)
+    text = "\n\n".join(rule for rule in text.split("\n\n") if not re.match(rf"({LEFT_OUT_TARGETS}):", rule))
+    # Lists of targets: .PHONY, and those that set a variable.
+    text = re.sub(r"(?<=^\.PHONY:)(\\\n|.)*", lambda names: f" {_trim_targets(names[0])}", text, flags=re.MULTILINE)
+    return re.sub(
+        r"^([a-z-]+(?:[ \t]|\\\n)+[a-z \t\\\n-]+)(?=: \w+ \+=)",
+        lambda names: _trim_targets(names[0]),
+        text,
+        flags=re.MULTILINE,
+    )
+
+
+def _trim_targets(names: str) -> str:
+    return " ".join(name for name in names.replace("\\\n", " ").split() if not re.fullmatch(LEFT_OUT_TARGETS, name))
 
 
 def _find_head() -> str:
