@@ -36,7 +36,7 @@ def main(config: Config, item: str) -> Speeds:
     from lathe.inference.held_out import Asking, fingerprint
 
     settings, seed = config.params.generate, config.params.seed
-    file, threads = paths.GGUF / artifacts.file_name(item), os.cpu_count() or 1
+    file, threads = paths.GGUF / artifacts.get_file_name(item), os.cpu_count() or 1
     read = {"gguf": file, **SPLITS}
     if item == FEW_SHOT:
         decides = {**settings.model_dump(), "seed": seed, "threads": threads}
@@ -46,7 +46,7 @@ def main(config: Config, item: str) -> Speeds:
         read["general"] = paths.ROOT / config.params.evaluate.general_text
         paragraphs(read["general"])  # refused before anything is loaded
     if item not in UNQUANTIZED:
-        read["against"] = paths.GGUF / artifacts.file_name(MERGED)
+        read["against"] = paths.GGUF / artifacts.get_file_name(MERGED)
 
     with journal.opened(paths.SCRATCH / "generate", fingerprint(read, decides)) as kept:
         with ExitStack() as stack:
@@ -95,4 +95,4 @@ def _facts(asking: "Asking", config: Config, folder: Path, *, gguf: Path, genera
 
 
 if __name__ == "__main__":
-    stage.run_items(main, lambda config: artifacts.names(config.params.quantize.types))
+    stage.run_items(main, lambda config: artifacts.list_artifacts(config.params.quantize.types))

@@ -264,31 +264,31 @@ def print_schema() -> None:
 
 def inspect(split: str, rows: int, row: int | None, *, ids: bool) -> None:
     """Print rows of data/processed as training reads them."""
-    from lathe.data.inspect import show
+    from lathe.data.inspect import show_examples
 
     for option, number in (("--rows", rows), ("--row", row)):
         if number is not None and number < 1:
             raise InputError(f"{option} {number}: must be at least 1; rows are counted from 1")
-    show(split, rows=rows, row=row, ids=ids, supervise=load().params.preprocess.supervise, out=sys.stdout)
+    show_examples(split, rows=rows, row=row, ids=ids, supervise=load().params.preprocess.supervise, out=sys.stdout)
 
 
 def gate() -> bool:
     """Print how each of evaluate.gates goes by the metrics as they are, and return whether all pass."""
-    from lathe.config.gates import parse
-    from lathe.evaluation.gate_results import line, metrics, outcome
+    from lathe.config.gates import parse_gate
+    from lathe.evaluation.gate_results import evaluate_gate, format_outcome, make_metrics
 
     params = load().params
     report, recorded = (_evaluated(name) for name in ("validation", "gates"))
     expressions = params.evaluate.gates or []
-    if set(report) != set(artifacts.names(params.quantize.types)) or list(recorded["gates"]) != expressions:
+    if set(report) != set(artifacts.list_artifacts(params.quantize.types)) or list(recorded["gates"]) != expressions:
         raise InputError(
             "metrics/evaluate is not of the evaluate.gates and quantize.types in params.yaml; run `dvc repro`"
         )
-    outcomes = [outcome(parse(expression), report, params.quantize.types) for expression in expressions]
-    if metrics(outcomes) != recorded:
+    outcomes = [evaluate_gate(parse_gate(expression), report, params.quantize.types) for expression in expressions]
+    if make_metrics(outcomes) != recorded:
         raise InputError("metrics/evaluate/gates.json is not of the validation.json beside it; run `dvc repro`")
-    for one in outcomes:
-        print(line(one))  # noqa: T201
+    for outcome in outcomes:
+        print(format_outcome(outcome))  # noqa: T201
     if not outcomes:
         print("evaluate.gates is null: nothing is asked of the files")  # noqa: T201
     return bool(recorded["passed"])
@@ -369,11 +369,11 @@ def search(args: argparse.Namespace) -> None:
 
 
 def _best_gguf() -> Path:
-    from lathe.evaluation.best_artifact import best
+    from lathe.evaluation.best_artifact import choose_best_artifact
 
     params = load().params
-    artifact = best(_evaluated("validation"), params.quantize.types, params.evaluate.primary_metric)
-    file = paths.GGUF / artifacts.file_name(artifact)
+    artifact = choose_best_artifact(_evaluated("validation"), params.quantize.types, params.evaluate.primary_metric)
+    file = paths.GGUF / artifacts.get_file_name(artifact)
     if not file.exists():
         raise InputError(f"{file.relative_to(paths.ROOT)}: no such file; run `make repro` first")
     return file

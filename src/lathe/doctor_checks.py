@@ -134,10 +134,10 @@ def check_device(precision: str) -> Findings:
 
 def check_threads(environment: Mapping[str, str]) -> Findings:
     """OpenMP's settings; the stages make waiting threads sleep unless the environment says otherwise."""
-    from lathe.data.worker_processes import usable_cores
+    from lathe.data.worker_processes import count_usable_cores
 
     policy, count = environment.get("OMP_WAIT_POLICY", ""), environment.get("OMP_NUM_THREADS", "")
-    cores = usable_cores()
+    cores = count_usable_cores()
     problem = False
     if policy.upper() == "ACTIVE":
         problem = True
@@ -240,7 +240,7 @@ def check_judge(config: "Config", here: Circumstances) -> Findings:
             yield Finding("judge", "fail", f"{judge.model} is not there", "name a GGUF file in judge.model")
     elif here.environment.get(variable):
         yield Finding("judge", "ok", f"{variable} is set")
-    elif api_keys.needed(judge.provider, judge.base_url) is None:
+    elif api_keys.get_required_variable(judge.provider, judge.base_url) is None:
         yield Finding("judge", "ok", f"{variable} is not set; a server of your own may need none")
     else:
         text = f"{variable} is not set; judge.provider {judge.provider} needs it for every verdict that is not kept yet"

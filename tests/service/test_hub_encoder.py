@@ -15,12 +15,12 @@ PROGRAM = """
 import sys
 from lathe import stage
 from lathe.evaluation import bert_score
-from lathe.evaluation.bert_score import Encoder, encoder_folder, scores
+from lathe.evaluation.bert_score import Encoder, compute_scores, find_encoder
 
 def main():
-    folder = encoder_folder(sys.argv[1], sys.argv[2] or None)
+    folder = find_encoder(sys.argv[1], sys.argv[2] or None)
     encoder = Encoder(folder, num_layers=None, max_length=32)
-    print(scores([("a b", "b a")], encoder, batch_size=1, cache=folder.parent / "cache"))
+    print(compute_scores([("a b", "b a")], encoder, batch_size=1, cache=folder.parent / "cache"))
 
 stage.guard(main)
 """

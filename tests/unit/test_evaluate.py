@@ -7,24 +7,24 @@ import time
 
 import numpy as np
 import pytest
+from refusals import refused
 from scipy import stats
 
 from lathe.common import paths
-from lathe.common.errors import InputError
 from lathe.common.jsonl import write_jsonl
-from lathe.evaluation.best_artifact import best
+from lathe.evaluation.best_artifact import choose_best_artifact
 from lathe.evaluation.evaluate import (
-    Sampling,
+    Resampling,
     add_bert_score,
+    define_scores,
     evaluate,
-    plot_rows,
+    make_plot_rows,
     read_answers,
-    read_general,
-    row_scores,
-    scored_rows,
+    read_general_text,
+    score_rows,
 )
 
-SAMPLING = Sampling(samples=300, seed=1)
+RESAMPLING = Resampling(samples=300, seed=1)
 BYTES = {"base": 100, "base_few_shot": 100, "merged": 100, "Q4_1": 30}
 
 
@@ -48,7 +48,7 @@ def answering(right, rows=20, **fields):
 
 
 def scores_of(*metrics, judged=False, weights=(0.4, 0.6)):
-    return row_scores(
+    return define_scores(
         metrics,
         normalize="none",
         answer_pattern=None,
@@ -69,7 +69,7 @@ def answers():
 
 
 def report_of(answers, *metrics, general=None, **options):
-    return evaluate(answers, general or {}, BYTES, scores_of(*(metrics or ("exact_match",)), **options), SAMPLING)
+    return evaluate(answers, general or {}, BYTES, scores_of(*(metrics or ("exact_match",)), **options), RESAMPLING)
 
 
 def delta(report, artifact, to, metric):
@@ -191,7 +191,7 @@ def test_what_a_broken_file_gives_is_null_and_harms_no_other_score():
     assert report["Q4_1"]["exact_match"] == 1
     assert {one["metric"] for one in report["Q4_1"]["intervals"]} == {"exact_match", "stop_rate"}
     json.dumps(report, allow_nan=False)
-    json.dumps(scored_rows(broken, scores_of("exact_match"), "exact_match"), allow_nan=False)
+    json.dumps(score_rows(broken, scores_of("exact_match"), "exact_match"), allow_nan=False)
 
 
 def test_small_numbers_keep_three_digits(answers):
@@ -222,9 +222,9 @@ def test_rows_stand_with_the_worst_first_by_the_primary_score_then_by_the_others
         row(4, "z", nll=1.0),
     ]
     scores = scores_of("exact_match", "token_f1")
-    assert [one["row"] for one in scored_rows(rows, scores, "exact_match")] == [3, 2, 4, 1, 0]
-    assert [one["row"] for one in scored_rows(rows, scores, "perplexity")] == [0, 3, 1, 2, 4]
-    first = scored_rows(rows, scores, "exact_match")[0]
+    assert [one["row"] for one in score_rows(rows, scores, "exact_match")] == [3, 2, 4, 1, 0]
+    assert [one["row"] for one in score_rows(rows, scores, "perplexity")] == [0, 3, 1, 2, 4]
+    first = score_rows(rows, scores, "exact_match")[0]
     assert list(first) == ["row", "prompt", "reference", "completion", "finish_reason", "scores"]
     assert first["scores"] == {
         "exact_match": 0,
@@ -240,14 +240,14 @@ def test_rows_that_a_score_does_not_apply_to_come_last():
         row(n, "x", bert_score=0.5, **({"judge": mark} if mark is not None else {}))
         for n, mark in enumerate([None, 90.0, 10.0])
     ]
-    found = scored_rows(rows, scores_of("exact_match", "bert_score", judged=True), "judge")
+    found = score_rows(rows, scores_of("exact_match", "bert_score", judged=True), "judge")
     assert [one["row"] for one in found] == [2, 1, 0]
     assert [one["scores"]["judge"] for one in found] == [10, 90, None]
     assert found[0]["scores"]["combined"] == pytest.approx(0.4 * 0.5 + 0.6 * 0.1)
 
 
 def test_a_corpus_score_of_one_row_is_that_of_the_row_alone():
-    [found] = scored_rows([row(0, "a b", reference="a b")], scores_of("bleu", "chrf"), "bleu")
+    [found] = score_rows([row(0, "a b", reference="a b")], scores_of("bleu", "chrf"), "bleu")
     assert found["scores"]["bleu"] == 100
     assert found["scores"]["chrf"] == 100
 
@@ -258,20 +258,20 @@ def test_the_best_artifact_has_the_best_primary_score_and_of_equals_the_smallest
         "small": {"exact_match": 0.9, "perplexity": 1.3, "bytes": 5, "judge": 3.0},
         "tiny": {"exact_match": 0.8, "perplexity": 1.3, "bytes": 1, "judge": None},
     }
-    assert best(report, ["big", "small", "tiny"], "exact_match") == "small"
-    assert best(report, ["big", "small", "tiny"], "perplexity") == "big"
-    assert best(report, ["big", "small", "tiny"], "judge") == "small"
-    assert best(report, ["big", "tiny"], "judge") == "tiny"
-    assert best(report, ["big", "small", "tiny"], "bytes") == "tiny"
+    assert choose_best_artifact(report, ["big", "small", "tiny"], "exact_match") == "small"
+    assert choose_best_artifact(report, ["big", "small", "tiny"], "perplexity") == "big"
+    assert choose_best_artifact(report, ["big", "small", "tiny"], "judge") == "small"
+    assert choose_best_artifact(report, ["big", "tiny"], "judge") == "tiny"
+    assert choose_best_artifact(report, ["big", "small", "tiny"], "bytes") == "tiny"
 
 
 def test_plots_get_one_row_per_split_artifact_and_score_that_is_better_the_higher(answers):
-    rows = plot_rows({"test": report_of(answers, "exact_match", "json_valid")}, "exact_match")
+    rows = make_plot_rows({"test": report_of(answers, "exact_match", "json_valid")}, "exact_match")
     assert {one["metric"] for one in rows} == {"exact_match", "stop_rate"}
     assert len(rows) == 8
     assert {one["metric"] for one in rows if one["primary"] == "yes"} == {"exact_match"}
     assert all(one["low"] <= one["score"] <= one["high"] for one in rows)
-    by_perplexity = plot_rows({"test": report_of(answers)}, "perplexity")
+    by_perplexity = make_plot_rows({"test": report_of(answers)}, "perplexity")
     assert {one["metric"] for one in by_perplexity if one["primary"] == "yes"} == {"perplexity"}
 
 
@@ -292,16 +292,16 @@ def test_marks_are_read_into_their_rows(tmp_path):
 def test_general_text_is_read_where_an_artifact_has_one(tmp_path):
     write(tmp_path, "base", [{"text": "a", "nll": 1.0, "tokens": 2}], split="general")
     (tmp_path / "base_few_shot").mkdir()
-    assert list(read_general(tmp_path, ["base", "base_few_shot"])) == ["base"]
+    assert list(read_general_text(tmp_path, ["base", "base_few_shot"])) == ["base"]
 
 
 def test_artifacts_that_answered_other_rows_are_refused(tmp_path):
     write(tmp_path, "base", answering(1, rows=3))
     write(tmp_path, "merged", answering(1, rows=2))
-    with pytest.raises(InputError, match=r"merged/test.jsonl: holds other rows than base has; run `dvc repro` again"):
+    with refused("different-rows", "merged/test.jsonl: ", "base"):
         read_answers(tmp_path, None, ["base", "merged"], "test")
     write(tmp_path, "base", [])
-    with pytest.raises(InputError, match="holds no row"):
+    with refused("empty-file", "base/test.jsonl: "):
         read_answers(tmp_path, None, ["base"], "test")
 
 
@@ -317,10 +317,12 @@ def test_bert_score_is_put_into_every_row_and_rescaled_by_one_baseline_for_both_
         def __init__(self, folder, **_):
             pass
 
-    monkeypatch.setattr(bert_score, "encoder_folder", lambda model, revision: tmp_path)
+    monkeypatch.setattr(bert_score, "find_encoder", lambda model, revision: tmp_path)
     monkeypatch.setattr(bert_score, "Encoder", Letters)
     monkeypatch.setattr(
-        bert_score, "scores", lambda pairs, *_, **__: {pair: 1.0 if pair[0] == pair[1] else 0.6 for pair in pairs}
+        bert_score,
+        "compute_scores",
+        lambda pairs, *_, **__: {pair: 1.0 if pair[0] == pair[1] else 0.6 for pair in pairs},
     )
     settings = BertScore(
         model="owner/name", revision=None, num_layers=None, max_length=8, batch_size=4, baseline="shuffled"
@@ -349,7 +351,7 @@ def test_ten_thousand_rows_are_scored_in_seconds():
     }
     started = time.monotonic()
     scores = scores_of("exact_match", "token_f1", "json_valid", "rouge_l", "length_ratio", "distinct_1")
-    report = evaluate(answers, {}, BYTES, scores, Sampling(1000, 1))
+    report = evaluate(answers, {}, BYTES, scores, Resampling(1000, 1))
     assert time.monotonic() - started < 60
     [exact] = [one for one in report["merged"]["intervals"] if one["metric"] == "exact_match"]
     # 10,000 rows: a standard error of 0.004.

@@ -136,8 +136,8 @@ def test_the_judge_and_bert_score_add_their_scores():
         (
             "tracking_uri: http://127.0.0.1:5000",
             "tracking_uri: http://me:secret@mlflow.example",
-            "tracking.mlflow.tracking_uri: 'http:…mlflow.example' is no plain address; write http(s)://HOST[:PORT]"
-            "[/PATH] and put keys into the environment",
+            "tracking.mlflow.tracking_uri: 'http:…mlflow.example' is not a plain address; write http(s)://HOST[:PORT]"
+            "[/PATH], and put keys into the environment",
         ),
         ("  r: 16", "  r: 1.5", "lora.r is 1.5; must be integer"),
         ("  r: 16", "  r: '16'", "lora.r is '16'; must be integer"),

@@ -11,7 +11,7 @@ from lathe.common.errors import InputError
 from lathe.common.jsonl import read_jsonl
 from lathe.common.text import did_you_mean
 from lathe.config.artifacts import UNQUANTIZED
-from lathe.evaluation.metrics import LOWER_IS_BETTER, goodness
+from lathe.evaluation.metrics import LOWER_IS_BETTER, orient_score
 from lathe.experiments.changed_code import changed_code, is_left_over, scripts_of
 from lathe.provenance import revisions
 from lathe.provenance.revisions import Revision
@@ -19,7 +19,7 @@ from lathe.provenance.revisions import Revision
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
-    from lathe.evaluation.evaluate import Row
+    from lathe.evaluation.evaluate import AnswerRow
 
 SIGNIFICANT = 0.05
 
@@ -117,7 +117,7 @@ def compare(names: Sequence[str], *, split: str, artifact: str | None) -> Compar
 
 
 def _side(revision: Revision, split: str, artifact: str | None, metric: str) -> Side:
-    from lathe.evaluation.best_artifact import best
+    from lathe.evaluation.best_artifact import choose_best_artifact
 
     steering, report = (revision.json(f"metrics/evaluate/{name}.json") for name in ("validation", split))
     if not steering or not report:
@@ -126,7 +126,7 @@ def _side(revision: Revision, split: str, artifact: str | None, metric: str) -> 
         candidates = [name for name in steering if name not in UNQUANTIZED]
         if any(metric not in steering[name] for name in candidates):
             raise InputError(f"{revision.name}: has no {metric}, to choose its best file by; name one: --artifact")
-        chosen = best(steering, candidates, metric)
+        chosen = choose_best_artifact(steering, candidates, metric)
     elif artifact in report:
         chosen = artifact
     else:
@@ -237,7 +237,7 @@ def _warnings_of_files(sides: Sequence[Side]) -> Iterator[str]:
 def _differences(
     repo: "Repo", first: Revision, first_side: Side, other: Revision, other_side: Side, split: str
 ) -> tuple[list[Difference], list[str]]:
-    from lathe.evaluation.evaluate import Sampling, evaluate, row_scores
+    from lathe.evaluation.evaluate import Resampling, define_scores, evaluate
 
     answered = [
         _answers(repo, revision, side.artifact, split) for revision, side in ((first, first_side), (other, other_side))
@@ -258,7 +258,7 @@ def _differences(
     if not common:
         return [], warnings
     settings, judge = first.parameters["evaluate"], first.parameters["judge"]
-    scores = row_scores(
+    scores = define_scores(
         [name for name in settings["metrics"] if name in other_side.scores],
         normalize=settings["normalize"],
         answer_pattern=settings["answer_pattern"],
@@ -268,7 +268,11 @@ def _differences(
     # Every artifact of a report is compared with the one that is called base.
     answers = {"base": [ours[key] for key in common], "other": [theirs[key] for key in common]}
     report = evaluate(
-        answers, {}, {"base": 0, "other": 0}, scores, Sampling(settings["bootstrap_samples"], first.parameters["seed"])
+        answers,
+        {},
+        {"base": 0, "other": 0},
+        scores,
+        Resampling(settings["bootstrap_samples"], first.parameters["seed"]),
     )
     same = sum(ours[key]["completion"] == theirs[key]["completion"] for key in common)
     return [
@@ -277,7 +281,7 @@ def _differences(
     ], warnings
 
 
-def _answers(repo: "Repo", revision: Revision, artifact: str, split: str) -> dict[str, "Row"] | None:
+def _answers(repo: "Repo", revision: Revision, artifact: str, split: str) -> dict[str, "AnswerRow"] | None:
     """A revision's answers by what was asked, with the scores that are not made from texts; None where any is gone."""
     files = [
         revision.cached(repo, "data/processed", f"{split}.jsonl"),
@@ -288,7 +292,7 @@ def _answers(repo: "Repo", revision: Revision, artifact: str, split: str) -> dic
         return None
     asked, answers, scored = (read_jsonl(file) for file in files if file)
     bought = {row["row"]: row["scores"] for row in scored}
-    found: dict[str, Row] = {}
+    found: dict[str, AnswerRow] = {}
     seen: Counter[str] = Counter()
     for number, row in enumerate(answers):
         conversation = json.dumps(asked[number]["messages"], sort_keys=True)
@@ -382,7 +386,7 @@ def _against_seeds(found: Comparison, first: Setting, other: Setting, p: float |
         return f"{names}: {means}; the single seed lies {where} the range of the {len(several)} seeds of the other"
     if p is None:
         return f"{names}: {means} with every seed; without any spread nothing is tested"
-    gain = goodness(found.metric, other.mean[found.metric]) - goodness(found.metric, first.mean[found.metric])
+    gain = orient_score(found.metric, other.mean[found.metric]) - orient_score(found.metric, first.mean[found.metric])
     outcome = "not shown to differ" if p >= SIGNIFICANT else "better" if gain > 0 else "worse"
     return f"{names}: {outcome}, {means} on average (p {p:.2g} by Welch's t test over the seeds)"
 

@@ -71,7 +71,7 @@ def _of(name: str, known: Sequence[Experiment]) -> list[Experiment]:
 
 
 def _result(experiment: Experiment) -> str:
-    from lathe.evaluation.best_artifact import best
+    from lathe.evaluation.best_artifact import choose_best_artifact
 
     revision = Revision(experiment.name, experiment.commit)
     metric = revision.parameters["evaluate"]["primary_metric"]
@@ -79,7 +79,7 @@ def _result(experiment: Experiment) -> str:
     candidates = [name for name in report if name not in UNQUANTIZED and metric in report[name]]
     if not candidates:
         return f"has no {metric}"
-    chosen = best(report, candidates, metric)
+    chosen = choose_best_artifact(report, candidates, metric)
     ends = [(each["low"], each["high"]) for each in report[chosen]["intervals"] if each["metric"] == metric]
     interval = f" [{ends[0][0]:.4g}, {ends[0][1]:.4g}]" if ends else ""
     value = report[chosen][metric]

@@ -9,13 +9,13 @@ from typing import Any, BinaryIO
 
 from lathe.common.errors import InputError
 from lathe.common.jsonl import line
-from lathe.data.messages import RowFault, TextRule, check_order, turns
-from lathe.data.read_files import kind
+from lathe.data.messages import RowFault, TextValidator, check_order, parse_messages
+from lathe.data.read_files import describe_value
 from lathe.inference.generate import Completion, Generator
 from lathe.models.chat_template import Message, TemplateError, answer_lead, render
 
 ANSWER = ("completion", "finish_reason")
-_ANY_TEXT = TextRule(re.compile("(?!)"))  # as in a chat: what is typed is rendered
+_ANY_TEXT = TextValidator(re.compile("(?!)"))  # as in a chat: what is typed is rendered
 
 
 def infer(generator: Generator, file: Path, out: BinaryIO, *, max_new_tokens: int) -> None:
@@ -66,7 +66,7 @@ class _Asker:
                 except (ValueError, RecursionError):
                     raise InputError(f"{at}: not JSON in UTF-8; write one JSON object a line") from None
                 if not isinstance(row, dict):
-                    raise InputError(f"{at}: is {kind(row)}; write an object with prompt or messages")
+                    raise InputError(f"{at}: is {describe_value(row)}; write an object with prompt or messages")
                 yield at, row
 
     def prompts(self) -> Iterator[str]:
@@ -100,7 +100,7 @@ def _messages(row: dict[str, Any]) -> list[Message]:
         if not prompt.strip():
             raise _fault("prompt", "is empty; expected text")
         return [{"role": "user", "content": prompt}]
-    messages = turns(_ANY_TEXT, row["messages"], "messages")
+    messages = parse_messages(_ANY_TEXT, row["messages"], "messages")
     if messages and messages[-1]["role"] not in ("user", "tool"):
         raise _fault("messages", f"ends with {messages[-1]['role']}; expected a user or tool message last")
     check_order([*messages, {"role": "assistant", "content": "an answer"}] if messages else [], "messages")

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lathe.common.errors import InputError
-from lathe.config.base import plain_address
+from lathe.config.base import check_plain_address
 from lathe.config.params import Tracking
 
 Name = Literal["mlflow", "wandb"]
@@ -75,7 +75,7 @@ def targets(
     if "mlflow" in asked or (enabled["mlflow"] and not asked):
         uri = chosen("mlflow.tracking_uri", "MLFLOW_TRACKING_URI", mlflow.tracking_uri)
         try:
-            plain_address(uri)
+            check_plain_address(uri)
         except ValueError as error:
             raise InputError(f"MLFLOW_TRACKING_URI: {error}, MLFLOW_TRACKING_PASSWORD for one") from None
         experiment = chosen("mlflow.experiment_name", "MLFLOW_EXPERIMENT_NAME", mlflow.experiment_name)
