@@ -429,10 +429,10 @@ BAD_FILES = [
     (
         "x.jsonl.gz",
         compress(b'{"a": "\xff"}'),
-        "not-utf8",
+        "not-utf-8",
         "x.jsonl.gz:1",
     ),
-    ("x.jsonl", compress(LINES), "not-utf8", "x.jsonl:1"),
+    ("x.jsonl", compress(LINES), "not-utf-8", "x.jsonl:1"),
     ("x.arrow", b"", "truncated-file", "x.arrow after row 0"),
     ("x.arrow", b"PAR1 nonsense", "truncated-file", "x.arrow after row 0"),
     ("x.arrow", STREAM[: len(STREAM) // 2], "truncated-file", "x.arrow after row"),
@@ -446,7 +446,7 @@ BAD_FILES = [
     ("x.parquet", table(MANY)[:-20], "truncated-file", "x.parquet after row 0"),
     ("x.parquet", b"prompt,completion\n", "truncated-file", "x.parquet after row 0"),
     ("x.parquet", two_columns_of_one_name(), "duplicate-column", "x.parquet"),
-    ("x.parquet", not_utf8(), "not-utf8", "x.parquet after row 0"),
+    ("x.parquet", not_utf8(), "not-utf-8", "x.parquet after row 0"),
     ("x.parquet", table([])[:0], "truncated-file", "x.parquet after row 0"),
     (
         "x.csv.gz",

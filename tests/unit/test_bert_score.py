@@ -120,9 +120,9 @@ def test_a_second_run_computes_nothing_and_another_encoder_everything(folder, tm
     assert bert_score.compute_scores(pairs, encoder(moved), batch_size=8, cache=tmp_path / "cache") == scored
     torch.manual_seed(1)
     BertModel(BertConfig.from_pretrained(folder)).save_pretrained(moved)
-    for other in (encoder(moved), encoder(folder, num_layers=1), encoder(folder, max_length=8)):
+    for second in (encoder(moved), encoder(folder, num_layers=1), encoder(folder, max_length=8)):
         with pytest.raises(AssertionError, match="the encoder is loaded"):
-            bert_score.compute_scores(pairs, other, batch_size=8, cache=tmp_path / "cache")
+            bert_score.compute_scores(pairs, second, batch_size=8, cache=tmp_path / "cache")
 
 
 def test_an_interrupted_run_goes_on_with_the_batches_that_are_missing(folder, tmp_path, monkeypatch):
@@ -190,7 +190,7 @@ def test_shuffled_pairs_are_of_different_references_and_the_same_for_a_seed():
     references = [f"text {number % 5}" for number in range(50)]
     pairs = bert_score.draw_unrelated_pairs(references, 1)
     assert len(pairs) > 500
-    assert all(one != other for one, other in pairs)
+    assert all(first != second for first, second in pairs)
     assert pairs == bert_score.draw_unrelated_pairs(references, 1)
     with refused("equal-references", "bert_score.baseline is shuffled"):
         bert_score.draw_unrelated_pairs(["yes"] * 9, 1)

@@ -82,11 +82,11 @@ class Outcome:
 
     def of(self, split: str) -> dict:
         """What the report counts in a split."""
-        return next(each for each in self.report["splits"] if each["split"] == split)
+        return next(entry for entry in self.report["splits"] if entry["split"] == split)
 
     def examples(self, split: str) -> dict:
         """The rows of a split that the report names."""
-        return next(each for each in self.report["examples"] if each["split"] == split)
+        return next(entry for entry in self.report["examples"] if entry["split"] == split)
 
 
 @pytest.fixture
@@ -175,12 +175,12 @@ TRICKY = [
 def test_every_format_gives_the_same_rows(raw, run, suffix):
     put(raw, f"data{suffix}", TRICKY)
     prepared = run()
-    found = {
+    prepared_rows = {
         (row["messages"][0]["content"], row["messages"][1]["content"])
         for rows in prepared.splits.values()
         for row in rows
     }
-    assert found == {(row["prompt"], row["completion"]) for row in TRICKY}
+    assert prepared_rows == {(row["prompt"], row["completion"]) for row in TRICKY}
     assert prepared.report["files"] == [{"file": f"data{suffix}", "split": "train", "format": suffix[1:], "rows": 32}]
     assert_the_account_adds_up(prepared)
 
@@ -277,8 +277,8 @@ def test_a_preset_says_how_columns_become_messages(raw, run, preset, row, messag
         other = {name: [{"role": "user", "content": split}, ANSWER] if name == "chat" else split for name in row}
         put(raw, f"{split}.jsonl", [other])
     prepared = run(preset)
-    (found,) = prepared.splits["train"]
-    assert [(message["role"], message["content"]) for message in found["messages"]] == messages
+    (example,) = prepared.splits["train"]
+    assert [(message["role"], message["content"]) for message in example["messages"]] == messages
     assert prepared.report["columns"] == [columns]
 
 
@@ -572,25 +572,25 @@ BAD_FILES = [
     (
         "data.jsonl",
         b'{"prompt": "q", "completion": "a"}\n{"prompt": "\xff", "completion": "a"}\n',
-        "not-utf8",
+        "not-utf-8",
         "data.jsonl:2",
     ),
     (
         "data.json",
         b'[{"prompt": "q",\n "completion": "\xe9"}]',
-        "not-utf8",
+        "not-utf-8",
         "data.json:2",
     ),
     (
         "data.csv",
         "prompt,completion\nq,é\n".encode("latin-1"),
-        "not-utf8",
+        "not-utf-8",
         "data.csv:2",
     ),
     (
         "data.jsonl",
         json.dumps(GOOD).encode("utf-16"),
-        "not-utf8",
+        "not-utf-8",
         "data.jsonl:1",
     ),
     (
@@ -933,12 +933,12 @@ def test_a_preference_pair_keeps_its_rejected_answer_in_the_processed_row(raw, r
     rows = [{"prompt": f"q{n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(40)]
     put(raw, "data.jsonl", rows)
     prepared = run(max_dropped_fraction=0.0)
-    found = {
+    prepared_rows = {
         (row["messages"][0]["content"], row["messages"][1]["content"], row["rejected"][0]["content"])
         for split in prepared.splits.values()
         for row in split
     }
-    assert found == {tuple(row.values()) for row in rows}
+    assert prepared_rows == {tuple(row.values()) for row in rows}
     assert prepared.report["columns"][0]["format"] == "preference"
 
 
@@ -981,10 +981,10 @@ def test_a_rejected_answer_that_is_too_long_drops_its_row(raw, run):
     prepared = run(max_length=70)
     assert dropped(prepared) == {"too_long": 1}
     (example,) = prepared.examples("train")["dropped"]["too_long"]
-    assert (example["at"], example["field"]) == ("train.jsonl:1", "rejected")
-    assert example["problem"] == (
-        "is 71 tokens long, prompt and answer to reject; expected at most training.max_length 70"
-    )
+    assert example["at"] == "train.jsonl:1"
+    check_fault(Fault("too_long", example["field"], example["problem"]), "too_long", "rejected")
+    assert "71 tokens long" in example["problem"]
+    assert "training.max_length 70" in example["problem"]
     assert "rejected" not in prepared.of("test")["tokens"]
 
 

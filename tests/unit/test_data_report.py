@@ -219,13 +219,13 @@ def test_shares_of_sequences_are_those_counted_one_by_one():
     known = {part for text in train for part in parts(text)}
     expected = {n for n, text in enumerate(held_out) if parts(text) and
                 sum(part in known for part in parts(text)) >= 0.7 * len(parts(text))}  # fmt: skip
-    found = hash_ngrams([hash_words(text) for text in held_out])
-    assert found.counts.tolist() == [len(parts(text)) for text in held_out]
-    index = NGramIndex.build(found)
+    ngrams = hash_ngrams([hash_words(text) for text in held_out])
+    assert ngrams.counts.tolist() == [len(parts(text)) for text in held_out]
+    index = NGramIndex.build(ngrams)
     for start in range(0, 50, 7):
         batch = hash_ngrams([hash_words(text) for text in train[start : start + 7]])
         index.mark_seen(batch, numpy.arange(start, min(start + 7, 50)))
-    count, examples = find_near_duplicates(found, index, 50)
+    count, examples = find_near_duplicates(ngrams, index, 50)
     assert 0 < count < 50
     assert {example.row for example in examples} == expected
 
@@ -289,9 +289,9 @@ def test_the_tables_of_the_plots_hold_every_row(bench):
 def test_the_report_is_the_same_whatever_the_number_of_processes(bench):
     rows = [chat(sentence(n, n % 60 + 1), sentence(-n, 5)) for n in range(300)]
     bench.put("train.jsonl", [*rows, *rows[:20], {"messages": None}])
-    one = bench.run(max_length=300, too_long="truncate_prompt", processes=1)
+    single = bench.run(max_length=300, too_long="truncate_prompt", processes=1)
     for processes in (2, 3, 7):
         other = bench.run(max_length=300, too_long="truncate_prompt", processes=processes)
-        assert other.files == one.files
-        assert json.dumps(other.report) == json.dumps(one.report)
-        assert other.tables == one.tables
+        assert other.files == single.files
+        assert json.dumps(other.report) == json.dumps(single.report)
+        assert other.tables == single.tables

@@ -10,11 +10,11 @@ from lathe.evaluation.gate_results import evaluate_gate, format_outcome, make_me
 TYPES = ["Q8_0", "Q4_K_M"]
 SCORES = ["exact_match", "rouge_l", "perplexity", "kl", "general_perplexity", "bytes"]
 REPORT = {
-    "base": {"exact_match": 0.1, "perplexity": 9.5, "bytes": 2776320, "rouge_l": None},
+    "base": {"exact_match": 0.1, "perplexity": 9.5, "bytes": 3_000_000, "rouge_l": None},
     "base_few_shot": {"exact_match": 0.3},
-    "merged": {"exact_match": 0.93, "perplexity": 1.5, "bytes": 2776416, "rouge_l": 0.95},
-    "Q8_0": {"exact_match": 0.92, "perplexity": 1.5, "kl": 0.001, "bytes": 1486176, "rouge_l": 0.9},
-    "Q4_K_M": {"exact_match": 0.9, "perplexity": 1.6, "kl": 0.02, "bytes": 890976, "rouge_l": float("nan")},
+    "merged": {"exact_match": 0.93, "perplexity": 1.5, "bytes": 3_000_100, "rouge_l": 0.95},
+    "Q8_0": {"exact_match": 0.92, "perplexity": 1.5, "kl": 0.001, "bytes": 1_600_000, "rouge_l": 0.9},
+    "Q4_K_M": {"exact_match": 0.9, "perplexity": 1.6, "kl": 0.02, "bytes": 900_000, "rouge_l": float("nan")},
 }
 
 
@@ -33,8 +33,8 @@ def evaluated(expression):
         ("Q4_K_M.exact_match > merged.exact_match - 0.03", False, 0.0),
         ("Q4_K_M.exact_match == 0.9", True, 0.0),
         ("Q4_K_M.exact_match == merged.exact_match", False, -0.03),
-        ("Q4_K_M.bytes <= 0.5 * merged.bytes", True, 497232.0),
-        ("Q4_K_M.bytes < .25*merged.bytes + 1e3", False, -195872.0),
+        ("Q4_K_M.bytes <= 0.5 * merged.bytes", True, 600_050.0),
+        ("Q4_K_M.bytes < .25*merged.bytes + 1e3", False, -148_975.0),
         ("-0.5 * base.perplexity + 6 >= Q4_K_M.perplexity - merged.perplexity", True, 1.15),
         ("Q8_0.kl < 2e-3", True, 0.001),
         ("merged.exact_match - base_few_shot.exact_match >= 0.5", True, 0.13),
@@ -51,7 +51,7 @@ def test_a_gate_compares_two_sums_exactly(expression, passed, margin):
         ("quantized.exact_match >= merged.exact_match - 0.03", "Q4_K_M", True, 0.0),
         ("quantized.exact_match >= 0.91", "Q4_K_M", False, -0.01),
         ("quantized.kl < 0.1", "Q4_K_M", True, 0.08),
-        ("quantized.bytes > 1000000 ", "Q4_K_M", False, -109024.0),
+        ("quantized.bytes > 1000000 ", "Q4_K_M", False, -100_000.0),
         ("2 * quantized.kl + quantized.exact_match < 0.93", "Q4_K_M", False, -0.01),
         ("quantized.kl > 0.01", "Q8_0", False, -0.009),
     ],

@@ -41,7 +41,7 @@ def test_the_committed_files_are_valid():
         (
             "    - rouge_l",
             "    - rouge_1\n    - rouge_1",
-            "evaluate.metrics: lists rouge_1 twice; name each score once",
+            "evaluate.metrics: lists rouge_1 twice; name each metric once",
         ),
         (
             "    - rouge_l",
@@ -73,14 +73,14 @@ def test_the_committed_files_are_valid():
         (
             "merged.exact_match > base.exact_match",
             "merged.exact_match => 0.5",
-            "evaluate.gates: 'merged.exact_match => 0.5' is no comparison of scores: cannot read '=> 0.5'; write sums "
-            "of numbers, ARTIFACT.SCORE and NUMBER * ARTIFACT.SCORE on both sides, such as 'Q4_K_M.exact_match >= "
+            "evaluate.gates: 'merged.exact_match => 0.5' is not a comparison of scores: cannot read '=> 0.5'; write "
+            "sums of numbers, ARTIFACT.SCORE and NUMBER * ARTIFACT.SCORE on both sides, such as 'Q4_K_M.exact_match >= "
             "merged.exact_match - 0.03'",
         ),
         (
             "merged.exact_match > base.exact_match",
             "Q8_1.exact_match > 0.5",
-            "evaluate.gates: 'Q8_1.exact_match > 0.5' names Q8_1, no artifact; did you mean 'Q8_0'?",
+            "evaluate.gates: 'Q8_1.exact_match > 0.5' names Q8_1, which is no artifact; did you mean 'Q8_0'?",
         ),
         (
             "merged.exact_match > base.exact_match",
@@ -174,7 +174,7 @@ def test_the_judge_and_bert_score_add_their_scores():
         (
             "label_smoothing: 0.0",
             "label_smoothing: 0.1",
-            "dpo: dpo.label_smoothing is 0.1, which the loss apo_zero does not know; set it to 0, or dpo.loss_type to",
+            "dpo: dpo.label_smoothing is 0.1, which the loss apo_zero does not use; set it to 0, or dpo.loss_type to",
         ),
         (
             "num_generations: 8",
@@ -265,7 +265,7 @@ def test_all_problems_of_both_files_are_reported_at_once(refused):
             "completion: answer",
             "messages: answer",
             "presets.yaml: datasets.gsm8k-local: messages excludes prompt, completion and prompt_template; "
-            "keep one way",
+            "keep one of the two ways",
         ),
     ],
 )

@@ -202,9 +202,9 @@ def test_no_answer_is_worth_nothing_and_the_reference_itself_everything(metric):
 @given(completion=st.text(max_size=40), reference=st.text(max_size=40))
 @settings(max_examples=60, deadline=None)
 def test_any_two_texts_have_a_score_within_its_range_or_none(metric, completion, reference):
-    found = score(metric, [completion], [reference])
+    value = score(metric, [completion], [reference])
     top = {"bleu": 100, "chrf": 100, "length_ratio": math.inf}.get(metric, 1)
-    assert math.isnan(found) or 0 <= found <= top + 1e-9
+    assert math.isnan(value) or 0 <= value <= top + 1e-9
 
 
 @pytest.mark.parametrize("completion", ["[" * 100_000, "word " * 3000, "x" * 200_000, "9" * 50_000, "\x00\ud800"])

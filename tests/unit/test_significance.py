@@ -83,7 +83,9 @@ def test_equal_answers_do_not_differ():
 def test_intervals_are_those_of_scipy_for_the_same_resamples():
     rows = np.random.default_rng(3).gamma(2.0, 1.0, (80, 2))
     resampled = ratio(bootstrap.resample_sums(rows, 999, 7))
-    found = bootstrap.compute_interval(float(ratio(rows.sum(axis=0))), resampled, ratio(bootstrap.jackknife_sums(rows)))
+    interval = bootstrap.compute_interval(
+        float(ratio(rows.sum(axis=0))), resampled, ratio(bootstrap.jackknife_sums(rows))
+    )
     expected = scipy.stats.bootstrap(
         (np.arange(80),),
         lambda index, axis: ratio(rows[index].sum(axis=-2)),
@@ -93,7 +95,7 @@ def test_intervals_are_those_of_scipy_for_the_same_resamples():
         vectorized=True,
     )
     assert resampled == pytest.approx(expected.bootstrap_distribution)
-    assert found == pytest.approx(tuple(expected.confidence_interval))
+    assert interval == pytest.approx(tuple(expected.confidence_interval))
 
 
 def test_the_interval_of_a_difference_is_that_of_scipys_paired_bootstrap():
@@ -106,7 +108,7 @@ def test_the_interval_of_a_difference_is_that_of_scipys_paired_bootstrap():
     def of(sums):
         return ratio(sums[..., :2]) - ratio(sums[..., 2:])
 
-    found = bootstrap.compute_interval(float(of(both.sum(axis=0))), of(resampled), of(left_out))
+    interval = bootstrap.compute_interval(float(of(both.sum(axis=0))), of(resampled), of(left_out))
     expected = scipy.stats.bootstrap(
         (ours[:, 0], theirs[:, 0]),
         lambda a, b, axis: a.mean(axis) - b.mean(axis),
@@ -114,7 +116,7 @@ def test_the_interval_of_a_difference_is_that_of_scipys_paired_bootstrap():
         paired=True,
         rng=np.random.default_rng(7),
     )
-    assert found == pytest.approx(tuple(expected.confidence_interval), abs=2e-3)
+    assert interval == pytest.approx(tuple(expected.confidence_interval), abs=2e-3)
 
 
 def test_p_values_are_those_of_scipys_permutation_test():

@@ -141,7 +141,7 @@ DatasetPreset = Annotated[BuiltinDataset | LocalDataset | HubDataset, Field(disc
 
 
 class Presets(Section):
-    """The whole of `presets.yaml`: models and datasets by name."""
+    """All of `presets.yaml`: models and datasets by name."""
 
     models: dict[Name, ModelPreset]
     datasets: dict[Name, DatasetPreset]

@@ -186,7 +186,7 @@ def _read_batches(file: Path, form: str, batches: Callable[[], Iterator[Any]]) -
                     yield RawRecord(f"{file.name} row {number}", value)
     except UnicodeDecodeError:
         raise InputError(
-            f"{file.name} after row {number}: a text is not UTF-8; write the file again", code="not-utf8"
+            f"{file.name} after row {number}: a text is not UTF-8; write the file again", code="not-utf-8"
         ) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(
@@ -225,7 +225,7 @@ def _decode(data: bytes, file: Path, line: int) -> str:
         line += data.count(b"\n", 0, error.start)
         raise InputError(
             f"{file.name}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8",
-            code="not-utf8",
+            code="not-utf-8",
         ) from None
 
 

@@ -92,7 +92,7 @@ def read_rubric(file: Path) -> str:
         ) from None
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{file}: byte {error.start} is not UTF-8; save the rubric as UTF-8", code="not-utf8"
+            f"{file}: byte {error.start} is not UTF-8; save the rubric as UTF-8", code="not-utf-8"
         ) from None
     if not text.strip():
         raise InputError(f"{file}: the rubric is empty; write down how to score", code="empty-file")
