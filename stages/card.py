@@ -14,7 +14,7 @@ from lathe.config.load import Config
 
 
 def main(config: Config) -> None:
-    from lathe.evaluation.best_artifact import best
+    from lathe.evaluation.best_artifact import choose_best_artifact
     from lathe.gguf.llama_model import LlamaModel
     from lathe.reports.model_card import CardFacts, read_license, render_model_card
     from lathe.reports.modelfile import build_modelfile
@@ -32,7 +32,7 @@ def main(config: Config) -> None:
         lineage={key.removeprefix("lathe."): text for key, text in metadata.items() if key.startswith("lathe.")},
         license=read_license(paths.MODEL_BASE),
     )
-    chosen = best(facts.validation, types, config.params.evaluate.primary_metric)
+    chosen = choose_best_artifact(facts.validation, types, config.params.evaluate.primary_metric)
     card = render_model_card(facts, config.params, chosen)
     with paths.whole_file(paths.GGUF / "README.md") as partial:
         partial.write_text(card, encoding="utf-8")

@@ -1,10 +1,10 @@
-"""Score every artifact's answers on the held-out rows, how sure that is, what each step cost, and judge the gates.
+"""Score every artifact's answers with intervals and differences, and evaluate the gates on validation.
 
 reads   data/generated/, metrics/generate/, models/encoder/ where evaluate.metrics lists bert_score,
         params.yaml: seed, evaluate, bert_score, judge.enabled, quantize.types
 writes  metrics/evaluate/{validation,test,gates}.json, metrics/evaluate/scores.csv (for the plots),
         data/scored/<ARTIFACT>/{validation,test}.jsonl (rows with their own scores, worst first)
-removes what is left of quantization types that are no longer listed
+removes files of quantization types that are no longer listed
 """
 
 import _path  # noqa: F401
@@ -12,9 +12,9 @@ import _path  # noqa: F401
 from lathe import stage
 from lathe.common import json_files, metric_files, paths
 from lathe.config import artifacts
-from lathe.config.gates import parse
+from lathe.config.gates import parse_gate
 from lathe.config.load import Config
-from lathe.evaluation.gate_results import metrics, outcome
+from lathe.evaluation.gate_results import evaluate_gate, make_metrics
 
 SPLITS = ("validation", "test")
 
@@ -22,54 +22,54 @@ SPLITS = ("validation", "test")
 def main(config: Config) -> None:
     from lathe.common.jsonl import write_jsonl
     from lathe.evaluation.evaluate import (
-        Sampling,
+        Resampling,
         add_bert_score,
+        define_scores,
         evaluate,
-        plot_rows,
+        make_plot_rows,
         read_answers,
-        read_general,
-        row_scores,
-        scored_rows,
+        read_general_text,
+        score_rows,
     )
 
     settings, types = config.params.evaluate, config.params.quantize.types
-    names = artifacts.names(types)
+    names = artifacts.list_artifacts(types)
     for folder in (paths.METRICS / "generate", paths.METRICS / "quantize", paths.GGUF):
-        artifacts.forget_other_types(folder, types)
+        artifacts.remove_unlisted_types(folder, types)
     judged = paths.DATA_JUDGED if config.params.judge.enabled else None
     answers = {split: read_answers(paths.DATA_GENERATED, judged, names, split) for split in SPLITS}
     if "bert_score" in settings.metrics:
         cache = paths.SCRATCH / "bert_score"
         add_bert_score(list(answers.values()), config.params.bert_score, seed=config.params.seed, cache=cache)
 
-    scores = row_scores(
+    scores = define_scores(
         settings.metrics,
         normalize=settings.normalize,
         answer_pattern=settings.answer_pattern,
         bert_score_weight=settings.bert_score_weight,
         judge_weight=settings.judge_weight if config.params.judge.enabled else None,
     )
-    general, bytes_of = read_general(paths.DATA_GENERATED, names), _bytes(names)
-    sampling = Sampling(settings.bootstrap_samples, config.params.seed)
-    reports = {split: evaluate(answers[split], general, bytes_of, scores, sampling) for split in SPLITS}
-    outcomes = [outcome(parse(gate), reports["validation"], types) for gate in settings.gates or []]
+    general, bytes_of = read_general_text(paths.DATA_GENERATED, names), _read_file_sizes(names)
+    resampling = Resampling(settings.bootstrap_samples, config.params.seed)
+    reports = {split: evaluate(answers[split], general, bytes_of, scores, resampling) for split in SPLITS}
+    outcomes = [evaluate_gate(parse_gate(gate), reports["validation"], types) for gate in settings.gates or []]
 
     with paths.whole_folder(paths.DATA_SCORED) as folder:
         for artifact in names:
             (folder / artifact).mkdir()
             for split in SPLITS:
-                rows = scored_rows(answers[split][artifact], scores, settings.primary_metric)
+                rows = score_rows(answers[split][artifact], scores, settings.primary_metric)
                 write_jsonl(rows, folder / artifact / f"{split}.jsonl")
     for split, report in reports.items():
         json_files.write_json(paths.METRICS / f"evaluate/{split}.json", report)
-    json_files.write_json(paths.METRICS / "evaluate/gates.json", metrics(outcomes))
-    metric_files.write_csv(paths.METRICS / "evaluate/scores.csv", plot_rows(reports, settings.primary_metric))
+    json_files.write_json(paths.METRICS / "evaluate/gates.json", make_metrics(outcomes))
+    metric_files.write_csv(paths.METRICS / "evaluate/scores.csv", make_plot_rows(reports, settings.primary_metric))
 
 
-def _bytes(names: list[str]) -> dict[str, int]:
+def _read_file_sizes(names: list[str]) -> dict[str, int]:
     files = {artifact: paths.METRICS / f"generate/{artifact}.json" for artifact in names}
-    facts = {artifact: json_files.read_json(file) for artifact, file in files.items()}
-    return {artifact: each["file"][0]["bytes"] for artifact, each in facts.items()}
+    metrics_of = {artifact: json_files.read_json(file) for artifact, file in files.items()}
+    return {artifact: metrics["file"][0]["bytes"] for artifact, metrics in metrics_of.items()}
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main(config: Config, item: str) -> Throughput:
     from lathe.inference.journal import open_journal
 
     settings, seed = config.params.generate, config.params.seed
-    file, threads = paths.GGUF / artifacts.file_name(item), os.cpu_count() or 1
+    file, threads = paths.GGUF / artifacts.get_file_name(item), os.cpu_count() or 1
     read = {"gguf": file, **SPLITS}
     if item == FEW_SHOT:
         determines = {**settings.model_dump(), "seed": seed, "threads": threads}
@@ -45,7 +45,7 @@ def main(config: Config, item: str) -> Throughput:
         read["general"] = paths.ROOT / config.params.evaluate.general_text
         read_paragraphs(read["general"])  # refused before anything is loaded
     if item not in UNQUANTIZED:
-        read["against"] = paths.GGUF / artifacts.file_name(MERGED)
+        read["against"] = paths.GGUF / artifacts.get_file_name(MERGED)
 
     with open_journal(paths.SCRATCH / "generate", compute_fingerprint(read, determines)) as journal:
         with ExitStack() as stack:
@@ -91,4 +91,4 @@ def _measure(run: "HeldOutRun", config: Config, folder: Path, *, gguf: Path, gen
 
 
 if __name__ == "__main__":
-    stage.run_items(main, lambda config: artifacts.names(config.params.quantize.types))
+    stage.run_items(main, lambda config: artifacts.list_artifacts(config.params.quantize.types))

@@ -1,11 +1,11 @@
-"""Let a language model mark the answers from 0 to 100 by a rubric; each verdict is bought once and kept.
+"""Let a language model score the answers from 0 to 100 by a rubric; each verdict is paid for once and kept.
 
-reads   data/generated/, the file judge.rubric, params.yaml: judge, quantize.types; a key from the environment
+reads   data/generated/, the file judge.rubric, params.yaml: judge, quantize.types; an API key from the environment
 writes  data/judged/<ARTIFACT>/{validation,test}.jsonl, data/judged/judge.json, metrics/judge.json
-removes what is left in data/generated of quantization types that are no longer listed
+removes files in data/generated of quantization types that are no longer listed
 
-Without judge.enabled data/judged is empty. Verdicts are kept in .scratch/judge/ as they arrive, and those that lie in
-data/judged are used again; interrupted or out of budget, it buys only what is missing when it is run again.
+Without judge.enabled, data/judged is empty. Verdicts are kept in .scratch/judge/ as they arrive, and those in
+data/judged are reused. After an interruption or a spent budget, the next run requests only the missing ones.
 """
 
 import logging
@@ -22,9 +22,9 @@ from lathe.config.params import Judge
 from lathe.stage import Throughput
 
 if TYPE_CHECKING:
-    from lathe.evaluation.judge.judged_rows import Rows
-    from lathe.evaluation.judge.request_verdicts import Ledger
-    from lathe.evaluation.judge.verdict_cache import Cache
+    from lathe.evaluation.judge.judged_rows import JudgedRows
+    from lathe.evaluation.judge.request_verdicts import JudgeLedger
+    from lathe.evaluation.judge.verdict_cache import VerdictCache
 
 logger = logging.getLogger("lathe.judge")
 
@@ -32,11 +32,11 @@ logger = logging.getLogger("lathe.judge")
 def main(config: Config) -> Throughput:
     from lathe.config import artifacts
     from lathe.evaluation.judge import judged_rows
-    from lathe.evaluation.judge.providers.provider import identity
-    from lathe.evaluation.judge.verdict_cache import Cache
+    from lathe.evaluation.judge.providers.provider import identify_judge
+    from lathe.evaluation.judge.verdict_cache import VerdictCache
 
-    names = artifacts.names(config.params.quantize.types)
-    artifacts.forget_other_types(paths.DATA_GENERATED, config.params.quantize.types)
+    names = artifacts.list_artifacts(config.params.quantize.types)
+    artifacts.remove_unlisted_types(paths.DATA_GENERATED, config.params.quantize.types)
     settings = config.params.judge
     if not settings.enabled:
         with paths.whole_folder(paths.DATA_JUDGED):
@@ -44,51 +44,48 @@ def main(config: Config) -> Throughput:
         return {}
 
     rubric = judged_rows.read_rubric(paths.ROOT / settings.rubric)
-    judge = identity(settings, paths.ROOT)
-    wanted = judged_rows.collect(paths.DATA_GENERATED, names, rubric, settings, judge)
-    with Cache(paths.SCRATCH / "judge/verdicts.sqlite") as cache:
-        cache.adopt(judged_rows.verdicts_in(paths.DATA_JUDGED))
-        speeds = _buy_missing(wanted, settings, cache)
-        verdicts = cache.find(wanted.questions)
+    identity = identify_judge(settings, paths.ROOT)
+    rows = judged_rows.collect_prompts(paths.DATA_GENERATED, names, rubric, settings, identity)
+    with VerdictCache(paths.SCRATCH / "judge/verdicts.sqlite") as cache:
+        cache.add_tracked(judged_rows.read_verdicts(paths.DATA_JUDGED))
+        speeds = _request_missing(rows, settings, cache)
+        verdicts = cache.find(rows.prompts)
     with paths.whole_folder(paths.DATA_JUDGED) as folder:
-        judged_rows.write(folder, wanted, verdicts)
-        json_files.write_json(folder / judged_rows.FACTS, judged_rows.facts(wanted, rubric, settings, judge))
-    json_files.write_json(paths.METRICS / "judge.json", judged_rows.counts(wanted, verdicts.values()))
+        judged_rows.write_verdicts(folder, rows, verdicts)
+        description = judged_rows.describe_judge(rows, rubric, settings, identity)
+        json_files.write_json(folder / judged_rows.JUDGE_FILE, description)
+    json_files.write_json(paths.METRICS / "judge.json", judged_rows.count_verdicts(rows, verdicts.values()))
     return speeds
 
 
-def _buy_missing(wanted: "Rows", settings: Judge, cache: "Cache") -> Throughput:
-    """Buy the verdicts that are not kept yet; raises InputError if one is still missing then."""
-    from lathe.evaluation.judge.request_verdicts import Ledger, buy
+def _request_missing(rows: "JudgedRows", settings: Judge, cache: "VerdictCache") -> Throughput:
+    """Request the verdicts that are not in the cache; raises InputError if one is still missing after that."""
+    from lathe.evaluation.judge.request_verdicts import JudgeLedger, request_verdicts
 
-    kept = cache.find(wanted.questions)
-    missing = {key: question for key, question in wanted.questions.items() if key not in kept}
+    kept = cache.find(rows.prompts)
+    missing = {key: prompt for key, prompt in rows.prompts.items() if key not in kept}
     logger.info(
-        "%d rows, %d verdicts: %d kept, %d to be bought",
-        len(wanted.keys),
-        len(wanted.questions),
-        len(kept),
-        len(missing),
+        "%d rows, %d verdicts: %d kept, %d to be requested", len(rows.keys), len(rows.prompts), len(kept), len(missing)
     )
-    ledger = buy(missing, settings, cache, os.environ, paths.ROOT) if missing else Ledger()
-    speeds = {"verdicts_kept": len(kept), **ledger.figures()}
+    ledger = request_verdicts(missing, settings, cache, os.environ, paths.ROOT) if missing else JudgeLedger()
+    speeds = {"verdicts_kept": len(kept), **ledger.to_metrics()}
     if len(missing) > ledger.bought:
-        raise InputError(_what_is_missing(wanted, ledger, len(missing) - ledger.bought))
+        raise InputError(_describe_missing(rows, ledger, len(missing) - ledger.bought), code="missing-verdicts")
     return speeds
 
 
-def _what_is_missing(wanted: "Rows", ledger: "Ledger", missing: int) -> str:
-    places = {key: place for place, key in reversed(list(wanted.keys.items()))}
+def _describe_missing(rows: "JudgedRows", ledger: "JudgeLedger", missing: int) -> str:
+    places = {key: place for place, key in reversed(list(rows.keys.items()))}
     for key, reason in ledger.unjudged.items():
         logger.warning("%s is not judged: %s", places[key], reason)
     reason = (
         ledger.stopped or f"the first: {places[next(iter(ledger.unjudged))]}: {next(iter(ledger.unjudged.values()))}"
     )
-    there = len(wanted.questions) - missing
+    kept = len(rows.prompts) - missing
     return (
-        f"{missing} of {len(wanted.questions)} verdicts are missing: {reason}. The other {there} are kept (this run "
-        f"bought {ledger.bought}, for {ledger.requests} requests and a cost of {ledger.cost:.4g}); run again to buy "
-        "only what is missing"
+        f"{missing} of {len(rows.prompts)} verdicts are missing: {reason}. The other {kept} are kept (this run bought "
+        f"{ledger.bought}, for {ledger.requests} requests and a cost of {ledger.cost:.4g}); run again to request only "
+        "the missing ones"
     )
 
 

@@ -141,35 +141,35 @@ def print_schema(kind: str | None) -> None:
 
 def inspect_rows(split: str, rows: int, row: int | None, *, ids: bool) -> None:
     """Print rows of data/processed as training reads them."""
-    from lathe.data.inspect import show
+    from lathe.data.inspect import show_examples
 
     for option, number in (("--rows", rows), ("--row", row)):
         if number is not None and number < 1:
             raise InputError(f"{option} {number}: must be at least 1; rows are counted from 1", code="number-too-small")
-    show(split, rows=rows, row=row, ids=ids, supervise=load().params.preprocess.supervise, out=sys.stdout)
+    show_examples(split, rows=rows, row=row, ids=ids, supervise=load().params.preprocess.supervise, out=sys.stdout)
 
 
 def check_gates() -> bool:
     """Print the result of each of evaluate.gates by the metrics as they are, and return whether all pass."""
-    from lathe.config.gates import parse
-    from lathe.evaluation.gate_results import line, metrics, outcome
+    from lathe.config.gates import parse_gate
+    from lathe.evaluation.gate_results import evaluate_gate, format_outcome, make_metrics
 
     params = load().params
     report, recorded = (_read_evaluation(name) for name in ("validation", "gates"))
     expressions = params.evaluate.gates or []
-    if set(report) != set(artifacts.names(params.quantize.types)) or list(recorded["gates"]) != expressions:
+    if set(report) != set(artifacts.list_artifacts(params.quantize.types)) or list(recorded["gates"]) != expressions:
         raise InputError(
             "metrics/evaluate is not of the evaluate.gates and quantize.types in params.yaml; run `dvc repro`",
             code="outdated-metrics",
         )
-    outcomes = [outcome(parse(expression), report, params.quantize.types) for expression in expressions]
-    if metrics(outcomes) != recorded:
+    outcomes = [evaluate_gate(parse_gate(expression), report, params.quantize.types) for expression in expressions]
+    if make_metrics(outcomes) != recorded:
         raise InputError(
             "metrics/evaluate/gates.json is not of the validation.json beside it; run `dvc repro`",
             code="outdated-metrics",
         )
     for result in outcomes:
-        sys.stdout.write(f"{line(result)}\n")
+        sys.stdout.write(f"{format_outcome(result)}\n")
     if not outcomes:
         sys.stdout.write("evaluate.gates is null: nothing is asked of the files\n")
     return bool(recorded["passed"])
@@ -280,11 +280,13 @@ def run_search(args: argparse.Namespace) -> None:
 
 
 def _find_best_gguf() -> Path:
-    from lathe.evaluation.best_artifact import best
+    from lathe.evaluation.best_artifact import choose_best_artifact
 
     params = load().params
-    artifact = best(_read_evaluation("validation"), params.quantize.types, params.evaluate.primary_metric)
-    file = paths.GGUF / artifacts.file_name(artifact)
+    artifact = choose_best_artifact(
+        _read_evaluation("validation"), params.quantize.types, params.evaluate.primary_metric
+    )
+    file = paths.GGUF / artifacts.get_file_name(artifact)
     if not file.exists():
         raise InputError(f"{file.relative_to(paths.ROOT)}: no such file; run `make repro` first", code="missing-file")
     return file

@@ -246,7 +246,7 @@ def check_judge(config: "Config", here: Circumstances) -> Findings:
             yield Finding("judge", "fail", f"{judge.model} is not there", "name a GGUF file in judge.model")
     elif here.environment.get(variable):
         yield Finding("judge", "ok", f"{variable} is set")
-    elif api_keys.needed(judge.provider, judge.base_url) is None:
+    elif api_keys.get_required_variable(judge.provider, judge.base_url) is None:
         yield Finding("judge", "ok", f"{variable} is not set; a server of your own may need none")
     else:
         text = f"{variable} is not set; judge.provider {judge.provider} needs it for every verdict that is not kept yet"

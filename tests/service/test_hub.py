@@ -683,7 +683,7 @@ def test_the_whole_pipeline_runs_on_a_model_and_a_dataset_of_the_hub(user: User,
     user.choose("model")
     user.checkout.run("dvc", "repro", "--quiet")
     measured = user.checkout.json("metrics/evaluate/test.json")
-    assert list(measured) == artifacts.names(["Q8_0", "Q4_K_M"])
+    assert list(measured) == artifacts.list_artifacts(["Q8_0", "Q4_K_M"])
     shipped = header.describe(user.checkout.root / "models/gguf/Q4_K_M.gguf")["metadata"]
     for name, fetched in (("base", "model"), ("dataset", "dataset")):
         [origin] = user.checkout.json(f"metrics/fetch/{fetched}.json")["origin"]
@@ -759,7 +759,7 @@ def test_a_recipe_for_a_real_model_runs_whole_on_a_small_random_one_in_its_place
     user.environment["PYTHONPATH"] = str(user.file("src"))
     user.checkout.run(sys.executable, "-m", "lathe", "run", recipe, *further)
     measured = user.checkout.json("metrics/evaluate/validation.json")
-    assert list(measured) == artifacts.names(overrides["quantize.types"])
+    assert list(measured) == artifacts.list_artifacts(overrides["quantize.types"])
     assert set(overrides["evaluate.metrics"]) < set(measured["merged"])
     assert len(user.checkout.json("metrics/evaluate/gates.json")["gates"]) == len(overrides["evaluate.gates"])
     listed = user.checkout.run(sys.executable, "-m", "lathe", "experiments").stdout
@@ -769,8 +769,8 @@ def test_a_recipe_for_a_real_model_runs_whole_on_a_small_random_one_in_its_place
 READ_RAW = """
 import sys; sys.path.insert(0, "src")
 from lathe.common import paths
-from lathe.data.split_files import split_files
-from lathe.data.read_files import read_rows
-rows = [row for file in split_files(paths.DATA_RAW)["train"] for row in read_rows(file)]
+from lathe.data.split_files import find_split_files
+from lathe.data.read_files import read_records
+rows = [row for file in find_split_files(paths.DATA_RAW)["train"] for row in read_records(file)]
 print(len(rows), rows[0].value["question"])
 """

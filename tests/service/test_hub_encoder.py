@@ -14,10 +14,10 @@ from hub_server import Hub
 NAME = "owner/encoder"
 PROGRAM = """
 from pathlib import Path
-from lathe.evaluation.bert_score import Encoder, scores
+from lathe.evaluation.bert_score import Encoder, compute_scores
 
 encoder = Encoder(Path("models/encoder"), num_layers=None, max_length=32)
-print(scores([("a b", "b a")], encoder, batch_size=1, cache=Path("cache")))
+print(compute_scores([("a b", "b a")], encoder, batch_size=1, cache=Path("cache")))
 """
 
 

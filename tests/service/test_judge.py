@@ -20,14 +20,14 @@ import pytest
 from conftest import Checkout, copy_of, make_checkout
 from gguf_models import convert
 from judge_server import CREDENTIALS, KEY, MODELS, JudgeServer, Reply, opinion, said
+from refusals import refused
 
 from lathe.common import paths
-from lathe.common.errors import InputError
 from lathe.config.load import load
 from lathe.evaluation.judge import request_verdicts
-from lathe.evaluation.judge.prompt import Question, compose
-from lathe.evaluation.judge.request_verdicts import Ledger, buy
-from lathe.evaluation.judge.verdict_cache import Cache
+from lathe.evaluation.judge.prompt import JudgePrompt, compose_prompt
+from lathe.evaluation.judge.request_verdicts import JudgeLedger
+from lathe.evaluation.judge.verdict_cache import VerdictCache
 from lathe.gguf.llama_model import LlamaModel
 
 RUBRIC = (paths.ROOT / "experiments/rubrics/default.md").read_text()
@@ -47,35 +47,43 @@ def server() -> Iterator[JudgeServer]:
 
 @pytest.fixture
 def ask(tmp_path: Path, server: JudgeServer) -> Any:
-    """Buy verdicts of the small server as the stage does; returns the ledger and the scores by question."""
+    """Request verdicts of the small server as the stage does; returns the ledger and the scores by key."""
 
-    def ask(questions: dict[str, Question], *, environment: dict[str, str] | None = None, **keys: Any) -> Any:
+    def ask(prompts: dict[str, JudgePrompt], *, environment: dict[str, str] | None = None, **keys: Any) -> Any:
         provider = keys.get("provider", "openai")
         paths_of = {"openai": "/v1", "gemini": "/v1beta", "gigachat": "/api/v1"}
         base_url = f"{server.address}{paths_of[provider]}" if provider in paths_of else None
         settings = SETTINGS.model_copy(update={"base_url": base_url, **keys})
         known = {"OPENAI_API_KEY": KEY, "GEMINI_API_KEY": KEY} if environment is None else environment
-        with Cache(tmp_path / "verdicts.sqlite") as cache:
-            ledger = buy(questions, settings, cache, known, paths.ROOT)
-            return ledger, {key: kept.score for key, kept in cache.find(questions).items()}
+        with VerdictCache(tmp_path / "verdicts.sqlite") as cache:
+            ledger = request_verdicts.request_verdicts(prompts, settings, cache, known, paths.ROOT)
+            return ledger, {key: verdict.score for key, verdict in cache.find(prompts).items()}
 
     return ask
 
 
-def question(answer: str, reference: str = "on") -> Question:
-    return compose(RUBRIC, request="switch it on", reference=reference, answer=answer)
+def make_prompt(answer: str, reference: str = "on") -> JudgePrompt:
+    return compose_prompt(RUBRIC, prompt="switch it on", reference=reference, answer=answer)
 
 
-def questions(count: int) -> dict[str, Question]:
-    return {f"key {number}": question(f"answer {number}") for number in range(count)}
+def make_prompts(count: int) -> dict[str, JudgePrompt]:
+    return {f"key {number}": make_prompt(f"answer {number}") for number in range(count)}
 
 
-def nothing_but(ledger: Ledger, **expected: Any) -> None:
+def assert_stopped(ledger: JudgeLedger, code: str, *parts: str) -> None:
+    """The run ended early by this code, with one line that holds every part."""
+    assert ledger.stop_code == code, ledger.stopped
+    assert ledger.stopped
+    assert "\n" not in ledger.stopped
+    assert [part for part in parts if part not in ledger.stopped] == [], ledger.stopped
+
+
+def nothing_but(ledger: JudgeLedger, **expected: Any) -> None:
     assert {key: getattr(ledger, key) for key in expected} == expected
 
 
 def test_a_verdict_is_bought_with_what_it_took(ask, server):
-    ledger, scores = ask({"right": question("on"), "wrong": question("off")})
+    ledger, scores = ask({"right": make_prompt("on"), "wrong": make_prompt("off")})
     assert scores == {"right": 90, "wrong": 10}
     nothing_but(ledger, bought=2, requests=2, retries=0, unjudged={}, stopped=None, input_tokens=800, output_tokens=40)
     assert ledger.cost == pytest.approx((800 * 0.15 + 40 * 0.6) / 1e6)
@@ -116,7 +124,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_what_went_wrong_is_asked_again(ask, server, fault):
     server.faults = [fault, fault]
-    ledger, scores = ask({"wrong": question("off")}, timeout_seconds=0.3)
+    ledger, scores = ask({"wrong": make_prompt("off")}, timeout_seconds=0.3)
     assert scores == {"wrong": 10}
     nothing_but(ledger, bought=1, requests=3, retries=2, unjudged={}, stopped=None)
 
@@ -124,7 +132,7 @@ def test_what_went_wrong_is_asked_again(ask, server, fault):
 def test_a_server_that_says_when_to_come_back_is_left_alone_until_then_by_all(ask, server):
     server.delay_seconds = 0.05
     server.faults = [Reply(200, said('{"score": 50, "reason": "x"}')), Reply(429, {}, {"Retry-After": "1"})]
-    ledger, scores = ask(questions(6), concurrency=2)
+    ledger, scores = ask(make_prompts(6), concurrency=2)
     assert len(scores) == 6
     assert ledger.retries == 1
     refused = server.verdicts_asked[1].at
@@ -138,18 +146,18 @@ def test_a_date_to_come_back_at_is_understood_and_too_late_a_one_is_not_waited_f
 
     server.faults = [Reply(503, {}, {"Retry-After": formatdate(time.time() + 2, usegmt=True)})]
     started = time.monotonic()
-    assert ask({"wrong": question("off")})[1] == {"wrong": 10}
+    assert ask({"wrong": make_prompt("off")})[1] == {"wrong": 10}
     assert 0.9 < time.monotonic() - started < 60
     server.faults = [Reply(429, {}, {"Retry-After": "86400"})]
-    ledger, scores = ask(questions(3))
-    assert "asks to be left alone for 86400 seconds" in ledger.stopped
+    ledger, scores = ask(make_prompts(3))
+    assert_stopped(ledger, "server-busy", server.address, "86400 seconds", "run again")
     assert scores == {}
 
 
 @pytest.mark.parametrize("fault", [FAULTS[name] for name in ("half a verdict", "out of range", "half a JSON body")])
 def test_a_row_without_a_verdict_in_the_end_has_none_and_the_others_have(ask, server, fault):
     server.faults = [Reply(200, said('{"score": 50, "reason": "x"}')), *[fault] * 3]
-    ledger, scores = ask(questions(4), max_retries=2, concurrency=1)
+    ledger, scores = ask(make_prompts(4), max_retries=2, concurrency=1)
     assert scores == {"key 0": 50, "key 2": 10, "key 3": 10}
     assert list(ledger.unjudged) == ["key 1"]
     nothing_but(ledger, bought=3, requests=6, retries=2, stopped=None)
@@ -159,12 +167,12 @@ def test_an_outage_ends_the_run_and_loses_nothing(ask, server):
     bought = Reply(200, said('{"score": 50, "reason": "x"}'))
     server.faults = [bought] * 5
     server.always = Reply(500, {"error": {"message": "down"}})
-    ledger, scores = ask(questions(40), max_retries=2, concurrency=2)
+    ledger, scores = ask(make_prompts(40), max_retries=2, concurrency=2)
     assert scores == {f"key {number}": 50 for number in range(5)}
-    assert "answers 500: down" in ledger.stopped
+    assert_stopped(ledger, "unavailable", server.address, "500: down")
     assert ledger.requests <= 5 + 2 * 3
     server.always = None
-    left = {key: asked for key, asked in questions(40).items() if key not in scores}
+    left = {key: asked for key, asked in make_prompts(40).items() if key not in scores}
     ledger, _ = ask(left)
     nothing_but(ledger, bought=35, requests=35)
 
@@ -173,15 +181,15 @@ def test_a_server_that_is_not_there_is_named(ask):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    ledger, _ = ask(questions(9), base_url=address, max_retries=1)
-    assert f"{address} cannot be reached" in ledger.stopped
+    ledger, _ = ask(make_prompts(9), base_url=address, max_retries=1)
+    assert_stopped(ledger, "unavailable", address, "cannot be reached")
     nothing_but(ledger, requests=2, cost=0.0)
 
 
-def test_who_never_gives_a_verdict_is_not_paid_for_long(ask, server):
+def test_a_server_that_never_gives_a_verdict_is_not_paid_for_long(ask, server):
     server.always = Reply(200, said("I am a poet, not a judge."))
-    ledger, _ = ask(questions(100), max_retries=1, concurrency=1)
-    assert "5 answers in turn got no verdict" in ledger.stopped
+    ledger, _ = ask(make_prompts(100), max_retries=1, concurrency=1)
+    assert_stopped(ledger, "no-verdicts", str(request_verdicts.MAX_ROWS_WITHOUT_VERDICT))
     assert ledger.requests == 10
 
 
@@ -189,85 +197,82 @@ def test_who_never_gives_a_verdict_is_not_paid_for_long(ask, server):
 def test_a_wrong_key_ends_it_at_once_in_one_line_that_names_the_variable(ask, server, status):
     wrong = "sk-a-wrong-key-that-is-secret"
     server.always = Reply(status, {"error": {"message": f"Incorrect API key provided: {wrong}"}})
-    ledger, _ = ask(questions(9), environment={"OPENAI_API_KEY": wrong})
+    ledger, _ = ask(make_prompts(9), environment={"OPENAI_API_KEY": wrong})
     assert ledger.requests == 1
-    assert "OPENAI_API_KEY" in ledger.stopped
-    assert "[hidden]" in ledger.stopped
+    assert_stopped(ledger, "invalid-key", server.address, "OPENAI_API_KEY", "[hidden]")
     assert wrong not in ledger.stopped
-    assert "\n" not in ledger.stopped
 
 
 def test_an_unknown_model_ends_it_at_once_with_those_that_are_known(ask, server):
-    ledger, _ = ask(questions(9), model="carful-judge")
+    ledger, _ = ask(make_prompts(9), model="carful-judge")
     assert ledger.requests == 1
-    assert "judge.model is 'carful-judge'" in ledger.stopped
-    assert f"known: {', '.join(MODELS)}" in ledger.stopped
+    assert_stopped(ledger, "unknown-model", "judge.model is 'carful-judge'", f"known: {', '.join(MODELS)}")
     server.always = Reply(400, {"error": {"message": "x/y is not a valid model ID"}})
-    ledger, _ = ask(questions(9))
-    assert f"known: {', '.join(MODELS)}" in ledger.stopped
+    ledger, _ = ask(make_prompts(9))
+    assert_stopped(ledger, "unknown-model", f"known: {', '.join(MODELS)}")
 
 
 def test_a_wrong_path_is_told_from_a_wrong_model(ask, server):
     server.always = Reply(404, {"detail": "Not Found"})
-    server.key, ledger = "another", Ledger()
-    ledger, _ = ask(questions(2), environment={"OPENAI_API_KEY": "another"})
-    assert "known: " in ledger.stopped
+    server.key, ledger = "another", JudgeLedger()
+    ledger, _ = ask(make_prompts(2), environment={"OPENAI_API_KEY": "another"})
+    assert_stopped(ledger, "unknown-model", "known: ")
     with JudgeServer(key="nobody has it") as locked:
         locked._allowed = lambda asked: asked.method == "POST"
         locked.always = Reply(404, {"detail": "Not Found"})
-        ledger, _ = ask(questions(2), base_url=locked.address)
-    assert "does not list its models; check judge.model and judge.base_url" in ledger.stopped
+        ledger, _ = ask(make_prompts(2), base_url=locked.address)
+    assert_stopped(ledger, "unknown-model", "does not list its models", "judge.model", "judge.base_url")
 
 
 def test_a_key_does_not_follow_a_redirect(ask, server):
     with JudgeServer() as elsewhere:
         server.always = Reply(307, b"", {"Location": f"{elsewhere.address}/v1/chat/completions"})
-        ledger, _ = ask(questions(2))
-        assert "redirects (307), which is not followed" in ledger.stopped
+        ledger, _ = ask(make_prompts(2))
+        assert_stopped(ledger, "redirect", server.address, "307", "judge.base_url")
         assert elsewhere.asked == []
 
 
 def test_a_missing_key_is_named_before_anything_is_asked(ask, server):
     for provider, variable in (("gemini", "GEMINI_API_KEY"), ("gigachat", "GIGACHAT_CREDENTIALS")):
-        with pytest.raises(InputError, match=f"^{variable} is not set"):
-            ask(questions(1), provider=provider, environment={})
-    with pytest.raises(InputError, match=r"^OPENAI_API_KEY is not set, and judge\.provider openai needs it"):
-        ask(questions(1), base_url=None, environment={})
+        with refused("missing-key", f"{variable} is not set"):
+            ask(make_prompts(1), provider=provider, environment={})
+    with refused("missing-key", "OPENAI_API_KEY is not set", "judge.provider openai"):
+        ask(make_prompts(1), base_url=None, environment={})
     assert server.asked == []
 
 
 def test_a_server_of_ones_own_needs_no_key(ask, server):
     server.key = None
-    assert ask({"right": question("on")}, environment={})[1] == {"right": 90}
+    assert ask({"right": make_prompt("on")}, environment={})[1] == {"right": 90}
     assert "Authorization" not in server.asked[0].headers
 
 
 def test_not_more_requests_are_under_way_than_allowed(ask, server):
     server.delay_seconds = 0.05
-    ledger, _ = ask(questions(25), concurrency=4)
+    ledger, _ = ask(make_prompts(25), concurrency=4)
     assert ledger.bought == 25
     assert server.most_at_once == 4
 
 
 def test_attempts_count_as_requests_and_their_number_is_kept_to(ask, server):
     server.faults = [FAULTS["500"]] * 2
-    ledger, scores = ask(questions(20), max_requests=10)
+    ledger, scores = ask(make_prompts(20), max_requests=10)
     assert len(server.verdicts_asked) == 10
     nothing_but(ledger, requests=10, bought=8)
     assert len(scores) == 8
-    assert "as many as judge.max_requests allows" in ledger.stopped
+    assert_stopped(ledger, "budget-spent", "10 requests", "judge.max_requests")
 
 
 def test_the_cost_stays_below_its_limit(ask, server):
     prices = {"input_price": 1000.0, "output_price": 1000.0}
-    ledger, scores = ask(questions(40), max_cost=10.0, **prices)
-    assert "judge.max_cost, 10, allows" in ledger.stopped
+    ledger, scores = ask(make_prompts(40), max_cost=10.0, **prices)
+    assert_stopped(ledger, "budget-spent", "judge.max_cost, 10,")
     assert ledger.cost == pytest.approx(ledger.bought * 0.42)
     assert 10.0 - 2.5 < ledger.cost <= 10.0
     assert len(scores) == ledger.bought == len(server.verdicts_asked)
     whole = said('{"score": 50, "reason": "x"}')
     server.always = Reply(200, {key: value for key, value in whole.items() if key != "usage"})
-    ledger, _ = ask(questions(40), max_cost=10.0, **prices)
+    ledger, _ = ask(make_prompts(40), max_cost=10.0, **prices)
     assert 1 <= ledger.bought < 10, "a server that does not count is reckoned at the most"
     assert ledger.cost <= 10.0
 
@@ -275,7 +280,7 @@ def test_the_cost_stays_below_its_limit(ask, server):
 @pytest.mark.parametrize("known", [{"json_object", None}, {None}])
 def test_a_server_that_knows_no_schema_is_asked_less_strictly(ask, server, known):
     server.formats = known
-    ledger, scores = ask(questions(5), concurrency=2)
+    ledger, scores = ask(make_prompts(5), concurrency=2)
     assert len(scores) == 5
     assert ledger.unjudged == {}
     assert ledger.requests == 5 + (1 if "json_object" in known else 3)
@@ -285,7 +290,7 @@ def test_a_row_that_the_server_refuses_is_reported_and_the_others_are_judged(ask
     good = Reply(200, said('{"score": 50, "reason": "x"}'))
     server.faults = [good, Reply(400, {"error": {"message": "maximum context length is 4096 tokens"}})]
     server.faults += [Reply(200, said("", finish_reason="content_filter")), Reply(200, said("", refusal="I cannot"))]
-    ledger, scores = ask(questions(6), concurrency=1)
+    ledger, scores = ask(make_prompts(6), concurrency=1)
     assert list(ledger.unjudged) == ["key 1", "key 2", "key 3"]
     assert "maximum context length is 4096 tokens" in ledger.unjudged["key 1"]
     assert len(scores) == 3
@@ -296,7 +301,7 @@ def test_the_log_and_what_is_kept_show_no_key(ask, server, tmp_path, caplog):
     caplog.set_level(logging.DEBUG, "lathe")
     server.faults = [Reply(500, {"error": {"message": f"Authorization: Bearer {KEY}"}})]
     server.answer = lambda text: json.dumps({"score": 1, "reason": f"the key is {KEY}"})
-    ledger, _ = ask(questions(2))
+    ledger, _ = ask(make_prompts(2))
     assert ledger.bought == 2
     assert "[hidden]" in caplog.text
     assert KEY not in caplog.text
@@ -317,7 +322,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("provider", ["openai", "gemini"])
 def test_a_judge_that_obeys_whatever_stands_outside_of_the_data_marks_hostile_answers_honestly(ask, server, provider):
-    asked = {name: question(text) for name, text in HOSTILE.items()}
+    asked = {name: make_prompt(text) for name, text in HOSTILE.items()}
     ledger, scores = ask(asked, provider=provider)
     assert ledger.unjudged == {}
     assert scores == dict.fromkeys(HOSTILE, 10)
@@ -332,7 +337,7 @@ def test_that_judge_is_taken_in_where_the_answer_is_pasted_into_the_prompt(name)
 
 
 def test_gemini_is_held_to_the_schema_and_its_key_stays_out_of_addresses(ask, server):
-    ledger, scores = ask({"right": question("on"), "wrong": question("off")}, provider="gemini")
+    ledger, scores = ask({"right": make_prompt("on"), "wrong": make_prompt("off")}, provider="gemini")
     assert scores == {"right": 90, "wrong": 10}
     nothing_but(ledger, requests=2, input_tokens=800, output_tokens=50)
     assert not [asked.path for asked in server.asked if KEY in asked.path]
@@ -347,16 +352,16 @@ def test_gemini_refusing_a_row_a_model_or_a_key(ask, server):
         Reply(200, {"candidates": [{**good, "finishReason": "MAX_TOKENS"}]}),
         Reply(200, {"candidates": []}),
     ]
-    ledger, scores = ask(questions(4), provider="gemini", concurrency=1)
+    ledger, scores = ask(make_prompts(4), provider="gemini", concurrency=1)
     assert list(ledger.unjudged) == ["key 1", "key 2"]
     assert scores == {"key 0": 50, "key 3": 10}
     assert ledger.retries == 2
-    ledger, _ = ask(questions(2), provider="gemini", model="gemini-x")
-    assert f"judge.model is 'gemini-x', which {server.address}/v1beta does not know" in ledger.stopped
-    assert f"known: {', '.join(MODELS)}" in ledger.stopped
+    ledger, _ = ask(make_prompts(2), provider="gemini", model="gemini-x")
+    known = f"known: {', '.join(MODELS)}"
+    assert_stopped(ledger, "unknown-model", "judge.model is 'gemini-x'", f"{server.address}/v1beta", known)
     server.always = Reply(400, '[{"error": {"message": "API key not valid. Please pass a valid API key."}}]')
-    ledger, _ = ask(questions(2), provider="gemini")
-    assert "set GEMINI_API_KEY to a valid one" in ledger.stopped
+    ledger, _ = ask(make_prompts(2), provider="gemini")
+    assert_stopped(ledger, "invalid-key", "GEMINI_API_KEY")
     assert ledger.requests == 1
 
 
@@ -366,7 +371,7 @@ def gigachat(server: JudgeServer, **more: str) -> dict[str, str]:
 
 def test_gigachat_gives_one_token_for_many_questions(ask, server):
     server.key, server.formats = "nobody has it", {None}
-    _, scores = ask(questions(8), provider="gigachat", environment=gigachat(server))
+    _, scores = ask(make_prompts(8), provider="gigachat", environment=gigachat(server))
     assert len(scores) == 8
     assert len(server.tokens) == 1
     assert {asked.body["temperature"] for asked in server.verdicts_asked} == {0.0001}
@@ -376,7 +381,7 @@ def test_gigachat_gives_one_token_for_many_questions(ask, server):
 def test_gigachats_token_is_renewed_before_it_expires_and_when_it_is_taken_back(ask, server):
     server.key, server.token_seconds = "nobody has it", 60.3
     server.delay_seconds = 0.1
-    ledger, scores = ask(questions(6), provider="gigachat", environment=gigachat(server), concurrency=1)
+    ledger, scores = ask(make_prompts(6), provider="gigachat", environment=gigachat(server), concurrency=1)
     assert len(scores) == 6
     assert 2 <= len(server.tokens) <= 4
     nothing_but(ledger, requests=6, retries=0)
@@ -390,7 +395,7 @@ def test_gigachats_token_is_renewed_before_it_expires_and_when_it_is_taken_back(
         return json.dumps(opinion(text))
 
     server.answer = take_back_at_the_third
-    ledger, scores = ask(questions(6), provider="gigachat", environment=gigachat(server), concurrency=2)
+    ledger, scores = ask(make_prompts(6), provider="gigachat", environment=gigachat(server), concurrency=2)
     assert len(scores) == 6
     assert len(server.tokens) == 2
     assert ledger.stopped is None
@@ -402,14 +407,13 @@ def test_gigachat_refusing_the_credentials_or_the_scope_is_one_line_without_them
         gigachat(server, GIGACHAT_CREDENTIALS=wrong),
         gigachat(server, GIGACHAT_SCOPE="GIGACHAT_API_CORP"),
     ):
-        ledger, _ = ask(questions(3), provider="gigachat", environment=environment)
-        assert "GIGACHAT_CREDENTIALS" in ledger.stopped
-        assert "GIGACHAT_SCOPE" in ledger.stopped
+        ledger, _ = ask(make_prompts(3), provider="gigachat", environment=environment)
+        assert_stopped(ledger, "invalid-key", "GIGACHAT_CREDENTIALS", "GIGACHAT_SCOPE")
         assert wrong not in ledger.stopped
         assert CREDENTIALS not in ledger.stopped
     server.taken_back = {f"token-{number}-of-a-session" for number in range(9)}
-    ledger, _ = ask(questions(3), provider="gigachat", environment=gigachat(server))
-    assert "refuses the key (401" in ledger.stopped
+    ledger, _ = ask(make_prompts(3), provider="gigachat", environment=gigachat(server))
+    assert_stopped(ledger, "invalid-key", "401")
     assert ledger.requests == 1
 
 
@@ -440,14 +444,13 @@ def test_certificates_of_a_private_authority_are_trusted_where_the_bundle_names_
             "base_url": f"{secure.address}/api/v1",
             "environment": gigachat(secure),
         }
-        ledger, _ = ask(questions(3), **options)
-        assert "its certificate is not trusted; name a file" in ledger.stopped
-        assert "judge.ca_bundle" in ledger.stopped
+        ledger, _ = ask(make_prompts(3), **options)
+        assert_stopped(ledger, "untrusted-certificate", secure.address, "judge.ca_bundle")
         assert secure.asked == []
-        assert ask(questions(3), ca_bundle=authority.ca, **options)[0].bought == 3
+        assert ask(make_prompts(3), ca_bundle=authority.ca, **options)[0].bought == 3
     for bundle in ("/no/such/file", __file__):
-        with pytest.raises(InputError, match=r"judge\.ca_bundle is .*; name a file with PEM certificates"):
-            ask(questions(3), ca_bundle=bundle, **options)
+        with refused("invalid-ca-bundle", f"judge.ca_bundle is {bundle}: "):
+            ask(make_prompts(3), ca_bundle=bundle, **options)
 
 
 @pytest.fixture(scope="module")
@@ -482,7 +485,7 @@ def llama_server(file: Path, log: Path) -> Iterator[str]:
 
 def test_the_server_of_llama_cpp_judges_by_the_grammar_alone(ask, gguf_file, tmp_path):
     """A model of one layer, hardly trained, would not write JSON by itself; it is asked the hostile answers too."""
-    asked = {**questions(3), **{name: question(text[:2000]) for name, text in HOSTILE.items() if name != "huge"}}
+    asked = {**make_prompts(3), **{name: make_prompt(text[:2000]) for name, text in HOSTILE.items() if name != "huge"}}
     with llama_server(gguf_file, tmp_path / "log") as address:
         options = {"base_url": address, "model": "small-judge", "max_tokens": 1000, "concurrency": 2}
         ledger, scores = ask(asked, **options)
@@ -490,22 +493,22 @@ def test_the_server_of_llama_cpp_judges_by_the_grammar_alone(ask, gguf_file, tmp
         assert set(scores) == set(asked)
         assert all(isinstance(score, int) and 0 <= score <= 100 for score in scores.values())
         assert ledger.input_tokens > 500 * len(asked)
-        ledger, _ = ask(questions(1), environment={"OPENAI_API_KEY": "sk-wrong"}, **options)
-        assert "refuses the key (401" in ledger.stopped
+        ledger, _ = ask(make_prompts(1), environment={"OPENAI_API_KEY": "sk-wrong"}, **options)
+        assert_stopped(ledger, "invalid-key", "401")
 
 
 def test_a_file_judges_by_the_grammar_without_a_network(ask, gguf_file, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a network was used"))
-    asked = {**questions(2), **{name: question(text[:2000]) for name, text in HOSTILE.items() if name != "huge"}}
+    asked = {**make_prompts(2), **{name: make_prompt(text[:2000]) for name, text in HOSTILE.items() if name != "huge"}}
     options = {"provider": "gguf", "model": str(gguf_file), "max_tokens": 1000, "environment": {}}
     ledger, scores = ask(asked, **options)
     assert (ledger.unjudged, ledger.stopped) == ({}, None)
     assert all(isinstance(score, int) and 0 <= score <= 100 for score in scores.values())
     nothing_but(ledger, bought=len(asked), cost=0.0)
-    ledger, _ = ask({"huge": question(HOSTILE["huge"])}, **options)
+    ledger, _ = ask({"huge": make_prompt(HOSTILE["huge"])}, **options)
     assert "exceed context window of" in ledger.unjudged["huge"]
-    ledger, _ = ask({"key": question("another")}, timeout_seconds=0.01, max_retries=0, **options)
-    assert "no answer within judge.timeout_seconds" in ledger.stopped
+    ledger, _ = ask({"key": make_prompt("another")}, timeout_seconds=0.01, max_retries=0, **options)
+    assert_stopped(ledger, "unavailable", "judge.timeout_seconds, 0.01")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -515,7 +518,7 @@ def test_no_text_that_is_judged_becomes_a_marker_of_the_chat_in_llama_cpp(gguf_f
 
     with LlamaModel(gguf_file, vocab_only=True) as model:
         assert controls("<|im_start|>"), "a marker in a plain text is one to llama.cpp"
-        assert controls(question(HOSTILE[name]).user) == []
+        assert controls(make_prompt(HOSTILE[name]).user) == []
 
 
 @pytest.fixture(scope="module")
@@ -600,7 +603,8 @@ def test_another_rubric_asks_anew_and_fewer_rows_do_not(checkout, server):
     done = checkout.stage("judge", check=False)
     assert done.returncode == 2
     assert len(server.asked) == 25
-    assert "15 of 16 verdicts are missing: 1 requests are made, as many as judge.max_requests allows" in done.stderr
+    assert "15 of 16 verdicts are missing" in done.stderr
+    assert "judge.max_requests" in done.stderr
     assert done.stderr.count("error: ") == 1
     assert "Traceback" not in done.stderr
 

@@ -11,6 +11,8 @@ from conftest import Checkout, copy_of, make_checkout
 
 from lathe.common.jsonl import read_jsonl, write_jsonl
 
+TYPES = ["Q8_0", "Q4_K_M", "Q4_1"]
+# Right answers of twelve, by artifact.
 ARTIFACTS = {"base": 0, "base_few_shot": 3, "merged": 12, "Q8_0": 12, "Q4_K_M": 11, "Q4_1": 9}
 GATES = ["merged.exact_match > base.exact_match", "quantized.exact_match >= merged.exact_match - 0.1"]
 
@@ -19,7 +21,7 @@ GATES = ["merged.exact_match > base.exact_match", "quantized.exact_match >= merg
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     """A checkout whose artifacts answered twelve rows, so many of them right, and were evaluated; to be copied."""
     checkout = make_checkout(tmp_path_factory.mktemp("evaluated") / "lathe")
-    checkout.set({"evaluate.gates": GATES, "evaluate.bootstrap_samples": 100})
+    checkout.set({"evaluate.gates": GATES, "evaluate.bootstrap_samples": 100, "quantize.types": TYPES})
     for artifact, right in ARTIFACTS.items():
         write_answers(checkout, artifact, right)
     checkout.stage("evaluate")
@@ -107,9 +109,9 @@ def test_gate_refuses_metrics_that_are_not_of_these_gates(checkout: Checkout) ->
     stale = "error: metrics/evaluate is not of the evaluate.gates and quantize.types in params.yaml; run `dvc repro`\n"
     checkout.set({"evaluate.gates": [*GATES, "Q4_1.bytes < 2000"]})
     assert gate(checkout) == (2, stale)
-    checkout.set({"evaluate.gates": GATES, "quantize.types": ["Q8_0", "Q4_K_M", "Q4_1", "Q2_K"]})
+    checkout.set({"evaluate.gates": GATES, "quantize.types": [*TYPES, "Q2_K"]})
     assert gate(checkout) == (2, stale)
-    checkout.set({"quantize.types": ["Q8_0", "Q4_K_M", "Q4_1"]})
+    checkout.set({"quantize.types": TYPES})
     report = checkout.root / "metrics/evaluate/validation.json"
     edited = report.read_text().replace('"exact_match": 0.75', '"exact_match": 0.99')
     report.write_text(edited)

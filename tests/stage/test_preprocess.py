@@ -1,11 +1,13 @@
-"""The stage itself: what it leaves, and what it says when it stops."""
+"""The stage preprocess: its outputs, and its message when it stops."""
 
 import csv
 import json
 import math
 
 import pytest
-from conftest import copy_of
+from conftest import SMALL, copy_of
+
+from lathe.config.load import load
 
 
 @pytest.fixture
@@ -46,7 +48,8 @@ def test_a_limit_that_is_passed_stops_the_stage_in_one_line_and_leaves_nothing(f
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: few.jsonl:")
-    assert "more than preprocess.max_dropped_fraction 0.01 allows; mend them or raise it" in line
+    allowed = load(fetched.root / "params.yaml", fetched.root / "presets.yaml").params.preprocess.max_dropped_fraction
+    assert f"more than preprocess.max_dropped_fraction {allowed} allows; " in line
     assert not (fetched.root / "data/processed").exists()
     assert not (fetched.root / "data/.processed.partial").exists()
 
@@ -62,9 +65,9 @@ def _parts(spec):
 def test_the_estimate_foretells_steps_and_memory(reproduced):
     estimate = reproduced.json("metrics/estimate/training.json")
     train = reproduced.json("metrics/preprocess/report.json")["splits"][0]
-    assert estimate["steps_per_epoch"] == math.ceil(train["kept"] / 4)
-    assert estimate["steps"] == 4  # SMALL's max_steps
-    parts = {each["part"]: each["bytes"] for each in estimate["memory"]}
+    assert estimate["steps_per_epoch"] == math.ceil(train["kept"] / SMALL["training.per_device_train_batch_size"])
+    assert estimate["steps"] == SMALL["training.max_steps"]
+    parts = {part["part"]: part["bytes"] for part in estimate["memory"]}
     assert estimate["memory_bytes"] >= parts["weights"] + parts["adapter"] + parts["optimizer"] > 0
 
 

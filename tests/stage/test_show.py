@@ -8,10 +8,10 @@ import shutil
 import sys
 
 import pytest
+from refusals import refused
 from ruamel.yaml import YAML
 
 from lathe.common import paths
-from lathe.common.errors import InputError
 from lathe.data import inspect
 from lathe.models.tokenizer import load_tokenizer
 
@@ -45,11 +45,11 @@ def write(root, rows) -> None:
 
 def shown(out=None, **changes) -> str:
     out = out or io.StringIO()
-    inspect.show("train", **{"rows": 1, "row": None, "ids": False, "supervise": "all", "out": out, **changes})
+    inspect.show_examples("train", **{"rows": 1, "row": None, "ids": False, "supervise": "all", "out": out, **changes})
     return out.getvalue()
 
 
-def test_learnt_tokens_are_between_marks_and_all_else_is_shown_too(processed):
+def test_supervised_tokens_are_between_marks_and_all_else_is_shown_too(processed):
     header, text = shown().split("\n", maxsplit=1)
     assert header.startswith("train.jsonl:1: ")
     assert text == (
@@ -71,9 +71,9 @@ def test_every_token_is_listed_with_its_id(processed):
     assert header.startswith(f"train.jsonl:1: {len(ids)} tokens, ")
     text = AutoTokenizer.from_pretrained(processed / "models/base").decode(ids)
     assert "switch on lamp 0<|im_end|>" in text
-    learnt = [line for line in lines if "«" in line]
-    assert f", {len(learnt)} of them learnt" in header
-    assert learnt[-1].endswith("«'<|im_end|>'»")
+    supervised = [line for line in lines if "«" in line]
+    assert f", {len(supervised)} of them supervised" in header
+    assert supervised[-1].endswith("«'<|im_end|>'»")
 
 
 def test_the_last_turn_alone_or_every_one_is_marked(processed):
@@ -95,13 +95,13 @@ def test_a_row_cannot_steer_the_terminal_and_its_rejected_answer_is_told_apart(p
     write(processed, [{"messages": chat, "rejected": [{"role": "assistant", "content": "worse\x07"}]}])
     text = shown()
     assert "a\\x1b[2Jb\\rc" in text
-    assert re.search(r"^to be rejected, \d+ tokens: worse\\x07$", text, re.MULTILINE)
+    assert re.search(r"^rejected answer, \d+ tokens: worse\\x07$", text, re.MULTILINE)
     assert not {"\x1b", "\r", "\x07"} & set(text)
 
 
 def test_the_token_ids_of_an_answer_to_reject_are_shown_too(processed):
     write(processed, [{"messages": ROWS[0], "rejected": [{"role": "assistant", "content": "worse"}]}])
-    _, said = shown(ids=True).split("to be rejected, ")
+    _, said = shown(ids=True).split("rejected answer, ")
     count, _, lines = said.partition(" tokens: worse\n")
     tokenizer = load_tokenizer(processed / "models/base")
     tokens = [int(line.split()[0]) for line in lines.splitlines() if line]
@@ -110,24 +110,23 @@ def test_the_token_ids_of_an_answer_to_reject_are_shown_too(processed):
 
 
 @pytest.mark.parametrize(
-    ("remove", "changes", "message"),
+    ("remove", "changes", "code", "place"),
     [
-        ("data/processed", {}, "data/processed/train.jsonl: no such file; run `dvc repro preprocess` first"),
-        ("models/base", {}, "models/base: no model there; run `dvc repro fetch` first"),
-        (None, {"row": 6}, "--row 6: data/processed/train.jsonl has 5 rows; give a number up to that"),
+        ("data/processed", {}, "missing-file", "data/processed/train.jsonl: "),
+        ("models/base", {}, "missing-model", "models/base: "),
+        (None, {"row": 6}, "row-out-of-range", "--row 6: data/processed/train.jsonl has 5 rows"),
     ],
 )
-def test_what_is_missing_is_said_with_its_remedy(processed, remove, changes, message):
+def test_what_is_missing_is_named_with_its_remedy(processed, remove, changes, code, place):
     if remove:
         shutil.rmtree(processed / remove)
-    with pytest.raises(InputError) as refused:
+    with refused(code, place):
         shown(**changes)
-    assert str(refused.value) == message
 
 
 def test_a_harmed_row_is_named(processed):
     (processed / "data/processed/train.jsonl").write_text('{"messages": []\n')
-    with pytest.raises(InputError, match=r"^data/processed/train.jsonl:1: not a JSON line; run "):
+    with refused("not-json", "data/processed/train.jsonl:1: "):
         shown()
 
 

@@ -55,15 +55,15 @@ class Outcome:
 
     def of(self, split: str) -> dict[str, Any]:
         """What the report counts in a split."""
-        return next(each for each in self.report["splits"] if each["split"] == split)
+        return next(entry for entry in self.report["splits"] if entry["split"] == split)
 
     def examples(self, split: str) -> dict[str, Any]:
         """The rows of a split that the report names."""
-        return next(each for each in self.report["examples"] if each["split"] == split)
+        return next(entry for entry in self.report["examples"] if entry["split"] == split)
 
     def near(self, splits: str) -> dict[str, Any]:
         """What the report says of rows that are nearly in another split: `test_in_train`."""
-        return next(each for each in self.report["near_overlap"] if each["splits"] == splits)
+        return next(entry for entry in self.report["near_overlap"] if entry["splits"] == splits)
 
 
 class Bench:

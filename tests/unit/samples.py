@@ -34,25 +34,25 @@ AROUND = ("", "", "", " ", "\n", "\n\n", "  ", "\t")  # what people leave before
 def texts(count: int, seed: int) -> list[str]:
     """Return so many texts of one to three sentences, no two alike."""
     chance = random.Random(seed)
-    found = []
+    made = []
     for number in range(count):
         sentences = chance.choices(SENTENCES, k=chance.randint(1, 3))
         whole = chance.choice([" ", "\n", "\n\n"]).join([*sentences, f"({number})"])
-        found.append(chance.choice(AROUND) + whole + chance.choice(AROUND))
-    return found
+        made.append(chance.choice(AROUND) + whole + chance.choice(AROUND))
+    return made
 
 
 def conversations(count: int, seed: int, *, system: bool = True) -> list[list[dict[str, Any]]]:
     """Return so many conversations of one to four turns, some with a system message."""
     chance = random.Random(seed)
     source = iter(texts(count * 9, seed))
-    found = []
+    made = []
     for _ in range(count):
         chat = [{"role": "system", "content": next(source)}] if system and chance.random() < 0.3 else []
         for _ in range(chance.randint(1, 4)):
             chat += [{"role": "user", "content": next(source)}, {"role": "assistant", "content": next(source)}]
-        found.append(chat)
-    return found
+        made.append(chat)
+    return made
 
 
 def tool_conversations(count: int, seed: int) -> list[list[dict[str, Any]]]:
@@ -61,7 +61,7 @@ def tool_conversations(count: int, seed: int) -> list[list[dict[str, Any]]]:
     """
     chance = random.Random(seed)
     source = iter(texts(count * 6, seed))
-    found = []
+    made = []
     for number in range(count):
         arguments = {"city": next(source), "days": number, "metric": True, "hours": [6, 12]}
         call = {"type": "function", "id": f"call{number:05}", "function": {"name": "weather", "arguments": arguments}}
@@ -76,5 +76,5 @@ def tool_conversations(count: int, seed: int) -> list[list[dict[str, Any]]]:
                 {"role": "user", "content": next(source)},
                 {"role": "assistant", "content": next(source)},
             ]
-        found.append(chat)
-    return found
+        made.append(chat)
+    return made

@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 from encoders import LETTERS, make_encoder
+from refusals import refused
 from torchmetrics.functional.text.bert import bert_score as torchmetrics_bert_score
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model
 
-from lathe.common.errors import InputError
 from lathe.evaluation import bert_score
 
 CLS_AND_SEP = 2
@@ -52,7 +52,7 @@ def some_pairs(count=40):
 
 def test_it_is_the_f1_of_tokens_matched_by_embedding(folder, tmp_path):
     pairs = some_pairs()
-    scored = bert_score.scores(pairs, encoder(folder), batch_size=7, cache=tmp_path)
+    scored = bert_score.compute_scores(pairs, encoder(folder), batch_size=7, cache=tmp_path)
     for pair in pairs:
         assert scored[pair] == pytest.approx(defined(folder, *pair), abs=2e-5)
     assert len({round(f1, 3) for f1 in scored.values()}) > 20
@@ -61,18 +61,19 @@ def test_it_is_the_f1_of_tokens_matched_by_embedding(folder, tmp_path):
 def test_it_does_not_depend_on_what_stands_in_the_same_batch(folder, tmp_path):
     pairs = some_pairs()
     by_size = [
-        bert_score.scores(pairs, encoder(folder), batch_size=size, cache=tmp_path / str(size)) for size in (1, 2, 7, 64)
+        bert_score.compute_scores(pairs, encoder(folder), batch_size=size, cache=tmp_path / str(size))
+        for size in (1, 2, 7, 64)
     ]
     for others in by_size[1:]:
         assert others == pytest.approx(by_size[0], abs=1.5e-5)
-    backwards = bert_score.scores(pairs[::-1], encoder(folder), batch_size=7, cache=tmp_path / "backwards")
+    backwards = bert_score.compute_scores(pairs[::-1], encoder(folder), batch_size=7, cache=tmp_path / "backwards")
     assert backwards == by_size[2]
 
 
 def test_torchmetrics_gives_the_same_for_a_pair_and_mixes_up_several(folder, tmp_path):
     """Why pairs are put to it one by one: when this fails, it can be given batches."""
     pairs = [("a b c d e f", "a b c"), ("a", "b b b b b b b"), ("k l m", "k l m n"), ("x y", "z"), ("q", "q r s t u v")]
-    ours = bert_score.scores(pairs, encoder(folder), batch_size=8, cache=tmp_path)
+    ours = bert_score.compute_scores(pairs, encoder(folder), batch_size=8, cache=tmp_path)
     arguments = {"model_name_or_path": str(folder), "num_layers": 3, "max_length": 64, "truncation": True}
     for completion, reference in pairs:
         theirs = torchmetrics_bert_score([completion], [reference], **arguments)["f1"]
@@ -84,41 +85,43 @@ def test_torchmetrics_gives_the_same_for_a_pair_and_mixes_up_several(folder, tmp
 def test_the_layer_is_chosen_and_long_texts_are_cut(folder, tmp_path):
     pair = ("a b c d e f g h", "h g f e d c b a")
     of_layer = {
-        layer: bert_score.scores([pair], encoder(folder, layer), batch_size=1, cache=tmp_path)[pair]
+        layer: bert_score.compute_scores([pair], encoder(folder, layer), batch_size=1, cache=tmp_path)[pair]
         for layer in (1, 2, 3, None)
     }
     assert of_layer[None] == of_layer[3]
     assert len(set(of_layer.values())) == 3
     assert of_layer[1] == pytest.approx(defined(folder, *pair, layer=1), abs=2e-5)
-    cut = bert_score.scores([pair], encoder(folder, max_length=CLS_AND_SEP + 3), batch_size=1, cache=tmp_path)
+    cut = bert_score.compute_scores([pair], encoder(folder, max_length=CLS_AND_SEP + 3), batch_size=1, cache=tmp_path)
     assert cut[pair] == pytest.approx(defined(folder, *pair, max_length=CLS_AND_SEP + 3), abs=2e-5)
     long = ("a " * 500, "b " * 500)
-    assert 0 < bert_score.scores([long], encoder(folder), batch_size=1, cache=tmp_path)[long] < 1
+    assert 0 < bert_score.compute_scores([long], encoder(folder), batch_size=1, cache=tmp_path)[long] < 1
 
 
 def test_equal_texts_score_1_and_no_text_0(folder, tmp_path):
     pairs = [("a b", "a b"), ("", ""), ("", "a"), ("a", ""), ("  ", "a"), ("\u200b", "a")]
-    scored = bert_score.scores(pairs, encoder(folder), batch_size=4, cache=tmp_path)
+    scored = bert_score.compute_scores(pairs, encoder(folder), batch_size=4, cache=tmp_path)
     assert [scored[pair] for pair in pairs] == [1, 1, 0, 0, 0, 0]
 
 
 def test_a_second_run_computes_nothing_and_another_encoder_everything(folder, tmp_path, monkeypatch):
     pairs, first = some_pairs(), encoder(folder)
-    scored = bert_score.scores(pairs, first, batch_size=8, cache=tmp_path / "cache")
+    scored = bert_score.compute_scores(pairs, first, batch_size=8, cache=tmp_path / "cache")
 
     def refuse(self):
         raise AssertionError("the encoder is loaded")
 
     monkeypatch.setattr(bert_score.Encoder, "load", refuse)
-    assert bert_score.scores(pairs, encoder(folder), batch_size=3, cache=tmp_path / "cache") == scored
-    assert bert_score.scores([("a", "a")], encoder(folder), batch_size=3, cache=tmp_path / "none") == {("a", "a"): 1}
+    assert bert_score.compute_scores(pairs, encoder(folder), batch_size=3, cache=tmp_path / "cache") == scored
+    assert bert_score.compute_scores([("a", "a")], encoder(folder), batch_size=3, cache=tmp_path / "none") == {
+        ("a", "a"): 1
+    }
     moved = shutil.copytree(folder, tmp_path / "moved")
-    assert bert_score.scores(pairs, encoder(moved), batch_size=8, cache=tmp_path / "cache") == scored
+    assert bert_score.compute_scores(pairs, encoder(moved), batch_size=8, cache=tmp_path / "cache") == scored
     torch.manual_seed(1)
     BertModel(BertConfig.from_pretrained(folder)).save_pretrained(moved)
-    for other in (encoder(moved), encoder(folder, num_layers=1), encoder(folder, max_length=8)):
+    for second in (encoder(moved), encoder(folder, num_layers=1), encoder(folder, max_length=8)):
         with pytest.raises(AssertionError, match="the encoder is loaded"):
-            bert_score.scores(pairs, other, batch_size=8, cache=tmp_path / "cache")
+            bert_score.compute_scores(pairs, second, batch_size=8, cache=tmp_path / "cache")
 
 
 def test_an_interrupted_run_goes_on_with_the_batches_that_are_missing(folder, tmp_path, monkeypatch):
@@ -139,13 +142,13 @@ def test_an_interrupted_run_goes_on_with_the_batches_that_are_missing(folder, tm
 
     monkeypatch.setattr(bert_score.Encoder, "load", lambda self: counting(self, 6))
     with pytest.raises(KeyboardInterrupt):
-        bert_score.scores(pairs, encoder(folder), batch_size=4, cache=tmp_path)
+        bert_score.compute_scores(pairs, encoder(folder), batch_size=4, cache=tmp_path)
     monkeypatch.setattr(bert_score.Encoder, "load", lambda self: counting(self, None))
     embedded.clear()
-    scored = bert_score.scores(pairs, encoder(folder), batch_size=4, cache=tmp_path)
+    scored = bert_score.compute_scores(pairs, encoder(folder), batch_size=4, cache=tmp_path)
     resumed = len(embedded)
     embedded.clear()
-    assert scored == bert_score.scores(pairs, encoder(folder), batch_size=4, cache=tmp_path / "anew")
+    assert scored == bert_score.compute_scores(pairs, encoder(folder), batch_size=4, cache=tmp_path / "anew")
     assert 0 < resumed < len(embedded)
 
 
@@ -155,7 +158,7 @@ def test_pairs_that_share_texts_embed_them_once_per_batch(folder, tmp_path, monk
     monkeypatch.setattr(
         bert_score.Encoder, "load", lambda self: lambda texts: (embedded.extend(texts), load(self)(texts))[1]
     )
-    bert_score.scores([("a", "z"), ("b", "z"), ("c", "z")] * 5, encoder(folder), batch_size=16, cache=tmp_path)
+    bert_score.compute_scores([("a", "z"), ("b", "z"), ("c", "z")] * 5, encoder(folder), batch_size=16, cache=tmp_path)
     assert sorted(embedded) == ["a", "b", "c", "z"]
 
 
@@ -170,7 +173,9 @@ def test_an_encoder_without_cls_and_sep_has_all_its_tokens_matched(folder, tmp_p
     GPT2Model(GPT2Config(vocab_size=27, n_positions=64, n_embd=16, n_layer=2, n_head=2)).save_pretrained(tmp_path)
     embed = encoder(tmp_path).load()
     assert [len(states) for states in embed(["a b c", "a", "b c d e f"])] == [3, 1, 5]
-    scored = bert_score.scores([("a", "b"), ("a b", "b a")], encoder(tmp_path), batch_size=2, cache=tmp_path / "cache")
+    scored = bert_score.compute_scores(
+        [("a", "b"), ("a b", "b a")], encoder(tmp_path), batch_size=2, cache=tmp_path / "cache"
+    )
     assert all(-1 <= f1 < 1 and f1 != 0 for f1 in scored.values())
 
 
@@ -182,35 +187,36 @@ def test_rescaling_puts_unrelated_texts_at_0_and_equal_ones_at_1():
 
 def test_shuffled_pairs_are_of_different_references_and_the_same_for_a_seed():
     references = [f"text {number % 5}" for number in range(50)]
-    pairs = bert_score.unrelated_pairs(references, 1)
+    pairs = bert_score.draw_unrelated_pairs(references, 1)
     assert len(pairs) > 500
-    assert all(one != other for one, other in pairs)
-    assert pairs == bert_score.unrelated_pairs(references, 1)
-    with pytest.raises(InputError, match="all references are equal; set it to null"):
-        bert_score.unrelated_pairs(["yes"] * 9, 1)
+    assert all(first != second for first, second in pairs)
+    assert pairs == bert_score.draw_unrelated_pairs(references, 1)
+    with refused("equal-references", "bert_score.baseline is shuffled"):
+        bert_score.draw_unrelated_pairs(["yes"] * 9, 1)
 
 
 def test_a_file_of_bert_scores_gives_the_baseline_of_its_layer(tmp_path):
     file = tmp_path / "baseline.tsv"
     file.write_text("LAYER,P,R,F\n0,0.1,0.2,0.3\n1,0.4,0.5,0.6\n")
-    assert bert_score.baseline_of_file(file, 1) == 0.6
-    with pytest.raises(InputError, match=r"has no line for layer 2; set bert_score.num_layers"):
-        bert_score.baseline_of_file(file, 2)
+    assert bert_score.read_baseline(file, 1) == 0.6
+    with refused("missing-layer", "baseline.tsv", "layer 2", "bert_score.num_layers"):
+        bert_score.read_baseline(file, 2)
     file.write_text("nothing of the kind\nat all\n")
-    with pytest.raises(InputError, match="must hold lines LAYER,P,R,F"):
-        bert_score.baseline_of_file(file, 1)
-    with pytest.raises(InputError, match="no such file"):
-        bert_score.baseline_of_file(tmp_path / "none", 1)
+    with refused("invalid-baseline", "baseline.tsv", "LAYER,P,R,F"):
+        bert_score.read_baseline(file, 1)
+    with refused("missing-file", "bert_score.baseline: ", "none: "):
+        bert_score.read_baseline(tmp_path / "none", 1)
 
 
 def test_what_does_not_fit_the_encoder_is_refused(folder, tmp_path):
-    with pytest.raises(InputError, match=r"num_layers is 4; the encoder has 3; lower it"):
+    with refused("too-many-layers", "bert_score.num_layers is 4", "has 3"):
         encoder(folder, num_layers=4)
-    with pytest.raises(InputError, match=r"max_length is 512; the encoder takes 64 tokens; lower it"):
+    with refused("max-length-too-long", "bert_score.max_length is 512", "takes 64 tokens"):
         encoder(folder, max_length=512).load()
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"^bert_score.model: [^\n]*$"):
+    with refused("invalid-encoder", "bert_score.model: ", kept=False) as caught:
         encoder(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_are_read_from_safetensors_alone(folder, tmp_path):

@@ -24,8 +24,8 @@ from lathe.experiments import compare, comparison
 from lathe.provenance import revisions
 
 ROWS = 40
-SAMPLING = evaluate.Sampling(1000, 42)
-SCORES = evaluate.row_scores(
+SAMPLING = evaluate.Resampling(1000, 42)
+SCORES = evaluate.define_scores(
     ["exact_match"], normalize="none", answer_pattern=None, bert_score_weight=0.4, judge_weight=None
 )
 
@@ -80,7 +80,7 @@ class Repository:
         editor.dump(tree, self.root / "params.yaml")
         asked = [{"messages": [{"role": "user", "content": f"question {row}"}]} for row in rows]
         outs = {"data/processed": {f"{split}.jsonl": asked for split in ("validation", "test")}}
-        answers: evaluate.Answers = {}
+        answers: evaluate.AnswersByArtifact = {}
         scored = {}
         artifacts = [*UNQUANTIZED, *tree["quantize"]["types"]]
         for artifact in artifacts:
@@ -90,7 +90,7 @@ class Repository:
                 f"{split}.jsonl": answers[artifact] for split in ("validation", "test")
             }
             for split in ("validation", "test"):
-                scored[f"{artifact}/{split}.jsonl"] = evaluate.scored_rows(answers[artifact], SCORES, "exact_match")
+                scored[f"{artifact}/{split}.jsonl"] = evaluate.score_rows(answers[artifact], SCORES, "exact_match")
         outs["data/scored"] = scored
         report = evaluate.evaluate(answers, {}, dict.fromkeys(artifacts, 1000), SCORES, SAMPLING)
         for split in ("validation", "test"):

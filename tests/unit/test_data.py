@@ -1,4 +1,4 @@
-"""From files of every shape to validated, disjoint splits, with an account of every row."""
+"""Preparation: files of every kind become validated, disjoint splits, and every row is accounted for."""
 
 import csv
 import io
@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from refusals import refused
+from row_faults import check_fault
 
 from lathe.common.errors import InputError
 from lathe.common.jsonl import read_jsonl, write_jsonl
 from lathe.config.params import Preprocess
 from lathe.data.prepare import prepare
-from lathe.data.read_files import read_rows
+from lathe.data.read_files import Fault, read_records
 
 LENIENT = Preprocess(
     validation_fraction=0.1,
@@ -80,11 +82,11 @@ class Outcome:
 
     def of(self, split: str) -> dict:
         """What the report counts in a split."""
-        return next(each for each in self.report["splits"] if each["split"] == split)
+        return next(entry for entry in self.report["splits"] if entry["split"] == split)
 
     def examples(self, split: str) -> dict:
         """The rows of a split that the report names."""
-        return next(each for each in self.report["examples"] if each["split"] == split)
+        return next(entry for entry in self.report["examples"] if entry["split"] == split)
 
 
 @pytest.fixture
@@ -173,12 +175,12 @@ TRICKY = [
 def test_every_format_gives_the_same_rows(raw, run, suffix):
     put(raw, f"data{suffix}", TRICKY)
     prepared = run()
-    found = {
+    prepared_rows = {
         (row["messages"][0]["content"], row["messages"][1]["content"])
         for rows in prepared.splits.values()
         for row in rows
     }
-    assert found == {(row["prompt"], row["completion"]) for row in TRICKY}
+    assert prepared_rows == {(row["prompt"], row["completion"]) for row in TRICKY}
     assert prepared.report["files"] == [{"file": f"data{suffix}", "split": "train", "format": suffix[1:], "rows": 32}]
     assert_the_account_adds_up(prepared)
 
@@ -275,8 +277,8 @@ def test_a_preset_says_how_columns_become_messages(raw, run, preset, row, messag
         other = {name: [{"role": "user", "content": split}, ANSWER] if name == "chat" else split for name in row}
         put(raw, f"{split}.jsonl", [other])
     prepared = run(preset)
-    (found,) = prepared.splits["train"]
-    assert [(message["role"], message["content"]) for message in found["messages"]] == messages
+    (example,) = prepared.splits["train"]
+    assert [(message["role"], message["content"]) for message in example["messages"]] == messages
     assert prepared.report["columns"] == [columns]
 
 
@@ -291,84 +293,75 @@ def chat(*messages) -> bytes:
 SYSTEM = {"role": "system", "content": "s"}
 
 BAD_LINES = [
-    # name, the line, reason, field, problem
+    # name, the line, reason, field
     (
         "line cut short",
         b'{"prompt": "q", "comp',
         "malformed_json",
         None,
-        "is not a JSON object: unterminated string starting at column 17",
     ),
-    ("two values", b'{"a": 1} {"b": 2}', "malformed_json", None, "is not a JSON object: extra data at column 10"),
+    ("two values", b'{"a": 1} {"b": 2}', "malformed_json", None),
     (
         "single quotes",
         b"{'prompt': 'q'}",
         "malformed_json",
         None,
-        "is not a JSON object: expecting property name enclosed in double quotes at column 2",
     ),
     (
         "raw NUL",
         b'{"prompt": "q\0", "completion": "a"}',
         "malformed_json",
         None,
-        "is not a JSON object: invalid control character at column 14",
     ),
-    ("deep", b"[" * 100_000, "malformed_json", None, "is not a JSON object: nested too deeply"),
-    ("a list", b"[1, 2]", "not_an_object", None, "is a list; expected an object with named columns"),
-    ("a text", b'"text"', "not_an_object", None, "is the text 'text'; expected an object with named columns"),
-    ("null", b"null", "not_an_object", None, "is null; expected an object with named columns"),
+    ("deep", b"[" * 100_000, "malformed_json", None),
+    ("a list", b"[1, 2]", "not_an_object", None),
+    ("a text", b'"text"', "not_an_object", None),
+    ("null", b"null", "not_an_object", None),
     (
         "key twice",
         b'{"prompt": "q", "prompt": "r", "completion": "a"}',
         "duplicate_key",
         "prompt",
-        "occurs twice in one object; expected once",
     ),
-    ("no answer column", line(prompt="q"), "missing_column", "completion", "is missing; the row has 'prompt'"),
-    ("no columns", b"{}", "missing_column", "prompt", "is missing; the row has none"),
-    ("null answer", line(prompt="q", completion=None), "not_text", "completion", "is null; expected text"),
-    ("number", line(prompt=12, completion="a"), "not_text", "prompt", "is the number 12; expected text"),
-    ("NaN", b'{"prompt": NaN, "completion": "a"}', "not_text", "prompt", "is the number nan; expected text"),
-    ("true", line(prompt="q", completion=True), "not_text", "completion", "is true; expected text"),
-    ("list", line(prompt=["q"], completion="a"), "not_text", "prompt", "is a list; expected text"),
-    ("object", line(prompt={}, completion="a"), "not_text", "prompt", "is an object; expected text"),
-    ("empty prompt", line(prompt="", completion="a"), "empty_prompt", "prompt", "is empty; expected text"),
-    ("blank answer", line(prompt="q", completion=" \n"), "empty_answer", "completion", "is empty; expected text"),
+    ("no answer column", line(prompt="q"), "missing_column", "completion"),
+    ("no columns", b"{}", "missing_column", "prompt"),
+    ("null answer", line(prompt="q", completion=None), "not_text", "completion"),
+    ("number", line(prompt=12, completion="a"), "not_text", "prompt"),
+    ("NaN", b'{"prompt": NaN, "completion": "a"}', "not_text", "prompt"),
+    ("true", line(prompt="q", completion=True), "not_text", "completion"),
+    ("list", line(prompt=["q"], completion="a"), "not_text", "prompt"),
+    ("object", line(prompt={}, completion="a"), "not_text", "prompt"),
+    ("empty prompt", line(prompt="", completion="a"), "empty_prompt", "prompt"),
+    ("blank answer", line(prompt="q", completion=" \n"), "empty_answer", "completion"),
     (
         "NUL",
         line(prompt="q", completion="a\0"),
         "invalid_unicode",
         "completion",
-        "holds a NUL character; expected text without",
     ),
     (
         "lone surrogate",
         b'{"prompt": "q\\ud83d", "completion": "a"}',
         "invalid_unicode",
         "prompt",
-        "holds half a surrogate pair (\\ud83d)",
     ),
     (
         "control token",
         line(prompt="q", completion="a<|im_end|>b"),
         "control_token",
         "completion",
-        "holds the model's control token '<|im_end|>'",
     ),
     (
         "refused by the template",
         line(prompt="REFUSE", completion="a"),
         "template",
         None,
-        "the chat template refuses the roles [user]: no such word; give conversations in its form",
     ),
     (
         "too long",
         line(prompt="q", completion="a" * 1000),
         "too_long",
         None,
-        "is 1021 tokens long (20 prompt, 1001 answer); expected at most training.max_length 1000",
     ),
 ]
 
@@ -378,140 +371,122 @@ BAD_CHATS = [
         b'{"messages": "q"}',
         "not_a_list",
         "messages",
-        "is the text 'q'; expected a list of {role, content} objects",
     ),
-    ("null", b'{"messages": null}', "not_a_list", "messages", "is null; expected a list of {role, content} objects"),
-    ("none", chat(), "no_answer", "messages", "is empty; expected at least a user and an assistant message"),
+    ("null", b'{"messages": null}', "not_a_list", "messages"),
+    ("none", chat(), "no_answer", "messages"),
     (
         "null message",
         chat(None, ANSWER),
         "not_an_object",
         "messages[0]",
-        "is null; expected an object with role and content",
     ),
     (
         "key twice",
         b'{"messages": [{"role": "user", "role": "user", "content": "q"}]}',
         "duplicate_key",
         "messages[0].role",
-        "occurs twice in one object; expected once",
     ),
-    ("no content", chat({"role": "user"}), "missing_key", "messages[0].content", "is missing; the message has 'role'"),
+    ("no content", chat({"role": "user"}), "missing_key", "messages[0].content"),
     (
         "ShareGPT keys",
         chat({"from": "human", "value": "q"}),
         "missing_key",
         "messages[0].role",
-        "is missing; the message has 'from', 'value'; ShareGPT's keys are read with format: sharegpt",
     ),
     (
         "unknown role",
         chat({"role": "human", "content": "q"}, ANSWER),
         "unknown_role",
         "messages[0].role",
-        "is the text 'human'; expected one of system, user, assistant, tool",
     ),
     (
         "null role",
         chat({"role": None, "content": "q"}, ANSWER),
         "unknown_role",
         "messages[0].role",
-        "is null; expected one of system, user, assistant, tool",
     ),
     (
         "content of parts",
         chat({"role": "user", "content": [{"type": "text", "text": "q"}]}, ANSWER),
         "not_text",
         "messages[0].content",
-        "is a list; expected text",
     ),
     (
         "null content",
         chat({"role": "user", "content": None}, ANSWER),
         "not_text",
         "messages[0].content",
-        "is null; expected text",
     ),
     (
         "tool call without arguments",
         chat(USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}),
         "tool_call",
         "messages[1].tool_calls[0].arguments",
-        "is missing; the call has 'name'",
     ),
     (
         "empty question",
         chat({"role": "user", "content": " "}, ANSWER),
         "empty_prompt",
         "messages[0].content",
-        "is empty; expected text",
     ),
     (
         "empty answer",
         chat(USER, {"role": "assistant", "content": ""}),
         "empty_answer",
         "messages[1].content",
-        "is empty; expected text",
     ),
     (
         "empty system in the middle",
         chat(USER, {"role": "system", "content": ""}, ANSWER),
         "empty_prompt",
         "messages[1].content",
-        "is empty; expected text",
     ),
     (
         "question last",
         chat(USER, ANSWER, USER),
         "no_answer",
         "messages",
-        "ends with user; expected an assistant message last",
     ),
-    ("system alone", chat(SYSTEM), "no_answer", "messages", "ends with system; expected an assistant message last"),
+    ("system alone", chat(SYSTEM), "no_answer", "messages"),
     (
         "answer first",
         chat(ANSWER, USER, ANSWER),
         "roles_out_of_order",
         "messages[0].role",
-        "assistant comes first; expected system or user",
     ),
     (
         "two questions",
         chat(USER, USER, ANSWER),
         "roles_out_of_order",
         "messages[1].role",
-        "user follows user; expected assistant",
     ),
     (
         "two system messages",
         chat(SYSTEM, SYSTEM, USER, ANSWER),
         "roles_out_of_order",
         "messages[1].role",
-        "system follows system; expected user",
     ),
     (
         "disorder behind an empty system message",
         chat({"role": "system", "content": ""}, USER, ANSWER, ANSWER),
         "roles_out_of_order",
         "messages[3].role",
-        "assistant follows assistant; expected user or tool",
     ),
     (
         "lone surrogate",
         b'{"messages": [{"role": "user", "content": "\\udc00"}, {"role": "assistant", "content": "a"}]}',
         "invalid_unicode",
         "messages[0].content",
-        "holds half a surrogate pair (\\udc00)",
     ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("good", "bad", "reason", "field", "problem"),
+    ("good", "bad", "reason", "field"),
     [pytest.param(json.dumps(GOOD).encode(), *case[1:], id=case[0]) for case in BAD_LINES]
     + [pytest.param(chat(USER, ANSWER), *case[1:], id=f"messages: {case[0]}") for case in BAD_CHATS],
 )
-def test_a_bad_row_is_dropped_counted_and_shown(raw, run, good, bad, reason, field, problem):
+def test_a_bad_row_is_dropped_counted_and_shown(raw, run, good, bad, reason, field):
     if b"messages" in good:
         (raw / "validation.jsonl").write_bytes(chat({"role": "user", "content": "v"}, ANSWER))
         (raw / "test.jsonl").write_bytes(chat({"role": "user", "content": "t"}, ANSWER))
@@ -520,19 +495,16 @@ def test_a_bad_row_is_dropped_counted_and_shown(raw, run, good, bad, reason, fie
         put_splits(raw, good + b"\n\n" + bad + b"\n")
     prepared = run()
     assert dropped(prepared) == {reason: 1}
-    assert prepared.examples("train")["dropped"] == {
-        reason: [{"at": "train.jsonl:3", "field": field, "problem": problem}]
-    }
+    [(shown_reason, [example])] = prepared.examples("train")["dropped"].items()
+    assert example["at"] == "train.jsonl:3"
+    fault = Fault(shown_reason, example["field"], example["problem"])
+    check_fault(fault, reason, field)
     assert_the_account_adds_up(prepared)
 
-    with pytest.raises(InputError) as refused:
-        run(max_dropped_fraction=0.0)
     rows = 4 if b"messages" in good else 6
-    shown = f"{field} {problem}" if field else problem
-    assert str(refused.value) == (
-        f"train.jsonl:3: {reason}: {shown}; 1 of {rows} rows are unusable, more than "
-        "preprocess.max_dropped_fraction 0.0 allows; mend them or raise it"
-    )
+    limit = "preprocess.max_dropped_fraction 0.0"
+    with refused("too-many-dropped", f"train.jsonl:3: {reason}: {fault}; ", f"1 of {rows} rows", limit, kept=False):
+        run(max_dropped_fraction=0.0)
 
 
 def test_as_many_bad_rows_as_allowed_are_dropped_and_one_more_is_refused(raw, run):
@@ -540,7 +512,7 @@ def test_as_many_bad_rows_as_allowed_are_dropped_and_one_more_is_refused(raw, ru
     put(raw, "train.jsonl", pairs(95) + bad)
     assert dropped(run(max_dropped_fraction=0.05)) == {"missing_column": 5}
     put(raw, "train.jsonl", pairs(94) + bad + bad[:1])
-    with pytest.raises(InputError, match=r"^train.jsonl:95: missing_column: .* 6 of 100 rows are unusable"):
+    with refused("too-many-dropped", "train.jsonl:95: missing_column: ", "6 of 100 rows are unusable"):
         run(max_dropped_fraction=0.05)
 
 
@@ -586,139 +558,141 @@ def test_a_csv_row_with_a_field_too_many_is_dropped(raw, run):
 def test_a_row_of_ten_megabytes_is_read(raw, suffix):
     rows = [{"prompt": "q", "completion": "x" * 10_000_000}, GOOD]
     put(raw, f"train{suffix}", rows)
-    assert [row.value for row in read_rows(raw / f"train{suffix}")] == rows
+    assert [row.value for row in read_records(raw / f"train{suffix}")] == rows
 
 
 BAD_FILES = [
-    # name, content, message
-    ("data.jsonl", b"", "data.jsonl: holds no row; give a file with data or remove it"),
-    ("data.jsonl", b"\n \n", "data.jsonl: holds no row; give a file with data or remove it"),
-    ("data.json", b"", "data.json: holds no row; give a file with data or remove it"),
-    ("data.json", b"[]", "data.json: holds no row; give a file with data or remove it"),
-    ("data.csv", b"", "data.csv: holds no row; give a file with data or remove it"),
-    ("data.csv", b"prompt,completion\n", "data.csv: holds no row; give a file with data or remove it"),
+    # name, content, code, place
+    ("data.jsonl", b"", "empty-file", "data.jsonl"),
+    ("data.jsonl", b"\n \n", "empty-file", "data.jsonl"),
+    ("data.json", b"", "empty-file", "data.json"),
+    ("data.json", b"[]", "empty-file", "data.json"),
+    ("data.csv", b"", "empty-file", "data.csv"),
+    ("data.csv", b"prompt,completion\n", "empty-file", "data.csv"),
     (
         "data.jsonl",
         b'{"prompt": "q", "completion": "a"}\n{"prompt": "\xff", "completion": "a"}\n',
-        "data.jsonl:2: byte 0xff is not UTF-8; save the file as UTF-8",
+        "not-utf-8",
+        "data.jsonl:2",
     ),
     (
         "data.json",
         b'[{"prompt": "q",\n "completion": "\xe9"}]',
-        "data.json:2: byte 0xe9 is not UTF-8; save the file as UTF-8",
+        "not-utf-8",
+        "data.json:2",
     ),
     (
         "data.csv",
         "prompt,completion\nq,é\n".encode("latin-1"),
-        "data.csv:2: byte 0xe9 is not UTF-8; save the file as UTF-8",
+        "not-utf-8",
+        "data.csv:2",
     ),
     (
         "data.jsonl",
         json.dumps(GOOD).encode("utf-16"),
-        "data.jsonl:1: byte 0xff is not UTF-8; save the file as UTF-8",
+        "not-utf-8",
+        "data.jsonl:1",
     ),
     (
         "data.json",
         b'[{"prompt": "q", "completion": "a"},\n{"prompt": "r"',
-        "data.json:2: not a JSON array: expecting ',' delimiter at column 15; is the file cut short?",
+        "not-json",
+        "data.json:2",
     ),
     (
         "data.json",
         b'{"prompt": "q", "completion": "a"}\n{"prompt": "r", "completion": "b"}',
-        "data.json:2: not a JSON array: extra data at column 1; rename it to .jsonl",
+        "not-json",
+        "data.json:2",
     ),
     (
         "data.json",
         b'{"data": []}',
-        "data.json:1: holds an object; expected an array of objects, or one object per line in a .jsonl",
+        "not-an-array",
+        "data.json:1",
     ),
-    ("data.json", b"[" * 100_000, "data.json: not a JSON array: nested too deeply; mend the file"),
+    ("data.json", b"[" * 100_000, "not-json", "data.json"),
     (
         "data.csv",
         b'prompt,completion\nq,a\n"r,b\ns,c\n',
-        "data.csv:3: the quote opened in this row is never closed; close it",
+        "not-csv",
+        "data.csv:3",
     ),
     (
         "data.csv",
         b'prompt,completion\nq,"a"b\n',
-        "data.csv:2: not CSV: ',' expected after '\"'; mend this row",
+        "not-csv",
+        "data.csv:2",
     ),
-    ("data.csv", b"prompt,,completion\nq,x,a\n", "data.csv:1: the header names no column 2; name it"),
-    ("data.csv", b"prompt,prompt\nq,a\n", "data.csv:1: the header names 'prompt' twice; rename one of them"),
+    ("data.csv", b"prompt,,completion\nq,x,a\n", "unnamed-column", "data.csv:1"),
+    ("data.csv", b"prompt,prompt\nq,a\n", "duplicate-column", "data.csv:1"),
     (
         "data.jsonl",
         b'{"title": "q", "body": "a"}\n',
-        "data.jsonl: has the columns 'title', 'body'; expected those of a format (messages; conversations; instruction "
-        "+ output; prompt + completion; question + answer; chosen + rejected; text + label); name yours in the "
-        "dataset's preset (messages, prompt + completion, prompt_template + completion)",
+        "unknown-format",
+        "data.jsonl",
     ),
     (
         "data.txt",
         b"text",
-        "data.txt: not a data file; expected one of *.jsonl, *.json, *.csv, *.parquet, *.arrow, *.jsonl.gz, *.json.gz, "
-        "*.csv.gz; remove or convert it",
+        "not-a-data-file",
+        "data.txt",
     ),
     (
         "test.jsonl",
         json.dumps(GOOD).encode(),
-        "test.jsonl: there is no train split beside it; name the training file train.*",
+        "missing-split",
+        "test.jsonl",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
-def test_a_file_at_fault_as_a_whole_is_refused(raw, run, name, content, message):
+@pytest.mark.parametrize(("name", "content", "code", "place"), BAD_FILES)
+def test_a_file_that_cannot_be_read_is_refused(raw, run, name, content, code, place):
     (raw / name).write_bytes(content)
-    with pytest.raises(InputError) as refused:
+    with refused(code, place) as caught:
         run()
-    assert str(refused.value) == message
+    assert str(caught.value).startswith(place)
 
 
 @pytest.mark.parametrize("cut", [4, 100, -10])
-def test_a_parquet_cut_short_is_refused(raw, run, cut):
+def test_a_truncated_parquet_file_is_refused(raw, run, cut):
     (raw / "data.parquet").write_bytes(as_bytes(pairs(50), ".parquet")[:cut])
-    with pytest.raises(
-        InputError, match=r"^data.parquet after row 0: not a whole Parquet file: .*; is it cut short\?$"
-    ):
+    with refused("truncated-file", "data.parquet after row 0: ", "Parquet", "; is it truncated?", kept=False):
         run()
 
 
 def test_an_empty_folder_is_refused(run):
-    with pytest.raises(InputError, match=r"^raw: holds no data file; expected one of \*.jsonl, \*.json"):
+    with refused("no-data-file", "raw: ", "*.jsonl, *.json"):
         run()
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("names", "place"),
     [
         (
             ["train.jsonl", "extra.jsonl"],
-            "extra.jsonl: belongs to no split while other files do; begin its name with one of train, validation, "
-            "test, or remove it",
+            "extra.jsonl",
         ),
         (
             ["train.jsonl", "training.jsonl"],
-            "training.jsonl: train.jsonl is the train split too; keep one of them, or name shards alike "
-            "(train-0.jsonl, train-1.jsonl)",
+            "training.jsonl",
         ),
         (
             ["train.csv", "train.jsonl"],
-            "train.jsonl: train.csv is the train split too; keep one of them, or name shards alike "
-            "(train-0.jsonl, train-1.jsonl)",
+            "train.jsonl",
         ),
         (
             ["dev.jsonl", "train.jsonl", "val.jsonl"],
-            "val.jsonl: dev.jsonl is the validation split too; keep one of them, or name shards alike "
-            "(train-0.jsonl, train-1.jsonl)",
+            "val.jsonl",
         ),
     ],
 )
-def test_ambiguous_file_names_are_refused(raw, run, names, message):
+def test_ambiguous_file_names_are_refused(raw, run, names, place):
     for name in names:
         put(raw, name, pairs(10))
-    with pytest.raises(InputError) as refused:
+    with refused("ambiguous-file-names", f"{place}: "):
         run()
-    assert str(refused.value) == message
 
 
 @pytest.mark.parametrize(
@@ -742,55 +716,62 @@ def test_files_are_found_by_the_name_of_their_split(raw, run, names):
 
 
 @pytest.mark.parametrize(
-    ("preset", "message"),
+    ("preset", "code", "place", "value"),
     [
         (
             Preset(prompt="question", completion="completion"),
-            "train.jsonl: no row has the column 'question', which the dataset's preset names; "
-            "its columns: 'prompt', 'completion'",
+            "missing-column",
+            "train.jsonl",
+            "'question'",
         ),
         (
             Preset(prompt_template="{prompt} {context}", completion="completion"),
-            "train.jsonl: no row has the column 'context', which the dataset's preset names; "
-            "its columns: 'prompt', 'completion'",
+            "missing-column",
+            "train.jsonl",
+            "'context'",
         ),
         (
             Preset(prompt_template="{prompt", completion="completion"),
-            "presets.yaml: prompt_template '{prompt': expected '}' before end of string; "
-            "write {column} for a column and {{ or }} for a brace",
+            "invalid-template",
+            "presets.yaml",
+            "'{prompt'",
         ),
         (
             Preset(prompt_template="prompt} ", completion="completion"),
-            "presets.yaml: prompt_template 'prompt} ': Single '}' encountered in format string; "
-            "write {column} for a column and {{ or }} for a brace",
+            "invalid-template",
+            "presets.yaml",
+            "'prompt} '",
         ),
         (
             Preset(prompt_template="{}", completion="completion"),
-            "presets.yaml: prompt_template '{}': a field is only a name; "
-            "write {column} for a column and {{ or }} for a brace",
+            "invalid-template",
+            "presets.yaml",
+            "'{}'",
         ),
         (
             Preset(prompt_template="{prompt!r:>10}", completion="completion"),
-            "presets.yaml: prompt_template '{prompt!r:>10}': a field is only a name; "
-            "write {column} for a column and {{ or }} for a brace",
+            "invalid-template",
+            "presets.yaml",
+            "'{prompt!r:>10}'",
         ),
         (
             Preset(prompt_template="Say it", completion="completion"),
-            "presets.yaml: prompt_template 'Say it': names no column; "
-            "write {column} for a column and {{ or }} for a brace",
+            "invalid-template",
+            "presets.yaml",
+            "'Say it'",
         ),
         (
             Preset(prompt="prompt"),
-            "presets.yaml: the dataset names only half of its columns; completion goes with one of prompt, "
+            "incomplete-columns",
+            "presets.yaml",
             "prompt_template",
         ),
     ],
 )
-def test_a_preset_that_does_not_fit_the_columns_is_refused(raw, run, preset, message):
+def test_a_preset_that_does_not_fit_the_columns_is_refused(raw, run, preset, code, place, value):
     put(raw, "train.jsonl", pairs(30))
-    with pytest.raises(InputError) as refused:
+    with refused(code, f"{place}: ", value):
         run(preset)
-    assert str(refused.value) == message
 
 
 def test_missing_splits_are_taken_from_train(raw, run):
@@ -897,12 +878,8 @@ def test_limits_keep_so_many_rows_and_count_the_others(raw, run):
 
 def test_too_few_rows_to_split_are_refused(raw, run):
     put(raw, "data.jsonl", pairs(2))
-    with pytest.raises(InputError) as refused:
+    with refused("too-few-prompts", "2 different prompts", "test and validation"):
         run()
-    assert str(refused.value) == (
-        "the dataset has 2 different prompts; test and validation cannot be taken from so few; "
-        "add rows, or a file for test and validation"
-    )
     put(raw, "data.jsonl", pairs(3))
     assert [len(rows) for rows in run().splits.values()] == [1, 1, 1]
 
@@ -911,9 +888,7 @@ def test_a_split_of_which_nothing_is_left_is_refused(raw, run):
     put(raw, "train.jsonl", pairs(5))
     put(raw, "validation.jsonl", pairs(2, 100))
     put(raw, "test.jsonl", pairs(5))
-    with pytest.raises(
-        InputError, match=r"^no usable train row is left \(5 in_other_split\); give train rows that can be kept$"
-    ):
+    with refused("empty-split", "no usable train row", "5 in_other_split"):
         run()
 
 
@@ -958,12 +933,12 @@ def test_a_preference_pair_keeps_its_rejected_answer_in_the_processed_row(raw, r
     rows = [{"prompt": f"q{n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(40)]
     put(raw, "data.jsonl", rows)
     prepared = run(max_dropped_fraction=0.0)
-    found = {
+    prepared_rows = {
         (row["messages"][0]["content"], row["messages"][1]["content"], row["rejected"][0]["content"])
         for split in prepared.splits.values()
         for row in split
     }
-    assert found == {tuple(row.values()) for row in rows}
+    assert prepared_rows == {tuple(row.values()) for row in rows}
     assert prepared.report["columns"][0]["format"] == "preference"
 
 
@@ -1006,10 +981,10 @@ def test_a_rejected_answer_that_is_too_long_drops_its_row(raw, run):
     prepared = run(max_length=70)
     assert dropped(prepared) == {"too_long": 1}
     (example,) = prepared.examples("train")["dropped"]["too_long"]
-    assert (example["at"], example["field"]) == ("train.jsonl:1", "rejected")
-    assert example["problem"] == (
-        "is 71 tokens long, prompt and answer to reject; expected at most training.max_length 70"
-    )
+    assert example["at"] == "train.jsonl:1"
+    check_fault(Fault("too_long", example["field"], example["problem"]), "too_long", "rejected")
+    assert "71 tokens long" in example["problem"]
+    assert "training.max_length 70" in example["problem"]
     assert "rejected" not in prepared.of("test")["tokens"]
 
 

@@ -7,10 +7,12 @@ from itertools import pairwise
 import numpy
 import pytest
 from byte_chat import FRAME, Bench, byte_chat, chat
+from refusals import refused
+from row_faults import check_fault
 
-from lathe.common.errors import InputError
-from lathe.data.near_duplicates import Index, N, near, sequences, word_hashes
-from lathe.data.writing_systems import script
+from lathe.data.near_duplicates import NGRAM_WORDS, NGramIndex, find_near_duplicates, hash_ngrams, hash_words
+from lathe.data.read_files import Fault
+from lathe.data.writing_systems import detect_writing_system
 
 WORDS = [f"{a}{b}{c}" for a in "bcdfg" for b in "aeiou" for c in "klmnp"]
 
@@ -99,10 +101,9 @@ def test_a_row_that_cannot_be_made_to_fit_is_dropped_with_both_numbers(bench):
     put_others(bench)
     outcome = bench.run(max_length=60, too_long="truncate_prompt")
     (example,) = outcome.examples("train")["dropped"]["too_long"]
-    assert example["problem"] == (
-        "is 140 tokens long (39 prompt, 101 answer); expected at most training.max_length 60; "
-        "too little of the prompt would fit beside the answer"
-    )
+    check_fault(Fault("too_long", example["field"], example["problem"]), "too_long", None)
+    assert "140 tokens long (39 prompt, 101 answer)" in example["problem"]
+    assert "training.max_length 60" in example["problem"]
     outcome = bench.run(max_length=30, too_long="truncate_answer")
     assert outcome.of("train")["dropped"] == {"too_long": 1}
 
@@ -132,12 +133,9 @@ def test_every_cut_row_fits_and_is_whole_but_for_the_side_that_was_asked_for(ben
 def test_too_many_cut_rows_stop_the_stage_with_numbers_and_remedy(bench):
     bench.put("train.jsonl", [chat("q" * 100, "a"), chat("q", "a")])
     put_others(bench)
-    with pytest.raises(InputError) as refused:
+    limit = "preprocess.max_truncated_fraction 0.2"
+    with refused("too-many-truncated", "train.jsonl:1: was 121 tokens long and is 50; ", "1 of 4 rows", limit):
         bench.run(max_length=50, too_long="truncate_prompt", max_truncated_fraction=0.2)
-    assert str(refused.value) == (
-        "train.jsonl:1: was 121 tokens long and is 50; 1 of 4 rows lost part of their prompt, more than "
-        "preprocess.max_truncated_fraction 0.2 allows; raise training.max_length or it"
-    )
     bench.run(max_length=50, too_long="truncate_prompt", max_truncated_fraction=0.25)
 
 
@@ -193,14 +191,9 @@ def test_case_punctuation_and_the_system_message_do_not_hide_an_overlap(bench):
 
 def test_too_many_rows_nearly_in_another_split_stop_the_stage_with_numbers_and_remedy(bench):
     put_overlapping(bench, changed_words=1)
-    with pytest.raises(InputError) as refused:
+    with refused("too-much-overlap", "10 of 20 test rows", "preprocess.max_overlap_fraction 0.4") as caught:
         bench.run(max_overlap_fraction=0.4)
-    message = str(refused.value)
-    assert message.startswith("test.jsonl:")
-    assert message.endswith(
-        "; 10 of 20 test rows are nearly in train, more than preprocess.max_overlap_fraction 0.4 allows; "
-        "remove them or raise it"
-    )
+    assert str(caught.value).startswith("test.jsonl:")
     bench.run(max_overlap_fraction=0.5)
 
 
@@ -221,26 +214,26 @@ def test_shares_of_sequences_are_those_counted_one_by_one():
 
     def parts(text):
         split = text.split()
-        return [tuple(split[n : n + N]) for n in range(max(1, len(split) - N + 1))] if split else []
+        return [tuple(split[n : n + NGRAM_WORDS]) for n in range(max(1, len(split) - NGRAM_WORDS + 1))] if split else []
 
     known = {part for text in train for part in parts(text)}
     expected = {n for n, text in enumerate(held_out) if parts(text) and
                 sum(part in known for part in parts(text)) >= 0.7 * len(parts(text))}  # fmt: skip
-    found = sequences([word_hashes(text) for text in held_out])
-    assert found.counts.tolist() == [len(parts(text)) for text in held_out]
-    index = Index.of(found)
+    ngrams = hash_ngrams([hash_words(text) for text in held_out])
+    assert ngrams.counts.tolist() == [len(parts(text)) for text in held_out]
+    index = NGramIndex.build(ngrams)
     for start in range(0, 50, 7):
-        batch = sequences([word_hashes(text) for text in train[start : start + 7]])
-        index.see(batch, numpy.arange(start, min(start + 7, 50)))
-    count, examples = near(found, index, 50)
+        batch = hash_ngrams([hash_words(text) for text in train[start : start + 7]])
+        index.mark_seen(batch, numpy.arange(start, min(start + 7, 50)))
+    count, examples = find_near_duplicates(ngrams, index, 50)
     assert 0 < count < 50
-    assert {example.place for example in examples} == expected
+    assert {example.row for example in examples} == expected
 
 
 def test_writing_without_spaces_is_compared_character_by_character():
-    assert len(word_hashes("日本語のテキスト")) == 8
-    assert word_hashes("Straße, ÜBER!") == word_hashes("straße über")
-    assert word_hashes("plain_text 12") == word_hashes("PLAIN_TEXT – 12")
+    assert len(hash_words("日本語のテキスト")) == 8
+    assert hash_words("Straße, ÜBER!") == hash_words("straße über")
+    assert hash_words("plain_text 12") == hash_words("PLAIN_TEXT – 12")
 
 
 # What else the report tells.
@@ -259,7 +252,7 @@ def test_writing_without_spaces_is_compared_character_by_character():
     ],
 )
 def test_the_script_is_that_of_most_letters(text, expected):
-    assert script(text) == expected
+    assert detect_writing_system(text) == expected
 
 
 def test_rows_in_another_script_and_of_unusual_length_are_shown_with_their_place(bench):
@@ -296,9 +289,9 @@ def test_the_tables_of_the_plots_hold_every_row(bench):
 def test_the_report_is_the_same_whatever_the_number_of_processes(bench):
     rows = [chat(sentence(n, n % 60 + 1), sentence(-n, 5)) for n in range(300)]
     bench.put("train.jsonl", [*rows, *rows[:20], {"messages": None}])
-    one = bench.run(max_length=300, too_long="truncate_prompt", processes=1)
+    single = bench.run(max_length=300, too_long="truncate_prompt", processes=1)
     for processes in (2, 3, 7):
         other = bench.run(max_length=300, too_long="truncate_prompt", processes=processes)
-        assert other.files == one.files
-        assert json.dumps(other.report) == json.dumps(one.report)
-        assert other.tables == one.tables
+        assert other.files == single.files
+        assert json.dumps(other.report) == json.dumps(single.report)
+        assert other.tables == single.tables

@@ -7,24 +7,24 @@ import time
 
 import numpy as np
 import pytest
+from refusals import refused
 from scipy import stats
 
 from lathe.common import paths
-from lathe.common.errors import InputError
 from lathe.common.jsonl import write_jsonl
-from lathe.evaluation.best_artifact import best
+from lathe.evaluation.best_artifact import choose_best_artifact
 from lathe.evaluation.evaluate import (
-    Sampling,
+    Resampling,
     add_bert_score,
+    define_scores,
     evaluate,
-    plot_rows,
+    make_plot_rows,
     read_answers,
-    read_general,
-    row_scores,
-    scored_rows,
+    read_general_text,
+    score_rows,
 )
 
-SAMPLING = Sampling(samples=300, seed=1)
+RESAMPLING = Resampling(samples=300, seed=1)
 BYTES = {"base": 100, "base_few_shot": 100, "merged": 100, "Q4_1": 30}
 
 
@@ -48,7 +48,7 @@ def answering(right, rows=20, **fields):
 
 
 def scores_of(*metrics, judged=False, weights=(0.4, 0.6)):
-    return row_scores(
+    return define_scores(
         metrics,
         normalize="none",
         answer_pattern=None,
@@ -69,12 +69,12 @@ def answers():
 
 
 def report_of(answers, *metrics, general=None, **options):
-    return evaluate(answers, general or {}, BYTES, scores_of(*(metrics or ("exact_match",)), **options), SAMPLING)
+    return evaluate(answers, general or {}, BYTES, scores_of(*(metrics or ("exact_match",)), **options), RESAMPLING)
 
 
 def delta(report, artifact, to, metric):
-    [found] = [one for one in report[artifact]["deltas"] if (one["to"], one["metric"]) == (to, metric)]
-    return found
+    [result] = [entry for entry in report[artifact]["deltas"] if (entry["to"], entry["metric"]) == (to, metric)]
+    return result
 
 
 def test_every_artifact_has_its_scores_in_the_order_of_the_report(answers):
@@ -100,7 +100,7 @@ def test_every_artifact_has_its_scores_in_the_order_of_the_report(answers):
 
 def test_intervals_hold_the_score_and_what_does_not_apply_has_none(answers):
     report = report_of(answers, "exact_match", "json_valid")
-    of_quantized = {one["metric"]: one for one in report["Q4_1"]["intervals"]}
+    of_quantized = {entry["metric"]: entry for entry in report["Q4_1"]["intervals"]}
     assert set(of_quantized) == {"exact_match", "perplexity", "kl", "stop_rate"}
     assert 0.4 < of_quantized["exact_match"]["low"] < 0.75 < of_quantized["exact_match"]["high"] < 0.95
     assert of_quantized["kl"] == {"metric": "kl", "low": 0.01, "high": 0.01}
@@ -109,8 +109,8 @@ def test_intervals_hold_the_score_and_what_does_not_apply_has_none(answers):
 def test_each_artifact_is_compared_with_base_and_merged_on_the_same_rows(answers):
     report = report_of(answers)
     assert report["base"]["deltas"] == []
-    assert {one["to"] for one in report["merged"]["deltas"]} == {"base"}
-    assert [one["to"] for one in report["Q4_1"]["deltas"]] == ["base"] * 3 + ["merged"] * 3
+    assert {entry["to"] for entry in report["merged"]["deltas"]} == {"base"}
+    assert [entry["to"] for entry in report["Q4_1"]["deltas"]] == ["base"] * 3 + ["merged"] * 3
     to_merged = delta(report, "Q4_1", "merged", "exact_match")
     assert to_merged["delta"] == -0.25
     assert to_merged["low"] < -0.25 < to_merged["high"] < 0
@@ -133,10 +133,10 @@ def test_a_difference_is_told_from_fewer_rows_where_the_others_answer_alike():
     ours = [row(n, "-" if n in hard else str(n)) for n in range(200)]
     theirs = [row(n, "-" if n in hard[:-8] else str(n)) for n in range(200)]
     report = report_of({"base": ours, "merged": theirs})
-    found = delta(report, "merged", "base", "exact_match")
-    assert found["delta"] == 0.04
-    assert found["p"] < 0.03  # eight rows lost, none won: 1 in 128, as far as 300 samples tell
-    assert found["low"] > 0
+    result = delta(report, "merged", "base", "exact_match")
+    assert result["delta"] == 0.04
+    assert result["p"] < 0.03  # eight rows lost, none won: 1 in 128, as far as 300 samples tell
+    assert result["low"] > 0
 
 
 def test_a_judges_marks_count_where_there_are_any():
@@ -158,15 +158,15 @@ def test_without_a_marked_row_the_judges_score_is_null():
 
 def test_perplexity_of_general_text_shows_forgetting():
     paragraphs = [{"text": "a", "nll": 10.0 + n, "tokens": 5} for n in range(12)]
-    forgot = [one | {"nll": one["nll"] + 2} for one in paragraphs]
+    forgot = [entry | {"nll": entry["nll"] + 2} for entry in paragraphs]
     answers = {"base": answering(1), "base_few_shot": answering(1), "merged": answering(1)}
     report = report_of(answers, general={"base": paragraphs, "merged": forgot})
     assert report["base"]["general_perplexity"] == round(math.exp(15.5 / 5), 4)
     assert report["base_few_shot"]["general_perplexity"] is None
-    found = delta(report, "merged", "base", "general_perplexity")
-    assert found["delta"] > 0
-    assert found["low"] > 0
-    assert found["p"] < 0.02
+    result = delta(report, "merged", "base", "general_perplexity")
+    assert result["delta"] > 0
+    assert result["low"] > 0
+    assert result["p"] < 0.02
 
 
 def test_one_row_has_a_score_and_no_interval():
@@ -189,14 +189,14 @@ def test_what_a_broken_file_gives_is_null_and_harms_no_other_score():
     assert report["Q4_1"]["perplexity"] is None
     assert report["Q4_1"]["kl"] is None
     assert report["Q4_1"]["exact_match"] == 1
-    assert {one["metric"] for one in report["Q4_1"]["intervals"]} == {"exact_match", "stop_rate"}
+    assert {entry["metric"] for entry in report["Q4_1"]["intervals"]} == {"exact_match", "stop_rate"}
     json.dumps(report, allow_nan=False)
-    json.dumps(scored_rows(broken, scores_of("exact_match"), "exact_match"), allow_nan=False)
+    json.dumps(score_rows(broken, scores_of("exact_match"), "exact_match"), allow_nan=False)
 
 
 def test_small_numbers_keep_three_digits(answers):
-    for one in answers["Q4_1"]:
-        one["kl"] = 0.0000123456
+    for entry in answers["Q4_1"]:
+        entry["kl"] = 0.0000123456
     report = report_of(answers)
     assert report["Q4_1"]["kl"] == 0.0000123
     assert report["base"]["perplexity"] == 1.6487
@@ -222,9 +222,9 @@ def test_rows_stand_with_the_worst_first_by_the_primary_score_then_by_the_others
         row(4, "z", nll=1.0),
     ]
     scores = scores_of("exact_match", "token_f1")
-    assert [one["row"] for one in scored_rows(rows, scores, "exact_match")] == [3, 2, 4, 1, 0]
-    assert [one["row"] for one in scored_rows(rows, scores, "perplexity")] == [0, 3, 1, 2, 4]
-    first = scored_rows(rows, scores, "exact_match")[0]
+    assert [entry["row"] for entry in score_rows(rows, scores, "exact_match")] == [3, 2, 4, 1, 0]
+    assert [entry["row"] for entry in score_rows(rows, scores, "perplexity")] == [0, 3, 1, 2, 4]
+    first = score_rows(rows, scores, "exact_match")[0]
     assert list(first) == ["row", "prompt", "reference", "completion", "finish_reason", "scores"]
     assert first["scores"] == {
         "exact_match": 0,
@@ -240,16 +240,16 @@ def test_rows_that_a_score_does_not_apply_to_come_last():
         row(n, "x", bert_score=0.5, **({"judge": mark} if mark is not None else {}))
         for n, mark in enumerate([None, 90.0, 10.0])
     ]
-    found = scored_rows(rows, scores_of("exact_match", "bert_score", judged=True), "judge")
-    assert [one["row"] for one in found] == [2, 1, 0]
-    assert [one["scores"]["judge"] for one in found] == [10, 90, None]
-    assert found[0]["scores"]["combined"] == pytest.approx(0.4 * 0.5 + 0.6 * 0.1)
+    result = score_rows(rows, scores_of("exact_match", "bert_score", judged=True), "judge")
+    assert [entry["row"] for entry in result] == [2, 1, 0]
+    assert [entry["scores"]["judge"] for entry in result] == [10, 90, None]
+    assert result[0]["scores"]["combined"] == pytest.approx(0.4 * 0.5 + 0.6 * 0.1)
 
 
 def test_a_corpus_score_of_one_row_is_that_of_the_row_alone():
-    [found] = scored_rows([row(0, "a b", reference="a b")], scores_of("bleu", "chrf"), "bleu")
-    assert found["scores"]["bleu"] == 100
-    assert found["scores"]["chrf"] == 100
+    [result] = score_rows([row(0, "a b", reference="a b")], scores_of("bleu", "chrf"), "bleu")
+    assert result["scores"]["bleu"] == 100
+    assert result["scores"]["chrf"] == 100
 
 
 def test_the_best_artifact_has_the_best_primary_score_and_of_equals_the_smallest_file():
@@ -258,21 +258,21 @@ def test_the_best_artifact_has_the_best_primary_score_and_of_equals_the_smallest
         "small": {"exact_match": 0.9, "perplexity": 1.3, "bytes": 5, "judge": 3.0},
         "tiny": {"exact_match": 0.8, "perplexity": 1.3, "bytes": 1, "judge": None},
     }
-    assert best(report, ["big", "small", "tiny"], "exact_match") == "small"
-    assert best(report, ["big", "small", "tiny"], "perplexity") == "big"
-    assert best(report, ["big", "small", "tiny"], "judge") == "small"
-    assert best(report, ["big", "tiny"], "judge") == "tiny"
-    assert best(report, ["big", "small", "tiny"], "bytes") == "tiny"
+    assert choose_best_artifact(report, ["big", "small", "tiny"], "exact_match") == "small"
+    assert choose_best_artifact(report, ["big", "small", "tiny"], "perplexity") == "big"
+    assert choose_best_artifact(report, ["big", "small", "tiny"], "judge") == "small"
+    assert choose_best_artifact(report, ["big", "tiny"], "judge") == "tiny"
+    assert choose_best_artifact(report, ["big", "small", "tiny"], "bytes") == "tiny"
 
 
 def test_plots_get_one_row_per_split_artifact_and_score_that_is_better_the_higher(answers):
-    rows = plot_rows({"test": report_of(answers, "exact_match", "json_valid")}, "exact_match")
-    assert {one["metric"] for one in rows} == {"exact_match", "stop_rate"}
+    rows = make_plot_rows({"test": report_of(answers, "exact_match", "json_valid")}, "exact_match")
+    assert {entry["metric"] for entry in rows} == {"exact_match", "stop_rate"}
     assert len(rows) == 8
-    assert {one["metric"] for one in rows if one["primary"] == "yes"} == {"exact_match"}
-    assert all(one["low"] <= one["score"] <= one["high"] for one in rows)
-    by_perplexity = plot_rows({"test": report_of(answers)}, "perplexity")
-    assert {one["metric"] for one in by_perplexity if one["primary"] == "yes"} == {"perplexity"}
+    assert {entry["metric"] for entry in rows if entry["primary"] == "yes"} == {"exact_match"}
+    assert all(entry["low"] <= entry["score"] <= entry["high"] for entry in rows)
+    by_perplexity = make_plot_rows({"test": report_of(answers)}, "perplexity")
+    assert {entry["metric"] for entry in by_perplexity if entry["primary"] == "yes"} == {"perplexity"}
 
 
 def write(folder, artifact, rows, split="test"):
@@ -285,23 +285,23 @@ def test_marks_are_read_into_their_rows(tmp_path):
         write(tmp_path / "generated", artifact, answering(1, rows=3))
         write(tmp_path / "judged", artifact, [{"row": 2, "score": 40, "reason": "…"}])
     read = read_answers(tmp_path / "generated", tmp_path / "judged", ["base", "merged"], "test")
-    assert [one.get("judge") for one in read["merged"]] == [None, None, 40]
+    assert [entry.get("judge") for entry in read["merged"]] == [None, None, 40]
     assert "judge" not in read_answers(tmp_path / "generated", None, ["base"], "test")["base"][2]
 
 
 def test_general_text_is_read_where_an_artifact_has_one(tmp_path):
     write(tmp_path, "base", [{"text": "a", "nll": 1.0, "tokens": 2}], split="general")
     (tmp_path / "base_few_shot").mkdir()
-    assert list(read_general(tmp_path, ["base", "base_few_shot"])) == ["base"]
+    assert list(read_general_text(tmp_path, ["base", "base_few_shot"])) == ["base"]
 
 
 def test_artifacts_that_answered_other_rows_are_refused(tmp_path):
     write(tmp_path, "base", answering(1, rows=3))
     write(tmp_path, "merged", answering(1, rows=2))
-    with pytest.raises(InputError, match=r"merged/test.jsonl: holds other rows than base has; run `dvc repro` again"):
+    with refused("different-rows", "merged/test.jsonl: ", "base"):
         read_answers(tmp_path, None, ["base", "merged"], "test")
     write(tmp_path, "base", [])
-    with pytest.raises(InputError, match="holds no row"):
+    with refused("empty-file", "base/test.jsonl: "):
         read_answers(tmp_path, None, ["base"], "test")
 
 
@@ -319,14 +319,16 @@ def test_bert_score_is_put_into_every_row_and_rescaled_by_one_baseline_for_both_
 
     monkeypatch.setattr(bert_score, "Encoder", Letters)
     monkeypatch.setattr(
-        bert_score, "scores", lambda pairs, *_, **__: {pair: 1.0 if pair[0] == pair[1] else 0.6 for pair in pairs}
+        bert_score,
+        "compute_scores",
+        lambda pairs, *_, **__: {pair: 1.0 if pair[0] == pair[1] else 0.6 for pair in pairs},
     )
     settings = BertScore(
         model="owner/name", revision=None, num_layers=None, max_length=8, batch_size=4, baseline="shuffled"
     )
     splits = [{"base": answering(5, rows=10), "merged": answering(10, rows=10)} for _ in range(2)]
     add_bert_score(splits, settings, seed=1, cache=tmp_path)
-    assert [one["bert_score"] for one in splits[1]["base"]] == [1.0] * 5 + [0.0] * 5
+    assert [entry["bert_score"] for entry in splits[1]["base"]] == [1.0] * 5 + [0.0] * 5
 
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     (tmp_path / "baseline.tsv").write_text("LAYER,P,R,F\n0,0,0,0\n1,0.1,0.1,0.2\n")
@@ -348,7 +350,7 @@ def test_ten_thousand_rows_are_scored_in_seconds():
     }
     started = time.process_time()
     scores = scores_of("exact_match", "token_f1", "json_valid", "rouge_l", "length_ratio", "distinct_1")
-    report = evaluate(answers, {}, BYTES, scores, Sampling(1000, 1))
+    report = evaluate(answers, {}, BYTES, scores, Resampling(1000, 1))
     assert time.process_time() - started < 60
     [exact] = [one for one in report["merged"]["intervals"] if one["metric"] == "exact_match"]
     # 10,000 rows: a standard error of 0.004.

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refused
 from samples import conversations, texts, tool_conversations
 
-from lathe.common.errors import InputError
 from lathe.config.presets import LocalDataset
-from lathe.data.formats import Columns
-from lathe.data.read_files import Fault, read_rows
-from lathe.data.split_files import split_files
+from lathe.data.formats import RecordConverter
+from lathe.data.read_files import Fault, read_records
+from lathe.data.split_files import find_split_files
 
 ROWS = 200
 CONTROL = re.compile(r"<\|im_start\|>|<\|im_end\|>")
@@ -26,16 +26,16 @@ def preset(**keys: Any) -> LocalDataset:
     return LocalDataset(source="local", path="data/local/x", **keys)
 
 
-def read(folder: Path, keys: dict[str, Any] | None = None) -> tuple[Columns, list[Any]]:
+def read(folder: Path, keys: dict[str, Any] | None = None) -> tuple[RecordConverter, list[Any]]:
     """Return how the train files of a folder are read, and the processed row, or the fault, of each of their rows."""
-    columns, found = None, []
-    for file in split_files(folder)["train"]:
-        for row in read_rows(file):
+    converter, examples = None, []
+    for file in find_split_files(folder)["train"]:
+        for row in read_records(file):
             assert not isinstance(row.value, Fault), row
-            columns = columns or Columns(preset(**(keys or {})), row.value, file.name, CONTROL)
-            found.append({"messages": columns.conversation(row.value), **columns.extras(row.value)})
-    assert columns
-    return columns, found
+            converter = converter or RecordConverter(preset(**(keys or {})), row.value, file.name, CONTROL)
+            examples.append({"messages": converter.convert(row.value), **converter.get_extra_fields(row.value)})
+    assert converter
+    return converter, examples
 
 
 def pair(prompt: str, answer: str, system: str | None = None) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def put(file: Path, rows: list[Any]) -> None:
     file.write_bytes(gzip.compress(data) if file.name.endswith(".gz") else data)
 
 
-def shown(columns: Columns) -> dict[str, Any]:
-    return {**columns.description, "detected": columns.detected}
+def shown(converter: RecordConverter) -> dict[str, Any]:
+    return {**converter.description, "detected": converter.detected}
 
 
 FILES = [
@@ -91,9 +91,9 @@ FLAT_FILES = [*FILES, "data.csv", "data.csv.gz"]
 def test_messages_are_kept_with_system_and_every_turn(tmp_path, name):
     chats = conversations(ROWS, seed=1)
     put(tmp_path / name, [{"id": number, "messages": chat} for number, chat in enumerate(chats)])
-    columns, rows = read(tmp_path)
+    converter, rows = read(tmp_path)
     assert rows == [{"messages": chat} for chat in chats]
-    assert shown(columns) == {"format": "messages", "messages": "messages", "detected": True}
+    assert shown(converter) == {"format": "messages", "messages": "messages", "detected": True}
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.parquet", "data.arrow"])
@@ -129,9 +129,9 @@ def test_sharegpt_conversations_are_read_by_whoever_speaks(tmp_path, name):
         for chat in chats
     ]
     put(tmp_path / name, rows)
-    columns, found = read(tmp_path)
-    assert found == [{"messages": chat} for chat in chats]
-    assert shown(columns) == {"format": "sharegpt", "messages": "conversations", "detected": True}
+    converter, examples = read(tmp_path)
+    assert examples == [{"messages": chat} for chat in chats]
+    assert shown(converter) == {"format": "sharegpt", "messages": "conversations", "detected": True}
 
 
 def test_sharegpt_tool_calls_become_those_of_messages(tmp_path):
@@ -153,29 +153,29 @@ def test_sharegpt_tool_calls_become_those_of_messages(tmp_path):
 
 
 def test_sharegpt_with_a_system_column_or_openais_keys_or_another_column_name(tmp_path):
-    said, answered, system = texts(3 * ROWS, 3)[::3], texts(3 * ROWS, 3)[1::3], texts(3 * ROWS, 3)[2::3]
+    prompts, answered, system = texts(3 * ROWS, 3)[::3], texts(3 * ROWS, 3)[1::3], texts(3 * ROWS, 3)[2::3]
     rows = []
-    for number, (request, answer, before) in enumerate(zip(said, answered, system, strict=True)):
+    for number, (request, answer, before) in enumerate(zip(prompts, answered, system, strict=True)):
         keys = ("from", "value", "human", "gpt") if number % 2 else ("role", "content", "user", "assistant")
         turns = [{keys[0]: keys[2], keys[1]: request}, {keys[0]: keys[3], keys[1]: answer}]
         rows.append({"turns": turns, "system": before})
     put(tmp_path / "data.jsonl", rows)
-    columns, found = read(tmp_path, {"format": "sharegpt", "messages": "turns"})
-    assert found == [pair(*three) for three in zip(said, answered, system, strict=True)]
-    assert shown(columns) == {"format": "sharegpt", "messages": "turns", "system": "system", "detected": False}
+    converter, examples = read(tmp_path, {"format": "sharegpt", "messages": "turns"})
+    assert examples == [pair(*three) for three in zip(prompts, answered, system, strict=True)]
+    assert shown(converter) == {"format": "sharegpt", "messages": "turns", "system": "system", "detected": False}
 
 
 @pytest.mark.parametrize("name", FLAT_FILES)
 def test_alpaca_joins_instruction_and_input(tmp_path, name):
-    asked, given, answered = texts(ROWS, 5), texts(ROWS, 6), texts(ROWS, 7)
+    prompts, given, answered = texts(ROWS, 5), texts(ROWS, 6), texts(ROWS, 7)
     given = [text if number % 3 else "" for number, text in enumerate(given)]
-    columns_of = zip(asked, given, answered, strict=True)
+    columns_of = zip(prompts, given, answered, strict=True)
     rows = [{"instruction": a, "input": b, "output": c, "text": "ignored"} for a, b, c in columns_of]
     put(tmp_path / name, rows)
-    columns, found = read(tmp_path)
-    expected = [f"{a}\n\n{b}" if b else a for a, b in zip(asked, given, strict=True)]
-    assert found == [pair(request, answer) for request, answer in zip(expected, answered, strict=True)]
-    assert shown(columns) == {
+    converter, examples = read(tmp_path)
+    expected = [f"{a}\n\n{b}" if b else a for a, b in zip(prompts, given, strict=True)]
+    assert examples == [pair(request, answer) for request, answer in zip(expected, answered, strict=True)]
+    assert shown(converter) == {
         "format": "alpaca",
         "prompt": "instruction",
         "input": "input",
@@ -190,11 +190,11 @@ def test_alpaca_joins_instruction_and_input(tmp_path, name):
     [("prompt", "completion", "prompt_completion"), ("question", "answer", "question_answer")],
 )
 def test_two_columns_are_a_request_and_its_answer(tmp_path, name, request_column, answer_column, form):
-    asked, answered = texts(ROWS, 8), texts(ROWS, 9)
-    put(tmp_path / name, [{request_column: a, answer_column: b} for a, b in zip(asked, answered, strict=True)])
-    columns, found = read(tmp_path)
-    assert found == [pair(*both) for both in zip(asked, answered, strict=True)]
-    assert shown(columns) == {
+    prompts, answered = texts(ROWS, 8), texts(ROWS, 9)
+    put(tmp_path / name, [{request_column: a, answer_column: b} for a, b in zip(prompts, answered, strict=True)])
+    converter, examples = read(tmp_path)
+    assert examples == [pair(*both) for both in zip(prompts, answered, strict=True)]
+    assert shown(converter) == {
         "format": form,
         "prompt": request_column,
         "completion": answer_column,
@@ -208,21 +208,21 @@ def test_plain_columns_are_put_into_a_template(tmp_path, name):
     rows = [{"topic": a, "tone": b, "text": c} for a, b, c in zip(topic, tone, answered, strict=True)]
     put(tmp_path / name, rows)
     template = "Write of {topic} in this tone: {tone} {{braces}}"
-    _, found = read(tmp_path, {"prompt_template": template, "completion": "text"})
-    assert found == [pair(template.format(**row), row["text"]) for row in rows]
+    _, examples = read(tmp_path, {"prompt_template": template, "completion": "text"})
+    assert examples == [pair(template.format(**row), row["text"]) for row in rows]
 
 
 @pytest.mark.parametrize("name", FLAT_FILES)
 def test_a_preference_pair_of_texts_is_learnt_by_its_chosen_answer_and_kept(tmp_path, name):
-    asked, better, worse = texts(ROWS, 13), texts(ROWS, 14), texts(ROWS, 15)
-    rows = [{"prompt": a, "chosen": b, "rejected": c} for a, b, c in zip(asked, better, worse, strict=True)]
+    prompts, better, worse = texts(ROWS, 13), texts(ROWS, 14), texts(ROWS, 15)
+    rows = [{"prompt": a, "chosen": b, "rejected": c} for a, b, c in zip(prompts, better, worse, strict=True)]
     put(tmp_path / name, rows)
-    columns, found = read(tmp_path)
-    assert found == [
+    converter, examples = read(tmp_path)
+    assert examples == [
         {**pair(a, b), "rejected": [{"role": "assistant", "content": c}]}
-        for a, b, c in zip(asked, better, worse, strict=True)
+        for a, b, c in zip(prompts, better, worse, strict=True)
     ]
-    assert shown(columns) == {
+    assert shown(converter) == {
         "format": "preference",
         "prompt": "prompt",
         "completion": "chosen",
@@ -281,9 +281,9 @@ def test_a_conversation_may_have_an_answer_to_reject_beside_it(tmp_path, given):
             row["rejected"] = text
     rows.append({"messages": chats[0], "rejected": None})
     put(tmp_path / "data.jsonl", rows)
-    columns, found = read(tmp_path)
-    assert found == [*expected, {"messages": chats[0]}]
-    assert shown(columns) == {
+    converter, examples = read(tmp_path)
+    assert examples == [*expected, {"messages": chats[0]}]
+    assert shown(converter) == {
         "format": "messages",
         "messages": "messages",
         "rejected": "rejected",
@@ -293,9 +293,9 @@ def test_a_conversation_may_have_an_answer_to_reject_beside_it(tmp_path, given):
 
 def test_a_preference_pair_may_have_other_column_names(tmp_path):
     put(tmp_path / "data.jsonl", [{"q": "Why?", "good": "Because.", "bad": "No.", "system": "not read"}])
-    columns, found = read(tmp_path, {"prompt": "q", "completion": "good", "rejected": "bad"})
-    assert found == [{**pair("Why?", "Because."), "rejected": [{"role": "assistant", "content": "No."}]}]
-    assert columns.description["format"] == "preference"
+    converter, examples = read(tmp_path, {"prompt": "q", "completion": "good", "rejected": "bad"})
+    assert examples == [{**pair("Why?", "Because."), "rejected": [{"role": "assistant", "content": "No."}]}]
+    assert converter.description["format"] == "preference"
 
 
 LABELS = ["negative", "neutral", "positive"]
@@ -304,13 +304,13 @@ LABELS = ["negative", "neutral", "positive"]
 @pytest.mark.parametrize("name", FLAT_FILES)
 @pytest.mark.parametrize("form", ["number", "text"])
 def test_a_label_is_answered_by_its_text(tmp_path, name, form):
-    said = texts(ROWS, 20)
-    places = [random.Random(text).randrange(3) for text in said]
+    prompts = texts(ROWS, 20)
+    places = [random.Random(text).randrange(3) for text in prompts]
     labels: list[Any] = places if form == "number" else [LABELS[place] for place in places]
-    put(tmp_path / name, [{"text": a, "label": b} for a, b in zip(said, labels, strict=True)])
-    columns, found = read(tmp_path, {"labels": LABELS} if form == "number" else {})
-    assert found == [pair(text, LABELS[place]) for text, place in zip(said, places, strict=True)]
-    assert columns.description["format"] == "classification"
+    put(tmp_path / name, [{"text": a, "label": b} for a, b in zip(prompts, labels, strict=True)])
+    converter, examples = read(tmp_path, {"labels": LABELS} if form == "number" else {})
+    assert examples == [pair(text, LABELS[place]) for text, place in zip(prompts, places, strict=True)]
+    assert converter.description["format"] == "classification"
 
 
 def test_a_label_goes_with_a_prompt_template_too(tmp_path):
@@ -322,21 +322,21 @@ def test_a_label_goes_with_a_prompt_template_too(tmp_path):
 def test_a_dataset_as_save_to_disk_writes_it_gives_its_label_names(tmp_path):
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-    from lathe.data.split_files import data_files
+    from lathe.data.split_files import find_data_files
 
-    said = texts(ROWS, 21)
-    places = [random.Random(text).randrange(3) for text in said]
+    prompts = texts(ROWS, 21)
+    places = [random.Random(text).randrange(3) for text in prompts]
     features = Features({"text": Value("string"), "label": ClassLabel(names=LABELS)})
-    dataset = Dataset.from_dict({"text": said, "label": places}, features=features)
+    dataset = Dataset.from_dict({"text": prompts, "label": places}, features=features)
     DatasetDict({"train": dataset, "test": dataset.select(range(5))}).save_to_disk(tmp_path / "saved")
     dataset.to_parquet(tmp_path / "data.parquet")
-    files = data_files(tmp_path / "saved")
+    files = find_data_files(tmp_path / "saved")
     assert list(files) == ["test-data-00000-of-00001.arrow", "train-data-00000-of-00001.arrow"]
     for folder, sources in (("arrow", files), ("parquet", {"data.parquet": tmp_path / "data.parquet"})):
         (tmp_path / folder).mkdir()
         for name, file in sources.items():
             (tmp_path / folder / name).symlink_to(file)
-        assert read(tmp_path / folder)[1] == [pair(text, LABELS[at]) for text, at in zip(said, places, strict=True)]
+        assert read(tmp_path / folder)[1] == [pair(text, LABELS[at]) for text, at in zip(prompts, places, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -354,32 +354,26 @@ def test_a_system_column_comes_first_where_it_is_not_empty(tmp_path, row):
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "code"),
     [
         (
             {"messages": [], "prompt": "a", "completion": "b"},
-            "data.jsonl: its columns 'messages', 'prompt', 'completion' fit the formats messages and "
-            "prompt_completion; say in the dataset's preset which one is meant (format: messages)",
+            "ambiguous-format",
         ),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c", "messages": []},
-            "data.jsonl: its columns 'prompt', 'chosen', 'rejected', 'messages' fit the formats messages and "
-            "preference; say in the dataset's preset which one is meant (format: messages)",
+            "ambiguous-format",
         ),
         (
             {"instruction": "a", "context": "b", "response": "c"},
-            "data.jsonl: has the columns 'instruction', 'context', 'response'; expected those of a format (messages; "
-            "conversations; instruction + output; prompt + completion; question + answer; chosen + rejected; "
-            "text + label); name yours in the dataset's preset (messages, prompt + completion, prompt_template + "
-            "completion)",
+            "unknown-format",
         ),
     ],
 )
-def test_columns_that_fit_several_formats_or_none_are_refused(tmp_path, row, message):
+def test_columns_that_fit_several_formats_or_none_are_refused(tmp_path, row, code):
     put(tmp_path / "data.jsonl", [row])
-    with pytest.raises(InputError) as refused:
+    with refused(code, "data.jsonl: ", *map(repr, row)):
         read(tmp_path)
-    assert str(refused.value) == message
 
 
 def test_the_named_format_decides_where_several_fit(tmp_path):
@@ -420,5 +414,5 @@ def test_reading_takes_one_batch_of_a_file_and_not_the_whole(tmp_path):
         put(tmp_path / name, rows)
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) * 3 // 4] + b'\xff"')
-        source = read_rows(tmp_path / name)
+        source = read_records(tmp_path / name)
         assert [next(source).value for _ in range(100)] == rows[:100], name

@@ -108,7 +108,7 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path, params):
     ("metric", "message"),
     [
         ("Q4_K_M.exact_mach", "names exact_mach, which is not computed"),
-        ("Q5_0.exact_match", "names Q5_0, no artifact"),
+        ("Q5_0.exact_match", "names Q5_0, which is no artifact"),
         ("Q4_K_M.bert_score", "add bert_score to evaluate.metrics"),
     ],
 )
@@ -120,7 +120,7 @@ def test_an_objective_that_no_trial_would_have_is_refused(tmp_path, params, metr
 
 def test_an_objective_must_be_there_for_every_choice_of_types(tmp_path, params):
     plan = planned(tmp_path, params, "quantize.types: {type: categorical, choices: [[Q4_K_M], [Q8_0]]}")
-    with pytest.raises(InputError, match="names Q4_K_M, no artifact"):
+    with pytest.raises(InputError, match="names Q4_K_M, which is no artifact"):
         plan.check(params, "some.yaml")
 
 

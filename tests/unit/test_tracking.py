@@ -58,8 +58,8 @@ def test_a_variable_that_says_what_the_parameters_say_is_not_worth_a_line():
         ({"WANDB_MODE": "dryrun"}, "WANDB_MODE is 'dryrun'; must be one of online, offline, disabled"),
         (
             {"MLFLOW_ENABLED": "1", "MLFLOW_TRACKING_URI": "http://me:secret@host"},
-            "MLFLOW_TRACKING_URI: 'http:…host' is no plain address; write http(s)://HOST[:PORT][/PATH] and put keys "
-            "into the environment, MLFLOW_TRACKING_PASSWORD for one",
+            "MLFLOW_TRACKING_URI: 'http:…host' is not a plain address; write http(s)://HOST[:PORT][/PATH], and put "
+            "keys into the environment, MLFLOW_TRACKING_PASSWORD for one",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Building blocks of every section of the parameters: strict models, number types, descriptions of keys."""
+"""Parameter sections: the strict base class, number types, and descriptions of keys."""
 
 import re
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -20,41 +20,43 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 def entry(meaning: str, unit: str | None = None) -> Any:
-    """Describe a required key; the text is also the comment beside it in `params.yaml`."""
+    """Return the field of a required key; meaning and unit are also the comment beside the key in `params.yaml`."""
     return Field(description=meaning, json_schema_extra={"unit": unit} if unit else None)
 
 
-def _groups(pattern: str) -> int:
+def count_groups(pattern: str) -> int:
+    """Return the number of groups of a regular expression; raises ValueError if it is none."""
     try:
         return re.compile(pattern).groups
     except re.error as error:
         raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
 
 
-def _with_group(pattern: str, what: str) -> str:
-    if not _groups(pattern):
+def require_group(pattern: str, what: str) -> str:
+    """Return the pattern; raises ValueError if it has no group. `what` names what the group is to match."""
+    if not count_groups(pattern):
         raise ValueError(f"pattern {pattern!r} has no group; put parentheses around the {what}")
     return pattern
 
 
-def plain_address(address: str) -> str:
-    """Return the address of a server, in which no key may stand; raises ValueError, which shows none either."""
+def check_plain_address(address: str) -> str:
+    """Return the address of a server; raises ValueError if it is none, or might contain a key, without showing it."""
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", address):
         raise ValueError(
-            f"{shorten_value(re.sub('//.*@|[?#].*', '…', address))} is no plain address; write "
-            "http(s)://HOST[:PORT][/PATH] and put keys into the environment"
+            f"{shorten_value(re.sub('//.*@|[?#].*', '…', address))} is not a plain address; write "
+            "http(s)://HOST[:PORT][/PATH], and put keys into the environment"
         )
     return address
 
 
 class Section(BaseModel):
-    """A group of keys: unknown ones are refused, no type is coerced, nothing can be changed after loading."""
+    """A group of keys: unknown keys are refused, no type is coerced, and values cannot be changed after loading."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 def section_of(kind: Any) -> type[Section] | None:
-    """Return the class of the keys that a value of this type has, or its entries where it is a list."""
+    """Return the Section that a field's type is, or that the entries of its list are; None for other types."""
     if get_origin(kind) is list:
         [kind] = get_args(kind)
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None

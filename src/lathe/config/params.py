@@ -1,7 +1,6 @@
-"""Every hyperparameter: its type, range, unit and meaning. No second place holds a default.
+"""Parameters: type, range, unit and meaning of every key of `params.yaml`; there are no defaults in the code.
 
-`load()` reads `params.yaml` and `presets.yaml` and reports every problem of both at once, one line each:
-the key, the value, the rule and a remedy.
+`lathe.config.load` reads the file and reports all problems at once, one line each: key, value, rule and remedy.
 """
 
 import re
@@ -20,9 +19,9 @@ from lathe.config.base import (
     Positive,
     PositiveFloat,
     Section,
-    _with_group,
+    check_plain_address,
     entry,
-    plain_address,
+    require_group,
 )
 from lathe.config.quantization_types import (
     FILE_TYPES,
@@ -30,57 +29,57 @@ from lathe.config.quantization_types import (
     FILES_THAT_NEED_IMATRIX,
     TENSORS_THAT_NEED_IMATRIX,
     check_type,
-    parse,
+    parse_tensor_type,
 )
-from lathe.config.scores import MEASURED, Metric, to_compute
+from lathe.config.scores import MEASURED, Metric, suggest_remedy
 from lathe.config.training_params import Dpo, Grpo, Lora, Quantization, Sft, Training
 
 
 class Preprocess(Section):
-    """From raw rows to validated, split chat messages."""
+    """Preprocessing: from raw records to validated chat messages in three splits."""
 
     validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = entry(
-        "share of the training rows that becomes the validation split where the source has none"
+        "share of the training rows that becomes the validation split if the source has none"
     )
     test_fraction: Annotated[float, Field(gt=0, lt=0.5)] = entry(
-        "share of the training rows that becomes the test split where the source has none"
+        "share of the training rows that becomes the test split if the source has none"
     )
     max_dropped_fraction: Fraction = entry("share of unusable rows above which the stage fails")
     too_long: Literal["drop", "truncate_prompt", "truncate_answer"] = entry(
-        "rows over training.max_length: drop them, cut what comes before the last answer, or cut the end of an answer"
+        "rows over training.max_length: drop them, cut the prompt of the last answer, or cut the end of an answer"
     )
-    max_truncated_fraction: Fraction = entry("share of rows cut by too_long above which the stage fails")
+    max_truncated_fraction: Fraction = entry("share of truncated rows above which the stage fails")
     max_overlap_fraction: Fraction = entry(
-        "share of a held-out split's rows that are nearly in another split above which the stage fails"
+        "share of near duplicates of another split, in a held-out split, above which the stage fails"
     )
     supervise: Literal["all", "last"] = entry(
-        "assistant turns of a conversation that are learnt: all of them or the last"
+        "assistant turns of a conversation that are supervised: all of them or the last"
     )
 
 
 class Merge(Section):
-    """How base and adapter become one model; never through quantized weights."""
+    """Merging of base and adapter into one model, from 16-bit weights, even after training on a 4-bit base."""
 
-    dtype: Literal["auto", "bfloat16", "float16"] = entry("type of the merged weights; auto: as the base")
+    dtype: Literal["auto", "bfloat16", "float16"] = entry("type of the merged weights; auto: that of the base")
     max_shard_size_bytes: Annotated[int, Field(ge=1_000_000)] = entry(
-        "largest weight file to write where the base is one file", "bytes"
+        "largest weight file to write, if the base is a single file", "bytes"
     )
 
 
 class Convert(Section):
-    """From safetensors to GGUF, with llama.cpp's own converter."""
+    """Conversion of safetensors to GGUF, with llama.cpp's converter."""
 
     llama_cpp_dir: Name | None = entry("llama.cpp checkout to convert with; null: the one of `make setup`")
 
 
 class Quantize(Section):
-    """The GGUF files that are shipped."""
+    """Quantization of the merged model to the GGUF files that are shipped."""
 
     types: Annotated[list[Name], Field(min_length=1)] = entry("one GGUF per llama.cpp quantization type")
-    imatrix: bool = entry("collect an importance matrix from training rows, and quantize by it")
-    imatrix_rows: Positive = entry("training rows it is collected from", "rows")
-    output_tensor_type: Name | None = entry("type of the output head, such as Q8_0; null: as the file's type has it")
-    token_embedding_type: Name | None = entry("type of the token embeddings; null: as the file's type has it")
+    imatrix: bool = entry("collect an importance matrix from training rows, and use it for quantization")
+    imatrix_rows: Positive = entry("training rows that the importance matrix is collected from", "rows")
+    output_tensor_type: Name | None = entry("type of the output head, such as Q8_0; null: as the file's type says")
+    token_embedding_type: Name | None = entry("type of the token embeddings; null: as the file's type says")
     tensor_types: Annotated[list[Name], Field(min_length=1)] | None = entry(
         "types of other tensors, each `PATTERN=TYPE` with a regular expression for their names; null: none"
     )
@@ -88,21 +87,21 @@ class Quantize(Section):
         "llama-quantize program to quantize with, such as one built with CUDA; null: the library of `make setup`"
     )
 
-    # Asked here, by every stage, and not only by the one that quantizes: hours of training may lie between.
+    # Checked when any stage starts, as quantization may come hours of training later.
     @field_validator("types")
     @classmethod
-    def _known(cls, types: list[str]) -> list[str]:
+    def _check_types(cls, types: list[str]) -> list[str]:
         known = [name for name in FILE_TYPES if name not in FILES_THAT_CANNOT_BE_MADE]
         for name in types:
             if name in FILES_THAT_CANNOT_BE_MADE:
-                raise ValueError(f"{name} is named by llama.cpp, whose quantizer cannot make it; take another type")
+                raise ValueError(f"{name} is a type of llama.cpp that its quantizer cannot make; take another type")
             if name not in known:
                 raise ValueError(f"{name!r} is no quantization type; {did_you_mean(name, known)}")
         return types
 
     @field_validator("output_tensor_type", "token_embedding_type")
     @classmethod
-    def _known_of_embeddings(cls, name: str | None) -> str | None:
+    def _check_embedding_type(cls, name: str | None) -> str | None:
         try:
             return name and check_type(name, of_embeddings=True)
         except InputError as error:
@@ -110,87 +109,87 @@ class Quantize(Section):
 
     @field_validator("tensor_types")
     @classmethod
-    def _readable(cls, entries: list[str] | None) -> list[str] | None:
+    def _check_tensor_types(cls, entries: list[str] | None) -> list[str] | None:
         try:
             for pattern_and_type in entries or []:
-                parse(pattern_and_type)
+                parse_tensor_type(pattern_and_type)
         except InputError as error:
             raise ValueError(str(error)) from None
         return entries
 
     @model_validator(mode="after")
-    def _unique(self) -> "Quantize":
-        twice = sorted({name for name in self.types if self.types.count(name) > 1})
-        if twice:
-            raise ValueError(f"types lists {', '.join(twice)} twice; name each type once")
+    def _check_unique(self) -> "Quantize":
+        repeated = sorted({name for name in self.types if self.types.count(name) > 1})
+        if repeated:
+            raise ValueError(f"types lists {', '.join(repeated)} twice; name each type once")
         return self
 
     @model_validator(mode="after")
-    def _has_importance_where_needed(self) -> "Quantize":
+    def _check_importance(self) -> "Quantize":
         if self.imatrix:
             return self
         needing = [name for name in self.types if name in FILES_THAT_NEED_IMATRIX]
-        needing += [name for name in self.tensor_types or [] if parse(name)[1] in TENSORS_THAT_NEED_IMATRIX]
+        needing += [name for name in self.tensor_types or [] if parse_tensor_type(name)[1] in TENSORS_THAT_NEED_IMATRIX]
         if needing:
             raise ValueError(
-                f"quantize.imatrix is false, and llama.cpp makes {', '.join(needing)} by an importance matrix alone; "
+                f"quantize.imatrix is false, and llama.cpp needs an importance matrix for {', '.join(needing)}; "
                 "set quantize.imatrix to true, or take larger types"
             )
         return self
 
 
 class Generate(Section):
-    """Greedy answers of every artifact on the held-out rows."""
+    """Generation: greedy answers of every artifact to the held-out prompts."""
 
     max_new_tokens: Positive = entry("longest answer", "tokens")
-    n_ctx: Annotated[int, Field(ge=16)] = entry("room for a row, prompt and answer together", "tokens")
+    n_ctx: Annotated[int, Field(ge=16)] = entry("context size: prompt and answer of a row together", "tokens")
     n_parallel: Positive = entry("rows decoded in one batch", "rows")
-    max_rows: Positive | None = entry("answer only the first rows of each split; null: all of them", "rows")
-    few_shot: Positive = entry("training rows shown to the base model before each request, as a baseline", "rows")
+    max_rows: Positive | None = entry("generate for only the first rows of each split; null: for all of them", "rows")
+    few_shot: Positive = entry("training examples in the base model's few-shot prompt, as a baseline", "rows")
 
 
 class Judge(Section):
-    """A language model that marks the answers from 0 to 100."""
+    """Judge: a language model that scores the answers from 0 to 100."""
 
-    enabled: bool = entry("ask the judge; without one there is no judge's score")
+    enabled: bool = entry("score the answers with a judge")
     provider: Literal["openai", "gemini", "gigachat", "gguf"] = entry(
         "openai: any server of its protocol; Google Gemini; Sber GigaChat; gguf: a file on this machine"
     )
-    model: Name = entry("model by the provider's name for it; for gguf the path of the file")
+    model: Name = entry("the provider's name of the model; for gguf the path of the file")
     base_url: Name | None = entry("address of the provider; null: its public one")
-    ca_bundle: Name | None = entry("file with the certificates to trust, as GigaChat needs; null: the usual ones")
-    rubric: Name = entry("text file that tells the judge how to mark")
+    ca_bundle: Name | None = entry("file with the certificates to trust, which GigaChat needs; null: the usual ones")
+    rubric: Name = entry("text file that tells the judge how to score")
     max_rows: Positive | None = entry("judge only the first rows of each split; null: all of them", "rows")
     max_tokens: Positive = entry("longest verdict", "tokens")
-    concurrency: Positive = entry("requests under way at once", "requests")
-    timeout_seconds: PositiveFloat = entry("wait so long for an answer", "seconds")
+    concurrency: Positive = entry("requests in flight at a time", "requests")
+    timeout_seconds: PositiveFloat = entry("longest wait for an answer", "seconds")
     max_retries: Annotated[int, Field(ge=0)] = entry(
-        "further attempts at a request that failed, after ever longer pauses", "attempts"
+        "further attempts at a failed request, after increasing pauses", "attempts"
     )
-    max_requests: Positive = entry("requests that one run may make, attempts included", "requests")
-    max_cost: PositiveFloat | None = entry("what one run may cost, in the currency of the prices; null: no limit")
-    input_price: NonNegativeFloat = entry("price of a million tokens of requests")
-    output_price: NonNegativeFloat = entry("price of a million tokens of verdicts")
+    max_requests: Positive = entry("requests that one run may make, repeated attempts included", "requests")
+    max_cost: PositiveFloat | None = entry("highest cost of one run, in the currency of the prices; null: no limit")
+    input_price: NonNegativeFloat = entry("price of a million input tokens")
+    output_price: NonNegativeFloat = entry("price of a million output tokens")
 
     @field_validator("base_url")
     @classmethod
-    def _plain_address(cls, value: str | None) -> str | None:
-        # It is written into dvc.lock and data/judged: a key within would be published.
-        return value and plain_address(value)
+    def _check_address(cls, value: str | None) -> str | None:
+        # The address is written into dvc.lock and data/judged, where a key in it would be published.
+        return value and check_plain_address(value)
 
     @model_validator(mode="after")
-    def _file_has_no_address(self) -> "Judge":
+    def _check_no_address(self) -> "Judge":
         if self.provider == "gguf" and self.base_url is not None:
-            raise ValueError("judge.base_url does not go with judge.provider gguf, a file; set it to null")
+            raise ValueError("judge.base_url is set, but judge.provider is gguf, a file; set judge.base_url to null")
         return self
 
 
 class BertScore(Section):
-    """BERTScore, where evaluate.metrics lists bert_score: how alike the meanings of two texts are to an encoder."""
+    """BERTScore, if evaluate.metrics lists bert_score: similarity of two texts by the embeddings of an encoder."""
 
     model: Name | None = entry("encoder: a folder under models/local, or a repository of the hub; null: none")
-    revision: Name | None = entry("its commit, tag or branch, where it is from the hub; null: main")
-    num_layers: Positive | None = entry("layer whose embeddings are compared; null: the last")
+    revision: Name | None = entry("its commit, tag or branch, if it is from the hub; null: main")
+    num_layers: Positive | None = entry("layer of the encoder whose embeddings are compared; null: the last")
     max_length: Positive = entry("texts are cut to this length", "tokens")
     batch_size: Positive = entry("texts in one forward pass", "texts")
     baseline: Name | None = entry(
@@ -200,90 +199,90 @@ class BertScore(Section):
 
     @field_validator("model")
     @classmethod
-    def _folder_or_repository(cls, value: str | None) -> str | None:
+    def _check_model(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith("models/local/") and not re.fullmatch(REPOSITORY, value):
             raise ValueError(f"{value!r} is neither a folder under models/local nor a repository; write OWNER/NAME")
         return value
 
 
 class Evaluate(Section):
-    """What the answers are scored by."""
+    """Evaluation: the scores of the answers, and the gates."""
 
     metrics: Annotated[list[Metric], Field(min_length=1)] = entry(
-        "scores to compute; json_valid and json_fields only where the references are JSON"
+        "metrics to compute; json_valid and json_fields apply only to references that are JSON"
     )
     primary_metric: Name = entry(
         "score that names the best file: one of metrics, judge, combined, perplexity, kl, general_perplexity, stop_rate"
     )
     normalize: Literal["none", "text", "json"] = entry(
-        "what exact_match overlooks: spaces at the ends; case, punctuation and spaces; how JSON is written"
+        "what exact_match ignores: none: spaces at the ends; text: case, punctuation and spaces; json: JSON's layout"
     )
     answer_pattern: Name | None = entry(
         "exact_match compares the first group of this regular expression's last match; null: the whole texts"
     )
-    general_text: Name = entry("text file, in paragraphs, whose perplexity before and after training shows forgetting")
+    general_text: Name = entry("text file in paragraphs, whose perplexity before and after training shows forgetting")
     bootstrap_samples: Annotated[int, Field(ge=100)] = entry(
         "resamples of the rows for 95 % intervals and significance", "resamples"
     )
     bert_score_weight: Fraction = entry("weight of bert_score in the score combined")
-    judge_weight: Fraction = entry("weight of judge / 100 in the score combined, where a judge is enabled")
+    judge_weight: Fraction = entry("weight of judge / 100 in the score combined, if the judge is enabled")
     gates: Annotated[list[Name], Field(min_length=1)] | None = entry(
-        "what must hold on validation, such as `Q4_K_M.exact_match >= merged.exact_match - 0.03`; null: nothing"
+        "comparisons that must hold on validation: `Q4_K_M.exact_match >= merged.exact_match - 0.03`; null: none"
     )
 
     @field_validator("metrics")
     @classmethod
-    def _unique(cls, metrics: list[str]) -> list[str]:
-        if twice := sorted({name for name in metrics if metrics.count(name) > 1}):
-            raise ValueError(f"lists {', '.join(twice)} twice; name each score once")
+    def _check_unique(cls, metrics: list[str]) -> list[str]:
+        if repeated := sorted({name for name in metrics if metrics.count(name) > 1}):
+            raise ValueError(f"lists {', '.join(repeated)} twice; name each metric once")
         return metrics
 
     @field_validator("answer_pattern")
     @classmethod
-    def _has_a_group(cls, pattern: str | None) -> str | None:
-        return pattern and _with_group(pattern, "answer")
+    def _check_pattern(cls, pattern: str | None) -> str | None:
+        return pattern and require_group(pattern, "answer")
 
     @field_validator("gates")
     @classmethod
-    def _comparisons(cls, gates: list[str] | None) -> list[str] | None:
+    def _check_gates(cls, gates: list[str] | None) -> list[str] | None:
         for gate in gates or []:
-            gate_rules.parse(gate)
+            gate_rules.parse_gate(gate)
         return gates
 
 
 class Mlflow(Section):
     """An MLflow server."""
 
-    enabled: bool = entry("mirror to it; MLFLOW_ENABLED of the environment wins")
-    tracking_uri: Name = entry("its address; MLFLOW_TRACKING_URI of the environment wins")
-    experiment_name: Name = entry("experiment that holds the runs; MLFLOW_EXPERIMENT_NAME of the environment wins")
+    enabled: bool = entry("mirror runs to it; the variable MLFLOW_ENABLED takes precedence")
+    tracking_uri: Name = entry("its address; the variable MLFLOW_TRACKING_URI takes precedence")
+    experiment_name: Name = entry("experiment with the runs; the variable MLFLOW_EXPERIMENT_NAME takes precedence")
 
     @field_validator("tracking_uri")
     @classmethod
-    def _plain_address(cls, value: str) -> str:
-        return plain_address(value)
+    def _check_address(cls, value: str) -> str:
+        return check_plain_address(value)
 
 
 class Wandb(Section):
     """Weights & Biases."""
 
-    enabled: bool = entry("mirror to it; WANDB_MODE of the environment wins: disabled, or a mode")
-    mode: Literal["online", "offline"] = entry("online: its servers; offline: folders below wandb/, for `wandb sync`")
-    project: Name = entry("project that holds the runs")
+    enabled: bool = entry("mirror runs to it; the variable WANDB_MODE (disabled, or a mode) takes precedence")
+    mode: Literal["online", "offline"] = entry("online: its servers; offline: folders under wandb/, for `wandb sync`")
+    project: Name = entry("project with the runs")
 
 
 class Tracking(Section):
-    """Where runs are shown besides: copies of what the stages wrote. No stage depends on it."""
+    """Trackers that runs are mirrored to: copies of what the stages wrote. No stage depends on these keys."""
 
     mlflow: Mlflow
     wandb: Wandb
 
 
 class Params(Section):
-    """The whole of `params.yaml`."""
+    """All of `params.yaml`."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = entry(
-        "of all that is random: built-in data and model, splits, adapter, order"
+        "seed of everything random: built-in data and model, splits, adapter, order"
     )
     model: Name = entry("base model: a name under `models` in presets.yaml")
     dataset: Name = entry("dataset: a name under `datasets` in presets.yaml")
@@ -305,13 +304,13 @@ class Params(Section):
 
     @property
     def scores(self) -> list[str]:
-        """Every score of an artifact that `evaluate` computes, in the order of its report."""
-        of_judge = ["judge"] if self.judge.enabled else []
-        of_both = ["combined"] if "bert_score" in self.evaluate.metrics else []
-        return [*self.evaluate.metrics, *of_judge, *of_both, *MEASURED]
+        """All scores of an artifact, in the order of the report of the stage evaluate."""
+        judge = ["judge"] if self.judge.enabled else []
+        combined = ["combined"] if "bert_score" in self.evaluate.metrics else []
+        return [*self.evaluate.metrics, *judge, *combined, *MEASURED]
 
     @model_validator(mode="after")
-    def _scores_that_are_computed(self) -> "Params":
+    def _check_scores(self) -> "Params":
         if "bert_score" in self.evaluate.metrics and self.bert_score.model is None:
             raise ValueError(
                 "evaluate.metrics lists bert_score, but bert_score.model is null; name an encoder there, a folder "
@@ -320,23 +319,23 @@ class Params(Section):
         primary = self.evaluate.primary_metric
         if primary not in self.scores:
             raise ValueError(
-                f"evaluate.primary_metric is {primary!r}, which is not computed; {to_compute(primary, self.scores)}"
+                f"evaluate.primary_metric is {primary!r}, which is not computed; {suggest_remedy(primary, self.scores)}"
             )
         for gate in self.evaluate.gates or []:
             try:
-                gate_rules.check(gate_rules.parse(gate), types=self.quantize.types, scores=self.scores)
+                gate_rules.check_names(gate_rules.parse_gate(gate), types=self.quantize.types, scores=self.scores)
             except ValueError as error:
                 raise ValueError(f"evaluate.gates: {error}") from None
         return self
 
     @model_validator(mode="after")
-    def _fits_full_tuning(self) -> "Params":
+    def _check_full_tuning(self) -> "Params":
         if self.training.tuning == "full" and self.quantization.load_in_4bit:
             raise ValueError(
                 "training.tuning is 'full'; 4-bit weights cannot be trained; set quantization.load_in_4bit to false"
             )
         if self.training.tuning == "full" and self.training.method == "grpo" and self.grpo.beta:
-            # TRL would compare with the base as it was fetched, whatever has been learnt since.
+            # TRL would compare with the fetched base, without the supervised phase before.
             raise ValueError(
                 f"training.tuning is 'full' and grpo.beta {self.grpo.beta:g}; only an adapter can be compared with "
                 "what it was; set grpo.beta to 0, or training.tuning to lora"

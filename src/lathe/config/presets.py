@@ -20,18 +20,18 @@ class BuiltinModel(Section):
     source: Literal["builtin"]
 
 
-class Templated(Section):
-    """How the model's conversations are written, where its own chat template is missing or not wanted."""
+class ModelWithTemplate(Section):
+    """A model that may be given another chat template than its own."""
 
     template: Name | None = Field(
         None,
-        description="chat template instead of the model's own: chatml, llama-3, mistral, gemma, plain, "
+        description="chat template to use instead of the model's own: chatml, llama-3, mistral, gemma, plain, "
         "or a file under models/local",
     )
 
 
-class LocalModel(Templated):
-    """A folder of the user's own: config.json, safetensors, tokenizer."""
+class LocalModel(ModelWithTemplate):
+    """A folder of your own: config.json, safetensors, tokenizer."""
 
     source: Literal["local"]
     path: Name = Field(description="folder under models/local")
@@ -41,13 +41,11 @@ class HubRepository(Section):
     """A repository on the Hugging Face Hub."""
 
     id: Name = Field(description="repository, as in `Qwen/Qwen3-0.6B` or `openai/gsm8k`")
-    revision: Name | None = Field(
-        None, description="commit, tag or branch; only a commit means the same files for good"
-    )
+    revision: Name | None = Field(None, description="commit, tag or branch; only a commit always means the same files")
 
     @field_validator("id")
     @classmethod
-    def _owner_and_name(cls, value: str) -> str:
+    def _check_repository(cls, value: str) -> str:
         if not re.fullmatch(REPOSITORY, value):
             raise ValueError(
                 f"{value!r} is not a repository; write OWNER/NAME as on the hub, such as 'Qwen/Qwen3-0.6B'"
@@ -55,7 +53,7 @@ class HubRepository(Section):
         return value
 
 
-class HubModel(HubRepository, Templated):
+class HubModel(HubRepository, ModelWithTemplate):
     """A model on the Hugging Face Hub."""
 
     source: Literal["hub"]
@@ -64,72 +62,74 @@ class HubModel(HubRepository, Templated):
 ModelPreset = Annotated[BuiltinModel | LocalModel | HubModel, Field(discriminator="source")]
 
 
-class Columns(Section):
-    """How a row's columns become chat messages."""
+class ColumnMapping(Section):
+    """How the columns of a record become chat messages."""
 
-    format: Format | None = Field(None, description="what the columns hold; without it, their names tell")
-    messages: Name | None = Field(None, description="column that holds a list of {role, content}, or of {from, value}")
-    prompt: Name | None = Field(None, description="column that holds the request")
-    completion: Name | None = Field(None, description="column that holds the answer, or its label")
-    prompt_template: Name | None = Field(None, description="text of the request with {column} fields")
-    rejected: Name | None = Field(None, description="column that holds the worse answer of a preference pair")
+    format: Format | None = Field(
+        None, description="format of the records; if left out, it is detected by the column names"
+    )
+    messages: Name | None = Field(None, description="column with a list of {role, content} or {from, value}")
+    prompt: Name | None = Field(None, description="column with the prompt")
+    completion: Name | None = Field(None, description="column with the answer, or with the label")
+    prompt_template: Name | None = Field(None, description="text of the prompt, with {column} fields")
+    rejected: Name | None = Field(None, description="column with the worse answer of a preference pair")
     labels: Annotated[list[Name], Field(min_length=1)] | None = Field(
-        None, description="text of each class, where the label column holds its number, from 0"
+        None, description="names of the classes, if the label column holds their numbers from 0"
     )
     system_prompt: Name | None = Field(None, description="system message for conversations that have none")
-    limits: dict[Split, Positive] | None = Field(None, description="keep at most so many rows of a split")
+    limits: dict[Split, Positive] | None = Field(None, description="number of rows of a split to keep at most")
 
     @model_validator(mode="after")
-    def _one_way(self) -> "Columns":
+    def _check_combination(self) -> "ColumnMapping":
         parts = bool(self.prompt or self.completion or self.prompt_template)
         if self.messages and parts:
-            raise ValueError("messages excludes prompt, completion and prompt_template; keep one way")
+            raise ValueError("messages excludes prompt, completion and prompt_template; keep one of the two ways")
         if self.prompt and self.prompt_template:
             raise ValueError("prompt excludes prompt_template; keep one of them")
-        meant = self.format or ("preference" if self.rejected else "classification" if self.labels else None)
-        if meant is None and bool(self.prompt or self.prompt_template) != bool(self.completion):
+        format_ = self.format or ("preference" if self.rejected else "classification" if self.labels else None)
+        if format_ is None and bool(self.prompt or self.prompt_template) != bool(self.completion):
             raise ValueError("completion goes with one of prompt, prompt_template; give both or neither")
-        for key, given, formats in (
+        for key, value, formats in (
             ("messages", self.messages, ("messages", "sharegpt")),
             ("rejected", self.rejected, ("preference",)),
             ("labels", self.labels, ("classification",)),
         ):
-            if given and (meant or formats[0]) not in formats:
-                raise ValueError(f"{key} does not go with the format {meant}; it belongs to {' and '.join(formats)}")
-        if parts and meant in ("messages", "sharegpt"):
-            raise ValueError(f"the format {meant} is read from one column; name it in messages, and nothing else")
+            if value and (format_ or formats[0]) not in formats:
+                raise ValueError(f"{key} does not go with the format {format_}; it belongs to {' and '.join(formats)}")
+        if parts and format_ in ("messages", "sharegpt"):
+            raise ValueError(f"the format {format_} is read from one column; name it in messages, and nothing else")
         return self
 
 
-class BuiltinDataset(Columns):
+class BuiltinDataset(ColumnMapping):
     """The household commands that the pipeline makes itself."""
 
     source: Literal["builtin"]
 
 
-class LocalDataset(Columns):
-    """A file or folder of the user's own: JSONL, JSON, CSV, Parquet or Arrow; gzip of the first three."""
+class LocalDataset(ColumnMapping):
+    """A file or folder of your own: JSONL, JSON, CSV, Parquet or Arrow; the first three also with gzip."""
 
     source: Literal["local"]
     path: Name = Field(description="file or folder under data/local")
 
 
-class HubDataset(HubRepository, Columns):
-    """A dataset on the Hugging Face Hub: its data files; code that lies beside them is never run."""
+class HubDataset(HubRepository, ColumnMapping):
+    """A dataset on the Hugging Face Hub: its data files; its code is never run."""
 
     source: Literal["hub"]
-    config: Name | None = Field(None, description="one of its configurations, where it has several")
+    config: Name | None = Field(None, description="one of its configurations, if it has several")
     train_split: Name = Field(description="its split to train on, or a slice of it: `train[:1000]`, `train[:5%]`")
     validation_split: Name | None = Field(
-        None, description="its split to steer by, or a slice; without one it is taken from the training rows"
+        None, description="its split for validation, or a slice; if left out, it is taken from the training rows"
     )
     test_split: Name | None = Field(
-        None, description="its split to report, or a slice; without one it is taken from the training rows"
+        None, description="its split for test, or a slice; if left out, it is taken from the training rows"
     )
 
     @field_validator("train_split", "validation_split", "test_split")
     @classmethod
-    def _split_or_slice(cls, value: str | None) -> str | None:
+    def _check_split(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(SPLIT_OR_SLICE, value):
             raise ValueError(
                 f"{value!r} is neither a split nor a slice of one; write 'train', 'train[:1000]', or 'train[5%:10%]'"
@@ -141,7 +141,7 @@ DatasetPreset = Annotated[BuiltinDataset | LocalDataset | HubDataset, Field(disc
 
 
 class Presets(Section):
-    """The whole of `presets.yaml`: models and datasets by name."""
+    """All of `presets.yaml`: models and datasets by name."""
 
     models: dict[Name, ModelPreset]
     datasets: dict[Name, DatasetPreset]

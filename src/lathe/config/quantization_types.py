@@ -1,4 +1,4 @@
-"""Which type each tensor of a quantized file gets where the user names one, and which need an importance matrix.
+"""Quantization types: those of files and of tensors, which of them can be made, and which need an importance matrix.
 
 A file's type (`Q4_K_M`) is a mixture; a tensor's type (`Q4_K`) is how its values are stored.
 """
@@ -8,7 +8,7 @@ import re
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 
-# Every type of a file and of a tensor that llama.cpp names; a test holds both equal to the installed library.
+# All types of files and of tensors in llama.cpp; a test compares both with the installed library.
 # fmt: off
 FILE_TYPES = (
     "F32", "F16", "Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M",
@@ -32,40 +32,44 @@ TENSORS_THAT_NEED_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "I
 # Files that llama.cpp names but cannot make (llama_ftype_get_default_type knows no tensor type for them).
 FILES_THAT_CANNOT_BE_MADE = frozenset({"NVFP4"})
 
-# Types that ggml ends the process over where there is no importance, as for embeddings and output head.
+# Types for which ggml aborts the process without importance, which embeddings and output head do not have.
 _NEVER_OF_EMBEDDINGS = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})
-# Integers and the forms in which activations are multiplied: ggml quantizes no weights to them.
+# Integers, and the types of quantized activations: ggml does not quantize weights to them.
 _NOT_OF_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
 
 
 def check_type(name: str, *, of_embeddings: bool = False) -> str:
-    """Return the name of a type that weights can be quantized to; raise InputError for any other.
+    """Return the name if weights can be quantized to this type; raise InputError otherwise.
 
-    `of_embeddings` is for the output head and the token embeddings, which have no importance.
+    `of_embeddings` is for the output head and the token embeddings, which have no importance matrix.
     """
-    known = [known for known in TENSOR_TYPES if known not in _NOT_OF_WEIGHTS]
+    known = [type_ for type_ in TENSOR_TYPES if type_ not in _NOT_OF_WEIGHTS]
     if name not in known:
-        raise InputError(f"{name!r} is no type of a tensor; {did_you_mean(name, known)}")
+        raise InputError(f"{name!r} is no tensor type; {did_you_mean(name, known)}", code="unknown-tensor-type")
     if of_embeddings and name in _NEVER_OF_EMBEDDINGS:
         raise InputError(
-            f"{name} needs the importance of every column, and none is collected for embeddings and output head; "
-            "take a larger type, such as IQ2_S or Q2_K"
+            f"{name} needs an importance matrix, and none is collected for embeddings and output head; "
+            "take a larger type, such as IQ2_S or Q2_K",
+            code="importance-needed",
         )
     return name
 
 
-def parse(entry: str) -> tuple[re.Pattern[str], str]:
-    """Split `PATTERN=TYPE` into the regular expression and the type; raise InputError where it is neither."""
+def parse_tensor_type(entry: str) -> tuple[re.Pattern[str], str]:
+    """Return the regular expression and the type of `PATTERN=TYPE`; raise InputError if it has another form."""
     pattern, equals, name = entry.rpartition("=")
     if not equals or not pattern or not name:
-        raise InputError(f"{entry!r} does not read PATTERN=TYPE; write one such as 'attn_v=Q8_0'")
+        raise InputError(
+            f"{entry!r} is not of the form PATTERN=TYPE; write one such as 'attn_v=Q8_0'", code="invalid-tensor-type"
+        )
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise InputError(
-            f"{entry!r}: {pattern!r} is not a regular expression: {error}; escape what is meant as it is"
+            f"{entry!r}: {pattern!r} is not a regular expression: {error}; escape special characters",
+            code="invalid-pattern",
         ) from None
     try:
         return compiled, check_type(name)
     except InputError as error:
-        raise InputError(f"{entry!r}: {error}") from None
+        raise InputError(f"{entry!r}: {error}", code=error.code) from None

@@ -1,10 +1,10 @@
-"""Names of the scores that need no metric in `evaluate.metrics`, and the remedy for one that is not computed."""
+"""Scores: names of the metrics and other scores, and the remedy for a score that is not computed."""
 
 from typing import Literal, get_args
 
 from lathe.common.text import did_you_mean
 
-# What evaluate.metrics may list.
+# The metrics that evaluate.metrics may list.
 Metric = Literal[
     "exact_match",
     "token_f1",
@@ -21,12 +21,12 @@ Metric = Literal[
     "distinct_2",
 ]
 
-# What `evaluate` takes from generation, whatever evaluate.metrics lists.
+# Scores that come from generation, whatever evaluate.metrics lists.
 MEASURED = ("perplexity", "kl", "stop_rate", "general_perplexity", "bytes")
 
 
-def to_compute(score: str, computed: list[str]) -> str:
-    """Return what to do for a score that is asked for and not computed."""
+def suggest_remedy(score: str, computed: list[str]) -> str:
+    """Return what to change so that the score is computed, or the name that may have been meant."""
     if score == "judge":
         return "set judge.enabled to true"
     if score in ("combined", "bert_score"):

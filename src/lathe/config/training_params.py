@@ -1,4 +1,4 @@
-"""Parameters of training: method, tuning, adapter, 4-bit base, rewards."""
+"""Training parameters: method, tuning, optimizer, adapter, 4-bit base, rewards."""
 
 import re
 from typing import Annotated, Literal
@@ -6,22 +6,33 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lathe.common import launch
-from lathe.config.base import Name, NonNegativeFloat, Positive, PositiveFloat, Section, _groups, _with_group, entry
+from lathe.config.base import (
+    Name,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    count_groups,
+    entry,
+    require_group,
+)
 
 
 class Training(Section):
-    """What is trained and how; a step is an optimizer step."""
+    """Training, for all methods; a step is an optimizer step."""
 
     method: Literal["sft", "dpo", "grpo"] = entry(
-        "what is learnt from: answers (sft), pairs of a better and a worse one (dpo), rewards of sampled ones (grpo)"
+        "training data: answers (sft), pairs of a better and a worse answer (dpo), rewards of sampled answers (grpo)"
     )
-    tuning: Literal["lora", "full"] = entry("what is trained: an adapter beside the frozen base, or all its weights")
+    tuning: Literal["lora", "full"] = entry(
+        "what is trained: an adapter on the frozen base, or all weights of the base"
+    )
     launcher: Name = entry(
         "python for one process, or `accelerate launch --config_file experiments/accelerate/NAME.yaml`"
     )
-    max_length: Annotated[int, Field(ge=8)] = entry("longest row, prompt and answer together", "tokens")
+    max_length: Annotated[int, Field(ge=8)] = entry("longest sequence, prompt and answer together", "tokens")
     num_train_epochs: PositiveFloat = entry("passes over the training split", "epochs")
-    max_steps: Positive | None = entry("stop after so many steps; null: num_train_epochs decides", "steps")
+    max_steps: Positive | None = entry("number of steps to stop after; null: num_train_epochs decides", "steps")
     per_device_train_batch_size: Positive = entry("rows in one forward pass of one device", "rows")
     per_device_eval_batch_size: Positive = entry("the same in evaluation", "rows")
     gradient_accumulation_steps: Positive = entry("forward passes whose gradients make one step", "passes")
@@ -34,10 +45,12 @@ class Training(Section):
         "constant",
         "constant_with_warmup",
         "inverse_sqrt",
-    ] = entry("course of the learning rate after warmup, by its name in transformers")
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = entry("share of all steps in which the rate rises from 0")
+    ] = entry("schedule of the learning rate after warmup, by its name in transformers")
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = entry(
+        "share of all steps in which the learning rate rises from 0"
+    )
     weight_decay: NonNegativeFloat = entry("decoupled weight decay of the trained tensors")
-    max_grad_norm: PositiveFloat = entry("gradients are scaled down to this norm")
+    max_grad_norm: PositiveFloat = entry("gradients are clipped to this norm")
     optim: Literal[
         "adamw_torch",
         "adamw_torch_fused",
@@ -51,28 +64,28 @@ class Training(Section):
         "sgd",
     ] = entry("optimizer, by its name in transformers")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = entry(
-        "arithmetic of the forward pass; auto: bf16 where the device (a CPU too) has it, else fp32"
+        "arithmetic of the forward pass; auto: bf16 if the device (a CPU too) has it, else fp32"
     )
     gradient_checkpointing: bool = entry("recompute activations in the backward pass: less memory, slower")
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = entry(
-        "attention; auto: row by row without padding, by FlashAttention where it is installed; the others pad rows"
+        "attention; auto: row by row without padding, by FlashAttention if it is installed; the others pad rows"
     )
-    torch_compile: bool = entry("compile the model: slow to begin, faster steps on a GPU")
-    use_liger_kernel: bool = entry("Liger's fused kernels, on a GPU where liger-kernel is installed")
-    logging_steps: Positive = entry("distance between two points of the loss curve", "steps")
-    eval_steps: Positive = entry("distance between two evaluations on the validation split", "steps")
-    save_steps: Positive = entry("distance between two checkpoints: what a kill loses at most", "steps")
+    torch_compile: bool = entry("compile the model: a slow start, and faster steps on a GPU")
+    use_liger_kernel: bool = entry("use Liger's fused kernels, on a GPU with liger-kernel installed")
+    logging_steps: Positive = entry("steps between two points of the loss curve", "steps")
+    eval_steps: Positive = entry("steps between two evaluations on the validation split", "steps")
+    save_steps: Positive = entry("steps between two checkpoints: at most these are lost if training is killed", "steps")
     metric_for_best_model: Literal["auto", "loss", "reward", "reward_margin", "reward_accuracy"] = entry(
-        "validation metric that the two keys below go by; auto: reward for grpo, else loss"
+        "validation metric for the two keys below; auto: reward for grpo, else loss"
     )
     load_best_model_at_end: bool = entry("keep the weights of the best evaluation instead of the last step's")
     early_stopping_patience: Positive | None = entry(
-        "stop after so many evaluations without a better one; null: never", "evaluations"
+        "number of evaluations without improvement to stop after; null: never", "evaluations"
     )
 
     @field_validator("launcher")
     @classmethod
-    def _known_launcher(cls, value: str) -> str:
+    def _check_launcher(cls, value: str) -> str:
         if value != "python" and not value.startswith("accelerate launch "):
             raise ValueError(f"{value!r} is no launcher; {launch.REMEDY}")
         return value
@@ -81,30 +94,32 @@ class Training(Section):
 class Sft(Section):
     """Supervised fine-tuning, on its own or as the phase before another method."""
 
-    packing: bool = entry("fill each row with several, up to training.max_length, that do not see one another")
+    packing: bool = entry(
+        "pack several sequences, which do not attend to one another, into a row of up to training.max_length"
+    )
 
 
 class Dpo(Section):
-    """Direct preference optimization on rows with a better and a worse answer (training.method: dpo)."""
+    """Direct preference optimization, on pairs of a better and a worse answer (training.method: dpo)."""
 
     sft_epochs: NonNegativeFloat = entry("supervised passes before, at training.learning_rate; 0: none", "epochs")
     num_train_epochs: PositiveFloat = entry("passes over the pairs of the training split", "epochs")
     per_device_train_batch_size: Positive = entry("pairs in one forward pass of one device", "pairs")
     gradient_accumulation_steps: Positive = entry("forward passes whose gradients make one step", "passes")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = entry("peak learning rate")
-    beta: PositiveFloat = entry("how strongly the model is held to what it was when the pairs began")
+    beta: PositiveFloat = entry("strength of the pull towards the model as it was before the pairs")
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "sppo_hard"] = entry(
         "loss of a pair, by its name in TRL"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = entry(
-        "share of pairs taken to be the wrong way round, by the loss robust"
+        "share of pairs that the loss robust assumes to be in the wrong order"
     )
 
     @model_validator(mode="after")
-    def _smoothed(self) -> "Dpo":
+    def _check_label_smoothing(self) -> "Dpo":
         if self.label_smoothing and self.loss_type != "robust":
             raise ValueError(
-                f"dpo.label_smoothing is {self.label_smoothing}, which the loss {self.loss_type} does not know; "
+                f"dpo.label_smoothing is {self.label_smoothing}, which the loss {self.loss_type} does not use; "
                 "set it to 0, or dpo.loss_type to robust"
             )
         return self
@@ -118,17 +133,19 @@ class Reward(Section):
     )
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(description="factor in the sum of all rewards")
     pattern: Name | None = Field(
-        None, description="regular expression: of `regex`; of `numeric`, whose first group is the number"
+        None, description="regular expression for `regex`, or for `numeric`, where its first group is the number"
     )
-    min_characters: Annotated[int, Field(ge=0)] | None = Field(None, description="shortest answer of `length`")
-    max_characters: Positive | None = Field(None, description="longest answer of `length`")
+    min_characters: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="for `length`: shortest answer with full reward"
+    )
+    max_characters: Positive | None = Field(None, description="for `length`: longest answer with full reward")
     function: Name | None = Field(
-        None, description="of `function`: MODULE:FUNCTION, where MODULE is a file of rewards/ or an installed package"
+        None, description="for `function`: MODULE:FUNCTION, where MODULE is a file of rewards/ or an installed package"
     )
 
     @model_validator(mode="after")
-    def _options(self) -> "Reward":
-        taken = {
+    def _check_options(self) -> "Reward":
+        accepted = {
             "numeric": {"pattern"},
             "regex": {"pattern"},
             "length": {"min_characters", "max_characters"},
@@ -137,12 +154,12 @@ class Reward(Section):
         given = {
             key for key in ("pattern", "min_characters", "max_characters", "function") if getattr(self, key) is not None
         }
-        if unfit := sorted(given - taken):
+        if extra := sorted(given - accepted):
             raise ValueError(
-                f"the reward {self.name} takes no {unfit[0]}; it takes {', '.join(sorted(taken)) or 'none'}"
+                f"the reward {self.name} takes no {extra[0]}; it takes {', '.join(sorted(accepted)) or 'none'}"
             )
         if self.name in ("regex", "function") and not given:
-            raise ValueError(f"the reward {self.name} needs {taken.pop()}; add it")
+            raise ValueError(f"the reward {self.name} needs {accepted.pop()}; add it")
         if self.name == "length":
             if self.max_characters is None:
                 raise ValueError("the reward length needs max_characters; add it")
@@ -150,9 +167,9 @@ class Reward(Section):
                 raise ValueError(f"min_characters {self.min_characters} is above max_characters {self.max_characters}")
         if self.pattern is not None:
             if self.name == "numeric":
-                _with_group(self.pattern, "number")
+                require_group(self.pattern, "number")
             else:
-                _groups(self.pattern)
+                count_groups(self.pattern)
         if self.function is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.function):
             raise ValueError(f"function is {self.function!r}; write MODULE:FUNCTION, such as 'example:brevity'")
         return self
@@ -167,18 +184,24 @@ class Grpo(Section):
     gradient_accumulation_steps: Positive = entry("forward passes whose gradients make one step", "passes")
     num_generations: Annotated[int, Field(ge=2)] = entry("answers to one prompt that are compared", "answers")
     max_completion_length: Positive = entry("longest answer", "tokens")
-    temperature: PositiveFloat = entry("of the sampling; higher: more various answers")
-    top_p: Annotated[float, Field(gt=0, le=1)] = entry("sample from the likeliest tokens that make up this share")
+    temperature: PositiveFloat = entry("temperature of the sampling; higher: more varied answers")
+    top_p: Annotated[float, Field(gt=0, le=1)] = entry(
+        "sample from the most likely tokens that make up this share of the probability"
+    )
     learning_rate: Annotated[float, Field(gt=0, le=1)] = entry("peak learning rate")
-    beta: NonNegativeFloat = entry("weight of the KL divergence from the model when the rewards began; 0: none")
-    epsilon: Annotated[float, Field(gt=0, lt=1)] = entry("how far the odds of a token may move at once")
+    beta: NonNegativeFloat = entry("weight of the KL divergence from the model as it was before the rewards; 0: none")
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = entry("clipping range of a token's probability ratio")
     num_iterations: Positive = entry("steps made from the same answers", "steps")
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = entry("how tokens are averaged, by its name in TRL")
-    scale_rewards: Literal["group", "batch", "none"] = entry("over what the spread of rewards is normalised")
-    rewards: Annotated[list[Reward], Field(min_length=1)] = entry("parts of an answer's reward, added up by weight")
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = entry(
+        "how the loss is averaged over tokens, by its name in TRL"
+    )
+    scale_rewards: Literal["group", "batch", "none"] = entry(
+        "what rewards are normalised over: the answers to one prompt, the batch, or nothing"
+    )
+    rewards: Annotated[list[Reward], Field(min_length=1)] = entry("parts of an answer's reward, summed by weight")
 
     @model_validator(mode="after")
-    def _whole_groups(self) -> "Grpo":
+    def _check_groups(self) -> "Grpo":
         answers = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if answers % self.num_generations:
             raise ValueError(
@@ -198,18 +221,18 @@ class Lora(Section):
         "layers that get an update: a list of names, all-linear, or a regular expression"
     )
     modules_to_save: Annotated[list[Name], Field(min_length=1)] | None = entry(
-        "layers trained whole and saved beside the adapter, such as lm_head; null: none"
+        "layers that are trained in full and saved with the adapter, such as lm_head; null: none"
     )
     use_rslora: bool = entry("scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)")
-    use_dora: bool = entry("learn the magnitude of each weight column apart from its direction (DoRA)")
+    use_dora: bool = entry("train the magnitude of each weight column separately from its direction (DoRA)")
 
 
 class Quantization(Section):
-    """In what form the frozen base lies in memory while the adapter is trained."""
+    """Format of the frozen base in memory while the adapter is trained."""
 
     load_in_4bit: bool = entry("4-bit base (QLoRA) if true, 16-bit base if false")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = entry("4-bit number format of bitsandbytes")
-    bnb_4bit_use_double_quant: bool = entry("quantize the scales too: 0.4 bit per weight less")
+    bnb_4bit_use_double_quant: bool = entry("quantize the scales too, which saves 0.4 bits per weight")
     bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = entry(
-        "type that 4-bit weights are multiplied in; auto: as training.precision"
+        "type that 4-bit weights are computed in; auto: as training.precision"
     )

@@ -1,4 +1,4 @@
-"""Duplicates: rows with the same content within a split, by digest, all but one of which are removed."""
+"""Duplicates: examples of one split with equal content, found by digest; all but one of them are removed."""
 
 import hashlib
 import json
@@ -10,38 +10,39 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from lathe.data.counts import EXAMPLES, Tally
-from lathe.data.row_store import DIGEST_BYTES, Digests, Reader, Rows
+from lathe.data.example_store import DIGEST_BYTES, ExampleDigests, ExampleReader, StoredExamples
+from lathe.data.occurrences import MAX_SHOWN, Occurrences
 
-Numbers = NDArray[numpy.int64]  # of rows
+RowNumbers = NDArray[numpy.int64]
 
-# Rows that left a split for one reason: where each stood, and the problem.
-Removed = Tally[tuple[str, str]]
+# Rows removed from a split for one reason: (place of the row in the user's file, what is wrong with it).
+RemovedRows = Occurrences[tuple[str, str]]
 
 
-def digests(row: Mapping[str, Any], seed: int) -> Digests:
-    """Return the row's digests; texts that differ in white space or Unicode form alone are the same.
+def compute_digests(example: Mapping[str, Any], seed: int) -> ExampleDigests:
+    """Return the digests of an example's content and of its prompt, keyed by `seed`.
 
-    The first half of the content's is that of the messages alone: an answer to reject beside them, or a better one,
-    changes the order of the rows for no one who learns from the messages.
+    Texts that differ only in white space or Unicode normal form have equal digests. The first half of the content's
+    digest depends on the messages alone. Rows are ordered by digest, so a different rejected answer does not change the
+    order in which the messages are trained on.
     """
-    messages = row["messages"]
-    others = {key: value for key, value in row.items() if key != "messages"}
-    *before, last = map(_essence, messages)
+    messages = example["messages"]
+    others = {key: value for key, value in example.items() if key != "messages"}
+    *before, last = map(_canonicalize_message, messages)
     key = seed.to_bytes(8, "little")
     content = hashlib.blake2b(f"[{','.join(before)}".encode(), digest_size=DIGEST_BYTES, key=key)
     prompt = content.copy()
     prompt.update(b"]")
     content.update(f"{',' if before else ''}{last}]".encode())
-    whole = content.digest()
+    digest = content.digest()
     if others:
         content.update(json.dumps(others, sort_keys=True).encode())
         half = DIGEST_BYTES // 2
-        whole = whole[:half] + content.digest()[half:]
-    return Digests(whole, prompt.digest())
+        digest = digest[:half] + content.digest()[half:]
+    return ExampleDigests(digest, prompt.digest())
 
 
-def _essence(message: Mapping[str, Any]) -> str:
+def _canonicalize_message(message: Mapping[str, Any]) -> str:
     content = message["content"]
     if isinstance(content, str):
         if not content.isascii():
@@ -50,47 +51,50 @@ def _essence(message: Mapping[str, Any]) -> str:
     else:
         content = json.dumps(content)
     calls = [call["function"] for call in message.get("tool_calls", [])]
-    essence = f"[{encode_basestring(message['role'])},{content}]"
-    return essence + json.dumps(calls, sort_keys=True) if calls else essence
+    canonical = f"[{encode_basestring(message['role'])},{content}]"
+    return canonical + json.dumps(calls, sort_keys=True) if calls else canonical
 
 
-def _ranks(digests: NDArray[numpy.uint64]) -> Numbers:
-    """Return for each digest (high and low word) its place among the different ones, equal for equal digests."""
+def rank_digests(digests: NDArray[numpy.uint64]) -> RowNumbers:
+    """Return the rank of each digest among the distinct ones, (rows, 2 words) -> (rows,); equal digests rank equal."""
     order = numpy.lexsort((digests[:, 1], digests[:, 0]))
     ranks = numpy.empty(len(order), dtype=numpy.int64)
-    ranks[order] = numpy.cumsum(_begins(digests[order])) - 1
+    ranks[order] = numpy.cumsum(_mark_first_of_equals(digests[order])) - 1
     return ranks
 
 
-def _begins(ordered: NDArray[numpy.uint64]) -> NDArray[numpy.bool_]:
-    """Tell of each of the sorted digests whether it differs from the one before it."""
-    begins = numpy.ones(len(ordered), dtype=numpy.bool_)
-    begins[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    return begins
-
-
-def _without_duplicates(given: Numbers, rows: Rows, reader: Reader, removed: dict[str, Removed]) -> Numbers:
-    content = rows.content[given]
+def remove_duplicates(
+    numbers: RowNumbers, stored: StoredExamples, reader: ExampleReader, removed: dict[str, RemovedRows]
+) -> RowNumbers:
+    """Return the row numbers without duplicates, in the order of their digests; count them as `duplicate`."""
+    content = stored.content[numbers]
     order = numpy.lexsort((content[:, 1], content[:, 0]))
-    given, content = given[order], content[order]
-    starts = numpy.flatnonzero(_begins(content))
-    kept = given[starts]
-    sizes = numpy.diff(numpy.append(starts, len(given)))
-    duplicates = Removed(count=len(given) - len(starts))
+    numbers, content = numbers[order], content[order]
+    starts = numpy.flatnonzero(_mark_first_of_equals(content))
+    kept = numbers[starts]
+    sizes = numpy.diff(numpy.append(starts, len(numbers)))
+    duplicates = RemovedRows(count=len(numbers) - len(starts))
     for group in numpy.flatnonzero(sizes > 1):
-        equal = given[starts[group] : starts[group] + sizes[group]]
-        # Equal rows may still differ in white space: which one stays must not depend on their order either.
-        kept[group] = min(equal, key=lambda row: _wording(reader, row))
+        equal = numbers[starts[group] : starts[group] + sizes[group]]
+        # Rows with equal digests may differ in white space. The one to keep must not depend on their order in the file.
+        kept[group] = min(equal, key=lambda row: _get_text_order(reader, row))
         for row in equal:
-            if len(duplicates.examples) == EXAMPLES:
+            if len(duplicates.first) == MAX_SHOWN:
                 break
             if row != kept[group]:
-                duplicates.examples.append((reader.at(row), f"the same as {reader.at(kept[group])}"))
+                duplicates.first.append((reader.read_place(row), f"the same as {reader.read_place(kept[group])}"))
     if duplicates.count:
         removed["duplicate"] = duplicates
     return kept
 
 
-def _wording(reader: Reader, row: int) -> tuple[list[str], bytes]:
-    value = reader.value(row)
-    return [str(message["content"]) for message in value["messages"]], reader.line(row)
+def _mark_first_of_equals(ordered: NDArray[numpy.uint64]) -> NDArray[numpy.bool_]:
+    """Return for each of the sorted digests whether it differs from the previous one."""
+    first = numpy.ones(len(ordered), dtype=numpy.bool_)
+    first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    return first
+
+
+def _get_text_order(reader: ExampleReader, row: int) -> tuple[list[str], bytes]:
+    example = reader.read(row)
+    return [str(message["content"]) for message in example["messages"]], reader.read_line(row)

@@ -1,4 +1,4 @@
-"""Processed rows as the model sees them: which tokens it reads, and which of them it learns."""
+"""Inspection: prints processed examples as the model sees them, and which of their tokens are supervised."""
 
 import itertools
 import json
@@ -12,45 +12,50 @@ from typing import Any, Literal, TextIO
 from lathe.common import paths
 from lathe.common.errors import InputError
 
-LEARNT, PLAIN = ("\x1b[32m", "\x1b[0m"), ("«", "»")
+# What is written before and after supervised text: green on a terminal, quotation marks elsewhere.
+TERMINAL_MARKS, PLAIN_MARKS = ("\x1b[32m", "\x1b[0m"), ("«", "»")
 
 
-def show(split: str, *, rows: int, row: int | None, ids: bool, supervise: Literal["all", "last"], out: TextIO) -> None:
-    """Print the first `rows` rows of a processed split, or the one with the number `row` (from 1), to `out`.
+def show_examples(
+    split: str, *, rows: int, row: int | None, ids: bool, supervise: Literal["all", "last"], out: TextIO
+) -> None:
+    """Print the first `rows` examples of a processed split, or the one with the number `row` (from 1), to `out`.
 
-    Supervised tokens are green on a terminal and between « and » elsewhere, or where NO_COLOR is set; with `ids` every
-    token stands on a line of its own, behind its id. Raises InputError where the rows or the model are missing.
+    Supervised tokens are green on a terminal, and between « and » elsewhere or if NO_COLOR is set. With `ids`, each
+    token is printed on its own line after its id. Raises InputError if the examples or the model are missing.
     """
     file = paths.DATA_PROCESSED / f"{split}.jsonl"
-    chosen = list(_rows(file, rows, row))
+    examples = list(_read_examples(file, rows, row))
     if not (paths.MODEL_BASE / "tokenizer_config.json").is_file():
-        raise InputError(f"{paths.MODEL_BASE.relative_to(paths.ROOT)}: no model there; run `dvc repro fetch` first")
+        raise InputError(
+            f"{paths.MODEL_BASE.relative_to(paths.ROOT)}: no model there; run `dvc repro fetch` first",
+            code="missing-model",
+        )
     from lathe.models.loss_mask import encode
     from lathe.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(paths.MODEL_BASE)
-    marks = LEARNT if out.isatty() and not os.environ.get("NO_COLOR") else PLAIN
-    for number, conversation in chosen:
-        sequences = encode(tokenizer, [conversation["messages"]], supervise=supervise)
+    marks = TERMINAL_MARKS if out.isatty() and not os.environ.get("NO_COLOR") else PLAIN_MARKS
+    for number, example in examples:
+        sequences = encode(tokenizer, [example["messages"]], supervise=supervise)
         for part, sequence in enumerate(sequences, start=1):
             of = f", sequence {part} of {len(sequences)}" if len(sequences) > 1 else ""
-            tokens, learnt = len(sequence.input_ids), sum(sequence.supervised)
-            out.write(f"{file.name}:{number}{of}: {tokens} tokens, {learnt} of them learnt\n")
-            out.write(_tokens(tokenizer, sequence, marks) if ids else _text(tokenizer, sequence, marks))
-        if "rejected" in conversation:
-            (worse,) = encode(
-                tokenizer, [[*conversation["messages"][:-1], *conversation["rejected"]]], supervise="last"
-            )
-            answer = _printable(str(conversation["rejected"][0]["content"]))
-            out.write(f"to be rejected, {sum(worse.supervised)} tokens: {answer}\n")
+            tokens, supervised = len(sequence.input_ids), sum(sequence.supervised)
+            out.write(f"{file.name}:{number}{of}: {tokens} tokens, {supervised} of them supervised\n")
+            out.write(_format_tokens(tokenizer, sequence, marks) if ids else _format_text(tokenizer, sequence, marks))
+        if "rejected" in example:
+            (worse,) = encode(tokenizer, [[*example["messages"][:-1], *example["rejected"]]], supervise="last")
+            answer = _escape_control_characters(str(example["rejected"][0]["content"]))
+            out.write(f"rejected answer, {sum(worse.supervised)} tokens: {answer}\n")
             if ids:
-                out.write(_tokens(tokenizer, _answer(worse), ("", "")))
+                out.write(_format_tokens(tokenizer, _select_answer(worse), ("", "")))
         out.write("\n")
 
 
-def _rows(file: Path, count: int, row: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_examples(file: Path, count: int, row: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    shown = file.relative_to(paths.ROOT)
     if not file.is_file():
-        raise InputError(f"{file.relative_to(paths.ROOT)}: no such file; run `dvc repro preprocess` first")
+        raise InputError(f"{shown}: no such file; run `dvc repro preprocess` first", code="missing-file")
     start = row - 1 if row else 0
     with file.open(encoding="utf-8") as lines:
         number = 0
@@ -59,47 +64,50 @@ def _rows(file: Path, count: int, row: int | None) -> Iterator[tuple[int, dict[s
                 yield number, json.loads(line)
             except ValueError:
                 raise InputError(
-                    f"{file.relative_to(paths.ROOT)}:{number}: not a JSON line; run `dvc repro --force preprocess`"
+                    f"{shown}:{number}: not a JSON line; run `dvc repro --force preprocess`", code="not-json"
                 ) from None
         if row and not number:
-            held = sum(1 for _ in file.open(encoding="utf-8"))
-            raise InputError(f"--row {row}: {file.relative_to(paths.ROOT)} has {held} rows; give a number up to that")
+            existing = sum(1 for _ in file.open(encoding="utf-8"))
+            raise InputError(
+                f"--row {row}: {shown} has {existing} rows; give a number up to that", code="row-out-of-range"
+            )
 
 
-def _answer(sequence: Any) -> Any:
+def _select_answer(sequence: Any) -> Any:
+    """Return the part of a sequence that begins with its first supervised token."""
     start = sequence.supervised.index(True)
     return replace(sequence, input_ids=sequence.input_ids[start:], supervised=sequence.supervised[start:])
 
 
-def _text(tokenizer: Any, sequence: Any, marks: tuple[str, str]) -> str:
-    parts, written, stop = [], "", 0
-    for learnt, run in itertools.groupby(sequence.supervised):
+def _format_text(tokenizer: Any, sequence: Any, marks: tuple[str, str]) -> str:
+    parts, before, stop = [], "", 0
+    for supervised, run in itertools.groupby(sequence.supervised):
         stop += len(list(run))
-        # Decoded from the beginning: SentencePiece drops the space in front of a text.
-        whole = _decoded(tokenizer, sequence.input_ids[:stop])
-        piece = _printable(whole[len(written) :])
-        parts.append(marks[0] + piece + marks[1] if learnt else piece)
-        written = whole
+        # Decoded from the beginning each time: SentencePiece drops a space at the start of what it decodes.
+        decoded = _decode(tokenizer, sequence.input_ids[:stop])
+        piece = _escape_control_characters(decoded[len(before) :])
+        parts.append(marks[0] + piece + marks[1] if supervised else piece)
+        before = decoded
     return "".join(parts) + "\n"
 
 
-def _tokens(tokenizer: Any, sequence: Any, marks: tuple[str, str]) -> str:
-    lines, before = [], sequence.input_ids[:1]
-    for token, learnt in zip(sequence.input_ids, sequence.supervised, strict=True):
-        # Behind its neighbour, for the space that SentencePiece drops in front.
-        start, both = _decoded(tokenizer, before), _decoded(tokenizer, [*before, token])
-        piece = repr(both[len(start) :] if both.startswith(start) else _decoded(tokenizer, [token]))
-        lines.append(f"{token:>8} {marks[0] + piece + marks[1] if learnt else piece}\n")
-        before = [token]
+def _format_tokens(tokenizer: Any, sequence: Any, marks: tuple[str, str]) -> str:
+    lines, previous = [], sequence.input_ids[:1]
+    for token, supervised in zip(sequence.input_ids, sequence.supervised, strict=True):
+        # Decoded together with the previous token: SentencePiece drops a space at the start of what it decodes.
+        start, both = _decode(tokenizer, previous), _decode(tokenizer, [*previous, token])
+        piece = repr(both[len(start) :] if both.startswith(start) else _decode(tokenizer, [token]))
+        lines.append(f"{token:>8} {marks[0] + piece + marks[1] if supervised else piece}\n")
+        previous = [token]
     return "".join(lines)
 
 
-def _decoded(tokenizer: Any, ids: list[int]) -> str:
+def _decode(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _printable(text: str) -> str:
-    """Write control characters as escapes: a row must not be able to steer the terminal."""
+def _escape_control_characters(text: str) -> str:
+    """Return the text with control characters as escapes, so that no data can control the terminal."""
     return "".join(
         repr(character)[1:-1] if unicodedata.category(character) == "Cc" and character not in "\n\t" else character
         for character in text

@@ -1,4 +1,4 @@
-"""From raw files to validated splits of chat messages, with an account of every row."""
+"""Preparation: raw files become validated splits of chat messages, and every row is accounted for."""
 
 import re
 import shutil
@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
-from lathe.data.formats import Columns
+from lathe.data.formats import RecordConverter
 from lathe.data.messages import RowFault
-from lathe.data.read_files import Fault, read_rows
-from lathe.data.split_files import SPLITS, split_files, suffix_of
+from lathe.data.read_files import Fault, read_records
+from lathe.data.split_files import SPLITS, find_split_files, get_suffix
 
 if TYPE_CHECKING:
     from lathe.config.params import Preprocess
     from lathe.config.presets import DatasetPreset
+    from lathe.data.example_store import StoredExamples
     from lathe.data.report import Account
-    from lathe.data.row_store import Rows
-    from lathe.data.tokenization import Rules
+    from lathe.data.tokenization import TokenizationRules
 
-ROWS_PER_UPDATE = 1000
+ROWS_PER_UPDATE = 1000  # of the progress bar
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """The report on all rows that were read, and the tables of its plots by name."""
+class PreparedDataset:
+    """The report on all rows that were read, and the tables for its plots by name."""
 
     report: dict[str, Any]
     tables: dict[str, list[dict[str, Any]]]
@@ -40,93 +40,99 @@ def prepare(
     max_length: int,
     settings: "Preprocess",
     processes: int | None = None,
-) -> Prepared:
-    """Read the files of the folder `raw`; write `train.jsonl`, `validation.jsonl` and `test.jsonl` into `out`.
+) -> PreparedDataset:
+    """Read the files of the folder `raw`, and write `train.jsonl`, `validation.jsonl` and `test.jsonl` into `out`.
 
-    Their rows are `{"messages": [{"role", "content"}, ...]}`, with `rejected` beside it where they come from preference
-    pairs, and `tokenizer` reads each, with either answer, in at most `max_length` tokens.
-    An unusable row is dropped and counted. Duplicates, prompts found in another split and rows over a limit of the
-    preset are removed and counted, and are no fault. A row that is too long is dropped, or made shorter where
-    `settings.too_long` says so: unasked, no answer is ever cut, because its end teaches the model to stop.
+    Examples are `{"messages": [{"role", "content"}, ...]}`, with `rejected` beside them if they come from preference
+    pairs. Each of them, with either answer, has at most `max_length` tokens.
 
-    Rows are in the order of their content's seeded digest: reordering the input, cutting it into shards or the number
-    of `processes` (None: one per core) changes no byte of the output. Until then they lie in a scratch folder in `out`;
-    memory holds some hundred bytes of each.
+    - An unusable row is dropped and counted as a fault.
+    - Duplicates, prompts of another split and rows over a limit of the preset are removed and counted; they are no
+      fault.
+    - A row that is too long is dropped, or truncated if `settings.too_long` says so. By default no answer is
+      truncated, because its end teaches the model to stop.
+
+    Examples are ordered by the seeded digest of their content, so that the output does not depend on the order of the
+    input, on how it is divided into shards, or on the number of `processes` (None: one per core). Until the end they
+    are in a scratch folder in `out`; memory holds a few hundred bytes of each.
 
     Raises InputError for a file that cannot be read, missing columns, an empty split, and a share above its limit.
     """
     from lathe.data.report import Account
-    from lathe.data.splits import divide
-    from lathe.data.tokenization import Rules
+    from lathe.data.splits import assign_splits
+    from lathe.data.tokenization import TokenizationRules
     from lathe.models.special_tokens import compile_control_tokens
 
     scratch = out / ".scratch"
     scratch.mkdir()
     account = Account(settings)
-    rows = _read(raw, preset, compile_control_tokens(tokenizer), seed, scratch / "rows", account)
-    account.check_read()
-    account.splits = divide(
-        rows,
-        given=account.given(),
+    stored = _read_examples(raw, preset, compile_control_tokens(tokenizer), seed, scratch / "examples", account)
+    account.check_records()
+    account.splits = assign_splits(
+        stored,
+        source_splits=account.get_source_splits(),
         validation_fraction=settings.validation_fraction,
         test_fraction=settings.test_fraction,
         limits={str(name): limit for name, limit in (preset.limits or {}).items()},
     )
-    _measure(rows, Rules(tokenizer, max_length, settings.supervise, settings.too_long), out, account, processes)
-    with rows.reader() as reader:
-        account.check_measured(reader)
-        report = account.report(reader)
+    rules = TokenizationRules(tokenizer, max_length, settings.supervise, settings.too_long)
+    _write_splits(stored, rules, out, account, processes)
+    with stored.open_reader() as reader:
+        account.check_splits(reader)
+        report = account.make_report(reader)
     shutil.rmtree(scratch)
-    return Prepared(report, account.tables())
+    return PreparedDataset(report, account.make_tables())
 
 
-def _read(
+def _read_examples(
     raw: Path,
     preset: "DatasetPreset",
     control_tokens: re.Pattern[str],
     seed: int,
-    spool_file: Path,
+    store_file: Path,
     account: "Account",
-) -> "Rows":
+) -> "StoredExamples":
     from lathe.common.progress import Progress
-    from lathe.data.duplicates import digests
-    from lathe.data.row_store import Spool
+    from lathe.data.duplicates import compute_digests
+    from lathe.data.example_store import ExampleWriter
 
-    files = split_files(raw)
+    files = find_split_files(raw)
     if "train" not in files:
         raise InputError(
-            f"{next(iter(files.values()))[0].name}: there is no train split beside it; name the training file train.*"
+            f"{next(iter(files.values()))[0].name}: there is no train split beside it; name the training file train.*",
+            code="missing-split",
         )
-    columns: Columns | None = None
-    with Spool(spool_file) as spool, Progress("reading") as progress:
+    converter: RecordConverter | None = None
+    with ExampleWriter(store_file) as writer, Progress("reading") as progress:
         for split, shards in files.items():
             for file in shards:
                 names: dict[str, None] = {}
                 count = 0
-                for raw_row in read_rows(file):
+                for record in read_records(file):
                     count += 1
                     if count % ROWS_PER_UPDATE == 0:
                         progress.add(ROWS_PER_UPDATE)
-                    if isinstance(raw_row.value, Fault):
-                        account.unusable(split, raw_row.at, raw_row.value)
+                    if isinstance(record.value, Fault):
+                        account.add_fault(split, record.place, record.value)
                         continue
-                    names.update(dict.fromkeys(raw_row.value))
-                    columns = columns or Columns(preset, names, file.name, control_tokens)
+                    names.update(dict.fromkeys(record.value))
+                    converter = converter or RecordConverter(preset, names, file.name, control_tokens)
                     try:
-                        row = {"messages": columns.conversation(raw_row.value), **columns.extras(raw_row.value)}
+                        messages = converter.convert(record.value)
+                        example = {"messages": messages, **converter.get_extra_fields(record.value)}
                     except RowFault as error:
-                        account.unusable(split, raw_row.at, error.fault)
+                        account.add_fault(split, record.place, error.fault)
                         continue
-                    # The digests are those of the row as it was given: the system prompt moves none between splits.
-                    found = digests(row, seed)
-                    _add_system_prompt(row["messages"], preset.system_prompt)
-                    spool.add(raw_row.at, row, found, SPLITS.index(split))
-                if columns and names:
-                    columns.require(names, file.name)
-                account.files[file.name] = {"split": split, "format": (suffix_of(file) or "")[1:], "rows": count}
-    if columns:
-        account.columns = {**columns.description, "detected": columns.detected}
-    return spool.rows()
+                    # Digests come before the system prompt is added, so that it moves no example to another split.
+                    digests = compute_digests(example, seed)
+                    _add_system_prompt(messages, preset.system_prompt)
+                    writer.add(record.place, example, digests, SPLITS.index(split))
+                if converter and names:
+                    converter.require_columns(names, file.name)
+                account.files[file.name] = {"split": split, "format": (get_suffix(file) or "")[1:], "rows": count}
+    if converter:
+        account.columns = {**converter.description, "detected": converter.detected}
+    return writer.get_stored()
 
 
 def _add_system_prompt(messages: list[dict[str, str]], system_prompt: str | None) -> None:
@@ -134,26 +140,28 @@ def _add_system_prompt(messages: list[dict[str, str]], system_prompt: str | None
         messages.insert(0, {"role": "system", "content": system_prompt})
 
 
-def _measure(rows: "Rows", rules: "Rules", out: Path, account: "Account", processes: int | None) -> None:
-    """Write the splits, those first whose word sequences are sought in the next ones."""
+def _write_splits(
+    stored: "StoredExamples", rules: "TokenizationRules", out: Path, account: "Account", processes: int | None
+) -> None:
+    """Tokenise and write the splits; the held-out splits come first, as their n-grams are looked up in later ones."""
     from lathe.common.progress import Progress
-    from lathe.data.near_duplicates import Index
-    from lathe.data.tokenization import measure
+    from lathe.data.near_duplicates import NGramIndex
+    from lathe.data.tokenization import tokenize_split
 
-    indexes: dict[str, Index] = {}
+    indexes: dict[str, NGramIndex] = {}
     with Progress("preparing", sum(map(len, account.splits.rows.values()))) as progress:
         for name in ("test", "validation", "train"):
-            account.measured[name] = measure(
-                rows,
+            account.tokenized[name] = tokenize_split(
+                stored,
                 account.splits.rows[name],
                 rules,
                 out / f"{name}.jsonl",
                 held_out=list(indexes.values()),
-                keep_sequences=name != "train",
+                keep_ngrams=name != "train",
                 processes=processes,
-                done=progress.add,
+                report_rows=progress.add,
             )
-            for other, index in indexes.items():
-                account.compare(other, name, index)
+            for held_out, index in indexes.items():
+                account.add_near_duplicates(held_out, name, index)
             if name != "train":
-                indexes[name] = Index.of(account.measured[name].sequences)
+                indexes[name] = NGramIndex.build(account.tokenized[name].ngrams)

@@ -1,4 +1,4 @@
-"""From files as the source gave them to rows that know where they stand."""
+"""Data files: the records of JSONL, JSON, CSV, Parquet and Arrow files, each with its place in the file."""
 
 import csv
 import gzip
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from lathe.common.errors import InputError
-from lathe.data.split_files import suffix_of
+from lathe.data.split_files import get_suffix
 
-ROWS_PER_BATCH = 1000  # made Python objects at once, of an Arrow or Parquet file
+ROWS_PER_BATCH = 1000  # rows of an Arrow or Parquet file that are Python objects at a time
 
 ARROW_FILE = b"ARROW1"
 ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
@@ -21,7 +21,7 @@ ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a row is unusable: a stable name, the field, and what is wrong with it."""
+    """Why a record or an example is dropped: reason (a key of the report), field, and problem."""
 
     reason: str
     field: str | None
@@ -32,80 +32,91 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class RawRow:
-    """One row of a file: where it stands (`train.jsonl:12`, `train.parquet row 12`) and its columns, or its fault."""
+class RawRecord:
+    """A row of a data file: its place (`train.jsonl:12`, `train.parquet row 12`), and its columns or its fault."""
 
-    at: str
+    place: str
     value: dict[str, Any] | Fault
 
 
 @dataclass(frozen=True, slots=True)
 class RepeatedKey:
-    """Stands for a JSON object in which a key occurs twice: which of the values is meant cannot be known."""
+    """Replaces a JSON object in which a key occurs twice, because it is unknown which value is meant."""
 
     key: str
 
 
-def read_rows(file: Path) -> Iterator[RawRow]:
-    """Yield the rows of a data file, of one of `files.SUFFIXES`; a value that is a Fault is a row that cannot be read.
+def read_records(file: Path) -> Iterator[RawRecord]:
+    """Yield the records of a data file with one of `split_files.SUFFIXES`.
 
-    Rows are read as they are asked for; a JSON array alone is read whole. Raises InputError where the file as a whole
-    is at fault: not UTF-8, cut short, empty, a quote left open.
+    The value of a record that cannot be read is its Fault. Files are streamed, except for a JSON array. Raises
+    InputError if the file itself cannot be read: not UTF-8, truncated, empty, a quote that is never closed.
     """
     number = 0
     try:
-        for row in READERS[suffix_of(file) or ""](file):
+        for row in _READERS[get_suffix(file) or ""](file):
             number += 1
             yield row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(
-            f"{file.name} after row {number}: not a whole gzip file: {_first_line(error)}; is it cut short?"
+            f"{file.name} after row {number}: not a complete gzip file: {_get_first_line(error)}; is it truncated?",
+            code="truncated-file",
         ) from None
     if number == 0:
-        raise InputError(f"{file.name}: holds no row; give a file with data or remove it")
+        raise InputError(f"{file.name}: holds no row; give a file with data or remove it", code="empty-file")
 
 
-def _opened(file: Path) -> BinaryIO:
+def _open_file(file: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(file)) if file.suffix.lower() == ".gz" else file.open("rb")
 
 
-def _read_jsonl(file: Path) -> Iterator[RawRow]:
-    with _opened(file) as lines:
+def _read_jsonl(file: Path) -> Iterator[RawRecord]:
+    with _open_file(file) as lines:
         for number, line in enumerate(lines, start=1):
-            text = _text(line, file, number).rstrip("\r\n")
+            text = _decode(line, file, number).rstrip("\r\n")
             if not text.strip():
                 continue
             try:
-                value = json.loads(text, object_pairs_hook=_object)
+                value = json.loads(text, object_pairs_hook=_make_object)
             except (ValueError, RecursionError) as error:
-                value = Fault("malformed_json", None, f"is not a JSON object: {_json_problem(error)}")
-            yield RawRow(f"{file.name}:{number}", _columns(value))
+                value = Fault(
+                    "malformed_json",
+                    None,
+                    f"is not a JSON object: {_describe_json_error(error)}; expected one per line",
+                )
+            yield RawRecord(f"{file.name}:{number}", _require_object(value))
 
 
-def _read_json(file: Path) -> Iterator[RawRow]:
-    with _opened(file) as whole:
-        text = _text(whole.read(), file, 1)
+def _read_json(file: Path) -> Iterator[RawRecord]:
+    with _open_file(file) as source:
+        text = _decode(source.read(), file, 1)
     if not text.strip():
         return
     try:
-        values = json.loads(text, object_pairs_hook=_object)
+        values = json.loads(text, object_pairs_hook=_make_object)
     except json.JSONDecodeError as error:
-        remedy = "rename it to .jsonl" if error.msg == "Extra data" else "is the file cut short?"
-        raise InputError(f"{file.name}:{error.lineno}: not a JSON array: {_json_problem(error)}; {remedy}") from None
+        remedy = "rename it to .jsonl" if error.msg == "Extra data" else "is the file truncated?"
+        raise InputError(
+            f"{file.name}:{error.lineno}: not a JSON array: {_describe_json_error(error)}; {remedy}", code="not-json"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file.name}: not a JSON array: {_json_problem(error)}; mend the file") from None
+        raise InputError(
+            f"{file.name}: not a JSON array: {_describe_json_error(error)}; correct the file", code="not-json"
+        ) from None
     if not isinstance(values, list):
         raise InputError(
-            f"{file.name}:1: holds {kind(values)}; expected an array of objects, or one object per line in a .jsonl"
+            f"{file.name}:1: holds {describe_value(values)}; expected an array of objects, or one object per line in a "
+            ".jsonl",
+            code="not-an-array",
         )
     for number, value in enumerate(values, start=1):
-        yield RawRow(f"{file.name} row {number}", _columns(value))
+        yield RawRecord(f"{file.name} row {number}", _require_object(value))
 
 
-def _read_csv(file: Path) -> Iterator[RawRow]:
+def _read_csv(file: Path) -> Iterator[RawRecord]:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 kB
-    with _opened(file) as lines:
-        reader = csv.reader((_text(line, file, number) for number, line in enumerate(lines, start=1)), strict=True)
+    with _open_file(file) as lines:
+        reader = csv.reader((_decode(line, file, number) for number, line in enumerate(lines, start=1)), strict=True)
         header: list[str] | None = None
         while True:
             line = reader.line_num + 1
@@ -114,30 +125,30 @@ def _read_csv(file: Path) -> Iterator[RawRow]:
             except StopIteration:
                 return
             except csv.Error as error:
-                raise InputError(f"{file.name}:{line}: {_csv_problem(error)}") from None
+                raise InputError(f"{file.name}:{line}: {_describe_csv_error(error)}", code="not-csv") from None
             if not fields:
                 continue
             if header is None:
-                header = _header(fields, file, line)
+                header = _check_header(fields, file, line)
             elif len(fields) != len(header):
                 problem = f"has {len(fields)} fields; expected {len(header)} as in the header"
-                yield RawRow(f"{file.name}:{line}", Fault("wrong_field_count", None, problem))
+                yield RawRecord(f"{file.name}:{line}", Fault("wrong_field_count", None, problem))
             else:
-                yield RawRow(f"{file.name}:{line}", dict(zip(header, fields, strict=True)))
+                yield RawRecord(f"{file.name}:{line}", dict(zip(header, fields, strict=True)))
 
 
-def _read_parquet(file: Path) -> Iterator[RawRow]:
+def _read_parquet(file: Path) -> Iterator[RawRecord]:
     import pyarrow.parquet
 
     def batches() -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(file) as table:
             yield from table.iter_batches(batch_size=ROWS_PER_BATCH)
 
-    return _table_rows(file, "Parquet", batches)
+    return _read_batches(file, "Parquet", batches)
 
 
-def _read_arrow(file: Path) -> Iterator[RawRow]:
-    """Both forms of Arrow's IPC: the file, and the stream that `datasets.save_to_disk` writes."""
+def _read_arrow(file: Path) -> Iterator[RawRecord]:
+    """Read both forms of Arrow's IPC: the file, and the stream that `datasets.save_to_disk` writes."""
     import pyarrow
 
     def batches() -> Iterator[Any]:
@@ -150,39 +161,42 @@ def _read_arrow(file: Path) -> Iterator[RawRow]:
                     yield table.get_batch(index)
                 return
             yield from pyarrow.ipc.open_stream(source)
-            # A stream cut between two batches reads like a shorter one.
+            # A stream that is truncated between two batches reads like a shorter one.
             source.seek(max(0, source.size() - len(ARROW_STREAM_END)))
             if source.read() != ARROW_STREAM_END:
                 raise pyarrow.ArrowInvalid("the end mark of the stream is missing")
 
-    return _table_rows(file, "Arrow", batches)
+    return _read_batches(file, "Arrow", batches)
 
 
-def _table_rows(file: Path, form: str, batches: Callable[[], Iterator[Any]]) -> Iterator[RawRow]:
+def _read_batches(file: Path, form: str, batches: Callable[[], Iterator[Any]]) -> Iterator[RawRecord]:
     import pyarrow
 
     number = 0
     try:
         for batch in batches():
-            _header(batch.schema.names, file, None)
-            labels = _label_names(batch.schema)
+            _check_header(batch.schema.names, file, None)
+            labels = _get_label_names(batch.schema)
             for start in range(0, batch.num_rows, ROWS_PER_BATCH):
                 for value in batch.slice(start, ROWS_PER_BATCH).to_pylist():
                     number += 1
                     for column, names in labels.items():
                         if isinstance(value[column], int):
                             value[column] = names[value[column]] if 0 <= value[column] < len(names) else None
-                    yield RawRow(f"{file.name} row {number}", value)
+                    yield RawRecord(f"{file.name} row {number}", value)
     except UnicodeDecodeError:
-        raise InputError(f"{file.name} after row {number}: a text is not UTF-8; write the file anew") from None
+        raise InputError(
+            f"{file.name} after row {number}: a text is not UTF-8; write the file again", code="not-utf-8"
+        ) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(
-            f"{file.name} after row {number}: not a whole {form} file: {_first_line(error)}; is it cut short?"
+            f"{file.name} after row {number}: not a complete {form} file: {_get_first_line(error)}; is it truncated?",
+            code="truncated-file",
         ) from None
 
 
-def _label_names(schema: Any) -> dict[str, list[str]]:
-    """Return the names of each class label column, which `datasets` stores as numbers and describes in the schema."""
+def _get_label_names(schema: Any) -> dict[str, list[str]]:
+    """Return the class names by column, of the columns that `datasets` stores as numbers and names in the schema."""
     described = (schema.metadata or {}).get(b"huggingface")
     features = json.loads(described).get("info", {}).get("features", {}) if described else {}
     return {
@@ -192,7 +206,7 @@ def _label_names(schema: Any) -> dict[str, list[str]]:
     }
 
 
-READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[RawRecord]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
@@ -204,25 +218,26 @@ READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
 }
 
 
-def _text(data: bytes, file: Path, line: int) -> str:
+def _decode(data: bytes, file: Path, line: int) -> str:
     try:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         raise InputError(
-            f"{file.name}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
+            f"{file.name}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8",
+            code="not-utf-8",
         ) from None
 
 
-def _columns(value: Any) -> dict[str, Any] | Fault:
+def _require_object(value: Any) -> dict[str, Any] | Fault:
     if isinstance(value, dict | Fault):
         return value
     if isinstance(value, RepeatedKey):
         return Fault("duplicate_key", value.key, "occurs twice in one object; expected once")
-    return Fault("not_an_object", None, f"is {kind(value)}; expected an object with named columns")
+    return Fault("not_an_object", None, f"is {describe_value(value)}; expected an object with named columns")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedKey:
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedKey:
     value = dict(pairs)
     if len(value) == len(pairs):
         return value
@@ -230,35 +245,37 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedKey:
     return RepeatedKey(next(key for key in keys if keys.count(key) > 1))
 
 
-def _json_problem(error: Exception) -> str:
+def _describe_json_error(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         problem = error.msg.removesuffix(" at")
         return f"{problem[0].lower()}{problem[1:]} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else _first_line(error)
+    return "nested too deeply" if isinstance(error, RecursionError) else _get_first_line(error)
 
 
-def _csv_problem(error: csv.Error) -> str:
+def _describe_csv_error(error: csv.Error) -> str:
     if "unexpected end of data" in str(error):
-        return "the quote opened in this row is never closed; close it"
-    return f"not CSV: {_first_line(error)}; mend this row"
+        return "the quote that this row opens is never closed; close it"
+    return f"not CSV: {_get_first_line(error)}; correct this row"
 
 
-def _header(names: list[str], file: Path, line: int | None) -> list[str]:
-    at = f"{file.name}:{line}" if line else file.name
+def _check_header(names: list[str], file: Path, line: int | None) -> list[str]:
+    place = f"{file.name}:{line}" if line else file.name
     for name in names:
         if not name.strip():
-            raise InputError(f"{at}: the header names no column {names.index(name) + 1}; name it")
+            raise InputError(
+                f"{place}: the header has no name for column {names.index(name) + 1}; name it", code="unnamed-column"
+            )
         if names.count(name) > 1:
-            raise InputError(f"{at}: the header names {name!r} twice; rename one of them")
+            raise InputError(f"{place}: the header names {name!r} twice; rename one of them", code="duplicate-column")
     return names
 
 
-def _first_line(error: Exception) -> str:
+def _get_first_line(error: Exception) -> str:
     return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
 
 
-def kind(value: Any) -> str:
-    """Name a JSON value's type as a reader of the file would."""
+def describe_value(value: Any) -> str:
+    """Return a description of a JSON value for a message: `the text 'x'`, `a list`."""
     match value:
         case None:
             return "null"

@@ -1,4 +1,4 @@
-"""Which files hold data, and of which split."""
+"""Split files: which files of a dataset hold rows, and of which split."""
 
 import re
 from pathlib import Path
@@ -16,78 +16,86 @@ _SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in nam
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".jsonl.gz", ".json.gz", ".csv.gz")
 
-# What `datasets.save_to_disk` puts beside its Arrow files: JSON, but no data.
+# JSON files that `datasets.save_to_disk` writes beside its Arrow files; they hold no rows.
 _ARROW_COMPANIONS = ("dataset_info.json", "state.json", "dataset_dict.json")
 
 
-def suffix_of(file: Path) -> str | None:
-    """Return which of `SUFFIXES` the file's name ends with, whatever its case; None for another one."""
+def get_suffix(file: Path) -> str | None:
+    """Return which of `SUFFIXES` the file's name ends with, in any case; None for another suffix."""
     name = file.name.lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def suffixes() -> str:
-    """Return the suffixes as a message lists them: `*.jsonl, *.json, ...`."""
+def list_suffixes() -> str:
+    """Return the suffixes for a message: `*.jsonl, *.json, ...`."""
     return ", ".join(f"*{suffix}" for suffix in SUFFIXES)
 
 
-def data_files(source: Path) -> dict[str, Path]:
-    """Return the data files of a file or folder by the name each has in a flat folder; other files are passed over.
+def find_data_files(source: Path) -> dict[str, Path]:
+    """Return the data files of a file or folder by the name that each gets in a flat folder; skips other files.
 
-    A folder may hold folders named for the splits: `train/rows.jsonl` becomes `train-rows.jsonl`. Raises InputError
-    where two files would have one name.
+    A folder may hold folders named for the splits: `train/rows.jsonl` becomes `train-rows.jsonl`. Raises InputError if
+    two files would get the same name.
     """
     if source.is_file():
-        return {source.name: source} if suffix_of(source) else {}
-    found = {file.name: file for file in _data_files_in(source)}
+        return {source.name: source} if get_suffix(source) else {}
+    files = {file.name: file for file in _list_data_files(source)}
     for folder in sorted(path for path in source.iterdir() if path.is_dir() and path.name.lower() in _SPLIT_OF):
-        for file in _data_files_in(folder):
+        for file in _list_data_files(folder):
             name = f"{folder.name}-{file.name}"
-            if name in found:
-                raise InputError(f"{folder.name}/{file.name}: {name} lies beside its folder; keep one of them")
-            found[name] = file
-    return found
+            if name in files:
+                raise InputError(
+                    f"{folder.name}/{file.name}: there is also {name} beside its folder; keep one of them",
+                    code="ambiguous-file-names",
+                )
+            files[name] = file
+    return files
 
 
-def split_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the data files of a folder by split, shards sorted by name; hidden files are passed over.
+def find_split_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the data files of a folder by split, shards sorted by name; skips hidden files.
 
-    Files are named for their split (`train.jsonl`, `val-00000-of-00002.parquet`); a folder of which no file is, is all
-    train. Raises InputError for another extension, and where names do not say which file is which.
+    Files are named for their split (`train.jsonl`, `val-00000-of-00002.parquet`). If no file is, all of them are the
+    train split. Raises InputError for another extension, and if the names do not tell which file is which split.
     """
     files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     if not files:
-        raise InputError(f"{folder.name}: holds no data file; expected one of {suffixes()}")
+        raise InputError(f"{folder.name}: holds no data file; expected one of {list_suffixes()}", code="no-data-file")
     for file in files:
-        if not suffix_of(file) or not file.is_file():
-            raise InputError(f"{file.name}: not a data file; expected one of {suffixes()}; remove or convert it")
+        if not get_suffix(file) or not file.is_file():
+            raise InputError(
+                f"{file.name}: not a data file; expected one of {list_suffixes()}; remove or convert it",
+                code="not-a-data-file",
+            )
 
-    names = {file: _split_name(file) for file in files}
+    names = {file: _parse_split_name(file) for file in files}
     if not any(names.values()):
         return {"train": files}
     by_split: dict[str, list[Path]] = {}
     for file, name in names.items():
         if name is None:
             raise InputError(
-                f"{file.name}: belongs to no split while other files do; begin its name with one of "
-                f"{', '.join(SPLITS)}, or remove it"
+                f"{file.name}: belongs to no split, but other files do; begin its name with one of "
+                f"{', '.join(SPLITS)}, or remove it",
+                code="ambiguous-file-names",
             )
         others = by_split.setdefault(_SPLIT_OF[name], [])
-        if others and (names[others[0]], suffix_of(others[0])) != (name, suffix_of(file)):
+        if others and (names[others[0]], get_suffix(others[0])) != (name, get_suffix(file)):
             raise InputError(
                 f"{file.name}: {others[0].name} is the {_SPLIT_OF[name]} split too; keep one of them, "
-                "or name shards alike (train-0.jsonl, train-1.jsonl)"
+                "or give shards the same prefix and suffix (train-0.jsonl, train-1.jsonl)",
+                code="ambiguous-file-names",
             )
         others.append(file)
     return {split: by_split[split] for split in SPLITS if split in by_split}
 
 
-def _data_files_in(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and suffix_of(file))
+def _list_data_files(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.is_file() and get_suffix(file))
     from_datasets = any(folder.glob("*.arrow")) or any(folder.glob("*/*.arrow"))
     return [file for file in files if not (from_datasets and file.name in _ARROW_COMPANIONS)]
 
 
-def _split_name(file: Path) -> str | None:
+def _parse_split_name(file: Path) -> str | None:
     word = re.split(r"[-_.]", file.name.lower(), maxsplit=1)[0]
     return word if word in _SPLIT_OF else None

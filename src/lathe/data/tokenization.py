@@ -1,4 +1,4 @@
-"""The rows of one split as the model will read them: tokenised, measured, made to fit and written."""
+"""Tokenization: counts the tokens of a split's examples, truncates or drops long ones, and writes the others."""
 
 import json
 import shutil
@@ -15,56 +15,61 @@ from numpy.typing import NDArray
 
 from lathe.common.jsonl import line
 from lathe.common.operating_system import count_usable_cores
-from lathe.data.counts import Tally, merged
-from lathe.data.duplicates import Numbers
-from lathe.data.near_duplicates import SAMPLE_BYTES, Index, Seen, Sequences, joined, sequences, word_hashes
+from lathe.data.duplicates import RowNumbers
+from lathe.data.example_store import ExampleReader, StoredExamples
+from lathe.data.near_duplicates import (
+    SAMPLE_BYTES,
+    FirstSeen,
+    NGramIndex,
+    NGrams,
+    concatenate_ngrams,
+    hash_ngrams,
+    hash_words,
+)
+from lathe.data.occurrences import Occurrences, merge_occurrences
 from lathe.data.read_files import Fault
-from lathe.data.row_store import Reader, Rows
-from lathe.data.truncation import Messages, Side, truncated
-from lathe.data.worker_processes import MOST_PROCESSES, each
-from lathe.data.writing_systems import script
+from lathe.data.truncation import Messages, TruncatedSide, truncate_conversation
+from lathe.data.worker_processes import MAX_PROCESSES, ReportRows, run_in_processes
+from lathe.data.writing_systems import detect_writing_system
 from lathe.models.chat_template import TemplateError
 from lathe.models.loss_mask import ConversationEncoder, Encoded
 
-# Fewer than these are not worth a process.
-ROWS_PER_PROCESS = 512
+ROWS_PER_PROCESS = 512  # fewer rows are not worth a process of their own
+ROWS_PER_BATCH = 512  # in memory at a time, in each process
 
-# Held in memory at once.
-ROWS_PER_BATCH = 512
+LengthTable = NDArray[numpy.int32]  # (rows, fields of TokenLengths)
 
-Lengths = NDArray[numpy.int32]  # (rows, fields)
+Example = dict[str, Any]  # `messages`, and `rejected` in a preference pair
 
-Row = dict[str, Any]  # `messages`, and `rejected` in a pair
-
-Example = TypeVar("Example")
+Case = TypeVar("Case")
 
 
-class Length(NamedTuple):
-    """A row in tokens: of its longest sequence, and of all the sequences that it makes."""
+class TokenLengths(NamedTuple):
+    """Tokens of one example: `prompt`, `answer` and `total` are of its longest sequence."""
 
     prompt: int
     answer: int
     total: int
-    supervised: int  # of all sequences
-    tokens: int  # of all sequences
+    supervised: int  # in all of its sequences
+    tokens: int  # in all of its sequences
     sequences: int
-    rejected: int = 0  # the prompt with the answer to reject, in a pair
+    rejected: int = 0  # of the prompt with the rejected answer, in a preference pair
 
     @property
     def longest(self) -> int:
-        """The most that the model reads of the row at once."""
+        """Tokens of the longest sequence, with either answer."""
         return max(self.total, self.rejected)
 
 
-FIELDS = Length._fields
+FIELDS = TokenLengths._fields
 
-_NO_ROWS: Numbers = numpy.empty(0, dtype=numpy.int64)
-_NO_LENGTHS: Lengths = numpy.empty((0, len(FIELDS)), dtype=numpy.int32)
+_NO_ROWS: RowNumbers = numpy.empty(0, dtype=numpy.int64)
+_NO_LENGTHS: LengthTable = numpy.empty((0, len(FIELDS)), dtype=numpy.int32)
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How rows are read, and what becomes of those that are too long."""
+class TokenizationRules:
+    """How examples are tokenised, and what is done with those over `max_length` tokens."""
 
     tokenizer: Any
     max_length: int
@@ -73,253 +78,263 @@ class Rules:
 
 
 @dataclass(slots=True)
-class Cut:
-    """Rows that were made shorter, where each stood and how, and how many tokens that took, supervised among them."""
+class Truncations:
+    """The examples that were truncated (place, and both lengths), and how many tokens that removed."""
 
-    rows: Tally[tuple[str, str]] = field(default_factory=Tally)
+    rows: Occurrences[tuple[str, str]] = field(default_factory=Occurrences)
     tokens: int = 0
     supervised_tokens: int = 0
 
-    def add(self, before: Length, after: Length, example: Callable[[], tuple[str, str]]) -> None:
-        """Count one row."""
-        self.rows.add(example)
+    def add(self, before: TokenLengths, after: TokenLengths, make_case: Callable[[], tuple[str, str]]) -> None:
+        """Count one example."""
+        self.rows.add(make_case)
         self.tokens += before.tokens - after.tokens
         self.supervised_tokens += before.supervised - after.supervised
 
-    def merge(self, later: "Cut") -> None:
-        """Add what became of the rows behind."""
-        self.rows.merge(later.rows)
+    def extend(self, later: "Truncations") -> None:
+        """Add the truncations of rows that follow those counted so far."""
+        self.rows.extend(later.rows)
         self.tokens += later.tokens
         self.supervised_tokens += later.supervised_tokens
 
 
 @dataclass
-class Measured:
-    """What became of the rows of a split.
+class TokenizedSplit:
+    """What was kept of a split's rows, and what was dropped or truncated.
 
-    `rows` and `lengths` are those that were kept, in their order, and `scripts` where the first of each script stood.
-    `faults` are those that were dropped, by reason, and where each stood. `sequences` are those of the first kept rows.
+    `rows` and `lengths` are those of the kept rows, in order. `faults` are the dropped ones by reason. `scripts` are
+    the kept ones by writing system. `ngrams` are those of a sample of the kept rows.
     """
 
-    rows: Numbers
-    lengths: Lengths
-    faults: dict[str, Tally[tuple[str, Fault]]]
-    cut: Cut
-    scripts: dict[str, Tally[str]]
-    sequences: Sequences
+    rows: RowNumbers
+    lengths: LengthTable
+    faults: dict[str, Occurrences[tuple[str, Fault]]]
+    truncations: Truncations
+    scripts: dict[str, Occurrences[str]]
+    ngrams: NGrams
 
-    def length(self, name: str) -> NDArray[numpy.int32]:
-        """Return one field of Length, row by row."""
+    def get_lengths(self, name: str) -> NDArray[numpy.int32]:
+        """Return one field of TokenLengths for all kept rows, (rows,)."""
         return self.lengths[:, FIELDS.index(name)]
 
 
-def measure(
-    rows: Rows,
-    numbers: Numbers,
-    rules: Rules,
+def tokenize_split(
+    stored: StoredExamples,
+    numbers: RowNumbers,
+    rules: TokenizationRules,
     target: Path,
     *,
-    held_out: Sequence[Index],
-    keep_sequences: bool,
+    held_out: Sequence[NGramIndex],
+    keep_ngrams: bool,
     processes: int | None,
-    done: Callable[[int], None],
-) -> Measured:
-    """Write the rows with these numbers that can be used to the JSONL file `target`, in this order.
+    report_rows: ReportRows,
+) -> TokenizedSplit:
+    """Write the usable ones of the rows `numbers` to the JSONL file `target`, in this order.
 
-    Each of the `held_out` indexes is shown their word sequences; with `keep_sequences` those of a sample come back.
-    Neither the file nor what is returned depends on the number of `processes`.
+    The n-grams of the kept rows are looked up in the indexes `held_out`. With `keep_ngrams`, those of a sample are
+    returned. Neither the file nor the result depends on the number of `processes` (None: by cores and rows).
     """
-    sample = int(numpy.searchsorted(numpy.cumsum(rows.lengths[numbers]), SAMPLE_BYTES)) if keep_sequences else 0
-    wanted = processes or min(count_usable_cores(), MOST_PROCESSES, len(numbers) // ROWS_PER_PROCESS)
-    edges = numpy.linspace(0, len(numbers), max(1, wanted) + 1).astype(int).tolist()
+    sample_rows = int(numpy.searchsorted(numpy.cumsum(stored.lengths[numbers]), SAMPLE_BYTES)) if keep_ngrams else 0
+    count = processes or min(count_usable_cores(), MAX_PROCESSES, len(numbers) // ROWS_PER_PROCESS)
+    edges = numpy.linspace(0, len(numbers), max(1, count) + 1).astype(int).tolist()
     shares = [
         _Share(start, stop, target.with_name(f"{target.name}.{start}"))
         for start, stop in pairwise(edges)
         if start < stop or stop == 0
     ]
-    found = each(partial(_measure_share, rows, numbers, rules, held_out, sample), shares, done)
+    work = partial(_tokenize_share, stored, numbers, rules, held_out, sample_rows)
+    results = run_in_processes(work, shares, report_rows)
     _join_files([share.file for share in shares], target)
     for number, index in enumerate(held_out):
-        index.merge([seen[number] for _, seen in found])
-    parts = [part for part, _ in found]
-    cut = Cut()
+        index.merge_first_seen([first_seen[number] for _, first_seen in results])
+    parts = [part for part, _ in results]
+    truncations = Truncations()
     for part in parts:
-        cut.merge(part.cut)
-    return Measured(
+        truncations.extend(part.truncations)
+    return TokenizedSplit(
         rows=numpy.concatenate([part.rows for part in parts]),
         lengths=numpy.concatenate([part.lengths for part in parts]),
-        faults=merged(part.faults for part in parts),
-        cut=cut,
-        scripts=merged(part.scripts for part in parts),
-        sequences=joined([part.sequences for part in parts]),
+        faults=merge_occurrences(part.faults for part in parts),
+        truncations=truncations,
+        scripts=merge_occurrences(part.scripts for part in parts),
+        ngrams=concatenate_ngrams([part.ngrams for part in parts]),
     )
 
 
 @dataclass(frozen=True)
 class _Share:
+    """Rows `start` to `stop` of the split, and the file that they are written to."""
+
     start: int
     stop: int
     file: Path
 
 
-def _measure_share(
-    rows: Rows,
-    numbers: Numbers,
-    rules: Rules,
-    held_out: Sequence[Index],
-    sample: int,
+def _tokenize_share(
+    stored: StoredExamples,
+    numbers: RowNumbers,
+    rules: TokenizationRules,
+    held_out: Sequence[NGramIndex],
+    sample_rows: int,
     share: _Share,
-    done: Callable[[int], None],
-) -> tuple[Measured, list[Seen]]:
-    """Return what became of one share of the rows, and what each index has seen of it."""
+    report_rows: ReportRows,
+) -> tuple[TokenizedSplit, list[FirstSeen]]:
+    """Return the result for one share of the rows, and what each index has seen in it."""
     for index in held_out:
-        index.forget()
-    with rows.reader() as reader, share.file.open("wb") as target:
-        worker = _Worker(rules, reader, target)
+        index.reset()
+    with stored.open_reader() as reader, share.file.open("wb") as target:
+        tokenizer = _ShareTokenizer(rules, reader, target)
         for start in range(share.start, share.stop, ROWS_PER_BATCH):
             batch = numbers[start : min(start + ROWS_PER_BATCH, share.stop)]
-            places, found = worker.batch(batch)
+            positions, ngrams = tokenizer.tokenize_batch(batch)
             for index in held_out:
-                index.see(found, start + places)
-            worker.sampled.append(found.first(int((start + places < sample).sum())))
-            done(len(batch))
-    return worker.measured(), [index.seen() for index in held_out]
+                index.mark_seen(ngrams, start + positions)
+            tokenizer.sampled.append(ngrams.take_first(int((start + positions < sample_rows).sum())))
+            report_rows(len(batch))
+    return tokenizer.make_result(), [index.get_first_seen() for index in held_out]
 
 
-class _Worker:
-    """Goes through rows batch by batch and remembers what became of them."""
+class _ShareTokenizer:
+    """Tokenises a share of the rows batch by batch, and collects the result."""
 
-    def __init__(self, rules: Rules, reader: Reader, target: BinaryIO) -> None:
+    def __init__(self, rules: TokenizationRules, reader: ExampleReader, target: BinaryIO) -> None:
         self.rules, self.reader, self.target = rules, reader, target
         self.encoder = ConversationEncoder.of_tokenizer(rules.tokenizer)
-        self.faults: dict[str, Tally[tuple[str, Fault]]] = {}
-        self.scripts: dict[str, Tally[str]] = {}
-        self.cut = Cut()
-        self.kept: list[Numbers] = []
-        self.lengths: list[Lengths] = []
-        self.sampled: list[Sequences] = []
+        self.faults: dict[str, Occurrences[tuple[str, Fault]]] = {}
+        self.scripts: dict[str, Occurrences[str]] = {}
+        self.truncations = Truncations()
+        self.kept: list[RowNumbers] = []
+        self.lengths: list[LengthTable] = []
+        self.sampled: list[NGrams] = []
 
-    def batch(self, numbers: Numbers) -> tuple[Numbers, Sequences]:
-        """Write the rows that can be used; return their places in the batch and their word sequences."""
-        lines = [self.reader.line(row) for row in numbers]
-        values = [json.loads(text) for text in lines]
-        places: list[int] = []
-        lengths: list[Length] = []
+    def tokenize_batch(self, numbers: RowNumbers) -> tuple[RowNumbers, NGrams]:
+        """Write the usable rows; return their positions in the batch, and their n-grams."""
+        lines = [self.reader.read_line(row) for row in numbers]
+        examples = [json.loads(text) for text in lines]
+        positions: list[int] = []
+        lengths: list[TokenLengths] = []
         words: list[list[int]] = []
-        for place, length in enumerate(self.lengths_of(values)):
-            value, text, at = values[place], lines[place], partial(self.reader.at, numbers[place])
-            if isinstance(length, Length) and length.longest > self.rules.max_length:
-                length, value = self.fitted(value, length, at)
-                text = line(value)
-            if isinstance(length, Fault):
-                self.faults.setdefault(length.reason, Tally()).add(partial(_found_at, at, length))
+        for position, result in enumerate(self.compute_lengths(examples)):
+            example, text = examples[position], lines[position]
+            get_place = partial(self.reader.read_place, numbers[position])
+            if isinstance(result, TokenLengths) and result.longest > self.rules.max_length:
+                result, example = self.shorten(example, result, get_place)
+                text = line(example)
+            if isinstance(result, Fault):
+                self.faults.setdefault(result.reason, Occurrences()).add(partial(_add_place, get_place, result))
                 continue
             self.target.write(text)
-            said = _said(value["messages"])
-            self.scripts.setdefault(script(said), Tally()).add(at)
-            words.append(word_hashes(said))
-            lengths.append(length)
-            places.append(place)
-        kept = numpy.array(places, dtype=numpy.int64)
+            dialogue = _get_dialogue(example["messages"])
+            self.scripts.setdefault(detect_writing_system(dialogue), Occurrences()).add(get_place)
+            words.append(hash_words(dialogue))
+            lengths.append(result)
+            positions.append(position)
+        kept = numpy.array(positions, dtype=numpy.int64)
         self.kept.append(numbers[kept])
         self.lengths.append(numpy.array(lengths, dtype=numpy.int32).reshape(len(lengths), len(FIELDS)))
-        return kept, sequences(words)
+        return kept, hash_ngrams(words)
 
-    def fitted(self, row: Row, length: Length, at: Callable[[], str]) -> tuple[Length | Fault, Row]:
-        """Return the row made shorter as the rules say, and its length; or why that cannot be."""
-        most = self.rules.max_length
-        field, long = None, f"{length.total} tokens long ({length.prompt} prompt, {length.answer} answer)"
-        if length.rejected > length.total:
-            field, long = "rejected", f"{length.rejected} tokens long, prompt and answer to reject"
-        problem = f"is {long}; expected at most training.max_length {most}"
+    def shorten(
+        self, example: Example, lengths: TokenLengths, get_place: Callable[[], str]
+    ) -> tuple[TokenLengths | Fault, Example]:
+        """Return the example truncated by the rules with its new lengths; a Fault if it is to be dropped."""
+        max_length = self.rules.max_length
+        field_, size = None, f"{lengths.total} tokens long ({lengths.prompt} prompt, {lengths.answer} answer)"
+        if lengths.rejected > lengths.total:
+            field_, size = "rejected", f"{lengths.rejected} tokens long, prompt and rejected answer"
+        problem = f"is {size}; expected at most training.max_length {max_length}"
         if self.rules.too_long == "drop":
-            return Fault("too_long", field, problem), row
-        side: Side = "prompt" if self.rules.too_long == "truncate_prompt" else "answer"
-        shorter = self.shortened(row, side)
-        new = None if shorter is None else next(self.lengths_of([shorter]))
-        if shorter is None or not isinstance(new, Length):
+            return Fault("too_long", field_, problem), example
+        side: TruncatedSide = "prompt" if self.rules.too_long == "truncate_prompt" else "answer"
+        shorter = self.truncate_example(example, side)
+        new = None if shorter is None else next(self.compute_lengths([shorter]))
+        if shorter is None or not isinstance(new, TokenLengths):
             rest = "answer" if side == "prompt" else "prompt"
-            return Fault("too_long", field, f"{problem}; too little of the {side} would fit beside the {rest}"), row
-        self.cut.add(length, new, partial(_found_at, at, f"was {length.longest} tokens long and is {new.longest}"))
+            problem += f"; too little of the {side} would fit beside the {rest}"
+            return Fault("too_long", field_, problem), example
+        change = f"was {lengths.longest} tokens long and is {new.longest}"
+        self.truncations.add(lengths, new, partial(_add_place, get_place, change))
         return new, shorter
 
-    def shortened(self, row: Row, side: Side) -> Row | None:
-        """Return the row with one side made to fit, or None; both answers of a pair stay behind one prompt."""
+    def truncate_example(self, example: Example, side: TruncatedSide) -> Example | None:
+        """Return the example with one side truncated, or None; both answers of a pair keep the same prompt."""
 
-        def fit(messages: Messages, rejected: Messages) -> Messages | None:
-            def tokens_of(messages: Messages) -> int | None:
-                length = next(self.lengths_of([{"messages": messages, "rejected": rejected}]))
-                return length.longest if isinstance(length, Length) else None
+        def truncate(messages: Messages, rejected: Messages) -> Messages | None:
+            def count_tokens(messages: Messages) -> int | None:
+                result = next(self.compute_lengths([{"messages": messages, "rejected": rejected}]))
+                return result.longest if isinstance(result, TokenLengths) else None
 
-            return truncated(messages, side, self.rules.max_length, tokens_of, self.rules.tokenizer)
+            return truncate_conversation(messages, side, self.rules.max_length, count_tokens, self.rules.tokenizer)
 
-        messages, rejected = row["messages"], row.get("rejected", [])
+        messages, rejected = example["messages"], example.get("rejected", [])
         if not rejected or side == "prompt":
-            shorter = fit(messages, rejected)
-            return None if shorter is None else {**row, "messages": shorter}
-        better, worse = fit(messages, []), fit([*messages[:-1], *rejected], [])
-        # Where the last turn has no room, its answers are gone; where what is left of both is the same, so is the pair.
+            shorter = truncate(messages, rejected)
+            return None if shorter is None else {**example, "messages": shorter}
+        better, worse = truncate(messages, []), truncate([*messages[:-1], *rejected], [])
+        # A pair needs its last turn and two different answers.
         if better is None or worse is None or len(better) < len(messages) or len(worse) < len(messages):
             return None
-        return None if better[-1] == worse[-1] else {**row, "messages": better, "rejected": worse[-1:]}
+        return None if better[-1] == worse[-1] else {**example, "messages": better, "rejected": worse[-1:]}
 
-    def lengths_of(self, rows: Sequence[Row]) -> Iterator[Length | Fault]:
-        """Yield the length of each row, or what the template has against it."""
-        worse = [[*row["messages"][:-1], *row["rejected"]] for row in rows if row.get("rejected")]
-        rejected = self.each(worse)
-        for row, length in zip(rows, self.each([row["messages"] for row in rows]), strict=True):
-            if not row.get("rejected"):
-                yield length
+    def compute_lengths(self, examples: Sequence[Example]) -> Iterator[TokenLengths | Fault]:
+        """Yield the lengths of each example, or a Fault if the chat template refuses it."""
+        pairs = [example for example in examples if example.get("rejected")]
+        rejected = self._compute_lengths([[*pair["messages"][:-1], *pair["rejected"]] for pair in pairs])
+        results = self._compute_lengths([example["messages"] for example in examples])
+        for example, result in zip(examples, results, strict=True):
+            if not example.get("rejected"):
+                yield result
                 continue
             other = next(rejected)
-            if isinstance(length, Length) and isinstance(other, Length):
-                yield length._replace(rejected=other.total)
+            if isinstance(result, TokenLengths) and isinstance(other, TokenLengths):
+                yield result._replace(rejected=other.total)
             else:
-                yield other if isinstance(length, Length) else length
+                yield other if isinstance(result, TokenLengths) else result
 
-    def each(self, conversations: Sequence[Messages]) -> Iterator[Length | Fault]:
-        for result in self.encoder.encode_rows(conversations, supervise=self.rules.supervise):
-            yield Fault("template", None, str(result)) if isinstance(result, TemplateError) else _length(result)
+    def _compute_lengths(self, conversations: Sequence[Messages]) -> Iterator[TokenLengths | Fault]:
+        encoded = self.encoder.encode_rows(conversations, supervise=self.rules.supervise)
+        for result in encoded:
+            yield Fault("template", None, str(result)) if isinstance(result, TemplateError) else _count_tokens(result)
 
-    def measured(self) -> Measured:
-        return Measured(
+    def make_result(self) -> TokenizedSplit:
+        return TokenizedSplit(
             rows=numpy.concatenate([_NO_ROWS, *self.kept]),
             lengths=numpy.concatenate([_NO_LENGTHS, *self.lengths]),
             faults=self.faults,
-            cut=self.cut,
+            truncations=self.truncations,
             scripts=self.scripts,
-            sequences=joined(self.sampled),
+            ngrams=concatenate_ngrams(self.sampled),
         )
 
 
-def _length(encoded: Sequence[Encoded]) -> Length:
-    totals = [(len(sequence.input_ids), sequence.supervised.count(True)) for sequence in encoded]
-    total, answer = max(totals, key=itemgetter(0))
-    return Length(
+def _count_tokens(sequences: Sequence[Encoded]) -> TokenLengths:
+    counts = [(len(sequence.input_ids), sequence.supervised.count(True)) for sequence in sequences]
+    total, answer = max(counts, key=itemgetter(0))
+    return TokenLengths(
         prompt=total - answer,
         answer=answer,
         total=total,
-        supervised=sum(supervised for _, supervised in totals),
-        tokens=sum(tokens for tokens, _ in totals),
-        sequences=len(totals),
+        supervised=sum(supervised for _, supervised in counts),
+        tokens=sum(tokens for tokens, _ in counts),
+        sequences=len(counts),
     )
 
 
-def _said(messages: Messages) -> str:
-    """Return what user and assistant say; a system message is often the same in every row."""
-    said = (message["content"] for message in messages if message["role"] != "system")
-    return "\n".join(text for text in said if isinstance(text, str))
+def _get_dialogue(messages: Messages) -> str:
+    """Return the texts of all messages but the system message, which is often the same in every example."""
+    contents = (message["content"] for message in messages if message["role"] != "system")
+    return "\n".join(text for text in contents if isinstance(text, str))
 
 
-def _found_at(at: Callable[[], str], what: Example) -> tuple[str, Example]:
-    return at(), what
+def _add_place(get_place: Callable[[], str], case: Case) -> tuple[str, Case]:
+    return get_place(), case
 
 
 def _join_files(parts: Sequence[Path], target: Path) -> None:
     first, *others = parts
     first.replace(target)
-    with target.open("ab") as whole:
+    with target.open("ab") as output:
         for part in others:
             with part.open("rb") as source:
-                shutil.copyfileobj(source, whole, 1 << 20)
+                shutil.copyfileobj(source, output, 1 << 20)
             part.unlink()

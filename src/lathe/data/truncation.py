@@ -1,4 +1,4 @@
-"""Rows longer than the model is to read, made shorter."""
+"""Truncation: conversations that are longer than training.max_length, shortened on one side."""
 
 from bisect import bisect_left
 from collections.abc import Callable
@@ -6,32 +6,34 @@ from typing import Any, Literal
 
 Messages = list[dict[str, Any]]
 
-# The tokens of a conversation's longest sequence; None where the template refuses it.
-Measure = Callable[[Messages], int | None]
+# Counts the tokens of a conversation's longest sequence; None if the chat template refuses the conversation.
+CountTokens = Callable[[Messages], int | None]
 
-Side = Literal["prompt", "answer"]
+TruncatedSide = Literal["prompt", "answer"]
 
 
-def truncated(messages: Messages, side: Side, max_length: int, measure: Measure, tokenizer: Any) -> Messages | None:
-    """Return the conversation with what stands before its last answer, or with that answer, made to fit; else None.
+def truncate_conversation(
+    messages: Messages, side: TruncatedSide, max_length: int, count_tokens: CountTokens, tokenizer: Any
+) -> Messages | None:
+    """Return the conversation shortened to `max_length` tokens, or None if it cannot be.
 
-    `prompt`: earlier turns go whole, the oldest first and a system message never; if the last turn alone is too long,
-    the middle of what its user says goes. No answer is cut: those of the turns that stay are whole.
-    `answer`: later turns go whole, the last first; if the answer that is then the last one is too long, its end goes.
+    `prompt`: drops earlier turns, the oldest first, and never the system message. If the last turn alone is too long,
+    it cuts the middle out of its user message. Answers are not cut: those of the remaining turns stay whole.
+    `answer`: drops later turns, the last first. If the last remaining answer is too long, it cuts its end.
 
-    Texts are cut between tokens, messages and turns stay whole otherwise, so that the template's frame stays valid.
+    Texts are cut between tokens. Turns are dropped whole, so that the rest is still a conversation for the template.
     """
-    fit = _Fit(max_length, measure, tokenizer)
-    return fit.prompt(messages) if side == "prompt" else fit.answer(messages)
+    truncator = _Truncator(max_length, count_tokens, tokenizer)
+    return truncator.truncate_prompt(messages) if side == "prompt" else truncator.truncate_answer(messages)
 
 
-class _Fit:
-    def __init__(self, max_length: int, measure: Measure, tokenizer: Any) -> None:
+class _Truncator:
+    def __init__(self, max_length: int, count_tokens: CountTokens, tokenizer: Any) -> None:
         self.max_length = max_length
-        self.measure = measure
+        self.count_tokens = count_tokens
         self.backend = tokenizer.backend_tokenizer
 
-    def prompt(self, messages: Messages) -> Messages | None:
+    def truncate_prompt(self, messages: Messages) -> Messages | None:
         system = messages[:1] if messages[0]["role"] == "system" else []
         turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
         if not turns:
@@ -39,54 +41,55 @@ class _Fit:
         first = bisect_left(turns, True, key=lambda turn: self.fits([*system, *messages[turn:]]))
         if first < len(turns):
             return [*system, *messages[turns[first] :]]
-        return self.cut([*system, *messages[turns[-1] :]], len(system), ends=True)
+        return self.cut_message([*system, *messages[turns[-1] :]], len(system), keep_end=True)
 
-    def answer(self, messages: Messages) -> Messages | None:
+    def truncate_answer(self, messages: Messages) -> Messages | None:
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        # The last answer that has room for its beginning at least.
-        without_room = bisect_left(answers, True, key=lambda index: not self.begins(messages[: index + 1]))
+        # The last answer of which at least the first token fits.
+        without_room = bisect_left(answers, True, key=lambda index: not self.fits_with_one_token(messages[: index + 1]))
         if not without_room:
             return None
         last = answers[without_room - 1]
         if self.fits(messages[: last + 1]):
             return messages[: last + 1]
-        return self.cut(messages[: last + 1], last, ends=False)
+        return self.cut_message(messages[: last + 1], last, keep_end=False)
 
-    def begins(self, messages: Messages) -> bool:
+    def fits_with_one_token(self, messages: Messages) -> bool:
+        """Return whether the conversation fits if its last message is cut to its first token."""
         text = messages[-1]["content"]
-        spans = self.spans(text)
-        return bool(spans) and self.fits(_with_text(messages, len(messages) - 1, text[: spans[0][1]]))
+        spans = self.get_token_spans(text)
+        return bool(spans) and self.fits(_replace_content(messages, len(messages) - 1, text[: spans[0][1]]))
 
     def fits(self, messages: Messages) -> bool:
-        tokens = self.measure(messages)
+        tokens = self.count_tokens(messages)
         return tokens is not None and tokens <= self.max_length
 
-    def cut(self, messages: Messages, index: int, *, ends: bool) -> Messages | None:
-        """Return the conversation with as much of one message's text as fits: both ends of it, or its beginning."""
+    def cut_message(self, messages: Messages, index: int, *, keep_end: bool) -> Messages | None:
+        """Return the conversation with one message cut until it fits: its middle (`keep_end`) or its end is removed."""
         text = messages[index]["content"]
-        spans = self.spans(text)
+        spans = self.get_token_spans(text)
         keep = len(spans)
-        tokens = self.measure(messages)
-        # Tokens at the seam may merge in other ways: what is left is measured again.
+        tokens = self.count_tokens(messages)
+        # Tokens on both sides of the cut may merge, so that the result is counted again.
         while tokens is not None and tokens > self.max_length:
             keep -= tokens - self.max_length
             if keep < 1:
                 return None
-            behind = keep // 2 if ends else 0
-            end = spans[keep - behind - 1][1]
-            begin = max(end, spans[len(spans) - behind][0]) if behind else len(text)
+            kept_at_end = keep // 2 if keep_end else 0
+            end = spans[keep - kept_at_end - 1][1]
+            begin = max(end, spans[len(spans) - kept_at_end][0]) if kept_at_end else len(text)
             shorter = text[:end] + text[begin:]
             if not shorter.strip():
                 return None
-            messages = _with_text(messages, index, shorter)
-            tokens = self.measure(messages)
+            messages = _replace_content(messages, index, shorter)
+            tokens = self.count_tokens(messages)
         return None if tokens is None else messages
 
-    def spans(self, text: str) -> list[tuple[int, int]]:
-        """Return where each token of the text begins and ends in it."""
+    def get_token_spans(self, text: str) -> list[tuple[int, int]]:
+        """Return the first and the last character offset (exclusive) of each token of the text."""
         offsets: list[tuple[int, int]] = self.backend.encode(text, add_special_tokens=False).offsets
         return offsets
 
 
-def _with_text(messages: Messages, index: int, text: str) -> Messages:
+def _replace_content(messages: Messages, index: int, text: str) -> Messages:
     return [*messages[:index], {**messages[index], "content": text}, *messages[index + 1 :]]

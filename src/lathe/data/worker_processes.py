@@ -1,4 +1,4 @@
-"""One piece of work cut into shares, each done by a process of its own."""
+"""Worker processes: a list of shares of work, each done in a process of its own."""
 
 import gc
 import multiprocessing
@@ -14,25 +14,31 @@ from lathe.common.errors import InputError
 Share = TypeVar("Share")
 Result = TypeVar("Result")
 
-Done = Callable[[int], None]
+# Called with the number of rows that were finished since the last call.
+ReportRows = Callable[[int], None]
 
-# More of them gain little, and each takes memory.
-MOST_PROCESSES = 8
+# More processes save little time, and each takes memory.
+MAX_PROCESSES = 8
 
 
-def each(work: Callable[[Share, Done], Result], shares: Sequence[Share], done: Done) -> list[Result]:
-    """Return `work(share, done)` of each share, in their order; `done` is told how many rows are behind.
+def run_in_processes(
+    work: Callable[[Share, ReportRows], Result], shares: Sequence[Share], report_rows: ReportRows
+) -> list[Result]:
+    """Call `work(share, report_rows)` for each share, each in its own process, and return the results in order.
 
-    One share alone is worked on here. What a share raises is raised here, and ends the others. A plain process per
-    share, and not a pool: one whose parent is killed notices and ends, where a pool's would wait for ever.
+    A single share is worked on in this process. An exception in one process ends the others and is raised here;
+    raises InputError if a process was killed. These are plain processes and no pool, because each of them checks that
+    its parent is alive: a pool's workers would wait forever after their parent was killed.
     """
-    with _tokenizers_alone():
+    with _disable_tokenizer_threads():
         if len(shares) == 1:
-            return [work(shares[0], done)]
-        return _in_processes(work, shares, done)
+            return [work(shares[0], report_rows)]
+        return _run_processes(work, shares, report_rows)
 
 
-def _in_processes(work: Callable[[Share, Done], Result], shares: Sequence[Share], done: Done) -> list[Result]:
+def _run_processes(
+    work: Callable[[Share, ReportRows], Result], shares: Sequence[Share], report_rows: ReportRows
+) -> list[Result]:
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
     processes = []
@@ -41,16 +47,16 @@ def _in_processes(work: Callable[[Share, Done], Result], shares: Sequence[Share]
     try:
         for number, share in enumerate(shares):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(work, share, sender, os.getpid()), daemon=True)
+            process = context.Process(target=_run_share, args=(work, share, sender, os.getpid()), daemon=True)
             process.start()
             sender.close()
             processes.append(process)
             numbers[receiver] = number
         while len(results) < len(shares):
-            for receiver in wait([waited for waited in numbers if numbers[waited] not in results]):
-                kind, value = _received(receiver)
-                if kind == "done":
-                    done(value)
+            for receiver in wait([open_ for open_ in numbers if numbers[open_] not in results]):
+                kind, value = _receive(receiver)
+                if kind == "rows":
+                    report_rows(value)
                 elif kind == "result":
                     results[numbers[receiver]] = value
                 else:
@@ -62,34 +68,37 @@ def _in_processes(work: Callable[[Share, Done], Result], shares: Sequence[Share]
     return [results[number] for number in range(len(shares))]
 
 
-def _received(receiver: Any) -> tuple[str, Any]:
+def _receive(receiver: Any) -> tuple[str, Any]:
     try:
         message: tuple[str, Any] = receiver.recv()
     except EOFError:
-        raise InputError("a process that prepared rows was killed; free some memory and run again") from None
+        raise InputError(
+            "a process that prepared rows was killed; free some memory and run again", code="process-killed"
+        ) from None
     return message
 
 
-def _child(work: Callable[[Share, Done], Result], share: Share, sender: Connection, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
-    gc.freeze()  # what the parent made is not looked through again and again,
-    gc.set_threshold(100_000)  # and what a batch makes goes without being looked for
+def _run_share(work: Callable[[Share, ReportRows], Result], share: Share, sender: Connection, parent_pid: int) -> None:
+    """Body of a worker process: send ("rows", count), and at last ("result", result) or ("error", exception)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
+    gc.freeze()  # do not scan the parent's objects in every collection
+    gc.set_threshold(100_000)  # collect rarely: most objects of a batch are freed by reference counting
 
-    def done(rows: int) -> None:
-        if os.getppid() != parent:
+    def report_rows(rows: int) -> None:
+        if os.getppid() != parent_pid:
             os._exit(1)
-        sender.send(("done", rows))
+        sender.send(("rows", rows))
 
     try:
-        message: tuple[str, Any] = ("result", work(share, done))
+        message: tuple[str, Any] = ("result", work(share, report_rows))
     except Exception as error:
         message = ("error", error)
     sender.send(message)
 
 
 @contextmanager
-def _tokenizers_alone() -> Iterator[None]:
-    """Keep the tokenizers library from threads of its own, which no process survives to be forked with."""
+def _disable_tokenizer_threads() -> Iterator[None]:
+    """Keep the tokenizers library from starting threads: a process with threads cannot be forked safely."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"

@@ -1,11 +1,11 @@
-"""In which script a text is written: what can be told of its language without a model."""
+"""Writing systems: the script that a text is written in, by its letters; needs no language model."""
 
 import re
 import unicodedata
 from collections import Counter
 from functools import cache
 
-# By the first word of a letter's Unicode name.
+# Script by the first word of a letter's Unicode name.
 _SCRIPTS = {
     "CJK": "Han",
     "HIRAGANA": "Kana",
@@ -40,20 +40,20 @@ _SCRIPTS = {
 _ASCII_LETTER = re.compile("[A-Za-z]")
 
 
-def script(text: str) -> str:
-    """Return the script of most of the text's letters, `none` where it has no letter."""
+def detect_writing_system(text: str) -> str:
+    """Return the script of most of the text's letters (`Latin`, `Han`, ...), or `none` if it has no letter."""
     if text.isascii():
         return "Latin" if _ASCII_LETTER.search(text) else "none"
     letters: Counter[str] = Counter()
     for character, count in Counter(text).items():
-        if found := _script_of(character):
-            letters[found] += count
-    # Of equals the first by name: the order of letters in the text must not matter.
+        if script := _get_script(character):
+            letters[script] += count
+    # Of equally frequent scripts the first by name, so that the order of the letters does not matter.
     return min(letters, key=lambda name: (-letters[name], name)) if letters else "none"
 
 
 @cache
-def _script_of(character: str) -> str | None:
+def _get_script(character: str) -> str | None:
     if not character.isalpha():
         return None
     return _SCRIPTS.get(unicodedata.name(character, "").partition(" ")[0].partition("-")[0], "other")

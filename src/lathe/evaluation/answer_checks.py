@@ -1,4 +1,4 @@
-"""What an answer is worth, against a reference. Pure: texts in, a number from 0 to 1 out."""
+"""Answer checks: pure functions from an answer and a reference to a number from 0 to 1, for metrics and rewards."""
 
 import json
 import re
@@ -6,57 +6,57 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-# A number as people write it: sign, thousands in threes or none, decimals, exponent, and perhaps one over another.
+# A number as people write it: sign, optional thousands separators, decimals, exponent, or a fraction.
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _NUMBER = re.compile(rf"(?:(?<![\w)])[-+])?(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?!\d))?(?:/\d+)?")
 _CURRENCY = re.compile(r"[$€£¥₽]")
 _SPACED_THOUSANDS = re.compile(r"(?<=\d)[\u00a0\u2009\u202f_'](?=\d{3})")
-LONGEST_NUMBER = 400  # characters; what goes on beyond is a loop of the model's, and no number
+MAX_NUMBER_CHARACTERS = 400  # a longer one comes from a model that repeats itself
 
 
 def exact_match(completion: str, reference: str) -> float:
-    """Return 1 where the two are equal, white space at both ends aside."""
+    """Return 1 if the two are equal, apart from white space at both ends."""
     return float(completion.strip() == reference.strip())
 
 
 def numeric(completion: str, reference: str, *, pattern: str | None = None) -> float:
-    r"""Return 1 where both end in the same number, however it is written: 1,200.50 is 1200.5, and 1/2 is 0.5.
+    r"""Return 1 if both end in the same number, however it is written: 1,200.50 is 1200.5, and 1/2 is 0.5.
 
     The number is the last one in the text, or in the first group of the last match of `pattern`, such as `#### (\S+)`
-    for GSM8K. Currency and percent signs do not count; a comma parts thousands and never decimals. A text without a
-    number earns 0.
+    for GSM8K. Currency and percent signs are ignored; a comma separates thousands, never decimals. A text without a
+    number gives 0.
     """
-    given, wanted = _number(completion, pattern), _number(reference, pattern)
-    return float(given is not None and given == wanted)
+    answer_value, reference_value = _extract_number(completion, pattern), _extract_number(reference, pattern)
+    return float(answer_value is not None and answer_value == reference_value)
 
 
 def json_valid(completion: str, reference: str) -> float:
-    """Return 1 where the completion is one JSON object or array: a bare number or word parses too, but says nothing."""
-    return float(isinstance(_parsed(completion), dict | list))
+    """Return 1 if the answer is one JSON object or array; a bare number or string, which is valid JSON too, gives 0."""
+    return float(isinstance(_parse_json(completion), dict | list))
 
 
 def json_fields(completion: str, reference: str) -> float:
-    """Return the F1 of the completion's fields against the reference's: a field is right under its name with its value.
+    """Return the F1 score of the answer's fields against the reference's; name and value of a field must be equal.
 
-    Fields of nested objects and items of arrays count one by one. 1 and 1.0 are equal, 1 and true are not. Fields too
-    many cost as much as fields missing. 0 unless both are JSON objects or arrays.
+    Fields of nested objects and items of arrays count one by one. 1 and 1.0 are equal, 1 and true are not. An extra
+    field costs as much as a missing one. 0 unless both are JSON objects or both are arrays.
     """
-    given, wanted = _parsed(completion), _parsed(reference)
-    if not isinstance(given, dict | list) or type(given) is not type(wanted):
+    answer_value, reference_value = _parse_json(completion), _parse_json(reference)
+    if not isinstance(answer_value, dict | list) or type(answer_value) is not type(reference_value):
         return 0.0
-    given_fields, wanted_fields = _fields(given), _fields(wanted)
-    return 2 * len(given_fields & wanted_fields) / (len(given_fields) + len(wanted_fields))
+    answer_fields, reference_fields = _flatten_fields(answer_value), _flatten_fields(reference_value)
+    return 2 * len(answer_fields & reference_fields) / (len(answer_fields) + len(reference_fields))
 
 
 def regex(completion: str, reference: str, *, pattern: str) -> float:
-    r"""Return 1 where `pattern` is found in the completion; with `\A` and `\Z` it must be all of it."""
+    r"""Return 1 if `pattern` matches anywhere in the answer; between `\A` and `\Z` it must match all of it."""
     return float(re.search(pattern, completion) is not None)
 
 
 def length(completion: str, reference: str, *, max_characters: int, min_characters: int = 0) -> float:
-    """Return 1 within the window (characters, both ends included), and less the further outside.
+    """Return 1 for an answer of `min_characters` to `max_characters`, and less the further it is outside.
 
-    Below, the share of `min_characters` that is there; above, it falls to 0 at twice `max_characters`.
+    Below, the fraction of `min_characters` that it has; above, it falls linearly to 0 at twice `max_characters`.
     """
     count = len(completion)
     if count < min_characters:
@@ -74,13 +74,13 @@ REWARDS: dict[str, Callable[..., float]] = {
 }
 
 
-def _number(text: str, pattern: str | None) -> Fraction | None:
+def _extract_number(text: str, pattern: str | None) -> Fraction | None:
     if pattern is not None:
         matches = list(re.finditer(pattern, text))
         text = (matches[-1][1] or "") if matches else ""
     text = _SPACED_THOUSANDS.sub("", _CURRENCY.sub("", text.replace("\N{MINUS SIGN}", "-")))
     numbers = _NUMBER.findall(text)
-    if not numbers or len(numbers[-1]) > LONGEST_NUMBER:
+    if not numbers or len(numbers[-1]) > MAX_NUMBER_CHARACTERS:
         return None
     above, _, below = numbers[-1].replace(",", "").partition("/")
     if below and not int(below):
@@ -88,19 +88,19 @@ def _number(text: str, pattern: str | None) -> Fraction | None:
     return Fraction(above) / int(below or 1)
 
 
-def _parsed(text: str) -> Any:
+def _parse_json(text: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # a model that says `[` without end
+    except (ValueError, RecursionError):  # a model that repeats `[`
         return None
 
 
-def _fields(value: Any, path: tuple[str | int, ...] = ()) -> set[Any]:
-    """Return (path, value) of every leaf; an empty object or array is one too."""
+def _flatten_fields(value: Any, path: tuple[str | int, ...] = ()) -> set[Any]:
+    """Return (path, value) of every leaf; an empty object or array is a leaf too."""
     members = (
         list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
     )
     if members:
-        return {field for name, member in members for field in _fields(member, (*path, name))}
+        return {field for name, member in members for field in _flatten_fields(member, (*path, name))}
     leaf = type(value).__name__ if isinstance(value, dict | list) else value
     return {(path, isinstance(value, bool), isinstance(value, str), leaf)}

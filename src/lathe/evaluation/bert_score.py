@@ -1,8 +1,8 @@
-"""BERTScore (Zhang et al. 2020): how alike two texts are in meaning, to an encoder. F1 of tokens matched by embedding.
+"""BERTScore (Zhang et al. 2020): similarity of two texts, as the F1 score of tokens matched by an encoder's embeddings.
 
-Texts are embedded here, in batches of like length, each once where it stands in several pairs. torchmetrics matches
-the tokens of one pair at a time: given several it compares texts of different pairs (version 1.9.0; its issue 2728).
-Only a text's own tokens are matched: what the tokenizer puts around them is left out by its own account.
+Texts are embedded here in batches of similar length, each distinct text once. torchmetrics matches the tokens of one
+pair at a time: given several, it compares texts of different pairs (version 1.9.0; its issue 2728). Only the tokens of
+the text itself are matched, without the special tokens that the tokenizer adds.
 """
 
 import hashlib
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     import torch
 
 Pair = tuple[str, str]
-Scored = dict[Pair, float]
+PairScores = dict[Pair, float]
 
-DECIMALS = 5  # what stays the same however texts are batched
-UNRELATED_PAIRS = 1000  # whose mean is the baseline `shuffled`
-FORM = b"1"  # of the cached scores; changes with what this module computes
+DECIMALS = 5  # of a score: these do not depend on how texts are batched
+UNRELATED_PAIRS = 1000  # their mean score is the baseline `shuffled`
+CACHE_FORMAT = b"1"  # part of the cache's key; to be changed when this module computes other scores
 
 
 class Encoder:
-    """A folder with config.json, safetensors and tokenizer, as the hub has them; nothing in it is run or unpickled."""
+    """An encoder in a folder: config.json, safetensors and tokenizer. No code in it is run, nothing is unpickled."""
 
     def __init__(self, folder: Path, *, num_layers: int | None, max_length: int) -> None:
-        """Take the embeddings of layer `num_layers` (None: the last) for texts of at most `max_length` tokens.
+        """Use the embeddings of layer `num_layers` (None: the last), for texts cut to `max_length` tokens.
 
-        Raises InputError where the folder holds no encoder, or one with fewer layers or room for fewer tokens.
+        Raises InputError if the folder holds no encoder, or one with fewer layers.
         """
         from transformers import AutoConfig
 
@@ -44,22 +44,26 @@ class Encoder:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"bert_score.model: {folder}: {str(error).splitlines()[0]}; give another encoder"
+                f"bert_score.model: {folder}: {str(error).splitlines()[0]}; name another encoder",
+                code="invalid-encoder",
             ) from None
         if config.is_encoder_decoder:
             raise InputError(
-                f"bert_score.model: {folder} is a {config.model_type}, an encoder with a decoder; give one without"
+                f"bert_score.model: {folder} is a {config.model_type}, an encoder with a decoder; name one without",
+                code="invalid-encoder",
             )
         layers = config.num_hidden_layers
         if num_layers is not None and num_layers > layers:
-            raise InputError(f"bert_score.num_layers is {num_layers}; the encoder has {layers}; lower it")
+            raise InputError(
+                f"bert_score.num_layers is {num_layers}; the encoder has {layers}; lower it", code="too-many-layers"
+            )
         self.folder, self.max_length = folder, max_length
         self.num_layers = layers if num_layers is None else num_layers
-        self._room: int = config.max_position_embeddings
+        self._max_positions: int = config.max_position_embeddings
 
-    def digest(self) -> str:
-        """Return a hash of all that a score depends on besides the two texts."""
-        content = hashlib.sha256(FORM + f"{self.num_layers} {self.max_length}".encode())
+    def compute_digest(self) -> str:
+        """Return a hash of everything that a score depends on besides the two texts."""
+        content = hashlib.sha256(CACHE_FORMAT + f"{self.num_layers} {self.max_length}".encode())
         for file in sorted(self.folder.iterdir()):
             if file.suffix in {".json", ".safetensors", ".txt", ".model"}:
                 with file.open("rb") as stream:
@@ -67,17 +71,23 @@ class Encoder:
         return content.hexdigest()
 
     def load(self) -> Callable[[Sequence[str]], "list[torch.Tensor]"]:
-        """Return what embeds a batch of texts: for each (its own tokens, hidden size), float32, on the CPU."""
+        """Return the function that embeds a batch of texts: for each text (tokens, hidden size), float32, on the CPU.
+
+        Raises InputError if the encoder takes fewer than `max_length` tokens.
+        """
         import torch
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        logging.set_verbosity_error()  # it warns of tensors not shared between GPUs where there is none
+        logging.set_verbosity_error()  # it warns about GPUs where there are none
         tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, padding_side="right")
-        room = min(self._room, tokenizer.model_max_length)
-        if self.max_length > room:
-            raise InputError(f"bert_score.max_length is {self.max_length}; the encoder takes {room} tokens; lower it")
+        longest = min(self._max_positions, tokenizer.model_max_length)
+        if self.max_length > longest:
+            raise InputError(
+                f"bert_score.max_length is {self.max_length}; the encoder takes {longest} tokens; lower it",
+                code="max-length-too-long",
+            )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,54 +114,55 @@ class Encoder:
         return embed
 
 
-def scores(pairs: Iterable[Pair], encoder: Encoder, *, batch_size: int, cache: Path) -> Scored:
-    """Return the F1 of every pair of texts, without rescaling.
+def compute_scores(pairs: Iterable[Pair], encoder: Encoder, *, batch_size: int, cache: Path) -> PairScores:
+    """Return the F1 score of every pair of texts, without rescaling.
 
-    Equal texts score 1, an empty one and another 0. What was computed before is taken from the folder `cache`, whoever
-    computed it; every batch is kept there at once, so that an interrupted run loses no more than one.
+    Equal texts score 1; an empty text and another one score 0. Scores that were computed before are read from the
+    folder `cache`. Each batch is added to it at once, so that an interrupted run loses at most one batch.
     """
-    scored = {(one, other): float(one == other) for one, other in pairs}
+    scored = {(first, second): float(first == second) for first, second in pairs}
     missing = {pair for pair, equal in scored.items() if not equal and all(pair)}
     if not missing:
         return scored
     cache.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(cache / f"{encoder.digest()}.sqlite", timeout=60)) as known:
+    with closing(sqlite3.connect(cache / f"{encoder.compute_digest()}.sqlite", timeout=60)) as known:
         known.execute("CREATE TABLE IF NOT EXISTS scores (pair BLOB PRIMARY KEY, f1 REAL NOT NULL) WITHOUT ROWID")
-        # One key in a query: SQLite takes no more than some thousands.
+        # One key per query: SQLite limits the number of parameters.
         for pair in sorted(missing):
-            if row := known.execute("SELECT f1 FROM scores WHERE pair = ?", (_key(pair),)).fetchone():
+            if row := known.execute("SELECT f1 FROM scores WHERE pair = ?", (_hash_pair(pair),)).fetchone():
                 scored[pair] = row[0]
                 missing.remove(pair)
-        for computed in _computed(missing, encoder, batch_size):
+        for computed in _compute_batches(missing, encoder, batch_size):
             scored |= computed
             known.executemany(
-                "INSERT OR REPLACE INTO scores VALUES (?, ?)", [(_key(pair), f1) for pair, f1 in computed.items()]
+                "INSERT OR REPLACE INTO scores VALUES (?, ?)", [(_hash_pair(pair), f1) for pair, f1 in computed.items()]
             )
             known.commit()
     return scored
 
 
-def unrelated_pairs(references: Sequence[str], seed: int) -> list[Pair]:
-    """Return pairs of different references, by chance, whose mean score is the baseline `shuffled`."""
+def draw_unrelated_pairs(references: Sequence[str], seed: int) -> list[Pair]:
+    """Return random pairs of different references, whose mean score is the baseline `shuffled`."""
     chosen = np.random.default_rng(seed).integers(0, len(references), (UNRELATED_PAIRS, 2))
-    pairs = [(references[one], references[other]) for one, other in chosen]
-    unrelated = [(one, other) for one, other in pairs if one != other]
+    pairs = [(references[first], references[second]) for first, second in chosen]
+    unrelated = [(first, second) for first, second in pairs if first != second]
     if not unrelated:
         raise InputError(
-            "bert_score.baseline is shuffled, but all references are equal; set it to null or a file of bert-score's"
+            "bert_score.baseline is shuffled, but all references are equal; set it to null or a file of bert-score's",
+            code="equal-references",
         )
     return unrelated
 
 
 def rescale(f1: float, baseline: float) -> float:
-    """Return where the score stands between the baseline, 0, and equality, 1."""
+    """Return the score on a scale on which the baseline is 0 and equal texts are 1."""
     return round((f1 - baseline) / (1 - baseline), DECIMALS)
 
 
-def baseline_of_file(file: Path, num_layers: int) -> float:
-    """Return the F1 of unrelated texts in a file of the package bert-score: LAYER,P,R,F with a line for each layer.
+def read_baseline(file: Path, num_layers: int) -> float:
+    """Return the F1 score of unrelated texts from a baseline file of bert-score: LAYER,P,R,F, one line per layer.
 
-    Raises InputError where there is no such file or line.
+    Raises InputError if there is no such file or line.
     """
     try:
         lines = [line.split(",") for line in file.read_text(encoding="utf-8").splitlines()[1:]]
@@ -159,18 +170,23 @@ def baseline_of_file(file: Path, num_layers: int) -> float:
         return by_layer[num_layers]
     except FileNotFoundError:
         raise InputError(
-            f"bert_score.baseline: {file}: no such file; give one, or set it to shuffled or null"
+            f"bert_score.baseline: {file}: no such file; name one, or set it to shuffled or null",
+            code="missing-file",
         ) from None
     except (ValueError, IndexError):
-        raise InputError(f"bert_score.baseline: {file}: must hold lines LAYER,P,R,F behind a heading") from None
+        raise InputError(
+            f"bert_score.baseline: {file}: not a baseline file; it must have a header and lines LAYER,P,R,F",
+            code="invalid-baseline",
+        ) from None
     except KeyError:
         raise InputError(
-            f"bert_score.baseline: {file} has no line for layer {num_layers}; set bert_score.num_layers to one it has"
+            f"bert_score.baseline: {file} has no line for layer {num_layers}; set bert_score.num_layers to one it has",
+            code="missing-layer",
         ) from None
 
 
-def _computed(pairs: Iterable[Pair], encoder: Encoder, batch_size: int) -> Iterable[Scored]:
-    # By reference, which several artifacts' answers share, and by length, so that little is padded.
+def _compute_batches(pairs: Iterable[Pair], encoder: Encoder, batch_size: int) -> Iterable[PairScores]:
+    # Sorted by length, for little padding, and by reference, as answers of several artifacts share it.
     waiting = sorted(pairs, key=lambda pair: (len(pair[1]), pair[1], len(pair[0]), pair[0]))
     if not waiting:
         return
@@ -183,54 +199,58 @@ def _computed(pairs: Iterable[Pair], encoder: Encoder, batch_size: int) -> Itera
             for first in range(0, len(texts), batch_size):
                 batch = texts[first : first + batch_size]
                 embedded |= zip(batch, embed(batch), strict=True)
-            yield {pair: _f1(embedded[pair[0]], embedded[pair[1]]) for pair in share}
+            yield {pair: _compute_f1(embedded[pair[0]], embedded[pair[1]]) for pair in share}
             progress.add(len(share))
 
 
-def _f1(completion: "torch.Tensor", reference: "torch.Tensor") -> float:
-    """Return BERTScore's F1 of the embedded tokens of one pair, (tokens, hidden size) each."""
+def _compute_f1(completion: "torch.Tensor", reference: "torch.Tensor") -> float:
+    """Return the F1 score of the embeddings of one pair, (tokens, hidden size) each."""
     import torch
     from torchmetrics.functional.text.bert import bert_score
 
     if not len(completion) or not len(reference):
-        return 0.0  # white space alone, of which a tokenizer may leave nothing
+        return 0.0  # white space only, for which a tokenizer may return no token
     embedded = {"completion": completion, "reference": reference}
 
-    def tokenized(texts: list[str], **_: Any) -> dict[str, torch.Tensor]:
-        # The first and the last token are left out as [CLS] and [SEP]: two that stand for nothing. Their ids tell whose
-        # they are.
+    def make_tokens(texts: list[str], **_: Any) -> dict[str, torch.Tensor]:
+        # torchmetrics leaves out the first and the last token as [CLS] and [SEP], so that two dummies are added. Their
+        # ids tell which of the two texts it is.
         tokens = torch.full((1, len(embedded[texts[0]]) + 2), int(texts[0] == "reference"))
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
-    def looked_up(_: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def look_up_embeddings(_: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         states = embedded["reference" if batch["input_ids"][0, 0] else "completion"]
         edge = torch.ones(1, states.shape[1])
         return torch.cat([edge, states, edge])[None]
 
-    found: dict[str, Any] = bert_score(
+    result: dict[str, Any] = bert_score(
         ["completion"],
         ["reference"],
-        model=_NoModel(),  # type: ignore[arg-type]
-        user_tokenizer=tokenized,
-        user_forward_fn=looked_up,
+        model=_ModelPlaceholder(),  # type: ignore[arg-type]
+        user_tokenizer=make_tokens,
+        user_forward_fn=look_up_embeddings,
     )
-    if not math.isfinite(found["precision"]) or not math.isfinite(found["recall"]):  # of which the F1 would be 0
-        raise InputError("bert_score.model: its embeddings are not finite; give another encoder")
-    return round(float(found["f1"]), DECIMALS)
+    if not math.isfinite(result["precision"]) or not math.isfinite(
+        result["recall"]
+    ):  # torchmetrics would give an F1 of 0
+        raise InputError(
+            "bert_score.model: its embeddings are not finite; name another encoder", code="invalid-encoder"
+        )
+    return round(float(result["f1"]), DECIMALS)
 
 
-class _NoModel:
-    """Stands where torchmetrics takes a model: the embeddings are already there."""
+class _ModelPlaceholder:
+    """Passed to torchmetrics as the model, as the embeddings are already computed."""
 
     config = SimpleNamespace(num_hidden_layers=1)
 
     def eval(self) -> None:
-        """Do nothing, as asked."""
+        """Do nothing."""
 
     def to(self, device: object) -> None:
-        """Do nothing, as asked."""
+        """Do nothing."""
 
 
-def _key(pair: Pair) -> bytes:
+def _hash_pair(pair: Pair) -> bytes:
     completion, reference = (hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in pair)
     return completion + reference

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lathe.evaluation.metrics import goodness
+from lathe.evaluation.metrics import orient_score
 
 
-def best(report: Mapping[str, Mapping[str, Any]], candidates: Sequence[str], metric: str) -> str:
-    """Return the candidate with the best validation score of that name; the smallest file of equals."""
-    return max(candidates, key=lambda name: (goodness(metric, report[name][metric]), -report[name]["bytes"]))
+def choose_best_artifact(report: Mapping[str, Mapping[str, Any]], candidates: Sequence[str], metric: str) -> str:
+    """Return the candidate with the best score in the validation report; of equally good ones the smallest file."""
+    return max(candidates, key=lambda name: (orient_score(metric, report[name][metric]), -report[name]["bytes"]))

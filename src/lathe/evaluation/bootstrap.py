@@ -1,8 +1,8 @@
-"""How sure a score is, and whether two differ: by resampling the rows that it was measured on.
+"""Bootstrap: confidence intervals of scores and of their differences, by resampling the rows.
 
-A score is a function of sums over rows (see `metrics`), so that a resample of the rows is a product of how often each
-was drawn with the rows' statistics: a thousand resamples of ten thousand rows take a moment, in bounded memory. Every
-artifact's scores are taken from the same resamples, which makes the differences between them paired.
+A score is a function of sums over rows (see `metrics`). The sums of a resample are the product of the counts of drawn
+rows with the rows' statistics, so that 1,000 resamples of 10,000 rows take about a second, in bounded memory. All
+artifacts are scored on the same resamples, which makes the differences between them paired.
 """
 
 from collections.abc import Iterator
@@ -14,32 +14,33 @@ from scipy.special import ndtr, ndtri
 Array = NDArray[np.float64]
 
 CONFIDENCE = 0.95
-CELLS_AT_ONCE = 4_000_000  # draws of rows held in memory at a time, 8 bytes each
-TIE = 1e-9  # relative difference below which two values are equal but for rounding
+MAX_CELLS = 4_000_000  # of a (samples, rows) array of counts in memory, 8 bytes each
+TIE_TOLERANCE = 1e-9  # relative difference up to which two values count as equal
 
 
-def bootstrap_sums(statistics: Array, samples: int, seed: int) -> Array:
-    """Return the sums of the rows' statistics, (rows, k), over resamples of the rows with replacement: (samples, k)."""
-    return np.concatenate([counts @ statistics for counts in _drawn(len(statistics), samples, seed)])
+def resample_sums(statistics: Array, samples: int, seed: int) -> Array:
+    """Return the sums of row statistics over resamples of the rows with replacement, (rows, k) -> (samples, k)."""
+    return np.concatenate([counts @ statistics for counts in _draw_counts(len(statistics), samples, seed)])
 
 
-def left_out_sums(statistics: Array) -> Array:
-    """Return the sums of the rows' statistics without each row in turn (the jackknife): (rows, k) -> (rows, k)."""
+def jackknife_sums(statistics: Array) -> Array:
+    """Return the sums of row statistics with each row left out in turn, (rows, k) -> (rows, k)."""
     return statistics.sum(axis=0) - statistics
 
 
-def interval(observed: float, resampled: Array, left_out: Array) -> tuple[float, float] | None:
+def compute_interval(observed: float, resampled: Array, left_out: Array) -> tuple[float, float] | None:
     """Return the 95 % interval of a score, bias-corrected and accelerated (BCa; Efron 1987).
 
-    Takes its value on all rows, on resamples and without each row in turn. None where a single row or nothing finite is
-    left to tell from. A score that is equal in all resamples, such as 500 of 500 right, has an interval of one point.
+    `observed` is its value on all rows, `resampled` (samples,) on resamples, `left_out` (rows,) with each row left out.
+    None if fewer than two finite values of `left_out`, or none of `resampled`, are there. A score that is equal in all
+    resamples, such as 500 correct answers of 500, has an interval of one point.
     """
     resampled, left_out = (values[np.isfinite(values)] for values in (resampled, left_out))
     if len(left_out) < 2 or not len(resampled):
         return None
-    # Ties that rounding broke would move the median.
-    near = TIE * max(abs(observed), np.ptp(resampled))
-    below = np.mean(resampled < observed - near) + np.mean(np.abs(resampled - observed) <= near) / 2
+    # Equal values that differ by rounding errors would move the median.
+    tolerance = TIE_TOLERANCE * max(abs(observed), np.ptp(resampled))
+    below = np.mean(resampled < observed - tolerance) + np.mean(np.abs(resampled - observed) <= tolerance) / 2
     influence = left_out.mean() - left_out
     spread = np.sum(influence**2) ** 1.5
     acceleration = np.sum(influence**3) / (6 * spread) if spread else 0.0
@@ -51,15 +52,16 @@ def interval(observed: float, resampled: Array, left_out: Array) -> tuple[float,
     return float(low), float(high)
 
 
-def _drawn(rows: int, samples: int, seed: int) -> Iterator[Array]:
-    """Yield how often each row is drawn, (some samples, rows), until there are `samples`."""
+def _draw_counts(rows: int, samples: int, seed: int) -> Iterator[Array]:
+    """Yield how often each row is drawn in each resample, in arrays (batch, rows) of `samples` resamples in total."""
     generator = np.random.default_rng(seed)
-    for count in _shares(samples, rows):
+    for count in split_samples(samples, rows):
         drawn = generator.integers(0, rows, (count, rows)) + rows * np.arange(count)[:, None]
         yield np.bincount(drawn.ravel(), minlength=count * rows).reshape(count, rows).astype(np.float64)
 
 
-def _shares(samples: int, rows: int) -> Iterator[int]:
-    at_once = max(1, CELLS_AT_ONCE // max(1, rows))
-    for start in range(0, samples, at_once):
-        yield min(at_once, samples - start)
+def split_samples(samples: int, rows: int) -> Iterator[int]:
+    """Yield batch sizes that add up to `samples`, such that a (batch, rows) array has at most MAX_CELLS cells."""
+    batch = max(1, MAX_CELLS // max(1, rows))
+    for start in range(0, samples, batch):
+        yield min(batch, samples - start)

@@ -1,7 +1,7 @@
-"""From generated answers to one report per split: scores by artifact, how sure they are, and what each step cost.
+"""Evaluation: one report per split, with the scores of every artifact, their intervals, and their differences.
 
-Validation steers (gates, the best file), test is reported. Every number of a report is a function of sums over rows, so
-that its interval and its differences come from the same resamples of the same rows.
+Validation steers (gates, best file); test is only reported. Every score is a function of sums over rows, so that all
+intervals and differences come from the same resamples of the same rows.
 """
 
 import functools
@@ -18,78 +18,80 @@ from lathe.common.errors import InputError
 from lathe.common.jsonl import read_jsonl
 from lathe.config.params import BertScore
 from lathe.evaluation import bootstrap, permutation_test, text_metrics
-from lathe.evaluation.metrics import LOWER_IS_BETTER, Array, combined, goodness, value
+from lathe.evaluation.metrics import LOWER_IS_BETTER, Array, compute_metric, make_combined, orient_score
 
-# What every artifact is compared with: what training gave, what quantization took.
+# What artifacts are compared with: base, for the effect of training; merged, for that of quantization.
 COMPARED_WITH = ("base", "merged")
 
-# One answer as `generate` wrote it, with the judge's mark and BERTScore where there are any.
-Row = dict[str, Any]
-# The rows of every artifact by its name: the same rows, in the same order.
-Answers = dict[str, list[Row]]
+# A row of data/generated, with `judge` and `bert_score` if there are such scores.
+AnswerRow = dict[str, Any]
+# The rows by artifact: answers to the same prompts, in the same order.
+AnswersByArtifact = dict[str, list[AnswerRow]]
 
 
 @dataclass(frozen=True)
-class Score:
-    """What a score takes from a row, to be added up, and what it makes of the sums: (..., k) -> (...)."""
+class ScoreDefinition:
+    """A score: its statistics of one row, which are summed over rows, and its value for sums, (..., k) -> (...)."""
 
     name: str
-    of_row: Callable[[Row], text_metrics.Statistics]
-    of_sums: Callable[[Array], Array]
+    get_statistics: Callable[[AnswerRow], text_metrics.Statistics]
+    compute: Callable[[Array], Array]
 
-    def statistics(self, rows: Sequence[Row]) -> Array:
-        """Return the statistics of rows, (rows, k)."""
-        return np.array([self.of_row(row) for row in rows], dtype=np.float64)
+    def compute_statistics(self, rows: Sequence[AnswerRow]) -> Array:
+        """Return the statistics of all rows, (rows, k)."""
+        return np.array([self.get_statistics(row) for row in rows], dtype=np.float64)
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How often rows are resampled, and from which seed."""
+class Resampling:
+    """The number of resamples, and the seed."""
 
     samples: int
     seed: int
 
 
-def read_general(generated: Path, artifacts: Sequence[str]) -> Answers:
-    """Read `<artifact>/general.jsonl` of the artifacts that have one, a row per paragraph."""
+def read_general_text(generated: Path, artifacts: Sequence[str]) -> AnswersByArtifact:
+    """Read `<artifact>/general.jsonl` of the artifacts that have one; a row is a paragraph of general text."""
     files = {artifact: generated / artifact / "general.jsonl" for artifact in artifacts}
     return {artifact: read_jsonl(file) for artifact, file in files.items() if file.exists()}
 
 
-def add_bert_score(splits: Sequence[Answers], settings: BertScore, *, seed: int, cache: Path) -> None:
-    """Put into every row how alike completion and reference are to the encoder, as `bert_score`.
+def add_bert_score(splits: Sequence[AnswersByArtifact], settings: BertScore, *, seed: int, cache: Path) -> None:
+    """Add the BERTScore of answer and reference to every row, as `bert_score`.
 
-    Raises InputError where the encoder cannot be had, or does not fit what is asked of it.
+    Raises InputError if the encoder cannot be loaded, or does not fit the settings.
     """
     from lathe.evaluation import bert_score
 
     assert settings.model
     encoder = bert_score.Encoder(paths.MODEL_ENCODER, num_layers=settings.num_layers, max_length=settings.max_length)
-    rows = [row for answers in splits for of_artifact in answers.values() for row in of_artifact]
+    rows = [row for answers in splits for answer_rows in answers.values() for row in answer_rows]
     pairs = {(row["completion"], row["reference"]) for row in rows}
-    # One baseline for both splits, or their scores could not be compared.
+    # One baseline for both splits, so that their scores can be compared.
     references = [row["reference"] for answers in splits for row in answers["base"]]
-    unrelated = bert_score.unrelated_pairs(references, seed) if settings.baseline == "shuffled" else []
-    scored = bert_score.scores({*pairs, *unrelated}, encoder, batch_size=settings.batch_size, cache=cache)
+    unrelated = bert_score.draw_unrelated_pairs(references, seed) if settings.baseline == "shuffled" else []
+    scored = bert_score.compute_scores({*pairs, *unrelated}, encoder, batch_size=settings.batch_size, cache=cache)
     baseline = 0.0
     if unrelated:
         baseline = sum(scored[pair] for pair in unrelated) / len(unrelated)
     elif settings.baseline is not None:
-        baseline = bert_score.baseline_of_file(paths.ROOT / settings.baseline, encoder.num_layers)
+        baseline = bert_score.read_baseline(paths.ROOT / settings.baseline, encoder.num_layers)
     for row in rows:
         row["bert_score"] = bert_score.rescale(scored[row["completion"], row["reference"]], baseline)
 
 
-def read_answers(generated: Path, judged: Path | None, artifacts: Sequence[str], split: str) -> Answers:
-    """Read `<artifact>/<split>.jsonl` of both folders, the judge's marks into the rows' `judge`.
+def read_answers(generated: Path, judged: Path | None, artifacts: Sequence[str], split: str) -> AnswersByArtifact:
+    """Read `<artifact>/<split>.jsonl` of both folders; the judge's scores become `judge` of the rows.
 
-    Raises InputError where artifacts did not answer the same rows.
+    Raises InputError if the artifacts did not answer the same rows.
     """
-    answers: Answers = {}
+    answers: AnswersByArtifact = {}
     for artifact in artifacts:
         rows = read_jsonl(generated / artifact / f"{split}.jsonl")
         if not rows:
-            raise InputError(f"{generated / artifact / split}.jsonl: holds no row; run `dvc repro` again")
+            raise InputError(
+                f"{generated / artifact / split}.jsonl: holds no row; run `dvc repro` again", code="empty-file"
+            )
         if judged is not None:
             for verdict in read_jsonl(judged / artifact / f"{split}.jsonl"):
                 rows[verdict["row"]]["judge"] = verdict["score"]
@@ -97,71 +99,74 @@ def read_answers(generated: Path, judged: Path | None, artifacts: Sequence[str],
         first = artifacts[0]
         if [row["reference"] for row in rows] != [row["reference"] for row in answers[first]]:
             raise InputError(
-                f"{generated / artifact / split}.jsonl: holds other rows than {first} has; run `dvc repro` again"
+                f"{generated / artifact / split}.jsonl: holds other rows than {first} has; run `dvc repro` again",
+                code="different-rows",
             )
     return answers
 
 
-def row_scores(
+def define_scores(
     metrics: Sequence[str],
     *,
     normalize: text_metrics.Normalization,
     answer_pattern: str | None,
     bert_score_weight: float,
     judge_weight: float | None,
-) -> list[Score]:
-    """Return every score that is made from rows, in the order of the report; `judge_weight` is None without a judge."""
-    of_texts = text_metrics.statistics(metrics, normalize=normalize, answer_pattern=answer_pattern)
-    of_rows: dict[str, Callable[[Row], text_metrics.Statistics]] = {
-        name: _of_texts(of_pair) for name, of_pair in of_texts.items()
+) -> list[ScoreDefinition]:
+    """Return the scores that are computed from rows, in the order of the report; `judge_weight` None: no judge."""
+    text_statistics = text_metrics.select_statistics(metrics, normalize=normalize, answer_pattern=answer_pattern)
+    statistics: dict[str, Callable[[AnswerRow], text_metrics.Statistics]] = {
+        name: _cache_pair_statistics(of_pair) for name, of_pair in text_statistics.items()
     }
-    of_rows["bert_score"] = lambda row: (row["bert_score"], 1.0)
-    chosen = [Score(name, of_rows[name], functools.partial(value, name)) for name in metrics]
+    statistics["bert_score"] = lambda row: (row["bert_score"], 1.0)
+    scores = [_define_score(name, statistics[name]) for name in metrics]
     if judge_weight is not None:
-        chosen.append(Score("judge", _judged, functools.partial(value, "judge")))
+        scores.append(_define_score("judge", _get_judge_statistics))
     if "bert_score" in metrics:
-        both = combined(bert_score_weight, judge_weight)
-        chosen.append(Score("combined", lambda row: (row["bert_score"], 1.0, *_judged(row)), both))
-    chosen += [
-        Score(
-            "perplexity",
-            lambda row: (_number(row["nll"]), row["reference_tokens"]),
-            functools.partial(value, "perplexity"),
-        ),
-        Score("kl", _kl, functools.partial(value, "kl")),
-        Score("stop_rate", lambda row: (row["finish_reason"] == "stop", 1.0), functools.partial(value, "stop_rate")),
+        formula = make_combined(bert_score_weight, judge_weight)
+        scores.append(
+            ScoreDefinition("combined", lambda row: (row["bert_score"], 1.0, *_get_judge_statistics(row)), formula)
+        )
+    scores += [
+        _define_score("perplexity", lambda row: (_replace_none(row["nll"]), row["reference_tokens"])),
+        _define_score("kl", _get_kl_statistics),
+        _define_score("stop_rate", lambda row: (row["finish_reason"] == "stop", 1.0)),
     ]
-    return chosen
+    return scores
 
 
-GENERAL = Score(
-    "general_perplexity",
-    lambda row: (_number(row["nll"]), row["tokens"]),
-    functools.partial(value, "general_perplexity"),
-)
+def _define_score(name: str, get_statistics: Callable[[AnswerRow], text_metrics.Statistics]) -> ScoreDefinition:
+    return ScoreDefinition(name, get_statistics, functools.partial(compute_metric, name))
+
+
+GENERAL_PERPLEXITY = _define_score("general_perplexity", lambda row: (_replace_none(row["nll"]), row["tokens"]))
 
 
 def evaluate(
-    answers: Answers, general: Answers, bytes_of: Mapping[str, int], scores: Sequence[Score], sampling: Sampling
+    answers: AnswersByArtifact,
+    general: AnswersByArtifact,
+    bytes_of: Mapping[str, int],
+    scores: Sequence[ScoreDefinition],
+    resampling: Resampling,
 ) -> dict[str, dict[str, Any]]:
-    """Return the report: by artifact every score, the file's bytes, and the lists `intervals` and `deltas`.
+    """Return the report: for each artifact every score, the file's `bytes`, and the lists `intervals` and `deltas`.
 
-    A score is null where it does not apply. Lists, because DVC makes columns of everything else. `general` holds the
-    paragraphs of general text of the artifacts that read them.
+    A score that does not apply is None. Intervals and deltas are lists because DVC shows everything else as columns.
+    `general` holds the rows of general text, of the artifacts that have any; `bytes_of` the file sizes.
     """
     report: dict[str, dict[str, Any]] = {artifact: {} for artifact in answers}
     intervals: dict[str, list[dict[str, Any]]] = {artifact: [] for artifact in answers}
     deltas: dict[str, list[dict[str, Any]]] = {artifact: [] for artifact in answers}
-    for rows, of_them in ((answers, scores), (general, [GENERAL])):
-        measured = {artifact: _Measured(its, of_them, sampling) for artifact, its in rows.items()}
+    for rows_of, definitions in ((answers, scores), (general, [GENERAL_PERPLEXITY])):
+        scored = {artifact: _ArtifactScores(rows, definitions, resampling) for artifact, rows in rows_of.items()}
         for artifact in answers:
-            for score in of_them:
-                found = measured[artifact].values[score.name] if artifact in measured else None
-                report[artifact][score.name] = _rounded(found)
-            if artifact in measured:
-                intervals[artifact] += measured[artifact].intervals()
-        for artifact, reference in _comparisons(list(measured)):
-            deltas[artifact] += measured[artifact].deltas(measured[reference], reference)
+            for definition in definitions:
+                value = scored[artifact].values[definition.name] if artifact in scored else None
+                report[artifact][definition.name] = _round_score(value)
+            if artifact in scored:
+                intervals[artifact] += scored[artifact].compute_intervals()
+        for artifact, reference in _list_comparisons(list(scored)):
+            deltas[artifact] += scored[artifact].compute_deltas(scored[reference], reference)
     return {
         artifact: {
             **values,
@@ -173,49 +178,49 @@ def evaluate(
     }
 
 
-def scored_rows(rows: Sequence[Row], scores: Sequence[Score], primary_metric: str) -> list[Row]:
-    """Return the rows with their own scores, the worst first: by the primary metric, then by the others in their order.
+def score_rows(rows: Sequence[AnswerRow], scores: Sequence[ScoreDefinition], primary_metric: str) -> list[AnswerRow]:
+    """Return the rows with their own scores, the worst first: by the primary metric, then by the others in order.
 
-    What does not apply to a row is null, and comes last.
+    A score that does not apply to a row is None; such rows come last.
     """
-    values = {score.name: score.of_sums(score.statistics(rows)) for score in scores}
+    values = {definition.name: definition.compute(definition.compute_statistics(rows)) for definition in scores}
     scored = [
         {
             "row": index,
             **{key: row[key] for key in ("prompt", "reference", "completion", "finish_reason")},
-            "scores": {name: _rounded(float(of_rows[index])) for name, of_rows in values.items()},
+            "scores": {name: _round_score(float(of_rows[index])) for name, of_rows in values.items()},
         }
         for index, row in enumerate(rows)
     ]
     order = sorted(values, key=lambda name: name != primary_metric)
 
-    def badness(row: Row) -> list[tuple[bool, float]]:
-        found = row["scores"]
-        return [(found[name] is None, 0.0 if found[name] is None else goodness(name, found[name])) for name in order]
+    def get_sort_key(row: AnswerRow) -> list[tuple[bool, float]]:
+        own = row["scores"]
+        return [(own[name] is None, 0.0 if own[name] is None else orient_score(name, own[name])) for name in order]
 
-    return sorted(scored, key=badness)
+    return sorted(scored, key=get_sort_key)
 
 
-def plot_rows(reports: Mapping[str, Mapping[str, Mapping[str, Any]]], primary_metric: str) -> list[dict[str, Any]]:
-    """Flatten the reports of all splits to one row per split, artifact and score, for `dvc plots`.
+def make_plot_rows(reports: Mapping[str, Mapping[str, Mapping[str, Any]]], primary_metric: str) -> list[dict[str, Any]]:
+    """Return one row per split, artifact and score of all reports, for `dvc plots`.
 
-    What is the better the lower it is has a scale of its own and is left out, unless it is the primary one.
+    Scores of which lower is better are left out, as they have another scale; the primary metric is always included.
     """
     rows = []
     for split, report in reports.items():
         for artifact, scores in report.items():
             ends = {interval["metric"]: interval for interval in scores["intervals"]}
-            for metric, found in scores.items():
-                if metric in LOWER_IS_BETTER - {primary_metric} or isinstance(found, list) or found is None:
+            for metric, value in scores.items():
+                if metric in LOWER_IS_BETTER - {primary_metric} or isinstance(value, list) or value is None:
                     continue
                 rows.append(
                     {
                         "split": split,
                         "artifact": artifact,
                         "metric": metric,
-                        "score": found,
-                        "low": ends[metric]["low"] if metric in ends else found,
-                        "high": ends[metric]["high"] if metric in ends else found,
+                        "score": value,
+                        "low": ends[metric]["low"] if metric in ends else value,
+                        "high": ends[metric]["high"] if metric in ends else value,
                         "primary": "yes" if metric == primary_metric else "no",
                         "megabytes": round(scores["bytes"] / 1e6, 3),
                     }
@@ -223,58 +228,64 @@ def plot_rows(reports: Mapping[str, Mapping[str, Mapping[str, Any]]], primary_me
     return rows
 
 
-class _Measured:
-    """One artifact's scores on its rows, on resamples of them, and without each row in turn."""
+class _ArtifactScores:
+    """One artifact's scores: on its rows, on resamples of them, and with each row left out."""
 
-    def __init__(self, rows: Sequence[Row], scores: Sequence[Score], sampling: Sampling) -> None:
-        self.scores, self.sampling = scores, sampling
-        tables = [score.statistics(rows) for score in scores]
+    def __init__(
+        self, rows: Sequence[AnswerRow], definitions: Sequence[ScoreDefinition], resampling: Resampling
+    ) -> None:
+        self.definitions, self.resampling = definitions, resampling
+        tables = [definition.compute_statistics(rows) for definition in definitions]
         ends = np.cumsum([table.shape[1] for table in tables])
         self.columns = {
-            score.name: slice(end - table.shape[1], end) for score, table, end in zip(scores, tables, ends, strict=True)
+            definition.name: slice(end - table.shape[1], end)
+            for definition, table, end in zip(definitions, tables, ends, strict=True)
         }
         self.statistics = np.hstack(tables)
         self.sums = self.statistics.sum(axis=0)
-        resampled = bootstrap.bootstrap_sums(self.statistics, sampling.samples, sampling.seed)
-        left_out = bootstrap.left_out_sums(self.statistics)
-        self.values = {name: float(found) for name, found in self._of(self.sums).items()}
-        self.resampled, self.left_out = self._of(resampled), self._of(left_out)
+        resampled = bootstrap.resample_sums(self.statistics, resampling.samples, resampling.seed)
+        left_out = bootstrap.jackknife_sums(self.statistics)
+        self.values = {name: float(value) for name, value in self._compute_values(self.sums).items()}
+        self.resampled, self.left_out = self._compute_values(resampled), self._compute_values(left_out)
 
-    def _of(self, sums: Array) -> dict[str, Array]:
-        return {score.name: score.of_sums(sums[..., self.columns[score.name]]) for score in self.scores}
+    def _compute_values(self, sums: Array) -> dict[str, Array]:
+        return {
+            definition.name: definition.compute(sums[..., self.columns[definition.name]])
+            for definition in self.definitions
+        }
 
-    def intervals(self) -> list[dict[str, Any]]:
-        found = []
+    def compute_intervals(self) -> list[dict[str, Any]]:
+        intervals = []
         for name, observed in self.values.items():
             if math.isfinite(observed):
-                ends = bootstrap.interval(observed, self.resampled[name], self.left_out[name])
+                ends = bootstrap.compute_interval(observed, self.resampled[name], self.left_out[name])
                 if ends is not None:
-                    found.append({"metric": name, "low": _rounded(ends[0]), "high": _rounded(ends[1])})
-        return found
+                    intervals.append({"metric": name, "low": _round_score(ends[0]), "high": _round_score(ends[1])})
+        return intervals
 
-    def deltas(self, other: "_Measured", to: str) -> list[dict[str, Any]]:
-        swapped = permutation_test.swapped_sums(
-            self.statistics - other.statistics, self.sampling.samples, self.sampling.seed
+    def compute_deltas(self, other: "_ArtifactScores", to: str) -> list[dict[str, Any]]:
+        changes = permutation_test.permute_sums(
+            self.statistics - other.statistics, self.resampling.samples, self.resampling.seed
         )
-        ours, theirs = self._of(self.sums - swapped), self._of(other.sums + swapped)
-        found = []
+        ours, theirs = self._compute_values(self.sums - changes), self._compute_values(other.sums + changes)
+        deltas = []
         for name, observed in self.values.items():
             delta = observed - other.values[name]
             if not math.isfinite(delta):
                 continue
-            ends = bootstrap.interval(
+            ends = bootstrap.compute_interval(
                 delta, self.resampled[name] - other.resampled[name], self.left_out[name] - other.left_out[name]
             )
-            low, high = (None, None) if ends is None else map(_rounded, ends)
-            p = permutation_test.p_value(delta, ours[name] - theirs[name])
-            found.append(
-                {"to": to, "metric": name, "delta": _rounded(delta), "low": low, "high": high, "p": round(p, 4)}
+            low, high = (None, None) if ends is None else map(_round_score, ends)
+            p = permutation_test.compute_p_value(delta, ours[name] - theirs[name])
+            deltas.append(
+                {"to": to, "metric": name, "delta": _round_score(delta), "low": low, "high": high, "p": round(p, 4)}
             )
-        return found
+        return deltas
 
 
-def _comparisons(artifacts: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (artifact, what it is compared with): everything with base, and everything but base with merged."""
+def _list_comparisons(artifacts: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (artifact, artifact to compare with): all others with base, and all but base with merged."""
     return [
         (artifact, reference)
         for artifact in artifacts
@@ -283,31 +294,33 @@ def _comparisons(artifacts: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _of_texts(of_pair: text_metrics.OfPair) -> Callable[[Row], text_metrics.Statistics]:
-    # Many artifacts answer a row with the same words.
-    known = functools.cache(of_pair)
-    return lambda row: known(row["completion"], row["reference"])
+def _cache_pair_statistics(
+    compute: text_metrics.PairStatistics,
+) -> Callable[[AnswerRow], text_metrics.Statistics]:
+    # Many artifacts give the same answer to a prompt.
+    cached = functools.cache(compute)
+    return lambda row: cached(row["completion"], row["reference"])
 
 
-def _judged(row: Row) -> text_metrics.Statistics:
-    mark = row.get("judge")
-    return (0.0, 0.0) if mark is None else (mark, 1.0)
+def _get_judge_statistics(row: AnswerRow) -> text_metrics.Statistics:
+    score = row.get("judge")
+    return (0.0, 0.0) if score is None else (score, 1.0)
 
 
-def _kl(row: Row) -> text_metrics.Statistics:
-    """KL divergence is a mean over the row's tokens: weighted by them, rows make the mean over all tokens."""
+def _get_kl_statistics(row: AnswerRow) -> text_metrics.Statistics:
+    """Return (sum of the KL divergence over the row's tokens, tokens): a row holds the mean over its tokens."""
     tokens = row["reference_tokens"]
-    return _number(row["kl"]) * tokens, tokens
+    return _replace_none(row["kl"]) * tokens, tokens
 
 
-def _number(found: float | None) -> float:
-    return math.nan if found is None else found
+def _replace_none(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
-def _rounded(found: float | None) -> float | None:
-    """Round to 4 decimals, small numbers to 3 digits; None for what is no number."""
-    if found is None or not math.isfinite(found):
+def _round_score(value: float | None) -> float | None:
+    """Return the value rounded to 4 decimals, a small one to 3 significant digits; None for NaN and infinity."""
+    if value is None or not math.isfinite(value):
         return None
-    if abs(found) < 1e-12:  # what rounding left of 0
+    if abs(value) < 1e-12:  # 0 up to rounding errors
         return 0.0
-    return round(found, max(4, 2 - math.floor(math.log10(abs(found)))))
+    return round(value, max(4, 2 - math.floor(math.log10(abs(value)))))

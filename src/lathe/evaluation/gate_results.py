@@ -1,4 +1,4 @@
-"""Gate results: each gate held against the validation report, as metrics and as lines."""
+"""Gate results: whether each gate holds on the validation report, as metrics and as lines of text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from lathe.config.gates import QUANTIZED, Gate, Report, Term
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a gate went: for `quantized` the type with the smallest margin.
+class GateOutcome:
+    """Whether a gate holds; a gate on `quantized` reports the type with the smallest margin, as `artifact`.
 
-    `margin` is by how much it holds, negative where it does not; it and a side are None where a score is missing.
+    `margin` is by how much it holds, negative if it does not. A side with a missing score is None, and so is `margin`.
     """
 
     gate: Gate
@@ -23,41 +23,43 @@ class Outcome:
     passed: bool
 
 
-def outcome(gate: Gate, report: Report, types: Sequence[str]) -> Outcome:
-    """Judge a gate by a report of `evaluate`: {artifact: {score: value or None}}."""
+def evaluate_gate(gate: Gate, report: Report, types: Sequence[str]) -> GateOutcome:
+    """Evaluate a gate on a report of the stage evaluate: {artifact: {score: value or None}}."""
     of_types = any(artifact == QUANTIZED for artifact, _ in gate.scores)
-    outcomes = [_outcome(gate, report, name) for name in types] if of_types else [_outcome(gate, report, None)]
-    return min(outcomes, key=lambda one: (one.passed, one.margin is not None, one.margin or Decimal(0)))
+    outcomes = (
+        [_evaluate_gate(gate, report, name) for name in types] if of_types else [_evaluate_gate(gate, report, None)]
+    )
+    return min(outcomes, key=lambda outcome: (outcome.passed, outcome.margin is not None, outcome.margin or Decimal(0)))
 
 
-def metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return what `metrics/evaluate/gates.json` holds."""
+def make_metrics(outcomes: Sequence[GateOutcome]) -> dict[str, Any]:
+    """Return the content of `metrics/evaluate/gates.json`."""
     return {
-        "passed": all(one.passed for one in outcomes),
+        "passed": all(outcome.passed for outcome in outcomes),
         "gates": {
-            one.gate.expression: {
-                "passed": one.passed,
-                "margin": None if one.margin is None else float(one.margin),
+            outcome.gate.expression: {
+                "passed": outcome.passed,
+                "margin": None if outcome.margin is None else float(outcome.margin),
             }
-            for one in outcomes
+            for outcome in outcomes
         },
     }
 
 
-def line(outcome: Outcome) -> str:
-    """Return one gate's outcome in words."""
+def format_outcome(outcome: GateOutcome) -> str:
+    """Return a gate's outcome as a line of text."""
     sides = " ".join(
-        [_shown(outcome.left), outcome.gate.comparison, _shown(outcome.right)]
+        [_format_value(outcome.left), outcome.gate.comparison, _format_value(outcome.right)]
         + ([f"for {outcome.artifact}"] if outcome.artifact else [])
     )
     margin = "a score is missing" if outcome.margin is None else f"margin {outcome.margin:+f}"
     return f"{'passed' if outcome.passed else 'failed'}  {outcome.gate.expression}  ({sides}, {margin})"
 
 
-def _outcome(gate: Gate, report: Report, quantized: str | None) -> Outcome:
-    left, right = (_value(side, report, quantized) for side in (gate.left, gate.right))
+def _evaluate_gate(gate: Gate, report: Report, quantized: str | None) -> GateOutcome:
+    left, right = (_compute_side(side, report, quantized) for side in (gate.left, gate.right))
     if left is None or right is None:
-        return Outcome(gate, quantized, left, right, None, passed=False)
+        return GateOutcome(gate, quantized, left, right, None, passed=False)
     match gate.comparison:
         case "<":
             passed, margin = left < right, right - left
@@ -69,10 +71,10 @@ def _outcome(gate: Gate, report: Report, quantized: str | None) -> Outcome:
             passed, margin = left >= right, left - right
         case _:
             passed, margin = left == right, -abs(left - right)
-    return Outcome(gate, quantized, left, right, margin, passed)
+    return GateOutcome(gate, quantized, left, right, margin, passed)
 
 
-def _value(side: tuple[Term, ...], report: Report, quantized: str | None) -> Decimal | None:
+def _compute_side(side: tuple[Term, ...], report: Report, quantized: str | None) -> Decimal | None:
     total = Decimal(0)
     for term in side:
         if term.artifact is None or term.score is None:
@@ -80,7 +82,7 @@ def _value(side: tuple[Term, ...], report: Report, quantized: str | None) -> Dec
             continue
         artifact = quantized if term.artifact == QUANTIZED and quantized else term.artifact
         value = report[artifact][term.score]
-        # As the report writes it: 0.93 - 0.03 is 0.9 here, which it is not among binary fractions.
+        # Decimal, as the report is written: 0.93 - 0.03 is exactly 0.9, which it is not in binary floating point.
         exact = None if value is None else Decimal(str(value))
         if exact is None or not exact.is_finite():
             return None
@@ -88,5 +90,5 @@ def _value(side: tuple[Term, ...], report: Report, quantized: str | None) -> Dec
     return total
 
 
-def _shown(value: Decimal | None) -> str:
+def _format_value(value: Decimal | None) -> str:
     return "nothing" if value is None else f"{value:f}"

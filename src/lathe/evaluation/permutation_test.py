@@ -1,32 +1,32 @@
-"""Permutation test: the p-value of a difference between two artifacts on the same rows."""
+"""Permutation test: the p-value of a score difference between two artifacts on the same rows."""
 
 import numpy as np
 
-from lathe.evaluation.bootstrap import TIE, Array, _shares
+from lathe.evaluation.bootstrap import TIE_TOLERANCE, Array, split_samples
 
 
-def swapped_sums(differences: Array, samples: int, seed: int) -> Array:
-    """Return the sums of the rows' `differences`, (rows, k), each row taken or left out by a coin: (samples, k).
+def permute_sums(differences: Array, samples: int, seed: int) -> Array:
+    """Return the sums of `differences` over random halves of the rows, (rows, k) -> (samples, k).
 
-    Of the differences of two artifacts' statistics this is what a sum gains or loses where they swap the rows that were
-    taken: what no difference between them could have given as well.
+    For differences of two artifacts' row statistics, this is how much their sums change if the artifacts swap their
+    answers on these rows: under the null hypothesis, swapping makes no difference.
     """
     generator = np.random.default_rng(seed)
     rows = len(differences)
     return np.concatenate(
         [
             generator.integers(0, 2, (count, rows), dtype=np.int8).astype(np.float64) @ differences
-            for count in _shares(samples, rows)
+            for count in split_samples(samples, rows)
         ]
     )
 
 
-def p_value(observed: float, swapped: Array) -> float:
-    """Return how often chance alone gives a difference as large, either way: the approximate randomisation test.
+def compute_p_value(observed: float, permuted: Array) -> float:
+    """Return the two-sided p-value of an approximate randomisation test (Noreen 1989).
 
-    `swapped` are the differences after swapping rows between the two at random (Noreen 1989). The real order counts as
-    one more of them, so that 1 / (samples + 1) is the least that can come out.
+    `permuted` (samples,) are the differences after random swaps. The observed difference counts as one more of them, so
+    that the smallest possible value is 1 / (samples + 1).
     """
-    # What rounding alone parts is as large; what is not finite tells nothing against chance.
-    as_large = ~(np.abs(swapped) < abs(observed) * (1 - TIE))
-    return float((1 + np.count_nonzero(as_large)) / (1 + len(swapped)))
+    # Equal up to rounding errors counts as large; so do values that are not finite.
+    as_large = ~(np.abs(permuted) < abs(observed) * (1 - TIE_TOLERANCE))
+    return float((1 + np.count_nonzero(as_large)) / (1 + len(permuted)))

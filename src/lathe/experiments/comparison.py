@@ -13,12 +13,12 @@ from lathe.common.errors import InputError
 from lathe.common.jsonl import read_jsonl
 from lathe.common.text import did_you_mean
 from lathe.config.artifacts import UNQUANTIZED
-from lathe.evaluation.metrics import LOWER_IS_BETTER, goodness
+from lathe.evaluation.metrics import LOWER_IS_BETTER, orient_score
 from lathe.experiments.changed_code import has_stale_timings, list_changed_code, list_scripts
 from lathe.provenance.revisions import Revision, find_revision, list_experiments
 
 if TYPE_CHECKING:
-    from lathe.evaluation.evaluate import Row
+    from lathe.evaluation.evaluate import AnswerRow
 
 SIGNIFICANT = 0.05
 
@@ -117,7 +117,7 @@ def compare(names: Sequence[str], *, split: str, artifact: str | None) -> Compar
 
 
 def _read_side(revision: Revision, split: str, artifact: str | None, metric: str) -> ComparedRun:
-    from lathe.evaluation.best_artifact import best
+    from lathe.evaluation.best_artifact import choose_best_artifact
 
     steering, report = (revision.read_json(f"metrics/evaluate/{name}.json") for name in ("validation", split))
     if not steering or not report:
@@ -131,7 +131,7 @@ def _read_side(revision: Revision, split: str, artifact: str | None, metric: str
                 f"{revision.name}: has no {metric}, to choose its best file by; name one: --artifact",
                 code="score-missing",
             )
-        chosen = best(steering, candidates, metric)
+        chosen = choose_best_artifact(steering, candidates, metric)
     elif artifact in report:
         chosen = artifact
     else:
@@ -251,7 +251,7 @@ def _warn_of_files(sides: Sequence[ComparedRun]) -> Iterator[str]:
 def _test_differences(
     repo: DvcRepository, first: Revision, first_side: ComparedRun, other: Revision, other_side: ComparedRun, split: str
 ) -> tuple[list[ScoreDifference], list[str]]:
-    from lathe.evaluation.evaluate import Sampling, evaluate, row_scores
+    from lathe.evaluation.evaluate import Resampling, define_scores, evaluate
 
     answers_of = [
         _read_answers(repo, revision, side.artifact, split)
@@ -273,7 +273,7 @@ def _test_differences(
     if not common:
         return [], warnings
     settings, judge = first.parameters["evaluate"], first.parameters["judge"]
-    scores = row_scores(
+    scores = define_scores(
         [name for name in settings["metrics"] if name in other_side.scores],
         normalize=settings["normalize"],
         answer_pattern=settings["answer_pattern"],
@@ -283,7 +283,11 @@ def _test_differences(
     # `evaluate` compares every artifact of a report with the one named base.
     answers = {"base": [ours[key] for key in common], "other": [theirs[key] for key in common]}
     report = evaluate(
-        answers, {}, {"base": 0, "other": 0}, scores, Sampling(settings["bootstrap_samples"], first.parameters["seed"])
+        answers,
+        {},
+        {"base": 0, "other": 0},
+        scores,
+        Resampling(settings["bootstrap_samples"], first.parameters["seed"]),
     )
     same = sum(ours[key]["completion"] == theirs[key]["completion"] for key in common)
     return [
@@ -294,7 +298,7 @@ def _test_differences(
     ], warnings
 
 
-def _read_answers(repo: DvcRepository, revision: Revision, artifact: str, split: str) -> dict[str, "Row"] | None:
+def _read_answers(repo: DvcRepository, revision: Revision, artifact: str, split: str) -> dict[str, "AnswerRow"] | None:
     """Return a revision's answers by their prompts, with the scores of encoder and judge; None if one is not cached."""
     files = [
         revision.find_cached_file(repo, "data/processed", f"{split}.jsonl"),
@@ -305,7 +309,7 @@ def _read_answers(repo: DvcRepository, revision: Revision, artifact: str, split:
         return None
     examples, answers, scored = (read_jsonl(file) for file in files if file)
     scores_of = {row["row"]: row["scores"] for row in scored}
-    rows: dict[str, Row] = {}
+    rows: dict[str, AnswerRow] = {}
     counts: Counter[str] = Counter()
     for number, row in enumerate(answers):
         conversation = json.dumps(examples[number]["messages"], sort_keys=True)
@@ -404,7 +408,8 @@ def _compare_seeds(result: Comparison, first: SeedGroup, other: SeedGroup, p: fl
         return f"{names}: {means}; the single seed lies {where} the range of the {len(several)} seeds of the other"
     if p is None:
         return f"{names}: {means} with every seed; without any spread nothing is tested"
-    gain = goodness(result.metric, other.mean[result.metric]) - goodness(result.metric, first.mean[result.metric])
+    after, before = (orient_score(result.metric, setting.mean[result.metric]) for setting in (other, first))
+    gain = after - before
     outcome = "not shown to differ" if p >= SIGNIFICANT else "better" if gain > 0 else "worse"
     return f"{names}: {outcome}, {means} on average (p {p:.2g} by Welch's t test over the seeds)"
 

@@ -78,7 +78,7 @@ def _select_newest(name: str, known: Sequence[Experiment]) -> list[Experiment]:
 
 
 def _format_score(experiment: Experiment) -> str:
-    from lathe.evaluation.best_artifact import best
+    from lathe.evaluation.best_artifact import choose_best_artifact
 
     revision = Revision(experiment.name, experiment.commit)
     metric = revision.parameters["evaluate"]["primary_metric"]
@@ -86,7 +86,7 @@ def _format_score(experiment: Experiment) -> str:
     candidates = [name for name in report if name not in UNQUANTIZED and metric in report[name]]
     if not candidates:
         return f"has no {metric}"
-    artifact = best(report, candidates, metric)
+    artifact = choose_best_artifact(report, candidates, metric)
     ends = [(entry["low"], entry["high"]) for entry in report[artifact]["intervals"] if entry["metric"] == metric]
     interval = f" [{ends[0][0]:.4g}, {ends[0][1]:.4g}]" if ends else ""
     value = report[artifact][metric]

@@ -6,7 +6,7 @@ from functools import cache
 
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
-from lathe.config.quantization_types import parse
+from lathe.config.quantization_types import parse_tensor_type
 from lathe.gguf.llama_library import load_library
 
 
@@ -25,7 +25,7 @@ def assign_types(entries: Sequence[str], tensors: Sequence[str]) -> dict[str, st
     """
     assigned: dict[str, str] = {}
     for entry in entries:
-        pattern, name = parse(entry)
+        pattern, name = parse_tensor_type(entry)
         matched = [tensor for tensor in tensors if pattern.search(tensor)]
         if not matched:
             kinds = list(

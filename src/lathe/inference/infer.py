@@ -9,14 +9,14 @@ from typing import Any, BinaryIO, cast
 
 from lathe.common.errors import InputError
 from lathe.common.jsonl import line
-from lathe.data.messages import RowFault, TextRule, check_order, turns
-from lathe.data.read_files import kind
+from lathe.data.messages import RowFault, TextValidator, check_order, parse_messages
+from lathe.data.read_files import describe_value
 from lathe.inference.generate import Completion, Generator
 from lathe.inference.row_file import RowFile
 from lathe.models.chat_template import Message, TemplateError
 
 ANSWER = ("completion", "finish_reason")
-_ANY_TEXT = TextRule(re.compile("(?!)"))  # as in a chat: what is typed is rendered
+_ANY_TEXT = TextValidator(re.compile("(?!)"))  # as in a chat: what is typed is rendered
 
 
 def infer(generator: Generator, file: Path, out: BinaryIO, *, max_new_tokens: int) -> None:
@@ -87,7 +87,9 @@ def _read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except (ValueError, RecursionError):
                 raise InputError(f"{at}: not JSON in UTF-8; write one JSON object a line", code="not-json") from None
             if not isinstance(row, dict):
-                raise InputError(f"{at}: is {kind(row)}; write an object with prompt or messages", code="not-an-object")
+                raise InputError(
+                    f"{at}: is {describe_value(row)}; write an object with prompt or messages", code="not-an-object"
+                )
             yield at, row
 
 
@@ -103,7 +105,7 @@ def _read_messages(row: dict[str, Any]) -> list[Message]:
         if not prompt.strip():
             raise _make_fault("prompt", "is empty; expected text")
         return [{"role": "user", "content": prompt}]
-    messages = turns(_ANY_TEXT, row["messages"], "messages")
+    messages = parse_messages(_ANY_TEXT, row["messages"], "messages")
     if messages and messages[-1]["role"] not in ("user", "tool"):
         raise _make_fault("messages", f"ends with {messages[-1]['role']}; expected a user or tool message last")
     check_order([*messages, {"role": "assistant", "content": "an answer"}] if messages else [], "messages")

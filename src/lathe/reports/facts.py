@@ -12,7 +12,7 @@ from lathe.common.errors import InputError
 from lathe.common.git import find_head, try_git
 from lathe.common.jsonl import read_jsonl
 from lathe.config.artifacts import BASE, FEW_SHOT, MERGED, UNQUANTIZED
-from lathe.evaluation.best_artifact import best
+from lathe.evaluation.best_artifact import choose_best_artifact
 from lathe.provenance.lineage import hash_path
 from lathe.reports.values import Value, read_value
 
@@ -201,7 +201,7 @@ class ReportFacts:
         scored = [name for name in report if report[name].get(self.primary_metric) is not None]
         quantized = [name for name in scored if name not in UNQUANTIZED]
         candidates = quantized or [name for name in scored if name == MERGED]
-        return best(report, candidates, self.primary_metric) if candidates else None
+        return choose_best_artifact(report, candidates, self.primary_metric) if candidates else None
 
     @property
     def headline(self) -> tuple[str, SplitScores] | None:

@@ -16,7 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from lathe.common import paths
-from lathe.evaluation.metrics import goodness
+from lathe.evaluation.metrics import orient_score
 from lathe.reports import plots, text_diff
 from lathe.reports.experiment_table import Experiments
 from lathe.reports.facts import UNTRAINED, ReportFacts, Search, SplitScores
@@ -114,7 +114,7 @@ def choose_style(metric: str) -> str:
 
 def compare_scores(metric: str, ours: Value | None, theirs: Value | None) -> str:
     """Return whether a score is better than another one."""
-    first, second = (goodness(metric, score.content if score else None) for score in (ours, theirs))
+    first, second = (orient_score(metric, score.content if score else None) for score in (ours, theirs))
     return "better" if first > second else "worse"
 
 

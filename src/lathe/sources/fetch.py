@@ -15,9 +15,9 @@ from lathe.config.presets import (
     LocalDataset,
     LocalModel,
     ModelPreset,
-    Templated,
+    ModelWithTemplate,
 )
-from lathe.data.split_files import data_files, suffixes
+from lathe.data.split_files import find_data_files, list_suffixes
 from lathe.models import model_folder
 from lathe.models.templates.install_template import install_template
 from lathe.sources.model_files import fetch_hub_files, select_files
@@ -52,7 +52,7 @@ def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> Origin:
             repository = Repository("model", preset.id, preset.revision)
             _link_files(fetch_hub_files(repository), folder)
             origin = {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
-    if isinstance(preset, Templated) and preset.template:
+    if isinstance(preset, ModelWithTemplate) and preset.template:
         install_template(preset.template, folder)
     return origin
 
@@ -94,11 +94,11 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
                 write_jsonl(rows, folder / f"{split}.jsonl")
         case LocalDataset():
             source = _find_local(preset.path, paths.DATA_LOCAL)
-            files = data_files(source)
+            files = find_data_files(source)
             if not files:
                 raise InputError(
-                    f"{preset.path}: holds no data file; expected one of {suffixes()}, or folders train, validation, "
-                    "test of them",
+                    f"{preset.path}: holds no data file; expected one of {list_suffixes()}, or folders train, "
+                    "validation, test of them",
                     code="no-data-files",
                 )
             for name, file in files.items():

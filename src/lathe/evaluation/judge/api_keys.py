@@ -1,6 +1,6 @@
-"""Keys of the providers: from the environment alone, and never shown.
+"""API keys of judge providers: read from environment variables only, and never shown.
 
-Only the standard library is imported here: `python -m lathe doctor` asks too.
+This module imports nothing but the standard library, because `python -m lathe doctor` uses it too.
 """
 
 from collections.abc import Mapping
@@ -10,22 +10,26 @@ from lathe.common.errors import InputError
 VARIABLES = {"openai": "OPENAI_API_KEY", "gemini": "GEMINI_API_KEY", "gigachat": "GIGACHAT_CREDENTIALS"}
 
 
-def needed(provider: str, base_url: str | None) -> str | None:
-    """Return the variable that must be set; None where a server of the user's own may do without a key."""
+def get_required_variable(provider: str, base_url: str | None) -> str | None:
+    """Return the environment variable that must be set; None if the provider can do without a key."""
     return None if provider == "openai" and base_url else VARIABLES.get(provider)
 
 
-def read(provider: str, base_url: str | None, environment: Mapping[str, str]) -> str | None:
-    """Return the provider's key, None where there is none and none is needed.
+def read_key(provider: str, base_url: str | None, environment: Mapping[str, str]) -> str | None:
+    """Return the provider's key; None if there is none and none is required.
 
-    Raises InputError, which names the variable and not its value.
+    Raises InputError, which names the variable and never its value.
     """
     variable = VARIABLES[provider]
     key = environment.get(variable, "").strip()
     if not key:
-        if needed(provider, base_url):
-            raise InputError(f"{variable} is not set, and judge.provider {provider} needs it; set it to your key")
+        if get_required_variable(provider, base_url):
+            raise InputError(
+                f"{variable} is not set, and judge.provider {provider} needs it; set it to your key", code="missing-key"
+            )
         return None
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(f"{variable} holds characters that no key has, such as a space within; set it to your key")
+        raise InputError(
+            f"{variable} holds a space or another character that no key has; set it to your key", code="invalid-key"
+        )
     return key

@@ -1,10 +1,13 @@
-"""Why there is no verdict, by what to do about it. What ends the whole run is `lathe.common.errors.InputError`."""
+"""Judge failures: why a request brought no verdict, as exceptions by what is done next.
+
+A problem that ends the whole run at once is a `lathe.common.errors.InputError`.
+"""
 
 
-class DeclinedError(Exception):
-    """The server answered with a status other than 2xx; the message is what it said, without secrets.
+class HttpStatusError(Exception):
+    """The server answered with a status other than 2xx; the message is the server's, without secrets.
 
-    `retry_after` is how long it asks to be left alone, in seconds, where it says so.
+    `retry_after` is the delay that the server asks for, in seconds, or None.
     """
 
     def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
@@ -13,9 +16,9 @@ class DeclinedError(Exception):
 
 
 class UnavailableError(Exception):
-    """No answer now: asked again, and when that does not help either, nothing else is asked.
+    """No answer at present: the request is retried, and if that fails too, the run stops.
 
-    `billed` says that the request may have been worked on, and paid for, all the same.
+    `billed` says that the server may have processed the request, and charge for it.
     """
 
     def __init__(self, message: str, *, retry_after: float | None = None, billed: bool = False) -> None:
@@ -24,19 +27,19 @@ class UnavailableError(Exception):
 
 
 class MalformedError(Exception):
-    """An answer that is no verdict: asked again, and then this row stays without one."""
+    """The answer is not a verdict: the request is retried, and if that fails too, this row gets no verdict."""
 
 
-class RefusedError(Exception):
-    """The server will not judge this very row: the row stays without a verdict, and the others go on."""
+class RowRefusedError(Exception):
+    """The server refuses this row: it gets no verdict, and the run goes on with the other rows."""
 
 
 class UnknownModelError(Exception):
     """The server does not know the model."""
 
 
-class AskAgainError(Exception):
-    """The request was not as the server wants it, and will be: asked again at once."""
+class RetryAtOnceError(Exception):
+    """The provider has changed the form of its requests after a refusal: the request is sent again at once."""
 
 
 class BudgetSpentError(Exception):

@@ -1,4 +1,4 @@
-"""Requests to one server: nothing is sent elsewhere, and what goes wrong is said in one line without secrets."""
+"""HTTP client of the judge: requests to one server, without redirects; errors are one line without secrets."""
 
 import json
 import ssl
@@ -12,15 +12,16 @@ import httpx2
 
 from lathe.common.errors import InputError
 from lathe.common.redaction import hide_secrets
-from lathe.evaluation.judge.failures import DeclinedError, MalformedError, UnavailableError
+from lathe.evaluation.judge.failures import HttpStatusError, MalformedError, UnavailableError
 
-_SHOWN_CHARACTERS = 300
+_MAX_SHOWN_CHARACTERS = 300
 
 
-class Session:
+class HttpSession:
     """Connections to the server at `address`.
 
-    Redirects are not followed: a key is sent to the address that the user named and to no other.
+    Redirects are not followed, so that a key is sent to no other address than the user's. Texts in `secrets` are
+    removed from everything that the server returns.
     """
 
     def __init__(self, address: str, *, certificates: ssl.SSLContext | None, timeout_seconds: float) -> None:
@@ -38,18 +39,18 @@ class Session:
         await self._client.aclose()
 
     async def post(self, path: str, content: Any, headers: Mapping[str, str]) -> Any:
-        """Send JSON and return the JSON of the answer."""
+        """Send JSON and return the JSON of the response."""
         return await self.request("POST", path, headers, json=content)
 
     async def get(self, path: str, headers: Mapping[str, str]) -> Any:
-        """Return the JSON of the answer."""
+        """Return the JSON of the response."""
         return await self.request("GET", path, headers)
 
     async def request(self, method: str, path: str, headers: Mapping[str, str], **content: Any) -> Any:
-        """Return the JSON of an answer with a status of 2xx.
+        """Return the JSON of a response with a 2xx status.
 
-        Raises DeclinedError for another status, UnavailableError for no answer, MalformedError for an answer that is
-        not JSON, and InputError where no further attempt can help: certificates, redirects, an impossible address.
+        Raises HttpStatusError for another status, UnavailableError for no response, MalformedError for a response that
+        is not JSON, and InputError if a retry cannot help: certificates, redirects, an invalid address.
         """
         try:
             response = await self._client.request(method, f"{self.address}{path}", headers=headers, **content)
@@ -57,62 +58,70 @@ class Session:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise InputError(
                     f"{self.address}: its certificate is not trusted; name a file with the certificates of its "
-                    "authority in judge.ca_bundle"
+                    "authority in judge.ca_bundle",
+                    code="untrusted-certificate",
                 ) from None
-            raise UnavailableError(f"{self.address} cannot be reached: {self._reason(error)}") from None
+            raise UnavailableError(f"{self.address} cannot be reached: {self._describe_error(error)}") from None
         except (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
-            raise InputError(f"{self.address}: {self._reason(error)}; check judge.base_url") from None
+            raise InputError(
+                f"{self.address}: {self._describe_error(error)}; check judge.base_url", code="invalid-address"
+            ) from None
         except (httpx2.TransportError, httpx2.DecodingError) as error:
-            raise UnavailableError(f"{self.address} broke off: {self._reason(error)}", billed=True) from None
+            raise UnavailableError(
+                f"{self.address} closed the connection: {self._describe_error(error)}", billed=True
+            ) from None
         text = hide_secrets(response.text, self.secrets)
         if response.is_redirect:
             raise InputError(
                 f"{self.address} redirects ({response.status_code}), which is not followed: the key would go "
-                "elsewhere; set judge.base_url to the server's own address"
+                "to another server; set judge.base_url to the server's own address",
+                code="redirect",
             )
         if not response.is_success:
-            raise DeclinedError(response.status_code, _message(text), _retry_after(response.headers))
+            raise HttpStatusError(response.status_code, _extract_message(text), _parse_retry_after(response.headers))
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
-            raise MalformedError(f"the server's answer is not JSON: {_short(text)!r}") from None
+            raise MalformedError(f"the server's response is not JSON: {_shorten(text)!r}") from None
 
-    def _reason(self, error: Exception) -> str:
-        return _short(hide_secrets(str(error), self.secrets)) or type(error).__name__
+    def _describe_error(self, error: Exception) -> str:
+        return _shorten(hide_secrets(str(error), self.secrets)) or type(error).__name__
 
 
-def certificates(ca_bundle: Path | None) -> ssl.SSLContext | None:
-    """Return what to trust instead of the usual authorities; raises InputError for a file that holds no certificate."""
+def load_certificates(ca_bundle: Path | None) -> ssl.SSLContext | None:
+    """Return the certificates to trust instead of the usual authorities; raises InputError for a file without any."""
     if ca_bundle is None:
         return None
     try:
         return ssl.create_default_context(cafile=ca_bundle)
     except OSError as error:  # ssl.SSLError is one
         reason = error.strerror or "it holds no certificate"
-        raise InputError(f"judge.ca_bundle is {ca_bundle}: {reason}; name a file with PEM certificates") from None
+        raise InputError(
+            f"judge.ca_bundle is {ca_bundle}: {reason}; name a file with PEM certificates", code="invalid-ca-bundle"
+        ) from None
 
 
-def _message(text: str) -> str:
-    """Take the sentence out of the forms in which servers put their errors."""
+def _extract_message(text: str) -> str:
+    """Return the message of an error response, whichever of the usual JSON forms the server uses."""
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError):
-        return _short(text)
+        return _shorten(text)
     if isinstance(tree, list) and tree:
         tree = tree[0]
     for key in ("error", "message", "detail"):
         if isinstance(tree, dict) and tree.get(key):
             tree = tree[key]
-    return _short(tree if isinstance(tree, str) else json.dumps(tree, ensure_ascii=False))
+    return _shorten(tree if isinstance(tree, str) else json.dumps(tree, ensure_ascii=False))
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     line = "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
-    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}…"
+    return line if len(line) <= _MAX_SHOWN_CHARACTERS else f"{line[:_MAX_SHOWN_CHARACTERS]}…"
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds, from either form of the header (RFC 9110, 10.2.3)."""
+def _parse_retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds of the Retry-After header, in either of its forms (RFC 9110, 10.2.3); None without one."""
     value = headers.get("retry-after", "").strip()
     if value.isascii() and value.isdecimal():
         return float(value)

@@ -1,4 +1,4 @@
-"""From generated answers to questions, and from verdicts to the rows of `data/judged`."""
+"""Judged rows: prompts for the judge from generated answers, and the rows of `data/judged` from its verdicts."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lathe.common.errors import InputError
 from lathe.common.jsonl import read_jsonl, write_jsonl
-from lathe.evaluation.judge.prompt import Question, compose
+from lathe.evaluation.judge.prompt import JudgePrompt, compose_prompt
 from lathe.evaluation.judge.verdict import SCHEMA, Verdict
-from lathe.evaluation.judge.verdict_cache import Kept
+from lathe.evaluation.judge.verdict_cache import StoredVerdict
 
 if TYPE_CHECKING:
     from lathe.config.params import Judge
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SPLITS = ("validation", "test")
-FACTS = "judge.json"
+JUDGE_FILE = "judge.json"
 
 
 @dataclass(frozen=True)
-class Place:
-    """A row of `<artifact>/<split>.jsonl`, counted from 0."""
+class AnswerPlace:
+    """The place of an answer: a row, from 0, of `<artifact>/<split>.jsonl`."""
 
     artifact: str
     split: str
@@ -38,15 +38,15 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What is to be judged: the key of the verdict of each row, and each question once by that key."""
+class JudgedRows:
+    """The rows to judge: the verdict key of each of them, and each distinct prompt by that key."""
 
-    keys: Mapping[Place, str]
-    questions: Mapping[str, Question]
+    keys: Mapping[AnswerPlace, str]
+    prompts: Mapping[str, JudgePrompt]
 
 
-class _Judged(BaseModel):
-    """A row of `data/judged`, as another run may have left it."""
+class _VerdictRow(BaseModel):
+    """A row of `data/judged`, as written by this run or by an earlier one."""
 
     model_config = ConfigDict(strict=True)
 
@@ -58,43 +58,49 @@ class _Judged(BaseModel):
     verdict: str = Field(pattern="^[0-9a-f]{64}$")
 
 
-def collect(
+def collect_prompts(
     generated: Path, artifacts: Sequence[str], rubric: str, settings: "Judge", identity: Mapping[str, str]
-) -> Rows:
-    """Read the first `judge.max_rows` answers of each split of each artifact, and put equal ones to the judge once."""
-    keys: dict[Place, str] = {}
-    questions: dict[str, Question] = {}
+) -> JudgedRows:
+    """Read the first `judge.max_rows` answers of each split of each artifact; equal ones share a prompt and a key."""
+    keys: dict[AnswerPlace, str] = {}
+    prompts: dict[str, JudgePrompt] = {}
     for artifact in artifacts:
         for split in SPLITS:
             for number, row in enumerate(read_jsonl(generated / artifact / f"{split}.jsonl")[: settings.max_rows]):
-                question = compose(rubric, request=row["prompt"], reference=row["reference"], answer=row["completion"])
-                key = key_of(question, identity, max_tokens=settings.max_tokens)
-                keys[Place(artifact, split, number)] = key
-                questions[key] = question
-    return Rows(keys, questions)
+                prompt = compose_prompt(
+                    rubric, prompt=row["prompt"], reference=row["reference"], answer=row["completion"]
+                )
+                key = compute_verdict_key(prompt, identity, max_tokens=settings.max_tokens)
+                keys[AnswerPlace(artifact, split, number)] = key
+                prompts[key] = prompt
+    return JudgedRows(keys, prompts)
 
 
-def key_of(question: Question, identity: Mapping[str, str], *, max_tokens: int) -> str:
-    """Return the SHA-256 of all that decides a verdict: who is asked, what, and how. The temperature is always 0."""
-    decides = [dict(identity), question.system, question.user, max_tokens, SCHEMA]
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+def compute_verdict_key(prompt: JudgePrompt, identity: Mapping[str, str], *, max_tokens: int) -> str:
+    """Return the SHA-256 of what determines a verdict: judge, prompt, schema, max_tokens (temperature: always 0)."""
+    content = [dict(identity), prompt.system, prompt.user, max_tokens, SCHEMA]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_rubric(file: Path) -> str:
-    """Return the rubric; raises InputError where there is none."""
+    """Return the rubric; raises InputError if the file is missing, empty or not UTF-8."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"judge.rubric is {file}: no such file; name a text file that says how to mark") from None
+        raise InputError(
+            f"judge.rubric is {file}: no such file; name a text file that says how to score", code="missing-file"
+        ) from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{file}: byte {error.start} is not UTF-8; save the rubric as UTF-8") from None
+        raise InputError(
+            f"{file}: byte {error.start} is not UTF-8; save the rubric as UTF-8", code="not-utf-8"
+        ) from None
     if not text.strip():
-        raise InputError(f"{file}: the rubric is empty; write down how to mark")
+        raise InputError(f"{file}: the rubric is empty; write down how to score", code="empty-file")
     return text
 
 
-def write(folder: Path, rows: Rows, verdicts: Mapping[str, Kept]) -> None:
-    """Write each row's verdict to `<artifact>/<split>.jsonl`, its key as `verdict`; equal bytes for equal input."""
+def write_verdicts(folder: Path, rows: JudgedRows, verdicts: Mapping[str, StoredVerdict]) -> None:
+    """Write each row's verdict, with its key as `verdict`, to `<artifact>/<split>.jsonl`; deterministic."""
     files: dict[Path, list[dict[str, Any]]] = {}
     for place, key in rows.keys.items():
         file = folder / place.artifact / f"{place.split}.jsonl"
@@ -104,44 +110,44 @@ def write(folder: Path, rows: Rows, verdicts: Mapping[str, Kept]) -> None:
         write_jsonl(lines, file)
 
 
-def facts(rows: Rows, rubric: str, settings: "Judge", identity: Mapping[str, str]) -> dict[str, Any]:
-    """Return who judged and by what: what `judge.json` beside the verdicts says of all of them."""
+def describe_judge(rows: JudgedRows, rubric: str, settings: "Judge", identity: Mapping[str, str]) -> dict[str, Any]:
+    """Return the content of `judge.json`: what all verdicts have in common (judge, settings, instructions)."""
     return {
         **identity,
         "max_tokens": settings.max_tokens,
         "temperature": 0,
         "rubric_sha256": hashlib.sha256(rubric.encode()).hexdigest(),
-        "instructions": next((question.system for question in rows.questions.values()), ""),
+        "instructions": next((prompt.system for prompt in rows.prompts.values()), ""),
     }
 
 
-def counts(rows: Rows, verdicts: Iterable[Kept]) -> dict[str, int]:
-    """Return how many rows were judged by how many different verdicts, of how many tokens where the server told."""
+def count_verdicts(rows: JudgedRows, verdicts: Iterable[StoredVerdict]) -> dict[str, int]:
+    """Return the metrics: rows, distinct verdicts, rows whose texts were cut, and tokens as far as reported."""
     used = list(verdicts)
     return {
         "rows": len(rows.keys),
         "verdicts": len(used),
-        "cut_rows": sum(rows.questions[key].cut for key in rows.keys.values()),
-        "input_tokens": sum(kept.input_tokens or 0 for kept in used),
-        "output_tokens": sum(kept.output_tokens or 0 for kept in used),
+        "cut_rows": sum(rows.prompts[key].cut for key in rows.keys.values()),
+        "input_tokens": sum(verdict.input_tokens or 0 for verdict in used),
+        "output_tokens": sum(verdict.output_tokens or 0 for verdict in used),
     }
 
 
-def verdicts_in(folder: Path) -> Iterator[tuple[str, Kept]]:
-    """Yield the verdicts of an output of this stage by their keys; none where there is no such folder.
+def read_verdicts(folder: Path) -> Iterator[tuple[str, StoredVerdict]]:
+    """Yield (key, verdict) for the rows of an output of the stage judge; nothing if the folder does not exist.
 
-    Rows of another form, such as an older one's, are passed over: they cannot be told from what they judged.
+    Rows in another form, such as an earlier version's, are skipped: what they judged is unknown.
     """
-    passed_over = 0
+    skipped = 0
     for file in sorted(folder.glob("*/*.jsonl")):
         for row in read_jsonl(file):
             try:
-                judged = _Judged.model_validate(row)
+                judged = _VerdictRow.model_validate(row)
                 Verdict(score=judged.score, reason=judged.reason)
             except ValidationError:
-                passed_over += 1
+                skipped += 1
                 continue
             kept = judged.model_dump(exclude={"verdict"})
-            yield judged.verdict, Kept(**kept)
-    if passed_over:
-        logger.warning("%s: %d rows are of another form and are not used again", folder, passed_over)
+            yield judged.verdict, StoredVerdict(**kept)
+    if skipped:
+        logger.warning("%s: %d rows are in another form and are not reused", folder, skipped)

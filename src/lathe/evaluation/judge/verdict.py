@@ -1,4 +1,4 @@
-"""A verdict: what the judge is asked to write, and what is taken for one."""
+"""Verdict: the JSON schema that the judge is given, and the strict parsing of its answer."""
 
 import json
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lathe.evaluation.judge.failures import MalformedError
 
-# JSON Schema, in the part that every provider's own subset has.
+# JSON Schema, limited to what every provider supports.
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -19,8 +19,8 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 
-# The same where a grammar holds a model to it, in llama.cpp's terms: it knows no range of numbers, and without a length
-# a model that has lost the thread goes on with the reason until its tokens are used up.
+# The same for llama.cpp's grammars, which have no number ranges. Without a maximum length, a confused model would
+# continue the reason until its tokens are used up.
 GRAMMAR_SCHEMA: dict[str, Any] = {
     **SCHEMA,
     "properties": {
@@ -31,8 +31,8 @@ GRAMMAR_SCHEMA: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a judge wrote, and what it says of itself; tokens are None where it does not count them."""
+class JudgeAnswer:
+    """The judge's answer, the name that it gives itself, and token counts (None if it does not report them)."""
 
     text: str
     model: str
@@ -42,7 +42,7 @@ class Answer:
 
 
 class Verdict(BaseModel):
-    """A mark from 0 to 100 with its reason. A fraction is taken as it is; nothing is converted or mended."""
+    """A score from 0 to 100 and the reason for it. Fractions are allowed; nothing is converted or repaired."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -50,27 +50,27 @@ class Verdict(BaseModel):
     reason: Annotated[str, Field(max_length=4000)]
 
 
-def parse(answer: Answer) -> Verdict:
-    """Return the verdict that is the whole of the answer; raises MalformedError if it is anything else."""
+def parse_verdict(answer: JudgeAnswer) -> Verdict:
+    """Return the verdict; raises MalformedError if the answer is anything but the JSON of one verdict."""
     if answer.cut_off:
         raise MalformedError("the verdict was cut off at judge.max_tokens")
     try:
-        tree = json.loads(answer.text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+        tree = json.loads(answer.text, object_pairs_hook=_refuse_repeated_keys, parse_constant=_refuse_constant)
         return Verdict.model_validate(tree)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"][:1])) or "the whole"
+        key = ".".join(map(str, problem["loc"][:1])) or "the whole answer"
         raise MalformedError(f"no verdict: {key}: {problem['msg']}") from None
     except (ValueError, RecursionError) as error:
-        raise MalformedError(f"no verdict: not JSON alone: {error}") from None
+        raise MalformedError(f"no verdict: not JSON: {error}") from None
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Of two scores, Python would take the last.
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Python would take the last of two scores.
     if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key occurs twice")
     return dict(pairs)
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON")

@@ -1,6 +1,6 @@
-"""Verdicts that were paid for, by the hash of everything that decides them.
+"""Verdict cache: verdicts that were paid for, by the hash of everything that determines them.
 
-An SQLite file in the scratch folder: it outlives the stage, however that ends, and several processes may share it.
+It is an SQLite file in the scratch folder, which survives however the stage ends; several processes may share it.
 """
 
 import sqlite3
@@ -23,13 +23,13 @@ CREATE TABLE IF NOT EXISTS verdicts (
     output_tokens INTEGER
 ) WITHOUT ROWID
 """
-_KEYS_AT_ONCE = 500
-_SECONDS_FOR_OTHERS = 60.0  # while another process writes
+_KEYS_PER_QUERY = 500
+_LOCK_TIMEOUT_SECONDS = 60.0  # to wait while another process writes
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A verdict as it was bought: `model` is what the server calls itself; tokens are None where it did not count."""
+class StoredVerdict:
+    """A verdict as it was received: `model` is the server's name for itself; tokens are None if not reported."""
 
     score: float
     reason: str
@@ -38,12 +38,12 @@ class Kept:
     output_tokens: int | None
 
 
-class Cache:
-    """The file; a context manager. Every verdict is on disk when `add` returns."""
+class VerdictCache:
+    """The cache file, as a context manager. A verdict is on disk when `add` returns."""
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(file, timeout=_SECONDS_FOR_OTHERS, isolation_level=None)
+        self._connection = sqlite3.connect(file, timeout=_LOCK_TIMEOUT_SECONDS, isolation_level=None)
         try:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
@@ -51,8 +51,9 @@ class Cache:
         except sqlite3.DatabaseError as error:
             self._connection.close()
             raise InputError(
-                f"{file}: the kept verdicts cannot be read ({error}); remove the file, and verdicts in data/judged are "
-                "used again"
+                f"{file}: the verdict cache cannot be read ({error}); remove the file: the verdicts in data/judged are "
+                "still reused",
+                code="broken-cache",
             ) from None
 
     def __enter__(self) -> Self:
@@ -63,27 +64,28 @@ class Cache:
     ) -> None:
         self._connection.close()
 
-    def find(self, keys: Iterable[str]) -> dict[str, Kept]:
-        """Return the verdicts that are there."""
-        wanted, found = list(dict.fromkeys(keys)), {}
-        for start in range(0, len(wanted), _KEYS_AT_ONCE):
-            some = wanted[start : start + _KEYS_AT_ONCE]
-            marks = ",".join("?" * len(some))
-            with closing(self._connection.execute(f"SELECT * FROM verdicts WHERE key IN ({marks})", some)) as rows:
-                found.update({key: Kept(*rest) for key, *rest in rows})
-        return found
+    def find(self, keys: Iterable[str]) -> dict[str, StoredVerdict]:
+        """Return the verdicts that are in the cache, by key."""
+        distinct, verdicts = list(dict.fromkeys(keys)), {}
+        for start in range(0, len(distinct), _KEYS_PER_QUERY):
+            batch = distinct[start : start + _KEYS_PER_QUERY]
+            marks = ",".join("?" * len(batch))
+            with closing(self._connection.execute(f"SELECT * FROM verdicts WHERE key IN ({marks})", batch)) as rows:
+                verdicts.update({key: StoredVerdict(*columns) for key, *columns in rows})
+        return verdicts
 
-    def add(self, key: str, kept: Kept) -> None:
-        """Keep a verdict that was bought; where another process was quicker, its verdict stays."""
-        self._write("INSERT OR IGNORE", [(key, kept)])
+    def add(self, key: str, verdict: StoredVerdict) -> None:
+        """Add a verdict that was received; if another process has added one by this key, that one stays."""
+        self._write("INSERT OR IGNORE", [(key, verdict)])
 
-    def adopt(self, verdicts: Iterable[tuple[str, Kept]]) -> None:
-        """Take verdicts over from an output that DVC tracks; there and here shall be the same."""
+    def add_tracked(self, verdicts: Iterable[tuple[str, StoredVerdict]]) -> None:
+        """Add the verdicts of an output that DVC tracks; they replace those by the same keys."""
         self._write("INSERT OR REPLACE", verdicts)
 
-    def _write(self, how: str, verdicts: Iterable[tuple[str, Kept]]) -> None:
+    def _write(self, how: str, verdicts: Iterable[tuple[str, StoredVerdict]]) -> None:
         rows = [
-            (key, kept.score, kept.reason, kept.model, kept.input_tokens, kept.output_tokens) for key, kept in verdicts
+            (key, verdict.score, verdict.reason, verdict.model, verdict.input_tokens, verdict.output_tokens)
+            for key, verdict in verdicts
         ]
         self._connection.execute("BEGIN IMMEDIATE")
         try:

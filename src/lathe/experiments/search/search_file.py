@@ -129,9 +129,9 @@ class Plan(Section):
             type_lists = searched.choices
         for objective in self.objectives:
             for types in type_lists:
-                gate = gates.parse(f"{objective.metric} > 0")
+                gate = gates.parse_gate(f"{objective.metric} > 0")
                 try:
-                    gates.check(gate, types=types, scores=params.scores)
+                    gates.check_names(gate, types=types, scores=params.scores)
                 except ValueError as error:
                     rule = str(error).partition(" names ")[2] or str(error)
                     raise InputError(

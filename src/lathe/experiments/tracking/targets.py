@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lathe.common.errors import InputError, missing_extra
-from lathe.config.base import plain_address
+from lathe.config.base import check_plain_address
 from lathe.config.params import Tracking
 
 TrackerName = Literal["mlflow", "wandb"]
@@ -79,7 +79,7 @@ def choose_targets(
     if "mlflow" in asked or (enabled["mlflow"] and not asked):
         uri = chosen("mlflow.tracking_uri", "MLFLOW_TRACKING_URI", mlflow.tracking_uri)
         try:
-            plain_address(uri)
+            check_plain_address(uri)
         except ValueError as error:
             raise InputError(
                 f"MLFLOW_TRACKING_URI: {error}, MLFLOW_TRACKING_PASSWORD for one", code="invalid-variable"

@@ -1,17 +1,17 @@
-"""Google's Gemini: `generateContent` of its REST API, held to the schema by `responseSchema`."""
+"""Gemini: Google's REST API `generateContent`, with the verdict's schema as `responseSchema`."""
 
 from typing import Any
 from urllib.parse import quote
 
 from lathe.common.errors import InputError
 from lathe.evaluation.judge.api_keys import VARIABLES
-from lathe.evaluation.judge.failures import DeclinedError, MalformedError, RefusedError, UnknownModelError
-from lathe.evaluation.judge.http_client import Session
-from lathe.evaluation.judge.prompt import Question
-from lathe.evaluation.judge.providers.openai import count
-from lathe.evaluation.judge.verdict import Answer
+from lathe.evaluation.judge.failures import HttpStatusError, MalformedError, RowRefusedError, UnknownModelError
+from lathe.evaluation.judge.http_client import HttpSession
+from lathe.evaluation.judge.prompt import JudgePrompt
+from lathe.evaluation.judge.providers.openai import sum_tokens
+from lathe.evaluation.judge.verdict import JudgeAnswer
 
-# Its own subset of OpenAPI, which has no additionalProperties.
+# Gemini's subset of OpenAPI, which has no additionalProperties.
 RESPONSE_SCHEMA = {
     "type": "OBJECT",
     "properties": {
@@ -22,17 +22,17 @@ RESPONSE_SCHEMA = {
     "propertyOrdering": ["score", "reason"],
 }
 
-# Why a candidate ends that holds no answer of the model's own.
+# Finish reasons of a candidate without an answer.
 _REFUSALS = {"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE", "OTHER"}
-_PAGE = 1000
+_MODELS_PER_PAGE = 1000
 
 
 class Gemini:
-    """The key is sent in a header, never in the address, where logs would keep it."""
+    """The Gemini API; the key is sent in a header, never in the address, which ends up in logs."""
 
-    most_at_once: int | None = None
+    max_concurrency: int | None = None
 
-    def __init__(self, session: Session, *, key: str, model: str, max_tokens: int) -> None:
+    def __init__(self, session: HttpSession, *, key: str, model: str, max_tokens: int) -> None:
         self.session, self.model, self.max_tokens = session, model.removeprefix("models/"), max_tokens
         self._headers = {"x-goog-api-key": key}
         session.secrets.add(key)
@@ -41,11 +41,11 @@ class Gemini:
         """Close the connections."""
         await self.session.close()
 
-    async def ask(self, question: Question) -> Answer:
-        """Put one question once."""
+    async def request_answer(self, prompt: JudgePrompt) -> JudgeAnswer:
+        """Send one prompt once."""
         content = {
-            "system_instruction": {"parts": [{"text": question.system}]},
-            "contents": [{"role": "user", "parts": [{"text": question.user}]}],
+            "system_instruction": {"parts": [{"text": prompt.system}]},
+            "contents": [{"role": "user", "parts": [{"text": prompt.user}]}],
             "generationConfig": {
                 "temperature": 0,
                 "maxOutputTokens": self.max_tokens,
@@ -56,47 +56,48 @@ class Gemini:
         }
         try:
             path = f"/models/{quote(self.model, safe='')}:generateContent"
-            return self._answer(await self.session.post(path, content, self._headers))
-        except DeclinedError as error:
+            return self._parse_answer(await self.session.post(path, content, self._headers))
+        except HttpStatusError as error:
             if error.status == 404:
                 raise UnknownModelError(str(error)) from None
             if error.status == 400 and "api key" in str(error).lower():
                 raise InputError(
-                    f"{self.session.address} refuses the key ({error}); set {VARIABLES['gemini']} to a valid one"
+                    f"{self.session.address} refuses the key ({error}); set {VARIABLES['gemini']} to a valid one",
+                    code="invalid-key",
                 ) from None
             raise
 
-    async def models(self) -> list[str]:
-        """Return the models that can generate content."""
-        found: list[str] = []
+    async def list_models(self) -> list[str]:
+        """Return the models that support `generateContent`."""
+        names: list[str] = []
         page = ""
         while True:
-            listed = await self.session.get(f"/models?pageSize={_PAGE}{page}", self._headers)
+            listed = await self.session.get(f"/models?pageSize={_MODELS_PER_PAGE}{page}", self._headers)
             for entry in listed.get("models", []):
                 if "generateContent" in entry.get("supportedGenerationMethods", ["generateContent"]):
-                    found.append(str(entry.get("name", "")).removeprefix("models/"))
+                    names.append(str(entry.get("name", "")).removeprefix("models/"))
             if not listed.get("nextPageToken"):
-                return found
+                return names
             page = f"&pageToken={quote(str(listed['nextPageToken']), safe='')}"
 
-    def _answer(self, content: Any) -> Answer:
+    def _parse_answer(self, content: Any) -> JudgeAnswer:
         blocked = content.get("promptFeedback", {}).get("blockReason") if isinstance(content, dict) else None
         if blocked:
-            raise RefusedError(f"the judge refuses this row: {blocked}")
+            raise RowRefusedError(f"the judge refuses this row: {blocked}")
         try:
             candidate = content["candidates"][0]
             reason = candidate.get("finishReason")
             parts = candidate.get("content", {}).get("parts", [])
             text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise MalformedError("the server's answer has no candidates[0].content") from None
+            raise MalformedError("the server's response has no candidates[0].content") from None
         if reason in _REFUSALS:
-            raise RefusedError(f"the judge refuses this row: {reason}")
+            raise RowRefusedError(f"the judge refuses this row: {reason}")
         usage = content.get("usageMetadata")
-        return Answer(
+        return JudgeAnswer(
             text,
             model=str(content.get("modelVersion") or ""),
-            input_tokens=count(usage, "promptTokenCount"),
-            output_tokens=count(usage, "candidatesTokenCount", "thoughtsTokenCount"),
+            input_tokens=sum_tokens(usage, "promptTokenCount"),
+            output_tokens=sum_tokens(usage, "candidatesTokenCount", "thoughtsTokenCount"),
             cut_off=reason == "MAX_TOKENS",
         )

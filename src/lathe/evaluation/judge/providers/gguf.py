@@ -1,4 +1,4 @@
-"""A GGUF file on this machine: no network, no key, and a grammar that lets nothing but a verdict be written."""
+"""GGUF judge: a file on this machine, without network or key; a grammar allows nothing but a verdict."""
 
 import asyncio
 import logging
@@ -8,39 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
-from lathe.evaluation.judge.failures import RefusedError
-from lathe.evaluation.judge.prompt import Question
-from lathe.evaluation.judge.verdict import GRAMMAR_SCHEMA, Answer
+from lathe.evaluation.judge.failures import RowRefusedError
+from lathe.evaluation.judge.prompt import JudgePrompt
+from lathe.evaluation.judge.verdict import GRAMMAR_SCHEMA, JudgeAnswer
 from lathe.gguf import llama_library
 from lathe.gguf.llama_model import LlamaModel
 
 logger = logging.getLogger(__name__)
 
-_TOKENS_OF_THE_TEMPLATE = 128  # most that a chat template puts around a system and a user message
+_TOKENS_OF_THE_TEMPLATE = 128  # upper bound of what a chat template adds to a system and a user message
 
 
 class Gguf:
-    """The model, loaded at once; one question at a time, for which llama.cpp takes all cores."""
+    """The loaded model; it answers one prompt at a time, for which llama.cpp uses all cores."""
 
-    most_at_once: int | None = 1
+    max_concurrency: int | None = 1
 
-    def __init__(self, file: Path, questions: Collection[Question], *, max_tokens: int) -> None:
+    def __init__(self, file: Path, prompts: Collection[JudgePrompt], *, max_tokens: int) -> None:
         self.file, self.max_tokens = file, max_tokens
         with LlamaModel(file, vocab_only=True) as model:
-            model.chat_template  # noqa: B018 - refuses a file without one, for which llama.cpp would take another
-            longest = max(len(model.tokenize(question.system + question.user)) for question in questions)
-            # As the file says: without its weights, llama.cpp does not know.
+            model.chat_template  # noqa: B018 - refuses a file without one: llama.cpp would take another
+            longest = max(len(model.tokenize(prompt.system + prompt.user)) for prompt in prompts)
+            # From the metadata: llama.cpp does not know it before the weights are loaded.
             trained = int(model.metadata[f"{model.metadata['general.architecture']}.context_length"])
             self._n_ctx = min(trained, longest + _TOKENS_OF_THE_TEMPLATE + max_tokens)
         self._stopping = threading.Event()
-        # A C function: kept here as long as llama.cpp may call it.
+        # A C function, referenced here as long as llama.cpp may call it.
         self._is_stopping = llama_library.load_library().ggml_abort_callback(lambda _: self._stopping.is_set())
-        self._model = self._loaded()
+        self._model = self._load_model()
 
-    async def ask(self, question: Question) -> Answer:
-        """Put one question; where nobody waits for it any more (Ctrl-C, a timeout) llama.cpp stops in the middle."""
+    async def request_answer(self, prompt: JudgePrompt) -> JudgeAnswer:
+        """Send one prompt once; if it is cancelled (Ctrl-C, a timeout), llama.cpp stops in the middle."""
         self._stopping.clear()
-        answering = asyncio.ensure_future(asyncio.to_thread(self._ask, question))
+        answering = asyncio.ensure_future(asyncio.to_thread(self._complete, prompt))
         try:
             return await asyncio.shield(answering)
         except asyncio.CancelledError:
@@ -49,7 +49,7 @@ class Gguf:
             logger.debug("stopped: %s", answering.exception())
             raise
 
-    async def models(self) -> list[str]:
+    async def list_models(self) -> list[str]:
         """Return the one model."""
         return [self.file.name]
 
@@ -57,30 +57,32 @@ class Gguf:
         """Free the model."""
         self._model.close()
 
-    def _loaded(self) -> Any:
+    def _load_model(self) -> Any:
         library = llama_library.load_library()
         with llama_library.collect_llama_log() as log:
             try:
                 model = library.Llama(str(self.file), n_ctx=self._n_ctx, n_gpu_layers=-1, seed=0, verbose=False)
             except ValueError as error:
                 raise InputError(
-                    f"{self.file}: llama.cpp cannot load it ({log.errors[0] if log.errors else error})"
+                    f"{self.file}: llama.cpp cannot load it ({log.errors[0] if log.errors else error}); name another "
+                    "file in judge.model",
+                    code="invalid-gguf",
                 ) from None
         library.llama_set_abort_callback(model.ctx, self._is_stopping, None)
         return model
 
-    def _ask(self, question: Question) -> Answer:
+    def _complete(self, prompt: JudgePrompt) -> JudgeAnswer:
         try:
             content = self._model.create_chat_completion(
-                messages=question.messages,
+                messages=prompt.messages,
                 response_format={"type": "json_object", "schema": GRAMMAR_SCHEMA},
                 temperature=0.0,
                 max_tokens=self.max_tokens,
             )
         except ValueError as error:  # longer than the context
-            raise RefusedError(f"{self.file.name}: {error}") from None
+            raise RowRefusedError(f"{self.file.name}: {error}") from None
         choice, usage = content["choices"][0], content["usage"]
-        return Answer(
+        return JudgeAnswer(
             choice["message"]["content"],
             model=self.file.name,
             input_tokens=usage["prompt_tokens"],

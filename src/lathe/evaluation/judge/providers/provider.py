@@ -1,4 +1,4 @@
-"""Who judges: one module per protocol."""
+"""Judge providers: the interface that all protocols share, and the choice of one by judge.provider."""
 
 import hashlib
 from collections.abc import Collection, Mapping
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lathe.common.errors import InputError
-from lathe.evaluation.judge.prompt import Question
-from lathe.evaluation.judge.verdict import Answer
+from lathe.evaluation.judge.prompt import JudgePrompt
+from lathe.evaluation.judge.verdict import JudgeAnswer
 
 if TYPE_CHECKING:
     from lathe.config.params import Judge
@@ -20,75 +20,78 @@ ADDRESSES = {
 
 
 class Provider(Protocol):
-    """A model that answers questions; `most_at_once` is None where the server may be asked as much as one likes."""
+    """A judge: a model that answers prompts. `max_concurrency` limits requests in flight; None: no limit of its own."""
 
-    most_at_once: int | None
+    max_concurrency: int | None
 
-    async def ask(self, question: Question) -> Answer:
-        """Put one question once, at temperature 0.
+    async def request_answer(self, prompt: JudgePrompt) -> JudgeAnswer:
+        """Send one prompt once, at temperature 0.
 
-        Raises UnavailableError, MalformedError, RefusedError, UnknownModelError, AskAgainError, DeclinedError for what
-        these do not name, and InputError where nothing else need be asked.
+        Raises UnavailableError, MalformedError, RowRefusedError, UnknownModelError, RetryAtOnceError; HttpStatusError
+        for a status that none of these describes; and InputError if no other prompt need be sent either.
         """
 
-    async def models(self) -> list[str]:
-        """Return the models that the server says it knows."""
+    async def list_models(self) -> list[str]:
+        """Return the models that the server lists."""
 
     async def close(self) -> None:
-        """Close connections, free memory."""
+        """Close connections and free memory."""
 
 
-def identity(settings: "Judge", root: Path) -> dict[str, str]:
-    """Return what tells one judge from another: a verdict of one is none of another's. Needs neither key nor network.
+def identify_judge(settings: "Judge", root: Path) -> dict[str, str]:
+    """Return what identifies the judge, as a part of verdict keys. Needs neither key nor network.
 
-    A file is known by its content: moved or renamed it is the same judge.
+    A GGUF file is identified by its content, so that moving or renaming it keeps its verdicts.
     """
     if settings.provider == "gguf":
         file = root / settings.model
         if not file.is_file():
             raise InputError(
-                f"judge.model is {settings.model!r}: no such file; judge.provider gguf takes the path of a GGUF file"
+                f"judge.model is {settings.model!r}: no such file; judge.provider gguf takes the path of a GGUF file",
+                code="missing-file",
             )
         with file.open("rb") as content:
             return {"provider": "gguf", "model_sha256": hashlib.file_digest(content, "sha256").hexdigest()}
-    return {"provider": settings.provider, "model": settings.model, "address": address(settings)}
+    return {"provider": settings.provider, "model": settings.model, "address": get_address(settings)}
 
 
-def address(settings: "Judge") -> str:
-    """Return where the provider is: `judge.base_url`, or its public address."""
+def get_address(settings: "Judge") -> str:
+    """Return `judge.base_url`, or the provider's public address."""
     return (settings.base_url or ADDRESSES[settings.provider]).rstrip("/")
 
 
-def connect(settings: "Judge", questions: Collection[Question], environment: Mapping[str, str], root: Path) -> Provider:
-    """Open the provider that will be asked `questions`; nothing is sent yet.
+def connect_provider(
+    settings: "Judge", prompts: Collection[JudgePrompt], environment: Mapping[str, str], root: Path
+) -> Provider:
+    """Return the provider that judge.provider names, for these `prompts`; nothing is sent yet.
 
     Raises InputError for a missing key, certificates that cannot be read, or a file that is no model.
     """
     if settings.provider == "gguf":
         from lathe.evaluation.judge.providers.gguf import Gguf
 
-        return Gguf(root / settings.model, questions, max_tokens=settings.max_tokens)
+        return Gguf(root / settings.model, prompts, max_tokens=settings.max_tokens)
 
     from lathe.evaluation.judge import api_keys
-    from lathe.evaluation.judge.http_client import Session, certificates
+    from lathe.evaluation.judge.http_client import HttpSession, load_certificates
 
-    key = api_keys.read(settings.provider, settings.base_url, environment)
-    trusted = certificates(root / settings.ca_bundle if settings.ca_bundle else None)
+    key = api_keys.read_key(settings.provider, settings.base_url, environment)
+    trusted = load_certificates(root / settings.ca_bundle if settings.ca_bundle else None)
 
-    def session(url: str) -> Session:
-        return Session(url, certificates=trusted, timeout_seconds=settings.timeout_seconds)
+    def open_session(url: str) -> HttpSession:
+        return HttpSession(url, certificates=trusted, timeout_seconds=settings.timeout_seconds)
 
     common: dict[str, Any] = {"model": settings.model, "max_tokens": settings.max_tokens}
     match settings.provider:
         case "gemini":
             from lathe.evaluation.judge.providers.gemini import Gemini
 
-            return Gemini(session(address(settings)), key=str(key), **common)
+            return Gemini(open_session(get_address(settings)), key=str(key), **common)
         case "gigachat":
-            from lathe.evaluation.judge.providers.gigachat import GigaChat, auth_address
+            from lathe.evaluation.judge.providers.gigachat import GigaChat, get_auth_address
 
-            signing_in = session(auth_address(environment))
-            return GigaChat(session(address(settings)), signing_in, str(key), environment, **common)
+            auth_session = open_session(get_auth_address(environment))
+            return GigaChat(open_session(get_address(settings)), auth_session, str(key), environment, **common)
     from lathe.evaluation.judge.providers.openai import OpenAI
 
-    return OpenAI(session(address(settings)), key=key, **common)
+    return OpenAI(open_session(get_address(settings)), key=key, **common)
