@@ -170,10 +170,10 @@ class Runner:
 
         def progress(line: str) -> str | None:
             nonlocal fetched
-            fetched += line.startswith("Collecting ")
-            if line.startswith(("Installing collected packages", "Prepared ")):
-                return f"{what}: unpacking"
-            return f"{what}: fetching {fetched} of {total}" if fetched else None
+            if line.startswith(("Collecting ", "Processing ")):
+                fetched += 1
+                return f"{what}: fetching {fetched} of {total}"
+            return f"{what}: unpacking" if line.startswith(("Installing collected", "Prepared ")) else None
 
         command = [self.python, "-m", "pip", "install", "--no-input"]
         if self.uv and with_uv:
@@ -332,7 +332,7 @@ def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | No
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     known = project["optional-dependencies"]
     for extra in wanted["extras"]:
-        if extra not in known:
+        if extra not in known:  # a typing error; or pyproject.toml had it once, and then `make clean` forgets it
             raise SetupError(f"EXTRAS={extra}: no such extra; must be of {', '.join(sorted(set(known) - set(ALWAYS)))}")
     lock = Lock((root / "requirements.lock").read_text(encoding="utf-8"))
     direct = direct_packages(project, {*ALWAYS, *wanted["extras"]})
@@ -383,8 +383,8 @@ def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | No
         runner.run(LLAMA, runner.python, "-m", "pip", "install", *reinstall)
 
     rest = packages - tools - from_source - {LLAMA, "torch"}
-    runner.install("packages", lock.requirements(rest), "--only-binary=:all:")
-    report.step(f"{len(packages)} packages")
+    runner.install("all other packages", lock.requirements(rest), "--only-binary=:all:")
+    report.step("all other packages")
     editable = ("--no-deps", "--no-build-isolation", "--no-index", "--editable", str(root))
     runner.run("Lathe itself", runner.python, "-m", "pip", "install", *editable)
     runner.run("check of the packages", runner.python, "-m", "pip", "check", hint="run `make clean` and try again")
