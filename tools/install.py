@@ -39,6 +39,7 @@ from toolchain import (
     check_room,
     choose_python,
     find_compilers,
+    is_supported,
     keep_wheel,
     output_of,
     version_of,
@@ -101,8 +102,10 @@ class Runner:
         self.venv, self.report, self.lock = venv, report, lock
         self.python, self.log = str(venv / "bin/python"), venv / "setup.log"
         # The user's own, not the one of the environment, which is there for `make lock`.
-        places = os.environ.get("PATH", "").split(os.pathsep)
-        self.uv = shutil.which("uv", path=os.pathsep.join(place for place in places if Path(place) != venv / "bin"))
+        places = [
+            place for place in os.environ.get("PATH", "").split(os.pathsep) if Path(place).resolve() != venv / "bin"
+        ]
+        self.uv = shutil.which("uv", path=os.pathsep.join(places))
 
     def run(
         self,
@@ -120,7 +123,6 @@ class Runner:
         shown, lines = what, [""]
         with self.log.open("a", encoding="utf-8", buffering=1) as log:
             log.write(f"$ {' '.join(command)}\n")
-            log.flush()
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -244,9 +246,9 @@ def compile_llama(runner: Runner, lock: Lock, cmake_args: str) -> Path:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     about = f"about {max(1, round(COMPILING_CORE_MINUTES / cores))} min on {cores} cores"
-    runner.report.step(
-        f"compiling llama.cpp for this machine: {'far longer with CUDA than ' * ('CUDA' in cmake_args)}{about}"
-    )
+    if CUDA in cmake_args:
+        about += ", and for CUDA many times that"
+    runner.report.step(f"compiling llama.cpp for this machine: {about}")
 
     def progress(line: str) -> str | None:
         step = re.search(r"\[(\d+)/(\d+)\]", line)  # Ninja's
@@ -283,9 +285,9 @@ def digest(*files: Path) -> str:
 
 def choose_cmake_args(cuda: str | None, given: str | None, before: str) -> str:
     """Return the CMAKE_ARGS to compile llama.cpp with: those of the environment, else those of the setup before."""
-    others = (before if given is None else given).replace(CUDA, "").split()
-    on = CUDA in before if cuda is None else cuda == "1"
-    return " ".join([*others, *([CUDA] if on else [])])
+    chosen = before if given is None else given
+    with_cuda = CUDA in f"{chosen} {before}" if cuda is None else cuda == "1"
+    return " ".join([*chosen.replace(CUDA, "").split(), *([CUDA] if with_cuda else [])])
 
 
 def converter_is_in_place(root: Path) -> bool:
@@ -300,7 +302,8 @@ def set_up(root: Path, arguments: argparse.Namespace, report: Reporter, lock: in
     """Bring `.venv` and the converter up to date, with what was wanted earlier and what is wanted now."""
     venv = root / ".venv"
     inside = venv / "bin/python"
-    if venv.exists() and not {".installing", ".ready"} & set(os.listdir(venv)):
+    found = set(os.listdir(venv)) if venv.exists() else set()
+    if found and not found & {".installing", ".ready"}:
         raise SetupError(f"{venv} was not made by `make setup`; move it away, or remove it")
     before = read_state(venv)
     wanted = {
@@ -308,7 +311,7 @@ def set_up(root: Path, arguments: argparse.Namespace, report: Reporter, lock: in
         "extras": sorted({*before.get("extras", []), *arguments.extras.split()}) or list(DEFAULT_EXTRAS),
         "cmake_args": choose_cmake_args(arguments.cuda, os.environ.get("CMAKE_ARGS"), before.get("cmake_args", "")),
     }
-    whole = not (venv / ".installing").exists() and inside.exists()
+    whole = ".ready" in found and ".installing" not in found and inside.exists()
     current = whole and wanted.items() <= before.items()
     if current and not arguments.python and converter_is_in_place(root):
         return
@@ -317,7 +320,7 @@ def set_up(root: Path, arguments: argparse.Namespace, report: Reporter, lock: in
         os.execv(python, [python, __file__, *sys.argv[1:]])
     runner = Runner(venv, report, lock)
     if not current:
-        whole = whole and version_of(str(inside)) is not None
+        whole = whole and is_supported(version_of(str(inside)) or "")
         install(root, runner, python, before if whole else None, wanted)
     if not converter_is_in_place(root):
         runner.run("llama.cpp's converter", str(inside), "-m", CONVERTER)
@@ -342,6 +345,7 @@ def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | No
     check_room(root, GB if before else ROOM_BYTES, "setup")
     source = f"{LLAMA}-{lock.version(LLAMA)} {' '.join(lock.hashes(LLAMA))}"
     library = f"{source} {wanted['cmake_args']}"
+    cache = None  # where the compiled library is, or will be kept; None where it is installed already
     if not before or before.get("library") != library:
         compilers = find_compilers(os.environ, cuda=CUDA in wanted["cmake_args"])
         cache = wheel_folder(source, os.environ, compilers, wanted["cmake_args"])
@@ -353,8 +357,10 @@ def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | No
     (venv / ".ready").unlink(missing_ok=True)
     if not before:
         for entry in venv.iterdir():
-            if entry.name != ".installing":
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != ".installing":
+                entry.unlink()
         runner.run(".venv", base, "-m", "venv", str(venv), hint="install the module venv (Debian: python3-venv)")
     with_uv = ", with uv" if runner.uv else ""
     report.step(f".venv with Python {version_of(runner.python)}: extras {' '.join(wanted['extras'])}{with_uv}")
@@ -371,7 +377,7 @@ def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | No
     if from_source:
         runner.install("packages without a wheel", lock.requirements(from_source), "--no-build-isolation")
 
-    if not before or before.get("library") != library:
+    if cache:
         wheel = cached_wheel(cache)
         if wheel:
             report.step(f"llama.cpp, compiled earlier: {wheel}")
@@ -387,7 +393,8 @@ def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | No
     report.step("all other packages")
     editable = ("--no-deps", "--no-build-isolation", "--no-index", "--editable", str(root))
     runner.run("Lathe itself", runner.python, "-m", "pip", "install", *editable)
-    runner.run("check of the packages", runner.python, "-m", "pip", "check", hint="run `make clean` and try again")
+    if not before:  # later on, what the user has installed may not fit
+        runner.run("check of the packages", runner.python, "-m", "pip", "check", hint="requirements.lock is wrong")
     (venv / ".ready").write_text(json.dumps(state), encoding="utf-8")
     (venv / ".installing").unlink()
     report.step("Lathe itself")
@@ -432,6 +439,9 @@ def main() -> None:
         set_up(ROOT, arguments, report, hold_locks(ROOT, report))
     except SetupError as error:
         sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename}: {error.strerror}; see to that, then run the same command again\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -16,9 +16,10 @@ import psutil
 import pytest
 import toolchain
 import write_lock
+import yaml
 from lockfile import Lock, SetupError, direct_packages, name_of
 
-from lathe import paths
+from lathe import doctor, paths
 from lathe.errors import EXTRAS, missing_extra
 
 PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
@@ -132,6 +133,21 @@ def test_the_newest_python_that_runs_is_taken(tmp_path, monkeypatch):
     assert toolchain.choose_python(None, None, f"{tmp_path}/gone") == f"{tmp_path}/a/python3.12"
 
 
+def test_the_supported_pythons_are_the_same_everywhere():
+    oldest, *_, newest = sorted(toolchain.PYTHONS)
+    major, minor = newest.split(".")
+    assert PROJECT["requires-python"] == f">={oldest},<{major}.{int(minor) + 1}"
+    classifier = "Programming Language :: Python :: 3."
+    listed = [text.removeprefix(classifier[:-2]) for text in PROJECT["classifiers"] if text.startswith(classifier)]
+    assert listed == sorted(toolchain.PYTHONS)
+    assert [".".join(map(str, version)) for version in doctor.PYTHONS] == sorted(toolchain.PYTHONS)
+    workflow = yaml.safe_load((paths.ROOT / ".github/workflows/unit.yaml").read_text())
+    assert workflow["jobs"]["unit"]["strategy"]["matrix"]["python"] == sorted(toolchain.PYTHONS)
+    steps = workflow["jobs"]["unit"]["steps"]
+    assert all(re.search(r"@v\d+\.\d+\.\d+$", step["uses"]) for step in steps if "uses" in step)
+    assert "secrets" not in (paths.ROOT / ".github/workflows/unit.yaml").read_text()
+
+
 def test_an_environment_keeps_its_python(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}/a:/bin")
     newest, has = python_of(tmp_path / "a", "3.13.0"), python_of(tmp_path / "venv", "3.11.9")
@@ -238,6 +254,7 @@ def test_the_cache_holds_whole_wheels(tmp_path):
         ("0", None, "-DGGML_CUDA=on -DX=1", "-DX=1"),
         ("1", "-DGGML_BLAS=ON", "", "-DGGML_BLAS=ON -DGGML_CUDA=on"),
         (None, "-DGGML_BLAS=ON", "-DX=1", "-DGGML_BLAS=ON"),
+        (None, "-DGGML_CUDA=on", "", "-DGGML_CUDA=on"),
     ],
 )
 def test_how_llama_cpp_is_compiled_stays_until_something_else_is_wanted(cuda, given, before, expected):
