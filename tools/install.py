@@ -216,9 +216,12 @@ def install_torch(runner: Runner, requirement: str) -> tuple[str, set[str]]:
 
 def reason(lines: Sequence[str]) -> str:
     """Return the line of a failed command's output that says why: its first error, or its last line."""
-    errors = [line for line in lines if re.match(r"(?:ERROR|error|CMake Error|\S+: (?:fatal )?error)\b", line)]
-    said = errors[:1] or [line for line in lines if line][-1:] or ["it wrote nothing"]
-    return said[0][:300]
+    said = [line for line in lines if line] or ["it wrote nothing"]
+    for number, line in enumerate(said):
+        if re.match(r"(?:ERROR|error|CMake Error|\S+: (?:fatal )?error)\b", line):
+            more = 3 if line.endswith(":") else 1
+            return " ".join(said[number : number + more])[:300]
+    return said[-1][:300]
 
 
 def remedy(lines: Sequence[str], hint: str) -> str:

@@ -265,6 +265,10 @@ def test_a_failed_command_is_told_by_its_first_error_and_a_remedy_that_fits():
     lines = ["Collecting x", "ERROR: no space: x", "ERROR: second", ""]
     assert install.reason(lines) == "ERROR: no space: x"
     assert install.reason(["[3/9] c++ x.cpp", "/x.cpp:3:1: error: expected ';'", "FAILED"]).startswith("/x.cpp:3:1")
+    assert (
+        install.reason(["CMake Error at x:1 (y):", "", "no CUDA", "found", "more"])
+        == "CMake Error at x:1 (y): no CUDA found"
+    )
     assert install.reason(["warming up", "killed", ""]) == "killed"
     assert install.reason([""]) == "it wrote nothing"
     assert install.remedy(["OSError: No space left on device"], "hint").startswith("make room")
