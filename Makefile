@@ -98,5 +98,5 @@ docs: setup ## rewrite docs/params.md, and pictures and results in the README
 	python docs/build.py
 
 clean: ## remove the environment, the converter and what tools cached; data, models and metrics stay
-	rm -f .venv/.ready # first: an environment without it is no finished one
+	rm -f .venv/.ready # first: without it, what is left of an environment is not used
 	rm -rf .venv .llama.cpp .mypy_cache .ruff_cache .pytest_cache
