@@ -4,9 +4,10 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock repro experiments chat serve report remote-check ci-lock ci-summary lint format test test-all \
+.PHONY: help setup lock unit deps repro experiments chat serve report remote-check ci-lock ci-summary lint format test \
+	test-all \
 	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate bench-experiments \
-	bench-tracking docs clean
+	bench-tracking docs docs-serve docs-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -19,7 +20,7 @@ setup: ## make .venv and what belongs to it; PYTHON=python3.12, EXTRAS="mlflow w
 
 # What these need beside the default pipeline.
 bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate bench-experiments bench-tracking \
-	docs format lint lock test test-all: EXTRAS += dev
+	docs docs-serve docs-check format lint lock unit test test-all: EXTRAS += dev
 serve: EXTRAS += serve
 
 lock: setup ## rewrite requirements.lock after an edit of pyproject.toml
@@ -60,10 +61,16 @@ format: setup ## rewrite the code as ruff wants it
 	ruff check --fix .
 	ruff format .
 
-test: lint ## lint and all tests but the long ones
-	pytest -m "not slow"
+unit: setup ## the quick tests: pure functions and refusals, in under 90 seconds on 2 cores
+	pytest tests/unit -m "not slow" -n 2 --dist loadfile
 
-test-all: lint ## every test
+deps: setup ## write the library modules of each stage into dvc.yaml, from what its script imports
+	@python -m lathe.common.stage_dependencies
+
+test: lint docs-check ## lint, documentation and all tests but the long ones
+	pytest -m "not slow" -n 2 --dist loadfile
+
+test-all: lint docs-check ## every test
 	pytest
 
 bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-experiments bench-tracking ## every benchmark
@@ -93,9 +100,16 @@ bench-experiments: setup ## what `dvc exp show` takes with fifty experiments, an
 bench-tracking: setup ## seconds of the training stage while it is mirrored, to a server and to one that hangs
 	python benchmarks/tracking.py
 
-docs: setup ## rewrite docs/params.md, and pictures and results in the README
+docs: setup ## rewrite docs/params.md, schemas/, the pictures in docs/, and the table of results
 	python -m lathe schema > docs/params.md
+	python -m lathe.experiments.schemas
 	python docs/build.py
+
+docs-serve: setup ## show the documentation on http://127.0.0.1:8002, built again as its files change
+	NO_MKDOCS_2_WARNING=1 mkdocs serve --dev-addr 127.0.0.1:8002
+
+docs-check: setup ## build the documentation into .site; a dead link fails
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 clean: ## remove the environment, the converter and what tools cached; data, models and metrics stay
 	rm -f .venv/.ready # first: without it, what is left of an environment is not used

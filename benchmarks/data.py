@@ -4,7 +4,7 @@ python benchmarks/data.py [--rows FOLDER] [--pairs 5] [--million] [--folder DIR]
 
 Speed: the rows of FOLDER (JSONL files with `question` and `answer`; default: data/local/gsm8k where it exists, else
 made-up ones in the number and size of GSM8K's), with the vocabulary of the tiny model at 512 pieces, go in turn through
-`lathe.data.prepare` (validation, duplicates, splits, prompt and answer tokenised apart, report, output) and through a
+`lathe.data.prepare` (validation, duplicates, splits, prompt and answer tokenized apart, report, output) and through a
 loop that does nothing but `apply_chat_template` on every row. Each run is a fresh process; imports, loading the
 tokenizer and a first pass over few rows are not counted. Where other work shares the processor, only the processor time
 of the two, all processes together, can be compared.
@@ -78,12 +78,12 @@ def _arguments() -> argparse.Namespace:
 
 def _make_tokenizer(folder: Path) -> None:
     """Make the tokenizer of the tiny model without the model."""
-    from lathe.builtin import commands, tiny
+    from lathe.sources.builtin import household_commands, tiny_model
 
     folder.mkdir()
-    recipe = replace(tiny.RECIPE, vocab_size=PIECES)
-    vocabulary = tiny._vocabulary(commands.documents(42, recipe.documents), 42, PIECES)
-    tiny._save_tokenizer(folder, vocabulary, recipe)
+    recipe = replace(tiny_model.RECIPE, vocab_size=PIECES)
+    vocabulary = tiny_model._vocabulary(household_commands.documents(42, recipe.documents), 42, PIECES)
+    tiny_model._save_tokenizer(folder, vocabulary, recipe)
 
 
 def _write_problems(folder: Path, rows: int, *, words: int) -> None:
@@ -183,8 +183,9 @@ def _processor_seconds() -> float:
 
 
 def _lathe(tokenizer: Any, raw: Path, work: Path) -> int:
-    from lathe.data import prepare
-    from lathe.params import LocalDataset, Preprocess
+    from lathe.config.params import Preprocess
+    from lathe.config.presets import LocalDataset
+    from lathe.data.prepare import prepare
 
     work.mkdir()
     settings = Preprocess(

@@ -25,12 +25,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lathe import params, paths
-from lathe.jsonl import read_jsonl
-from lathe.llama import Cache, Model
-from lathe.model import load_base, load_tokenizer
-from lathe.model_folder import left_by_full_tuning
-from lathe.template import Encoded, encode
+from lathe.common import paths
+from lathe.common.jsonl import read_jsonl
+from lathe.config import training_params
+from lathe.config.load import load
+from lathe.gguf.llama_model import LlamaModel
+from lathe.inference.kv_cache import KVCache
+from lathe.models.loading import load_base
+from lathe.models.loss_mask import Encoded, encode
+from lathe.models.model_folder import left_by_full_tuning
+from lathe.models.tokenizer import load_tokenizer
 
 Logits = NDArray[np.float32]
 
@@ -89,8 +93,8 @@ def of_gguf(path: Path, rows: Sequence[Encoded], *, threads: int) -> Iterator[Lo
     """Yield the same of a GGUF file, by llama.cpp."""
     longest = max(len(row.input_ids) for row in rows)
     with (
-        Model(path) as model,
-        Cache(model, slots=1, length=longest, max_outputs=longest, threads=threads, fewest=2) as cache,
+        LlamaModel(path) as model,
+        KVCache(model, slots=1, length=longest, max_outputs=longest, threads=threads, min_rows=2) as cache,
     ):
         for row in rows:
             cache.cut(0, 0)
@@ -102,7 +106,7 @@ def of_gguf(path: Path, rows: Sequence[Encoded], *, threads: int) -> Iterator[Lo
 
 
 def _rows(count: int) -> Sequence[Encoded]:
-    config = params.load().params
+    config = load().params
     rows = itertools.islice(read_jsonl(paths.DATA_PROCESSED / "validation.jsonl"), count)
     tokenizer = load_tokenizer(paths.MODEL_BASE)
     return encode(tokenizer, [row["messages"] for row in rows], supervise=config.preprocess.supervise)
@@ -119,7 +123,7 @@ def _columns(row: Encoded) -> torch.Tensor:
 
 def _distances(rows: Sequence[Encoded]) -> Iterator[tuple[str, str, Distance]]:
     threads = torch.get_num_threads()
-    quantization = params.load().params.quantization
+    quantization = load().params.quantization
     in_16_bit = quantization.model_copy(update={"load_in_4bit": False})
     merged = list(of_transformers(load_base(paths.MODEL_MERGED, in_16_bit, precision="fp32"), rows))
     base = list(of_transformers(load_base(paths.MODEL_BASE, in_16_bit, precision="fp32"), rows))
@@ -139,7 +143,7 @@ def _distances(rows: Sequence[Encoded]) -> Iterator[tuple[str, str, Distance]]:
         yield file.name, reference, distance(logits, of_gguf(file, rows, threads=threads))
 
 
-def _adapted(quantization: params.Quantization) -> Any:
+def _adapted(quantization: training_params.Quantization) -> Any:
     from peft import PeftModel
 
     gc.collect()

@@ -35,11 +35,12 @@ from typing import Any
 
 import machine
 
-from lathe import gguf, params, paths
-from lathe.generate import Generator
-from lathe.jsonl import iterate_jsonl, write_jsonl
-from lathe.llama import Model
-from lathe.template import render
+from lathe.common import paths
+from lathe.common.jsonl import iterate_jsonl, write_jsonl
+from lathe.config.load import load
+from lathe.gguf import convert
+from lathe.gguf.llama_model import LlamaModel
+from lathe.inference.generate import Generator
 
 SYSTEM_TOKENS = 500
 CERTAIN_TOKENS = 20  # in an answer of the model whose next token is certain
@@ -108,12 +109,12 @@ def main() -> None:
 
 def _workloads(conversations: Sequence[Any], shared_rows: int, folder: Path) -> Iterator[_Workload]:
     file, merged = paths.GGUF / "merged-f16.gguf", paths.MODEL_MERGED
-    longest = params.load().params.generate.max_new_tokens
+    longest = load().params.generate.max_new_tokens
     requests = [conversation[:-1] for conversation in conversations]
     yield _Workload("test split", file, merged, requests, longest, {LLAMA: 2.0, TRANSFORMERS: 4.0})
 
     def behind_a_system_prompt(path: Path) -> list[Any]:
-        with Model(path, vocab_only=True) as model:
+        with LlamaModel(path, vocab_only=True) as model:
             return [[{"role": "system", "content": _system_prompt(model)}, *each] for each in requests[:shared_rows]]
 
     title = "shared system prompt"
@@ -163,7 +164,7 @@ def _make_certain(folder: Path) -> Path:
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     out = folder.with_suffix(".gguf")
-    gguf.convert(folder, out, outtype="f16", llama_cpp=paths.LLAMA_CPP, metadata={})
+    convert.convert(folder, out, outtype="f16", llama_cpp=paths.LLAMA_CPP, metadata={})
     return out
 
 
@@ -176,7 +177,7 @@ def _run(workload: _Workload, rounds: int) -> _Timed:
 
 
 def _settings() -> dict[str, int]:
-    settings = params.load().params.generate
+    settings = load().params.generate
     return {"n_parallel": settings.n_parallel, "n_ctx": settings.n_ctx, "threads": os.cpu_count() or 1}
 
 
@@ -199,7 +200,9 @@ def _ways(generator: Generator, workload: _Workload) -> Ways:
         for prompt in prompts:
             if forgetful:
                 llama.reset()
-            tokens = llama.tokenize(prompt.encode(), add_bos=not prompt.startswith(generator.bos_token), special=True)
+            tokens = llama.tokenize(
+                prompt.encode(), add_bos=not prompt.startswith(generator.chat_template.bos_token), special=True
+            )
             answer: Any = llama.create_completion(tokens, max_tokens=longest, temperature=0.0)
             [choice] = answer["choices"]
             # It does not count the token that ends an answer.
@@ -220,7 +223,7 @@ def _ways(generator: Generator, workload: _Workload) -> Ways:
                     eos_token_id=ends,
                     pad_token_id=ends[0],
                 )[0, len(tokens) :].tolist()
-            text = b"".join(map(generator.model.piece, written)).decode("utf-8", "replace")
+            text = b"".join(map(generator.model.get_token_bytes, written)).decode("utf-8", "replace")
             answers.append((text, len(written)))
         return answers
 
@@ -271,11 +274,10 @@ def _ratio(timed: _Timed, peer: str) -> float:
 
 
 def _prompt(generator: Generator, messages: Sequence[Any]) -> str:
-    tokens = {"bos_token": generator.bos_token, "eos_token": generator.eos_token}
-    return render(generator.template, messages, add_generation_prompt=True, **tokens)
+    return generator.chat_template.render(messages, add_generation_prompt=True)
 
 
-def _system_prompt(model: Model) -> str:
+def _system_prompt(model: LlamaModel) -> str:
     rules = "You look after the lamps, doors and windows of this house; every room has its rules. "
     rooms = ("attic", "kitchen", "library", "cellar", "garage", "nursery", "office", "hallway")
     text = rules
@@ -295,14 +297,14 @@ def _peak(conversations: Sequence[Any], count: int, folder: Path) -> int:
 
 
 def _answer_and_score(file: Path) -> None:
-    from lathe import journal
-    from lathe.answers import Asking, conversations_in
+    from lathe.inference.held_out import HeldOutRun, iterate_conversations
+    from lathe.inference.journal import open_journal
 
     merged = paths.GGUF / "merged-f16.gguf"
-    with journal.opened(file.with_suffix(""), "answers") as kept, Generator(merged, **_settings()) as generator:
-        Asking(generator, kept).split(
-            partial(conversations_in, file, max_rows=None), file.with_suffix(".out"), name="test", max_new_tokens=32
-        )
+    with open_journal(file.with_suffix(""), "answers") as journal, Generator(merged, **_settings()) as generator:
+        run = HeldOutRun(generator, journal)
+        prompts = run.store_prompts("test", iterate_conversations(file, max_rows=None))
+        run.measure_split("test", prompts, file.with_suffix(".out"), max_new_tokens=32)
     # Not getrusage: its peak begins with that of the process that forked this one.
     status = Path("/proc/self/status").read_text()
     match = re.search(r"VmHWM:\s+(\d+) kB", status)

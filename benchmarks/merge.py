@@ -3,7 +3,7 @@
 python benchmarks/merge.py [--pairs 3] [--folder DIR]
 
 Makes the model (bf16, tied embeddings, three shards) and an r = 16 adapter on all linear layers in a
-temporary folder (4 GB are needed), merges them in alternation with `lathe.merge` and with PEFT (load in bf16,
+temporary folder (4 GB are needed), merges them in alternation with `lathe.models.merge` and with PEFT (load in bf16,
 merge_and_unload, save_pretrained), each time in a fresh process, compares what the two wrote bit by bit, and
 prints a Markdown table. Wall seconds are those of the whole process, imports included, then those of the merge
 alone; memory is the peak resident set (ru_maxrss), for ours also above a Python that has only imported torch.
@@ -186,7 +186,7 @@ def _run_child(child: str, base: Path, adapter: Path, out: Path) -> None:
         _make_base(base)
         _make_adapter(adapter)
     elif child == "lathe":
-        from lathe.merge import merge
+        from lathe.models.merge.merge import merge
 
         started = time.perf_counter()
         merge(base, adapter, out, dtype="auto", max_shard_size_bytes=5_000_000_000)

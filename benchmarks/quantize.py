@@ -19,20 +19,23 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import machine
 import numpy as np
 from numpy.typing import NDArray
 
-from lathe import likelihood, params, paths
-from lathe.generate import Generator
-from lathe.gguf import describe
-from lathe.jsonl import read_jsonl
-from lathe.quantize import quant_types, quantize
-from lathe.scores import exact_match
-from lathe.template import prompt_and_answer
-from lathe.tensor_types import FILES_THAT_CANNOT_BE_MADE, FILES_THAT_NEED_IMATRIX
+from lathe.common import paths
+from lathe.common.jsonl import read_jsonl
+from lathe.config.load import load
+from lathe.config.quantization_types import FILES_THAT_CANNOT_BE_MADE, FILES_THAT_NEED_IMATRIX
+from lathe.evaluation.text_metrics import exact_match
+from lathe.gguf.header import describe
+from lathe.gguf.quantize import quantize
+from lathe.gguf.tensor_types import quant_types
+from lathe.inference import likelihood
+from lathe.inference.generate import Generator
 
 SAMPLES = 2000
 # Of these, llama.cpp makes files as large as of others, or larger than the original, from a dense f16 model.
@@ -101,26 +104,23 @@ def main() -> None:
 
 
 def _opened(file: Path) -> Generator:
-    settings = params.load().params.generate
+    settings = load().params.generate
     return Generator(file, n_parallel=settings.n_parallel, n_ctx=settings.n_ctx, threads=os.cpu_count() or 1)
 
 
 def _asked(generator: Generator, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """The prompt and the answer of each row as the template writes them."""
-    tokens = {"bos_token": generator.bos_token, "eos_token": generator.eos_token}
-    return [prompt_and_answer(generator.template, row["messages"], **tokens)[:2] for row in rows]
+    return [generator.chat_template.split_answer(row["messages"])[:2] for row in rows]
 
 
 def _measure(
     name: str, by_matrix: bool, file: Path, generator: Generator, asked: Sequence[tuple[str, str]], reference: Generator
 ) -> Measured:
     against = None if generator is reference else reference
-    found = dict(likelihood.of_references(generator, lambda: asked, against=against))
+    found = dict(likelihood.score_references(generator, lambda: asked, against=against))
     likely = [found[number] for number in range(len(asked))]
     tokens = np.array([float(one.tokens) for one in likely])
-    answers = generator.complete(
-        [prompt for prompt, _ in asked], max_new_tokens=params.load().params.generate.max_new_tokens
-    )
+    answers = generator.complete([prompt for prompt, _ in asked], max_new_tokens=load().params.generate.max_new_tokens)
     facts = describe(file)
     return Measured(
         name,
@@ -128,7 +128,7 @@ def _measure(
         facts["bytes"],
         facts["bits_per_weight"],
         math.exp(sum(one.nll for one in likely) / float(tokens.sum())),
-        exact_match([answer.text for answer in answers], [answer for _, answer in asked]),
+        fmean(exact_match(answer.text, wanted) for answer, (_, wanted) in zip(answers, asked, strict=True)),
         np.array([(one.kl or 0.0) * one.tokens for one in likely]),
         tokens,
     )

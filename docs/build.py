@@ -1,6 +1,6 @@
-"""Draw the README's pictures and fill in its results from dvc.yaml and the committed metrics.
+"""Draw the pictures of the documentation and fill in its results, from dvc.yaml and the committed metrics.
 
-writes  docs/pipeline.svg, docs/result.svg, the table between the `results` marks of README.md
+writes  docs/pipeline.svg, docs/result.svg, the table between the `results` marks of README.md and docs/evaluation.md
 run     python docs/build.py
 """
 
@@ -17,6 +17,7 @@ import networkx
 from dvc.repo import Repo
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs/evaluation.md")
 FIRST_MARK, LAST_MARK = "<!-- results -->", "<!-- end of results -->"
 INK, ACCENT, SOFT, MUTED = "#1f2933", "#2563a8", "#e8eff7", "#7b8794"
 
@@ -26,10 +27,10 @@ def main() -> None:
     plt.rcParams.update({"svg.hashsalt": "lathe", "svg.fonttype": "none", "font.family": "sans-serif"})
     draw_pipeline(ROOT / "docs/pipeline.svg")
     draw_result(ROOT / "docs/result.svg")
-    readme = ROOT / "README.md"
-    before, mark, rest = readme.read_text(encoding="utf-8").partition(FIRST_MARK)
-    _, end, after = rest.partition(LAST_MARK)
-    readme.write_text(f"{before}{mark}\n{results()}\n{end}{after}", encoding="utf-8")
+    for page in PAGES:
+        before, mark, rest = page.read_text(encoding="utf-8").partition(FIRST_MARK)
+        _, end, after = rest.partition(LAST_MARK)
+        page.write_text(f"{before}{mark}\n\n{results()}\n\n{end}{after}", encoding="utf-8")
 
 
 def results() -> str:

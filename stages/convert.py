@@ -8,32 +8,35 @@ items   base, merged
 
 import _path  # noqa: F401
 
-from lathe import paths, stage, track
-from lathe.params import Config
+from lathe import stage
+from lathe.common import json_files, paths
+from lathe.config.load import Config
 
 
 def main(config: Config, item: str) -> None:
-    from lathe import gguf, lineage
-    from lathe.jsonl import read_jsonl
-    from lathe.model import load_tokenizer
-    from lathe.template import render_for
+    from lathe.common.jsonl import read_jsonl
+    from lathe.gguf import tokenizer_parity
+    from lathe.gguf.convert import convert
+    from lathe.models.chat_template import ChatTemplate
+    from lathe.models.tokenizer import load_tokenizer
+    from lathe.provenance import lineage
 
     model = paths.ROOT / "models" / item
     target = paths.GGUF / f"{item}-f16.gguf"
     chosen = config.params.convert.llama_cpp_dir
-    tokenizer = load_tokenizer(model)
+    template = ChatTemplate.of_tokenizer(load_tokenizer(model))
     rows = read_jsonl(paths.DATA_PROCESSED / "validation.jsonl")
-    chats = [render_for(tokenizer, row["messages"]) for row in rows]
+    chats = [template.render(row["messages"]) for row in rows]
     with paths.whole_file(target) as partial:
-        gguf.convert(
+        convert(
             model,
             partial,
             outtype="f16",
             llama_cpp=paths.ROOT / chosen if chosen else paths.LLAMA_CPP,
-            metadata=lineage.metadata(item),
+            metadata=lineage.build_metadata(item),
         )
-        compared = gguf.check_tokens(model, partial, [*gguf.SAMPLE_TEXTS, *chats])
-    track.write_json(paths.METRICS / f"convert/{item}.json", {"tokens_compared": compared})
+        compared = tokenizer_parity.check_tokens(model, partial, [*tokenizer_parity.SAMPLE_TEXTS, *chats])
+    json_files.write_json(paths.METRICS / f"convert/{item}.json", {"tokens_compared": compared})
 
 
 if __name__ == "__main__":

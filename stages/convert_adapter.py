@@ -10,15 +10,17 @@ import logging
 
 import _path  # noqa: F401
 
-from lathe import paths, stage, track
-from lathe.model_folder import left_by_full_tuning
-from lathe.params import Config
+from lathe import stage
+from lathe.common import json_files, paths
+from lathe.config.load import Config
+from lathe.models.model_folder import left_by_full_tuning
 
 logger = logging.getLogger("lathe.convert_adapter")
 
 
 def main(config: Config) -> None:
-    from lathe import gguf, lineage
+    from lathe.gguf.convert_adapter import AdapterError, convert_adapter
+    from lathe.provenance import lineage
 
     chosen = config.params.convert.llama_cpp_dir
     facts: dict[str, int | str | None] = {"bytes": None, "reason": None}
@@ -26,20 +28,20 @@ def main(config: Config) -> None:
         target = folder / "adapter-f16.gguf"
         try:
             if left_by_full_tuning(paths.MODEL_ADAPTER) is not None:
-                raise gguf.AdapterError("all weights were trained (training.tuning: full): there is no adapter")
-            gguf.convert_adapter(
+                raise AdapterError("all weights were trained (training.tuning: full): there is no adapter")
+            convert_adapter(
                 paths.MODEL_ADAPTER,
                 paths.MODEL_BASE,
                 target,
                 outtype="f16",
                 llama_cpp=paths.ROOT / chosen if chosen else paths.LLAMA_CPP,
-                metadata=lineage.metadata("adapter"),
+                metadata=lineage.build_metadata("adapter"),
             )
             facts["bytes"] = target.stat().st_size
-        except gguf.AdapterError as error:
+        except AdapterError as error:
             facts["reason"] = str(error)
             logger.info("no GGUF of the adapter alone: %s", error)
-    track.write_json(paths.METRICS / "convert/adapter.json", facts)
+    json_files.write_json(paths.METRICS / "convert/adapter.json", facts)
 
 
 if __name__ == "__main__":

@@ -5,24 +5,26 @@ reads   models/base/config.json, metrics/preprocess/report.json, params.yaml: tr
 writes  metrics/estimate/training.json
 """
 
-import json
 import logging
 from dataclasses import asdict
 
 import _path  # noqa: F401
 
-from lathe import paths, stage, track
-from lathe.errors import InputError
-from lathe.params import Config
+from lathe import stage
+from lathe.common import json_files, paths
+from lathe.common.errors import InputError
+from lathe.config.load import Config
 
 logger = logging.getLogger("lathe.estimate")
 
 
 def main(config: Config) -> None:
-    from lathe.estimate import estimate_training_memory, explain, readable_bytes, training_steps
+    from lathe.common.text import readable_bytes
+    from lathe.estimate import estimate_training_memory, explain
+    from lathe.training.optimizer_steps import training_steps
 
     params = config.params
-    report = json.loads((paths.METRICS / "preprocess/report.json").read_text(encoding="utf-8"))
+    report = json_files.read_json(paths.METRICS / "preprocess/report.json")
     splits = {split["split"]: split for split in report["splits"]}
     train = splits["train"]
     steps = training_steps(params, rows=train["kept"], sequences=train["sequences"])
@@ -39,7 +41,7 @@ def main(config: Config) -> None:
         )
     except InputError as error:  # of a method not measured, or an architecture that cannot be traced; it may train well
         logger.warning("training takes %d steps; memory cannot be estimated: %s", steps["steps"], error)
-    track.write_json(paths.METRICS / "estimate/training.json", {**steps, "memory_bytes": total, "memory": parts})
+    json_files.write_json(paths.METRICS / "estimate/training.json", {**steps, "memory_bytes": total, "memory": parts})
 
 
 if __name__ == "__main__":

@@ -1,25 +1,27 @@
 """Score every artifact's answers on the held-out rows, how sure that is, what each step cost, and judge the gates.
 
-reads   data/generated/, metrics/generate/, models/local/ or the hub where an encoder is asked for,
+reads   data/generated/, metrics/generate/, models/encoder/ where evaluate.metrics lists bert_score,
         params.yaml: seed, evaluate, bert_score, judge.enabled, quantize.types
 writes  metrics/evaluate/{validation,test,gates}.json, metrics/evaluate/scores.csv (for the plots),
         data/scored/<ARTIFACT>/{validation,test}.jsonl (rows with their own scores, worst first)
 removes what is left of quantization types that are no longer listed
 """
 
-import json
-
 import _path  # noqa: F401
 
-from lathe import artifacts, paths, stage, track
-from lathe.gates import metrics, outcome, parse
-from lathe.params import Config
+from lathe import stage
+from lathe.common import json_files, metric_files, paths
+from lathe.config import artifacts
+from lathe.config.gates import parse
+from lathe.config.load import Config
+from lathe.evaluation.gate_results import metrics, outcome
 
 SPLITS = ("validation", "test")
 
 
 def main(config: Config) -> None:
-    from lathe.evaluate import (
+    from lathe.common.jsonl import write_jsonl
+    from lathe.evaluation.evaluate import (
         Sampling,
         add_bert_score,
         evaluate,
@@ -29,7 +31,6 @@ def main(config: Config) -> None:
         row_scores,
         scored_rows,
     )
-    from lathe.jsonl import write_jsonl
 
     settings, types = config.params.evaluate, config.params.quantize.types
     names = artifacts.names(types)
@@ -60,14 +61,14 @@ def main(config: Config) -> None:
                 rows = scored_rows(answers[split][artifact], scores, settings.primary_metric)
                 write_jsonl(rows, folder / artifact / f"{split}.jsonl")
     for split, report in reports.items():
-        track.write_json(paths.METRICS / f"evaluate/{split}.json", report)
-    track.write_json(paths.METRICS / "evaluate/gates.json", metrics(outcomes))
-    track.write_csv(paths.METRICS / "evaluate/scores.csv", plot_rows(reports, settings.primary_metric))
+        json_files.write_json(paths.METRICS / f"evaluate/{split}.json", report)
+    json_files.write_json(paths.METRICS / "evaluate/gates.json", metrics(outcomes))
+    metric_files.write_csv(paths.METRICS / "evaluate/scores.csv", plot_rows(reports, settings.primary_metric))
 
 
 def _bytes(names: list[str]) -> dict[str, int]:
     files = {artifact: paths.METRICS / f"generate/{artifact}.json" for artifact in names}
-    facts = {artifact: json.loads(file.read_text(encoding="utf-8")) for artifact, file in files.items()}
+    facts = {artifact: json_files.read_json(file) for artifact, file in files.items()}
     return {artifact: each["file"][0]["bytes"] for artifact, each in facts.items()}
 
 

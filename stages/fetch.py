@@ -1,42 +1,51 @@
-"""Bring the selected base model and dataset into the pipeline.
+"""Bring the selected base model, the dataset and the encoder of BERTScore into the pipeline.
 
-reads   params.yaml: model, dataset, seed; their entries in presets.yaml; models/local/, data/local/, the hub
-writes  models/base/, data/raw/, metrics/fetch/{model,dataset}.json
-items   model, dataset
+reads   params.yaml: model, dataset, seed; their entries in presets.yaml; models/local/, data/local/, the hub;
+        for the encoder params.yaml: bert_score.model, bert_score.revision, evaluate.metrics
+writes  models/base/, data/raw/, models/encoder/ (empty where evaluate.metrics does not list bert_score),
+        metrics/fetch/{model,dataset,encoder}.json
+items   model, dataset, encoder
 """
+
+from pathlib import Path
 
 import _path  # noqa: F401
 
-from lathe import paths, sources, stage, track
-from lathe.params import Config
+from lathe import stage
+from lathe.common import json_files, paths
+from lathe.config.load import Config
+from lathe.sources import fetch
 
-ITEMS = ["model", "dataset"]
+TARGETS = {"model": paths.MODEL_BASE, "dataset": paths.DATA_RAW, "encoder": paths.MODEL_ENCODER}
 
 
 def main(config: Config, item: str) -> None:
-    seed = config.params.seed
-    target = paths.MODEL_BASE if item == "model" else paths.DATA_RAW
-    with paths.whole_folder(target) as folder:
-        if item == "model":
-            origin = sources.fetch_model(config.model, folder, seed=seed)
-        else:
-            origin = sources.fetch_dataset(config.dataset, folder, seed=seed)
+    with paths.whole_folder(TARGETS[item]) as folder:
+        origin = _fetch(config, item, folder)
     # A list, of which DVC makes no columns: its parameters say the same.
-    track.write_json(paths.METRICS / "fetch" / f"{item}.json", {"origin": [_facts(config, item, origin)]})
+    origins = [{**origin, **_measure(TARGETS[item])}] if origin else None
+    json_files.write_json(paths.METRICS / "fetch" / f"{item}.json", {"origin": origins})
 
 
-def _facts(config: Config, item: str, origin: sources.Origin) -> dict[str, object]:
-    target = paths.MODEL_BASE if item == "model" else paths.DATA_RAW
-    files = sorted(file for file in target.iterdir() if file.is_file())
-    preset = config.model if item == "model" else config.dataset
-    return {
-        "name": config.params.model if item == "model" else config.params.dataset,
-        "source": preset.source,
-        **origin,
-        "files": len(files),
-        "bytes": sum(file.stat().st_size for file in files),
-    }
+def _fetch(config: Config, item: str, folder: Path) -> fetch.Origin | None:
+    params = config.params
+    match item:
+        case "model":
+            origin = fetch.fetch_model(config.model, folder, seed=params.seed)
+            return {"name": params.model, "source": config.model.source, **origin}
+        case "dataset":
+            origin = fetch.fetch_dataset(config.dataset, folder, seed=params.seed)
+            return {"name": params.dataset, "source": config.dataset.source, **origin}
+    encoder = params.bert_score.model
+    if "bert_score" not in params.evaluate.metrics or encoder is None:
+        return None
+    return {"name": encoder, **fetch.fetch_encoder(encoder, params.bert_score.revision, folder)}
+
+
+def _measure(folder: Path) -> dict[str, int]:
+    sizes = [file.stat().st_size for file in folder.iterdir() if file.is_file()]
+    return {"files": len(sizes), "bytes": sum(sizes)}
 
 
 if __name__ == "__main__":
-    stage.run_items(main, lambda _: ITEMS)
+    stage.run_items(main, lambda _: list(TARGETS))

@@ -9,44 +9,45 @@ items   base, base_few_shot, merged and the types in quantize.types
 import os
 from contextlib import ExitStack
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import _path  # noqa: F401
 
-from lathe import artifacts, paths, stage, track
-from lathe.artifacts import FEW_SHOT, MERGED, UNQUANTIZED
-from lathe.params import Config
+from lathe import stage
+from lathe.common import json_files, paths
+from lathe.config import artifacts
+from lathe.config.artifacts import FEW_SHOT, MERGED, UNQUANTIZED
+from lathe.config.load import Config
 from lathe.stage import Speeds
 
 if TYPE_CHECKING:
-    from lathe.answers import Asking
+    from lathe.inference.held_out import HeldOutRun
 
 SPLITS = {name: paths.DATA_PROCESSED / f"{name}.jsonl" for name in ("validation", "test")}
 TRAIN = paths.DATA_PROCESSED / "train.jsonl"
 
 
 def main(config: Config, item: str) -> Speeds:
-    from lathe import journal
-    from lathe.answers import Asking, fingerprint
-    from lathe.general_text import paragraphs
-    from lathe.generate import Generator
+    from lathe.inference.general_text import read_paragraphs
+    from lathe.inference.generate import Generator
+    from lathe.inference.held_out import HeldOutRun, compute_fingerprint
+    from lathe.inference.journal import open_journal
 
     settings, seed = config.params.generate, config.params.seed
     file, threads = paths.GGUF / artifacts.file_name(item), os.cpu_count() or 1
     read = {"gguf": file, **SPLITS}
     if item == FEW_SHOT:
-        decides = {**settings.model_dump(), "seed": seed, "threads": threads}
+        determines = {**settings.model_dump(), "seed": seed, "threads": threads}
         read["train"] = TRAIN
     else:
-        decides = {**settings.model_dump(exclude={"few_shot"}), "threads": threads}
+        determines = {**settings.model_dump(exclude={"few_shot"}), "threads": threads}
         read["general"] = paths.ROOT / config.params.evaluate.general_text
-        paragraphs(read["general"])  # refused before anything is loaded
+        read_paragraphs(read["general"])  # refused before anything is loaded
     if item not in UNQUANTIZED:
         read["against"] = paths.GGUF / artifacts.file_name(MERGED)
 
-    with journal.opened(paths.SCRATCH / "generate", fingerprint(read, decides)) as kept:
+    with open_journal(paths.SCRATCH / "generate", compute_fingerprint(read, determines)) as journal:
         with ExitStack() as stack:
             folder = stack.enter_context(paths.whole_folder(paths.DATA_GENERATED / item))
             generator, *against = [
@@ -56,40 +57,37 @@ def main(config: Config, item: str) -> Speeds:
                 for name in ("gguf", "against")
                 if name in read
             ]
-            asking = Asking(generator, kept, *against)
-            facts = _facts(asking, config, folder, gguf=file, general=read.get("general"))
-        track.write_json(paths.METRICS / f"generate/{item}.json", facts)
-        kept.remove()
-    return {"tokens_per_second": round(asking.tokens / asking.seconds, 1)} if asking.tokens else {}
+            run = HeldOutRun(generator, journal, *against)
+            metrics = _measure(run, config, folder, gguf=file, general=read.get("general"))
+        json_files.write_json(paths.METRICS / f"generate/{item}.json", metrics)
+        journal.remove()
+    return {"tokens_per_second": round(run.tokens / run.seconds, 1)} if run.tokens else {}
 
 
-def _facts(asking: "Asking", config: Config, folder: Path, *, gguf: Path, general: Path | None) -> dict[str, Any]:
-    """Put everything to the model, and return what is to be said of its answers; without `general`, behind examples."""
-    from lathe import few_shot
-    from lathe.answers import conversations_in
+def _measure(run: "HeldOutRun", config: Config, folder: Path, *, gguf: Path, general: Path | None) -> dict[str, Any]:
+    """Generate and score everything; return the stage's metrics. Without `general`, examples are in each prompt."""
+    from lathe.inference import few_shot
+    from lathe.inference.held_out import iterate_conversations
 
     settings = config.params.generate
-    facts: dict[str, Any] = {}
-    splits = {name: partial(conversations_in, file, max_rows=settings.max_rows) for name, file in SPLITS.items()}
+    metrics: dict[str, Any] = {}
+    splits = {name: partial(iterate_conversations, file, max_rows=settings.max_rows) for name, file in SPLITS.items()}
     if general is None:
-        drawn = few_shot.choose(conversations_in(TRAIN, max_rows=None), settings.few_shot, seed=config.params.seed)
-        examples = few_shot.that_fit(
-            asking.generator,
-            drawn,
-            lambda: chain.from_iterable(rows() for rows in splits.values()),
-            max_new_tokens=settings.max_new_tokens,
+        train = iterate_conversations(TRAIN, max_rows=None)
+        examples = few_shot.draw_examples(train, settings.few_shot, seed=config.params.seed)
+        metrics["few_shot_examples"], prompts = few_shot.store_prompts(
+            run, examples, splits, max_new_tokens=settings.max_new_tokens
         )
-        splits = {name: partial(few_shot.before_each, examples, rows) for name, rows in splits.items()}
-        facts["few_shot_examples"] = len(examples)
+    else:
+        prompts = {name: run.store_prompts(name, rows()) for name, rows in splits.items()}
     # Lists, of which DVC makes no columns: all of these figures are columns of the scores already.
-    facts["splits"] = []
-    for name, rows in splits.items():
-        out = folder / f"{name}.jsonl"
-        found = asking.split(rows, out, name=name, max_new_tokens=settings.max_new_tokens)
-        facts["splits"].append({"split": name, **found})
-    perplexity = None if general is None else asking.general(general, folder / "general.jsonl")
-    facts["file"] = [{"bytes": gguf.stat().st_size, "general_perplexity": perplexity}]
-    return facts
+    metrics["splits"] = []
+    for name, stored in prompts.items():
+        measured = run.measure_split(name, stored, folder / f"{name}.jsonl", max_new_tokens=settings.max_new_tokens)
+        metrics["splits"].append({"split": name, **measured})
+    perplexity = None if general is None else run.measure_general_text(general, folder / "general.jsonl")
+    metrics["file"] = [{"bytes": gguf.stat().st_size, "general_perplexity": perplexity}]
+    return metrics
 
 
 if __name__ == "__main__":

@@ -14,50 +14,52 @@ from typing import TYPE_CHECKING
 
 import _path  # noqa: F401
 
-from lathe import paths, stage, track
-from lathe.errors import InputError
-from lathe.params import Config, Judge
+from lathe import stage
+from lathe.common import json_files, paths
+from lathe.common.errors import InputError
+from lathe.config.load import Config
+from lathe.config.params import Judge
 from lathe.stage import Speeds
 
 if TYPE_CHECKING:
-    from lathe.judge.cache import Cache
-    from lathe.judge.rows import Rows
-    from lathe.judge.run import Ledger
+    from lathe.evaluation.judge.judged_rows import Rows
+    from lathe.evaluation.judge.request_verdicts import Ledger
+    from lathe.evaluation.judge.verdict_cache import Cache
 
 logger = logging.getLogger("lathe.judge")
 
 
 def main(config: Config) -> Speeds:
-    from lathe import artifacts
-    from lathe.judge import rows
-    from lathe.judge.cache import Cache
-    from lathe.judge.providers import identity
+    from lathe.config import artifacts
+    from lathe.evaluation.judge import judged_rows
+    from lathe.evaluation.judge.providers.provider import identity
+    from lathe.evaluation.judge.verdict_cache import Cache
 
     names = artifacts.names(config.params.quantize.types)
     artifacts.forget_other_types(paths.DATA_GENERATED, config.params.quantize.types)
     settings = config.params.judge
     if not settings.enabled:
         with paths.whole_folder(paths.DATA_JUDGED):
-            track.write_json(paths.METRICS / "judge.json", {"rows": 0})
+            json_files.write_json(paths.METRICS / "judge.json", {"rows": 0})
         return {}
 
-    rubric = rows.read_rubric(paths.ROOT / settings.rubric)
+    rubric = judged_rows.read_rubric(paths.ROOT / settings.rubric)
     judge = identity(settings, paths.ROOT)
-    wanted = rows.collect(paths.DATA_GENERATED, names, rubric, settings, judge)
+    wanted = judged_rows.collect(paths.DATA_GENERATED, names, rubric, settings, judge)
     with Cache(paths.SCRATCH / "judge/verdicts.sqlite") as cache:
-        cache.adopt(rows.verdicts_in(paths.DATA_JUDGED))
+        cache.adopt(judged_rows.verdicts_in(paths.DATA_JUDGED))
         speeds = _buy_missing(wanted, settings, cache)
         verdicts = cache.find(wanted.questions)
     with paths.whole_folder(paths.DATA_JUDGED) as folder:
-        rows.write(folder, wanted, verdicts)
-        track.write_json(folder / rows.FACTS, rows.facts(wanted, rubric, settings, judge))
-    track.write_json(paths.METRICS / "judge.json", rows.counts(wanted, verdicts.values()))
+        judged_rows.write(folder, wanted, verdicts)
+        json_files.write_json(folder / judged_rows.FACTS, judged_rows.facts(wanted, rubric, settings, judge))
+    json_files.write_json(paths.METRICS / "judge.json", judged_rows.counts(wanted, verdicts.values()))
     return speeds
 
 
 def _buy_missing(wanted: "Rows", settings: Judge, cache: "Cache") -> Speeds:
     """Buy the verdicts that are not kept yet; raises InputError if one is still missing then."""
-    from lathe.judge.run import Ledger, buy
+    from lathe.evaluation.judge.request_verdicts import Ledger, buy
 
     kept = cache.find(wanted.questions)
     missing = {key: question for key, question in wanted.questions.items() if key not in kept}

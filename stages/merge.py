@@ -8,12 +8,13 @@ from dataclasses import asdict
 
 import _path  # noqa: F401
 
-from lathe import paths, stage, track
-from lathe.params import Config
+from lathe import stage
+from lathe.common import json_files, paths
+from lathe.config.load import Config
 
 
 def main(config: Config) -> None:
-    from lathe.merge import merge
+    from lathe.models.merge.merge import merge
 
     settings = config.params.merge
     with paths.whole_folder(paths.MODEL_MERGED) as folder:
@@ -24,7 +25,7 @@ def main(config: Config) -> None:
             dtype=settings.dtype,
             max_shard_size_bytes=settings.max_shard_size_bytes,
         )
-    track.write_json(paths.METRICS / "merge/report.json", asdict(report))
+    json_files.write_json(paths.METRICS / "merge/report.json", asdict(report))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,17 @@ import time
 
 import _path  # noqa: F401
 
-from lathe import model_folder, paths, stage, track
-from lathe.params import Config
+from lathe import stage
+from lathe.common import json_files, metric_files, paths
+from lathe.config.load import Config
+from lathe.models import model_folder
 
 
 def main(config: Config) -> stage.Speeds:
     model_folder.check_length(paths.MODEL_BASE, config.params.training.max_length)
 
-    from lathe.data import prepare
-    from lathe.model import load_tokenizer
+    from lathe.data.prepare import prepare
+    from lathe.models.tokenizer import load_tokenizer
 
     params = config.params
     tokenizer = load_tokenizer(paths.MODEL_BASE)
@@ -32,9 +34,9 @@ def main(config: Config) -> stage.Speeds:
             settings=params.preprocess,
         )
     seconds = time.perf_counter() - started
-    track.write_json(paths.METRICS / "preprocess/report.json", prepared.report)
+    json_files.write_json(paths.METRICS / "preprocess/report.json", prepared.report)
     for name, rows in prepared.tables.items():
-        track.write_csv(paths.METRICS / f"preprocess/{name}.csv", rows)
+        metric_files.write_csv(paths.METRICS / f"preprocess/{name}.csv", rows)
     return {"rows_per_second": round(prepared.report["rows"]["read"] / seconds, 1)}
 
 

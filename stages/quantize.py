@@ -9,13 +9,14 @@ import os
 
 import _path  # noqa: F401
 
-from lathe import paths, stage, track
-from lathe.params import Config
+from lathe import stage
+from lathe.common import json_files, paths
+from lathe.config.load import Config
 
 
 def main(config: Config, item: str) -> None:
-    from lathe.gguf import describe
-    from lathe.quantize import quantize
+    from lathe.gguf.header import describe
+    from lathe.gguf.quantize import quantize
 
     target = paths.GGUF / f"{item}.gguf"
     settings = config.params.quantize
@@ -31,7 +32,9 @@ def main(config: Config, item: str) -> None:
             token_embedding_type=settings.token_embedding_type,
             tensor_types=settings.tensor_types or [],
         )
-    track.write_json(paths.METRICS / f"quantize/{item}.json", {"bits_per_weight": describe(target)["bits_per_weight"]})
+    json_files.write_json(
+        paths.METRICS / f"quantize/{item}.json", {"bits_per_weight": describe(target)["bits_per_weight"]}
+    )
 
 
 if __name__ == "__main__":

@@ -12,9 +12,12 @@ from contextlib import nullcontext
 
 import _path  # noqa: F401
 
-from lathe import launch, memory, model_folder, paths, reward_functions, stage, track
-from lathe.params import Config
+from lathe import out_of_memory, stage
+from lathe.common import json_files, launch, paths
+from lathe.config.load import Config
+from lathe.models import model_folder
 from lathe.stage import Speeds
+from lathe.training import reward_functions
 
 
 def main(config: Config, machine_rank: int | None) -> Speeds:
@@ -24,15 +27,14 @@ def main(config: Config, machine_rank: int | None) -> Speeds:
     if launch.is_needed(params.training.launcher, machine_rank):
         return launch.run(params.training.launcher, __file__, machine_rank=machine_rank)
 
-    from lathe.jsonl import read_jsonl
-    from lathe.training import ranks
-    from lathe.training.run import train
+    from lathe.training import distributed
+    from lathe.training.train import train
 
     adapter = paths.whole_folder(paths.MODEL_ADAPTER) if launch.is_main() else nullcontext(paths.MODEL_ADAPTER)
-    with memory.explained(paths.MODEL_BASE, params), adapter as folder:
+    with out_of_memory.explained(paths.MODEL_BASE, params), adapter as folder:
         trained = train(
             paths.MODEL_BASE,
-            {split: read_jsonl(paths.DATA_PROCESSED / f"{split}.jsonl") for split in ("train", "validation")},
+            {split: paths.DATA_PROCESSED / f"{split}.jsonl" for split in ("train", "validation")},
             folder,
             paths.METRICS / "train",
             params=params,
@@ -44,8 +46,8 @@ def main(config: Config, machine_rank: int | None) -> Speeds:
         proof = {"trained_tensors": trained.trained_tensors, "frozen_tensors": len(trained.frozen), "moved": []}
         # A list: DVC makes columns of everything else.
         digests = [{"tensor": name, "sha256": digest} for name, digest in trained.frozen.items()]
-        track.write_json(paths.METRICS / "train/freeze_proof.json", {**proof, "sha256": digests})
-    ranks.leave()
+        json_files.write_json(paths.METRICS / "train/freeze_proof.json", {**proof, "sha256": digests})
+    distributed.leave()
     return trained.speeds
 
 

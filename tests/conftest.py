@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import refusals
 import yaml
 from ruamel.yaml import YAML
+from shared import made_once
 
-from lathe import params, paths
+from lathe.common import paths
+from lathe.common.jsonl import write_jsonl
+from lathe.config import params
 
 # Enough for every stage to do its work, not to do it well.
 SMALL = {
@@ -32,27 +36,43 @@ SMALL = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-messages", action="store_true", help="keep whole messages of refusals in tests/messages")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    refusals.update = config.getoption("--update-messages")
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of one layer, built like the tiny one but hardly trained."""
     from dataclasses import replace
 
-    from lathe.builtin import tiny
+    from lathe.sources.builtin import tiny_model
 
-    folder = tmp_path_factory.mktemp("small_model")
-    recipe = replace(
-        tiny.RECIPE, intermediate_size=256, num_hidden_layers=1, documents=400, steps=3, batch_size=8, threads=1
-    )
-    tiny.build(folder, 1, recipe)
-    return folder
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        recipe = replace(
+            tiny_model.RECIPE,
+            intermediate_size=256,
+            num_hidden_layers=1,
+            documents=400,
+            steps=3,
+            batch_size=8,
+            threads=1,
+        )
+        tiny_model.build(folder, 1, recipe)
+
+    return made_once(tmp_path_factory, "small_model", make)
 
 
 class Checkout:
     """A copy of this repository, committed to Git, in a folder of its own."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, environment: dict[str, str] | None = None) -> None:
         self.root = root
-        self.environment = {
+        self.environment = environment or {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "HF_HUB_OFFLINE": "1",
@@ -127,10 +147,10 @@ def checkout(tmp_path: Path) -> Checkout:
 
 def add_small_inputs(checkout: Checkout, model: Path) -> None:
     """Give the checkout the small model and sixty rows of its own as local files, and select them."""
-    from lathe.builtin import commands
+    from lathe.sources.builtin import household_commands
 
     shutil.copytree(model, checkout.root / "models/local/small")
-    rows = commands.rows(1)["train"][:60]
+    rows = household_commands.rows(1)["train"][:60]
     folder = checkout.root / "data/local"
     with (folder / "few.jsonl").open("w") as lines:
         for row in rows:
@@ -161,18 +181,28 @@ def small_checkout(checkout: Checkout, small_model: Path) -> Checkout:
 @pytest.fixture(scope="session")
 def reproduced(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Checkout:
     """A small checkout whose whole pipeline has run and is committed; to be copied, not changed."""
-    checkout = make_checkout(tmp_path_factory.mktemp("reproduced") / "lathe")
-    add_small_inputs(checkout, small_model)
-    ran = checkout.run("dvc", "repro").stdout
-    for stage in yaml.safe_load((checkout.root / "dvc.yaml").read_text())["stages"]:
-        assert f"Running stage '{stage}" in ran
-    checkout.commit()
-    return checkout
+
+    def make(folder: Path) -> None:
+        checkout = make_checkout(folder / "lathe")
+        add_small_inputs(checkout, small_model)
+        ran = checkout.run("dvc", "repro").stdout
+        for stage in yaml.safe_load((checkout.root / "dvc.yaml").read_text())["stages"]:
+            assert f"Running stage '{stage}" in ran
+        checkout.commit()
+
+    return Checkout(made_once(tmp_path_factory, "reproduced", make) / "lathe")
 
 
 def copy_of(checkout: Checkout, root: Path) -> Checkout:
-    """Copy a checkout with its results and its cache."""
-    shutil.copytree(checkout.root, root, symlinks=True)
+    """Copy a checkout with its results and its cache; what is read-only, as DVC's and Git's objects are, is linked."""
+
+    def link_or_copy(source: str, target: str) -> None:
+        if os.stat(source).st_mode & 0o222:
+            shutil.copy2(source, target)
+        else:
+            os.link(source, target)
+
+    shutil.copytree(checkout.root, root, symlinks=True, copy_function=link_or_copy)
     return Checkout(root)
 
 
@@ -197,6 +227,15 @@ def learnt_by_heart() -> dict[str, list[dict[str, Any]]]:
         for answer in ("yes, yes, yes", "yes, no, no")
     )
     return {"train": [train] * 4, "validation": [validation]}
+
+
+def write_splits(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> dict[str, Path]:
+    """Write processed splits as `preprocess` does, and return their files by name, as training takes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {split: folder / f"{split}.jsonl" for split in splits}
+    for split, file in files.items():
+        write_jsonl(splits[split], file)
+    return files
 
 
 def output_hashes(checkout: Checkout) -> dict[str, list[str]]:

@@ -1,14 +1,15 @@
 """Small models with real vocabularies, and their GGUF files, made once per test run."""
 
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from shared import made_once
 
-from lathe import gguf, paths
+from lathe.common import paths
+from lathe.gguf import convert as converter
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -26,31 +27,31 @@ class Made(NamedTuple):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A random Llama with a SentencePiece vocabulary of 400 pieces, rows of 256 weights, and its f16 GGUF."""
-    return make_llama(tmp_path_factory.getbasetemp() / "random", _leave_random)
+    return made_with_gguf(tmp_path_factory, "random", lambda folder: make_llama(folder, _leave_random))
 
 
 @pytest.fixture(scope="session")
 def countdown(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A Llama that answers token 300 with 299, 298, … down to the end token 4, `<|im_end|>`, and its f16 GGUF."""
-    return make_llama(tmp_path_factory.getbasetemp() / "countdown", _count_down)
+    return made_with_gguf(tmp_path_factory, "countdown", lambda folder: make_llama(folder, _count_down))
 
 
 @pytest.fixture(scope="session")
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A Llama of one layer that has read household documents for some seconds, and its f16 GGUF."""
-    return _learnt(tmp_path_factory.getbasetemp() / "learnt")
+    return made_with_gguf(tmp_path_factory, "learnt", _make_learnt)
 
 
 @pytest.fixture(scope="session")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A random Qwen3 with the real Qwen2 vocabulary, rows of 64 weights, and its f16 GGUF."""
-    return _qwen(tmp_path_factory.getbasetemp() / "qwen")
+    return made_with_gguf(tmp_path_factory, "qwen", make_qwen3)
 
 
 @pytest.fixture(scope="session")
 def llama3(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A random Llama with the real Llama 3 vocabulary, rows of 64 weights, and its f16 GGUF."""
-    return _llama3(tmp_path_factory.getbasetemp() / "llama3")
+    return made_with_gguf(tmp_path_factory, "llama3", make_llama3)
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def quantize_program(tmp_path: Path) -> Path:
     lines = (
         "import sys",
         "from pathlib import Path",
-        "from lathe.quantize import quantize",
+        "from lathe.gguf.quantize import quantize",
         "*given, source, out, name, threads = sys.argv[1:]",
         "options = {'tensor_types': []}",
         "for option, value in zip(given[::2], given[1::2], strict=True):",
@@ -83,16 +84,26 @@ def quantize_program(tmp_path: Path) -> Path:
     return file
 
 
+def made_with_gguf(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Made:
+    """Return the model folder that `make` fills, made once per run, and its f16 GGUF beside it."""
+
+    def make_both(folder: Path) -> None:
+        make(folder)
+        convert(folder, folder.with_suffix(".gguf"))
+
+    folder = made_once(factory, name, make_both)
+    return Made(folder, folder.with_suffix(".gguf"))
+
+
 def convert(folder: Path, out: Path, **options: Any) -> Path:
     """Convert with this repository's converter."""
     arguments = {"outtype": "f16", "llama_cpp": paths.LLAMA_CPP, "metadata": METADATA, **options}
-    gguf.convert(folder, out, **arguments)
+    converter.convert(folder, out, **arguments)
     return out
 
 
-@functools.cache
-def make_llama(folder: Path, finish: Callable[[Any], None]) -> Made:
-    """Fill a new folder with a small Llama of rows of 256 weights, changed by `finish`, and convert it."""
+def make_llama(folder: Path, finish: Callable[[Any], None]) -> None:
+    """Fill a new folder with a small Llama of rows of 256 weights, changed by `finish`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -117,7 +128,6 @@ def make_llama(folder: Path, finish: Callable[[Any], None]) -> Made:
         finish(model)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return Made(folder, convert(folder, folder.with_suffix(".gguf")))
 
 
 def _leave_random(model: Any) -> None:
@@ -164,28 +174,16 @@ def _sentencepiece_tokenizer(folder: Path) -> Any:
     )
 
 
-@functools.cache
-def _learnt(folder: Path) -> Made:
+def _make_learnt(folder: Path) -> None:
     from dataclasses import replace
 
-    from lathe.builtin import tiny
+    from lathe.sources.builtin import tiny_model
 
     folder.mkdir()
-    recipe = replace(tiny.RECIPE, intermediate_size=256, num_hidden_layers=1, documents=1600, steps=100, batch_size=16)
-    tiny.build(folder, 1, recipe)
-    return Made(folder, convert(folder, folder.with_suffix(".gguf")))
-
-
-@functools.cache
-def _qwen(folder: Path) -> Made:
-    make_qwen3(folder)
-    return Made(folder, convert(folder, folder.with_suffix(".gguf")))
-
-
-@functools.cache
-def _llama3(folder: Path) -> Made:
-    make_llama3(folder)
-    return Made(folder, convert(folder, folder.with_suffix(".gguf")))
+    recipe = replace(
+        tiny_model.RECIPE, intermediate_size=256, num_hidden_layers=1, documents=1600, steps=100, batch_size=16
+    )
+    tiny_model.build(folder, 1, recipe)
 
 
 def make_qwen3(folder: Path) -> None:

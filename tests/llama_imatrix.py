@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lathe.imatrix import Importance
-from lathe.llama import Model, library
+from lathe.gguf.imatrix_file import Importance
+from lathe.gguf.llama_library import load_library
+from lathe.gguf.llama_model import LlamaModel
 
 
 class _Tensor(ctypes.Structure):
@@ -71,12 +72,12 @@ def collect(file: Path, rows: Sequence[Sequence[int]]) -> dict[str, Importance]:
             failures.append(error)
         return True
 
-    llama_cpp = library()
+    llama_cpp = load_library()
     callback = llama_cpp.ggml_backend_sched_eval_callback(watch)
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = max(map(len, rows))
     params.cb_eval = callback
-    with Model(file) as model:
+    with LlamaModel(file) as model:
         context = llama_cpp.llama_init_from_model(model.handle, params)
         for row in rows:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)

@@ -11,8 +11,8 @@ from unittest import mock
 
 import yaml
 
-from lathe import paths
-from lathe.builtin import commands
+from lathe.common import paths
+from lathe.sources.builtin import household_commands
 
 ARTIFACTS = ("base", "base_few_shot", "merged", "Q8_0", "Q4_K_M", "Q4_1")
 BYTES = dict(zip(ARTIFACTS, (2776320, 2776320, 2776416, 1486176, 890976, 922464), strict=True))
@@ -44,7 +44,7 @@ def write_table(file: Path, rows: list[dict[str, Any]], delimiter: str) -> None:
 def build(root: Path, rows: int = 200, *, judged: bool = False) -> None:
     """Write metrics, data, dvc.lock and dvc.yaml under `root`."""
     chance = random.Random(3)
-    held_out = {split: commands.rows(1)[split][:rows] for split in SPLITS}
+    held_out = {split: household_commands.rows(1)[split][:rows] for split in SPLITS}
     for split, conversations in held_out.items():
         write_lines(root / f"data/processed/{split}.jsonl", conversations)
         for artifact in ARTIFACTS:
@@ -323,9 +323,9 @@ def search(root: Path) -> None:
     """Write what two studies found, of one score and of two, with a trial that failed; none of them ran anything."""
     from optuna.storages import InMemoryStorage
 
-    from lathe.params import load
-    from lathe.search import plan, results
-    from lathe.search.study import Study
+    from lathe.config.load import load
+    from lathe.experiments.search import results, search_file
+    from lathe.experiments.search.study import Study
 
     params = load().params.model_dump()
     for name, scores in (("learning", SCORES[:1]), ("a-study-with-a-name-that-is-rather-long", SCORES)):
@@ -333,7 +333,7 @@ def search(root: Path) -> None:
         objectives = ", ".join(f"{{metric: {score}}}" for score in scores)
         file.write_text(SEARCH.format(name=name, objectives=f"[{objectives}]"))
         with mock.patch.object(paths, "SCRATCH", root / ".scratch"):
-            study = Study(plan.read(file, params, name), InMemoryStorage(), params, is_local=True)
+            study = Study(search_file.read(file, params, name), InMemoryStorage(), params, is_local=True)
         study.agree({"overrides": {"training.num_train_epochs": "2"}})
         while (trial := study.next(9, may_begin=True)) is not None:
             values = study.values(trial)

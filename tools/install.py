@@ -55,7 +55,7 @@ LLAMA, CUDA = "llama-cpp-python", "-DGGML_CUDA=on"
 SOURCE_ONLY = {"antlr4-python3-runtime", "rouge-score"}
 BUILD = ".build"  # below .venv, so that what a killed compilation leaves goes with it
 RUNNING = ".running"  # the process group of the command that is running
-CONVERTER = "lathe.converter"  # the module that puts llama.cpp's converter in place
+CONVERTER = "lathe.gguf.install_converter"  # the module that puts llama.cpp's converter in place
 
 ROOM_BYTES = 4 * GB  # the packages, their downloads and a compilation
 CUDA_ROOM_BYTES = 8 * GB  # what torch's CUDA build takes along

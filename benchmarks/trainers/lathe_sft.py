@@ -1,6 +1,5 @@
 """Trains with Lathe, on rows of text: python -m trainers.lathe_sft WORK RESULT."""
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -14,20 +13,22 @@ def main() -> None:
     work = Work.read(sys.argv[1])
     from trainers import steps
 
-    from lathe.params import load
-    from lathe.training.run import train
+    from lathe.config.load import load
+    from lathe.training.train import train
 
     steps.record(Path(sys.argv[2]))
     params = load().params
     sections = {name: getattr(params, name).model_copy(update=own) for name, own in parameters(work).items()}
     params = params.model_copy(update={"seed": SEED, **sections})
-    rows = [json.loads(line) for line in Path(work.rows("messages")).read_text(encoding="utf-8").splitlines()]
+    rows = Path(work.rows("messages"))
     with tempfile.TemporaryDirectory(dir=work.folder) as out:
         adapter = Path(out) / "adapter"
         adapter.mkdir()
+        first = Path(out) / "validation.jsonl"
+        first.write_text(rows.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
         train(
             Path(work.model),
-            {"train": rows, "validation": rows[:1]},
+            {"train": rows, "validation": first},
             adapter,
             Path(out) / "metrics",
             params=params,

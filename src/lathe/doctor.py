@@ -1,94 +1,72 @@
-"""What a run needs, checked before anything is downloaded or run: `python -m lathe doctor`.
+"""Doctor: checks what a run needs before anything is downloaded or run (`lathe doctor`).
 
-Each check answers in lines of `ok`, `warning` or `fail` with the remedy, and none stops the others. Only the standard
-library is imported here: where packages are missing, this is what says so.
+Each check gives lines of `ok`, `warning` or `fail` with the remedy, and none stops the others. Only the standard
+library is imported here, so that it can name the packages that are missing.
 """
 
-import importlib.metadata
 import json
 import os
-import re
-import shutil
-import subprocess
 import sys
-import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from lathe import paths, remotes
-from lathe.errors import InputError
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.doctor_checks import (
+    Circumstances,
+    Finding,
+    Findings,
+    check_converter,
+    check_credentials,
+    check_device,
+    check_judge,
+    check_links,
+    check_llama,
+    check_model,
+    check_packages,
+    check_python,
+    check_remotes,
+    check_repository,
+    check_threads,
+    check_tracking,
+)
 
 if TYPE_CHECKING:
-    from lathe.estimate import TrainingMemory
-    from lathe.params import Config, Quantization, Training
-
-PYTHONS = ((3, 11), (3, 12), (3, 13))
-
-# What torch, transformers, TRL and the rest take in a process before it holds a model.
-LIBRARIES_BYTES = 650_000_000
-
-# Above these shares of what is free it may still fail: glibc's malloc keeps what is freed, and training on the CPU was
-# seen to take 2.2 times the bytes of its tensors.
-NEARLY_FULL = {"disk": 0.9, "cuda": 0.9, "cpu": 0.45}
+    from lathe.config.load import Config
 
 COLOURS = {"ok": "32", "warning": "33", "fail": "31"}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What one check found: `remedy` is what to do about it, `details` are figures for `--json`."""
-
-    check: str
-    status: Literal["ok", "warning", "fail"]
-    text: str
-    remedy: str = ""
-    details: Mapping[str, int | None] = field(default_factory=dict)
-
-
-Findings = Iterator[Finding]
-
-
-@dataclass(frozen=True)
-class Circumstances:
-    """What is looked at: a checkout, the environment's variables, and what disk and memory have free (bytes)."""
-
-    root: Path
-    environment: Mapping[str, str]
-    free_disk: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
-    free_memory: Callable[[], int] = lambda: free_memory_bytes()
-
-
 def run(load: Callable[[], "Config"], *, as_json: bool) -> int:
-    """Check everything, print what was found, and return the exit code.
+    """Check everything, print the findings, and return the exit code.
 
-    0 without a fail, 1 with one, 2 where `load`, which reads the parameters, refuses them.
+    0 without a fail, 1 with one, 2 if `load`, which reads the parameters, refuses them.
     """
-    refused: list[InputError] = []
+    refusals: list[InputError] = []
 
-    def loaded() -> "Config":
+    def load_once() -> "Config":
         try:
             return load()
         except InputError as error:
-            refused.append(error)
+            refusals.append(error)
             raise
 
-    findings = examine(loaded, Circumstances(paths.ROOT, os.environ))
+    findings = examine(load_once, Circumstances(paths.ROOT, os.environ))
     if as_json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False) + "\n")
     else:
         coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        sys.stdout.writelines(lines(findings, coloured=coloured))
+        sys.stdout.writelines(format_findings(findings, coloured=coloured))
     failed = any(finding.status == "fail" for finding in findings)
-    return 2 if refused else 1 if failed else 0
+    return 2 if refusals else 1 if failed else 0
 
 
 def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
-    """Run every check; one that breaks is a fail that says how, and the next one goes on."""
+    """Run every check; one that raises becomes a fail, and the others run."""
     findings: list[Finding] = []
-    findings += _guarded("python", lambda: check_python(sys.version_info[:3]))
-    findings += _guarded("packages", lambda: check_packages(here.root / "pyproject.toml"))
+    findings += _run_check("python", lambda: check_python(sys.version_info[:3]))
+    findings += _run_check("packages", lambda: check_packages(here.root / "pyproject.toml"))
     config: list[Config] = []
 
     def check_parameters() -> Findings:
@@ -96,24 +74,24 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
         params = config[0].params
         yield Finding("parameters", "ok", f"model {params.model}, dataset {params.dataset}")
 
-    findings += _guarded("parameters", check_parameters)
-    findings += _guarded("repository", lambda: check_repository(here.root))
-    findings += _guarded("device", lambda: check_device(config[0].params.training.precision if config else "auto"))
-    findings += _guarded("threads", lambda: check_threads(here.environment))
-    findings += _guarded("llama.cpp", check_llama)
+    findings += _run_check("parameters", check_parameters)
+    findings += _run_check("repository", lambda: check_repository(here.root))
+    findings += _run_check("device", lambda: check_device(config[0].params.training.precision if config else "auto"))
+    findings += _run_check("threads", lambda: check_threads(here.environment))
+    findings += _run_check("llama.cpp", check_llama)
     chosen = config[0].params.convert.llama_cpp_dir if config else None
-    findings += _guarded("converter", lambda: check_converter(here.root, chosen))
-    findings += _guarded("links", lambda: check_links(here.root))
-    findings += _guarded("remotes", lambda: check_remotes(here.root, here.environment))
+    findings += _run_check("converter", lambda: check_converter(here.root, chosen))
+    findings += _run_check("links", lambda: check_links(here.root))
+    findings += _run_check("remotes", lambda: check_remotes(here.root, here.environment))
     if config:
-        findings += _guarded("credentials", lambda: check_credentials(config[0], here.environment))
-        findings += _guarded("judge", lambda: check_judge(config[0], here))
-        findings += _guarded("tracking", lambda: check_tracking(config[0], here))
-        findings += _guarded("memory", lambda: check_model(config[0], here))
+        findings += _run_check("credentials", lambda: check_credentials(config[0], here.environment))
+        findings += _run_check("judge", lambda: check_judge(config[0], here))
+        findings += _run_check("tracking", lambda: check_tracking(config[0], here))
+        findings += _run_check("memory", lambda: check_model(config[0], here))
     return findings
 
 
-def lines(findings: Sequence[Finding], *, coloured: bool) -> Iterator[str]:
+def format_findings(findings: Sequence[Finding], *, coloured: bool) -> Iterator[str]:
     """Yield one aligned line per finding, the remedy last."""
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
@@ -123,418 +101,15 @@ def lines(findings: Sequence[Finding], *, coloured: bool) -> Iterator[str]:
         yield f"{status} {finding.check:<{width}}  {finding.text}{finding.remedy and '; ' + finding.remedy}\n"
 
 
-def check_python(version: tuple[int, ...]) -> Findings:
-    """The packages are pinned for some versions of Python."""
-    shown = ".".join(map(str, version))
-    if version[:2] in PYTHONS:
-        yield Finding("python", "ok", shown)
-    else:
-        wanted = [".".join(map(str, python)) for python in PYTHONS]
-        yield Finding(
-            "python",
-            "fail",
-            f"{shown} runs this; the packages are pinned for {', '.join(wanted)}",
-            f"`make clean`, then `make setup PYTHON=/path/to/python{wanted[-1]}`",
-        )
-
-
-def check_packages(file: Path) -> Findings:
-    """Every pin of pyproject.toml against what is installed: missing is a fail, another version a warning.
-
-    What only an optional feature needs may be missing.
-    """
-    import tomllib
-
-    project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
-    extras = project.get("optional-dependencies", {})
-    pin = re.compile(r"([\w.-]+)(?:\[.*\])?==([^\s;]+)")
-    needed = dict(pin.findall("\n".join([*project["dependencies"], *extras.get("train", [])])))
-    optional = dict(pin.findall("\n".join(requirement for extra in extras.values() for requirement in extra)))
-    right = wrong = 0
-    for name, pinned in {**optional, **needed}.items():
-        try:
-            installed = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            if name in needed:
-                wrong += 1
-                yield Finding("packages", "fail", f"{name} is not installed; {file.name} pins {pinned}", "`make setup`")
-            continue
-        if installed.split("+")[0] == pinned:  # torch adds its build: 2.13.0+cpu
-            right += 1
-        else:
-            wrong += 1
-            text = f"{name} {installed} is installed; {file.name} pins {pinned}"
-            yield Finding("packages", "warning", text, "`make setup`")
-    if not wrong:
-        yield Finding("packages", "ok", f"{right} of {file.name}, as pinned")
-
-
-def check_repository(root: Path) -> Findings:
-    """DVC needs a Git repository, and experiments a commit to start from; changes are kept with an experiment."""
-
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if shutil.which("git") is None:
-        yield Finding("repository", "fail", "git is not installed", "install it; DVC works in a Git repository")
-    elif git("rev-parse", "--show-toplevel") is None:
-        yield Finding("repository", "fail", f"{root} is not in a Git repository", "clone it, or `git init` and commit")
-    elif (commit := git("rev-parse", "--short", "HEAD")) is None:
-        yield Finding(
-            "repository", "fail", "no commit yet: experiments start from one", "`git add --all && git commit`"
-        )
-    else:
-        changed = len((git("status", "--porcelain") or "").splitlines())
-        state = f"{changed} changed files are not committed, which is fine" if changed else "nothing uncommitted"
-        yield Finding("repository", "ok", f"at commit {commit}, {state}")
-
-
-def check_device(precision: str) -> Findings:
-    """Where training would run, and whether it has the arithmetic that `training.precision` asks for."""
-    import torch
-
-    from lathe.estimate import readable_bytes
-    from lathe.model import has_native_bf16, resolve_precision
-
-    native = has_native_bf16()
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_properties(0)
-        text = f"{device.name}, {readable_bytes(device.total_memory)}"
-    else:
-        text = f"no GPU that torch sees; CPU with {os.cpu_count()} cores"
-    text += f", {'native' if native else 'no native'} bf16"
-    resolved = resolve_precision(precision)
-    if resolved == "bf16" and not native:
-        yield Finding("device", "warning", f"{text}: emulated, many times slower", "set training.precision to auto")
-    else:
-        yield Finding("device", "ok", f"{text}; training in {resolved}")
-
-
-def check_threads(environment: Mapping[str, str]) -> Findings:
-    """OpenMP's settings; the stages make waiting threads sleep unless the environment says otherwise."""
-    from lathe.data.parallel import usable_cores
-
-    policy, count = environment.get("OMP_WAIT_POLICY", ""), environment.get("OMP_NUM_THREADS", "")
-    cores = usable_cores()
-    problem = False
-    if policy.upper() == "ACTIVE":
-        problem = True
-        text = "OMP_WAIT_POLICY is ACTIVE: waiting threads spin, and slow each other on shared cores"
-        yield Finding("threads", "warning", text, "unset it, or set it to PASSIVE")
-    if count and count != str(cores):
-        problem = True
-        text = f"OMP_NUM_THREADS is {count}; {cores} cores are there"
-        yield Finding("threads", "warning", text, "unset it unless the other cores are wanted elsewhere")
-    if not problem:
-        yield Finding("threads", "ok", f"one for each of {cores} cores")
-
-
-def check_llama() -> Findings:
-    """The library that quantizes and answers; it is compiled at installation and may not load elsewhere."""
-    from lathe.llama import library
-    from lathe.quantize import quant_types
-
-    yield Finding("llama.cpp", "ok", f"llama-cpp-python {library().__version__} loads, {len(quant_types())} types")
-
-
-def check_converter(root: Path, llama_cpp_dir: str | None) -> Findings:
-    """The converter of `make setup`, or the checkout that `convert.llama_cpp_dir` names."""
-    from lathe import converter
-
-    folder = root / llama_cpp_dir if llama_cpp_dir else paths.LLAMA_CPP
-    if not (folder / "convert_hf_to_gguf.py").is_file():
-        remedy = "name a llama.cpp checkout in convert.llama_cpp_dir" if llama_cpp_dir else "`make setup`"
-        yield Finding("converter", "fail", f"{_shown(folder, root)} holds no convert_hf_to_gguf.py", remedy)
-    elif llama_cpp_dir:
-        yield Finding("converter", "ok", f"{_shown(folder, root)}, named by convert.llama_cpp_dir")
-    elif converter.in_place(folder, root / converter.REQUIREMENT.name):
-        yield Finding("converter", "ok", f"{_shown(folder, root)}, as pinned")
-    else:
-        text = f"{_shown(folder, root)} is not the one that {converter.REQUIREMENT.name} pins"
-        yield Finding("converter", "warning", text, "`make setup`")
-
-
-def check_links(root: Path) -> Findings:
-    """How DVC's cache gives files to the workspace here: by a link, or by a copy that takes the space twice."""
-    config = _dvc_config(root)
-    cache = _cache(root, config)
-    works, wanted = _working_links(root, cache), config["cache"].get("type") or ["reflink", "copy"]
-    usable = [kind for kind in wanted if kind in works]
-    text = f"cache.type is {','.join(wanted)}; {', '.join(works)} work between {_shown(cache, root)} and the checkout"
-    if usable and usable[0] != "copy":
-        yield Finding("links", "ok", text)
-    else:
-        yield Finding(
-            "links",
-            "warning",
-            f"{text}: files are copied and take their space twice",
-            "`dvc cache dir` on this file system, or `dvc config cache.type hardlink,symlink`",
-        )
-
-
-def check_remotes(root: Path, environment: Mapping[str, str]) -> Findings:
-    """Where `dvc push` and `dvc pull` would go; no secret is shown."""
-    config = _dvc_config(root)
-    default = config["core"].get("remote")
-    if not config["remote"]:
-        yield Finding("remotes", "warning", "none is configured: outputs have no second copy", "`dvc remote add -d …`")
-    for name, remote in config["remote"].items():
-        url = urllib.parse.urlsplit(str(remote["url"]))
-        shown = remotes.shown(name, remote)
-        if name == default:
-            shown += ", the default"
-        if url.scheme in ("", "file"):
-            yield _local_remote(shown, Path(url.path))
-        elif url.scheme == "s3":
-            yield _s3_remote(shown, name, remote, environment, is_default=name == default)
-        else:
-            yield Finding("remotes", "ok", f"{shown}: not checked, only folders and S3 are")
-
-
-def check_credentials(config: "Config", environment: Mapping[str, str]) -> Findings:
-    """The token that gated repositories of a model hub want; only whether it is there is looked at."""
-    hub = [name for name, preset in (("model", config.model), ("dataset", config.dataset)) if _of_hub(preset)]
-    if not hub:
-        yield Finding("credentials", "ok", "none needed: model and dataset are not from a hub")
-    elif environment.get("HF_TOKEN"):
-        yield Finding("credentials", "ok", "HF_TOKEN is set")
-    else:
-        text = f"HF_TOKEN is not set; the {' and the '.join(hub)} {'comes' if len(hub) == 1 else 'come'} from a hub"
-        yield Finding("credentials", "warning", text, "set it if the repository is gated; open ones need none")
-
-
-def check_judge(config: "Config", here: Circumstances) -> Findings:
-    """What the judge needs, where one is asked: a key, of which only whether it is there is looked at, or its file."""
-    from lathe.judge import secrets
-
-    judge = config.params.judge
-    variable = secrets.VARIABLES.get(judge.provider)
-    if not judge.enabled:
-        yield Finding("judge", "ok", "none is asked: judge.enabled is false")
-    elif variable is None:
-        if (here.root / judge.model).is_file():
-            yield Finding("judge", "ok", f"{judge.model} is there, and needs no key")
-        else:
-            yield Finding("judge", "fail", f"{judge.model} is not there", "name a GGUF file in judge.model")
-    elif here.environment.get(variable):
-        yield Finding("judge", "ok", f"{variable} is set")
-    elif secrets.needed(judge.provider, judge.base_url) is None:
-        yield Finding("judge", "ok", f"{variable} is not set; a server of your own may need none")
-    else:
-        text = f"{variable} is not set; judge.provider {judge.provider} needs it for every verdict that is not kept yet"
-        yield Finding("judge", "warning", text, "set it to your key, or judge.enabled to false")
-
-
-def check_tracking(config: "Config", here: Circumstances) -> Findings:
-    """Whether the trackers that runs are mirrored to answer; a run does not wait for them."""
-    from lathe.tracking.mirror import UnreachableError, mirror_of
-    from lathe.tracking.record import Context, Record
-    from lathe.tracking.targets import targets
-
-    chosen, _ = targets(config.params.tracking, here.environment)
-    if not chosen:
-        yield Finding("tracking", "ok", "runs are mirrored nowhere: neither MLflow nor W&B is enabled")
-    for target in chosen:
-        try:
-            mirror_of(target, Record(here.root, Context())).ask()
-        except UnreachableError as error:
-            remedy = "runs are kept until `python -m lathe mirror` has sent them"
-            yield Finding("tracking", "warning", f"{target}: {error}", remedy)
-        else:
-            yield Finding("tracking", "ok", f"{target}")
-
-
-def check_model(config: "Config", here: Circumstances) -> Findings:
-    """Memory of the training and disk of every output, for the model as its config.json describes it."""
-    import torch
-
-    from lathe.estimate import estimate_disk, estimate_training_memory
-
-    params = config.params
+def _run_check(name: str, check: Callable[[], Findings]) -> list[Finding]:
+    findings: list[Finding] = []
     try:
-        model = _model_config(config.model, here.root)
-    except InputError as error:  # no network now; there may be one when it is fetched
-        yield Finding("memory", "warning", f"cannot be estimated: {error}")
-        yield Finding("disk", "warning", "cannot be estimated: as memory")
-        return
-    disk = estimate_disk(model, params)
-    try:
-        memory = estimate_training_memory(model, params)
+        findings.extend(check())
     except InputError as error:
-        yield Finding("memory", "warning", f"cannot be estimated: {error}")
-    else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        yield check_memory(memory, params.training, params.quantization, here.free_memory(), device)
-    if (here.root / "models/base/config.json").is_file():
-        disk["models/base"] = 0
-    yield from check_disk(here, disk)
-
-
-def check_memory(
-    memory: "TrainingMemory", training: "Training", quantization: "Quantization", available: int, device: str
-) -> Finding:
-    """Hold the estimate of a training against the memory that is free on the device that would train."""
-    from lathe.estimate import explain, readable_bytes
-
-    parts = asdict(memory)
-    shown = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts.items())
-    text = (
-        f"training takes up to {readable_bytes(memory.total)} of {readable_bytes(available)} free, with rows of "
-        f"{training.max_length} tokens: {shown}"
-    )
-    details = {**parts, "total": memory.total, "available": available}
-    if memory.total > available:
-        return Finding("memory", "fail", text, explain(memory, training, quantization), details)
-    if memory.total > NEARLY_FULL[device] * available:
-        remedy = f"it may not fit; {explain(memory, training, quantization)}"
-        return Finding("memory", "warning", text, remedy, details)
-    return Finding("memory", "ok", text, details=details)
-
-
-def check_disk(here: Circumstances, outputs: Mapping[str, int | None]) -> Findings:
-    """Hold the outputs against what is free, where the checkout lies and where DVC's cache does.
-
-    Links to the cache take no space of their own; where only copies work, an output takes it in both places.
-    """
-    from lathe.estimate import readable_bytes
-
-    sizes = {path: size for path, size in outputs.items() if size is not None}
-    outs = {path: size for path, size in sizes.items() if not path.startswith(".scratch")}  # which is never cached
-    everything, checkpoints = sum(outs.values()), sum(sizes.values()) - sum(outs.values())
-    shown = ", ".join(f"{path.removeprefix('models/')} {readable_bytes(size)}" for path, size in sizes.items() if size)
-    config = _dvc_config(here.root)
-    cache = _existing(_cache(here.root, config))
-    copied = not {"hardlink", "symlink", "reflink"} & set(_working_links(here.root, cache))
-    if cache.stat().st_dev == here.root.stat().st_dev:
-        needed = {here.root: everything * (2 if copied else 1) + checkpoints}
-    else:
-        # An output is written in the checkout and then moved to the cache.
-        needed = {here.root: (everything if copied else max(outs.values())) + checkpoints, cache: everything}
-    for folder, size in needed.items():
-        free = here.free_disk(folder)
-        text = (
-            f"outputs and checkpoints take about {readable_bytes(size)} of {readable_bytes(free)} free at {folder}, "
-            f"data aside: {shown}"
-        )
-        details = {**outputs, "total": size, "free": free}
-        remedy = "free some space, `dvc gc --workspace` for one, or name fewer quantize.types"
-        if size > free:
-            yield Finding("disk", "fail", text, remedy, details)
-        elif size > NEARLY_FULL["disk"] * free:
-            yield Finding("disk", "warning", text, remedy, details)
-        else:
-            yield Finding("disk", "ok", text, details=details)
-
-
-def free_memory_bytes() -> int:
-    """Return what a training may still take: of the GPU if torch sees one, else of the memory and of the cgroup."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info(0)[0]
-    try:
-        [kilobytes] = re.findall(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        free = 1024 * int(kilobytes)
-    except FileNotFoundError:  # not Linux
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
-    return max(0, free - LIBRARIES_BYTES)
-
-
-def _guarded(name: str, check: Callable[[], Findings]) -> list[Finding]:
-    found: list[Finding] = []
-    try:
-        found.extend(check())
-    except InputError as error:
-        found += [Finding(name, "fail", line) for line in str(error).splitlines()]
+        findings += [Finding(name, "fail", line) for line in str(error).splitlines()]
     except ModuleNotFoundError as error:
-        found.append(Finding(name, "fail", f"not checked: {error}", "`make setup`"))
+        findings.append(Finding(name, "fail", f"not checked: {error}", "`make setup`"))
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        found.append(Finding(name, "fail", f"the check broke: {text}", "see to this first, and run the doctor again"))
-    return found
-
-
-def _of_hub(preset: Any) -> bool:
-    return bool(preset.source == "hub")
-
-
-def _model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
-    """The folder or the content of config.json of a model that may not have been fetched yet."""
-    if preset.source == "builtin":
-        from lathe.builtin.tiny import RECIPE
-
-        return {"model_type": "llama", "tie_word_embeddings": True, "dtype": "bfloat16", **asdict(RECIPE)}
-    if preset.source == "local":
-        return root / preset.path
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-
-    try:
-        cached = try_to_load_from_cache(preset.id, "config.json", revision=preset.revision)
-        if not isinstance(cached, str):
-            if not constants.HF_HUB_OFFLINE:
-                remotes.connect(constants.ENDPOINT)  # the hub's client would try for 20 seconds
-            cached = hf_hub_download(preset.id, "config.json", revision=preset.revision, etag_timeout=3)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"config.json of {preset.id} is neither in the hub's cache nor to be had: {reason}") from None
-    return Path(cached).parent
-
-
-def _dvc_config(root: Path) -> Any:
-    from dvc.config import Config
-
-    return Config(str(root / ".dvc"))
-
-
-def _cache(root: Path, config: Any) -> Path:
-    return Path(config["cache"].get("dir") or root / ".dvc/cache")
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.parents) if parent.exists())
-
-
-def _working_links(root: Path, cache: Path) -> list[str]:
-    from dvc_objects.fs.generic import test_links
-    from dvc_objects.fs.local import localfs
-
-    # It tries them between the first folder and the one that holds the second path.
-    return list(
-        test_links(["reflink", "hardlink", "symlink", "copy"], localfs, str(_existing(cache)), localfs, str(root / "x"))
-    )
-
-
-def _shown(path: Path, root: Path) -> str:
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-
-
-def _local_remote(shown: str, folder: Path) -> Finding:
-    home = _existing(folder)
-    if not home.is_dir():
-        return Finding("remotes", "fail", f"{shown}: {home} is a file", "change the remote's url")
-    if not os.access(home, os.W_OK):
-        text = f"{shown}: {home} cannot be written to"
-        return Finding("remotes", "fail", text, "make it writable for this user, or change the remote's url")
-    if home == folder:
-        return Finding("remotes", "ok", f"{shown}: there and writable")
-    if home == folder.parent:
-        return Finding("remotes", "ok", f"{shown}: made by the first `dvc push`")
-    text = f"{shown}: neither it nor {folder.parent} is there"
-    return Finding("remotes", "warning", text, "mount or make it, or change the remote's url")
-
-
-def _s3_remote(
-    shown: str, name: str, remote: Mapping[str, Any], environment: Mapping[str, str], *, is_default: bool
-) -> Finding:
-    if not remotes.has_credentials(remote, environment):
-        remedy = f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY before `dvc push -r {name}`"
-        return Finding("remotes", "warning" if is_default else "ok", f"{shown}: no credentials", remedy)
-    try:
-        remotes.connect(remotes.endpoint(remote))
-    except OSError as error:
-        return Finding("remotes", "warning", f"{shown}: {error}", "check the network and the remote's endpointurl")
-    return Finding("remotes", "ok", f"{shown}: credentials are there, and its endpoint answers")
+        findings.append(Finding(name, "fail", f"the check broke: {text}", "fix this first, and run the doctor again"))
+    return findings

@@ -7,8 +7,6 @@ about as long as a small one: a second or two, and some 100 MB.
 """
 
 import contextlib
-import json
-import math
 import warnings
 import weakref
 from collections import Counter
@@ -17,9 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lathe.errors import InputError
-from lathe.params import Dpo, Lora, Params, Quantization, Training
+from lathe.common.errors import InputError
+from lathe.common.json_files import read_json_object
+from lathe.common.text import readable_bytes
+from lathe.config.params import Params
+from lathe.config.training_params import Lora, Quantization, Training
+from lathe.gguf.file_sizes import gguf_bytes
 from lathe.training.checkpoints import KEPT_CHECKPOINTS
+from lathe.training.optimizer_steps import _less
 
 # Bytes of state per trained weight, by the optimizer's name in transformers: AdamW keeps two moments and Lion one, in
 # float32 or, for the 8-bit ones, a byte each (bitsandbytes leaves tensors below 4096 values in float32: little in sum).
@@ -41,38 +44,6 @@ OPTIMIZER_BYTES = {
 # for 64 and a float32 for 256 such bytes (https://arxiv.org/abs/2305.14314, section 3).
 SCALE_BITS = 32 / 64
 DOUBLE_QUANT_SCALE_BITS = 8 / 64 + 32 / (64 * 256)
-
-# Bits per weight of Llama 3.1 8B in llama.cpp's types, from the README of its quantizer; those of the other types
-# follow from the size of a block. A type is a mixture: the larger part of the output matrix is Q6_K.
-LLAMA_8B_BITS = {
-    "IQ1_S": 2.0042,
-    "IQ1_M": 2.1460,
-    "IQ2_XXS": 2.3824,
-    "IQ2_XS": 2.5882,
-    "IQ2_S": 2.7403,
-    "IQ2_M": 2.9294,
-    "IQ3_XXS": 3.2548,
-    "IQ3_XS": 3.4977,
-    "IQ3_S": 3.6606,
-    "IQ3_M": 3.7628,
-    "IQ4_XS": 4.4597,
-    "IQ4_NL": 4.6818,
-    "Q2_K_S": 2.9697,
-    "Q2_K": 3.1593,
-    "Q3_K_S": 3.6429,
-    "Q3_K_M": 3.9960,
-    "Q3_K_L": 4.2979,
-    "Q4_K_S": 4.6672,
-    "Q4_K_M": 4.8944,
-    "Q5_K_S": 5.5704,
-    "Q5_K_M": 5.7036,
-}
-
-# The model that the table above was measured on: its weights, and those in its output embeddings.
-LLAMA_8B = (8_030_261_248, 128_256 * 4096)
-
-# What a vocabulary of byte pairs takes in a GGUF: each entry's text, type and merge.
-VOCABULARY_ENTRY_BYTES = 50
 
 
 @dataclass(frozen=True)
@@ -99,32 +70,6 @@ class TrainingMemory:
         return self.weights + self.adapter + self.optimizer + max(step, self.evaluation)
 
 
-def training_steps(params: Params, *, rows: int, sequences: int) -> dict[str, int | None]:
-    """Return the optimizer steps of one epoch and of the whole training, on one device.
-
-    `rows` are those of the training split and `sequences` what supervised fine-tuning makes of them. `sft_steps` are
-    those of the supervised phase before another method, whose own the others are; sampling knows no epochs.
-    How many rows share one is known after packing alone: where `sft.packing` is set, these are at most so many.
-    """
-    training, dpo, grpo = params.training, params.dpo, params.grpo
-    supervised = _steps_per_epoch(sequences, training)
-    per_epoch: int | None
-    match training.method:
-        case "sft":
-            steps = training.max_steps or math.ceil(training.num_train_epochs * supervised)
-            return {"steps_per_epoch": supervised, "steps": steps}
-        case "dpo":
-            before, per_epoch = dpo.sft_epochs, _steps_per_epoch(rows, dpo)
-            steps = training.max_steps or math.ceil(dpo.num_train_epochs * per_epoch)
-        case "grpo":
-            before, per_epoch, steps = grpo.sft_epochs, None, grpo.max_steps
-    return {
-        "sft_steps": math.ceil(before * supervised),
-        "steps_per_epoch": per_epoch,
-        "steps": steps,
-    }
-
-
 def estimate_training_memory(
     model: Path | Mapping[str, Any],
     params: Params,
@@ -132,7 +77,7 @@ def estimate_training_memory(
     length: int | None = None,
     supervised_tokens: int | None = None,
 ) -> TrainingMemory:
-    """Estimate the memory of `lathe.training.run.train` on the device that would train.
+    """Estimate the memory of `lathe.training.train.train` on the device that would train.
 
     `model` is a folder with config.json, or its content. `length` is that of the longest row in tokens, by default
     `training.max_length`; `supervised_tokens` in how many columns of a batch some row is supervised, which get logits,
@@ -157,7 +102,7 @@ def estimate_training_memory(
     Raises InputError where the model or the adapter cannot be made from the configuration, and for another method than
     supervised fine-tuning: what pairs and samples hold has not been measured.
     """
-    from lathe.model import resolve_precision
+    from lathe.models.precision import resolve_precision
 
     training, lora, quantization = params.training, params.lora, params.quantization
     if training.method != "sft":
@@ -219,29 +164,6 @@ def estimate_disk(model: Path | Mapping[str, Any], params: Params) -> dict[str, 
     }
 
 
-def gguf_bytes(type: str, weights: int, output: int, vocabulary: int) -> int:  # noqa: A002 - the field's own word
-    """Estimate the size of a GGUF of `weights` weights, `output` of them in the output (or tied) embeddings.
-
-    llama.cpp's types below 8 bit are mixtures that store those embeddings as Q6_K; what a type takes for the others is
-    taken from Llama 3.1 8B. Within 3 % of real files; the ternary types and Q2_0 are off by more.
-    """
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    def block_bits(name: str) -> float:
-        values, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
-        return 8 * size / values
-
-    if type in LLAMA_8B_BITS:
-        whole, head = LLAMA_8B
-        bits = (LLAMA_8B_BITS[type] * whole - block_bits("Q6_K") * head) / (whole - head)
-    else:
-        # Only experts become MXFP4. A type that gguf-py does not know yet is counted as 16 bit, which is too much.
-        name = "Q8_0" if type == "MXFP4_MOE" else type
-        bits = block_bits(name if name in GGMLQuantizationType.__members__ else "F16")
-    of_output = bits if bits >= 8 else block_bits("Q6_K")
-    return int((bits * (weights - output) + of_output * output) / 8) + VOCABULARY_ENTRY_BYTES * vocabulary
-
-
 def explain(memory: TrainingMemory, training: Training, quantization: Quantization) -> str:
     """Name in one line the part that takes most, and what to change about it."""
     evaluating = memory.evaluation > memory.gradients + memory.activations + memory.logits
@@ -271,26 +193,6 @@ def explain(memory: TrainingMemory, training: Training, quantization: Quantizati
     return f"most of it is {largest}, {readable_bytes(parts[largest])} of {readable_bytes(memory.total)}; {remedy}"
 
 
-def readable_bytes(count: int) -> str:
-    """Return decimal units as a disk's maker counts: `1.5 GB`."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:,.0f} {unit}"
-    return f"{count / 1e3:.3g} kB"
-
-
-def _steps_per_epoch(examples: int, batches: Training | Dpo) -> int:
-    passes = math.ceil(examples / batches.per_device_train_batch_size)
-    return math.ceil(passes / batches.gradient_accumulation_steps)
-
-
-def _less(key: str, rows: int) -> str:
-    if rows == 1:
-        return "lower training.max_length"
-    accumulate = ", raise gradient_accumulation_steps as much" if "train" in key else ""
-    return f"lower training.{key} (now {rows}){accumulate}, or training.max_length"
-
-
 def _config(model: Path | Mapping[str, Any]) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
@@ -306,15 +208,7 @@ def _config(model: Path | Mapping[str, Any]) -> Any:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; a Hugging Face model folder has one") from None
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON: {error}; fetch the model again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: holds {type(content).__name__}, not an object; fetch the model again")
+    content: dict[str, Any] = read_json_object(folder / "config.json", remedy="fetch the model again")
     return content
 
 
@@ -322,7 +216,7 @@ def _on_meta(config: Any, precision: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lathe.model import DTYPES
+    from lathe.models.precision import DTYPES
 
     try:
         with torch.device("meta"):
@@ -334,7 +228,7 @@ def _on_meta(config: Any, precision: str) -> Any:
 def _adapted(base: Any, lora: Lora) -> Any:
     import torch
 
-    from lathe.model import add_adapter
+    from lathe.models.adapter import add_adapter
 
     with torch.device("meta"):
         return add_adapter(base, lora)
@@ -414,26 +308,30 @@ def _worst_moments(
 
 
 def _worst_moment(model: Any, rows: int, length: int, columns: int, precision: str, learning: bool) -> Counter[str]:
-    """Run one batch as `AnswerTrainer` does, and return the bytes by kind at the moment when most were alive."""
+    """Run the trainer's own step on one batch; return the bytes by kind at the moment when most were alive."""
     import torch
 
-    from lathe.training.loss import summed_loss
+    from lathe.training.training_step import autocast, compute_step_loss
 
     ids = torch.zeros(rows, length, dtype=torch.long)
-    mask, kept, targets = torch.ones_like(ids), torch.arange(columns), torch.zeros(rows, columns, dtype=torch.long)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "columns": torch.arange(columns),
+        "targets": torch.zeros(rows, columns, dtype=torch.long),
+    }
     model.train(learning)
     for parameter in model.parameters():
         # There from the second pass of an accumulated step on; counted apart.
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and learning else None
     alive = _alive(model.config.get_text_config().vocab_size)
-    alive.leave_out([ids, mask, kept, targets, *model.buffers()])
+    alive.leave_out([*batch.values(), *model.buffers()])
     for parameter in model.parameters():
         alive.leave_out([parameter] if parameter.grad is None else [parameter, parameter.grad])
     with alive, torch.set_grad_enabled(learning):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
-            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits
-            loss = summed_loss(logits.flatten(0, 1), targets.flatten())
-        del logits
+        # On the CPU there is no fp16; bf16 takes as many bytes.
+        with autocast("cpu", "fp32" if precision == "fp32" else "bf16"):
+            loss = compute_step_loss(model, batch)
         if learning:
             loss.backward()
     return alive.most

@@ -1,34 +1,19 @@
 """What every stage does around its own steps: arguments, parameters, refusals, timings."""
 
 import argparse
-import ctypes
-import errno
 import inspect
-import logging
 import os
-import signal
-import sys
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
-from lathe import launch, track
-from lathe.errors import InputError, Interrupted, missing_extra
-from lathe.params import Config, load
-from lathe.tracking import start
+from lathe.common import launch, metric_files, operating_system
+from lathe.common.entry_point import guard
+from lathe.common.errors import InputError
+from lathe.config.load import Config, load
+from lathe.experiments.tracking import start_mirror
 
 # What a stage measured besides seconds and memory, such as {"tokens_per_second": 812.5}.
 Speeds = dict[str, float]
-
-# What the user can mend about a disk; any other OSError is a fault of ours and keeps its traceback.
-REMEDIES = {
-    errno.ENOSPC: "free some space, `dvc gc --workspace` for one, and run again",
-    errno.EDQUOT: "free some space, `dvc gc --workspace` for one, and run again",
-    errno.EROFS: "the file system is read-only; run in a folder that can be written to",
-    errno.EACCES: "make the file or folder readable and writable for this user",
-}
 
 
 def run(main: Callable[[Config], Speeds | None]) -> None:
@@ -79,67 +64,8 @@ def _loaded(name: str) -> Config:
     """Return the parameters, and let what mirrors the run know that this stage of it has begun."""
     config = load()
     if "DVC_STAGE" in os.environ and not launch.is_worker():
-        start.begun(name, config.params.tracking)
+        start_mirror.begun(name, config.params.tracking)
     return config
-
-
-def guard(action: Callable[[], object]) -> None:
-    """Run `action`; answer bad input, or a disk that takes no more, in one line with exit code 2, Ctrl-C with 130."""
-    _set_up_logging()
-    # Run by DVC or a launcher; a script that is run by hand may outlive its terminal.
-    if "DVC_STAGE" in os.environ or launch.is_worker():
-        end_with_parent()
-    try:
-        action()
-    except InputError as error:
-        _end(error, 2)
-    except OSError as error:
-        if error.errno not in REMEDIES:
-            raise
-        where = error.filename2 or error.filename or "the disk"
-        _end(InputError(f"{where}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"), 2)
-    except Interrupted as error:
-        _end(error, 128 + error.signal)
-    except ModuleNotFoundError as error:
-        if (missing := missing_extra(error)) is None:
-            raise
-        _end(missing, 2)
-    except KeyboardInterrupt:
-        _end("interrupted", 130)
-    except Exception:
-        if not launch.is_worker():
-            raise
-        launch.tell(traceback.format_exc(), 1)
-
-
-def end_with_parent() -> None:
-    """Ask Linux to end this process when its parent is gone: a killed `dvc repro` leaves nothing running."""
-    _ask_for_signal(signal.SIGTERM)
-
-
-def outlive_parent() -> None:
-    """Take that back: of a parent with threads each one's end is a signal, and the second may come too soon."""
-    _ask_for_signal(0)
-
-
-def _ask_for_signal(number: int) -> None:
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, number)
-
-
-def _end(reason: object, code: int) -> NoReturn:
-    if launch.is_worker():
-        launch.tell(str(reason), code)
-    if isinstance(reason, InputError):
-        sys.exit(_refuse(reason))
-    print(reason, file=sys.stderr)  # noqa: T201
-    sys.exit(code)
-
-
-def _refuse(error: InputError) -> int:
-    print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)  # noqa: T201
-    return 2
 
 
 def _parser(main: Callable[..., object]) -> tuple[str, argparse.ArgumentParser]:
@@ -160,18 +86,6 @@ def _timed(name: str, item: str | None, action: Callable[[], Speeds | None], ite
     speeds = action() or {}
     if launch.is_worker():
         if launch.is_main():
-            launch.hand_over({"peak_memory_bytes": track.peak_memory_bytes(), **speeds})
+            launch.hand_over({"peak_memory_bytes": operating_system.get_peak_memory_bytes(), **speeds})
         return
-    track.write_timings(name, item, seconds=time.perf_counter() - started, speeds=speeds, items=items)
-
-
-def _set_up_logging() -> None:
-    level = os.environ.get("LATHE_LOG_LEVEL", "INFO").upper()
-    known = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
-    if level not in known:
-        sys.exit(_refuse(InputError(f"LATHE_LOG_LEVEL is {level!r}; must be one of {', '.join(known)}")))
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("lathe").setLevel(level if launch.is_main() else logging.ERROR)
-    if level != "DEBUG":  # what the user can do nothing about
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    metric_files.write_timings(name, item, seconds=time.perf_counter() - started, speeds=speeds, items=items)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import Checkout, copy_of
 
-from lathe import paths
+from lathe.common import paths
 
 WORKFLOW = paths.ROOT / ".github/workflows/pipeline.yaml"
 

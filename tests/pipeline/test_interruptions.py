@@ -14,7 +14,8 @@ import pytest
 from conftest import Checkout, add_small_inputs, copy_of, make_checkout, output_hashes
 
 ITEMS = [
-    *("fetch@model", "fetch@dataset", "preprocess", "train", "merge", "convert_base", "convert_merged"),
+    *("fetch@model", "fetch@dataset", "fetch_encoder", "preprocess", "train", "merge"),
+    *("convert_base", "convert_merged"),
     *("quantize@Q8_0", "quantize@Q4_K_M", "generate@base", "generate@merged", "generate_few_shot"),
     *("generate_quantized@Q8_0", "generate_quantized@Q4_K_M", "judge", "evaluate", "card"),
 ]

@@ -14,7 +14,9 @@ import yaml
 from conftest import SMALL, Checkout, copy_of
 from dvc.repo import Repo
 
-from lathe import gguf, lineage, paths, trace, verify
+from lathe.common import paths
+from lathe.gguf import header
+from lathe.provenance import lineage, trace, verify
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +95,13 @@ def flipped(content: bytes) -> bytes:
 
 def test_each_gguf_carries_the_digests_of_all_that_it_was_made_from(made):
     names = ("base-f16", "adapter/adapter-f16", "merged-f16", "Q8_0", "Q4_K_M")
-    base, adapter, *merged = (gguf.describe(made.root / f"models/gguf/{name}.gguf")["metadata"] for name in names)
+    base, adapter, *merged = (header.describe(made.root / f"models/gguf/{name}.gguf")["metadata"] for name in names)
     lock = locked(made)
     for metadata, item in [(base, "base"), (adapter, "adapter"), *((metadata, "merged") for metadata in merged)]:
         assert metadata["lathe.artifact"] == item
         assert metadata["lathe.base.name"] == "small"
         assert metadata["lathe.base.digest"] == out_hash(made, "models/base")
-        assert metadata["lathe.parameters.digest"] == lineage.parameters_digest(lock[f"convert_{item}"]["params"])
+        assert metadata["lathe.parameters.digest"] == lineage.digest_parameters(lock[f"convert_{item}"]["params"])
     for metadata in (adapter, *merged):
         assert metadata["lathe.dataset.name"] == "few"
         assert metadata["lathe.dataset.digest"] == out_hash(made, "data/processed")
@@ -120,7 +122,7 @@ def test_the_digest_covers_the_parameters_of_every_stage_before_and_no_others(it
             waiting += found
         own = tracked(by_name[f"convert_{item}"])
         needed = set().union(*(tracked(stage) for stage in before if stage.cmd)) | {("params.yaml", "convert")}
-    covered = {(file, key) for file, values in lineage.parameters(item).items() for key in values}
+    covered = {(file, key) for file, values in lineage.select_parameters(item).items() for key in values}
     assert covered == own
     for file, key in needed:
         parts = key.split(".")
@@ -209,7 +211,7 @@ def test_two_runs_are_told_apart_though_their_weights_are_the_same(made, elsewhe
     )
     theirs = tmp_path / "theirs.gguf"
     shutil.copyfile(made.root / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}", theirs)
-    adapters = [gguf.describe(file)["metadata"]["lathe.adapter.digest"] for file in (elsewhere, theirs)]
+    adapters = [header.describe(file)["metadata"]["lathe.adapter.digest"] for file in (elsewhere, theirs)]
     assert adapters[0] == adapters[1]
 
     one, other = traced(made, elsewhere), traced(made, theirs)
@@ -294,9 +296,10 @@ def test_damage_done_in_place_to_dvc_s_own_copy_is_found(made, linked):
     md5 = out_hash(made, "models/gguf/Q8_0.gguf")
     file, cached = made.root / "models/gguf/Q8_0.gguf", made.root / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}"
     content = cached.read_bytes()
+    cached.unlink()  # it may be linked to that of another checkout
+    cached.write_bytes(content)
     file.unlink()
     (os.link if linked else shutil.copyfile)(cached, file)
-    cached.chmod(0o644)
     cached.write_bytes(flipped(content))
     try:
         lines = verified(made)

@@ -10,8 +10,9 @@ import pytest
 from conftest import Checkout, add_small_inputs
 from gguf_models import make_llama3, make_qwen3, quantize_program  # noqa: F401 - a fixture
 
-from lathe import gguf, paths
-from lathe.model_folder import INDEX_FILE
+from lathe.common import paths
+from lathe.gguf import header
+from lathe.models.model_folder import INDEX_FILE
 
 # One type and few rows: what is asked is whether every stage takes the model.
 FEW = {"quantize.types": ["Q8_0"], "generate.max_rows": 2, "training.max_steps": 2, "training.eval_steps": 2}
@@ -38,7 +39,7 @@ def test_a_model_with_a_real_vocabulary_goes_through_every_stage(
         assert compared > 800
     own, used = (checkout.root / f"models/{name}/model.safetensors" for name in ("local/small", "base"))
     assert own.samefile(used), "the weights were copied"
-    described = gguf.describe(checkout.root / "models/gguf/Q8_0.gguf")
+    described = header.describe(checkout.root / "models/gguf/Q8_0.gguf")
     assert described["chat_template"] == (tmp_path / "model/chat_template.jinja").read_text()
 
 

@@ -1,11 +1,11 @@
 """One real `dvc repro` on a small configuration, then what re-runs after each kind of change."""
 
 import re
-import time
 
 import pytest
 import yaml
 from conftest import SMALL, Checkout, copy_of, output_hashes
+from shared import processor_seconds
 
 
 def ran(done) -> list[str]:
@@ -45,11 +45,11 @@ def test_nothing_frozen_moved_and_the_loss_fell(checkout):
 
 def test_a_second_run_does_nothing_and_is_quick(checkout):
     checkout.run("dvc", "status")
-    started = time.perf_counter()
+    started = processor_seconds()
     again = checkout.run("dvc", "repro")
     assert ran(again) == []
     assert "up to date" in again.stdout
-    assert time.perf_counter() - started < 10  # `make bench` has the real figure; this only guards against re-hashing
+    assert processor_seconds() - started < 10  # `make bench` has the real figure; this only guards against re-hashing
     assert checkout.run("git", "status", "--porcelain").stdout == ""
 
 

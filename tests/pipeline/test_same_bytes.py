@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import Checkout, add_small_inputs, make_checkout, output_hashes
 
-from lathe import paths
-from lathe.model import has_native_bf16
+from lathe.common import paths
+from lathe.models.precision import has_native_bf16
 
 ELSEWHERE = {"LC_ALL": "C", "TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "7", "USER": "somebody", "LANGUAGE": "de"}
 

@@ -82,7 +82,7 @@ def commands(processes: list[psutil.Process]) -> dict[psutil.Process, str]:
 
 def workers(driver: "subprocess.Popen[Any]") -> list[psutil.Process]:
     children = commands(psutil.Process(driver.pid).children())
-    return [child for child, command in children.items() if "lathe.search.trial" in command]
+    return [child for child, command in children.items() if "lathe.experiments.search.trial" in command]
 
 
 def is_at_work(driver: "subprocess.Popen[Any]") -> bool:

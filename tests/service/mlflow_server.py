@@ -20,7 +20,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from lathe import paths
+from lathe.common import paths
 
 REQUIREMENTS = Path(__file__).with_name("requirements-mlflow.txt")
 ENVIRONMENT = paths.MAIN / ".services/mlflow"

@@ -30,7 +30,9 @@ from gguf_models import make_llama3, make_qwen3
 from hub_server import GOOD_TOKEN, Fault, Hub
 from ruamel.yaml import YAML
 
-from lathe import artifacts, gguf, recipes
+from lathe.config import artifacts
+from lathe.experiments import recipes
+from lathe.gguf import header
 
 MODEL = "owner/model"
 DATASET = "owner/rows"
@@ -295,7 +297,7 @@ def test_too_little_disk_is_told_before_anything_is_downloaded(user: User) -> No
     repository = user.hub.add("model", MODEL, MODEL_FILES)
     repository.announced_sizes["model.safetensors"] = 10**18
     line = user.refused()
-    assert line.startswith(f"{MODEL} takes 1.00EB in {user.cache}, where ")
+    assert line.startswith(f"{MODEL} takes 1,000,000 TB in {user.cache}, where ")
     assert line.endswith("are free; free some, or set HF_HOME to a folder on a larger disk")
     assert not user.hub.asked("GET .*safetensors")
 
@@ -478,8 +480,8 @@ def test_without_a_terminal_progress_comes_as_lines(user: User) -> None:
     user.hub.add("model", MODEL, MODEL_FILES)
     done = user.fetch("model")
     assert "\r" not in done.stderr
-    assert re.search(rf"INFO lathe.hub: {MODEL}: 0.00 of \d+kB, .*\? to go\n", done.stderr)
-    assert re.search(rf"INFO lathe.hub: {MODEL}: (\d+k) of \1B, .* 00:00 to go\n", done.stderr)
+    assert re.search(rf"INFO lathe.common.progress: {MODEL}: 0 kB of [\d.]+ kB, \? s left\n", done.stderr)
+    assert re.search(rf"INFO lathe.common.progress: {MODEL}: ([\d.]+ kB) of \1, 0 s left\n", done.stderr)
 
 
 def test_on_a_terminal_a_bar_tells_how_long_it_will_take(user: User) -> None:
@@ -682,7 +684,7 @@ def test_the_whole_pipeline_runs_on_a_model_and_a_dataset_of_the_hub(user: User,
     user.checkout.run("dvc", "repro", "--quiet")
     measured = user.checkout.json("metrics/evaluate/test.json")
     assert list(measured) == artifacts.names(["Q8_0", "Q4_K_M"])
-    shipped = gguf.describe(user.checkout.root / "models/gguf/Q4_K_M.gguf")["metadata"]
+    shipped = header.describe(user.checkout.root / "models/gguf/Q4_K_M.gguf")["metadata"]
     for name, fetched in (("base", "model"), ("dataset", "dataset")):
         [origin] = user.checkout.json(f"metrics/fetch/{fetched}.json")["origin"]
         assert shipped[f"lathe.{name}.id"] == origin["id"]
@@ -745,7 +747,7 @@ def configuration(name: str, splits: dict[str, list[dict[str, Any]]]) -> dict[st
 def test_a_recipe_for_a_real_model_runs_whole_on_a_small_random_one_in_its_place(
     user: User, tmp_path: Path, recipe: str, make: Callable[[Path], None]
 ) -> None:
-    overrides = recipes.find(recipe).recipe.overrides
+    overrides = recipes.load_recipe(recipe).recipe.overrides
     presets = YAML(typ="safe").load(user.file("presets.yaml"))
     make(tmp_path / "model")
     config = tmp_path / "model/config.json"
@@ -766,9 +768,9 @@ def test_a_recipe_for_a_real_model_runs_whole_on_a_small_random_one_in_its_place
 
 READ_RAW = """
 import sys; sys.path.insert(0, "src")
-from lathe import paths
-from lathe.data.files import split_files
-from lathe.data.reading import read_rows
+from lathe.common import paths
+from lathe.data.split_files import split_files
+from lathe.data.read_files import read_rows
 rows = [row for file in split_files(paths.DATA_RAW)["train"] for row in read_rows(file)]
 print(len(rows), rows[0].value["question"])
 """

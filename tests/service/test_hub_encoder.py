@@ -1,5 +1,6 @@
 """The encoder of BERTScore from a hub on 127.0.0.1, by the real client."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,17 +13,11 @@ from hub_server import Hub
 
 NAME = "owner/encoder"
 PROGRAM = """
-import sys
-from lathe import stage
-from lathe.scores import bert_score
-from lathe.scores.bert_score import Encoder, encoder_folder, scores
+from pathlib import Path
+from lathe.evaluation.bert_score import Encoder, scores
 
-def main():
-    folder = encoder_folder(sys.argv[1], sys.argv[2] or None)
-    encoder = Encoder(folder, num_layers=None, max_length=32)
-    print(scores([("a b", "b a")], encoder, batch_size=1, cache=folder.parent / "cache"))
-
-stage.guard(main)
+encoder = Encoder(Path("models/encoder"), num_layers=None, max_length=32)
+print(scores([("a b", "b a")], encoder, batch_size=1, cache=Path("cache")))
 """
 
 
@@ -43,14 +38,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def scored(
-    checkout: Checkout, hub: Hub, home: Path, name: str = NAME, revision: str = ""
+def fetched(
+    checkout: Checkout, hub: Hub, home: Path, name: str = NAME, revision: str | None = None
 ) -> subprocess.CompletedProcess[str]:
+    metrics = ["exact_match", "bert_score"]
+    checkout.set({"bert_score.model": name, "bert_score.revision": revision, "evaluate.metrics": metrics})
     kept = {key: value for key, value in checkout.environment.items() if not key.startswith("HF_")}
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, name, revision],
+        [sys.executable, "stages/fetch.py", "encoder"],
         cwd=checkout.root,
-        env={**kept, "HF_HOME": str(home), "HF_ENDPOINT": hub.endpoint, "NO_PROXY": "*", "PYTHONPATH": "src"},
+        env={**kept, "HF_HOME": str(home), "HF_ENDPOINT": hub.endpoint, "NO_PROXY": "*"},
         capture_output=True,
         text=True,
         check=False,
@@ -62,20 +59,35 @@ def test_an_encoder_is_downloaded_once_without_pickles_or_code(
 ) -> None:
     unwanted = {"pytorch_model.bin": b"pickled", "modeling_mine.py": b"raise SystemExit('run')"}
     commit = hub.add("model", NAME, files | unwanted).refs["main"]
-    first = scored(checkout, hub, tmp_path, revision=commit)
+    first = fetched(checkout, hub, tmp_path, revision=commit)
     assert first.returncode == 0, first.stderr
     assert not hub.asked(r"resolve/.*(bin|py)$")
+    assert {file.name for file in (checkout.root / "models/encoder").iterdir()} == set(files)
+    [origin] = checkout.json("metrics/fetch/encoder.json")["origin"]
+    assert (origin["name"], origin["source"], origin["commit"]) == (NAME, "hub", commit)
+    assert origin["files"] == len(files)
+    assert origin["bytes"] == sum(map(len, files.values()))
     hub.requests.clear()
-    again = scored(checkout, hub, tmp_path, revision=commit)
-    assert again.stdout == first.stdout
+    again = fetched(checkout, hub, tmp_path, revision=commit)
+    assert again.returncode == 0, again.stderr
+    assert checkout.json("metrics/fetch/encoder.json") == {"origin": [origin]}
     assert not hub.requests
+    scored = checkout.run(sys.executable, "-c", PROGRAM, env={"PYTHONPATH": "src"})
+    assert re.fullmatch(r"\{\('a b', 'b a'\): 0\.\d+\}\n", scored.stdout), scored.stdout
+
+
+def test_without_bert_score_nothing_is_fetched(checkout: Checkout) -> None:
+    checkout.set({"bert_score.model": NAME, "evaluate.metrics": ["exact_match"]})
+    checkout.stage("fetch", "encoder")
+    assert list((checkout.root / "models/encoder").iterdir()) == []
+    assert checkout.json("metrics/fetch/encoder.json") == {"origin": None}
 
 
 def test_a_branch_is_resolved_and_the_line_that_pins_it_is_printed(
     checkout: Checkout, hub: Hub, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     commit = hub.add("model", NAME, files).refs["main"]
-    done = scored(checkout, hub, tmp_path)
+    done = fetched(checkout, hub, tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"put into the section bert_score of params.yaml\n    revision: {commit}\n" in done.stderr
 
@@ -83,7 +95,7 @@ def test_a_branch_is_resolved_and_the_line_that_pins_it_is_printed(
 def test_an_encoder_that_is_not_there_is_refused_by_the_key_that_names_it(
     checkout: Checkout, hub: Hub, tmp_path: Path
 ) -> None:
-    done = scored(checkout, hub, tmp_path, name="owner/none")
+    done = fetched(checkout, hub, tmp_path, name="owner/none")
     assert done.returncode == 2
     assert done.stderr.startswith("error: owner/none: no such model on ")
     assert "check `bert_score.model` in params.yaml" in done.stderr
@@ -94,6 +106,6 @@ def test_an_encoder_with_pickles_alone_is_refused(
 ) -> None:
     pickled = {name: data for name, data in files.items() if name != "model.safetensors"}
     hub.add("model", NAME, pickled | {"pytorch_model.bin": b"pickled"})
-    done = scored(checkout, hub, tmp_path)
+    done = fetched(checkout, hub, tmp_path)
     assert done.returncode == 2
     assert "pytorch_model.bin: pickled weights are never loaded" in done.stderr

@@ -17,7 +17,7 @@ import pytest
 import report_run
 from conftest import Checkout, copy_of, make_checkout
 
-from lathe.params import read_yaml
+from lathe.config.yaml_files import read_yaml
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -381,7 +381,7 @@ def test_the_page_prints_whole(checkout, browser):
 
 @pytest.mark.parametrize(("size", "scheme"), VIEWS, ids=NAMES)
 def test_hostile_texts_are_shown_and_do_nothing(tmp_path, browser, size, scheme):
-    from lathe.report import experiments, facts, page
+    from lathe.reports import experiment_table, facts, page
 
     report_run.build(tmp_path, rows=len(HOSTILE))
     for artifact in report_run.ARTIFACTS:
@@ -401,7 +401,7 @@ def test_hostile_texts_are_shown_and_do_nothing(tmp_path, browser, size, scheme)
     report_run.write_json(tmp_path / "metrics/evaluate/gates.json", gates)
     target = tmp_path / "index.html"
     found = facts.gather(tmp_path, seed=42, primary_metric="exact_match")
-    page.write(target, found, experiments.Experiments([], [], [], hostile))
+    page.write(target, found, experiment_table.Experiments([], [], [], hostile))
 
     written = target.read_text(encoding="utf-8")
     assert not set("\x00\x07\x1b\u202e\u2066\u200b\ufeff") & set(written)

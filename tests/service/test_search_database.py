@@ -73,14 +73,14 @@ import json, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 sys.path.insert(0, {unit!r})
-from lathe import paths
-from lathe.errors import InputError
-from lathe.params import load
-from lathe.search import run, storage, study, trial
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config.load import load
+from lathe.experiments.search import run_search, storage, study, trial
 from test_search import RATE, planned
 folder, url, name = Path(sys.argv[1]), *sys.argv[2:]
-paths.SCRATCH, run.LOGS = folder / "s", folder
-run.SECONDS_BETWEEN_SEARCHES_FOR_WORK = 0.2
+paths.SCRATCH, run_search.LOGS = folder / "s", folder
+run_search.SECONDS_BETWEEN_SEARCHES_FOR_WORK = 0.2
 def experiment(order):
     content = {{"merged": {{}}, "Q4_K_M": {{"exact_match": 0.5}}}}
     made = (folder / order.name).exists()
@@ -94,7 +94,7 @@ def start(order, gpu):
 params = load().params
 plan = planned(folder, params, RATE, sampler="random").model_copy(update={{"study": name}})
 opened = study.Study(plan, storage.opened(url, plan.study), params.model_dump(), is_local=False)
-driver = run.Driver(opened, 12, 2, None, [], [], "", "", start)
+driver = run_search.Driver(opened, 12, 2, None, [], [], "", "", start)
 try:
     with storage.told_when_away(url):
         driver.run()
@@ -143,8 +143,8 @@ def test_a_server_that_goes_away_ends_the_search_in_one_line_and_the_study_goes_
 
 
 def test_a_wrong_password_is_told_in_one_line_and_not_shown(server: Server, tmp_path: Path) -> None:
-    from lathe.errors import InputError
-    from lathe.search import storage
+    from lathe.common.errors import InputError
+    from lathe.experiments.search import storage
 
     with pytest.raises(InputError, match="password authentication failed") as caught:
         storage.opened(server.url.replace(PASSWORD, "wr0ng"), "some")

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lathe import launch, stage
-from lathe.builtin import commands
-from lathe.errors import InputError
-from lathe.params import Params
+from lathe.common import entry_point, launch
+from lathe.common.errors import InputError
+from lathe.common.jsonl import write_jsonl
+from lathe.config.params import Params
+from lathe.sources.builtin import household_commands
 
 WORK = "LATHE_TEST_WORK"
 LAUNCHER = "accelerate launch --config_file experiments/accelerate/cpu-2.yaml"
@@ -33,21 +34,28 @@ def main() -> None:
     for training in work["trainings"]:
         train_once(Path(work["base"]), training)
 
-    from lathe.training import ranks
+    from lathe.training import distributed
 
-    ranks.leave()
+    distributed.leave()
 
 
 def train_once(base: Path, training: dict[str, Any]) -> None:
     """Train on the first rows of the commands, and write what comes back beside the adapter."""
-    from lathe.training.run import train
+    from lathe.training import distributed
+    from lathe.training.train import train
 
-    rows, out = commands.rows(1), Path(training["out"])
+    rows, out = household_commands.rows(1), Path(training["out"])
     if launch.is_main():
         (out / "adapter").mkdir(parents=True, exist_ok=True)
     splits = {"train": rows["train"][: training["rows"]], "validation": rows["validation"][:5]}
     chosen = Params.model_validate(training["params"])
-    trained = train(base, splits, out / "adapter", out / "metrics", params=chosen, scratch=out / "scratch")
+    files = {split: out.with_name(f"{out.name}-{split}.jsonl") for split in splits}
+    if launch.is_main():
+        for split, file in files.items():
+            write_jsonl(splits[split], file)
+    distributed.join()
+    distributed.wait()
+    trained = train(base, files, out / "adapter", out / "metrics", params=chosen, scratch=out / "scratch")
     if launch.is_main():
         (out / "trained.json").write_text(json.dumps({"frozen": trained.frozen, "kind": kind()}))
 
@@ -73,12 +81,12 @@ def go_wrong(how: str | None) -> None:
 
     calls = iter(range(1000))
     if how == "computes nan":
-        right = sft.summed_loss
+        right = sft.compute_step_loss
 
         def poisoned(*given: Any) -> Any:
             return right(*given) * (float("nan") if next(calls) == 1 else 1)
 
-        sft.summed_loss = poisoned  # type: ignore[assignment]
+        sft.compute_step_loss = poisoned  # type: ignore[assignment]
     else:
         usual = sft.AnswerTrainer._clip_grad_norm
 
@@ -115,4 +123,4 @@ def pass_the_cpu_off_as_gpus() -> None:
 
 
 if __name__ == "__main__":
-    stage.guard(main)
+    entry_point.guard(main)

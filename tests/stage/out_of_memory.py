@@ -6,15 +6,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lathe import memory, params, stage
-from lathe.training.run import train
+from lathe import out_of_memory
+from lathe.common import entry_point
+from lathe.common.jsonl import write_jsonl
+from lathe.config import params, training_params
+from lathe.config.load import load
+from lathe.training.train import train
 
 ROW = {"messages": [{"role": "user", "content": "lamp " * 250}, {"role": "assistant", "content": "on " * 75}]}
 ALLOWED_BYTES = 400_000_000
 
 
 def main(base: Path) -> None:
-    chosen = params.load().params
+    chosen = load().params
     few = chosen.model_copy(update={"training": _training(chosen, per_device_train_batch_size=1)})
     _train(base, few)  # what is loaded once is there
     size = re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -22,11 +26,11 @@ def main(base: Path) -> None:
     limit = 1024 * int(size[1]) + ALLOWED_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     many = chosen.model_copy(update={"training": _training(chosen, per_device_train_batch_size=512)})
-    with memory.explained(base, many):
+    with out_of_memory.explained(base, many):
         _train(base, many)
 
 
-def _training(chosen: params.Params, **changes: int) -> params.Training:
+def _training(chosen: params.Params, **changes: int) -> training_params.Training:
     return chosen.training.model_copy(update={"max_steps": 1, "eval_steps": 100, **changes})
 
 
@@ -34,9 +38,12 @@ def _train(base: Path, chosen: params.Params) -> None:
     rows = chosen.training.per_device_train_batch_size
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "adapter").mkdir()
+        files = {split: Path(folder) / f"{split}.jsonl" for split in ("train", "validation")}
+        write_jsonl([ROW] * rows, files["train"])
+        write_jsonl([ROW], files["validation"])
         train(
             base,
-            {"train": [ROW] * rows, "validation": [ROW]},
+            files,
             Path(folder) / "adapter",
             Path(folder) / "metrics",
             params=chosen,
@@ -44,4 +51,4 @@ def _train(base: Path, chosen: params.Params) -> None:
 
 
 if __name__ == "__main__":
-    stage.guard(lambda: main(Path(sys.argv[1])))
+    entry_point.guard(lambda: main(Path(sys.argv[1])))

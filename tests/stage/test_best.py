@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import changed, learnt_by_heart
+from conftest import changed, learnt_by_heart, write_splits
 from safetensors.torch import load_file
 
-from lathe import params
-from lathe.errors import InputError
-from lathe.training.run import train
+from lathe.common.errors import InputError
+from lathe.config.load import load
+from lathe.training.train import train
 
-CONFIG = params.load().params
+CONFIG = load().params
 SPLITS = learnt_by_heart()
 # A constant rate, so that a step is the same however many follow.
 RISING = {
@@ -52,7 +52,7 @@ def run(small_model, tmp_path):
         folder = tmp_path / str(count)
         (folder / "adapter").mkdir(parents=True)
         chosen = changed(CONFIG, {**RISING, **changes})
-        train(small_model, SPLITS, folder / "adapter", folder / "metrics", params=chosen)
+        train(small_model, write_splits(folder / "data", SPLITS), folder / "adapter", folder / "metrics", params=chosen)
         return Result(folder)
 
     return once

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lathe.builtin import tiny
+from lathe.sources.builtin import tiny_model
 
 SMALL = replace(
-    tiny.RECIPE,
+    tiny_model.RECIPE,
     vocab_size=560,
     hidden_size=64,
     intermediate_size=64,
@@ -26,7 +26,7 @@ SEED = 7
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("tiny")
-    tiny.build(made, SEED, SMALL)
+    tiny_model.build(made, SEED, SMALL)
     return made
 
 
@@ -57,13 +57,13 @@ def test_the_folder_is_a_complete_model_and_nothing_else(folder):
 
 
 def test_two_builds_of_one_seed_have_the_same_bytes(folder, tmp_path):
-    tiny.build(tmp_path, SEED, SMALL)
+    tiny_model.build(tmp_path, SEED, SMALL)
     for file in sorted(folder.iterdir()):
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_another_seed_gives_other_weights(folder, tmp_path):
-    tiny.build(tmp_path, SEED + 1, SMALL)
+    tiny_model.build(tmp_path, SEED + 1, SMALL)
     assert (tmp_path / "model.safetensors").read_bytes() != (folder / "model.safetensors").read_bytes()
 
 
@@ -72,7 +72,7 @@ def test_a_build_leaves_the_callers_random_numbers_and_threads_alone(tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    tiny.build(tmp_path, SEED, replace(SMALL, steps=1, threads=threads + 1))
+    tiny_model.build(tmp_path, SEED, replace(SMALL, steps=1, threads=threads + 1))
     assert torch.equal(torch.rand(4), expected)
     assert torch.get_num_threads() == threads
 
@@ -85,15 +85,15 @@ def test_the_weights_are_bf16_and_tied(model):
 
 
 def test_training_lowers_the_loss(tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger="lathe.builtin.tiny"):
-        tiny.build(tmp_path, SEED, replace(SMALL, steps=1))
-        tiny.build(tmp_path, SEED, replace(SMALL, steps=60))
+    with caplog.at_level(logging.INFO, logger="lathe.sources.builtin.tiny_model"):
+        tiny_model.build(tmp_path, SEED, replace(SMALL, steps=1))
+        tiny_model.build(tmp_path, SEED, replace(SMALL, steps=60))
     first, last = (record.args[2] for record in caplog.records if record.args[0] == record.args[1])
     assert last < first - 1
 
 
 def test_markers_are_single_tokens_that_differ_and_text_cannot_be_unknown(tokenizer):
-    markers = [tiny.BEGIN, tiny.START_OF_TURN, tiny.END_OF_TURN, tiny.PAD]
+    markers = [tiny_model.BEGIN, tiny_model.START_OF_TURN, tiny_model.END_OF_TURN, tiny_model.PAD]
     ids = [tokenizer(marker, add_special_tokens=False)["input_ids"] for marker in markers]
     assert all(len(one) == 1 for one in ids)
     assert len({one[0] for one in ids}) == len(markers)
@@ -104,7 +104,7 @@ def test_markers_are_single_tokens_that_differ_and_text_cannot_be_unknown(tokeni
 
 
 def test_the_end_of_a_turn_ends_generation_and_is_not_the_padding(tokenizer, model):
-    end = tokenizer.convert_tokens_to_ids(tiny.END_OF_TURN)
+    end = tokenizer.convert_tokens_to_ids(tiny_model.END_OF_TURN)
     assert tokenizer.eos_token_id == model.config.eos_token_id == model.generation_config.eos_token_id == end
     assert tokenizer.pad_token_id == model.config.pad_token_id != end
     assert tokenizer.bos_token_id == model.config.bos_token_id == 1

@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 from gguf_models import Made, tiny  # noqa: F401 - fixture
 
-from lathe.chat import chat
-from lathe.generate import Generator
-from lathe.template import render
+from lathe.inference.chat import chat
+from lathe.inference.generate import Generator
 
 OPTIONS: Any = {"max_new_tokens": 8, "n_ctx": 512, "threads": 1}
 
@@ -16,13 +15,7 @@ def answer(made: Made, *contents: str) -> str:
     """What the model says after these messages, of user and assistant in turn."""
     messages = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
     with Generator(made.gguf, n_parallel=1, n_ctx=512, threads=1) as generator:
-        prompt = render(
-            generator.template,
-            messages,
-            bos_token=generator.bos_token,
-            eos_token=generator.eos_token,
-            add_generation_prompt=True,
-        )
+        prompt = generator.chat_template.render(messages, add_generation_prompt=True)
         return generator.complete([prompt], max_new_tokens=8)[0].text
 
 

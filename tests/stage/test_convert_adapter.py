@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 from gguf_models import Made, convert, tiny  # noqa: F401 - fixtures
 
-from lathe import gguf, merge, paths
-from lathe.errors import InputError
-from lathe.llama import Model, library
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.gguf import convert_adapter as adapters
+from lathe.gguf import header
+from lathe.gguf.llama_library import load_library
+from lathe.gguf.llama_model import LlamaModel
+from lathe.models.merge import merge
 
 ROW = [1, *range(10, 300, 9)]
 
@@ -38,16 +42,16 @@ def make_adapter(base: Made, folder: Path, **options: Any) -> Path:
 
 def to_gguf(adapter: Path, base: Made, out: Path, **options: Any) -> Path:
     arguments = {"outtype": "f16", "llama_cpp": paths.LLAMA_CPP, "metadata": {"lathe.x": "ü 1"}, **options}
-    gguf.convert_adapter(adapter, base.folder, out, **arguments)
+    adapters.convert_adapter(adapter, base.folder, out, **arguments)
     return out
 
 
 def logits(file: Path, adapter: Path | None = None) -> np.ndarray:
     """Of a GGUF, with an adapter added to it as llama.cpp's programs do with `--lora`."""
-    llama_cpp = library()
+    llama_cpp = load_library()
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = 64
-    with Model(file) as model:
+    with LlamaModel(file) as model:
         context = llama_cpp.llama_init_from_model(model.handle, params)
         if adapter:
             loaded = llama_cpp.llama_adapter_lora_init(model.handle, str(adapter).encode())
@@ -93,7 +97,7 @@ def test_the_base_with_the_adapter_is_the_merged_model(tiny: Made, tmp_path, opt
     base = logits(tiny.gguf)
     assert divergence(merged, base) > 0.02
     assert divergence(merged, logits(tiny.gguf, file)) < 0.01 * divergence(merged, base)
-    facts = gguf.describe(file)["metadata"]
+    facts = header.describe(file)["metadata"]
     assert facts["general.type"] == "adapter"
     assert facts["lathe.x"] == "ü 1"
     again = to_gguf(adapter, tiny, tmp_path / "again.gguf")
@@ -110,7 +114,7 @@ def test_the_base_with_the_adapter_is_the_merged_model(tiny: Made, tmp_path, opt
 )
 def test_what_llama_cpp_would_leave_out_is_refused_with_the_reason(tiny: Made, tmp_path, options, message):
     adapter = make_adapter(tiny, tmp_path / "adapter", **options)
-    with pytest.raises(gguf.AdapterError, match=message):
+    with pytest.raises(adapters.AdapterError, match=message):
         to_gguf(adapter, tiny, tmp_path / "adapter.gguf")
     assert not (tmp_path / "adapter.gguf").exists()
 
@@ -120,7 +124,7 @@ def test_an_update_of_tied_embeddings_is_refused(tiny: Made, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "tied")
     config = tmp_path / "tied/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
-    with pytest.raises(gguf.AdapterError, match="embeddings that are the output head too"):
+    with pytest.raises(adapters.AdapterError, match="embeddings that are the output head too"):
         to_gguf(adapter, Made(tmp_path / "tied", tiny.gguf), tmp_path / "adapter.gguf")
 
 
@@ -129,12 +133,14 @@ def test_what_the_converter_refuses_is_told_in_one_line(tiny: Made, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "other")
     config = tmp_path / "other/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": ["NoSuchModel"]}))
-    with pytest.raises(gguf.AdapterError, match="converter refuses it: Model NoSuchModel is not supported") as caught:
+    with pytest.raises(
+        adapters.AdapterError, match="converter refuses it: Model NoSuchModel is not supported"
+    ) as caught:
         to_gguf(adapter, Made(tmp_path / "other", tiny.gguf), tmp_path / "adapter.gguf")
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"no convert_lora_to_gguf.py; run `make setup`") as missing:
         to_gguf(adapter, tiny, tmp_path / "adapter.gguf", llama_cpp=tmp_path)
-    assert not isinstance(missing.value, gguf.AdapterError)
+    assert not isinstance(missing.value, adapters.AdapterError)
 
 
 def test_the_stage_leaves_the_file_or_the_reason(small_checkout, tiny: Made, tmp_path):

@@ -5,19 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import changed
+from conftest import changed, write_splits
 from safetensors.torch import load_file
 
-from lathe import params
-from lathe.builtin import commands
-from lathe.errors import InputError
-from lathe.model import load_base, load_tokenizer
-from lathe.template import encode, render_for
-from lathe.training.pairs import encode_pairs, pair_dataset
-from lathe.training.run import train
+from lathe.common.errors import InputError
+from lathe.config.load import load
+from lathe.models.chat_template import ChatTemplate
+from lathe.models.loading import load_base
+from lathe.models.loss_mask import encode
+from lathe.models.tokenizer import load_tokenizer
+from lathe.sources.builtin import household_commands
+from lathe.training.preference_pairs import encode_pairs, pair_dataset
+from lathe.training.train import train
 
-CONFIG = params.load().params
-SPLITS = {"train": commands.rows(1)["train"][:24], "validation": commands.rows(1)["validation"][:6]}
+CONFIG = load().params
+SPLITS = {"train": household_commands.rows(1)["train"][:24], "validation": household_commands.rows(1)["validation"][:6]}
 QUICK = {
     "method": "dpo",
     "max_steps": 6,
@@ -42,7 +44,8 @@ class Run:
         self.adapter, self.metrics = folder / "adapter", folder / "metrics"
         self.adapter.mkdir(parents=True)
         chosen = changed(CONFIG, {"seed": 1, **QUICK, **changes})
-        self.trained = train(base, splits or SPLITS, self.adapter, self.metrics, params=chosen)
+        files = write_splits(folder / "data", splits or SPLITS)
+        self.trained = train(base, files, self.adapter, self.metrics, params=chosen)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(self.adapter / "adapter_model.safetensors")
@@ -133,7 +136,7 @@ def test_prompt_and_answers_are_the_ids_of_inference_with_one_bos_and_the_end_to
     rows = [*SPLITS["train"], {"messages": chat, "rejected": [{"role": "assistant", "content": "yesterday"}]}]
     for row, example in zip(rows, pair_dataset(*encode_pairs(tokenizer, rows)), strict=True):
         *before, answer = row["messages"]
-        prompt = render_for(tokenizer, before, add_generation_prompt=True)
+        prompt = ChatTemplate.of_tokenizer(tokenizer).render(before, add_generation_prompt=True)
         assert example["prompt_ids"] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
         for name, message in (("chosen_ids", answer), ("rejected_ids", row["rejected"][0])):
             whole = [*example["prompt_ids"], *example[name]]

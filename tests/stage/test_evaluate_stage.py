@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Checkout, copy_of, make_checkout
 
-from lathe.jsonl import read_jsonl, write_jsonl
+from lathe.common.jsonl import read_jsonl, write_jsonl
 
 ARTIFACTS = {"base": 0, "base_few_shot": 3, "merged": 12, "Q8_0": 12, "Q4_K_M": 11, "Q4_1": 9}
 GATES = ["merged.exact_match > base.exact_match", "quantized.exact_match >= merged.exact_match - 0.1"]
@@ -126,9 +126,9 @@ def test_gate_refuses_metrics_that_are_not_of_these_gates(checkout: Checkout) ->
     assert gate(checkout) == (2, "error: metrics/evaluate/validation.json: no such file; run `make repro` first\n")
 
 
-def test_the_readmes_hook_keeps_git_and_dvc_from_pushing_what_fails_a_gate(checkout: Checkout) -> None:
-    readme = (checkout.root / "README.md").read_text()
-    [install] = re.findall(r"^printf '.*pre-push$", readme, flags=re.MULTILINE)
+def test_the_documented_hook_keeps_git_and_dvc_from_pushing_what_fails_a_gate(checkout: Checkout) -> None:
+    page = (checkout.root / "docs/evaluation.md").read_text()
+    [install] = re.findall(r"^printf '.*pre-push$", page, flags=re.MULTILINE)
     checkout.run("sh", "-c", install)
     checkout.run("chmod", "+x", ".git/hooks/pre-push")
     folder = checkout.root / ".venv/bin"
@@ -207,6 +207,8 @@ def test_bert_score_of_a_local_encoder_reaches_report_rows_and_gates(checkout: C
             "evaluate.gates": ["quantized.combined >= 0.5 * merged.bert_score"],
         }
     )
+    checkout.stage("fetch", "encoder")
+    assert {file.name for file in (checkout.root / "models/encoder").iterdir()} == {f.name for f in encoder.iterdir()}
     checkout.stage("evaluate")
     report = checkout.json("metrics/evaluate/validation.json")
     assert report["merged"]["bert_score"] == report["merged"]["combined"] == 1
@@ -224,6 +226,10 @@ def test_bert_score_of_a_local_encoder_reaches_report_rows_and_gates(checkout: C
     assert refused.returncode == 2
     assert refused.stderr == "error: bert_score.max_length is 512; the encoder takes 64 tokens; lower it\n"
     shutil.rmtree(encoder)
-    refused = checkout.stage("evaluate", check=False)
+    refused = checkout.stage("fetch", "encoder", check=False)
     assert refused.returncode == 2
     assert "there is no such folder; put the encoder there" in refused.stderr
+    shutil.rmtree(checkout.root / "models/encoder")
+    refused = checkout.stage("evaluate", check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: bert_score.model: ")

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Checkout, changed, copy_of
+from conftest import Checkout, changed, copy_of, write_splits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lathe import params
-from lathe.builtin import commands
-from lathe.merge import merge
-from lathe.training import run
+from lathe.config.load import load
+from lathe.models.merge.merge import merge
+from lathe.sources.builtin import household_commands
+from lathe.training import train as training
 
-SPLITS = {"train": commands.rows(1)["train"][:24], "validation": commands.rows(1)["validation"][:6]}
+SPLITS = {"train": household_commands.rows(1)["train"][:24], "validation": household_commands.rows(1)["validation"][:6]}
 FULL = {
     "tuning": "full",
     "quantization.load_in_4bit": False,
@@ -32,20 +32,21 @@ FULL = {
 def trained(small_model, tmp_path, monkeypatch):
     """Return a function that trains with some parameters changed and gives the folder, and the model as it was then."""
     models = []
-    save = run.save_whole
+    save = training.save_whole
 
     def saved(model, *others):
         models.append(model)
         save(model, *others)
 
-    def train(**changes) -> tuple[Path, torch.nn.Module, run.Trained]:
+    def train(**changes) -> tuple[Path, torch.nn.Module, training.Trained]:
         folder = tmp_path / f"adapter{len(models)}"
         folder.mkdir()
-        chosen = changed(params.load().params, {**FULL, **changes})
-        result = run.train(small_model, SPLITS, folder, tmp_path / f"metrics{len(models)}", params=chosen)
+        chosen = changed(load().params, {**FULL, **changes})
+        files = write_splits(tmp_path / "data", SPLITS)
+        result = training.train(small_model, files, folder, tmp_path / f"metrics{len(models)}", params=chosen)
         return folder, models[-1], result
 
-    monkeypatch.setattr(run, "save_whole", saved)
+    monkeypatch.setattr(training, "save_whole", saved)
     return train
 
 

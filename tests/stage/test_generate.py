@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -16,11 +17,15 @@ import yaml
 from conftest import Checkout, make_checkout
 from gguf_models import Made, learnt  # noqa: F401 - fixture
 
-from lathe import answers, few_shot, paths
-from lathe.builtin import commands
-from lathe.generate import Generator
-from lathe.jsonl import read_jsonl, write_jsonl
-from lathe.quantize import quantize
+from lathe.common import paths
+from lathe.common.jsonl import read_jsonl, write_jsonl
+from lathe.gguf.quantize import quantize
+from lathe.inference import few_shot, held_out
+from lathe.inference.generate import Generator
+from lathe.inference.held_out import HeldOutRun
+from lathe.inference.journal import open_journal
+from lathe.models.chat_template import ChatTemplate
+from lathe.sources.builtin import household_commands
 
 SETTINGS = {
     "generate.max_new_tokens": 12,
@@ -39,7 +44,7 @@ def made(tmp_path_factory, learnt: Made) -> Checkout:
     checkout.set(SETTINGS)
     processed = checkout.root / "data/processed"
     processed.mkdir(parents=True)
-    rows = commands.rows(1)
+    rows = household_commands.rows(1)
     for split, count in (("train", 40), ("validation", 14), ("test", 17)):
         write_jsonl(rows[split][:count], processed / f"{split}.jsonl")
     (checkout.root / "data/general.txt").write_text(GENERAL)
@@ -64,12 +69,12 @@ def measured(checkout: Checkout, artifact: str):
 def test_every_row_has_its_answer_and_its_likelihood(made: Checkout):
     for artifact in ("base", "base_few_shot", "merged", "Q4_K_M"):
         facts = made.json(f"metrics/generate/{artifact}.json")
-        said_of = {each["split"]: each for each in facts["splits"]}
+        figures = {split["split"]: split for split in facts["splits"]}
         for split, count in (("validation", 14), ("test", 17)):
             rows = read_jsonl(made.root / f"data/generated/{artifact}/{split}.jsonl")
-            asked = read_jsonl(made.root / f"data/processed/{split}.jsonl")
-            assert [row["reference"] for row in rows] == [row["messages"][-1]["content"] for row in asked]
-            assert len(rows) == said_of[split]["rows"] == count
+            examples = read_jsonl(made.root / f"data/processed/{split}.jsonl")
+            assert [row["reference"] for row in rows] == [row["messages"][-1]["content"] for row in examples]
+            assert len(rows) == figures[split]["rows"] == count
             for row in rows:
                 assert list(row) == [
                     *("prompt", "reference", "completion", "finish_reason"),
@@ -78,16 +83,16 @@ def test_every_row_has_its_answer_and_its_likelihood(made: Checkout):
                 assert 1 <= row["tokens"] <= 12
                 assert (row["kl"] is None) == (artifact != "Q4_K_M")
             tokens = sum(row["reference_tokens"] for row in rows)
-            assert said_of[split]["perplexity"] == pytest.approx(math.exp(sum(row["nll"] for row in rows) / tokens))
-            assert said_of[split]["stop_rate"] == pytest.approx(
+            assert figures[split]["perplexity"] == pytest.approx(math.exp(sum(row["nll"] for row in rows) / tokens))
+            assert figures[split]["stop_rate"] == pytest.approx(
                 sum(row["finish_reason"] == "stop" for row in rows) / count, abs=1e-4
             )
             if artifact == "Q4_K_M":
                 mean = sum(row["kl"] * row["reference_tokens"] for row in rows) / tokens
-                assert said_of[split]["kl"] == pytest.approx(mean, rel=1e-5)
+                assert figures[split]["kl"] == pytest.approx(mean, rel=1e-5)
                 assert 0 < mean < 1
             else:
-                assert said_of[split]["kl"] is None
+                assert figures[split]["kl"] is None
         assert facts["file"][0]["bytes"] > 1000
 
 
@@ -133,22 +138,22 @@ def test_killed_and_started_again_it_goes_on_from_the_rows_already_done(made: Ch
     while True:
         running = subprocess.Popen(command, cwd=made.root, env=made.environment, stderr=subprocess.PIPE, text=True)
         while running.poll() is None:
-            count = sum(len(read_lines(journal)) for journal in journals.iterdir())
+            count = sum(len(read_lines(journal)) for journal in journals.glob("*.jsonl"))
             if kills < 2 and count >= lines + 12:
                 running.send_signal(signal.SIGKILL)
                 kills, lines = kills + 1, count
             time.sleep(0.002)
         assert running.stderr
-        said = running.stderr.read()
+        log = running.stderr.read()
         if running.returncode == 0:
             break
-        assert running.returncode == -signal.SIGKILL, said
+        assert running.returncode == -signal.SIGKILL, log
         assert not (made.root / "data/generated" / artifact).exists()
-        [journal] = journals.iterdir()
+        [journal] = journals.glob("*.jsonl")
         with journal.open("ab") as file:
             file.write(b'["test/answers",3,{"te')  # as a kill in the midst of a write leaves it
     assert kills == 2
-    assert f"going on behind {lines} finished steps" in said or f"going on behind {lines + 1} finished steps" in said
+    assert any(f"resuming an interrupted run: {n} steps are finished" in log for n in (lines, lines + 1)), log
     assert outputs(made, artifact) == expected
     assert list(journals.iterdir()) == []
 
@@ -161,33 +166,34 @@ def read_lines(file) -> list[bytes]:
 
 
 def test_a_journal_is_used_for_the_same_files_parameters_and_code_alone(tmp_path, monkeypatch):
+    held_out_code = held_out.list_code()
     (tmp_path / "one").write_text("1")
     (tmp_path / "also one").write_text("1")
     (tmp_path / "two").write_text("2")
     names = [
-        answers.fingerprint({"gguf": tmp_path / file}, decides)
-        for file, decides in (("one", {"n_ctx": 1}), ("also one", {"n_ctx": 1}), ("two", {"n_ctx": 1}), ("one", {}))
+        held_out.compute_fingerprint({"gguf": tmp_path / file}, determines)
+        for file, determines in (("one", {"n_ctx": 1}), ("also one", {"n_ctx": 1}), ("two", {"n_ctx": 1}), ("one", {}))
     ]
     assert names[0] == names[1]
     assert len(set(names)) == 3
-    monkeypatch.setattr(answers, "CODE", answers.CODE[1:])
-    assert answers.fingerprint({"gguf": tmp_path / "one"}, {"n_ctx": 1}) not in names
+    monkeypatch.setattr(held_out, "list_code", lambda: held_out_code[1:])
+    assert held_out.compute_fingerprint({"gguf": tmp_path / "one"}, {"n_ctx": 1}) not in names
 
 
 def test_the_code_that_names_a_journal_is_the_code_that_the_stage_depends_on():
     stages = yaml.safe_load((paths.ROOT / "dvc.yaml").read_text())["stages"]
     deps = {dep for dep in stages["generate_few_shot"]["deps"] if dep.startswith("src/")}
-    assert deps == {f"src/lathe/{name}.py" for name in answers.CODE}
+    assert deps == {file.relative_to(paths.ROOT).as_posix() for file in held_out.list_code()}
 
 
 @pytest.mark.parametrize(("count", "chosen"), [(2, 2), (40, 40), (50, 40)])
 def test_examples_are_drawn_by_the_seed_and_fewer_are_the_first_of_more(count, chosen):
     rows = [[{"role": "user", "content": str(n)}, {"role": "assistant", "content": "yes"}] for n in range(40)]
-    drawn = few_shot.choose(rows, count, seed=1)
+    drawn = few_shot.draw_examples(rows, count, seed=1)
     assert len(drawn) == chosen
-    assert few_shot.choose(iter(rows), 50, seed=1)[:count] == drawn
-    assert few_shot.choose(rows, count, seed=2) != drawn
-    assert sorted(few_shot.choose(rows, 50, seed=3), key=lambda row: int(row[0]["content"])) == rows
+    assert few_shot.draw_examples(iter(rows), 50, seed=1)[:count] == drawn
+    assert few_shot.draw_examples(rows, count, seed=2) != drawn
+    assert sorted(few_shot.draw_examples(rows, 50, seed=3), key=lambda row: int(row[0]["content"])) == rows
 
 
 def test_a_systems_message_stays_in_front_and_those_of_examples_are_left_out():
@@ -198,21 +204,26 @@ def test_a_systems_message_stays_in_front_and_those_of_examples_are_left_out():
             {"role": "assistant", "content": f"{name}!"},
         ]
 
-    [example] = few_shot.choose([row("brief")], 1, seed=1)
-    whole = few_shot.with_examples([example], row("kind"))
+    [example] = few_shot.draw_examples([row("brief")], 1, seed=1)
+    whole = few_shot.insert_examples([example], row("kind"))
     assert [message["content"] for message in whole] == ["be kind", "brief", "brief!", "kind", "kind!"]
 
 
-def test_as_many_examples_are_shown_as_leave_the_longest_request_its_room(learnt: Made, caplog):
-    rows = [row["messages"] for row in commands.rows(1)["train"][:30]]
-    examples = few_shot.choose(rows[10:], 8, seed=1)
+def test_as_many_examples_are_shown_as_leave_the_longest_request_its_room(learnt: Made, tmp_path, caplog):
+    rows = [row["messages"] for row in household_commands.rows(1)["train"][:30]]
+    examples = few_shot.draw_examples(rows[10:], 8, seed=1)
     counts = {}
     for n_ctx in (60, 130, 200, 330, 1000):
         with Generator(learnt.gguf, n_parallel=8, n_ctx=n_ctx, threads=1) as generator:
             caplog.clear()
-            fitting = few_shot.that_fit(generator, examples, lambda: rows[:10], max_new_tokens=20)
-            assert fitting == examples[: len(fitting)]
-            counts[n_ctx] = len(fitting)
+            with open_journal(tmp_path, str(n_ctx)) as journal:
+                count, prompts = few_shot.store_prompts(
+                    HeldOutRun(generator, journal), examples, {"test": lambda: rows[:10]}, max_new_tokens=20
+                )
+                stored = [prompt for prompt, *_ in prompts["test"]]
+            fitting = examples[:count]
+            assert stored == shown(generator, fitting, rows[:10])
+            counts[n_ctx] = count
             assert bool(caplog.messages) == (len(fitting) < 8)
             longest = max(len(generator.tokenize(prompt)) for prompt in shown(generator, fitting, rows[:10]))
             assert longest + 20 <= n_ctx or not fitting
@@ -228,10 +239,56 @@ def test_as_many_examples_are_shown_as_leave_the_longest_request_its_room(learnt
 
 
 def shown(generator, examples, rows):
-    from lathe.template import prompt_and_answer
+    template = generator.chat_template
+    return [template.split_answer(few_shot.insert_examples(examples, row)).prompt for row in rows]
 
-    tokens = {"bos_token": generator.bos_token, "eos_token": generator.eos_token}
-    return [prompt_and_answer(generator.template, few_shot.with_examples(examples, row), **tokens)[0] for row in rows]
+
+@pytest.fixture
+def renderings(monkeypatch) -> Counter[str]:
+    """How often each request was rendered as a prompt, and how often with its answer, by the last message."""
+    counts: Counter[str] = Counter()
+    render = ChatTemplate.render
+
+    def count_rendering(self, messages, **options):
+        counts[messages[-1]["content"]] += 1
+        return render(self, messages, **options)
+
+    monkeypatch.setattr(ChatTemplate, "render", count_rendering)
+    return counts
+
+
+def conversation(number: int):
+    return [{"role": "user", "content": f"lamp {number}"}, {"role": "assistant", "content": f"answer {number}"}]
+
+
+ONCE = {text: 1 for n in range(12) for text in (f"lamp {n}", f"answer {n}")}
+
+
+def test_a_row_is_rendered_once_as_a_prompt_and_once_with_its_answer(learnt: Made, tmp_path, renderings):
+    def measure():
+        with open_journal(tmp_path, "work") as journal, Generator(learnt.gguf, n_parallel=4, n_ctx=256, threads=1) as g:
+            run = HeldOutRun(g, journal, against=g)
+            prompts = run.store_prompts("test", map(conversation, range(12)))
+            run.measure_split("test", prompts, tmp_path / "out", max_new_tokens=4)
+
+    measure()
+    assert {text: count for text, count in renderings.items() if text in ONCE} == ONCE
+    written = (tmp_path / "out").read_bytes()
+    renderings.clear()
+    measure()  # from the journal, which was not removed
+    assert not renderings.keys() & ONCE.keys()
+    assert (tmp_path / "out").read_bytes() == written
+
+
+def test_behind_examples_that_fit_a_row_is_rendered_once_too(learnt: Made, tmp_path, renderings):
+    examples = [conversation(number) for number in range(100, 103)]
+    with open_journal(tmp_path, "work") as journal, Generator(learnt.gguf, n_parallel=4, n_ctx=512, threads=1) as g:
+        run = HeldOutRun(g, journal)
+        splits = {"test": lambda: map(conversation, range(12))}
+        count, prompts = few_shot.store_prompts(run, examples, splits, max_new_tokens=4)
+        run.measure_split("test", prompts["test"], tmp_path / "out", max_new_tokens=4)
+    assert count == 3
+    assert {text: count for text, count in renderings.items() if text in ONCE} == ONCE
 
 
 def short(number: int) -> dict[str, Any]:
@@ -240,17 +297,16 @@ def short(number: int) -> dict[str, Any]:
 
 MEASURE = r"""
 import json, re, sys
-from functools import partial
 from pathlib import Path
-from lathe import journal
-from lathe.answers import Asking, conversations_in
-from lathe.generate import Generator
+from lathe.inference.held_out import HeldOutRun, iterate_conversations
+from lathe.inference.generate import Generator
+from lathe.inference.journal import open_journal
 
 model, file, folder = map(Path, sys.argv[1:])
-with journal.opened(folder, "work") as kept, Generator(model, n_parallel=32, n_ctx=512, threads=1) as generator:
-    asking = Asking(generator, kept)
-    rows = partial(conversations_in, file, max_rows=None)
-    facts = asking.split(rows, folder / "out.jsonl", name="test", max_new_tokens=2)
+with open_journal(folder, "work") as journal, Generator(model, n_parallel=32, n_ctx=512, threads=1) as generator:
+    run = HeldOutRun(generator, journal)
+    prompts = run.store_prompts("test", iterate_conversations(file, max_rows=None))
+    facts = run.measure_split("test", prompts, folder / "out.jsonl", max_new_tokens=2)
 # Not getrusage: its peak begins with that of the process that forked this one.
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 print(json.dumps({"rows": facts["rows"], "peak": peak << 10}))
@@ -265,9 +321,9 @@ def test_memory_does_not_grow_with_the_number_of_rows(learnt: Made, tmp_path):
         write_jsonl(map(short, range(count)), folder / "rows.jsonl")
         command = [sys.executable, "-c", MEASURE, str(learnt.gguf), str(folder / "rows.jsonl"), str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
-        said = json.loads(done.stdout)
-        assert said["rows"] == count
-        peaks[count] = said["peak"]
+        measured = json.loads(done.stdout)
+        assert measured["rows"] == count
+        peaks[count] = measured["peak"]
     print({count: f"{peak / 2**20:.1f} MiB" for count, peak in peaks.items()})
     # 9,000 rows of prompts, references, token ids and answers would be some 20 MB; the places of 18,000 lines are 2.
     assert peaks[10_000] - peaks[1_000] < 6 << 20

@@ -1,11 +1,13 @@
 # ruff: noqa: F811 - fixtures are imported, then named as arguments
+import re
+
 import pytest
 from gguf_models import Made, countdown, tiny  # noqa: F401 - fixtures
+from refusals import refused
 
-from lathe import generate
-from lathe.errors import InputError
-from lathe.generate import Generator
-from lathe.quantize import quantize
+from lathe.gguf.quantize import quantize
+from lathe.inference import generate
+from lathe.inference.generate import Generator
 
 END = 4  # `<|im_end|>`
 
@@ -16,18 +18,18 @@ PROMPTS = [
 ]
 
 
-def opened(path, n_parallel=8, n_ctx=512, threads=1):
+def open_generator(path, n_parallel=8, n_ctx=512, threads=1):
     return Generator(path, n_parallel=n_parallel, n_ctx=n_ctx, threads=threads)
 
 
 def test_every_answer_is_the_known_one_and_stays_with_its_prompt(countdown: Made):
-    with opened(countdown.gguf) as generator:
+    with open_generator(countdown.gguf) as generator:
         # Last tokens from all over the vocabulary: answers of many lengths, so that slots are refilled often.
         prompts = ["<s>please switch on" + letter for letter in "lampatticswitchoff :30zäx7!Q"] * 3
         answers = generator.complete(prompts, max_new_tokens=300)
         for prompt, answer in zip(prompts, answers, strict=True):
             last = generator.tokenize(prompt)[-1]
-            counted = b"".join(generator.model.piece(token) for token in range(last - 1, END, -1))
+            counted = b"".join(generator.model.get_token_bytes(token) for token in range(last - 1, END, -1))
             expected = (last - END, "stop") if last - END <= 300 else (300, "length")
             assert (answer.tokens, answer.finish_reason) == expected
             if answer.finish_reason == "stop":
@@ -36,15 +38,15 @@ def test_every_answer_is_the_known_one_and_stays_with_its_prompt(countdown: Made
 
 
 # In exact arithmetic a row's logits do not depend on its neighbours. In floats they would, because llama.cpp takes
-# other kernels for one row, for a few and for many; `Cache` keeps to one of them: equal needs no tolerance here.
+# other kernels for one row, for a few and for many; `KVCache` keeps to one of them: equal needs no tolerance here.
 @pytest.mark.parametrize("quant", ["F16", "Q8_0", "Q4_K_M", "Q4_1"])
 def test_answers_do_not_depend_on_how_many_rows_are_decoded_together(tiny: Made, tmp_path, quant):
     path = tmp_path / "model.gguf"
     quantize(tiny.gguf, path, type=quant, threads=2)
-    with opened(path) as generator:
+    with open_generator(path) as generator:
         one_by_one = [generator.complete([prompt], max_new_tokens=8)[0] for prompt in PROMPTS]
         assert generator.complete(PROMPTS, max_new_tokens=8) == one_by_one
-    with opened(path, n_parallel=15, threads=2) as generator:
+    with open_generator(path, n_parallel=15, threads=2) as generator:
         assert generator.complete(PROMPTS, max_new_tokens=8) == one_by_one
     assert len({answer.text for answer in one_by_one}) > 10
 
@@ -54,7 +56,7 @@ def test_each_token_is_the_one_transformers_ranks_first(tiny: Made):
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32)
-    with opened(tiny.gguf) as generator:
+    with open_generator(tiny.gguf) as generator:
         for prompt in PROMPTS[:3]:
             tokens = generator.tokenize(prompt)
             assert generator.complete([prompt], max_new_tokens=10)[0].tokens == 10
@@ -64,7 +66,7 @@ def test_each_token_is_the_one_transformers_ranks_first(tiny: Made):
                     logits = model(torch.tensor([tokens])).logits[0, -1]
                 # Rounding to f16 may swap two tokens that are as good as equal.
                 likely = torch.nonzero(logits > logits.max() - 0.05).flatten().tolist()
-                pieces = {generator.model.piece(token).decode("utf-8", "replace"): token for token in likely}
+                pieces = {generator.model.get_token_bytes(token).decode("utf-8", "replace"): token for token in likely}
                 assert answer.text in pieces
                 tokens.append(pieces[answer.text])
                 prompt += answer.text
@@ -74,7 +76,7 @@ def test_each_token_is_the_one_transformers_ranks_first(tiny: Made):
 
 def test_what_all_prompts_begin_with_is_decoded_once(tiny: Made, monkeypatch):
     fed = []
-    feed = generate.Cache.feed
+    feed = generate.KVCache.feed
 
     def counting_feed(self, slot, tokens, *, first_output):
         before = self.length(slot)
@@ -82,9 +84,9 @@ def test_what_all_prompts_begin_with_is_decoded_once(tiny: Made, monkeypatch):
         fed.append(self.length(slot) - before)
         return logits
 
-    monkeypatch.setattr(generate.Cache, "feed", counting_feed)
+    monkeypatch.setattr(generate.KVCache, "feed", counting_feed)
     system = "<s><|im_start|>system\n" + "you look after the lamps of the house; " * 5 + "<|im_end|>\n"
-    with opened(tiny.gguf) as generator:
+    with open_generator(tiny.gguf) as generator:
         prompts = [system + prompt.removeprefix("<s>") for prompt in PROMPTS]
         generator.complete(prompts, max_new_tokens=2)
         prefix, total = len(generator.tokenize(system)), sum(len(generator.tokenize(prompt)) for prompt in prompts)
@@ -93,37 +95,38 @@ def test_what_all_prompts_begin_with_is_decoded_once(tiny: Made, monkeypatch):
 
 
 def test_a_prompt_has_exactly_one_bos(tiny: Made):
-    with opened(tiny.gguf) as generator:
+    with open_generator(tiny.gguf) as generator:
         assert generator.tokenize("<s>lamp") == generator.tokenize("lamp")
         assert generator.tokenize("lamp")[0] == generator.model.bos
         assert generator.tokenize("lamp").count(generator.model.bos) == 1
-        assert (generator.bos_token, generator.eos_token) == ("<s>", "<|im_end|>")
+        assert (generator.chat_template.bos_token, generator.chat_template.eos_token) == ("<s>", "<|im_end|>")
 
 
 def test_a_prompt_that_fills_the_context_is_refused_by_its_row(tiny: Made):
-    with opened(tiny.gguf, n_ctx=32) as generator:
-        with pytest.raises(InputError, match=r"row 1: \d+ tokens leave no room for an answer in a context of 32"):
+    with open_generator(tiny.gguf, n_ctx=32) as generator:
+        with refused("prompt-too-long", "row 1: ", "context of 32") as caught:
             generator.complete(["lamp", "please switch on the lamp " * 20], max_new_tokens=4)
+        assert re.match(r"row 1: \d+ tokens leave no room for an answer", str(caught.value))
         assert [answer.finish_reason for answer in generator.complete(["lamp"], max_new_tokens=100)] == ["length"]
 
 
 def test_no_rows_give_no_answers(tiny: Made):
-    with opened(tiny.gguf) as generator:
+    with open_generator(tiny.gguf) as generator:
         assert generator.complete([], max_new_tokens=4) == []
 
 
 def test_a_streamed_answer_is_the_answer_and_a_longer_conversation_goes_on_from_it(tiny: Made, monkeypatch):
     fed = []
-    with opened(tiny.gguf) as generator:
+    with open_generator(tiny.gguf) as generator:
         [answer] = generator.complete(PROMPTS[:1], max_new_tokens=20)
         assert "".join(generator.stream(PROMPTS[0], max_new_tokens=20)) == answer.text
-        feed = generate.Cache.feed
+        feed = generate.KVCache.feed
 
         def noting_feed(self, slot, tokens, **options):
             fed.append(len(tokens) - self.length(slot))
             return feed(self, slot, tokens, **options)
 
-        monkeypatch.setattr(generate.Cache, "feed", noting_feed)
+        monkeypatch.setattr(generate.KVCache, "feed", noting_feed)
         longer = PROMPTS[0] + "lamp<|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n"
         [expected] = generator.complete([longer], max_new_tokens=20)
         fed.clear()
@@ -132,7 +135,7 @@ def test_a_streamed_answer_is_the_answer_and_a_longer_conversation_goes_on_from_
 
 
 def test_an_abandoned_stream_leaves_a_usable_cache(tiny: Made):
-    with opened(tiny.gguf) as generator:
+    with open_generator(tiny.gguf) as generator:
         stream = generator.stream(PROMPTS[0], max_new_tokens=20)
         next(stream)
         stream.close()
@@ -149,17 +152,17 @@ def test_rows_are_read_as_slots_become_free_and_answers_given_as_they_are_finish
             read.append(number)
             yield prompt
 
-    with opened(tiny.gguf) as generator:
-        completions = generator.completions(prompts, max_new_tokens=4)
+    with open_generator(tiny.gguf) as generator:
+        completions = generator.iterate_completions(prompts, max_new_tokens=4)
         first, _ = next(completions)
         assert len(read) <= 8 + 1
         assert sorted([first, *(number for number, _ in completions)]) == list(range(4 * len(PROMPTS)))
 
 
 def test_rows_that_are_done_are_not_answered_again_and_the_others_get_the_same_answers(tiny: Made):
-    with opened(tiny.gguf) as generator:
-        whole = dict(generator.completions(lambda: PROMPTS, max_new_tokens=8))
+    with open_generator(tiny.gguf) as generator:
+        whole = dict(generator.iterate_completions(lambda: PROMPTS, max_new_tokens=8))
         done = set(range(0, len(PROMPTS), 3))
-        rest = dict(generator.completions(lambda: PROMPTS, max_new_tokens=8, done=done))
+        rest = dict(generator.iterate_completions(lambda: PROMPTS, max_new_tokens=8, finished=done))
         assert rest == {number: answer for number, answer in whole.items() if number not in done}
-        assert dict(generator.completions(lambda: PROMPTS, max_new_tokens=8, done=set(whole))) == {}
+        assert dict(generator.iterate_completions(lambda: PROMPTS, max_new_tokens=8, finished=set(whole))) == {}

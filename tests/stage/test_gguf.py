@@ -1,14 +1,17 @@
 # ruff: noqa: F811 - fixtures are imported, then named as arguments
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from gguf_models import METADATA, Made, convert, qwen, tiny  # noqa: F401 - fixtures
+from refusals import refused
 
-from lathe import converter_run, gguf, paths
-from lathe.errors import InputError
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.gguf import header, run_converter, tokenizer_parity
 
 
 def edit_json(path: Path, **changes: object) -> None:
@@ -27,10 +30,10 @@ def test_the_bytes_depend_neither_on_the_place_nor_on_the_hour(tiny: Made, tmp_p
 
 def test_metadata_is_added_and_replaces_what_the_converter_wrote(tiny: Made, tmp_path):
     named = convert(tiny.folder, tmp_path / "named.gguf", metadata={"lathe.x": "ü 1", "general.name": "Household"})
-    metadata = gguf.describe(named)["metadata"]
+    metadata = header.describe(named)["metadata"]
     assert metadata["lathe.x"] == "ü 1"
     assert metadata["general.name"] == "Household"
-    assert gguf.describe(tiny.gguf)["metadata"].items() >= METADATA.items()
+    assert header.describe(tiny.gguf)["metadata"].items() >= METADATA.items()
 
 
 def test_the_description_counts_parameters_as_the_model_does(tiny: Made):
@@ -42,7 +45,7 @@ def test_the_description_counts_parameters_as_the_model_does(tiny: Made):
             if "norm" not in name:
                 rows, columns = weights.get_slice(name).get_shape()
                 count += rows * columns
-    described = gguf.describe(tiny.gguf)
+    described = header.describe(tiny.gguf)
     assert described["parameters"] == count
     assert described["bytes"] == tiny.gguf.stat().st_size
     assert described["tensor_types"] == {"F16": 16, "F32": 5}
@@ -51,31 +54,32 @@ def test_the_description_counts_parameters_as_the_model_does(tiny: Made):
 
 
 def test_token_ids_agree_with_a_sentencepiece_vocabulary(tiny: Made):
-    assert gguf.check_tokens(tiny.folder, tiny.gguf, list(gguf.SAMPLE_TEXTS)) > 1000
+    assert tokenizer_parity.check_tokens(tiny.folder, tiny.gguf, list(tokenizer_parity.SAMPLE_TEXTS)) > 1000
 
 
 def test_token_ids_agree_with_the_real_qwen_vocabulary(qwen: Made):
-    assert gguf.check_tokens(qwen.folder, qwen.gguf, list(gguf.SAMPLE_TEXTS)) > 500
+    assert tokenizer_parity.check_tokens(qwen.folder, qwen.gguf, list(tokenizer_parity.SAMPLE_TEXTS)) > 500
 
 
 def test_a_gguf_of_another_tokenizer_is_refused_with_the_text_and_both_id_lists(tiny: Made, qwen: Made):
-    with pytest.raises(InputError, match=r"the token ids of 'lamp' differ: transformers \[\d.*\], llama.cpp \[\d.*\]"):
-        gguf.check_tokens(tiny.folder, qwen.gguf, ["lamp"])
+    with refused("token-ids-differ", f"{qwen.gguf}: the token ids of 'lamp' differ: ") as caught:
+        tokenizer_parity.check_tokens(tiny.folder, qwen.gguf, ["lamp"])
+    assert re.search(r"transformers \[\d.*\], llama.cpp \[\d.*\]", str(caught.value))
 
 
 def test_an_end_token_that_would_not_stop_llama_cpp_is_refused(tiny: Made, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "m")
     edit_json(tmp_path / "m/tokenizer_config.json", eos_token="<pad>")
-    with pytest.raises(InputError, match="'<pad>', the tokenizer's eos_token, does not end a generation"):
-        gguf.check_tokens(tmp_path / "m", tiny.gguf, ["lamp"])
+    with refused("end-token-does-not-stop", f"{tiny.gguf}: '<pad>'"):
+        tokenizer_parity.check_tokens(tmp_path / "m", tiny.gguf, ["lamp"])
 
 
 def test_another_chat_template_is_refused(tiny: Made, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "m")
     with (tmp_path / "m/chat_template.jinja").open("a") as template:
         template.write(" ")
-    with pytest.raises(InputError, match="its chat template is not the one in"):
-        gguf.check_tokens(tmp_path / "m", tiny.gguf, ["lamp"])
+    with refused("other-chat-template", str(tiny.gguf), str(tmp_path / "m")):
+        tokenizer_parity.check_tokens(tmp_path / "m", tiny.gguf, ["lamp"])
 
 
 def test_a_template_that_forgets_the_bos_the_vocabulary_adds_is_refused(tiny: Made, tmp_path):
@@ -83,8 +87,9 @@ def test_a_template_that_forgets_the_bos_the_vocabulary_adds_is_refused(tiny: Ma
     template = tmp_path / "m/chat_template.jinja"
     template.write_text(template.read_text().removeprefix("{{ bos_token }}"))
     made = convert(tmp_path / "m", tmp_path / "m.gguf")
-    with pytest.raises(InputError, match=r"transformers \[3, .*llama.cpp \[1, 3, "):
-        gguf.check_tokens(tmp_path / "m", made, ["lamp"])
+    with refused("token-ids-differ", str(made)) as caught:
+        tokenizer_parity.check_tokens(tmp_path / "m", made, ["lamp"])
+    assert re.search(r"transformers \[3, .*llama.cpp \[1, 3, ", str(caught.value))
 
 
 def test_what_the_converter_refuses_is_refused_in_one_line(tiny: Made, tmp_path):
@@ -115,7 +120,7 @@ def test_code_that_comes_with_a_model_is_not_run_even_where_the_converter_would_
     edit_json(tmp_path / "m/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", AutoTokenizer.from_pretrained)  # put back afterwards
-    converter_run._refuse_remote_code()
+    run_converter._refuse_remote_code()
     AutoTokenizer.from_pretrained(tmp_path / "m", trust_remote_code=True)  # as conversion/deepseek.py does
     assert not (tmp_path / "ran").exists()
 
@@ -138,18 +143,19 @@ def test_a_wrong_argument_is_refused_before_anything_starts(tmp_path, change, me
 def test_a_file_that_is_no_gguf_or_was_cut_is_refused(tiny: Made, tmp_path):
     (tmp_path / "text").write_text("not a model at all")
     with pytest.raises(InputError, match="not a GGUF file"):
-        gguf.describe(tmp_path / "text")
+        header.describe(tmp_path / "text")
     (tmp_path / "cut").write_bytes(tiny.gguf.read_bytes()[:500])
     with pytest.raises(InputError, match="header is damaged"):
-        gguf.describe(tmp_path / "cut")
-    with pytest.raises(InputError, match=r"llama.cpp cannot load it \(.+\)"):
-        gguf.check_tokens(tiny.folder, tmp_path / "cut", ["lamp"])
+        header.describe(tmp_path / "cut")
+    with refused("unreadable-gguf", str(tmp_path / "cut"), kept=False) as caught:
+        tokenizer_parity.check_tokens(tiny.folder, tmp_path / "cut", ["lamp"])
+    assert re.search(r"llama.cpp cannot load it \(.+\)", str(caught.value))
 
 
 def test_importing_the_module_loads_neither_torch_nor_llama_cpp():
     import subprocess
 
     heavy = "{'torch', 'transformers', 'llama_cpp', 'gguf'}"
-    code = f"import lathe.gguf, lathe.quantize, sys; sys.exit(bool({heavy} & set(sys.modules)))"
+    code = f"import lathe.gguf.convert, lathe.gguf.quantize, sys; sys.exit(bool({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(paths.ROOT / "src")})
     assert done.returncode == 0

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Checkout, changed
+from conftest import Checkout, changed, write_splits
 from safetensors.torch import load_file
 
-from lathe import params
-from lathe.builtin import commands
-from lathe.errors import InputError
-from lathe.model import load_tokenizer
-from lathe.params import Reward
-from lathe.template import render_for
+from lathe.common.errors import InputError
+from lathe.config.load import load
+from lathe.config.training_params import Reward
+from lathe.models.chat_template import ChatTemplate
+from lathe.models.tokenizer import load_tokenizer
+from lathe.sources.builtin import household_commands
 from lathe.training.grpo import _questions, weighed
-from lathe.training.run import Trained, train
+from lathe.training.train import Trained, train
 
-CONFIG = params.load().params
-SPLITS = {"train": commands.rows(1)["train"][:12], "validation": commands.rows(1)["validation"][:6]}
+CONFIG = load().params
+SPLITS = {"train": household_commands.rows(1)["train"][:12], "validation": household_commands.rows(1)["validation"][:6]}
 SHORT = Reward(name="length", weight=1.0, max_characters=8)
 SETTING = {
     "method": "grpo",
@@ -48,7 +48,8 @@ class Run:
         self.out = out
         (out / "adapter").mkdir(parents=True)
         chosen = changed(CONFIG, {**SETTING, **changes})
-        self.trained: Trained = train(base, SPLITS, out / "adapter", out / "metrics", params=chosen, **options)
+        files = write_splits(out.with_name(f"{out.name} data"), SPLITS)
+        self.trained: Trained = train(base, files, out / "adapter", out / "metrics", params=chosen, **options)
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         lines = (self.out / f"metrics/plots/metrics/{name}.tsv").read_text().splitlines()[1:]
@@ -149,7 +150,7 @@ def test_prompts_are_those_of_inference(small_model):
     talk = [*SPLITS["train"][0]["messages"], *SPLITS["train"][1]["messages"]]
     rows = [*SPLITS["train"], {"messages": system + talk}]
     for question, row in zip(_questions(tokenizer, rows), rows, strict=True):
-        prompt = render_for(tokenizer, row["messages"][:-1], add_generation_prompt=True)
+        prompt = ChatTemplate.of_tokenizer(tokenizer).render(row["messages"][:-1], add_generation_prompt=True)
         assert question.prompt_ids == tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert question.reference == row["messages"][-1]["content"]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from gguf_models import Made, convert, make_qwen3_moe, tiny  # noqa: F401 - fixtures
 
-from lathe import calibrate, gguf, imatrix
-from lathe.errors import InputError
-from lathe.imatrix import Importance
+from lathe.common.errors import InputError
+from lathe.gguf import collect_imatrix, header, imatrix_file
+from lathe.gguf.imatrix_file import Importance
 
 ROWS = [[1, *range(10 + n, 300, 7)] for n in range(3)] + [[1, 5, 9, 200, 33]]
 
@@ -18,7 +18,7 @@ ROWS = [[1, *range(10 + n, 300, 7)] for n in range(3)] + [[1, 5, 9, 200, 33]]
 @pytest.fixture
 def exact(monkeypatch):
     """Calibration in fp32, as llama.cpp computes, on whatever device."""
-    monkeypatch.setattr(calibrate, "resolve_precision", lambda _: "fp32")
+    monkeypatch.setattr(collect_imatrix, "resolve_precision", lambda _: "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def mixture(tmp_path_factory) -> Made:
 
 
 def test_the_matrix_is_the_one_that_llama_cpp_collects_itself(tiny: Made, exact):
-    ours, theirs = calibrate.collect(tiny.folder, tiny.gguf, ROWS), llama_imatrix.collect(tiny.gguf, ROWS)
+    ours, theirs = collect_imatrix.collect(tiny.folder, tiny.gguf, ROWS), llama_imatrix.collect(tiny.gguf, ROWS)
     assert set(ours) == set(theirs)
     assert len(ours) == 14
     for name in ours:
@@ -38,7 +38,10 @@ def test_the_matrix_is_the_one_that_llama_cpp_collects_itself(tiny: Made, exact)
 
 
 def test_each_expert_of_a_mixture_has_an_importance_of_its_own(mixture: Made, exact, caplog):
-    ours, theirs = calibrate.collect(mixture.folder, mixture.gguf, ROWS), llama_imatrix.collect(mixture.gguf, ROWS)
+    ours, theirs = (
+        collect_imatrix.collect(mixture.folder, mixture.gguf, ROWS),
+        llama_imatrix.collect(mixture.gguf, ROWS),
+    )
     assert set(ours) == set(theirs)
     assert not caplog.records
     tokens = sum(map(len, ROWS))
@@ -54,9 +57,9 @@ def test_each_expert_of_a_mixture_has_an_importance_of_its_own(mixture: Made, ex
 
 
 def test_rows_of_any_lengths_and_batches_give_the_same_sums(tiny: Made, exact, monkeypatch):
-    together = calibrate.collect(tiny.folder, tiny.gguf, ROWS)
-    monkeypatch.setattr(calibrate, "TOKENS_PER_BATCH", 1)
-    one_by_one = calibrate.collect(tiny.folder, tiny.gguf, list(reversed(ROWS)))
+    together = collect_imatrix.collect(tiny.folder, tiny.gguf, ROWS)
+    monkeypatch.setattr(collect_imatrix, "TOKENS_PER_BATCH", 1)
+    one_by_one = collect_imatrix.collect(tiny.folder, tiny.gguf, list(reversed(ROWS)))
     for name in together:
         np.testing.assert_allclose(together[name].sums, one_by_one[name].sums, rtol=1e-5)
 
@@ -64,11 +67,11 @@ def test_rows_of_any_lengths_and_batches_give_the_same_sums(tiny: Made, exact, m
 def test_a_tensor_whose_columns_were_reordered_gets_no_importance_and_is_named(tiny: Made, tmp_path, caplog):
     harmed = tmp_path / "harmed.gguf"
     shutil.copy(tiny.gguf, harmed)
-    [tensor] = [tensor for tensor in gguf.tensors(harmed) if tensor.name == "blk.1.attn_output.weight"]
+    [tensor] = [tensor for tensor in header.tensors(harmed) if tensor.name == "blk.1.attn_output.weight"]
     weight = np.memmap(harmed, "<f2", mode="r+", offset=tensor.offset, shape=tuple(reversed(tensor.extents)))
     weight[:] = weight[:, ::-1].copy()
     weight.flush()
-    importance = calibrate.collect(tiny.folder, harmed, ROWS[:1])
+    importance = collect_imatrix.collect(tiny.folder, harmed, ROWS[:1])
     assert "blk.1.attn_output.weight" not in importance
     assert "blk.0.attn_output.weight" in importance
     [record] = caplog.records
@@ -79,7 +82,7 @@ def test_a_tensor_whose_columns_were_reordered_gets_no_importance_and_is_named(t
 def test_a_file_of_another_architecture_than_gguf_py_knows_is_refused_in_one_line(tiny: Made, monkeypatch):
     monkeypatch.setattr("gguf.MODEL_ARCH_NAMES", {})
     with pytest.raises(InputError, match=r"no linear layer of it is found again in .*; set quantize.imatrix to false"):
-        calibrate.collect(tiny.folder, tiny.gguf, ROWS[:1])
+        collect_imatrix.collect(tiny.folder, tiny.gguf, ROWS[:1])
 
 
 def test_a_matrix_is_read_as_it_was_written_and_unused_experts_count_alike(tmp_path):
@@ -87,27 +90,27 @@ def test_a_matrix_is_read_as_it_was_written_and_unused_experts_count_alike(tmp_p
         "blk.0.a.weight": Importance(np.float32([[1, 2, 3]]), np.float32([2])),
         "blk.0.b_exps.weight": Importance(np.float32([[2, 4], [0, 0]]), np.float32([4, 0])),
     }
-    imatrix.write(written, tmp_path / "m.gguf", dataset="somewhere", rows=7)
-    read = imatrix.read(tmp_path / "m.gguf")
+    imatrix_file.write(written, tmp_path / "m.gguf", dataset="somewhere", rows=7)
+    read = imatrix_file.read(tmp_path / "m.gguf")
     assert read.keys() == written.keys()
     for name in read:
         np.testing.assert_array_equal(read[name].sums, written[name].sums)
         np.testing.assert_array_equal(read[name].counts, written[name].counts)
     assert read["blk.0.a.weight"].means().tolist() == [0.5, 1, 1.5]
     assert read["blk.0.b_exps.weight"].means().tolist() == [0.5, 1, 1, 1]
-    metadata = gguf.describe(tmp_path / "m.gguf")["metadata"]
+    metadata = header.describe(tmp_path / "m.gguf")["metadata"]
     assert metadata["general.type"] == "imatrix"
     assert metadata["imatrix.chunk_count"] == 7
 
 
 def test_a_file_that_holds_no_matrix_is_refused(tiny: Made, tmp_path):
     with pytest.raises(InputError, match="no such importance matrix; run the stage imatrix"):
-        imatrix.read(tmp_path / "none.gguf")
+        imatrix_file.read(tmp_path / "none.gguf")
     with pytest.raises(InputError, match="holds no sums with their counts"):
-        imatrix.read(tiny.gguf)
+        imatrix_file.read(tiny.gguf)
     (tmp_path / "text").write_text("no matrix at all, whatever its name")
     with pytest.raises(InputError, match="not an importance matrix"):
-        imatrix.read(tmp_path / "text")
+        imatrix_file.read(tmp_path / "text")
 
 
 def test_the_stage_takes_as_many_training_rows_as_asked_for_and_there_are(small_checkout):

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 from gguf_models import Made, learnt  # noqa: F401 - fixture
+from refusals import refused
 
-from lathe import paths
-from lathe.errors import InputError
-from lathe.generate import Generator
-from lathe.infer import infer
-from lathe.template import render
+from lathe.common import paths
+from lathe.inference.generate import Generator
+from lathe.inference.infer import infer
+from lathe.models.chat_template import ChatTemplate
 
 
 @pytest.fixture
@@ -27,13 +27,7 @@ def answered(generator, file):
 
 
 def expected(generator, messages):
-    prompt = render(
-        generator.template,
-        messages,
-        bos_token=generator.bos_token,
-        eos_token=generator.eos_token,
-        add_generation_prompt=True,
-    )
+    prompt = generator.chat_template.render(messages, add_generation_prompt=True)
     [completion] = generator.complete([prompt], max_new_tokens=12)
     return {"completion": completion.text, "finish_reason": completion.finish_reason}
 
@@ -62,9 +56,9 @@ def test_answers_are_written_while_later_lines_are_still_unread(generator, tmp_p
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"lamp {n}"}) + "\n" for n in range(60)))
     fed = []
-    feed = type(generator.cache(slots=1, length=8, fewest=1)).feed
+    feed = type(generator.make_cache(slots=1, length=8, min_rows=1)).feed
     monkeypatch.setattr(
-        "lathe.generate.Cache.feed",
+        "lathe.inference.generate.KVCache.feed",
         lambda self, slot, *args, **options: fed.append(slot) or feed(self, slot, *args, **options),
     )
 
@@ -80,45 +74,60 @@ def test_answers_are_written_while_later_lines_are_still_unread(generator, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "code", "parts"),
     [
-        ("not json", "not JSON in UTF-8; write one JSON object a line"),
-        (b"\xff", "not JSON in UTF-8"),
-        ("[1]", "is a list; write an object with prompt or messages"),
-        ("{}", "it has neither prompt nor messages; give one of them"),
-        ('{"prompt": "a", "messages": []}', "it has both prompt and messages; give one of them"),
-        ('{"prompt": 3}', "prompt is the number 3; expected text"),
-        ('{"prompt": " "}', "prompt is empty; expected text"),
-        ('{"prompt": "a", "completion": "b"}', "completion is where the answer goes; rename the key"),
-        ('{"messages": "a"}', "messages is the text 'a'; expected a list of {role, content} objects"),
-        ('{"messages": []}', "messages is empty; expected"),
-        ('{"messages": [{"role": "boss", "content": "a"}]}', "messages[0].role is the text 'boss'; expected one of"),
+        ("not json", "not-json", ()),
+        (b"\xff", "not-json", ()),
+        ("[1]", "not-an-object", ("a list",)),
+        ("{}", "not-a-request", ("neither prompt nor messages",)),
+        ('{"prompt": "a", "messages": []}', "not-a-request", ("both prompt and messages",)),
+        ('{"prompt": 3}', "not-a-request", ("prompt is the number 3",)),
+        ('{"prompt": " "}', "not-a-request", ("prompt is empty",)),
+        ('{"prompt": "a", "completion": "b"}', "not-a-request", ("completion is",)),
+        ('{"messages": "a"}', "not-a-request", ("messages is the text 'a'",)),
+        ('{"messages": []}', "not-a-request", ("messages is empty",)),
+        ('{"messages": [{"role": "boss", "content": "a"}]}', "not-a-request", ("messages[0].role is the text 'boss'",)),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
-            "messages ends with assistant; expected a user or tool message last",
+            "not-a-request",
+            ("messages ends with assistant", "user or tool"),
         ),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
-            "messages[1].role user follows user; expected assistant",
+            "not-a-request",
+            ("messages[1].role user follows user",),
         ),
-        (json.dumps({"prompt": "lamp " * 400}), "tokens leave no room for an answer in a context of 256; shorten"),
+        (json.dumps({"prompt": "lamp " * 400}), "prompt-too-long", ("context of 256",)),
     ],
 )
-def test_a_bad_line_is_refused_by_file_and_line_before_anything_is_written(generator, tmp_path, line, message):
+def test_a_bad_line_is_refused_by_file_and_line_before_anything_is_written(generator, tmp_path, line, code, parts):
     file, out = tmp_path / "prompts.jsonl", io.BytesIO()
     content = line if isinstance(line, bytes) else line.encode()
     file.write_bytes(b'{"prompt": "lamp on"}\n\n' + content + b'\n{"prompt": "lamp off"}\n')
-    with pytest.raises(InputError) as caught:
+    with refused(code, *parts) as caught:
         infer(generator, file, out, max_new_tokens=4)
     assert str(caught.value).startswith(f"{file}:3: ")
-    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert out.getvalue() == b""
 
 
+def test_each_line_is_rendered_once(generator, tmp_path, monkeypatch):
+    rendered = []
+    render = ChatTemplate.render
+    monkeypatch.setattr(
+        ChatTemplate,
+        "render",
+        lambda self, messages, **options: rendered.append(messages[-1]["content"]) or render(self, messages, **options),
+    )
+    requests = [f"lamp {n}" for n in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in requests))
+    assert len(answered(generator, tmp_path / "prompts.jsonl")) == 20
+    assert [text for text in rendered if text in requests] == requests
+
+
 def test_an_empty_file_is_refused(generator, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("\n")
-    with pytest.raises(InputError, match="holds no line; give a JSON object with prompt or messages a line"):
+    with refused("no-requests", f"{tmp_path}/prompts.jsonl: "):
         answered(generator, tmp_path / "prompts.jsonl")
 
 
@@ -137,9 +146,9 @@ def test_the_command_writes_a_whole_file_or_none(learnt: Made, tmp_path):
     printed = command("--file", file, "--gguf", learnt.gguf)
     assert (printed.returncode, printed.stdout) == (0, written)
     file.write_text('{"prompt": "lamp on"}\n{"promt": "radio off"}\n')
-    refused = command("--file", file, "--gguf", learnt.gguf, "--out", out)
-    assert refused.returncode == 2
-    assert refused.stderr == f"error: {file}:2: it has neither prompt nor messages; give one of them\n"
+    bad = command("--file", file, "--gguf", learnt.gguf, "--out", out)
+    assert bad.returncode == 2
+    assert bad.stderr == f"error: {file}:2: it has neither prompt nor messages; give one of them\n"
     assert out.read_text() == written
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "prompts.jsonl"]
     missing = command("--file", tmp_path / "none", "--gguf", learnt.gguf)

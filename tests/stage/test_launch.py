@@ -19,9 +19,10 @@ from in_processes import LAUNCHER, train_once
 from safetensors.torch import load_file
 from test_resume import LONGER, interrupted, kill_everything, newest_step
 
-from lathe import params, paths
+from lathe.common import paths
+from lathe.config.load import load
 
-CONFIG = params.load().params
+CONFIG = load().params
 PROGRAM = paths.ROOT / "tests/stage/in_processes.py"
 EXACT = {
     "seed": 1,

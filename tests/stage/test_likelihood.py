@@ -4,30 +4,28 @@ import math
 
 import pytest
 from gguf_models import Made, countdown, learnt, qwen, tiny  # noqa: F401 - fixtures
+from refusals import refused
 
-from lathe import generate, likelihood
-from lathe.builtin import commands
-from lathe.errors import InputError
-from lathe.generate import Generator
-from lathe.quantize import quantize
-from lathe.template import prompt_and_answer
+from lathe.gguf.quantize import quantize
+from lathe.inference import generate, likelihood
+from lathe.inference.generate import Generator
+from lathe.sources.builtin import household_commands
 
 END = 4  # `<|im_end|>`
 
 
-def opened(path, n_parallel=8, n_ctx=512, threads=1):
+def open_generator(path, n_parallel=8, n_ctx=512, threads=1):
     return Generator(path, n_parallel=n_parallel, n_ctx=n_ctx, threads=threads)
 
 
 def requests(generator, count):
     """What the household commands ask, and what is to be answered, as the model's template writes them."""
-    tokens = {"bos_token": generator.bos_token, "eos_token": generator.eos_token}
-    rows = commands.rows(1)["validation"][:count]
-    return [prompt_and_answer(generator.template, row["messages"], **tokens)[:2] for row in rows]
+    rows = household_commands.rows(1)["validation"][:count]
+    return [generator.chat_template.split_answer(row["messages"])[:2] for row in rows]
 
 
-def of_references(generator, asked, **options):
-    return [likely for _, likely in sorted(likelihood.of_references(generator, lambda: asked, **options))]
+def score_references(generator, pairs, **options):
+    return [likely for _, likely in sorted(likelihood.score_references(generator, lambda: pairs, **options))]
 
 
 def total(likelihoods):
@@ -42,34 +40,34 @@ def test_the_perplexity_of_the_f16_file_is_that_of_transformers(made, request):
     made = request.getfixturevalue(made)
     model = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32)
     expected, count = 0.0, 0
-    with opened(made.gguf) as generator:
-        asked = requests(generator, 12)
-        for prompt, reference in asked:
+    with open_generator(made.gguf) as generator:
+        pairs = requests(generator, 12)
+        for prompt, reference in pairs:
             begin = len(generator.tokenize(prompt))
             tokens = torch.tensor([[*generator.tokenize(prompt + reference), generator.model.eos]])
             with torch.no_grad():
                 logits = model(tokens).logits[0, begin - 1 : -1]
             expected += float(torch.nn.functional.cross_entropy(logits, tokens[0, begin:], reduction="sum"))
             count += tokens.shape[1] - begin
-        nll, scored = total(of_references(generator, asked))
+        nll, scored = total(score_references(generator, pairs))
     assert scored == count > 100
     assert math.exp(nll / scored) == pytest.approx(math.exp(expected / count), rel=5e-3)
 
 
 def test_a_file_does_not_diverge_from_itself_and_the_more_from_it_the_fewer_bits_are_left(learnt: Made, tmp_path):
     divergences = [0.0]
-    with opened(learnt.gguf) as original:
-        asked = requests(original, 12)
-        same = of_references(original, asked, against=original)
+    with open_generator(learnt.gguf) as original:
+        pairs = requests(original, 12)
+        same = score_references(original, pairs, against=original)
         assert {each.kl for each in same} == {0.0}
-        assert same == of_references(original, asked, against=original)
+        assert same == score_references(original, pairs, against=original)
         for quant in ("Q8_0", "Q4_K_M", "Q2_K"):
             path = tmp_path / f"{quant}.gguf"
             quantize(learnt.gguf, path, type=quant, threads=2)
-            with opened(path) as generator:
-                rows = of_references(generator, asked, against=original)
+            with open_generator(path) as generator:
+                rows = score_references(generator, pairs, against=original)
                 assert [(row.nll, row.tokens) for row in rows] == [
-                    (row.nll, row.tokens) for row in of_references(generator, asked)
+                    (row.nll, row.tokens) for row in score_references(generator, pairs)
                 ]
             divergences.append(sum(row.kl * row.tokens for row in rows) / sum(row.tokens for row in rows))
     assert divergences == sorted(divergences)
@@ -81,9 +79,9 @@ def test_divergence_is_the_sum_over_the_whole_vocabulary(learnt: Made, tmp_path)
 
     path = tmp_path / "Q2_K.gguf"
     quantize(learnt.gguf, path, type="Q2_K", threads=2)
-    with opened(path) as generator, opened(learnt.gguf) as original:
+    with open_generator(path) as generator, open_generator(learnt.gguf) as original:
         [(prompt, reference)] = requests(original, 1)
-        [row] = of_references(generator, [(prompt, reference)], against=original)
+        [row] = score_references(generator, [(prompt, reference)], against=original)
         tokens = [*original.tokenize(prompt + reference), END]
         begin = len(original.tokenize(prompt))
         p, q = (
@@ -96,19 +94,19 @@ def test_divergence_is_the_sum_over_the_whole_vocabulary(learnt: Made, tmp_path)
 
 
 def logits_of(generator, tokens, first_output):
-    with generator.cache(slots=1, length=len(tokens), fewest=1) as cache:
+    with generator.make_cache(slots=1, length=len(tokens), min_rows=1) as cache:
         return cache.feed(0, tokens, first_output=first_output).copy()
 
 
 def test_a_reference_scored_in_pieces_has_the_same_likelihood(learnt: Made, tmp_path, monkeypatch):
     path = tmp_path / "Q2_K.gguf"
     quantize(learnt.gguf, path, type="Q2_K", threads=2)
-    with opened(path) as generator, opened(learnt.gguf) as original:
-        asked = [(prompt, reference * 5) for prompt, reference in requests(original, 3)]
-        whole = of_references(generator, asked, against=original)
+    with open_generator(path) as generator, open_generator(learnt.gguf) as original:
+        pairs = [(prompt, reference * 5) for prompt, reference in requests(original, 3)]
+        whole = score_references(generator, pairs, against=original)
         monkeypatch.setattr(generate, "MAX_LOGITS", 9 * generator.model.n_vocab)
         monkeypatch.setattr(likelihood, "_BLOCK", 4 * generator.model.n_vocab)
-        in_pieces = of_references(generator, asked, against=original)
+        in_pieces = score_references(generator, pairs, against=original)
     for one, other in zip(whole, in_pieces, strict=True):
         assert one.tokens == other.tokens > 50
         assert one.nll == pytest.approx(other.nll, rel=1e-3)  # fewer than eight rows at a time: other kernels
@@ -116,40 +114,40 @@ def test_a_reference_scored_in_pieces_has_the_same_likelihood(learnt: Made, tmp_
 
 
 def test_likelihood_does_not_depend_on_which_rows_were_done_before(learnt: Made):
-    with opened(learnt.gguf) as generator:
-        asked = requests(generator, 12)
-        whole = of_references(generator, asked, against=generator)
-        rest = dict(likelihood.of_references(generator, lambda: asked, against=generator, done={0, 1, 5}))
+    with open_generator(learnt.gguf) as generator:
+        pairs = requests(generator, 12)
+        whole = score_references(generator, pairs, against=generator)
+        rest = dict(likelihood.score_references(generator, lambda: pairs, against=generator, finished={0, 1, 5}))
         assert rest == {number: each for number, each in enumerate(whole) if number not in {0, 1, 5}}
 
 
 def test_a_certain_reference_has_almost_no_loss_and_a_wrong_one_has_much(countdown: Made):
-    with opened(countdown.gguf) as generator:
+    with open_generator(countdown.gguf) as generator:
         # After `<pad>` (5) the end token (4) is certain; a reference is followed by it, so the empty one is right.
-        [certain, wrong] = of_references(generator, [("<s><pad>", ""), ("<s><pad>", "<pad>")])
+        [certain, wrong] = score_references(generator, [("<s><pad>", ""), ("<s><pad>", "<pad>")])
     assert (certain.tokens, wrong.tokens) == (1, 2)
     assert certain.nll < 1e-3
     assert wrong.nll > math.log(400)
 
 
 def test_a_reference_that_fills_the_context_is_refused_by_its_row_and_none_gives_nothing(tiny: Made):
-    with opened(tiny.gguf, n_ctx=32) as generator:
-        with pytest.raises(InputError, match=r"row 1: .* context of 32"):
-            of_references(generator, [("lamp", "on"), ("lamp", "please switch on the lamp " * 20)])
-        assert of_references(generator, []) == []
+    with open_generator(tiny.gguf, n_ctx=32) as generator:
+        with refused("prompt-too-long", "row 1: ", "context of 32"):
+            score_references(generator, [("lamp", "on"), ("lamp", "please switch on the lamp " * 20)])
+        assert score_references(generator, []) == []
 
 
 def test_a_text_longer_than_the_context_is_scored_in_pieces_token_by_token(learnt: Made):
     text = "switch on the attic lamp at 9 o'clock. " * 30
-    with opened(learnt.gguf, n_ctx=64) as generator:
+    with open_generator(learnt.gguf, n_ctx=64) as generator:
         tokens = generator.tokenize(text)
         lead = 1 if tokens[0] == generator.model.bos else 0
         pieces = -(-(len(tokens) - lead) // (64 - lead))
-        [(_, cut)] = likelihood.of_texts(generator, lambda: [text])
+        [(_, cut)] = likelihood.score_texts(generator, lambda: [text])
         # Of each piece the first token has nothing before it, but where a BOS is.
         assert cut.tokens == len(tokens) - (1 if lead else pieces)
-    with opened(learnt.gguf, n_ctx=512) as generator:
-        [(_, whole)] = likelihood.of_texts(generator, lambda: [text[: len(text) // 30]])
+    with open_generator(learnt.gguf, n_ctx=512) as generator:
+        [(_, whole)] = likelihood.score_texts(generator, lambda: [text[: len(text) // 30]])
         assert whole.tokens == len(generator.tokenize(text[: len(text) // 30])) - 1
         assert whole.kl is None
         assert math.isfinite(whole.nll)
@@ -162,7 +160,7 @@ def test_greedy_answers_of_the_f16_file_are_those_of_transformers(learnt: Made):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(learnt.folder, dtype=torch.float32).eval()
-    with opened(learnt.gguf, n_parallel=32) as generator:
+    with open_generator(learnt.gguf, n_parallel=32) as generator:
         ends = [token for token in range(generator.model.n_vocab) if generator.model.is_end(token)]
         prompts = [prompt for prompt, _ in requests(generator, 150)]
         answers = generator.complete(prompts, max_new_tokens=16)
@@ -173,7 +171,7 @@ def test_greedy_answers_of_the_f16_file_are_those_of_transformers(learnt: Made):
                 written = model.generate(
                     torch.tensor([tokens]), max_new_tokens=16, do_sample=False, eos_token_id=ends, pad_token_id=END
                 )[0, len(tokens) :].tolist()
-            text = b"".join(map(generator.model.piece, written)).decode("utf-8", "replace")
+            text = b"".join(map(generator.model.get_token_bytes, written)).decode("utf-8", "replace")
             if (text, len(written)) != (answer.text, answer.tokens):
                 differing.append((prompt, text, answer.text))
     print(*differing, sep="\n")

@@ -6,14 +6,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from gguf_models import METADATA, Made, make_llama, quantize_program, qwen, tiny  # noqa: F401 - fixtures
+from gguf_models import METADATA, Made, convert, make_llama, quantize_program, qwen, tiny  # noqa: F401 - fixtures
+from shared import made_once
 
-from lathe import calibrate, imatrix
-from lathe.errors import InputError
-from lathe.gguf import describe, tensors
-from lathe.llama import Cache, Model, ggml_types, library, listening
-from lathe.quantize import quant_types, quantize
-from lathe.tensor_types import FILES_THAT_CANNOT_BE_MADE, FILES_THAT_NEED_IMATRIX, check_type
+from lathe.common.errors import InputError
+from lathe.config.quantization_types import FILES_THAT_CANNOT_BE_MADE, FILES_THAT_NEED_IMATRIX, check_type
+from lathe.gguf import collect_imatrix, imatrix_file
+from lathe.gguf.header import describe, tensors
+from lathe.gguf.llama_library import collect_llama_log, load_library, read_ggml_types
+from lathe.gguf.llama_model import LlamaModel
+from lathe.gguf.quantize import quantize
+from lathe.gguf.tensor_types import quant_types
+from lathe.inference.kv_cache import KVCache
 
 
 def test_fewer_bits_make_a_smaller_file_and_keep_the_metadata(tiny: Made, tmp_path):
@@ -106,16 +110,19 @@ def uneven(tmp_path_factory) -> Uneven:
             # Less sharp, so that small errors stay small.
             layer.self_attn.q_proj.weight.mul_(0.3)
 
-    made = make_llama(tmp_path_factory.getbasetemp() / "uneven", stretch)
     rows = np.random.default_rng(0).integers(5, 400, (80, 24)).tolist()
-    importance = calibrate.collect(made.folder, made.gguf, rows[:40])
-    matrix = made.folder / "imatrix.gguf"
-    imatrix.write(importance, matrix, dataset="random tokens", rows=40)
-    return Uneven(made.gguf, matrix, rows[40:])
+
+    def make(folder: Path) -> None:
+        make_llama(folder, stretch)
+        importance = collect_imatrix.collect(folder, convert(folder, folder.with_suffix(".gguf")), rows[:40])
+        imatrix_file.write(importance, folder / "imatrix.gguf", dataset="random tokens", rows=40)
+
+    folder = made_once(tmp_path_factory, "uneven", make)
+    return Uneven(folder.with_suffix(".gguf"), folder / "imatrix.gguf", rows[40:])
 
 
 def logits(file: Path, rows: list[list[int]]) -> list[np.ndarray]:
-    with Model(file) as model, Cache(model, slots=1, length=64, max_outputs=64, threads=2, fewest=1) as cache:
+    with LlamaModel(file) as model, KVCache(model, slots=1, length=64, max_outputs=64, threads=2, min_rows=1) as cache:
         found = []
         for row in rows:
             cache.cut(0, 0)
@@ -160,10 +167,10 @@ def test_every_type_of_the_library_makes_a_file_that_runs(name, uneven: Uneven, 
 def test_a_type_that_llama_cpp_names_and_cannot_make_is_refused_in_one_line(name, tiny: Made, tmp_path):
     with pytest.raises(InputError, match=f"{name} is named by llama.cpp, whose quantizer cannot make such a file"):
         quantize(tiny.gguf, tmp_path / "x", type=name, threads=1)
-    llama_cpp = library()
+    llama_cpp = load_library()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = quant_types()[name]
-    with listening() as log:
+    with collect_llama_log() as log:
         assert llama_cpp.llama_model_quantize(str(tiny.gguf).encode(), str(tmp_path / "x").encode(), params)
     assert "invalid output file type" in log.reason
 
@@ -184,9 +191,10 @@ def test_the_importance_matrix_brings_a_file_nearer_to_the_original_and_one_in_t
 ):
     reference = logits(uneven.gguf, uneven.rows)
     reversed_columns = {
-        tensor: imatrix.Importance(one.sums[:, ::-1], one.counts) for tensor, one in imatrix.read(uneven.matrix).items()
+        tensor: imatrix_file.Importance(one.sums[:, ::-1], one.counts)
+        for tensor, one in imatrix_file.read(uneven.matrix).items()
     }
-    imatrix.write(reversed_columns, tmp_path / "reversed.gguf", dataset="reversed", rows=24)
+    imatrix_file.write(reversed_columns, tmp_path / "reversed.gguf", dataset="reversed", rows=24)
     nats = {}
     for which, importance in (("none", None), ("own", uneven.matrix), ("reversed", tmp_path / "reversed.gguf")):
         quantize(uneven.gguf, tmp_path / which, type=name, threads=2, importance=importance)
@@ -197,17 +205,17 @@ def test_the_importance_matrix_brings_a_file_nearer_to_the_original_and_one_in_t
 
 def test_columns_that_nothing_flows_into_do_no_harm(uneven: Uneven, tmp_path):
     dead = {
-        tensor: imatrix.Importance(np.where(np.arange(one.sums.shape[1]) < 64, 0, one.sums), one.counts)
-        for tensor, one in imatrix.read(uneven.matrix).items()
+        tensor: imatrix_file.Importance(np.where(np.arange(one.sums.shape[1]) < 64, 0, one.sums), one.counts)
+        for tensor, one in imatrix_file.read(uneven.matrix).items()
     }
-    imatrix.write(dead, tmp_path / "dead.gguf", dataset="dead", rows=24)
+    imatrix_file.write(dead, tmp_path / "dead.gguf", dataset="dead", rows=24)
     for name in ("Q4_0", "Q4_K_M", "Q2_K", "IQ3_M", "IQ2_XXS", "IQ1_S"):
         quantize(uneven.gguf, tmp_path / name, type=name, threads=2, importance=tmp_path / "dead.gguf")
         assert np.isfinite(logits(tmp_path / name, uneven.rows[:1])).all()
 
 
 def stored(file: Path) -> dict[str, str]:
-    numbers = {kind.number: name for name, kind in ggml_types().items()}
+    numbers = {kind.number: name for name, kind in read_ggml_types().items()}
     return {tensor.name: numbers[tensor.kind] for tensor in tensors(file)}
 
 
@@ -248,7 +256,7 @@ def test_a_program_gets_matrix_and_types_as_the_library_does(uneven: Uneven, tmp
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-@pytest.mark.parametrize("name", sorted(set(ggml_types()) - {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}))
+@pytest.mark.parametrize("name", sorted(set(read_ggml_types()) - {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}))
 def test_every_type_that_a_tensor_may_be_given_can_be_given(name, uneven: Uneven, tmp_path):
     quantize(
         uneven.gguf, tmp_path / "x", type="Q8_0", threads=2, importance=uneven.matrix, tensor_types=[f"ffn_down={name}"]

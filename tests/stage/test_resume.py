@@ -17,17 +17,18 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import Checkout, changed, copy_of, learnt_by_heart, output_hashes
+from conftest import Checkout, changed, copy_of, learnt_by_heart, output_hashes, write_splits
 from safetensors.torch import load_file, save_file
 
-from lathe import params, paths
-from lathe.builtin import commands
-from lathe.errors import Interrupted
+from lathe.common import paths
+from lathe.common.errors import Interrupted
+from lathe.config.load import load
+from lathe.sources.builtin import household_commands
 from lathe.training.checkpoints import KEPT_TRAININGS, claimed
-from lathe.training.run import train
+from lathe.training.train import train
 
-CONFIG = params.load().params
-SPLITS = {"train": commands.rows(1)["train"][:30], "validation": commands.rows(1)["validation"][:6]}
+CONFIG = load().params
+SPLITS = {"train": household_commands.rows(1)["train"][:30], "validation": household_commands.rows(1)["validation"][:6]}
 # Dropout draws random numbers in each step; no two of the intervals divide each other, nor an epoch of 5 steps.
 TRAINING = {
     "max_steps": 12,
@@ -57,7 +58,7 @@ class Runs:
         (out / "adapter").mkdir(parents=True)
         train(
             self.base,
-            splits,
+            write_splits(self.folder / f"data{self.count}", splits),
             out / "adapter",
             out / "metrics",
             params=chosen,

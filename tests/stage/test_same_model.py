@@ -11,20 +11,20 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import changed
+from conftest import changed, write_splits
 from faithful import distance, of_gguf, of_transformers
 from gguf_models import convert, make_llama3, make_qwen3
 from safetensors.torch import load_file
 
-from lathe import params
-from lathe.builtin import commands
-from lathe.merge import merge
-from lathe.model import load_tokenizer
-from lathe.model_folder import open_model
-from lathe.template import encode
-from lathe.training.run import train
+from lathe.config.load import load
+from lathe.models.loss_mask import encode
+from lathe.models.merge.merge import merge
+from lathe.models.model_folder import open_model
+from lathe.models.tokenizer import load_tokenizer
+from lathe.sources.builtin import household_commands
+from lathe.training.train import train
 
-SPLITS = {"train": commands.rows(1)["train"][:24], "validation": commands.rows(1)["validation"][:8]}
+SPLITS = {"train": household_commands.rows(1)["train"][:24], "validation": household_commands.rows(1)["validation"][:8]}
 QUICK = {
     "max_steps": 6,
     "per_device_train_batch_size": 4,
@@ -112,7 +112,8 @@ def check(base: Path, folder: Path, kind: str) -> None:
     adapter, merged = folder / "adapter", folder / "merged"
     for each in (adapter, merged):
         each.mkdir(parents=True)
-    train(base, SPLITS, adapter, folder / "metrics", params=changed(params.load().params, {**QUICK, **KINDS[kind]}))
+    splits = write_splits(folder / "data", SPLITS)
+    train(base, splits, adapter, folder / "metrics", params=changed(load().params, {**QUICK, **KINDS[kind]}))
     merge(base, adapter, merged, dtype="auto", max_shard_size_bytes=10**9)
     gguf = convert(merged, folder / "merged.gguf")
 

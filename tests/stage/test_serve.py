@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from gguf_models import Made, tiny  # noqa: F401 - fixture
 
-from lathe import paths
+from lathe.common import paths
 
 COMMAND = [sys.executable, "-m", "lathe"]
 
@@ -80,7 +80,7 @@ def test_a_conversation_is_rendered_by_the_template_of_training(guarded, tiny):
     messages = [{"role": role, "content": content} for role, content in turns]
     answer = ask(guarded[0], "the key", "", messages=messages).json()
     text = "<s>" + "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-    from lathe.generate import Generator
+    from lathe.inference.generate import Generator
 
     with Generator(tiny.gguf, n_parallel=1, n_ctx=512, threads=1) as generator:
         prompt = f"{text}<|im_start|>assistant\n"

@@ -10,9 +10,10 @@ import sys
 import pytest
 from ruamel.yaml import YAML
 
-from lathe import paths, show
-from lathe.errors import InputError
-from lathe.model import load_tokenizer
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.data import inspect
+from lathe.models.tokenizer import load_tokenizer
 
 ROWS = [
     [{"role": "user", "content": f"switch on lamp {n}"}, {"role": "assistant", "content": f'{{"lamp": {n}}}'}]
@@ -44,7 +45,7 @@ def write(root, rows) -> None:
 
 def shown(out=None, **changes) -> str:
     out = out or io.StringIO()
-    show.show("train", **{"rows": 1, "row": None, "ids": False, "supervise": "all", "out": out, **changes})
+    inspect.show("train", **{"rows": 1, "row": None, "ids": False, "supervise": "all", "out": out, **changes})
     return out.getvalue()
 
 

@@ -4,13 +4,14 @@
 import json
 import shutil
 
-import pytest
 from gguf_models import Made, convert, qwen, tiny  # noqa: F401 - fixtures
+from refusals import refused
 
-from lathe import gguf, templates
-from lathe.errors import InputError
-from lathe.llama import Model
-from lathe.template import render_for
+from lathe.gguf import header, tokenizer_parity
+from lathe.gguf.llama_model import LlamaModel
+from lathe.models.chat_template import ChatTemplate
+from lathe.models.templates import builtin_templates
+from lathe.models.templates.install_template import install_template
 
 
 def as_base(made: Made, folder, eos_token: str, eos_token_id: int):
@@ -31,30 +32,31 @@ def test_a_base_model_with_the_real_qwen_vocabulary_takes_chatml(qwen: Made, tmp
     from transformers import AutoTokenizer
 
     folder = as_base(qwen, tmp_path / "base", "<|endoftext|>", 151643)
-    assert templates.install("chatml", folder) == "<|im_end|>"
+    assert install_template("chatml", folder) == "<|im_end|>"
     made = convert(folder, tmp_path / "base.gguf")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "Hallo"}, {"role": "assistant", "content": "Привет 🙂"}]
-    assert gguf.check_tokens(folder, made, [render_for(tokenizer, chat)]) > 10
-    metadata = gguf.describe(made)["metadata"]
+    assert tokenizer_parity.check_tokens(folder, made, [ChatTemplate.of_tokenizer(tokenizer).render(chat)]) > 10
+    metadata = header.describe(made)["metadata"]
     assert metadata["tokenizer.ggml.eos_token_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    with Model(made, vocab_only=True) as vocabulary:
-        assert vocabulary.template == templates.read("chatml")
+    with LlamaModel(made, vocab_only=True) as vocabulary:
+        assert vocabulary.chat_template.text == builtin_templates.read_template("chatml")
         assert vocabulary.is_end(tokenizer.eos_token_id)
-        assert vocabulary.text_of(vocabulary.eos) == "<|im_end|>"
+        assert vocabulary.get_token_text(vocabulary.eos) == "<|im_end|>"
+        assert vocabulary.chat_template == ChatTemplate.of_tokenizer(tokenizer)
 
 
 def test_a_sentencepiece_vocabulary_takes_what_its_pieces_allow(tiny: Made, tmp_path):
     folder = as_base(tiny, tmp_path / "base", "</s>", 2)
-    with pytest.raises(InputError, match=r"^template llama-3: '<\|start_header_id\|>' is no single token"):
-        templates.install("llama-3", folder)
-    assert templates.install("plain", folder) == "</s>"
+    with refused("marker-not-in-vocabulary", "template llama-3: '<|start_header_id|>'"):
+        install_template("llama-3", folder)
+    assert install_template("plain", folder) == "</s>"
     made = convert(folder, tmp_path / "base.gguf")
-    assert gguf.check_tokens(folder, made, ["User:\nHallo\n\nAssistant:\nПривет</s>"]) > 10
-    assert gguf.describe(made)["metadata"]["tokenizer.ggml.eos_token_id"] == 2
-    assert gguf.describe(made)["chat_template"] == templates.read("plain")
-    assert templates.install("chatml", folder) == "<|im_end|>"
-    assert gguf.check_tokens(folder, convert(folder, made), []) > 10
+    assert tokenizer_parity.check_tokens(folder, made, ["User:\nHallo\n\nAssistant:\nПривет</s>"]) > 10
+    assert header.describe(made)["metadata"]["tokenizer.ggml.eos_token_id"] == 2
+    assert header.describe(made)["chat_template"] == builtin_templates.read_template("plain")
+    assert install_template("chatml", folder) == "<|im_end|>"
+    assert tokenizer_parity.check_tokens(folder, convert(folder, made), []) > 10
 
 
 def test_a_bos_that_the_tokenizer_adds_and_the_template_does_not_write_is_compared_too(tiny: Made, tmp_path):
@@ -62,14 +64,14 @@ def test_a_bos_that_the_tokenizer_adds_and_the_template_does_not_write_is_compar
     from transformers import AutoTokenizer
 
     folder = as_base(tiny, tmp_path / "base", "</s>", 2)
-    templates.install("plain", folder)
+    install_template("plain", folder)
     template = (folder / "chat_template.jinja").read_text().replace("{{- bos_token }}", "")
     (folder / "chat_template.jinja").write_text(template)
     made = convert(folder, tmp_path / "base.gguf")
-    with pytest.raises(InputError, match=r"the token ids of 'User:.*' differ: transformers"):
-        gguf.check_tokens(folder, made, [])
+    with refused("token-ids-differ", "the token ids of 'User:", "transformers", "llama.cpp"):
+        tokenizer_parity.check_tokens(folder, made, [])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     adds_bos = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
     tokenizer.backend_tokenizer.post_processor = adds_bos
     tokenizer.save_pretrained(folder)
-    assert gguf.check_tokens(folder, made, []) > 10
+    assert tokenizer_parity.check_tokens(folder, made, []) > 10

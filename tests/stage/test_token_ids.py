@@ -7,12 +7,13 @@ import unicodedata
 import pytest
 from gguf_models import llama3, qwen, tiny  # noqa: F401 - fixtures
 
-from lathe import gguf, paths
-from lathe.builtin import commands
-from lathe.general_text import paragraphs
-from lathe.template import render_for
+from lathe.common import paths
+from lathe.gguf import tokenizer_parity
+from lathe.inference.general_text import read_paragraphs
+from lathe.models.chat_template import ChatTemplate
+from lathe.sources.builtin import household_commands
 
-PIECES = [piece for text in gguf.SAMPLE_TEXTS for piece in re.split(r"(?<=\s)", text) if piece]
+PIECES = [piece for text in tokenizer_parity.SAMPLE_TEXTS for piece in re.split(r"(?<=\s)", text) if piece]
 JOINTS = ["", "", "", " ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u3000", " \n ", "\r\n", "0", "'s", "🙂", "—"]
 
 
@@ -32,9 +33,9 @@ def test_every_text_and_every_chat_has_the_same_ids_in_llama_cpp(vocabulary, req
 
     made = request.getfixturevalue(vocabulary)
     tokenizer = AutoTokenizer.from_pretrained(made.folder)
-    texts = [*gguf.SAMPLE_TEXTS, *paragraphs(paths.ROOT / "data/general.txt"), *mixtures(200)]
+    texts = [*tokenizer_parity.SAMPLE_TEXTS, *read_paragraphs(paths.ROOT / "data/general.txt"), *mixtures(200)]
     answers = [text for text in texts if text.strip()]
-    chats = [row["messages"] for row in commands.rows(1)["test"][:100]]
+    chats = [row["messages"] for row in household_commands.rows(1)["test"][:100]]
     chats += [
         [
             {"role": "system", "content": f"Answer in the language of {request}."},
@@ -43,6 +44,7 @@ def test_every_text_and_every_chat_has_the_same_ids_in_llama_cpp(vocabulary, req
         ]
         for request, answer in zip(answers[::2], answers[1::2], strict=False)
     ]
-    rows = [render_for(tokenizer, chat) for chat in chats]
-    rows += [render_for(tokenizer, chat[:-1], add_generation_prompt=True) for chat in chats]
-    assert gguf.check_tokens(made.folder, made.gguf, [*texts, *rows]) > 20_000
+    template = ChatTemplate.of_tokenizer(tokenizer)
+    rows = [template.render(chat) for chat in chats]
+    rows += [template.render(chat[:-1], add_generation_prompt=True) for chat in chats]
+    assert tokenizer_parity.check_tokens(made.folder, made.gguf, [*texts, *rows]) > 20_000

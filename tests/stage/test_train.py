@@ -16,19 +16,21 @@ from typing import get_args
 import psutil
 import pytest
 import torch
-from conftest import changed
+from conftest import changed, write_splits
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
-from lathe import params, paths
-from lathe.builtin import commands
-from lathe.errors import InputError
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config import training_params
+from lathe.config.load import load
 from lathe.estimate import OPTIMIZER_BYTES
-from lathe.template import Encoded, encode
-from lathe.training.run import Trained, train, unusual_rate
+from lathe.models.loss_mask import Encoded, encode
+from lathe.sources.builtin import household_commands
+from lathe.training.train import Trained, train, unusual_rate
 
-CONFIG = params.load().params
-SPLITS = {"train": commands.rows(1)["train"][:24], "validation": commands.rows(1)["validation"][:6]}
+CONFIG = load().params
+SPLITS = {"train": household_commands.rows(1)["train"][:24], "validation": household_commands.rows(1)["validation"][:6]}
 QUICK = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_steps": 100, "max_length": 256}
 
 
@@ -49,16 +51,17 @@ def trained(small_model, tmp_path, results):
         folder = tmp_path / str(runs)
         folder.mkdir()
         sections: dict[str, type[BaseModel]] = {
-            "lora": params.Lora,
-            "quantization": params.Quantization,
-            "sft": params.Sft,
+            "lora": training_params.Lora,
+            "quantization": training_params.Quantization,
+            "sft": training_params.Sft,
         }
         named = {
             next((f"{name}.{key}" for name, kind in sections.items() if key in kind.model_fields), key): value
             for key, value in {**QUICK, **changes}.items()
         }
         chosen = changed(CONFIG, {"seed": 1, **named})
-        results[folder] = train(base, splits, folder, tmp_path / f"metrics{runs}", params=chosen)
+        files = write_splits(tmp_path / f"data{runs}", splits)
+        results[folder] = train(base, files, folder, tmp_path / f"metrics{runs}", params=chosen)
         return folder
 
     return run
@@ -75,7 +78,7 @@ def digest(folder: Path) -> str:
 
 def encoded(model: Path) -> Sequence[Encoded]:
     """The rows of the training split as the trainer sees them."""
-    from lathe.model import load_tokenizer
+    from lathe.models.tokenizer import load_tokenizer
 
     return encode(load_tokenizer(model), [row["messages"] for row in SPLITS["train"]], supervise="all")
 
@@ -167,7 +170,7 @@ def test_a_model_that_would_mix_rows_is_padded_and_never_packed(soft_capped_mode
 
 
 def test_only_the_answers_carry_loss(small_model):
-    from lathe.model import load_tokenizer
+    from lathe.models.tokenizer import load_tokenizer
     from lathe.training.loss import IGNORED
     from lathe.training.packing import row_dataset
 
@@ -216,7 +219,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(trained):
 
 
 def test_the_rows_named_are_those_of_the_step(small_model):
-    from lathe.training.finite import not_finite
+    from lathe.training.nonfinite_loss import not_finite
 
     rows = encoded(small_model)
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[n].input_ids) for n in (4, 9)], batch_first=True)
@@ -252,8 +255,9 @@ def test_the_curves_have_one_point_per_logged_step(trained, tmp_path):
 def test_each_logged_step_is_a_line_of_json_and_speeds_stay_out_of_the_metrics(small_model, tmp_path, caplog):
     (tmp_path / "adapter").mkdir()
     chosen = changed(CONFIG, {**QUICK, "logging_steps": 2})
-    with caplog.at_level(logging.INFO, "lathe.training.curves"):
-        train(small_model, SPLITS, tmp_path / "adapter", tmp_path / "m", params=chosen, speed=tmp_path / "s")
+    with caplog.at_level(logging.INFO, "lathe.training.dvclive_curves"):
+        files = write_splits(tmp_path / "data", SPLITS)
+        train(small_model, files, tmp_path / "adapter", tmp_path / "m", params=chosen, speed=tmp_path / "s")
     lines = [json.loads(record.getMessage()) for record in caplog.records]
     assert [(line["step"], line["of"]) for line in lines] == [(2, 4), (4, 4), (4, 4)]
     shown = {"train/loss", "train/grad_norm", "train/learning_rate", "train/tokens"}
@@ -269,7 +273,7 @@ def test_each_logged_step_is_a_line_of_json_and_speeds_stay_out_of_the_metrics(s
 
 
 def test_the_estimate_knows_every_optimizer():
-    assert set(OPTIMIZER_BYTES) == set(get_args(params.Training.model_fields["optim"].annotation))
+    assert set(OPTIMIZER_BYTES) == set(get_args(training_params.Training.model_fields["optim"].annotation))
 
 
 @pytest.mark.slow

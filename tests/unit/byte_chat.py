@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lathe.data import prepare
-from lathe.jsonl import read_jsonl
-from lathe.params import LocalDataset, Preprocess
+from lathe.common.jsonl import read_jsonl
+from lathe.config.params import Preprocess
+from lathe.config.presets import LocalDataset
+from lathe.data.prepare import prepare
 
 # <|im_start|> user \n . <|im_end|> \n <|im_start|> assistant \n . <|im_end|>
 FRAME = 20

@@ -8,11 +8,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lathe import params
+from lathe.common.jsonl import write_jsonl
+from lathe.config import params
+from lathe.config.load import load
 from lathe.estimate import estimate_training_memory
-from lathe.model import load_tokenizer
-from lathe.template import encode
-from lathe.training.run import train
+from lathe.models.loss_mask import encode
+from lathe.models.tokenizer import load_tokenizer
+from lathe.training.train import train
 
 ROW = {
     "messages": [
@@ -48,7 +50,7 @@ def main(small_model: Path, cases: dict[str, Any]) -> None:
 
 
 def sections(case: dict[str, Any]) -> params.Params:
-    base = params.load().params
+    base = load().params
     return base.model_copy(
         update={
             "seed": 1,
@@ -65,8 +67,10 @@ def run(model: Path, chosen: params.Params) -> None:
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "adapter"
         adapter.mkdir()
-        splits = {"train": [ROW] * rows, "validation": [ROW] * training.per_device_eval_batch_size}
-        train(model, splits, adapter, Path(folder) / "metrics", params=chosen)
+        files = {split: Path(folder) / f"{split}.jsonl" for split in ("train", "validation")}
+        write_jsonl([ROW] * rows, files["train"])
+        write_jsonl([ROW] * training.per_device_eval_batch_size, files["validation"])
+        train(model, files, adapter, Path(folder) / "metrics", params=chosen)
 
 
 def resident(key: str) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from samples import conversations, tool_conversations
 
-from lathe import paths, templates
-from lathe.template import encode
+from lathe.common import paths
+from lathe.models.loss_mask import encode
+from lathe.models.templates import builtin_templates
 
 ROWS = 200
 
@@ -53,11 +54,11 @@ STYLES: dict[str, tuple[str, str | Path, Any, str, bool]] = {
     "Llama 3.1": ("llama-bpe", REAL / "meta-llama-Llama-3.1-8B-Instruct.jinja", str.strip, "<|eot_id|>", True),
     "Mistral 7B": ("llama-spm", MISTRAL, str, "</s>", False),
     "Mistral Nemo": ("llama-spm", REAL / "mistralai-Mistral-Nemo-Instruct-2407.jinja", str, "</s>", True),
-    "chatml": ("qwen2", templates.read("chatml"), str, "<|im_end|>", True),
-    "llama-3": ("llama-bpe", templates.read("llama-3"), str.strip, "<|eot_id|>", True),
-    "mistral": ("llama-spm", templates.read("mistral"), lambda answer: f" {answer}", "</s>", True),
-    "plain on Llama 2": ("llama-spm", templates.read("plain"), str, "</s>", True),
-    "plain on Qwen": ("qwen2", templates.read("plain"), str, "<|endoftext|>", True),
+    "chatml": ("qwen2", builtin_templates.read_template("chatml"), str, "<|im_end|>", True),
+    "llama-3": ("llama-bpe", builtin_templates.read_template("llama-3"), str.strip, "<|eot_id|>", True),
+    "mistral": ("llama-spm", builtin_templates.read_template("mistral"), lambda answer: f" {answer}", "</s>", True),
+    "plain on Llama 2": ("llama-spm", builtin_templates.read_template("plain"), str, "</s>", True),
+    "plain on Qwen": ("qwen2", builtin_templates.read_template("plain"), str, "<|endoftext|>", True),
 }
 
 CALLING = ("Qwen2.5", "Qwen3", "Llama 3.1", "Mistral Nemo", "chatml", "llama-3")

@@ -8,18 +8,20 @@ import gzip
 import io
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lathe.data.conversations import Columns
-from lathe.data.files import data_files, split_files
+from lathe.common.errors import InputError
+from lathe.config.presets import LocalDataset
+from lathe.data.formats import Columns
 from lathe.data.messages import RowFault
-from lathe.data.reading import Fault, read_rows
-from lathe.errors import InputError
-from lathe.params import LocalDataset
+from lathe.data.read_files import Fault, read_rows
+from lathe.data.split_files import data_files, split_files
 
+compress = partial(gzip.compress, mtime=0)  # the same bytes, and so the same name of a test, whenever it is collected
 CONTROL = re.compile(r"<\|im_end\|>")
 GOOD = {"prompt": "a question", "completion": "an answer"}
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -456,18 +458,26 @@ BAD_FILES = [
     ),
     (
         "x.jsonl.gz",
-        gzip.compress(LINES)[:-12],
+        compress(LINES)[:-12],
         r"x.jsonl.gz after row \d+: not a whole gzip file: Compressed file ended before the end-of-stream marker was "
         r"reached; is it cut short\?",
     ),
     (
         "x.csv.gz",
-        gzip.compress(b"prompt,completion\nq,a\n" * 9)[:-8] + bytes(8),
+        compress(b"prompt,completion\nq,a\n" * 9)[:-8] + bytes(8),
         r"x.csv.gz after row \d+: not a whole gzip file: CRC check failed .*; is it cut short\?",
     ),
-    ("x.json.gz", gzip.compress(b"[]")[:4], r"x.json.gz after row 0: not a whole gzip file: .*; is it cut short\?"),
-    ("x.jsonl.gz", gzip.compress(b'{"a": "\xff"}'), "x.jsonl.gz:1: byte 0xff is not UTF-8; save the file as UTF-8"),
-    ("x.jsonl", gzip.compress(LINES), "x.jsonl:1: byte 0x8b is not UTF-8; save the file as UTF-8"),
+    (
+        "x.json.gz",
+        compress(b"[]")[:4],
+        r"x.json.gz after row 0: not a whole gzip file: .*; is it cut short\?",
+    ),
+    (
+        "x.jsonl.gz",
+        compress(b'{"a": "\xff"}'),
+        "x.jsonl.gz:1: byte 0xff is not UTF-8; save the file as UTF-8",
+    ),
+    ("x.jsonl", compress(LINES), "x.jsonl:1: byte 0x8b is not UTF-8; save the file as UTF-8"),
     ("x.arrow", b"", r"x.arrow after row 0: not a whole Arrow file: .*; is it cut short\?"),
     ("x.arrow", b"PAR1 nonsense", r"x.arrow after row 0: not a whole Arrow file: .*; is it cut short\?"),
     ("x.arrow", STREAM[: len(STREAM) // 2], r"x.arrow after row \d+: not a whole Arrow file: .*; is it cut short\?"),
@@ -484,7 +494,7 @@ BAD_FILES = [
     ("x.parquet", table([])[:0], r"x.parquet after row 0: not a whole Parquet file: .*; is it cut short\?"),
     (
         "x.csv.gz",
-        gzip.compress(b'prompt,completion\n"q,a\n'),
+        compress(b'prompt,completion\n"q,a\n'),
         "x.csv.gz:2: the quote opened in this row is never closed; close it",
     ),
 ]
@@ -539,7 +549,7 @@ def test_two_files_that_would_have_one_name_are_refused(tmp_path):
 def test_a_row_of_ten_megabytes_is_read_from_these_too(tmp_path, name):
     rows = [{"prompt": "q", "completion": "x" * 10_000_000}, GOOD]
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    (tmp_path / name).write_bytes(gzip.compress(lines, 1) if name.endswith(".gz") else table(rows, form="stream"))
+    (tmp_path / name).write_bytes(compress(lines, 1) if name.endswith(".gz") else table(rows, form="stream"))
     assert [row.value for row in read_rows(tmp_path / name)] == rows
 
 
@@ -551,7 +561,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_accepted_in_a_gzip_file(tmp
         ".csv": "prompt,completion\r\na question,an answer\r\n",
     }[suffix]
     file = tmp_path / f"x{suffix}.gz"
-    file.write_bytes(gzip.compress(b"\xef\xbb\xbf" + text.encode()))
+    file.write_bytes(compress(b"\xef\xbb\xbf" + text.encode()))
     assert [row.value for row in read_rows(file)] == [GOOD]
 
 

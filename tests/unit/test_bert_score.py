@@ -9,8 +9,8 @@ from encoders import LETTERS, make_encoder
 from torchmetrics.functional.text.bert import bert_score as torchmetrics_bert_score
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model
 
-from lathe.errors import InputError
-from lathe.scores import bert_score
+from lathe.common.errors import InputError
+from lathe.evaluation import bert_score
 
 CLS_AND_SEP = 2
 
@@ -220,18 +220,3 @@ def test_weights_are_read_from_safetensors_alone(folder, tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         encoder(tmp_path).load()
-
-
-def test_an_encoder_folder_is_one_under_models_local_that_is_whole(folder, tmp_path, monkeypatch):
-    from lathe import paths
-
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    monkeypatch.setattr(paths, "MODELS_LOCAL", tmp_path / "models/local")
-    shutil.copytree(folder, tmp_path / "models/local/encoder")
-    assert bert_score.encoder_folder("models/local/encoder", None) == tmp_path / "models/local/encoder"
-    for missing in ("models/local/none", "models/local/../encoder", "models/local/"):
-        with pytest.raises(InputError, match="there is no such folder; put the encoder there"):
-            bert_score.encoder_folder(missing, None)
-    (tmp_path / "models/local/encoder/model.safetensors").rename(tmp_path / "models/local/encoder/pytorch_model.bin")
-    with pytest.raises(InputError, match="pickled weights are never loaded"):
-        bert_score.encoder_folder("models/local/encoder", None)

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from lathe.builtin import commands
+from lathe.sources.builtin import household_commands
 
 SEEDS = (1, 42)
 DOCUMENTS = 4_000
@@ -17,22 +17,22 @@ def seed(request):
 
 @pytest.fixture(scope="module")
 def rows(seed):
-    return commands.rows(seed)
+    return household_commands.rows(seed)
 
 
 @pytest.fixture(scope="module")
 def documents(seed):
-    return commands.documents(seed, DOCUMENTS)
+    return household_commands.documents(seed, DOCUMENTS)
 
 
 def test_the_same_seed_gives_the_same_rows_and_documents(seed, rows, documents):
-    assert commands.rows(seed) == rows
-    assert commands.documents(seed, DOCUMENTS) == documents
+    assert household_commands.rows(seed) == rows
+    assert household_commands.documents(seed, DOCUMENTS) == documents
 
 
 def test_another_seed_gives_other_rows_and_documents(seed, rows, documents):
-    assert commands.rows(seed + 1) != rows
-    assert commands.documents(seed + 1, DOCUMENTS) != documents
+    assert household_commands.rows(seed + 1) != rows
+    assert household_commands.documents(seed + 1, DOCUMENTS) != documents
 
 
 def test_the_splits_are_as_large_as_promised(rows):
@@ -49,7 +49,7 @@ def test_a_row_is_one_question_and_one_answer(rows):
 
 
 def test_no_two_requests_are_the_same_even_without_case_and_punctuation(rows):
-    requests = {name: {commands.normalized(_request(row)) for row in split} for name, split in rows.items()}
+    requests = {name: {household_commands.normalized(_request(row)) for row in split} for name, split in rows.items()}
     for name, split in rows.items():
         assert len(requests[name]) == len(split)
     for one, other in combinations(requests.values(), 2):
@@ -61,20 +61,20 @@ def test_every_answer_is_compact_json_of_the_promised_keys_in_order(rows):
     for row in _all(rows):
         written = row["messages"][1]["content"]
         answer = json.loads(written)
-        assert written == commands.compact_json(answer)
+        assert written == household_commands.compact_json(answer)
         assert list(answer) == ["error"] or list(answer) == [key for key in order if key in answer]
         assert "error" in answer or list(answer)[:3] == order[:3]
 
 
 def test_every_answer_is_something_the_device_can_do(rows):
-    devices = {device.name: device for device in commands.DEVICES}
+    devices = {device.name: device for device in household_commands.DEVICES}
     for answer in map(_answer, _all(rows)):
         if "error" in answer:
-            assert answer["error"] in commands.ERRORS
+            assert answer["error"] in household_commands.ERRORS
             continue
         device = devices[answer["device"]]
         assert answer["action"] in device.actions
-        assert answer["room"] in commands.ROOMS
+        assert answer["room"] in household_commands.ROOMS
         assert ("value" in answer) == (answer["action"] == "set")
         assert answer.get("value", None) is None or answer["value"] in device.values
         assert not {"delay", "time"} <= answer.keys()
@@ -90,10 +90,10 @@ def test_every_rejected_answer_has_the_form_of_an_answer_and_is_wrong(rows):
     for row in _all(rows):
         (message,) = row["rejected"]
         rejected = json.loads(message["content"])
-        assert message == {"role": "assistant", "content": commands.compact_json(rejected)}
+        assert message == {"role": "assistant", "content": household_commands.compact_json(rejected)}
         assert rejected != _answer(row)
         if "error" in rejected:
-            assert rejected["error"] in commands.ERRORS
+            assert rejected["error"] in household_commands.ERRORS
         else:
             assert list(rejected) == [key for key in order if key in rejected]
             assert ("value" in rejected) == (rejected["action"] == "set")
@@ -113,7 +113,7 @@ def test_a_rejected_answer_is_wrong_in_one_thing_and_every_thing_goes_wrong(rows
 
 
 def test_no_rejected_answer_of_training_names_a_pair_that_is_kept_for_the_test(seed, rows):
-    known = {(device.name, room) for device, room in commands.known_and_unseen_pairs(seed)[0]}
+    known = {(device.name, room) for device, room in household_commands.known_and_unseen_pairs(seed)[0]}
     for row in rows["train"] + rows["validation"]:
         rejected = json.loads(row["rejected"][0]["content"])
         assert "error" in rejected or (rejected["device"], rejected["room"]) in known
@@ -134,14 +134,14 @@ def test_between_a_tenth_and_a_quarter_of_every_split_are_errors_and_every_error
     for split in rows.values():
         errors = [answer["error"] for answer in map(_answer, split) if "error" in answer]
         assert 0.1 <= len(errors) / len(split) <= 0.25
-        assert set(errors) == set(commands.ERRORS)
+        assert set(errors) == set(household_commands.ERRORS)
 
 
 def test_the_test_split_has_pairs_of_device_and_room_that_were_never_in_training(rows):
     learnt = _pairs(rows["train"]) | _pairs(rows["validation"])
     unseen = [row for row in rows["test"] if _pairs([row]) - learnt]
-    assert len(unseen) == commands.TEST_ROWS_OF_UNSEEN_PAIRS
-    assert len(_pairs(unseen)) == len(commands.DEVICES)
+    assert len(unseen) == household_commands.TEST_ROWS_OF_UNSEEN_PAIRS
+    assert len(_pairs(unseen)) == len(household_commands.DEVICES)
 
 
 def test_every_word_of_an_unseen_pair_was_learnt_in_other_pairs(rows):
@@ -152,26 +152,26 @@ def test_every_word_of_an_unseen_pair_was_learnt_in_other_pairs(rows):
 
 
 def test_no_training_request_or_document_names_a_pair_that_is_kept_for_the_test(seed, rows, documents):
-    _, unseen = commands.known_and_unseen_pairs(seed)
+    _, unseen = household_commands.known_and_unseen_pairs(seed)
     requests = [_request(row) for row in rows["train"] + rows["validation"]]
     targets = [
-        f" {commands.normalized(form.format(device=device, room=room))} "
+        f" {household_commands.normalized(form.format(device=device, room=room))} "
         for kept, room_name in unseen
         for device in kept.aliases
-        for room in commands.ROOMS[room_name]
-        for form in commands.TARGETS + commands.TARGETS_SHORT
+        for room in household_commands.ROOMS[room_name]
+        for form in household_commands.TARGETS + household_commands.TARGETS_SHORT
     ]
-    for text in map(commands.normalized, requests + documents):
+    for text in map(household_commands.normalized, requests + documents):
         assert not any(target in f" {text} " for target in targets), text
 
 
 def test_no_document_repeats_a_request_or_has_the_form_of_an_answer(rows, documents):
-    requests = {commands.normalized(_request(row)) for row in _all(rows)}
+    requests = {household_commands.normalized(_request(row)) for row in _all(rows)}
     answers = {row["messages"][1]["content"] for row in _all(rows)}
     for document in documents:
-        asked, _, meaning = document.partition(f" {commands.ARROW} ")
+        asked, _, meaning = document.partition(f" {household_commands.ARROW} ")
         assert "\n" not in document
-        assert commands.normalized(asked) not in requests
+        assert household_commands.normalized(asked) not in requests
         assert not any(answer in document for answer in ('"action"', '"error"', "<|im_"))
         assert meaning == "" or (meaning.startswith("(") and meaning.endswith(")"))
         assert document not in answers

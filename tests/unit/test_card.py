@@ -9,8 +9,9 @@ import pytest
 import yaml
 from conftest import changed
 
-from lathe import params
-from lathe.card import Facts, license_of, model_card
+from lathe.config import params
+from lathe.config.load import load
+from lathe.reports.model_card import Facts, license_of, model_card
 
 COMMIT = "6b2f" * 10
 
@@ -55,7 +56,7 @@ FACTS = Facts(
 
 @pytest.fixture
 def chosen() -> params.Params:
-    return changed(params.load().params, {"evaluate.metrics": ["exact_match"], "generate.max_rows": None})
+    return changed(load().params, {"evaluate.metrics": ["exact_match"], "generate.max_rows": None})
 
 
 def front_matter(card: str) -> dict[str, Any]:

@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from lathe import compare, evaluate, paths, revisions
-from lathe.artifacts import UNQUANTIZED
-from lathe.errors import InputError
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config.artifacts import UNQUANTIZED
+from lathe.evaluation import evaluate
+from lathe.experiments import compare, comparison
+from lathe.provenance import revisions
 
 ROWS = 40
 SAMPLING = evaluate.Sampling(1000, 42)
@@ -174,8 +177,8 @@ def repository(untouched: Repository, tmp_path: Path, monkeypatch: pytest.Monkey
     return repository
 
 
-def compared(*names: str, split: str = "validation", artifact: str | None = None) -> compare.Comparison:
-    return compare.compare(names, split=split, artifact=artifact)
+def compared(*names: str, split: str = "validation", artifact: str | None = None) -> comparison.Comparison:
+    return comparison.compare(names, split=split, artifact=artifact)
 
 
 def test_what_gets_clearly_more_rows_right_is_called_better_and_by_how_much(repository):
@@ -280,7 +283,7 @@ def test_nothing_is_tested_where_no_row_is_the_same(repository):
 def test_without_the_answers_in_the_cache_the_recorded_scores_are_shown_and_nothing_is_tested(repository):
     repository.run("one", some(20))
     repository.run("two", some(30), {"lora.r": 8})
-    lost = revisions.find("two").out("data/generated/Q8_0")
+    lost = revisions.find_revision("two").find_output_hash("data/generated/Q8_0")
     (repository.root / ".dvc/cache/files/md5" / lost[:2] / lost[2:]).unlink()
     found = compared("one", "two")
     assert [side.scores["exact_match"] for side in found.sides] == [0.5, 0.75]
@@ -438,10 +441,10 @@ def test_an_artifact_that_one_of_them_lacks_is_refused_with_the_near_name(reposi
 def test_a_name_of_experiments_on_several_commits_is_refused_unless_one_is_of_the_last(repository):
     repository.run("one", some(20))
     repository.git("commit", "--quiet", "--allow-empty", "--message", "another")
-    assert revisions.find("one").commit
+    assert revisions.find_revision("one").commit
     commit = repository.git("rev-parse", "HEAD")
     repository.git("update-ref", f"refs/exps/{commit[:2]}/{commit[2:]}/one", commit)
-    assert revisions.find("one").commit == commit
+    assert revisions.find_revision("one").commit == commit
     repository.git("commit", "--quiet", "--allow-empty", "--message", "a third")
     with pytest.raises(InputError, match="one: several experiments have this name"):
-        revisions.find("one")
+        revisions.find_revision("one")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from lathe.data import prepare
-from lathe.data.reading import read_rows
-from lathe.errors import InputError
-from lathe.jsonl import read_jsonl, write_jsonl
-from lathe.params import Preprocess
+from lathe.common.errors import InputError
+from lathe.common.jsonl import read_jsonl, write_jsonl
+from lathe.config.params import Preprocess
+from lathe.data.prepare import prepare
+from lathe.data.read_files import read_rows
 
 LENIENT = Preprocess(
     validation_fraction=0.1,

@@ -8,9 +8,9 @@ import numpy
 import pytest
 from byte_chat import FRAME, Bench, byte_chat, chat
 
-from lathe.data.overlap import Index, N, near, sequences, word_hashes
-from lathe.data.scripts import script
-from lathe.errors import InputError
+from lathe.common.errors import InputError
+from lathe.data.near_duplicates import Index, N, near, sequences, word_hashes
+from lathe.data.writing_systems import script
 
 WORDS = [f"{a}{b}{c}" for a in "bcdfg" for b in "aeiou" for c in "klmnp"]
 

@@ -15,9 +15,9 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from byte_chat import LENIENT, byte_chat
-from lathe import paths
-from lathe.data import prepare
-from lathe.params import LocalDataset
+from lathe.common import paths
+from lathe.data.prepare import prepare
+from lathe.config.presets import LocalDataset
 
 raw, out, processes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 preset = LocalDataset(source="local", path="raw")

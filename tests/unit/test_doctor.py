@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from lathe import doctor, params, paths
-from lathe.doctor import Circumstances, Finding
-from lathe.errors import InputError
+from lathe import doctor, doctor_checks
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config.load import load
+from lathe.doctor_checks import Circumstances, Finding
 
-CONFIG = params.load()
+CONFIG = load()
 GB = 10**9
 QWEN = {
     "model_type": "qwen3",
@@ -39,7 +41,7 @@ def circumstances(
 
 
 def shown(findings: Any) -> str:
-    return "".join(doctor.lines(list(findings), coloured=False))
+    return "".join(doctor.format_findings(list(findings), coloured=False))
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -88,7 +90,7 @@ def qwen(tmp_path: Path) -> Path:
     [((3, 10, 14), "fail"), ((3, 11, 0), "ok"), ((3, 12, 1), "ok"), ((3, 13, 0), "ok"), ((3, 14, 0), "fail")],
 )
 def test_only_a_python_that_the_packages_are_pinned_for_will_do(version, status):
-    [finding] = doctor.check_python(version)
+    [finding] = doctor_checks.check_python(version)
     assert finding.status == status
     assert (finding.remedy == "") == (status == "ok")
 
@@ -126,18 +128,18 @@ def test_packages_are_held_against_their_pins(tmp_path, needed, optional, expect
         f"dependencies = {[needed] if needed else []}\n"
         f"optional-dependencies = {{feature = {[optional] if optional else []}}}\n"
     )
-    assert shown(doctor.check_packages(file)) == expected
+    assert shown(doctor_checks.check_packages(file)) == expected
 
 
 def test_a_repository_needs_a_commit_but_may_have_changes(tmp_path):
-    [finding] = doctor.check_repository(tmp_path)
+    [finding] = doctor_checks.check_repository(tmp_path)
     assert (finding.status, "is not in a Git repository" in finding.text) == ("fail", True)
     git(tmp_path, "init", "--quiet")
-    [finding] = doctor.check_repository(tmp_path)
+    [finding] = doctor_checks.check_repository(tmp_path)
     assert (finding.status, "no commit yet" in finding.text) == ("fail", True)
     git(tmp_path, "commit", "--quiet", "--allow-empty", "--message", "first")
     (tmp_path / "file").touch()
-    [finding] = doctor.check_repository(tmp_path)
+    [finding] = doctor_checks.check_repository(tmp_path)
     assert (finding.status, "1 changed files are not committed" in finding.text) == ("ok", True)
 
 
@@ -152,21 +154,21 @@ def test_a_repository_needs_a_commit_but_may_have_changes(tmp_path):
     ],
 )
 def test_threads_that_get_in_each_others_way_are_warned_of(environment, said):
-    findings = list(doctor.check_threads(environment))
+    findings = list(doctor_checks.check_threads(environment))
     assert [finding.status for finding in findings] == (["warning"] * len(said) or ["ok"])
     assert all(words in finding.text for words, finding in zip(said, findings, strict=False))
 
 
 def test_a_converter_must_be_there_and_of_the_pinned_version(tmp_path):
     (tmp_path / "requirements-converter.txt").write_text((paths.ROOT / "requirements-converter.txt").read_text())
-    [finding] = doctor.check_converter(tmp_path, "llama.cpp")
+    [finding] = doctor_checks.check_converter(tmp_path, "llama.cpp")
     assert (finding.status, finding.text) == ("fail", "llama.cpp holds no convert_hf_to_gguf.py")
     assert "convert.llama_cpp_dir" in finding.remedy
     (tmp_path / "llama.cpp").mkdir()
     (tmp_path / "llama.cpp/convert_hf_to_gguf.py").touch()
-    [finding] = doctor.check_converter(tmp_path, "llama.cpp")
+    [finding] = doctor_checks.check_converter(tmp_path, "llama.cpp")
     assert finding.status == "ok"
-    [finding] = doctor.check_converter(paths.ROOT, None)
+    [finding] = doctor_checks.check_converter(paths.ROOT, None)
     assert finding.status == "ok"
 
 
@@ -174,7 +176,7 @@ def test_a_converter_of_another_version_than_the_library_is_a_fail(tmp_path):
     text = (paths.ROOT / "requirements-converter.txt").read_text()
     (tmp_path / "requirements-converter.txt").write_text(text.replace("llama-cpp-python==", "llama-cpp-python==9."))
     with pytest.raises(InputError, match="converter and library must be of one"):
-        list(doctor.check_converter(tmp_path, None))
+        list(doctor_checks.check_converter(tmp_path, None))
 
 
 @pytest.mark.parametrize(
@@ -187,8 +189,8 @@ def test_a_converter_of_another_version_than_the_library_is_a_fail(tmp_path):
     ],
 )
 def test_copies_between_cache_and_checkout_are_warned_of(repository, cache, status):
-    works = doctor._working_links(repository, repository / ".dvc/cache")
-    [finding] = doctor.check_links(configured(repository, cache))
+    works = doctor_checks._working_links(repository, repository / ".dvc/cache")
+    [finding] = doctor_checks.check_links(configured(repository, cache))
     assert finding.status == ("ok" if not cache and "reflink" in works else status)
     assert not [path for path in repository.rglob("*") if path.suffix == ".tmp"]
 
@@ -198,9 +200,11 @@ def test_a_cache_on_another_file_system_has_no_hardlinks(repository):
     if not elsewhere.is_dir() or elsewhere.stat().st_dev == repository.stat().st_dev:
         pytest.skip("/dev/shm is no other file system here")
     cache = f"[cache]\n    type = hardlink\n    dir = {elsewhere}\n"
-    [finding] = doctor.check_links(configured(repository, cache))
+    [finding] = doctor_checks.check_links(configured(repository, cache))
     assert finding.status == "warning"
-    findings = list(doctor.check_disk(circumstances(repository), {"models/base": 3 * GB, "models/merged": 2 * GB}))
+    findings = list(
+        doctor_checks.check_disk(circumstances(repository), {"models/base": 3 * GB, "models/merged": 2 * GB})
+    )
     # Symlinks work, so that what is needed in the checkout is room for one output on its way to the cache.
     assert [finding.details["total"] for finding in findings] == [3 * GB, 5 * GB]
 
@@ -235,13 +239,13 @@ def test_remotes_are_looked_at_without_a_word_of_their_secrets(repository, url, 
     (repository / "there").mkdir()
     (repository / "file").touch()
     configured(repository, REMOTE.format(url=url.format(tmp=repository)))
-    [finding] = doctor.check_remotes(repository, {})
+    [finding] = doctor_checks.check_remotes(repository, {})
     assert (finding.status, text in finding.text) == (status, True), finding
     assert "s3cr3t" not in str(finding)
 
 
 def test_a_repository_without_a_remote_is_warned_of(repository):
-    [finding] = doctor.check_remotes(repository, {})
+    [finding] = doctor_checks.check_remotes(repository, {})
     assert finding.status == "warning"
 
 
@@ -250,8 +254,8 @@ def test_an_s3_endpoint_that_does_not_answer_is_warned_of(repository):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         configured(repository, REMOTE.format(url=f"s3://bucket\n    endpointurl = {endpoint}"))
-        [answered] = doctor.check_remotes(repository, keys)
-    [closed] = doctor.check_remotes(repository, keys)
+        [answered] = doctor_checks.check_remotes(repository, keys)
+    [closed] = doctor_checks.check_remotes(repository, keys)
     assert (answered.status, closed.status) == ("ok", "warning")
     assert "does not answer" in closed.text
     assert "s3cr3t" not in str(closed)
@@ -264,7 +268,7 @@ def test_an_s3_endpoint_that_does_not_answer_is_warned_of(repository):
 )
 def test_a_token_is_asked_for_where_the_model_comes_from_a_hub(source, token, status):
     config = CONFIG.model_copy(update={"model": SimpleNamespace(source=source, id="an/id", revision=None)})
-    [finding] = doctor.check_credentials(config, {"HF_TOKEN": token})
+    [finding] = doctor_checks.check_credentials(config, {"HF_TOKEN": token})
     assert finding.status == status
     assert "s3cr3t" not in str(finding)
 
@@ -278,7 +282,7 @@ def test_a_token_is_asked_for_where_the_model_comes_from_a_hub(source, token, st
     ],
 )
 def test_memory_is_held_against_the_estimate(qwen, memory, status, said):
-    finding = next(iter(doctor.check_model(with_model(qwen), circumstances(memory=memory))))
+    finding = next(iter(doctor_checks.check_model(with_model(qwen), circumstances(memory=memory))))
     assert (finding.check, finding.status) == ("memory", status)
     assert said in shown([finding])
     assert finding.details["available"] == memory
@@ -288,7 +292,7 @@ def test_memory_is_held_against_the_estimate(qwen, memory, status, said):
 def test_memory_of_a_method_that_is_not_estimated_is_a_warning(qwen, repository, method):
     model = with_model(qwen).model
     config = with_params(training={"method": method}).model_copy(update={"model": model})
-    memory, disk = doctor.check_model(config, circumstances(repository))
+    memory, disk = doctor_checks.check_model(config, circumstances(repository))
     assert (memory.check, memory.status, disk.check) == ("memory", "warning", "disk")
     assert memory.text == f"cannot be estimated: training.method is '{method}'; memory is estimated for 'sft' alone"
 
@@ -296,7 +300,7 @@ def test_memory_of_a_method_that_is_not_estimated_is_a_warning(qwen, repository,
 @pytest.mark.parametrize(("disk", "status"), [(100 * GB, "ok"), (7 * GB, "warning"), (2 * GB, "fail")])
 def test_disk_is_held_against_every_output(qwen, repository, disk, status):
     configured(repository, '[cache]\n    type = "hardlink,symlink"\n')
-    _, finding = doctor.check_model(with_model(qwen), circumstances(repository, disk=disk))
+    _, finding = doctor_checks.check_model(with_model(qwen), circumstances(repository, disk=disk))
     assert (finding.check, finding.status) == ("disk", status)
     outputs = {name: size for name, size in finding.details.items() if name not in ("total", "free")}
     assert set(outputs) >= {"models/adapter", "models/gguf/Q4_K_M.gguf"}
@@ -317,7 +321,7 @@ def test_a_model_that_training_would_refuse_is_a_fail(qwen, content, lora, said)
     if content is not None:
         (qwen / "config.json").write_text(content)
     config = with_params(lora=lora).model_copy(update={"model": SimpleNamespace(source="local", path=str(qwen))})
-    [finding] = doctor._guarded("memory", lambda: doctor.check_model(config, circumstances()))
+    [finding] = doctor._run_check("memory", lambda: doctor_checks.check_model(config, circumstances()))
     assert (finding.check, finding.status) == ("memory", "fail")
     assert said in finding.text
 
@@ -325,8 +329,10 @@ def test_a_model_that_training_would_refuse_is_a_fail(qwen, content, lora, said)
 HUB = """
 import logging, os, sys
 from types import SimpleNamespace
-from lathe import doctor, params, paths
-config = params.load().model_copy(update={"model": SimpleNamespace(source="hub", id="org/name", revision="main")})
+from lathe import doctor
+from lathe.common import paths
+from lathe.config.load import load
+config = load().model_copy(update={"model": SimpleNamespace(source="hub", id="org/name", revision="main")})
 for finding in doctor.check_model(config, doctor.Circumstances(paths.ROOT, os.environ)):
     print(finding.check, finding.status, finding.text)
 """
@@ -380,7 +386,7 @@ def test_fp16_without_a_gpu_is_a_fail():
 def test_lines_are_aligned_and_coloured_only_where_asked():
     findings = [Finding("a", "ok", "text"), Finding("longer", "warning", "text", "remedy")]
     assert shown(findings) == "ok       a       text\nwarning  longer  text; remedy\n"
-    assert "\033[33mwarning " in "".join(doctor.lines(findings, coloured=True))
+    assert "\033[33mwarning " in "".join(doctor.format_findings(findings, coloured=True))
 
 
 def test_the_command_answers_with_its_exit_code(checkout):
@@ -457,6 +463,6 @@ def test_without_packages_the_doctor_says_which_and_other_commands_name_it():
     ],
 )
 def test_a_judge_without_its_key_is_told_before_it_is_asked(keys, environment, expected):
-    [finding] = doctor.check_judge(with_params(judge=keys), circumstances(**environment))
+    [finding] = doctor_checks.check_judge(with_params(judge=keys), circumstances(**environment))
     assert (finding.status, expected[1] in finding.text) == (expected[0], True)
     assert "sk-secret" not in finding.text + finding.remedy

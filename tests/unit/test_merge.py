@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lathe.merge import MergeReport, merge
+from lathe.models.merge.merge import merge
+from lathe.models.merge.write_shards import MergeReport
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -349,7 +350,7 @@ def test_a_tensor_of_many_chunks_equals_one_of_a_single_chunk(
     for name in ("dora on embeddings", "tokens, resized and tied", "lora bias"):
         variant = VARIANTS[name]
         _merge(bases[variant.base], adapters[name], tmp_path / f"one {name}")
-        monkeypatch.setattr("lathe.merge.CHUNK_ELEMENTS", 7 * 64)
+        monkeypatch.setattr("lathe.models.merge.lora_delta.CHUNK_ELEMENTS", 7 * 64)
         _merge(bases[variant.base], adapters[name], tmp_path / f"many {name}")
         monkeypatch.undo()
         one, many = _tensors(tmp_path / f"one {name}"), _tensors(tmp_path / f"many {name}")
@@ -465,7 +466,7 @@ def test_the_adapter_s_tokenizer_and_template_take_the_place_of_the_base_s(
 
 
 def test_importing_the_merge_does_not_import_transformers_or_peft() -> None:
-    code = "import lathe.merge, sys; sys.exit(bool({'transformers', 'peft'} & sys.modules.keys()))"
+    code = "import lathe.models.merge.merge, sys; sys.exit(bool({'transformers', 'peft'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -487,7 +488,7 @@ def test_a_merge_maps_one_tensor_at_a_time(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from lathe.merge import merge
+from lathe.models.merge.merge import merge
 
 def peak():
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

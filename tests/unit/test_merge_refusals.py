@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lathe.errors import InputError
-from lathe.merge import merge
+from lathe.common.errors import InputError
+from lathe.models.merge.merge import merge
 
 PREFIX = "base_model.model."
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -285,9 +285,9 @@ def test_pickled_weights_are_refused_by_name(file: str, pickle: str, given: Give
     ("file", "expected"),
     [
         ("base/model.safetensors", "base: no weights"),
-        ("base/config.json", "base/config.json: missing"),
+        ("base/config.json", "base/config.json: no such file"),
         ("adapter/adapter_model.safetensors", "adapter/adapter_model.safetensors: missing"),
-        ("adapter/adapter_config.json", "adapter/adapter_config.json: missing"),
+        ("adapter/adapter_config.json", "adapter/adapter_config.json: no such file"),
     ],
 )
 def test_a_missing_file_is_refused_by_name(file: str, expected: str, given: Given) -> None:
@@ -301,7 +301,7 @@ def test_a_missing_file_is_refused_by_name(file: str, expected: str, given: Give
 def test_a_broken_configuration_is_refused_by_name(file: str, text: bytes, given: Given) -> None:
     given.write()
     (given.folder / file).write_bytes(text)
-    assert re.search(f"{file}: (not JSON|must hold a JSON object)", given.refusal())
+    assert re.search(f"{file}:(\\d+: not valid JSON| byte \\d+ is not UTF-8| must hold a JSON object)", given.refusal())
 
 
 def test_a_missing_base_is_refused(given: Given) -> None:

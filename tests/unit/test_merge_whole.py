@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lathe.errors import InputError
-from lathe.merge import MergeReport, merge
-from lathe.training.whole import save_whole
+from lathe.common.errors import InputError
+from lathe.models.merge.merge import merge
+from lathe.models.merge.write_shards import MergeReport
+from lathe.training.full_tuning import save_whole
 
 SIZES = {
     "hidden_size": 32,

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from lathe import templates
-from lathe.builtin import tiny
-from lathe.modelfile import Vocabulary, go_template, modelfile, stop_tokens
-from lathe.template import render
+from lathe.models.chat_template import ChatTemplate
+from lathe.models.templates.builtin_templates import BUILTIN as BUILTIN_NAMES
+from lathe.models.templates.builtin_templates import read_template
+from lathe.reports.modelfile import build_modelfile, find_stop_tokens, translate_template
+from lathe.sources.builtin import tiny_model
 
-VOCABULARY = Vocabulary("<s>", "</s>", adds_bos=False)
 SYSTEM = {"role": "system", "content": 'Be brief.\n\n"Very" brief {{ .Role }}'}
 TURNS = [
     {"role": "user", "content": "Größe, 敏捷 🙂 <b>&amp;"},
@@ -20,7 +20,10 @@ TURNS = [
     {"role": "user", "content": "x"},
 ]
 CONVERSATIONS = [[*system, *TURNS[:count]] for system in ([], [SYSTEM]) for count in (1, 3, 5)]
-BUILTIN = {**{name: templates.read(name) for name in templates.BUILTIN}, "the tiny model's": tiny.CHAT_TEMPLATE}
+BUILTIN = {
+    **{name: read_template(name) for name in BUILTIN_NAMES},
+    "the tiny model's": tiny_model.CHAT_TEMPLATE,
+}
 QWEN = (  # what Qwen 2.5 writes, tools aside
     "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}"
     "{%- else %}{{- '<|im_start|>system\\nYou are Qwen.\\nYou help.<|im_end|>\\n' }}{%- endif %}"
@@ -109,52 +112,53 @@ class Go:
 @pytest.mark.parametrize("bos", ["<s>", ""])
 @pytest.mark.parametrize("name", BUILTIN)
 def test_a_builtin_template_is_recognised_and_writes_the_same_in_go(name, bos, adds_bos):
-    vocabulary = Vocabulary(bos, "</s>", adds_bos and bool(bos))
-    translated = go_template(BUILTIN[name], vocabulary)
+    template = ChatTemplate(BUILTIN[name], bos, "</s>", adds_bos and bool(bos))
+    translated = translate_template(template)
     assert translated
-    assert translated.name == ("chatml" if name not in templates.BUILTIN else name)
+    assert translated.name == ("chatml" if name not in BUILTIN_NAMES else name)
     assert translated.system is None
     for conversation in CONVERSATIONS:
-        expected = render(BUILTIN[name], conversation, bos_token=bos, eos_token="</s>", add_generation_prompt=True)
-        if vocabulary.adds_bos:  # Ollama puts it there
+        expected = template.render(conversation, add_generation_prompt=True)
+        if template.adds_bos:  # Ollama puts it there
             expected = expected.removeprefix(bos)
         assert Go(translated.text).render(conversation) == expected
 
 
 def test_a_system_message_that_the_template_writes_unasked_becomes_the_modelfile_s():
-    vocabulary = Vocabulary("", "<|im_end|>", adds_bos=False)
-    translated = go_template(QWEN, vocabulary)
+    template = ChatTemplate(QWEN, "", "<|im_end|>", adds_bos=False)
+    translated = translate_template(template)
     assert translated
     assert (translated.name, translated.system) == ("chatml", "You are Qwen.\nYou help.")
-    expected = render(QWEN, TURNS[:3], bos_token="", eos_token="<|im_end|>", add_generation_prompt=True)
+    expected = template.render(TURNS[:3], add_generation_prompt=True)
     with_system = [{"role": "system", "content": translated.system}, *TURNS[:3]]
     assert Go(translated.text).render(with_system) == expected
-    assert 'SYSTEM """You are Qwen.\nYou help."""' in modelfile("Q8_0.gguf", QWEN, vocabulary, n_ctx=64)
+    assert 'SYSTEM """You are Qwen.\nYou help."""' in build_modelfile("Q8_0.gguf", template, n_ctx=64)
 
 
 @pytest.mark.parametrize(
     "template",
     [
-        templates.read("chatml").replace("<|im_end|>\\n", "<|im_end|>"),
-        templates.read("llama-3").replace("'ipython' if message.role == 'tool' else message.role", "'x'"),
-        templates.read("gemma").replace("<end_of_turn>\\n' }}\n        {%- set", "<end_of_turn>' }}\n        {%- set"),
+        read_template("chatml").replace("<|im_end|>\\n", "<|im_end|>"),
+        read_template("llama-3").replace("'ipython' if message.role == 'tool' else message.role", "'x'"),
+        read_template("gemma").replace("<end_of_turn>\\n' }}\n        {%- set", "<end_of_turn>' }}\n        {%- set"),
         "{{ raise_exception('no') }}",
     ],
 )
 def test_a_template_that_writes_something_else_is_left_to_ollama(template):
-    assert go_template(template, VOCABULARY) is None
+    assert translate_template(ChatTemplate(template, "<s>", "</s>", adds_bos=False)) is None
 
 
 def test_what_is_not_recognised_is_said_and_has_no_template():
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"  # noqa: E501
-    text = modelfile("Q4_K_M.gguf", template, VOCABULARY, n_ctx=512)
+    text = build_modelfile("Q4_K_M.gguf", ChatTemplate(template, "<s>", "</s>", adds_bos=False), n_ctx=512)
     assert "\nTEMPLATE" not in text
     assert "\n# No TEMPLATE: " in text
     assert '\nPARAMETER stop "</s>"\n' in text
 
 
 def test_a_modelfile_runs_the_file_as_it_was_measured():
-    text = modelfile("Q4_K_M.gguf", tiny.CHAT_TEMPLATE, Vocabulary("<s>", "<|im_end|>", adds_bos=True), n_ctx=512)
+    template = ChatTemplate(tiny_model.CHAT_TEMPLATE, "<s>", "<|im_end|>", adds_bos=True)
+    text = build_modelfile("Q4_K_M.gguf", template, n_ctx=512)
     lines = text.splitlines()
     for line in (
         "FROM ./Q4_K_M.gguf",
@@ -177,4 +181,4 @@ def test_a_modelfile_runs_the_file_as_it_was_measured():
     ],
 )
 def test_an_answer_stops_at_the_end_of_its_turn(name, eos, expected):
-    assert stop_tokens(templates.read(name), Vocabulary("<s>", eos, adds_bos=False)) == expected
+    assert find_stop_tokens(ChatTemplate(read_template(name), "<s>", eos, adds_bos=False)) == expected

@@ -4,12 +4,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lathe import params
-from lathe.model import add_adapter
-from lathe.template import Encoded
-from lathe.training.attention import NAME, separate_rows
-from lathe.training.loss import IGNORED, summed_loss
-from lathe.training.packing import EndToEnd, Padded, model_inputs, packed_dataset, row_dataset
+from lathe.config.load import load
+from lathe.models.adapter import add_adapter
+from lathe.models.loss_mask import Encoded
+from lathe.training.loss import IGNORED, sum_token_losses
+from lathe.training.packing import EndToEnd, Padded, packed_dataset, row_dataset
+from lathe.training.row_attention import NAME, separate_rows
+from lathe.training.training_step import compute_step_loss, select_model_inputs
 
 VOCABULARY = 90
 SHAPE = {
@@ -48,8 +49,7 @@ def rows(lengths=LENGTHS) -> list[Encoded]:
 
 
 def loss_of(model, batch) -> torch.Tensor:
-    logits = model(**model_inputs(batch), logits_to_keep=batch["columns"], use_cache=False).logits
-    return summed_loss(logits.flatten(0, 1), batch["targets"].flatten())
+    return compute_step_loss(model, batch)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -90,7 +90,7 @@ def test_no_token_of_a_row_changes_what_is_said_of_another(kind):
     model = made(kind, **MODELS[kind]).eval()
     assert separate_rows(model, "auto", precision="fp32")
     batch = EndToEnd()(list(packed_dataset(rows(), max_length=60)))
-    inputs = model_inputs(batch)
+    inputs = select_model_inputs(batch)
     before = model(**inputs).logits[0]
     first = 0
     for length in batch["row_lengths"]:
@@ -163,7 +163,7 @@ def test_the_loss_is_that_of_torch_and_so_is_its_gradient(dtype, monkeypatch):
     targets = torch.tensor([3, IGNORED, 0, 10] * 5)
     expected = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
     (expected_gradient,) = torch.autograd.grad(expected / 7, logits)
-    loss = summed_loss(logits, targets)
+    loss = sum_token_losses(logits, targets)
     (gradient,) = torch.autograd.grad(loss / 7, logits)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
@@ -172,7 +172,7 @@ def test_the_loss_is_that_of_torch_and_so_is_its_gradient(dtype, monkeypatch):
 def test_an_adapter_on_the_head_gets_gradients_through_the_loss():
     model = made("llama")
     assert separate_rows(model, "auto", precision="fp32")
-    model = add_adapter(model, params.load().params.lora.model_copy(update={"modules_to_save": ["lm_head"]}))
+    model = add_adapter(model, load().params.lora.model_copy(update={"modules_to_save": ["lm_head"]}))
     loss_of(model, EndToEnd()(list(row_dataset(rows())))).backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in trained)

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from lathe import params, paths
-from lathe.errors import InputError
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config.load import Config, load
 
 SCALARS = (
     st.none()
@@ -98,12 +99,12 @@ def within(value: float, bound: str) -> bool:
     return {">": value > limit, "≥": value >= limit, "<": value < limit, "≤": value <= limit}[sign]
 
 
-def load(folder: Path, tree: Any, presets: Any) -> params.Config | list[str]:
+def load_files(folder: Path, tree: Any, presets: Any) -> Config | list[str]:
     """Write both files, and return what they are loaded as or the lines of the refusal."""
     for name, content in (("params.yaml", tree), ("presets.yaml", presets)):
         (folder / name).write_text(in_yaml(content), encoding="utf-8")
     try:
-        return params.load(folder / "params.yaml", folder / "presets.yaml")
+        return load(folder / "params.yaml", folder / "presets.yaml")
     except InputError as error:
         lines = str(error).splitlines()
         assert lines
@@ -151,9 +152,9 @@ def test_the_documentation_covers_every_key():
 @QUICK
 def test_a_value_is_taken_exactly_where_the_documentation_allows_it(tmp_path, key, value):
     """What must fit something else is checked further: there a refusal is right too."""
-    loaded = load(tmp_path, put(TREE, tuple(key.split(".")), value), PRESETS)
+    loaded = load_files(tmp_path, put(TREE, tuple(key.split(".")), value), PRESETS)
     fits = allowed(value, DOCUMENTED[key]["type"], DOCUMENTED[key]["range"])
-    if isinstance(loaded, params.Config):
+    if isinstance(loaded, Config):
         assert fits, f"{value!r} was taken"
         taken: Any = loaded.params
         for name in key.split("."):
@@ -172,14 +173,14 @@ def test_any_part_of_either_file_may_be_anything(tmp_path, data):
         found = nodes(trees[name])
         if found:
             trees[name] = put(trees[name], data.draw(st.sampled_from(found)), data.draw(VALUES))
-    load(tmp_path, trees["params"], trees["presets"])
+    load_files(tmp_path, trees["params"], trees["presets"])
 
 
 @given(tree=VALUES, presets=VALUES)
 @settings(QUICK, max_examples=200)
 def test_a_whole_file_of_something_else_is_refused(tmp_path, tree, presets):
-    assert isinstance(load(tmp_path, tree, PRESETS), list)
-    assert isinstance(load(tmp_path, TREE, presets), list)
+    assert isinstance(load_files(tmp_path, tree, PRESETS), list)
+    assert isinstance(load_files(tmp_path, TREE, presets), list)
 
 
 @given(content=st.binary(max_size=200))
@@ -187,7 +188,7 @@ def test_a_whole_file_of_something_else_is_refused(tmp_path, tree, presets):
 def test_bytes_that_are_no_parameters_are_refused(tmp_path, content):
     (tmp_path / "params.yaml").write_bytes(content)
     with pytest.raises(InputError):
-        params.load(tmp_path / "params.yaml", paths.PRESETS)
+        load(tmp_path / "params.yaml", paths.PRESETS)
 
 
 @pytest.mark.parametrize("key", DOCUMENTED)
@@ -198,6 +199,6 @@ def test_a_key_that_is_missing_is_named(tmp_path, key):
     for parent in parents:
         section = section[parent]
     del section[last]
-    assert load(tmp_path, tree, PRESETS) == [
-        f"params.yaml: {key} is missing; add it (`python -m lathe schema` says what it means)"
+    assert load_files(tmp_path, tree, PRESETS) == [
+        f"params.yaml: {key} is missing; add it (`lathe schema` says what it means)"
     ]

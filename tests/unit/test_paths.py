@@ -1,6 +1,6 @@
 import pytest
 
-from lathe import paths
+from lathe.common import paths
 
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path):

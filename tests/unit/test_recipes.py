@@ -1,14 +1,19 @@
 """Every recipe that ships can be run, says what it must, and the learner's series changes one factor at a time."""
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import refused
 from ruamel.yaml import YAML
 
-from lathe import overrides, params, paths, recipes, revisions
-from lathe.errors import InputError
+from lathe.common import dotted_keys, paths
+from lathe.common.errors import InputError
+from lathe.config import overrides
+from lathe.config.load import Config, load
+from lathe.experiments import recipes
 
 SERIES = {
     "more-context": {"training.max_length"},
@@ -25,14 +30,14 @@ NOT_OF_THE_MODEL = {
     *("convert", "judge", "tracking", "bert_score"),
     *("evaluate.general_text", "evaluate.bootstrap_samples", "evaluate.bert_score_weight", "evaluate.judge_weight"),
 }
-REAL = sorted(name for name in SHIPPED if recipes.find(name).recipe.overrides["model"] != "tiny")
+REAL = sorted(name for name in SHIPPED if recipes.load_recipe(name).recipe.overrides["model"] != "tiny")
 
 
-def configured(name: str) -> params.Config:
-    return overrides.applied(recipes.find(name).arguments([]))
+def configured(name: str) -> Config:
+    return overrides.apply_overrides(recipes.load_recipe(name).build_overrides([]))
 
 
-def leaf(config: params.Config, key: str) -> object:
+def leaf(config: Config, key: str) -> object:
     value: object = config.params
     for step in key.split("."):
         value = getattr(value, step)
@@ -40,36 +45,36 @@ def leaf(config: params.Config, key: str) -> object:
 
 
 def test_what_ships_is_here():
-    assert set(recipes.names()) >= SHIPPED
+    assert set(recipes.list_recipes()) >= SHIPPED
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipes.list_recipes())
 def test_the_overrides_of_a_recipe_become_the_parameters_of_its_run(name):
     config = configured(name)
-    for key, value in recipes.find(name).recipe.overrides.items():
-        found = leaf(config, key)
+    for key, value in recipes.load_recipe(name).recipe.overrides.items():
+        configured_value = leaf(config, key)
         if key == "grpo.rewards":
-            found = [reward.model_dump(exclude_none=True) for reward in found]
-        assert found == value, key
-        assert type(found) is type(value) or {type(found), type(value)} == {int, float}, key
+            configured_value = [reward.model_dump(exclude_none=True) for reward in configured_value]
+        assert configured_value == value, key
+        assert type(configured_value) is type(value) or {type(configured_value), type(value)} == {int, float}, key
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_recipe_for_a_real_model_leaves_nothing_of_training_to_the_values_of_the_toy(name):
     method = configured(name).params.training.method
     unused = NOT_OF_THE_MODEL | {"dpo", "grpo"} - {method}
-    wanted = {key for key in recipes.leaves() if not {key, key.split(".")[0]} & unused}
-    assert wanted - set(recipes.find(name).recipe.overrides) == set()
+    wanted = {key for key in recipes.list_keys() if not {key, key.split(".")[0]} & unused}
+    assert wanted - set(recipes.load_recipe(name).recipe.overrides) == set()
 
 
 def test_every_key_of_params_yaml_may_stand_in_a_recipe():
     tree = YAML(typ="safe").load(paths.PARAMS.read_text())
-    assert set(recipes.leaves()) == set(revisions.leaves(tree))
+    assert set(recipes.list_keys()) == set(dotted_keys.flatten(tree))
 
 
 @pytest.mark.parametrize("name", sorted(SERIES))
 def test_each_of_the_series_changes_one_factor_against_the_baseline(name):
-    baseline, changed = (recipes.find(each).recipe.overrides for each in ("baseline", name))
+    baseline, changed = (recipes.load_recipe(recipe).recipe.overrides for recipe in ("baseline", name))
     assert set(baseline) == set(changed)
     assert {key for key in baseline if baseline[key] != changed[key]} == SERIES[name]
 
@@ -81,12 +86,14 @@ def test_more_capacity_keeps_the_scale_of_the_update():
 
 
 def test_full_tuning_could_not_leave_the_base_in_4_bits():
-    with pytest.raises(InputError, match="4-bit weights cannot be trained"):
-        overrides.applied(recipes.find("full-fine-tune").arguments(["quantization.load_in_4bit=true"]))
+    with refused("invalid-value", "training.tuning is 'full'", "4-bit weights cannot be trained"):
+        overrides.apply_overrides(
+            recipes.load_recipe("full-fine-tune").build_overrides(["quantization.load_in_4bit=true"])
+        )
 
 
 def test_the_baseline_is_what_is_committed():
-    committed = params.load()
+    committed = load()
     assert configured("baseline") == committed
 
 
@@ -110,17 +117,17 @@ def test_the_laptop_holds_one_short_row_at_a_time():
 
 
 def test_a_further_override_takes_the_place_of_the_recipe_s_own():
-    arguments = recipes.find("dropout").arguments(["lora.lora_dropout=0.2,0.3", "seed=7"])
-    assert [each for each in arguments if each.startswith(("lora.lora_dropout", "seed"))] == [
+    arguments = recipes.load_recipe("dropout").build_overrides(["lora.lora_dropout=0.2,0.3", "seed=7"])
+    assert [override for override in arguments if override.startswith(("lora.lora_dropout", "seed"))] == [
         "lora.lora_dropout=0.2,0.3",
         "seed=7",
     ]
-    assert len(overrides.combinations(arguments)) == 2
+    assert len(overrides.expand_sweep(arguments)) == 2
 
 
 def test_an_unknown_recipe_is_answered_with_the_near_one():
-    with pytest.raises(InputError, match=r"^vikr-8b: no such recipe in experiments/; did you mean 'vikhr-8b'\?$"):
-        recipes.find("vikr-8b")
+    with refused("unknown-recipe", "vikr-8b", "did you mean 'vikhr-8b'?"):
+        recipes.load_recipe("vikr-8b")
 
 
 SOUND = """\
@@ -133,58 +140,161 @@ overrides:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    ("old", "new", "code", "line", "part"),
     [
-        ("Two.", "Two.\noveride: 1", "3: overide is not a known key; did you mean 'overrides'?"),
-        ("hypothesis: Two.\n", "", "1: hypothesis is missing; add it: what it should show, and by which number"),
-        ("One.", "''", "1: description is empty; write what is run, in a sentence"),
-        ("One.", "1", "1: description is 1; must be string"),
-        ("\n  lora.r: 8", " 8", "4: overrides is not a mapping; write KEY: VALUE, one a line"),
-        ("\n  lora.r: 8", " {}", "4: overrides is empty; write values by their keys in params.yaml, such as "),
-        ("lora.r", "lora.rr", "5: overrides: lora.rr is not a key of params.yaml; did you mean 'lora.r'?"),
+        ("Two.", "Two.\noveride: 1", "recipe-content", 3, "did you mean 'overrides'?"),
+        ("hypothesis: Two.\n", "", "recipe-content", 1, "hypothesis is missing; add it: "),
+        ("One.", "''", "recipe-content", 1, "description is empty; write "),
+        ("One.", "1", "recipe-content", 1, "description is 1; must be string"),
+        ("\n  lora.r: 8", " 8", "recipe-content", 4, "overrides is not a mapping; write "),
+        ("\n  lora.r: 8", " {}", "recipe-content", 4, "overrides is empty; write "),
+        (
+            "overrides:",
+            "extends: 1\noverrides:",
+            "recipe-content",
+            4,
+            "extends is 1; must be a file, or a list of files",
+        ),
+        ("overrides:", "extends: []\noverrides:", "recipe-content", 4, "extends is []; must be a file"),
+        (
+            "lora.r",
+            "lora.rr",
+            "recipe-overrides",
+            5,
+            "overrides: lora.rr is not a key of params.yaml; did you mean 'lora.r'?",
+        ),
         (
             "lora.r: 8",
             "lora: 8",
-            "5: overrides: lora is not a key of params.yaml; it is a section; name its keys, such as lora.r",
+            "recipe-overrides",
+            5,
+            "lora is not a key of params.yaml; it is a section; name its keys",
         ),
-        ("8", "0", "5: overrides: lora.r is 0; must be greater than or equal to 1"),
-        ("8", "'8'", "5: overrides: lora.r is '8'; must be integer"),
+        ("8", "0", "recipe-overrides", 5, "overrides: lora.r is 0; must be greater than or equal to 1"),
+        ("8", "'8'", "recipe-overrides", 5, "overrides: lora.r is '8'; must be integer"),
         (
             "  lora.r: 8",
             "  lora.r: 8\n  training.tuning: full",
-            "6: overrides: training.tuning is 'full'; 4-bit weights cannot be trained; "
-            "set quantization.load_in_4bit to false",
+            "recipe-overrides",
+            6,
+            "training.tuning is 'full'; 4-bit weights cannot be trained; set quantization.load_in_4bit to false",
         ),
-        ("  lora.r: 8", "  seed: 1\n  model: qwen", "6: overrides: model is 'qwen'; must be a name under models in "),
-        ("8", "8\n  lora.r: 9", "6: not valid YAML: found duplicate key"),
-        ("8", "[8", "6: not valid YAML: "),
+        (
+            "  lora.r: 8",
+            "  seed: 1\n  model: qwen",
+            "recipe-overrides",
+            6,
+            "overrides: model is 'qwen'; must be a name under models in ",
+        ),
+        ("8", "8\n  lora.r: 9", "not-yaml", 6, "not valid YAML: found duplicate key"),
+        ("8", "[8", "not-yaml", 6, "not valid YAML: "),
     ],
 )
-def test_what_is_wrong_in_a_recipe_is_said_in_one_line_with_its_place(tmp_path, monkeypatch, old, new, message):
-    monkeypatch.setattr(recipes, "FOLDER", tmp_path / "experiments")
-    file = tmp_path / "experiments/one.yaml"
-    file.parent.mkdir()
+def test_a_problem_of_a_recipe_is_reported_in_one_line_with_its_place(tmp_path, old, new, code, line, part):
+    file = tmp_path / "one.yaml"
     assert old in SOUND
     file.write_text(SOUND.replace(old, new, 1))
-    with pytest.raises(InputError) as caught:
-        recipes.read(file)
-    assert str(caught.value).startswith(f"{file}:{message}"), caught.value
+    with refused(code, f"{file}:{line}: ", part) as caught:
+        recipes.read_recipe(file)
     assert "\n" not in str(caught.value)
+
+
+BASE = """\
+overrides:
+  lora.r: 16
+  lora.lora_dropout: 0.5
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A recipe that extends a base, beside another recipe."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/sane.yaml").write_text(BASE)
+    (tmp_path / "one.yaml").write_text(SOUND.replace("overrides:", "extends: base/sane.yaml\noverrides:"))
+    (tmp_path / "two.yaml").write_text(SOUND.replace("lora.r: 8", "seed: 1"))
+    return tmp_path
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text, old
+    file.write_text(text.replace(old, new, 1))
+
+
+def test_a_recipe_has_the_overrides_of_its_base_and_its_own_ones_instead(folder):
+    assert recipes.read_recipe(folder / "one.yaml").overrides == {"lora.r": 8, "lora.lora_dropout": 0.5}
+
+
+def test_bases_extend_one_another_and_of_one_key_the_last_one_counts(folder):
+    edit(folder / "one.yaml", "extends: base/sane.yaml", "extends: [two.yaml, base/more.yaml]")
+    (folder / "base/more.yaml").write_text("extends: sane.yaml\noverrides:\n  seed: 2\n  lora.lora_dropout: 0.1\n")
+    read = recipes.read_recipe(folder / "one.yaml").overrides
+    assert read == {"seed": 2, "lora.r": 8, "lora.lora_dropout": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "code", "place", "part"),
+    [
+        ("one", "base/sane", "base/sain", "missing-base", "one.yaml:4", "did you mean 'base/sane.yaml'?"),
+        ("one", "base/sane.yaml", "[two.yaml, no.yaml]", "missing-base", "one.yaml:4", "no.yaml: no such file"),
+        ("one", "base/sane", "one", "circular-base", "one.yaml:4", "one.yaml -> one.yaml is a circle"),
+        (
+            "base/sane",
+            "overrides:",
+            "extends: ../one.yaml\noverrides:",
+            "circular-base",
+            "base/sane.yaml:1",
+            "one.yaml -> sane.yaml -> one.yaml is a circle; ",
+        ),
+        ("one", "lora.r: 8", "lora.r: 16", "redundant-override", "one.yaml:6", "base/sane.yaml:2; remove this line"),
+        ("base/sane", "16", "[16", "not-yaml", "base/sane.yaml:3", "not valid YAML"),
+        ("base/sane", "lora.r:", "lora.rr:", "recipe-overrides", "base/sane.yaml:2", "did you mean 'lora.r'?"),
+        ("base/sane", "0.5", "5", "recipe-overrides", "base/sane.yaml:3", "lora.lora_dropout is 5; must be less than"),
+        ("base/sane", "overrides:", "overides:", "recipe-content", "base/sane.yaml:1", "did you mean 'overrides'?"),
+    ],
+)
+def test_a_problem_of_what_a_recipe_extends_is_reported_with_its_place(folder, file, old, new, code, place, part):
+    edit(folder / f"{file}.yaml", old, new)
+    with refused(code, f"{folder}/{place}: ", part):
+        recipes.read_recipe(folder / "one.yaml")
+
+
+def test_a_base_is_no_recipe(folder, monkeypatch):
+    monkeypatch.setattr(recipes, "FOLDER", folder)
+    assert recipes.list_recipes() == ["one", "two"]
+    with refused("unknown-recipe", "base/sane", kept=False):
+        recipes.load_recipe("base/sane")
+
+
+def test_the_resolved_overrides_of_what_ships_are_these():
+    """A change of a base is a change of every recipe that extends it: tests/unit/resolved_recipes.json shows which."""
+    frozen = json.loads(Path(__file__).with_name("resolved_recipes.json").read_text())
+    resolved = {name: recipes.load_recipe(name).recipe.overrides for name in SHIPPED}
+    assert resolved == frozen
+    # The same text too: 1 is neither 1.0 nor true.
+    assert json.dumps(resolved, sort_keys=True) == json.dumps(frozen, sort_keys=True)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_recipe_for_a_real_model_names_only_what_is_different(name):
+    lines = (paths.ROOT / f"experiments/{name}.yaml").read_text().splitlines()
+    assert len(lines[lines.index("overrides:") + 1 :]) <= 21
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path):
     file = tmp_path / "one.yaml"
     file.write_text(SOUND + "  lora.lora_dropout: 2\n  seed: -1\n")
     with pytest.raises(InputError) as caught:
-        recipes.read(file)
+        recipes.read_recipe(file)
     assert [line.split(": ")[0].rpartition(":")[2] for line in str(caught.value).splitlines()] == ["7", "6"]
 
 
 def test_a_name_that_git_would_not_take_is_refused(tmp_path):
     file = tmp_path / "My Recipe.yaml"
     file.write_text(SOUND)
-    with pytest.raises(InputError, match="small letters, digits and hyphens; rename the file"):
-        recipes.read(file)
+    with refused("recipe-name", "My Recipe.yaml", "rename the file"):
+        recipes.read_recipe(file)
 
 
 VALUES = st.recursive(
@@ -202,7 +312,7 @@ VALUES = st.recursive(
 def test_any_value_of_yaml_comes_back_from_the_override_that_is_written_of_it(value):
     from dvc.utils.hydra import to_hydra_overrides
 
-    [override] = to_hydra_overrides([overrides.written("a.b", value)])
+    [override] = to_hydra_overrides([overrides.format_override("a.b", value)])
     assert plain(override.value()) == value
     assert not override.is_sweep_override()
 
@@ -228,12 +338,12 @@ def test_a_text_that_reads_like_something_else_stays_a_text_in_params_yaml(tmp_p
 
     file = tmp_path / "params.yaml"
     file.write_text("a: 1\n")
-    apply_overrides(file, [overrides.written("a", text)])
+    apply_overrides(file, [overrides.format_override("a", text)])
     assert YAML(typ="safe").load(file.read_text()) == {"a": text}
 
 
 def test_a_sweep_is_multiplied_out_in_the_order_of_dvc():
-    assert overrides.combinations(["lora.r=8,16", "seed=1,2", "model=tiny"]) == [
+    assert overrides.expand_sweep(["lora.r=8,16", "seed=1,2", "model=tiny"]) == [
         ["lora.r=8", "seed=1", "model=tiny"],
         ["lora.r=8", "seed=2", "model=tiny"],
         ["lora.r=16", "seed=1", "model=tiny"],
@@ -243,9 +353,11 @@ def test_a_sweep_is_multiplied_out_in_the_order_of_dvc():
 
 @pytest.mark.parametrize("override", ["lora.r", "lora.r=[8"])
 def test_an_override_that_cannot_be_read_is_refused_in_one_line(override):
-    with pytest.raises(InputError, match=r"^-S .*; see `python -m lathe schema` for the keys$"):
-        overrides.combinations([override])
+    with refused("unreadable-override", f"-S {override}: ", "see `lathe schema` for the keys") as caught:
+        overrides.expand_sweep([override])
+    assert "\n" not in str(caught.value)
 
 
 def test_the_folder_of_recipes_holds_nothing_that_is_none():
-    assert {file.suffix for file in Path(paths.ROOT / "experiments").iterdir() if file.is_file()} == {".yaml"}
+    files = [*(paths.ROOT / "experiments").iterdir(), *(paths.ROOT / "experiments/base").iterdir()]
+    assert {file.suffix for file in files if file.is_file()} == {".yaml"}

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import report_run
 
-from lathe.errors import InputError
-from lathe.report import experiments, facts, page, plots, texts
-from lathe.report.values import Value, read
+from lathe.common.errors import InputError
+from lathe.reports import experiment_table, facts, page, plots, text_diff
+from lathe.reports.values import Value, read
 
-NO_EXPERIMENTS = experiments.Experiments([], [], [])
+NO_EXPERIMENTS = experiment_table.Experiments([], [], [])
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_value_knows_its_place_whatever_the_names_on_the_way(tmp_path):
 
 def test_a_file_that_is_not_json_is_named_in_one_line(tmp_path):
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(InputError, match=r"^x.json: not valid JSON: .*; run the stage that writes it again$"):
+    with pytest.raises(InputError, match=r"^x.json:1: not valid JSON: .*; run the stage that writes it again$"):
         read(tmp_path, "x.json")
 
 
@@ -268,7 +268,7 @@ def test_a_curve_breaks_where_it_has_no_number_and_long_ones_keep_their_ends():
 
 
 def joined(text: str, reference: str | None = None) -> list[tuple[str, str]]:
-    return [(piece.kind, piece.text) for piece in texts.pieces(text, reference)]
+    return [(piece.kind, piece.text) for piece in text_diff.pieces(text, reference)]
 
 
 def test_differences_are_marked_by_words():
@@ -297,7 +297,7 @@ def test_what_cannot_be_seen_is_named():
 def test_long_texts_are_cut_and_compared_in_bounded_time():
     shown = joined("ab " * 100_000, "cd " * 100_000)
     assert shown[-1] == ("control", "… 296,000 more characters")
-    assert sum(len(text) for kind, text in shown if kind != "control") == texts.LONGEST
+    assert sum(len(text) for kind, text in shown if kind != "control") == text_diff.LONGEST
 
 
 def test_experiments_show_what_changed_and_what_failed():
@@ -319,7 +319,7 @@ def test_experiments_show_what_changed_and_what_failed():
         {**state(None, 0.006, 0.8), "experiments": None},
     ]
     wanted = {"merged": ("v.json", "merged", "exact_match"), "no": ("w.json", "x")}
-    found = experiments.table(Value(listed, experiments.SOURCE), wanted)
+    found = experiment_table.table(Value(listed, experiment_table.SOURCE), wanted)
     assert [(row.name, row.state) for row in found.rows] == [
         ("main", None),
         ("low", None),
@@ -334,7 +334,7 @@ def test_experiments_show_what_changed_and_what_failed():
 
 
 def test_where_dvc_cannot_be_asked_the_page_says_why(tmp_path):
-    found = experiments.read(tmp_path, {})
+    found = experiment_table.read(tmp_path, {})
     assert found.rows == []
     assert found.problem.startswith("`dvc exp show` gave none: ")
 

@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from lathe import paths, reward_functions
-from lathe.errors import InputError
-from lathe.params import Reward
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config.training_params import Reward
+from lathe.training import reward_functions
 
 
 def load(folder: Path, name: str):

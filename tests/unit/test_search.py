@@ -11,12 +11,22 @@ from typing import Any
 
 import pytest
 
-from lathe import paths
-from lathe.errors import InputError
-from lathe.params import Params, load
-from lathe.search import command, environment, results, run, sampling, storage, study, trial
-from lathe.search import plan as plans
-from lathe.tracking.record import Context
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config.load import load
+from lathe.config.params import Params
+from lathe.experiments.search import (
+    command,
+    environment,
+    results,
+    run_search,
+    samplers,
+    search_file,
+    storage,
+    study,
+    trial,
+)
+from lathe.experiments.tracking.run_files import Context
 
 FILE = """\
 study: some
@@ -39,19 +49,19 @@ def params() -> Params:
     return load().params
 
 
-def read(folder: Path, params: Params, text: str) -> plans.Plan:
+def read(folder: Path, params: Params, text: str) -> search_file.Plan:
     file = folder / "some.yaml"
     file.write_text(text)
-    return plans.read(file, params.model_dump(), "some.yaml")
+    return search_file.read(file, params.model_dump(), "some.yaml")
 
 
-def planned(folder: Path, params: Params, *space: str, sampler: str = "tpe") -> plans.Plan:
+def planned(folder: Path, params: Params, *space: str, sampler: str = "tpe") -> search_file.Plan:
     return read(folder, params, FILE.format(sampler=sampler, space="\n  ".join(space)))
 
 
 @pytest.mark.parametrize("file", sorted((paths.ROOT / "experiments/search").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_search_that_comes_along_can_be_run(file, params):
-    plan = plans.read(file, params.model_dump(), file.name)
+    plan = search_file.read(file, params.model_dump(), file.name)
     plan.check(params, file.name)
 
 
@@ -116,12 +126,12 @@ def test_an_objective_must_be_there_for_every_choice_of_types(tmp_path, params):
 
 def test_of_several_types_the_worst_score_counts():
     report = {"Q8_0": {"exact_match": 0.9, "bytes": 9}, "Q2_K": {"exact_match": 0.4, "bytes": 3}}
-    most = plans.Objective(metric="quantized.exact_match", direction="maximize")
-    least = plans.Objective(metric="quantized.bytes", direction="minimize")
+    most = search_file.Objective(metric="quantized.exact_match", direction="maximize")
+    least = search_file.Objective(metric="quantized.bytes", direction="minimize")
     assert most.value(report, ["Q8_0", "Q2_K"]) == 0.4
     assert least.value(report, ["Q8_0", "Q2_K"]) == 9
     with pytest.raises(ValueError, match=r"has no Q8_0\.kl"):
-        plans.Objective(metric="Q8_0.kl", direction="minimize").value(report, ["Q8_0"])
+        search_file.Objective(metric="Q8_0.kl", direction="minimize").value(report, ["Q8_0"])
 
 
 def test_the_environment_becomes_overrides_that_are_recorded(params):
@@ -159,7 +169,7 @@ def test_a_grid_has_each_point_once(tmp_path, params):
         "quantize.types: {type: categorical, choices: [[Q8_0], [Q4_K_M]]}",
         sampler="grid",
     )
-    points = [json.dumps(sampling.grid_point(plan, number)) for number in range(plan.grid_size)]
+    points = [json.dumps(samplers.grid_point(plan, number)) for number in range(plan.grid_size)]
     assert len(points) == len(set(points)) == 3 * 4 * 2
     with pytest.raises(InputError, match=r"some.yaml:11: space.training.learning_rate: a grid needs points; give it"):
         planned(tmp_path, params, RATE, sampler="grid")
@@ -216,7 +226,7 @@ def kept(tmp_path, monkeypatch):
     return tmp_path
 
 
-def opened(plan: plans.Plan, params: Params, setting: dict[str, Any] | None = None) -> study.Study:
+def opened(plan: search_file.Plan, params: Params, setting: dict[str, Any] | None = None) -> study.Study:
     found = study.Study(plan, storage.opened(None, plan.study), params.model_dump(), is_local=True)
     found.agree(setting or {})
     return found
@@ -337,30 +347,30 @@ import subprocess, sys
 from types import SimpleNamespace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from lathe import paths
-from lathe.search import run, storage, study, trial
+from lathe.common import paths
+from lathe.experiments.search import run_search, storage, study, trial
 from test_search import RATE, opened, planned
-from lathe.params import load
+from lathe.config.load import load
 import psutil
 folder, trials = Path(sys.argv[1]), int(sys.argv[2])
-storage.JOURNALS, paths.SCRATCH, run.LOGS = folder / "j", folder / "s", folder
-run.SECONDS_BETWEEN_LOOKS = run.SECONDS_BETWEEN_SEARCHES_FOR_WORK = 0
+storage.JOURNALS, paths.SCRATCH, run_search.LOGS = folder / "j", folder / "s", folder
+run_search.SECONDS_BETWEEN_LOOKS = run_search.SECONDS_BETWEEN_SEARCHES_FOR_WORK = 0
 experiments = {{}}
 report = {{name: {{"exact_match": 0.5}} for name in ("merged", "Q4_K_M")}}
 trial.experiment = lambda order: experiments.get(order.name)
 def start(order, gpu):
-    experiments[order.name] = SimpleNamespace(commit="c", json=lambda file: report)
+    experiments[order.name] = SimpleNamespace(commit="c", read_json=lambda file: report)
     return SimpleNamespace(poll=lambda: 0, wait=lambda: 0, terminate=lambda: None)
 params = load().params
 plan = planned(folder, params, RATE, sampler="random")
-driver = run.Driver(opened(plan, params), trials, 2, None, [], [], "", "", start)
+driver = run_search.Driver(opened(plan, params), trials, 2, None, [], [], "", "", start)
 used = []
 class Progress:
     def add(self, count): used.append(psutil.Process().memory_info().rss)
     def __init__(self, *a, **k): pass
     def __enter__(self): return self
     def __exit__(self, *a): pass
-run.Progress = Progress
+run_search.Progress = Progress
 driver.run()
 print(used[len(used) // 4], used[-1])
 """
@@ -436,18 +446,18 @@ def test_of_several_objectives_the_best_are_a_front_of_which_one_must_be_named(k
 
 def test_each_trial_at_once_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert run.gpus() == ["2", "5"]
+    assert run_search.gpus() == ["2", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert run.gpus() == []
+    assert run_search.gpus() == []
 
 
 def test_the_process_of_a_trial_knows_what_it_is_and_nothing_of_what_is_the_searchs_own(kept, monkeypatch):
-    monkeypatch.setattr(run, "LOGS", kept)
+    monkeypatch.setattr(run_search, "LOGS", kept)
     says_all = [sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"]
     monkeypatch.setattr(trial.Order, "command", lambda order: says_all)
     monkeypatch.setenv(storage.VARIABLE, "postgresql://me:secret@host/db")
     monkeypatch.setenv("LORA_BATCH_SIZE", "4")
-    run.start(trial.Order("late", 3, "tpe", "some trial", [], "", "", os.getpid()), "5").wait()
+    run_search.start(trial.Order("late", 3, "tpe", "some trial", [], "", "", os.getpid()), "5").wait()
     told = json.loads(trial.log_of(kept, "late-3"))
     context = Context.of_search(told)
     assert (context.study, context.trial, context.sampler) == ("late", "3", "tpe")

@@ -1,12 +1,16 @@
 import json
+import shutil
 
 import numpy
 import pytest
+from encoders import make_encoder
+from refusals import refused
 from safetensors.numpy import save_file
 
-from lathe import paths, sources
-from lathe.errors import InputError
-from lathe.params import LocalDataset, LocalModel
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config.presets import LocalDataset, LocalModel
+from lathe.sources import fetch
 
 
 @pytest.fixture
@@ -21,7 +25,7 @@ def home(tmp_path, monkeypatch):
 
 
 def fetch_model(home):
-    sources.fetch_model(LocalModel(source="local", path="models/local/mine"), home / "out", seed=1)
+    fetch.fetch_model(LocalModel(source="local", path="models/local/mine"), home / "out", seed=1)
 
 
 def write_model(folder, shards=("model.safetensors",)):
@@ -39,7 +43,7 @@ def write_model(folder, shards=("model.safetensors",)):
 
 def test_a_local_file_is_copied_unchanged_and_stays_the_users_own(home):
     (home / "data/local/rows.csv").write_text("a,b\n1,2\n")
-    sources.fetch_dataset(LocalDataset(source="local", path="data/local/rows.csv"), home / "out", seed=1)
+    fetch.fetch_dataset(LocalDataset(source="local", path="data/local/rows.csv"), home / "out", seed=1)
     assert (home / "out/rows.csv").read_text() == "a,b\n1,2\n"
     assert not (home / "out/rows.csv").samefile(home / "data/local/rows.csv")
 
@@ -56,7 +60,7 @@ def test_a_local_file_is_copied_unchanged_and_stays_the_users_own(home):
 def test_a_local_path_that_cannot_be_fetched_is_refused(home, path, message):
     (home / "data/local/empty").mkdir()
     with pytest.raises(InputError) as caught:
-        sources.fetch_dataset(LocalDataset(source="local", path=path), home / "out", seed=1)
+        fetch.fetch_dataset(LocalDataset(source="local", path=path), home / "out", seed=1)
     assert message in str(caught.value)
 
 
@@ -95,7 +99,7 @@ def test_a_linked_folder_is_refused_because_dvc_sees_no_change_behind_it(home, i
     (home / "data/local/linked").symlink_to(elsewhere)
     preset = LocalDataset(source="local", path=f"data/local/linked/{inside}")
     with pytest.raises(InputError, match=r"data/local/linked: is a link to a folder.*cp -rs \S+/elsewhere data/local"):
-        sources.fetch_dataset(preset, home / "out", seed=1)
+        fetch.fetch_dataset(preset, home / "out", seed=1)
 
 
 def test_a_model_folder_with_pickles_alone_is_refused(home):
@@ -138,7 +142,7 @@ def cut(file):
         (1, lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors: not a whole"),
         (3, lambda folder: cut(folder / SHARDS[1]), f"{SHARDS[1]}: not a whole safetensors file"),
         (3, lambda folder: (folder / SHARDS[2]).unlink(), f"{SHARDS[2]}: missing, but model.safetensors.index.json"),
-        (1, lambda folder: (folder / "config.json").write_text('{"a": '), "config.json: not JSON"),
+        (1, lambda folder: (folder / "config.json").write_text('{"a": '), "config.json:1: not valid JSON"),
         (1, lambda folder: (folder / "config.json").write_text('{"quantization_config": {"bits": 4}}'), "is set, a"),
     ],
 )
@@ -150,3 +154,32 @@ def test_a_harmed_or_quantized_model_folder_is_refused_before_anything_is_traine
         fetch_model(home)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return make_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def fetch_encoder(home, model="models/local/encoder"):
+    folder = home / "fetched"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return fetch.fetch_encoder(model, None, folder)
+
+
+def test_an_encoder_is_a_complete_folder_under_models_local(home, encoder):
+    source = home / "models/local/encoder"
+    shutil.copytree(encoder, source)
+    (source / "modeling_mine.py").write_text("raise SystemExit")
+    assert fetch_encoder(home) == {"source": "local"}
+    assert {file.name for file in (home / "fetched").iterdir()} == {file.name for file in encoder.iterdir()}
+    for missing in ("models/local/none", "models/local/../encoder", "models/local/"):
+        with refused("no-such-encoder", missing, "there is no such folder; put the encoder there"):
+            fetch_encoder(home, missing)
+    (source / "model.safetensors").write_bytes((encoder / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"model\.safetensors: not a whole safetensors file"):
+        fetch_encoder(home)
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pickled weights are never loaded"):
+        fetch_encoder(home)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lathe import params
-from lathe.model import add_adapter
-from lathe.training.speed import Speed, operations, peak_flops
+from lathe.config.load import load
+from lathe.models.adapter import add_adapter
+from lathe.training.throughput import Speed, operations, peak_flops
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 32, 48, 100, 2
 
@@ -30,7 +30,7 @@ def model() -> Any:
 def test_a_step_needs_four_operations_per_frozen_weight_and_six_per_trained_one(model):
     layer = HIDDEN * (2 * HIDDEN + 2 * HIDDEN // 2) + 3 * HIDDEN * INNER  # q, o, k, v; gate, up, down
     assert operations(model) == (6 * LAYERS * layer, 6 * HIDDEN * VOCABULARY)
-    adapted = add_adapter(model, params.load().params.lora)
+    adapted = add_adapter(model, load().params.lora)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     assert operations(adapted) == (4 * LAYERS * layer + 6 * trained, 4 * HIDDEN * VOCABULARY)
 

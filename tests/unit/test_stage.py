@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from lathe import stage
-from lathe.errors import InputError, Interrupted
+from lathe.common import entry_point
+from lathe.common.errors import InputError, Interrupted
 
 
 def test_bad_input_is_one_line_per_problem_and_exit_code_2(capsys):
@@ -14,7 +14,7 @@ def test_bad_input_is_one_line_per_problem_and_exit_code_2(capsys):
         raise InputError("params.yaml: a is 1; must be 2\nparams.yaml: b is 3; must be 4")
 
     with pytest.raises(SystemExit) as caught:
-        stage.guard(refuse)
+        entry_point.guard(refuse)
     assert caught.value.code == 2
     assert capsys.readouterr().err == ("error: params.yaml: a is 1; must be 2\nerror: params.yaml: b is 3; must be 4\n")
 
@@ -24,7 +24,7 @@ def test_a_full_disk_is_one_line_with_a_remedy(capsys):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "models/merged/model.safetensors")
 
     with pytest.raises(SystemExit) as caught:
-        stage.guard(fill)
+        entry_point.guard(fill)
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith(
         "error: models/merged/model.safetensors: No space left on device; free some space"
@@ -36,7 +36,7 @@ def test_another_fault_of_the_system_keeps_its_traceback():
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with pytest.raises(OSError, match="Input/output error"):
-        stage.guard(fail)
+        entry_point.guard(fail)
 
 
 def test_ctrl_c_ends_with_130(capsys):
@@ -44,7 +44,7 @@ def test_ctrl_c_ends_with_130(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as caught:
-        stage.guard(interrupt)
+        entry_point.guard(interrupt)
     assert caught.value.code == 130
 
 
@@ -54,20 +54,20 @@ def test_work_stopped_in_good_order_says_how_to_go_on(capsys, number, code):
         raise Interrupted("interrupted at step 3", number)
 
     with pytest.raises(SystemExit) as caught:
-        stage.guard(stop)
+        entry_point.guard(stop)
     assert caught.value.code == code
     assert capsys.readouterr().err == "interrupted at step 3\n"
 
 
 def test_the_log_level_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("LATHE_LOG_LEVEL", "debug")
-    stage.guard(lambda: None)
+    entry_point.guard(lambda: None)
     assert logging.getLogger("lathe").level == logging.DEBUG
 
 
 def test_an_unknown_log_level_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("LATHE_LOG_LEVEL", "loud")
     with pytest.raises(SystemExit) as caught:
-        stage.guard(lambda: None)
+        entry_point.guard(lambda: None)
     assert caught.value.code == 2
     assert "LATHE_LOG_LEVEL is 'LOUD'; must be one of DEBUG, INFO" in capsys.readouterr().err

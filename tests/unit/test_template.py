@@ -5,17 +5,11 @@ import random
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
-from lathe.template import (
-    TemplateError,
-    answer_lead,
-    control_tokens,
-    encode,
-    encode_each,
-    prompt_and_answer,
-    render,
-    render_for,
-)
+from lathe.models.chat_template import ChatTemplate, TemplateError
+from lathe.models.loss_mask import ConversationEncoder, encode
+from lathe.models.special_tokens import compile_control_tokens
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -200,7 +194,7 @@ def test_the_system_message_and_the_row_numbers_are_kept(byte_bpe):
 
 
 def test_rows_come_out_in_order_over_several_batches(byte_bpe, monkeypatch):
-    monkeypatch.setattr("lathe.template.ROWS_PER_BATCH", 3)
+    monkeypatch.setattr("lathe.models.loss_mask.ROWS_PER_BATCH", 3)
     byte_bpe.chat_template = CHATML
     chats = [_chat("q", f"answer {number}") for number in range(10)]
     sequences = encode(byte_bpe, chats, supervise="all")
@@ -239,7 +233,7 @@ def test_ids_are_those_of_the_whole_text_whatever_tokens_were_added(name, added,
     for _ in range(40):
         request, answer = (" ".join(generator.choices(odd, k=3)) for _ in range(2))
         (sequence,) = encode(tokenizer, [_chat(request, f"yes {answer} no")], supervise="all")
-        text = render_for(tokenizer, _chat(request, f"yes {answer} no")).rstrip("\n")
+        text = ChatTemplate.of_tokenizer(tokenizer).render(_chat(request, f"yes {answer} no")).rstrip("\n")
         assert sequence.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -258,16 +252,16 @@ def test_an_answer_that_reads_like_the_template_around_it_is_found(byte_bpe):
 
 def test_a_row_without_an_answer_is_refused_by_its_number(byte_bpe):
     byte_bpe.chat_template = CHATML
-    with pytest.raises(TemplateError) as refused:
+    with refused("no-supervised-token", "row 2: ", error=TemplateError):
         encode(byte_bpe, [_chat("a", "b"), _chat("a")], supervise="all")
-    assert str(refused.value) == "row 2: no supervised token: there is no assistant message; add the answer"
 
 
-def test_encode_each_yields_an_error_in_the_place_of_its_row(byte_bpe):
+def test_encoding_row_by_row_yields_an_error_in_the_place_of_its_row(byte_bpe):
     byte_bpe.chat_template = MISTRAL
     system = {"role": "system", "content": "Be brief."}
-    first, second, third = encode_each(
-        byte_bpe, [_chat("a", "b"), [system, *_chat("a", "b")], _chat("c", "d")], supervise="all"
+    encoder = ConversationEncoder.of_tokenizer(byte_bpe)
+    first, second, third = encoder.encode_rows(
+        [_chat("a", "b"), [system, *_chat("a", "b")], _chat("c", "d")], supervise="all"
     )
     assert isinstance(second, TemplateError)
     assert [sequence.row for sequence in [*first, *third]] == [0, 2]
@@ -275,68 +269,65 @@ def test_encode_each_yields_an_error_in_the_place_of_its_row(byte_bpe):
 
 def test_a_generation_prompt_that_answers_do_not_begin_with_is_refused(byte_bpe):
     byte_bpe.chat_template = OPENS_THINKING
-    with pytest.raises(TemplateError) as refused:
+    with refused("generation-prompt", "row 1: ", r"'|assistant|><think>\n'", error=TemplateError):
         encode(byte_bpe, [_chat("a", "b")], supervise="all")
-    assert str(refused.value) == (
-        r"row 1: the chat template's generation prompt ends with '|assistant|><think>\n', "
-        "but its answers do not begin so; use a template whose generation prompt is how it writes answers"
-    )
 
 
 def test_a_template_that_does_not_write_the_answer_is_refused(byte_bpe):
     byte_bpe.chat_template = CHATML.replace("message.content", "message.content | upper")
-    with pytest.raises(TemplateError, match="row 1: the chat template does not write the answer 'yes' as it is"):
+    with refused("answer-not-written", "row 1: ", "'yes'", error=TemplateError):
         encode(byte_bpe, [_chat("a", "yes")], supervise="all")
 
 
 def test_a_tokenizer_without_template_or_end_token_is_refused(byte_bpe):
     byte_bpe.chat_template = None
-    with pytest.raises(TemplateError, match="no chat template"):
+    with refused("no-chat-template", error=TemplateError):
         encode(byte_bpe, [_chat("a", "b")], supervise="all")
     endless = _byte_bpe(adds_bos=False)
     endless.chat_template, endless.eos_token = CHATML, None
-    with pytest.raises(TemplateError, match="no eos_token"):
+    with refused("no-end-token", "eos_token", "tokenizer_config.json", error=TemplateError):
         encode(endless, [_chat("a", "b")], supervise="all")
 
 
 @pytest.mark.parametrize(
-    ("template", "messages", "message"),
+    ("template", "messages", "code", "parts"),
     [
         (
             LLAMA2,
             [{"role": "assistant", "content": "hello"}],
-            "the chat template refuses the roles [assistant]: Conversation roles must alternate "
-            "user/assistant/user/assistant/; give conversations in its form",
+            "template-refuses",
+            ["[assistant]", "Conversation roles must alternate user/assistant/user/assistant/; "],
         ),
         (
             MISTRAL,
             [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}],
-            "the chat template refuses the roles [system, user]: Only user and assistant roles are supported!; "
-            "give conversations in its form",
+            "template-refuses",
+            ["[system, user]", "Only user and assistant roles are supported!"],
         ),
         (
             "line one\n{% if %}",
             [{"role": "user", "content": "y"}],
-            "the chat template's line 2 is not valid Jinja: Expected an expression, got 'end of statement block'",
+            "template-syntax",
+            ["line 2", "Expected an expression, got 'end of statement block'"],
         ),
         (
             "{{ messages[0].content + 1 }}",
             [{"role": "user", "content": "y"}],
-            'the chat template refuses the roles [user]: can only concatenate str (not "int") to str; '
-            "give conversations in its form",
+            "template-refuses",
+            ["[user]", 'can only concatenate str (not "int") to str'],
         ),
         (
             "{{ ''.__class__.__mro__ }}",
             [{"role": "user", "content": "y"}],
-            "the chat template refuses the roles [user]: access to attribute '__class__' of 'str' object is unsafe; "
-            "give conversations in its form",
+            "template-refuses",
+            ["[user]", "access to attribute '__class__' of 'str' object is unsafe"],
         ),
     ],
 )
-def test_a_template_error_is_one_clear_line(template, messages, message):
-    with pytest.raises(TemplateError) as refused:
-        render(template, messages, bos_token="<s>", eos_token="</s>")
-    assert str(refused.value) == message
+def test_a_template_error_is_one_line(template, messages, code, parts):
+    with refused(code, *parts, error=TemplateError) as caught:
+        _template(template).render(messages)
+    assert "\n" not in str(caught.value)
 
 
 def test_render_is_what_transformers_renders(tokenizer):
@@ -345,35 +336,40 @@ def test_render_is_what_transformers_renders(tokenizer):
         tokenizer.chat_template = template
         for messages, generation in ((chat, False), (chat[:-1], True)):
             theirs = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-            assert render_for(tokenizer, messages, add_generation_prompt=generation) == theirs
+            ours = ChatTemplate.of_tokenizer(tokenizer).render(messages, add_generation_prompt=generation)
+            assert ours == theirs
 
 
 def test_a_template_that_states_the_date_renders_the_same_every_day():
     template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
-    assert render(template, _chat("x"), bos_token="", eos_token="") == "26 Jul 2024: x"
+    assert _template(template).render(_chat("x")) == "26 Jul 2024: x"
 
 
-def test_the_answer_lead_is_what_a_model_says_before_a_plain_answer():
-    leads = {style: answer_lead(row[0], bos_token="<s>", eos_token="</s>") for style, row in STYLES.items()}
-    assert leads.pop("qwen3") == "<think>\n\n</think>\n\n"
-    assert set(leads.values()) == {""}
+def test_the_answer_prefix_is_what_the_template_writes_before_a_plain_answer():
+    prefixes = {style: _template(row[0]).answer_prefix for style, row in STYLES.items()}
+    assert prefixes.pop("qwen3") == "<think>\n\n</think>\n\n"
+    assert set(prefixes.values()) == {""}
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_prompt_answer_and_end_make_up_the_rendering(style):
-    template, written, end, _ = STYLES[style]
+    text, written, end, _ = STYLES[style]
+    template = _template(text)
     chat = _chat("How many?", "Four.", "And now?", "five")
-    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-    prompt, answer, rest = prompt_and_answer(template, chat, **tokens)
-    assert prompt + answer + rest == render(template, chat, **tokens)
-    assert prompt == render(template, chat[:-1], add_generation_prompt=True, **tokens)
+    prompt, answer, rest = template.split_answer(chat)
+    assert prompt + answer + rest == template.render(chat)
+    assert prompt == template.render(chat[:-1], add_generation_prompt=True)
     assert answer == written.format("five").rstrip()
     assert style == "no-end" or rest.strip() == end
 
 
 def test_control_tokens_are_the_special_ones_and_not_the_unknown_one(byte_bpe, sentencepiece):
-    assert control_tokens(byte_bpe).findall("a <|im_end|> b <think> <unk> </s>") == ["<|im_end|>", "</s>"]
-    assert control_tokens(sentencepiece).findall("<s>text<unk></s>") == ["<s>", "</s>"]
+    assert compile_control_tokens(byte_bpe).findall("a <|im_end|> b <think> <unk> </s>") == ["<|im_end|>", "</s>"]
+    assert compile_control_tokens(sentencepiece).findall("<s>text<unk></s>") == ["<s>", "</s>"]
+
+
+def _template(text: str) -> ChatTemplate:
+    return ChatTemplate(text, "<s>", "</s>", adds_bos=False)
 
 
 def _chat(*texts: str) -> list[dict[str, str]]:
@@ -401,7 +397,8 @@ def _decoded(tokenizer, ids: list[int]) -> str:
 
 def _inference_ids(tokenizer, messages) -> list[int]:
     """Return the ids an inference engine starts from: the rendered prompt alone, BOS added unless it is there."""
-    ids = tokenizer(render_for(tokenizer, messages, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
+    prompt = ChatTemplate.of_tokenizer(tokenizer).render(messages, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     bos = tokenizer("x")["input_ids"][0]
     return [bos, *ids] if bos == tokenizer.bos_token_id and ids[0] != bos else ids
 

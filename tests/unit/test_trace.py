@@ -1,13 +1,15 @@
 """A GGUF is traced through every dvc.lock that Git knows, and refused in one line where it is none of Lathe's."""
 
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from shared import processor_seconds
 
-from lathe import gguf, lineage, paths, trace
-from lathe.errors import InputError
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.gguf import header
+from lathe.provenance import lineage, trace
 
 COMMIT = "6b2f" * 10
 
@@ -77,7 +79,7 @@ def test_a_file_cut_short_is_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert gguf.describe(file)["parameters"] == 4096
+    assert header.describe(file)["parameters"] == 4096
     file.write_bytes(file.read_bytes()[:-8192])
     with pytest.raises(InputError, match="cut short"):
         trace.trace(file)
@@ -91,11 +93,11 @@ def test_a_gguf_of_someone_else_is_said_to_be_none_of_lathe(tmp_path):
 
 def test_the_commit_is_found_among_five_hundred_in_seconds(repository):
     commits(repository, 500)
-    started = time.perf_counter()
-    [(commit, held)] = trace._locks_with([f"{123:032d}"]).items()
-    assert time.perf_counter() - started < 5
+    started = processor_seconds()
+    [(commit, held)] = trace._find_locks([f"{123:032d}"]).items()
+    assert processor_seconds() - started < 5
     assert held == {f"{123:032d}"}
-    assert [found.subject for found in trace._describe([commit])] == ["123"]
+    assert [found.subject for found in trace._describe_commits([commit])] == ["123"]
 
 
 def test_commits_come_newest_first_and_experiments_by_name_but_not_what_dvc_keeps_for_itself(repository):
@@ -113,11 +115,11 @@ def test_commits_come_newest_first_and_experiments_by_name_but_not_what_dvc_keep
             f"from refs/heads/main^0\nM 644 inline dvc.lock\ndata {len(text)}\n{text}\n"
         )
         subprocess.run(["git", "fast-import", "--quiet"], cwd=repository, input=stream.encode(), check=True)
-    found = trace._describe(list(trace._locks_with([f"{2:032d}"])))
+    found = trace._describe_commits(list(trace._find_locks([f"{2:032d}"])))
     assert [(commit.subject, commit.experiment) for commit in found] == [("exp", "mine"), ("2", None)]
-    assert trace._locks_with([f"{8:032d}"]) == trace._locks_with([f"{9:032d}"]) == {}
+    assert trace._find_locks([f"{8:032d}"]) == trace._find_locks([f"{9:032d}"]) == {}
     # What an experiment reads and did not make is not its own.
-    assert [commit.subject for commit in trace._describe(list(trace._locks_with([f"{1:032d}"])))] == ["1"]
+    assert [commit.subject for commit in trace._describe_commits(list(trace._find_locks([f"{1:032d}"])))] == ["1"]
 
 
 def test_without_a_repository_the_metadata_alone_is_told(tmp_path, monkeypatch, capsys):
@@ -153,7 +155,7 @@ def test_what_was_read_and_is_by_now_of_another_run_is_told_from_what_still_fits
             "outs": [{"path": "models/merged", "md5": "g.dir"}],
         },
     }
-    order, broken = trace._upstream(stages, "merge")
+    order, broken = trace._find_upstream(stages, "merge")
     assert order[0] == "merge"
     assert set(order) == {"merge", "train", "fetch", "old@fetch"}
     assert broken == ["models/adapter"]
@@ -163,4 +165,4 @@ def test_the_digest_of_parameters_knows_no_order_but_every_value():
     one = {"params.yaml": {"seed": 1, "lora": {"r": 16, "bias": None}}, "presets.yaml": {}}
     same = {"presets.yaml": {}, "params.yaml": {"lora": {"bias": None, "r": 16}, "seed": 1}}
     other = {"params.yaml": {"seed": 1, "lora": {"r": 16, "bias": False}}, "presets.yaml": {}}
-    assert lineage.parameters_digest(one) == lineage.parameters_digest(same) != lineage.parameters_digest(other)
+    assert lineage.digest_parameters(one) == lineage.digest_parameters(same) != lineage.digest_parameters(other)

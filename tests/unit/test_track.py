@@ -1,12 +1,12 @@
 import json
 
-from lathe import paths, track
+from lathe.common import metric_files, operating_system, paths
 
 
 def test_a_stage_of_several_items_has_one_file_with_their_sum(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "METRICS", tmp_path)
     for item, seconds in (("a", 1.0), ("b", 2.0), ("a", 4.0)):
-        track.write_timings("quantize", item, seconds=seconds, speeds={}, items=["a", "b"])
+        metric_files.write_timings("quantize", item, seconds=seconds, speeds={}, items=["a", "b"])
     content = json.loads((tmp_path / "timings/quantize.json").read_text())
     assert content["seconds"] == 6.0
     assert [(item["item"], item["seconds"]) for item in content["items"]] == [("a", 4.0), ("b", 2.0)]
@@ -14,11 +14,11 @@ def test_a_stage_of_several_items_has_one_file_with_their_sum(tmp_path, monkeypa
 
 def test_an_item_that_is_no_longer_listed_is_forgotten(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "METRICS", tmp_path)
-    track.write_timings("quantize", "old", seconds=1.0, speeds={}, items=["old"])
-    track.write_timings("quantize", "new", seconds=2.0, speeds={}, items=["new"])
+    metric_files.write_timings("quantize", "old", seconds=1.0, speeds={}, items=["old"])
+    metric_files.write_timings("quantize", "new", seconds=2.0, speeds={}, items=["new"])
     assert json.loads((tmp_path / "timings/quantize.json").read_text())["seconds"] == 2.0
 
 
 def test_peak_memory_is_at_least_what_was_just_held():
     held = bytearray(50_000_000)
-    assert track.peak_memory_bytes() > len(held)
+    assert operating_system.get_peak_memory_bytes() > len(held)

@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lathe import params, paths
-from lathe.errors import InputError
-from lathe.tracking import record, start, targets
-from lathe.tracking.mirror import UnreachableError, mirror_of
-from lathe.tracking.record import Context, Record
-from lathe.tracking.targets import MlflowTarget, WandbTarget
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config import params
+from lathe.config.load import load
+from lathe.experiments.tracking import run_files, start_mirror, targets
+from lathe.experiments.tracking.run_files import Context, Record
+from lathe.experiments.tracking.targets import MlflowTarget, WandbTarget
+from lathe.experiments.tracking.tracker import UnreachableError
+from lathe.experiments.tracking.trackers import mirror_of
 
 
 def tracking(**changes):
-    tree = params.load().params.tracking.model_dump()
+    tree = load().params.tracking.model_dump()
     for key, value in changes.items():
         section, _, name = key.partition("__")
         tree[section][name] = value
@@ -24,7 +27,7 @@ def tracking(**changes):
 
 
 def test_nothing_is_mirrored_unless_it_is_asked_for():
-    assert targets.targets(params.load().params.tracking, {}) == ([], [])
+    assert targets.targets(load().params.tracking, {}) == ([], [])
 
 
 def test_the_environment_wins_over_the_parameters_and_says_so():
@@ -102,25 +105,25 @@ def test_a_point_whose_line_is_not_yet_whole_waits(tmp_path: Path):
     file = tmp_path / "metrics/train/plots/metrics/train/loss.tsv"
     file.parent.mkdir(parents=True)
     file.write_text("step\tloss\n1\t2.5\n2\t2.")
-    assert record.read_curves(tmp_path) == {"train/loss": [(1, 2.5)]}
-    assert record.read_curves(tmp_path, since=file.stat().st_mtime + 1) == {}
+    assert run_files.read_curves(tmp_path) == {"train/loss": [(1, 2.5)]}
+    assert run_files.read_curves(tmp_path, since=file.stat().st_mtime + 1) == {}
 
 
 def test_only_points_that_are_not_known_are_sent():
     curves = {"train/loss": [(1, 2.5), (2, 2.0)], "eval/loss": [(1, 3.0)]}
-    assert record.missing({"train/loss": {1: 2.5}}, curves) == [("eval/loss", 1, 3.0), ("train/loss", 2, 2.0)]
-    assert record.missing({"train/loss": {1: 2.5, 2: 2.0}, "eval/loss": {1: 3.0}}, curves) == []
+    assert run_files.missing({"train/loss": {1: 2.5}}, curves) == [("eval/loss", 1, 3.0), ("train/loss", 2, 2.0)]
+    assert run_files.missing({"train/loss": {1: 2.5, 2: 2.0}, "eval/loss": {1: 3.0}}, curves) == []
 
 
 def test_a_run_with_another_point_is_another_run():
     curves = {"train/loss": [(1, 2.5), (2, 2.0)], "speed/train/tokens_per_second": [(1, 10.0)]}
     same = {"train/loss": {1: 2.5}}
-    assert not record.contradicts(same, curves, whole=True)
-    assert record.contradicts({"train/loss": {1: 2.4}}, curves, whole=False)
-    assert not record.contradicts({"speed/train/tokens_per_second": {1: 11.0}}, curves, whole=True)
+    assert not run_files.contradicts(same, curves, whole=True)
+    assert run_files.contradicts({"train/loss": {1: 2.4}}, curves, whole=False)
+    assert not run_files.contradicts({"speed/train/tokens_per_second": {1: 11.0}}, curves, whole=True)
     longer = {"train/loss": {1: 2.5, 2: 2.0, 3: 1.5}}
-    assert not record.contradicts(longer, curves, whole=False)
-    assert record.contradicts(longer, curves, whole=True)
+    assert not run_files.contradicts(longer, curves, whole=False)
+    assert run_files.contradicts(longer, curves, whole=True)
 
 
 def test_a_run_is_called_as_its_experiment_and_tagged_with_its_trial():
@@ -144,11 +147,11 @@ def test_what_a_search_tells_its_trials_is_read_from_the_environment():
 
 
 def test_a_variable_of_no_use_stops_no_stage_and_is_said_once(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(start, "FOLLOWING", tmp_path / "following")
+    monkeypatch.setattr(start_mirror, "FOLLOWING", tmp_path / "following")
     monkeypatch.setenv("MLFLOW_ENABLED", "on")
     with caplog.at_level("INFO"):
-        start.begun("preprocess", tracking())
-        start.begun("train", tracking())
+        start_mirror.begun("preprocess", tracking())
+        start_mirror.begun("train", tracking())
     assert caplog.messages == ["mirrored nowhere: MLFLOW_ENABLED is 'on'; must be one of 1, true, yes, 0, false, no"]
 
 

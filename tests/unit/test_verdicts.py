@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lathe import params, paths
-from lathe.errors import InputError
-from lathe.judge import secrets
-from lathe.judge.budget import Budget
-from lathe.judge.cache import Cache, Kept
-from lathe.judge.failures import BudgetSpentError, MalformedError
-from lathe.judge.prompt import LONGEST_TEXT, SYSTEM, USER, compose
-from lathe.judge.verdict import GRAMMAR_SCHEMA, Answer, parse
+from lathe.common import paths, redaction
+from lathe.common.errors import InputError
+from lathe.config import params
+from lathe.config.load import load
+from lathe.evaluation.judge import api_keys
+from lathe.evaluation.judge.budget import Budget
+from lathe.evaluation.judge.failures import BudgetSpentError, MalformedError
+from lathe.evaluation.judge.prompt import LONGEST_TEXT, SYSTEM, USER, compose
+from lathe.evaluation.judge.verdict import GRAMMAR_SCHEMA, Answer, parse
+from lathe.evaluation.judge.verdict_cache import Cache, Kept
 
 RUBRIC = (paths.ROOT / "experiments/rubrics/default.md").read_text()
 HOSTILE = [
@@ -225,27 +227,27 @@ def test_a_request_is_made_only_if_its_most_fits_in_what_is_left():
 @pytest.mark.parametrize("key", ["two words", "ключ", "line\nbreak"])
 def test_a_key_that_cannot_be_one_is_refused_without_being_shown(key):
     with pytest.raises(InputError, match="OPENAI_API_KEY") as refused:
-        secrets.read("openai", None, {"OPENAI_API_KEY": key})
+        api_keys.read("openai", None, {"OPENAI_API_KEY": key})
     assert key not in str(refused.value)
 
 
 def test_a_missing_key_is_named_unless_the_server_is_the_users_own():
-    for provider, variable in secrets.VARIABLES.items():
+    for provider, variable in api_keys.VARIABLES.items():
         with pytest.raises(InputError, match=f"{variable} is not set"):
-            secrets.read(provider, None, {})
-    assert secrets.read("openai", "http://127.0.0.1:1/v1", {}) is None
-    assert secrets.read("openai", None, {"OPENAI_API_KEY": " sk-1\n"}) == "sk-1"
+            api_keys.read(provider, None, {})
+    assert api_keys.read("openai", "http://127.0.0.1:1/v1", {}) is None
+    assert api_keys.read("openai", None, {"OPENAI_API_KEY": " sk-1\n"}) == "sk-1"
 
 
 @pytest.mark.parametrize(
     "address", ["https://sk-secret@api.example.com/v1", "https://a/v1?key=sk-secret", "ftp://a", "a/v1", "http://"]
 )
 def test_an_address_is_plain_because_it_is_written_into_dvc_lock(address):
-    settings = params.load().params.judge.model_dump()
+    settings = load().params.judge.model_dump()
     assert params.Judge.model_validate({**settings, "base_url": "http://127.0.0.1:8000/v1"})
     with pytest.raises(ValueError, match=r"is no plain address; write http\(s\)://HOST"):
         params.Judge.model_validate({**settings, "base_url": address})
 
 
 def test_secrets_in_a_text_are_hidden_longest_first():
-    assert secrets.hide("key abcd and abc", {"abc", "abcd", ""}) == "key [hidden] and [hidden]"
+    assert redaction.hide("key abcd and abc", {"abc", "abcd", ""}) == "key [hidden] and [hidden]"

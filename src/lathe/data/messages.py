@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from lathe.data.reading import Fault, RepeatedKey, kind
+from lathe.data.read_files import Fault, RepeatedKey, kind
 
 # {"role", "content"}; an assistant's may have "tool_calls", a tool's "name" and "tool_call_id".
 Message = dict[str, Any]

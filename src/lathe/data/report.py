@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 import numpy
 from numpy.typing import NDArray
 
-from lathe.data.files import SPLITS
-from lathe.data.measure import Measured
-from lathe.data.overlap import NEAR, Index, N, Near, near
-from lathe.data.reading import Fault
+from lathe.common.errors import InputError
+from lathe.data.counts import EXAMPLES, Tally
+from lathe.data.near_duplicates import NEAR, Index, N, Near, near
+from lathe.data.read_files import Fault
+from lathe.data.row_store import Reader
+from lathe.data.split_files import SPLITS
 from lathe.data.splits import Splits
-from lathe.data.spool import Reader
-from lathe.data.tally import EXAMPLES, Tally
-from lathe.errors import InputError
+from lathe.data.tokenization import Measured
 
 if TYPE_CHECKING:
-    from lathe.params import Preprocess
+    from lathe.config.params import Preprocess
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 

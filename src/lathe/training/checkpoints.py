@@ -19,10 +19,10 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from lathe import launch
-from lathe.errors import InputError
-from lathe.scratch import digest, locked
-from lathe.training import ranks
+from lathe.common import launch
+from lathe.common.errors import InputError
+from lathe.common.scratch import digest, locked
+from lathe.training import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint that is whole; None where there is none."""
-        found: Path | None = ranks.from_main(self._newest() if launch.is_main() else None)
+        found: Path | None = distributed.from_main(self._newest() if launch.is_main() else None)
         return found
 
     def _newest(self) -> Path | None:
@@ -58,7 +58,7 @@ class Checkpoints:
     def result(self) -> Path | None:
         """Return what this training ended with; None where it has not ended."""
         result = self.folder / RESULT
-        return result if ranks.from_main(launch.is_main() and _is_whole(result)) else None
+        return result if distributed.from_main(launch.is_main() and _is_whole(result)) else None
 
     @contextmanager
     def saving(self) -> Iterator[Path]:
@@ -67,17 +67,17 @@ class Checkpoints:
         if launch.is_main():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        ranks.wait()
+        distributed.wait()
         try:
             with disk_errors():
                 yield partial
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)  # or a full disk stays full
             raise
-        ranks.wait()
+        distributed.wait()
         if launch.is_main():
             self._keep(partial)
-        ranks.wait()
+        distributed.wait()
 
     def _keep(self, partial: Path) -> None:
         for written in partial.iterdir():

@@ -13,16 +13,16 @@ from typing import Any
 import datasets
 from trl import DPOConfig, DPOTrainer
 
-from lathe.training.attention import pad_rows
-from lathe.training.best import Best
-from lathe.training.pairs import encode_pairs, pair_dataset
-from lathe.training.passes import Passes
-from lathe.training.resume import Resumable
-from lathe.training.setting import Setting
+from lathe.training.base_trainer import BaseTrainer
+from lathe.training.best_weights import Best
+from lathe.training.preference_pairs import encode_pairs, pair_dataset
+from lathe.training.resume import ResumableTrainer
+from lathe.training.row_attention import pad_rows
+from lathe.training.trainer_setup import Setting
 
 
-def trainer(setting: Setting) -> Resumable:
-    """Return the trainer that learns from pairs of answers, which `lathe.training.pairs` has checked."""
+def trainer(setting: Setting) -> ResumableTrainer:
+    """Return the trainer that learns from pairs of answers, which `lathe.training.preference_pairs` has checked."""
     training, dpo = setting.params.training, setting.params.dpo
     chosen, rejected = encode_pairs(setting.tokenizer, setting.splits["train"])
     pad_rows(setting.model, training.attn_implementation)
@@ -56,7 +56,7 @@ def trainer(setting: Setting) -> Resumable:
     )
 
 
-class PairTrainer(Passes, Resumable, DPOTrainer):
+class PairTrainer(BaseTrainer, ResumableTrainer, DPOTrainer):
     """TRL's trainer on token ids of ours, which is exact over the validation pairs and when it goes on.
 
     What the reference, the model as it is now, makes of each pair is computed once and before the first step, so that
@@ -98,7 +98,7 @@ class PairTrainer(Passes, Resumable, DPOTrainer):
         super().log(logs, start_time)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        return dataset  # token ids are there: those of lathe.template, as in inference
+        return dataset  # token ids are there: those of lathe.models.chat_template, as in inference
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         with _bars_on_terminals_only():

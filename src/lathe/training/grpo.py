@@ -17,18 +17,19 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from lathe.errors import InputError
-from lathe.model import unwrapped
-from lathe.params import Reward
-from lathe.reward_functions import RewardFunction
-from lathe.rewards import REWARDS
-from lathe.template import Encoded, Format, answer_lead, encode, prompt_and_answer
-from lathe.training import ranks
-from lathe.training.attention import pad_rows
-from lathe.training.best import Best
-from lathe.training.passes import Passes
-from lathe.training.resume import Resumable
-from lathe.training.setting import Setting
+from lathe.common.errors import InputError
+from lathe.config.training_params import Reward
+from lathe.evaluation.answer_checks import REWARDS
+from lathe.models.adapter import unwrapped
+from lathe.models.chat_template import ChatTemplate
+from lathe.models.loss_mask import Encoded, encode
+from lathe.training import distributed
+from lathe.training.base_trainer import BaseTrainer
+from lathe.training.best_weights import Best
+from lathe.training.resume import ResumableTrainer
+from lathe.training.reward_functions import RewardFunction
+from lathe.training.row_attention import pad_rows
+from lathe.training.trainer_setup import Setting
 
 # What transformers does not keep of a step that is made from answers sampled before the checkpoint.
 ANSWERS = "answers_{rank}.safetensors"
@@ -53,7 +54,7 @@ class Weighed:
     function: RewardFunction
 
 
-def trainer(setting: Setting) -> Resumable:
+def trainer(setting: Setting) -> ResumableTrainer:
     """Return the trainer that rewards answers to the last request of each conversation.
 
     Raises InputError where a parameter does not fit the model.
@@ -89,9 +90,7 @@ def trainer(setting: Setting) -> Resumable:
     return RewardTrainer(
         questions=questions,
         rewards=rewards,
-        lead=answer_lead(
-            tokenizer.chat_template, bos_token=tokenizer.bos_token or "", eos_token=tokenizer.eos_token or ""
-        ),
+        answer_prefix=ChatTemplate.of_tokenizer(tokenizer).answer_prefix,
         precision=setting.precision,
         rows=[Encoded(row, question.prompt_ids, []) for row, question in enumerate(questions["train"])],
         rate="grpo.learning_rate",
@@ -120,7 +119,7 @@ def weighed(rewards: Sequence[Reward], functions: Mapping[str, RewardFunction]) 
     ]
 
 
-class RewardTrainer(Passes, Resumable, GRPOTrainer):
+class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
     """TRL's trainer with prompts as inference has them, answers without dropout, and an evaluation that draws nothing.
 
     The validation split is answered greedily, before the first step too, and what is logged is the mean reward.
@@ -133,15 +132,15 @@ class RewardTrainer(Passes, Resumable, GRPOTrainer):
         *,
         questions: dict[str, list[Question]],
         rewards: list[Weighed],
-        lead: str,
+        answer_prefix: str,
         **arguments: Any,
     ) -> None:
-        self.questions, self.rewards, self.lead = questions, rewards, lead
+        self.questions, self.rewards, self.answer_prefix = questions, rewards, answer_prefix
         super().__init__(reward_funcs=[self._scorer(reward) for reward in rewards], **arguments)
         self.add_callback(_EvaluateFirst(self))
 
     def train_to_the_end(self) -> None:
-        """Train as `Resumable` does, and leave no adapter behind but the trained one."""
+        """Train as `ResumableTrainer` does, and leave no adapter behind but the trained one."""
         super().train_to_the_end()
         if REFERENCE in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter(REFERENCE)
@@ -243,7 +242,7 @@ class RewardTrainer(Passes, Resumable, GRPOTrainer):
         return scorer
 
     def _score(self, reward: Weighed, text: str, question: Question) -> float:
-        return reward.function(text.removeprefix(self.lead), question.reference, question.row)
+        return reward.function(text.removeprefix(self.answer_prefix), question.reference, question.row)
 
     def _save_own(self, checkpoint: Path) -> None:
         super()._save_own(checkpoint)
@@ -254,13 +253,13 @@ class RewardTrainer(Passes, Resumable, GRPOTrainer):
                 for name, tensor in batch.items()
                 if isinstance(tensor, torch.Tensor)
             }
-            save_file(tensors, checkpoint / ANSWERS.format(rank=ranks.own()))
+            save_file(tensors, checkpoint / ANSWERS.format(rank=distributed.own()))
 
     def _load_own(self, checkpoint: Path) -> None:
         super()._load_own(checkpoint)
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         self._step = state["global_step"] * self.args.gradient_accumulation_steps
-        if (answers := checkpoint / ANSWERS.format(rank=ranks.own())).exists():
+        if (answers := checkpoint / ANSWERS.format(rank=distributed.own())).exists():
             passes: list[dict[str, torch.Tensor]] = [{} for _ in range(self.args.steps_per_generation)]
             for key, tensor in load_file(answers, device=str(self.args.device)).items():
                 place, _, name = key.partition(".")
@@ -291,15 +290,13 @@ def _end_answers_as_taught(model: Any, tokenizer: Any) -> None:
 
 def _questions(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[Question]:
     """Return each conversation's last request, and the answer that stands there."""
-    form = Format.of(tokenizer)
+    template = ChatTemplate.of_tokenizer(tokenizer)
     encoded = encode(tokenizer, [row["messages"] for row in rows], supervise="last")
     questions = []
     for sequence, row in zip(encoded, rows, strict=True):
         reference = str(row["messages"][-1]["content"])
         if row["messages"][-1].get("tool_calls"):
-            _, reference, _ = prompt_and_answer(
-                form.chat_template, row["messages"], bos_token=form.bos_token, eos_token=form.eos_token
-            )
+            reference = template.split_answer(row["messages"]).answer
         questions.append(Question(sequence.input_ids[: sequence.supervised.index(True)], reference, row))
     return questions
 

@@ -8,7 +8,7 @@ IGNORED = -100  # label of a token that carries no loss, as in torch's cross ent
 CHUNK_BYTES = 1 << 24  # of float32 logits in work at a time
 
 
-def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def sum_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the summed negative log-likelihood (float32) of `targets` where they are not IGNORED.
 
     `logits`: (positions, vocabulary) in any float type, computed with in float32; `targets`: (positions,).

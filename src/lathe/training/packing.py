@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from lathe.template import Encoded
-from lathe.training.attention import attention_arguments
-from lathe.training.blanks import without_blanks
+from lathe.models.loss_mask import Encoded
+from lathe.training.dataset_padding import without_blanks
 from lathe.training.loss import IGNORED
+from lathe.training.row_attention import attention_arguments
 
 
 def row_dataset(rows: Sequence[Encoded]) -> Dataset:
@@ -94,14 +94,6 @@ class Padded:
             "row_lengths": tuple(lengths.flatten().tolist()),
             **_supervised(padded("labels", IGNORED)),
         }
-
-
-def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a batch goes into the model's forward: without labels, it computes no loss of its own."""
-    ours = {"labels", "columns", "targets", "supervised_tokens"}
-    if "attention_mask" in batch:  # padded: a stock model, which knows nothing of row_lengths
-        ours |= {"row_lengths"}
-    return {name: value for name, value in batch.items() if name not in ours}
 
 
 def _rows(examples: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:

@@ -16,12 +16,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from lathe import launch, stage
-from lathe.errors import Interrupted
-from lathe.training import ranks
-from lathe.training.best import Best
+from lathe.common import launch, operating_system
+from lathe.common.errors import Interrupted
+from lathe.training import distributed
+from lathe.training.best_weights import Best
 from lathe.training.checkpoints import RESULT, Checkpoints, step_of
-from lathe.training.shards import state_to_save
+from lathe.training.sharding import state_to_save
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 UNLOGGED = "unlogged.json"
 
 
-class Resumable(Trainer):
+class ResumableTrainer(Trainer):
     """What a TRL trainer gets from us: checkpoints that are whole or absent, signals heeded, the best weights kept.
 
     To be named before TRL's class among the bases of a trainer. Nothing in a checkpoint is read with pickle:
@@ -94,7 +94,7 @@ class Resumable(Trainer):
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def note(number: int, _: Any) -> None:
-            stage.outlive_parent()
+            operating_system.outlive_parent()
             self.note_signal(number, checkpoints)
             for each, handler in before.items():
                 signal.signal(each, handler)
@@ -117,7 +117,7 @@ class Resumable(Trainer):
         """Tell whether to stop after this step. Signals reach processes at different moments; here they agree."""
         if self.checkpoints is None:
             return False
-        agreed = ranks.largest(self.signal or 0)
+        agreed = distributed.largest(self.signal or 0)
         if agreed and not self.signal:
             self.note_signal(agreed, self.checkpoints)
         return bool(agreed)
@@ -167,10 +167,10 @@ class Resumable(Trainer):
     def _save_own(self, checkpoint: Path) -> None:
         """Add to a checkpoint what transformers does not keep."""
         unlogged = {
-            "loss": ranks.gathered(self._tr_loss.item()),  # these by rank
-            "tokens": ranks.gathered(self.trained_tokens),
-            "supervised_tokens": ranks.gathered(self.trained_supervised_tokens),
-            "measures": ranks.gathered(dict(self._metrics["train"])),  # TRL's
+            "loss": distributed.gathered(self._tr_loss.item()),  # these by rank
+            "tokens": distributed.gathered(self.trained_tokens),
+            "supervised_tokens": distributed.gathered(self.trained_supervised_tokens),
+            "measures": distributed.gathered(dict(self._metrics["train"])),  # TRL's
             "since": self._globalstep_last_logged,
         }
         if launch.is_main():
@@ -180,8 +180,8 @@ class Resumable(Trainer):
     def _load_own(self, checkpoint: Path) -> None:
         """Take from a checkpoint what `_save_own` added."""
         self.unlogged = json.loads((checkpoint / UNLOGGED).read_text(encoding="utf-8"))
-        self.trained_tokens = self.unlogged["tokens"][ranks.own()]
-        self.trained_supervised_tokens = self.unlogged["supervised_tokens"][ranks.own()]
+        self.trained_tokens = self.unlogged["tokens"][distributed.own()]
+        self.trained_supervised_tokens = self.unlogged["supervised_tokens"][distributed.own()]
         self.best.load(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -191,20 +191,20 @@ class Resumable(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what is given, and beside the loss of steps the tokens that they were trained on."""
         if "loss" in logs:
-            logs = {**logs, "num_tokens": ranks.total([self.trained_tokens])[0]}
+            logs = {**logs, "num_tokens": distributed.total([self.trained_tokens])[0]}
         super().log(logs, start_time)
 
     def restore_unlogged(self) -> None:
         """Give the next point of the curves the steps before the checkpoint that belong to it."""
-        self._tr_loss: torch.Tensor = torch.tensor(self.unlogged["loss"][ranks.own()], device=self.args.device)
+        self._tr_loss: torch.Tensor = torch.tensor(self.unlogged["loss"][distributed.own()], device=self.args.device)
         self._globalstep_last_logged = self.unlogged["since"]
-        self._metrics["train"].update(self.unlogged["measures"][ranks.own()])
+        self._metrics["train"].update(self.unlogged["measures"][distributed.own()])
 
 
 class _Saver(TrainerCallback):
     """Decides after which steps a checkpoint is written."""
 
-    def __init__(self, trainer: Resumable, save_steps: int) -> None:
+    def __init__(self, trainer: ResumableTrainer, save_steps: int) -> None:
         self.trainer = trainer
         self.save_steps = save_steps
 
@@ -230,7 +230,7 @@ class _Saver(TrainerCallback):
 class _Judge(TrainerCallback):
     """Lets the best weights be noted after each evaluation, and stops where they have not been beaten for long."""
 
-    def __init__(self, trainer: Resumable) -> None:
+    def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -6,23 +6,23 @@ from typing import Any
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from lathe.errors import InputError
-from lathe.model import unwrapped
-from lathe.template import encode
-from lathe.training import ranks
-from lathe.training.attention import separate_rows
-from lathe.training.best import Best
-from lathe.training.blanks import BlanksLast, filled
-from lathe.training.loss import summed_loss
-from lathe.training.packing import EndToEnd, Padded, model_inputs, packed_dataset, row_dataset
-from lathe.training.passes import Passes
-from lathe.training.resume import Resumable
-from lathe.training.setting import Setting
+from lathe.common.errors import InputError
+from lathe.models.adapter import unwrapped
+from lathe.models.loss_mask import encode
+from lathe.training import distributed
+from lathe.training.base_trainer import BaseTrainer
+from lathe.training.best_weights import Best
+from lathe.training.dataset_padding import BlanksLast, filled
+from lathe.training.packing import EndToEnd, Padded, packed_dataset, row_dataset
+from lathe.training.resume import ResumableTrainer
+from lathe.training.row_attention import separate_rows
+from lathe.training.trainer_setup import Setting
+from lathe.training.training_step import compute_step_loss
 
 logger = logging.getLogger(__name__)
 
 
-def trainer(setting: Setting) -> Resumable:
+def trainer(setting: Setting) -> ResumableTrainer:
     """Return the trainer that teaches the answers of the conversations.
 
     Raises InputError where rows are to be packed and the model would mix them.
@@ -40,7 +40,7 @@ def trainer(setting: Setting) -> Resumable:
             raise InputError(f"sft.packing is true; {_why_padded(setting)}; set it to false")
         logger.warning("%s: batches are padded, which is slower", _why_padded(setting))
     train = packed_dataset(rows["train"], max_length=max_length) if packing else row_dataset(rows["train"])
-    processes = ranks.count()
+    processes = distributed.count()
     return AnswerTrainer(
         precision=setting.precision,
         model=setting.model,
@@ -65,7 +65,7 @@ def trainer(setting: Setting) -> Resumable:
     )
 
 
-class AnswerTrainer(Passes, Resumable, SFTTrainer):
+class AnswerTrainer(BaseTrainer, ResumableTrainer, SFTTrainer):
     """TRL's trainer with logits only where an answer token is predicted.
 
     TRL computes entropy and accuracy over the vocabulary at every step; on a real vocabulary that costs more than the
@@ -82,9 +82,9 @@ class AnswerTrainer(Passes, Resumable, SFTTrainer):
         """Return the mean negative log-likelihood per supervised token of the whole step, all passes together."""
         self.trained_tokens += sum(inputs["row_lengths"]) if inputs["supervised_tokens"] else 0
         self.trained_supervised_tokens += inputs["supervised_tokens"]
-        loss, supervised_tokens = self._summed_loss(model, inputs)
+        loss = compute_step_loss(model, inputs)
         if num_items_in_batch is None:
-            return loss / supervised_tokens
+            return loss / inputs["supervised_tokens"]
         # Of all processes' passes; gradients are then averaged over the processes, and the loss that is logged too.
         return loss / num_items_in_batch * self.accelerator.num_processes
 
@@ -100,19 +100,14 @@ class AnswerTrainer(Passes, Resumable, SFTTrainer):
         tokens = torch.zeros((), device=self.args.device)
         for inputs in self.get_eval_dataloader(eval_dataset):
             with torch.no_grad(), self.compute_loss_context_manager():
-                batch_loss, batch_tokens = self._summed_loss(self.model, self._prepare_inputs(inputs))
-            loss += batch_loss
-            tokens += batch_tokens
+                loss += compute_step_loss(self.model, self._prepare_inputs(inputs))
+            tokens += inputs["supervised_tokens"]
         loss, tokens = self.accelerator.reduce(loss), self.accelerator.reduce(tokens)
         self.model.train()
         measured = {f"{metric_key_prefix}_loss": (loss / tokens).item()}
         self.log(dict(measured))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
         return measured
-
-    def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
-        logits = model(**model_inputs(inputs), logits_to_keep=inputs["columns"], use_cache=False).logits
-        return summed_loss(logits.flatten(0, 1), inputs["targets"].flatten()), inputs["supervised_tokens"]
 
 
 def _why_padded(setting: Setting) -> str:

@@ -1,0 +1,328 @@
+"""Commands of `lathe`: what each does with its arguments; `cli.py` has the parser."""
+
+import argparse
+import logging
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.common.git import try_git
+from lathe.common.json_files import read_json
+from lathe.common.text import did_you_mean
+from lathe.config import artifacts
+from lathe.config.load import Config, load
+from lathe.config.overrides import apply_overrides
+from lathe.config.yaml_files import read_yaml
+
+logger = logging.getLogger(__name__)
+
+SCHEMAS = ("params", "presets", "recipe")
+
+
+def init_repository(args: argparse.Namespace) -> None:
+    """Make a repository of the user's own, or bring one to the state of this Lathe."""
+    from lathe.adopt.new_repository import create
+    from lathe.adopt.update import update
+
+    if not args.update:
+        create(args.folder, args.name, args.model, args.dataset, prompt=args.prompt, completion=args.completion)
+    elif args.name or args.model or args.dataset or args.prompt or args.completion:
+        raise InputError("--update: takes DIR and no other option; give it alone", code="exclusive-options")
+    else:
+        update(args.folder)
+
+
+def run_doctor(args: argparse.Namespace) -> None:
+    """Check what a run with these overrides, and those of a recipe, needs; exit 1 if something fails."""
+    from lathe import doctor
+    from lathe.experiments.recipes import load_recipe
+
+    def load_with_overrides() -> Config:
+        return apply_overrides(
+            load_recipe(args.recipe).build_overrides(args.overrides) if args.recipe else args.overrides
+        )
+
+    sys.exit(doctor.run(load_with_overrides, as_json=args.json))
+
+
+def list_experiments() -> None:
+    """Print every recipe, and below it its experiments with their scores."""
+    from lathe.experiments.run_recipe import list_results
+
+    for line in list_results():
+        sys.stdout.write(f"{line}\n")
+
+
+def run_experiment(args: argparse.Namespace) -> None:
+    """Become the `dvc exp run` of a recipe."""
+    from lathe.experiments import run_recipe
+
+    run_recipe.run(args.name, args.overrides, name=args.experiment, queue=args.queue, temp=args.temp, force=args.force)
+
+
+def run_preflight() -> None:
+    """Print what queued experiments would include and miss; exit 1 if a stage may miss a file."""
+    from lathe.experiments import preflight
+
+    sys.exit(preflight.run())
+
+
+def compare_experiments(args: argparse.Namespace) -> None:
+    """Print experiments beside one another."""
+    from lathe.experiments import compare
+
+    compare.run(args.names, split=args.split, artifact=args.artifact, as_json=args.json)
+
+
+def print_config(section: str | None, stage_name: str | None, overrides: list[str]) -> None:
+    """Print as YAML the parameters and selected presets, after `overrides`, or the named part of them."""
+    tree = _resolve(apply_overrides(overrides))
+    if stage_name:
+        tree = _select_stage(tree, stage_name)
+    for key in section.split(".") if section else []:
+        if not isinstance(tree, dict) or key not in tree:
+            known = list(tree) if isinstance(tree, dict) else []
+            raise InputError(f"{section}: no such key; {did_you_mean(key, known)}", code="unknown-key")
+        tree = tree[key]
+    sys.stdout.write(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).removesuffix("...\n"))
+
+
+def check_configuration() -> None:
+    """Refuse wrong parameters, presets and general text; restore a dvc.lock that a kill truncated."""
+    from lathe.inference import general_text
+
+    general_text.read_paragraphs(paths.ROOT / load().params.evaluate.general_text)
+    lock = paths.ROOT / "dvc.lock"
+    # DVC does not write it atomically, and refuses a truncated one.
+    if not lock.exists() or _is_complete(lock.read_text(encoding="utf-8", errors="replace")):
+        return
+    committed = try_git("show", "HEAD:./dvc.lock")
+    if committed is None:
+        raise InputError(
+            "dvc.lock: cut short while DVC wrote it, and Git has none; remove it and run again", code="truncated-lock"
+        )
+    with paths.whole_file(lock) as partial:
+        partial.write_bytes(committed)
+    logger.warning(
+        "dvc.lock was cut short while DVC wrote it: the committed one is back; what ran since comes from cache"
+    )
+
+
+def _is_complete(lock: str) -> bool:
+    from lathe.common.dvc_api import is_complete_lock
+
+    if "<<<<<<<" in lock:
+        return True  # a merge conflict is the user's to resolve
+    try:
+        return is_complete_lock(YAML(typ="safe").load(lock))
+    except YAMLError:
+        return False
+
+
+def print_schema(kind: str | None) -> None:
+    """Print a Markdown page that documents every key, or the JSON Schema of a kind of file."""
+    if kind:
+        from lathe.experiments.schemas import write_schema
+
+        sys.stdout.write(write_schema(kind))
+        return
+    from lathe.config.reference import render_page
+
+    sys.stdout.write(render_page())
+
+
+def inspect_rows(split: str, rows: int, row: int | None, *, ids: bool) -> None:
+    """Print rows of data/processed as training reads them."""
+    from lathe.data.inspect import show
+
+    for option, number in (("--rows", rows), ("--row", row)):
+        if number is not None and number < 1:
+            raise InputError(f"{option} {number}: must be at least 1; rows are counted from 1", code="number-too-small")
+    show(split, rows=rows, row=row, ids=ids, supervise=load().params.preprocess.supervise, out=sys.stdout)
+
+
+def check_gates() -> bool:
+    """Print the result of each of evaluate.gates by the metrics as they are, and return whether all pass."""
+    from lathe.config.gates import parse
+    from lathe.evaluation.gate_results import line, metrics, outcome
+
+    params = load().params
+    report, recorded = (_read_evaluation(name) for name in ("validation", "gates"))
+    expressions = params.evaluate.gates or []
+    if set(report) != set(artifacts.names(params.quantize.types)) or list(recorded["gates"]) != expressions:
+        raise InputError(
+            "metrics/evaluate is not of the evaluate.gates and quantize.types in params.yaml; run `dvc repro`",
+            code="outdated-metrics",
+        )
+    outcomes = [outcome(parse(expression), report, params.quantize.types) for expression in expressions]
+    if metrics(outcomes) != recorded:
+        raise InputError(
+            "metrics/evaluate/gates.json is not of the validation.json beside it; run `dvc repro`",
+            code="outdated-metrics",
+        )
+    for result in outcomes:
+        sys.stdout.write(f"{line(result)}\n")
+    if not outcomes:
+        sys.stdout.write("evaluate.gates is null: nothing is asked of the files\n")
+    return bool(recorded["passed"])
+
+
+def write_report(out: Path | None) -> None:
+    """Write the page about what the last run left."""
+    from lathe.reports import experiment_table, facts, page
+
+    params = load().params
+    run = facts.gather(paths.ROOT, seed=params.seed, primary_metric=params.evaluate.primary_metric)
+    target = out or paths.METRICS / "report/index.html"
+    page.write(target, run, experiment_table.read(paths.ROOT, run.columns))
+    sys.stdout.write(f"{target}\n")
+
+
+def trace_file(gguf: Path, *, as_json: bool) -> None:
+    """Print what a GGUF was made from."""
+    from lathe.provenance import trace
+
+    trace.run(gguf, as_json=as_json)
+
+
+def verify_outputs() -> None:
+    """Compare every output with dvc.lock, and exit with the result."""
+    from lathe.provenance import verify
+
+    sys.exit(verify.run())
+
+
+def check_remote(remote: str | None) -> None:
+    """Try a DVC remote and print what was done."""
+    from lathe.provenance import remotes
+
+    sys.stdout.write(f"{remotes.check_remote(paths.ROOT, remote)}\n")
+
+
+def push_runs(remote: str | None) -> None:
+    """Push the run cache and print what was sent."""
+    from lathe.provenance import run_cache
+
+    sys.stdout.write(f"{run_cache.push_runs(paths.ROOT, remote)}\n")
+
+
+def mirror_runs(revs: list[str], followed: Path | None, *, mlflow: bool, wandb: bool) -> None:
+    """Send runs to trackers: what was missed, those named, or the one that a stage has just begun."""
+    from lathe.experiments.tracking import follow_run, send_runs
+
+    if followed:
+        follow_run.follow(followed)
+    chosen = {"mlflow": mlflow, "wandb": wandb}
+    sys.exit(send_runs.run(revs, [name for name, wanted in chosen.items() if wanted]))
+
+
+def start_chat(gguf: Path | None, prompt: str | None) -> None:
+    """Chat with `gguf`, by default the artifact that scored best on validation."""
+    from lathe.inference.chat import chat
+
+    settings = load().params.generate
+    chat(
+        gguf or _find_best_gguf(),
+        prompt=prompt,
+        max_new_tokens=settings.max_new_tokens,
+        n_ctx=settings.n_ctx,
+        threads=os.cpu_count() or 1,
+    )
+
+
+def start_server(gguf: Path | None, port: int) -> None:
+    """Serve `gguf`, by default the artifact that scored best on validation."""
+    from lathe.inference.serve import serve
+
+    settings = load().params.generate
+    api_key = os.environ.get("LATHE_API_KEY") or None
+    serve(gguf or _find_best_gguf(), port=port, api_key=api_key, n_ctx=settings.n_ctx, threads=os.cpu_count() or 1)
+
+
+def answer_file(file: Path, gguf: Path | None, out: Path | None) -> None:
+    """Answer the prompts in a JSON Lines file with `gguf`, by default the artifact that scored best on validation."""
+    from lathe.inference.generate import Generator
+    from lathe.inference.infer import infer
+
+    if not file.is_file():
+        raise InputError(
+            f"--file {file}: no such file; give JSON Lines, each with a prompt or messages", code="missing-file"
+        )
+    settings = load().params.generate
+    with ExitStack() as stack:
+        generator = stack.enter_context(
+            Generator(
+                gguf or _find_best_gguf(),
+                n_parallel=settings.n_parallel,
+                n_ctx=settings.n_ctx,
+                threads=os.cpu_count() or 1,
+            )
+        )
+        target = (
+            stack.enter_context(stack.enter_context(paths.whole_file(out)).open("wb")) if out else sys.stdout.buffer
+        )
+        infer(generator, file, target, max_new_tokens=settings.max_new_tokens)
+
+
+def run_search(args: argparse.Namespace) -> None:
+    """Run a search to its end and print the best trial, or put the best experiment into the workspace."""
+    from lathe.experiments.search import command
+
+    command.run(args)
+
+
+def _find_best_gguf() -> Path:
+    from lathe.evaluation.best_artifact import best
+
+    params = load().params
+    artifact = best(_read_evaluation("validation"), params.quantize.types, params.evaluate.primary_metric)
+    file = paths.GGUF / artifacts.file_name(artifact)
+    if not file.exists():
+        raise InputError(f"{file.relative_to(paths.ROOT)}: no such file; run `make repro` first", code="missing-file")
+    return file
+
+
+def _read_evaluation(name: str) -> Any:
+    file = paths.METRICS / f"evaluate/{name}.json"
+    return read_json(file, shown=str(file.relative_to(paths.ROOT)), remedy="run `make repro` first")
+
+
+def _resolve(config: Config) -> dict[str, Any]:
+    tree = config.params.model_dump()
+    presets = {
+        "models": {config.params.model: config.model.model_dump(exclude_none=True)},
+        "datasets": {config.params.dataset: config.dataset.model_dump(exclude_none=True)},
+    }
+    return {**tree, **presets}
+
+
+def _select_stage(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    stages = read_yaml(paths.ROOT / "dvc.yaml")["stages"]
+    if name not in stages:
+        raise InputError(
+            f"--stage {name}: no such stage in dvc.yaml; {did_you_mean(name, list(stages))}", code="unknown-stage"
+        )
+    definition = stages[name].get("do", stages[name])
+    keys: list[str] = []
+    for entry in definition.get("params", []):
+        if isinstance(entry, str):
+            keys.append(entry.replace("${training.method}", tree["training"]["method"]))
+        else:
+            presets = " ".join(entry[paths.PRESETS.name])  # `${item.preset}` is one of models, then one of datasets
+            keys += [table for table in ("models", "datasets") if table in presets or "item." in presets]
+    selected: dict[str, Any] = {}
+    for key in keys:
+        source, target = tree, selected
+        *parents, last = key.split(".")
+        for parent in parents:
+            source, target = source[parent], target.setdefault(parent, {})
+        target[last] = source[last]
+    return selected

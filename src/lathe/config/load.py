@@ -1,0 +1,168 @@
+"""Configuration: `params.yaml` and `presets.yaml` loaded and validated, all problems at once, one line each."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.common.text import _near, _printed, _shown, did_you_mean
+from lathe.config.base import Section, section_of
+from lathe.config.params import Params
+from lathe.config.presets import (
+    BuiltinDataset,
+    BuiltinModel,
+    DatasetPreset,
+    HubDataset,
+    HubModel,
+    LocalDataset,
+    LocalModel,
+    ModelPreset,
+    Presets,
+)
+from lathe.config.yaml_files import read_yaml
+
+# Codes of problems by pydantic's type of error; every other type is an invalid value.
+CODES = {"extra_forbidden": "unknown-key", "missing": "missing-key"}
+
+
+class Config(Section):
+    """The configuration of a run: the parameters and the two presets that they select."""
+
+    params: Params
+    model: ModelPreset
+    dataset: DatasetPreset
+
+
+def load(params_file: Path = paths.PARAMS, presets_file: Path = paths.PRESETS) -> Config:
+    """Read and validate both files.
+
+    Raises InputError with one line per problem, all problems of both files at once.
+    """
+    tree, presets_tree = read_yaml(params_file), read_yaml(presets_file)
+    problems = _validate(Params, tree, params_file.name) + _validate(Presets, presets_tree, presets_file.name)
+    for key, table in (("model", "models"), ("dataset", "datasets")):
+        problems += _check_preset(tree, presets_tree, key, table, params_file.name, presets_file.name)
+    if problems:
+        codes = [code for code, _ in problems]
+        # A misspelt key is also a missing one.
+        code = "unknown-key" if "unknown-key" in codes else codes[0]
+        raise InputError("\n".join(line for _, line in problems), code=code)
+    params, presets = Params.model_validate(tree), Presets.model_validate(presets_tree)
+    return Config(params=params, model=presets.models[params.model], dataset=presets.datasets[params.dataset])
+
+
+def check_value(key: str, value: Any, tree: dict[str, Any], where: str) -> list[str]:
+    """Return the problems of one key's `value` in a tree of parameters; rules between keys are left out.
+
+    `where` begins each message: the file, and the line if it is known.
+    """
+    *parents, last = key.split(".")
+    changed = section = dict(tree)
+    for parent in parents:
+        inner = section.get(parent)
+        if not isinstance(inner, dict):
+            return [f"{where}: {key} is not a known key; {did_you_mean(parent, list(section))}"]
+        section[parent] = section = dict(inner)
+    section[last] = value
+    try:
+        Params.model_validate(changed)
+    except ValidationError as error:
+        problems = [problem for problem in error.errors() if problem["loc"][: len(parents) + 1] == (*parents, last)]
+        return [line for _, line in _describe(problems, Params, changed, where)]
+    return []
+
+
+# A problem: its code, and the line that says what it is.
+Problem = tuple[str, str]
+
+
+def _validate(model: type[Section], tree: Any, file: str) -> list[Problem]:
+    try:
+        TypeAdapter(model).validate_python(tree)
+    except ValidationError as error:
+        return _describe(error.errors(), model, tree, file)
+    return []
+
+
+def _describe(problems: Sequence[Any], model: type[Section], tree: Any, file: str) -> list[Problem]:
+    by_path: dict[tuple[Any, ...], list[Any]] = {}
+    for problem in problems:
+        path = _path_in_file(problem["loc"], tree, missing=problem["type"] == "missing")
+        by_path.setdefault(path, []).append(problem)
+    return [
+        (CODES.get(of_path[0]["type"], "invalid-value"), _write_line(path, of_path, model, tree, file))
+        for path, of_path in by_path.items()
+    ]
+
+
+def _write_line(path: tuple[Any, ...], problems: list[Any], model: type[Section], tree: Any, file: str) -> str:
+    # A value of several allowed types fails once per type; if it fits one, only the rule of that one matters.
+    deeper = [problem for problem in problems if not problem["type"].endswith("_type")]
+    problem, given = (deeper or problems)[0], problems[0]["input"]
+    key = ".".join(map(_printed, path)) or "the whole file"
+    match problem["type"]:
+        case "extra_forbidden":
+            remedy = did_you_mean(str(path[-1]), _list_keys(model, path[:-1], tree))
+            return f"{file}: {key} is not a known key; {remedy}"
+        case "missing":
+            return f"{file}: {key} is missing; add it (`lathe schema` says what it means)"
+        case "literal_error":
+            known = [text.strip("'") for text in re.split(r", | or ", problem["ctx"]["expected"])]
+            near = _near(str(given), known)
+            return f"{file}: {key} is {_shown(given)}; must be one of {', '.join(known)}{near and f'; {near}'}"
+        case "union_tag_not_found" | "union_tag_invalid":
+            source = given.get("source") if isinstance(given, dict) else given
+            return f"{file}: {key}.source is {_shown(source)}; must be one of builtin, local, hub"
+        case "value_error" if not path:  # a rule between keys, which names them
+            return f"{file}: {problem['msg'].removeprefix('Value error, ')}"
+        case "value_error":
+            return f"{file}: {key}: {problem['msg'].removeprefix('Value error, ')}"
+        case "too_short":
+            return f"{file}: {key} is {_shown(given)}; must have at least {problem['ctx']['min_length']} item"
+    rules = [rule["msg"].removeprefix("Input should be ").removeprefix("a valid ") for rule in deeper or problems]
+    return f"{file}: {key} is {_shown(given)}; must be {' or '.join(dict.fromkeys(rules))}"
+
+
+def _path_in_file(location: tuple[Any, ...], tree: Any, *, missing: bool) -> tuple[Any, ...]:
+    # Pydantic's location also names the member of a union; the path in the file has only keys and indexes.
+    path: list[Any] = []
+    for index, step in enumerate(location):
+        if (isinstance(tree, dict) and step in tree) or (isinstance(tree, list) and isinstance(step, int)):
+            tree = tree[step]
+        elif not (missing and index == len(location) - 1):
+            continue
+        path.append(step)
+    return tuple(path)
+
+
+def _list_keys(model: type[Section], parent: tuple[Any, ...], tree: Any) -> list[str]:
+    if not parent:
+        return list(model.model_fields)
+    if model is Presets:
+        for step in parent:
+            tree = tree[step]
+        members: dict[str, dict[str, type[Section]]] = {
+            "models": {"builtin": BuiltinModel, "local": LocalModel, "hub": HubModel},
+            "datasets": {"builtin": BuiltinDataset, "local": LocalDataset, "hub": HubDataset},
+        }
+        return list(members[parent[0]][tree["source"]].model_fields)
+    section = model
+    for step in parent:
+        # An index selects an entry of a list; all entries have the same keys.
+        if inner := None if isinstance(step, int) else section_of(section.model_fields[step].annotation):
+            section = inner
+    return list(section.model_fields)
+
+
+def _check_preset(tree: Any, presets: Any, key: str, table: str, params_name: str, presets_name: str) -> list[Problem]:
+    name = tree.get(key) if isinstance(tree, dict) else None
+    known = presets.get(table) if isinstance(presets, dict) else None
+    if not isinstance(name, str) or not isinstance(known, dict) or name in known:
+        return []
+    remedy = did_you_mean(name, [str(preset) for preset in known])
+    line = f"{params_name}: {key} is {name!r}; must be a name under {table} in {presets_name}; {remedy}"
+    return [("unknown-preset", line)]

@@ -1,0 +1,140 @@
+"""Recipes as DVC experiments: one is run, or a sweep of it queued; all are listed with their results."""
+
+import os
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence, Set
+from typing import NoReturn
+
+from lathe.common import paths
+from lathe.common.dvc_api import open_repository
+from lathe.common.errors import InputError
+from lathe.common.git import find_head, run_git
+from lathe.config.artifacts import UNQUANTIZED
+from lathe.config.overrides import apply_overrides, expand_sweep, read_key
+from lathe.experiments import preflight
+from lathe.experiments.recipes import list_recipes, load_recipe
+from lathe.provenance.revisions import Experiment, Revision, list_experiments
+
+WIDTH = 100  # columns of the list of recipes
+
+
+def run(recipe: str, further: Sequence[str], *, name: str | None, queue: bool, temp: bool, force: bool) -> NoReturn:
+    """Become `dvc exp run -n NAME` with the overrides of a recipe and `further` ones, if all of them are valid.
+
+    `name` is that of the experiment; None: the recipe's. Raises InputError if an override is invalid in any run of a
+    sweep, or if an experiment of that name exists.
+    """
+    if queue and temp:
+        raise InputError(
+            "--queue and --temp: take one of them; queued experiments are temporary ones, started later",
+            code="exclusive-options",
+        )
+    overrides = load_recipe(recipe).build_overrides(further)
+    name = name or recipe
+    runs = expand_sweep(overrides)
+    if len(runs) > 1 and not queue:
+        raise InputError(
+            f"-S {' '.join(further)}: that is a sweep of {len(runs)} runs; add --queue", code="sweep-without-queue"
+        )
+    for run_overrides in runs:
+        apply_overrides(run_overrides)
+    names = [name] if len(runs) == 1 else [f"{name}-{number}" for number in range(1, len(runs) + 1)]
+    _free_names(names, queue=queue, force=force)
+    for line in _describe_workspace({read_key(override) for override in overrides}, separate=queue or temp):
+        sys.stderr.write(f"{line}\n")
+    options = ["--queue"] * queue + ["--temp"] * temp
+    command = ["exp", "run", "--name", name, *options, *(word for override in overrides for word in ("-S", override))]
+    sys.stderr.write(f"dvc {shlex.join(command)}\n")
+    sys.stderr.flush()
+    os.chdir(paths.ROOT)
+    os.execv(sys.executable, [sys.executable, "-m", "dvc", *command])
+
+
+def list_results() -> Iterator[str]:
+    """Yield each recipe with its description, and below it its experiments: validation score, interval, commit."""
+    known = list_experiments()
+    width = max((len(name) for name in list_recipes()), default=0)
+    for name in list_recipes():
+        try:
+            text = load_recipe(name).recipe.description
+        except InputError as error:
+            text = str(error).splitlines()[0]
+        heading, margin = f"{name:<{width}}  ", " " * (width + 2)
+        yield from textwrap.wrap(text, WIDTH, initial_indent=heading, subsequent_indent=margin, break_long_words=False)
+        for experiment in _select_newest(name, known):
+            yield f"{'':<{width}}    {experiment.name} ({experiment.commit[:10]}): {_format_score(experiment)}"
+
+
+def _select_newest(name: str, known: Sequence[Experiment]) -> list[Experiment]:
+    """Return the newest experiment of a recipe's name, and of each run of a sweep."""
+    newest: dict[str, Experiment] = {}
+    for experiment in known:
+        if re.fullmatch(rf"{re.escape(name)}(-\d+)?", experiment.name):
+            newest.setdefault(experiment.name, experiment)
+    return sorted(newest.values(), key=lambda experiment: (len(experiment.name), experiment.name))
+
+
+def _format_score(experiment: Experiment) -> str:
+    from lathe.evaluation.best_artifact import best
+
+    revision = Revision(experiment.name, experiment.commit)
+    metric = revision.parameters["evaluate"]["primary_metric"]
+    report = revision.read_json("metrics/evaluate/validation.json") or {}
+    candidates = [name for name in report if name not in UNQUANTIZED and metric in report[name]]
+    if not candidates:
+        return f"has no {metric}"
+    artifact = best(report, candidates, metric)
+    ends = [(entry["low"], entry["high"]) for entry in report[artifact]["intervals"] if entry["metric"] == metric]
+    interval = f" [{ends[0][0]:.4g}, {ends[0][1]:.4g}]" if ends else ""
+    value = report[artifact][metric]
+    return f"{metric} {'none' if value is None else f'{value:.4g}'}{interval} on validation, {artifact}"
+
+
+def _free_names(names: Sequence[str], *, queue: bool, force: bool) -> None:
+    """Refuse names that are taken, or free them with `force`: DVC would refuse them only after the run."""
+    head = find_head()
+    taken = [
+        experiment for experiment in list_experiments() if experiment.name in names and experiment.baseline == head
+    ]
+    if waiting := sorted(set(names) & set(_list_queue())) if queue else []:
+        raise InputError(
+            f"{', '.join(waiting)}: already in the queue; `dvc queue remove {' '.join(waiting)}` takes it out",
+            code="experiment-queued",
+        )
+    if taken and not force:
+        shown = ", ".join(f"{experiment.name} ({experiment.commit[:10]})" for experiment in taken)
+        raise InputError(
+            f"{shown}: has been run from this commit; --name NAME for another beside it, --force in its place",
+            code="experiment-exists",
+        )
+    for experiment in taken:
+        run_git("update-ref", "-d", experiment.ref)
+        sys.stderr.write(
+            f"{experiment.name} was {experiment.commit}; "
+            f"`git update-ref {experiment.ref} {experiment.commit}` brings it back\n"
+        )
+
+
+def _list_queue() -> list[str]:
+    with open_repository(paths.ROOT) as repo:
+        return repo.queued_experiments()
+
+
+def _describe_workspace(overridden: Set[str], *, separate: bool) -> Iterator[str]:
+    """Yield what the run takes from the workspace beside the keys that are overridden."""
+    if separate:
+        yield from preflight.find_changes().describe()
+        return
+    # A recipe that names its model or dataset takes that preset's keys with it.
+    tables = {table for key, table in (("model", "models"), ("dataset", "datasets")) if key in overridden}
+    changes = {
+        key: values
+        for key, values in preflight.changed_parameters().items()
+        if key not in overridden and key.split(".")[0] not in tables
+    }
+    if changes:
+        shown = ", ".join(f"{key} {then} -> {now}" for key, (then, now) in changes.items())
+        yield f"params.yaml is not as committed in what the recipe leaves to it: {shown}"

@@ -1,0 +1,213 @@
+"""A search file: what is searched, for which scores, and how; read and refused like the parameters themselves."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+from ruamel.yaml import YAML
+
+from lathe.common.errors import InputError
+from lathe.common.text import did_you_mean
+from lathe.config import gates
+from lathe.config.base import Name, Positive, PositiveFloat, Section
+from lathe.config.load import check_value
+from lathe.config.params import Params
+from lathe.config.yaml_files import find_line, read_yaml
+
+LARGEST_GRID = 100_000  # points; its order is drawn whole
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Float(Section):
+    """A number between two others, both included; `log`: by its logarithm, `step`: in steps from `low`."""
+
+    type: Literal["float"]
+    low: Finite
+    high: Finite
+    log: bool = False
+    step: PositiveFloat | None = None
+
+    @property
+    def points(self) -> Sequence[float] | None:
+        """The values that a grid takes; None where there are no steps."""
+        if self.step is None:
+            return None
+        # Rounded as the count is: 0.1 goes three times into 0.3.
+        return [self.low + index * self.step for index in range(int((self.high - self.low) / self.step + 1e-9) + 1)]
+
+
+class Int(Section):
+    """A whole number between two others, both included."""
+
+    type: Literal["int"]
+    low: int
+    high: int
+    log: bool = False
+    step: Positive | None = None
+
+    @property
+    def points(self) -> Sequence[int] | None:
+        """The values that a grid takes; None where they are searched by their logarithm."""
+        return None if self.log else range(self.low, self.high + 1, self.step or 1)
+
+
+class Categorical(Section):
+    """One of several values, of whatever kind the parameter takes: lists too."""
+
+    type: Literal["categorical"]
+    choices: Annotated[list[Any], Field(min_length=1)]
+
+    @property
+    def points(self) -> Sequence[Any]:
+        """The values that a grid takes."""
+        return self.choices
+
+
+Dimension = Annotated[Float | Int | Categorical, Field(discriminator="type")]
+
+
+class Objective(Section):
+    """A score of metrics/evaluate/validation.json, such as `Q4_K_M.exact_match`, and which way is better.
+
+    The artifact `quantized` is whichever quantization type scored worst: the only one, where a trial makes one.
+    """
+
+    metric: Annotated[str, Field(pattern=r"^\w+\.\w+$")]
+    direction: Literal["maximize", "minimize"]
+
+    def value(self, report: Mapping[str, Mapping[str, Any]], types: Sequence[str]) -> float:
+        """Read the score from a report of `evaluate`; raises ValueError where there is none."""
+        artifact, _, score = self.metric.partition(".")
+        found = [report.get(name, {}).get(score) for name in (types if artifact == gates.QUANTIZED else [artifact])]
+        scores = [value for value in found if isinstance(value, int | float) and math.isfinite(value)]
+        if not scores or len(scores) < len(found):
+            raise ValueError(f"metrics/evaluate/validation.json has no {self.metric}")
+        return float(min(scores) if self.direction == "maximize" else max(scores))
+
+
+class Plan(Section):
+    """The whole of a search file; every key must be there."""
+
+    study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    sampler: Literal["tpe", "random", "grid"]
+    startup_trials: Positive
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    n_trials: Positive
+    timeout_seconds: PositiveFloat | None
+    objectives: Annotated[list[Objective], Field(min_length=1)]
+    space: Annotated[dict[Name, Dimension], Field(min_length=1)]
+
+    @property
+    def directions(self) -> dict[str, str]:
+        """Which way each of the scores is better."""
+        return {objective.metric: objective.direction for objective in self.objectives}
+
+    @property
+    def grid_size(self) -> int:
+        """How many points a grid has; parameters without steps count as one."""
+        return math.prod(len(dimension.points) for dimension in self.space.values() if dimension.points is not None)
+
+    def without(self, keys: Sequence[str]) -> "Plan":
+        """Return the plan with parameters fixed: they are not searched."""
+        space = {key: dimension for key, dimension in self.space.items() if key not in keys}
+        if not space:
+            raise InputError(f"-S {', '.join(keys)}: nothing is left to search; leave one parameter of the file free")
+        return self.model_copy(update={"space": space})
+
+    def check(self, params: Params, where: str) -> None:
+        """Raise InputError where an objective is not among the scores that a trial has."""
+        type_lists = [params.quantize.types]
+        if isinstance(searched := self.space.get("quantize.types"), Categorical):
+            type_lists = searched.choices
+        for objective in self.objectives:
+            for types in type_lists:
+                gate = gates.parse(f"{objective.metric} > 0")
+                try:
+                    gates.check(gate, types=types, scores=params.scores)
+                except ValueError as error:
+                    rule = str(error).partition(" names ")[2] or str(error)
+                    raise InputError(f"{where}: objectives: {objective.metric} names {rule}") from None
+
+
+def read(file: Path, params: Mapping[str, Any], name: str) -> Plan:
+    """Read a search file, which messages call `name`, and hold it against the parameters as they are.
+
+    Raises InputError with one line per problem: file, line, key, value, rule and remedy.
+    """
+    tree = read_yaml(file)
+    with file.open(encoding="utf-8") as text:
+        marked = YAML().load(text)  # knows the line of every key
+
+    try:
+        plan = Plan.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"{_where(name, marked, problem['loc'])}: {_sentence(problem, tree)}" for problem in error.errors()]
+        raise InputError("\n".join(dict.fromkeys(lines))) from None
+    problems = [
+        problem
+        for key, dimension in plan.space.items()
+        for problem in _of_dimension(key, dimension, params, _where(name, marked, ("space", key)))
+    ]
+    if plan.sampler == "grid" and not problems:
+        problems = list(_of_grid(plan, name, marked))
+    if problems:
+        raise InputError("\n".join(dict.fromkeys(problems)))
+    return plan
+
+
+def _of_dimension(key: str, dimension: Float | Int | Categorical, params: Mapping[str, Any], where: str) -> list[str]:
+    values = dimension.choices if isinstance(dimension, Categorical) else [dimension.low, dimension.high]
+    problems = [problem for value in values for problem in check_value(key, value, dict(params), where)]
+    if problems:
+        return problems
+    if isinstance(dimension, Categorical):
+        twice = [choice for index, choice in enumerate(values) if choice in values[:index]]
+        return [f"{where}: space.{key} lists {twice[0]!r} twice; name each choice once"] if twice else []
+    if dimension.low >= dimension.high:
+        return [f"{where}: space.{key}: low is {dimension.low} and high {dimension.high}; low must be below high"]
+    if dimension.log and dimension.low <= 0:
+        return [f"{where}: space.{key}: low is {dimension.low}; must be above 0 where log is true"]
+    if dimension.log and dimension.step:
+        return [f"{where}: space.{key}: step does not go with log; take one of them away"]
+    if dimension.step and dimension.step > dimension.high - dimension.low:
+        return [f"{where}: space.{key}: step is {dimension.step}, more than high - low; make it smaller"]
+    return []
+
+
+def _of_grid(plan: Plan, name: str, marked: Any) -> Iterator[str]:
+    for key, dimension in plan.space.items():
+        if dimension.points is None:
+            yield (
+                f"{_where(name, marked, ('space', key))}: space.{key}: a grid needs points; give it a step and no log, "
+                "or take type categorical with choices"
+            )
+    if (size := plan.grid_size) > LARGEST_GRID:
+        yield f"{_where(name, marked, ('space',))}: the grid has {size:,} points; {LARGEST_GRID:,} are the most"
+
+
+def _where(file: str, marked: Any, location: Sequence[Any]) -> str:
+    return f"{file}:{find_line(marked, location)}"
+
+
+def _sentence(problem: Any, tree: Any) -> str:
+    path = [step for step in problem["loc"] if step not in ("float", "int", "categorical")]
+    key, given = ".".join(map(str, path)) or "the whole file", problem["input"]
+    match problem["type"]:
+        case "extra_forbidden":
+            kinds: dict[str, type[Section]] = {"float": Float, "int": Int, "categorical": Categorical}
+            kind = next((step for step in problem["loc"] if step in kinds), None)
+            section = kinds[kind] if kind else Objective if path[0] == "objectives" else Plan
+            return f"{key} is not a known key; {did_you_mean(str(path[-1]), list(section.model_fields))}"
+        case "missing":
+            return f"{key} is missing; add it, as experiments/search/default.yaml has it"
+        case "union_tag_not_found" | "union_tag_invalid":
+            return f"{key}: type must be one of float, int, categorical; add `type: float` for one"
+        case "string_pattern_mismatch":
+            example = "Q4_K_M.exact_match" if path[-1] == "metric" else "learning-rate"
+            return f"{key} is {given!r}; must be written like {example!r}"
+    rule = re.sub(r"^Input should be (a valid )?", "", problem["msg"])
+    return f"{key} is {given!r}; must be {rule}"

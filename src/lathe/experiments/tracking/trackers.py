@@ -1,0 +1,16 @@
+"""Trackers by name: the class that mirrors a run to MLflow or to Weights & Biases."""
+
+from lathe.experiments.tracking.run_files import Record
+from lathe.experiments.tracking.targets import MlflowTarget, Target
+from lathe.experiments.tracking.tracker import Mirror
+
+
+def mirror_of(target: Target, record: Record) -> Mirror:
+    """Return the run of `record` at `target`; nothing is asked of it yet."""
+    if isinstance(target, MlflowTarget):
+        from lathe.experiments.tracking.mlflow_tracker import MlflowMirror
+
+        return MlflowMirror(target, record)
+    from lathe.experiments.tracking.wandb_tracker import WandbMirror
+
+    return WandbMirror(target, record)

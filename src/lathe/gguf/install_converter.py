@@ -1,0 +1,128 @@
+"""Put llama.cpp's own converter in place: `python -m lathe.gguf.install_converter`.
+
+The source package of llama-cpp-python holds the llama.cpp that the installed library was built from. pip
+downloads it and checks its hash; what converting needs is unpacked into `.llama.cpp`, which Git ignores. A
+folder that already holds the pinned version is left alone.
+"""
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from lathe.common import entry_point, paths
+from lathe.common.errors import InputError
+
+PACKAGE = "llama-cpp-python"
+REQUIREMENT = paths.ROOT / "requirements-converter.txt"
+
+# Of vendor/llama.cpp in the source package; `models` holds real vocabularies without weights, and chat
+# templates.
+WANTED = (
+    "LICENSE",
+    "conversion",
+    "convert_hf_to_gguf.py",
+    "convert_lora_to_gguf.py",
+    "gguf-py",
+    "models",
+)
+STAMP = ".pinned"
+
+
+def main() -> None:
+    """Install the pinned converter into `.llama.cpp`; answer bad circumstances in one line, exit code 2."""
+    entry_point.guard(lambda: install(paths.LLAMA_CPP, REQUIREMENT))
+
+
+def install(target: Path, requirement: Path) -> bool:
+    """Fill `target` with the converter that the file `requirement` pins, unless it is there already.
+
+    Returns whether anything was done. The folder appears whole or not at all. Raises InputError if the
+    installed llama-cpp-python is of another version, if pip cannot download the package, or if its hash
+    differs.
+    """
+    if in_place(target, requirement):
+        return False
+    with paths.whole_folder(target) as folder:
+        # Inside the folder that is being made, so that the next run clears it away if this one is killed.
+        download = folder / ".download"
+        _unpack(_download(requirement, download), folder)
+        shutil.rmtree(download)
+        (folder / STAMP).write_text(_pin(requirement), encoding="utf-8")
+    return True
+
+
+def in_place(target: Path, requirement: Path) -> bool:
+    """Tell whether `target` holds the converter that the file `requirement` pins.
+
+    Raises InputError if the installed llama-cpp-python is of another version.
+    """
+    stamp, pin = target / STAMP, _pin(requirement)
+    return stamp.is_file() and stamp.read_text(encoding="utf-8") == pin
+
+
+def _pin(requirement: Path) -> str:
+    lines = requirement.read_text(encoding="utf-8").splitlines()
+    pin = " ".join(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    match = re.fullmatch(rf"{PACKAGE}==(\S+) --hash=sha256:[0-9a-f]{{64}}", pin)
+    if match is None:
+        raise InputError(
+            f"{requirement}: {pin!r} does not pin the converter; "
+            f"it must read '{PACKAGE}==VERSION --hash=sha256:DIGEST' and nothing else"
+        )
+    try:
+        installed = importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        installed = "none"
+    if installed != match[1]:
+        raise InputError(
+            f"{PACKAGE} {installed} is installed but {requirement.name} pins {match[1]}: converter and library must be "
+            f"of one llama.cpp; run `make setup`, or pin the same version here and in pyproject.toml"
+        )
+    return pin
+
+
+def _download(requirement: Path, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--require-hashes", "--no-deps"]
+    command += ["--no-binary", PACKAGE, "--requirement", str(requirement), "--dest", str(folder)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        said = " / ".join(line.strip() for line in done.stderr.splitlines() if line.strip()) or "nothing"
+        raise InputError(
+            f"pip could not download the source package that {requirement.name} pins; check the network and the "
+            f"package index, then run `python -m lathe.gguf.install_converter` again; pip said: {said[-600:]}"
+        )
+    [archive] = folder.iterdir()
+    return archive
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    missing = set(WANTED)
+    with tarfile.open(archive) as source:
+        for member, path in _wanted_files(source):
+            missing.discard(path.parts[0])
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            content = source.extractfile(member)
+            assert content is not None, member.name
+            with content, (folder / path).open("wb") as file:
+                shutil.copyfileobj(content, file)
+    if missing:
+        raise InputError(f"{archive.name} lacks vendor/llama.cpp/{sorted(missing)[0]}: it is not the source package")
+
+
+def _wanted_files(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, Path]]:
+    # Only regular files, and written by us: a link or a path that leads elsewhere cannot reach the disk.
+    for member in archive:
+        parts = PurePosixPath(member.name).parts
+        if member.isfile() and parts[1:3] == ("vendor", "llama.cpp") and parts[3:4] and parts[3] in WANTED:
+            if ".." in parts:
+                raise InputError(f"the source package holds the path {member.name!r}, which leads out; do not use it")
+            yield member, Path(*parts[3:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Run one of llama.cpp's converters with metadata keys of ours in the file it writes.
+
+`python -m lathe.gguf.run_converter LLAMA_CPP SCRIPT METADATA_JSON [ARGUMENT …]`, a process of its own because the
+converter brings its own `gguf` and sets up logging. The converter's `--metadata` knows a fixed list of
+`general.*` keys only; the keys are therefore given to its writer at the last moment, which costs nothing: no
+second pass over gigabytes.
+"""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from lathe.common import operating_system
+
+
+def main() -> None:
+    """Patch the writer and the tokenizer loader, then run the script as if it had been called itself."""
+    operating_system.end_with_parent()
+    folder, name, metadata, *arguments = sys.argv[1:]
+    script = Path(folder) / name
+    # As Python itself would have it for a script: the converter finds its files through sys.path[0].
+    sys.path[:0] = [folder, str(Path(folder) / "gguf-py")]
+    _add_metadata(json.loads(metadata))
+    _refuse_remote_code()
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _add_metadata(metadata: dict[str, str]) -> None:
+    from gguf import GGUFWriter
+
+    write_header = GGUFWriter.write_header_to_file
+
+    def write_header_with_metadata(self: Any, path: Path | None = None) -> None:
+        for key, value in metadata.items():
+            self.remove_key(key)
+            self.add_string(key, value)
+        write_header(self, path)
+
+    GGUFWriter.write_header_to_file = write_header_with_metadata
+
+
+def _refuse_remote_code() -> None:
+    # The converter asks for `trust_remote_code=True`; code that comes with a model is never run here.
+    from transformers import AutoTokenizer
+
+    load = AutoTokenizer.from_pretrained
+
+    def load_without_remote_code(*arguments: Any, **options: Any) -> Any:
+        return load(*arguments, **{**options, "trust_remote_code": False})
+
+    AutoTokenizer.from_pretrained = load_without_remote_code
+
+
+if __name__ == "__main__":
+    main()

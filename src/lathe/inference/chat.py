@@ -1,0 +1,101 @@
+"""Chat with a GGUF in the terminal, answers streamed token by token."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from lathe.common.errors import InputError
+from lathe.inference.generate import Generator
+from lathe.models.chat_template import Conversation
+
+HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
+
+History = list[dict[str, str]]
+
+
+def chat(
+    gguf: Path,
+    *,
+    prompt: str | None,
+    max_new_tokens: int,
+    n_ctx: int,
+    threads: int,
+    system: str | None = None,
+    source: TextIO | None = None,
+    out: TextIO | None = None,
+) -> None:
+    """Chat with the model in `gguf`: answer `prompt` once, or read requests until the input ends.
+
+    Requests come from `source` (standard input by default), answers go to `out` (standard output by default).
+    `system` is a system message put before the conversation; without one the template's own default is used.
+    Decoding is greedy, by the code that is used for scoring, so that an answer here is the answer that was scored.
+    Raises InputError if the file is no usable model or a single prompt does not fit into `n_ctx` tokens.
+    """
+    out = out or sys.stdout
+    beginning: History = [{"role": "system", "content": system}] if system else []
+    with Generator(gguf, n_parallel=1, n_ctx=n_ctx, threads=threads) as generator:
+        if prompt is not None:
+            _print_answer(_stream_answer(generator, [*beginning, _user_message(prompt)], max_new_tokens), out)
+        else:
+            _converse(generator, beginning, max_new_tokens, source or sys.stdin, out)
+
+
+def _converse(generator: Generator, beginning: History, max_new_tokens: int, source: TextIO, out: TextIO) -> None:
+    interactive = source.isatty()
+    if interactive:
+        out.write(f"{generator.model.path.name}: {HELP}\n")
+    history = list(beginning)
+    while (request := _read_request(source, out, interactive=interactive)) not in (None, "/exit"):
+        if request == "/reset":
+            history = list(beginning)
+        elif request:
+            history.append(_user_message(request))
+            try:
+                answer = _print_answer(_stream_answer(generator, history, max_new_tokens), out)
+            except InputError as error:
+                history.pop()
+                out.write(f"{error}; or /reset\n")
+            else:
+                history.append({"role": "assistant", "content": answer})
+
+
+def _read_request(source: TextIO, out: TextIO, *, interactive: bool) -> str | None:
+    """Read the next request; return an empty one after Ctrl-C, None at the end of the input."""
+    if not interactive:
+        line = source.readline()
+        return line.strip() if line else None
+    import readline  # noqa: F401 - line editing and history in input()
+
+    try:
+        return input("> ").strip()
+    except KeyboardInterrupt:
+        out.write("\n")
+        return ""
+    except EOFError:
+        out.write("\n")
+        return None
+
+
+def _stream_answer(generator: Generator, messages: Conversation, max_new_tokens: int) -> Iterator[str]:
+    prompt = generator.chat_template.render(messages, add_generation_prompt=True)
+    return generator.stream(prompt, max_new_tokens=max_new_tokens)
+
+
+def _print_answer(pieces: Iterator[str], out: TextIO) -> str:
+    """Write the pieces as they come, until the end or Ctrl-C; return the text that was written."""
+    written: list[str] = []
+    try:
+        for piece in pieces:
+            written.append(piece)
+            out.write(piece)
+            out.flush()
+    except KeyboardInterrupt:
+        out.write(" …")
+    out.write("\n")
+    out.flush()
+    return "".join(written)
+
+
+def _user_message(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}

@@ -1,0 +1,92 @@
+"""Few-shot prompts: examples before each request, which a user could give the base model instead of training it."""
+
+import heapq
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from lathe.inference.generate import Generator
+from lathe.inference.held_out import HeldOutPrompt, HeldOutRun, render_prompt
+from lathe.inference.row_file import RowFile
+from lathe.models.chat_template import Conversation, Message
+
+logger = logging.getLogger(__name__)
+
+
+def draw_examples(train: Iterable[Conversation], count: int, *, seed: int) -> list[Conversation]:
+    """Draw `count` conversations of the training split (all, if it has fewer) by the seed; no more are held in memory.
+
+    A smaller count gives the first of a larger one. System messages are left out: each request has its own.
+    """
+    draw = random.Random(seed)
+    keyed = ((draw.random(), number, conversation) for number, conversation in enumerate(train))
+    drawn = [conversation for _, _, conversation in heapq.nsmallest(count, keyed)]
+    return [[message for message in conversation if message["role"] != "system"] for conversation in drawn]
+
+
+def insert_examples(examples: Sequence[Conversation], conversation: Conversation) -> Conversation:
+    """Return the conversation with the examples inserted after its system messages."""
+    start = next((at for at, message in enumerate(conversation) if message["role"] != "system"), len(conversation))
+    inserted: list[Message] = [message for example in examples for message in example]
+    return [*conversation[:start], *inserted, *conversation[start:]]
+
+
+def store_prompts(
+    run: HeldOutRun,
+    examples: Sequence[Conversation],
+    splits: Mapping[str, Callable[[], Iterable[Conversation]]],
+    *,
+    max_new_tokens: int,
+) -> tuple[int, dict[str, RowFile]]:
+    """Render the splits with as many of the examples, from the first, as leave every row room for its answer.
+
+    That is `max_new_tokens` after the prompt, and the reference with its end token, within the generator's `n_ctx`.
+    Returns the number of examples, and each split's prompts, which the journal stores.
+    """
+    generator, count = run.generator, len(examples)
+
+    def render(row: Conversation, count: int) -> HeldOutPrompt:
+        return render_prompt(generator.chat_template, insert_examples(examples[:count], row))
+
+    def render_rows(rows: Iterable[Conversation], count: int) -> Iterator[HeldOutPrompt]:
+        for row in rows:
+            prompt = render(row, count)
+            if count and not _has_room(generator, prompt, max_new_tokens):
+                raise _NoRoomError(row)
+            yield prompt
+
+    while True:
+        try:
+            prompts = {
+                name: run.journal.store_rows(f"{name}-{count}-examples", render_rows(rows(), count))
+                for name, rows in splits.items()
+            }
+            break
+        except _NoRoomError as error:
+            # As many as this row has room for; all rows are rendered again, with that many.
+            fewer = range(count - 1, 0, -1)
+            count = next((n for n in fewer if _has_room(generator, render(error.row, n), max_new_tokens)), 0)
+    if count < len(examples):
+        logger.warning(
+            "%s: %d of %d examples fit before the longest request into a context of %d tokens; %sraise generate.n_ctx",
+            generator.model.path.name,
+            count,
+            len(examples),
+            generator.n_ctx,
+            "" if count else "base_few_shot is measured as base is; ",
+        )
+    return count, prompts
+
+
+class _NoRoomError(Exception):
+    """A row whose answer has no room after the examples."""
+
+    def __init__(self, row: Conversation) -> None:
+        super().__init__()
+        self.row = row
+
+
+def _has_room(generator: Generator, prompt: HeldOutPrompt, max_new_tokens: int) -> bool:
+    prompt_tokens = len(generator.tokenize(prompt.prompt))
+    tokens = len(generator.tokenize(prompt.prompt + prompt.answer))
+    return prompt_tokens <= generator.n_ctx - max_new_tokens and tokens < generator.n_ctx

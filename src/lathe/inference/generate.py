@@ -1,0 +1,209 @@
+"""Greedy answers from a GGUF file, many rows at a time, with llama.cpp.
+
+Every row has its own slot of the key-value cache; one `llama_decode` advances all slots. The slot of a finished row
+goes to the next row at once, and the prefix that all prompts share (the system prompt) is decoded once and copied. The
+order of work depends on the rows alone, never on time, so that a run repeated on the same machine with the same
+`threads` gives the same bytes.
+"""
+
+import codecs
+import collections.abc
+from array import array
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from lathe.common.progress import Progress
+from lathe.gguf.llama_library import FloatRows
+from lathe.gguf.llama_model import LlamaModel
+from lathe.inference.kv_cache import KVCache
+from lathe.inference.shared_prefix import (
+    MAX_LOGITS,
+    MIN_ROWS,
+    SequenceStats,
+    TokenSequence,
+    count_common_tokens,
+    decode_prefix,
+)
+from lathe.models.chat_template import ChatTemplate
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer: its text, why it ended, and how many tokens were generated, the ending one included."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    tokens: int
+
+
+class Generator:
+    """A GGUF model, loaded once, that answers prompts; a context manager.
+
+    `n_parallel` rows are decoded at once; a prompt and its answer may take `n_ctx` tokens together (the cache is made
+    as large as the rows need, up to that); results depend on `threads`, so it is given.
+    """
+
+    def __init__(self, gguf: Path, *, n_parallel: int, n_ctx: int, threads: int) -> None:
+        self.model = LlamaModel(gguf)
+        self.n_parallel, self.n_ctx, self.threads = n_parallel, n_ctx, threads
+        self._stream_cache: KVCache | None = None
+        self._streamed: Sequence[int] = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream_cache:
+            self._stream_cache.close()
+        self.model.close()
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The chat template of the GGUF."""
+        return self.model.chat_template
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Return the token ids of a rendered prompt, with exactly one BOS if the vocabulary asks for one."""
+        return self.model.tokenize_prompt(prompt)
+
+    def complete(self, prompts: Iterable[str], *, max_new_tokens: int) -> list[Completion]:
+        """Return the greedy answer to each prompt, in their order; for many rows use `iterate_completions`."""
+        texts = list(prompts)
+        completions = dict(self.iterate_completions(lambda: texts, max_new_tokens=max_new_tokens))
+        return [completions[number] for number in range(len(texts))]
+
+    def iterate_completions(
+        self, prompts: Callable[[], Iterable[str]], *, max_new_tokens: int, finished: Container[int] = ()
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield the number of each prompt (from 0) and its greedy answer as they are finished.
+
+        The answer is what decoding one prompt after another would give. It ends at any end-of-generation token
+        (`stop`), after `max_new_tokens`, or where prompt and answer fill `n_ctx` (`length`). `prompts` is called
+        twice and read lazily: all are measured before the first is decoded. Numbers in `finished` are not answered
+        again. Raises InputError that names the row if its prompt fills `n_ctx` already.
+        """
+
+        def read_rows() -> Iterator[TokenSequence]:
+            for number, prompt in enumerate(prompts()):
+                yield TokenSequence.of(number, self.tokenize(prompt), n_ctx=self.n_ctx)
+
+        stats = SequenceStats.of(read_rows())
+        waiting = (row for row in read_rows() if row.number not in finished)
+        answers: dict[int, array[int]] = {}
+        before = sum(number in finished for number in range(stats.count))
+        with Progress("answers", stats.count, done=before) as progress:
+            for rows, logits in self._decode(waiting, stats, room=max_new_tokens):
+                # All rows are advanced before one is yielded: the logits are overwritten, and rows change their slots.
+                completions = []
+                for row, token in zip(rows, logits.argmax(axis=1).tolist(), strict=True):
+                    answer = answers.setdefault(row.number, array("i"))
+                    answer.append(token)
+                    ended = self.model.is_end(token)
+                    if ended or len(answer) == max_new_tokens or len(row.tokens) == self.n_ctx - 1:
+                        del answers[row.number]
+                        completions.append((row.number, self._make_completion(answer, ended=ended)))
+                    else:
+                        row.tokens.append(token)
+                for number, completion in completions:
+                    progress.add()
+                    yield number, completion
+
+    def stream(self, prompt: str, *, max_new_tokens: int) -> Iterator[str]:
+        """Yield the greedy answer to one prompt, piece by piece as it is decoded.
+
+        The prefix that it shares with the last prompt and its answer (a longer conversation) is not decoded again.
+        """
+        row = TokenSequence.of(0, self.tokenize(prompt), n_ctx=self.n_ctx)
+        if self._stream_cache is None:
+            self._stream_cache = self.make_cache(slots=1, length=self.n_ctx, min_rows=2)
+        cache = self._stream_cache
+        cache.cut(0, min(count_common_tokens(self._streamed, row.tokens), row.first_output))
+        self._streamed = row.tokens
+        while cache.length(0) < len(row.tokens):
+            logits = cache.feed(0, row.tokens, first_output=row.first_output)
+        characters = codecs.getincrementaldecoder("utf-8")("replace")
+        for _ in range(min(max_new_tokens, self.n_ctx - len(row.tokens))):
+            token = int(logits[-1].argmax())
+            if self.model.is_end(token):
+                break
+            if piece := characters.decode(self.model.get_token_bytes(token)):
+                yield piece
+            row.tokens.append(token)
+            logits = cache.step([token])
+        if rest := characters.decode(b"", final=True):
+            yield rest
+
+    def make_cache(self, *, slots: int, length: int, min_rows: int) -> KVCache:
+        """Make a key-value cache of this model for `slots` rows of up to `length` tokens; see `KVCache`."""
+        return KVCache(
+            self.model,
+            slots=slots,
+            length=length,
+            max_outputs=MAX_LOGITS // self.model.n_vocab,
+            threads=self.threads,
+            min_rows=min_rows,
+        )
+
+    def _decode(
+        self, waiting: Iterator[TokenSequence], stats: SequenceStats, *, room: int
+    ) -> Iterator[tuple[Sequence[TokenSequence], FloatRows]]:
+        """Decode the rows slot by slot; after each call that gives logits, yield the rows and their logits.
+
+        They are one row, whose prompt is now decoded, or several, with one row of logits each. The caller may append
+        up to `room` tokens to `row.tokens`, one per yield; the slot of a row that gets none goes to the next row.
+        """
+        if not stats.count:
+            return
+        slots = min(self.n_parallel, stats.count)
+        length = min(self.n_ctx, stats.longest + room)
+        min_rows = MIN_ROWS if self.n_parallel >= MIN_ROWS else 2
+        with self.make_cache(slots=slots, length=length, min_rows=min_rows) as cache:
+            prefix_length = decode_prefix(cache, stats, slots=slots)
+            busy: list[TokenSequence] = []  # the row at index i is in slot i
+            for slot in range(slots):
+                if row := (yield from _decode_next_prompt(cache, slot, waiting, prefix_length)):
+                    busy.append(row)
+            while busy:
+                yield busy, cache.step([row.tokens[-1] for row in busy])
+                for slot in reversed(range(len(busy))):
+                    if cache.length(slot) < len(busy[slot].tokens):
+                        continue
+                    if row := (yield from _decode_next_prompt(cache, slot, waiting, prefix_length)):
+                        busy[slot] = row
+                        continue
+                    # The last row moves into the gap: llama.cpp decodes only neighbouring slots together.
+                    last = busy.pop()
+                    if slot < len(busy):
+                        busy[slot] = last
+                        cache.copy(len(busy), slot)
+                    cache.cut(len(busy), prefix_length)
+
+    def _make_completion(self, answer: Iterable[int], *, ended: bool) -> Completion:
+        tokens = list(answer)
+        text = b"".join(map(self.model.get_token_bytes, tokens)).decode("utf-8", "replace")
+        return Completion(text, "stop" if ended else "length", len(tokens))
+
+
+def _decode_next_prompt(
+    cache: KVCache, slot: int, waiting: Iterator[TokenSequence], prefix_length: int
+) -> collections.abc.Generator[tuple[list[TokenSequence], FloatRows], None, TokenSequence | None]:
+    """Decode the prompt of the next row in a slot, alone, and yield its logits.
+
+    A row whose answer ends there is followed by the next one. Returns the row that is continued in the slot, None if no
+    row is left.
+    """
+    for row in waiting:
+        prompt_length = len(row.tokens)
+        cache.cut(slot, prefix_length)
+        while cache.length(slot) < prompt_length:
+            logits = cache.feed(slot, row.tokens, first_output=row.first_output)
+            if len(logits):
+                yield [row], logits
+        if len(row.tokens) > prompt_length:
+            return row
+    return None

@@ -1,0 +1,180 @@
+"""Held-out rows put to a GGUF: its answers, the likelihood of the references, and how often it stops."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lathe.common import paths, scratch
+from lathe.common.code_closure import code_closure
+from lathe.common.jsonl import iterate_jsonl, write_jsonl
+from lathe.inference import general_text, likelihood
+from lathe.inference.generate import Generator
+from lathe.inference.journal import Journal
+from lathe.inference.row_file import RowFile
+from lathe.models.chat_template import ChatTemplate, Conversation
+
+# Packages that determine an answer, besides data and parameters.
+PACKAGES = ("llama-cpp-python", "numpy", "transformers", "Jinja2")
+
+
+class HeldOutPrompt(NamedTuple):
+    """A held-out row as rendered: its prompt, the answer as the template writes it, and the bare reference."""
+
+    prompt: str
+    answer: str
+    reference: str
+
+
+def render_prompt(template: ChatTemplate, conversation: Conversation) -> HeldOutPrompt:
+    """Render a conversation whose last message is the reference."""
+    prompt, answer, _ = template.split_answer(conversation)
+    last = conversation[-1]
+    reference = answer.removeprefix(template.answer_prefix) if last.get("tool_calls") else str(last["content"])
+    return HeldOutPrompt(prompt, answer, reference)
+
+
+@dataclass
+class HeldOutRun:
+    """A GGUF that is measured on held-out rows, and the journal of its finished rows.
+
+    `against` is the model that the KL divergence of this one is measured from. `tokens` and `seconds` say how much this
+    process generated, and how long that took; rows that were in the journal before are not counted.
+    """
+
+    generator: Generator
+    journal: Journal
+    against: Generator | None = None
+    tokens: int = field(default=0, init=False)
+    seconds: float = field(default=0.0, init=False)
+
+    def store_prompts(self, name: str, conversations: Iterable[Conversation]) -> RowFile:
+        """Render each conversation of a split once, and return the prompts, which the journal stores."""
+        template = self.generator.chat_template
+        return self.journal.store_rows(name, (render_prompt(template, row) for row in conversations))
+
+    def measure_split(self, name: str, prompts: RowFile, out: Path, *, max_new_tokens: int) -> dict[str, Any]:
+        """Let the model answer each prompt of a split, greedily, and compare with the references.
+
+        Writes to `out`, in the order of `prompts`: {prompt, reference, completion, finish_reason, tokens, nll,
+        reference_tokens, kl}. Returns the split's perplexity of the references, mean KL divergence per token of them
+        (None without `against`), stop rate and number of rows.
+        """
+        answers, references = f"{name}/answers", f"{name}/references"
+        began = time.perf_counter()
+        for number, completion in self.generator.iterate_completions(
+            lambda: (row.prompt for row in _read_prompts(prompts)),
+            max_new_tokens=max_new_tokens,
+            finished=self.journal.list_finished(answers),
+        ):
+            self.tokens += completion.tokens
+            self.journal.add(answers, number, vars(completion))
+        self.seconds += time.perf_counter() - began
+        for number, likely in likelihood.score_references(
+            self.generator,
+            lambda: ((row.prompt, row.answer) for row in _read_prompts(prompts)),
+            against=self.against,
+            finished=self.journal.list_finished(references),
+        ):
+            self.journal.add(references, number, vars(likely))
+        totals = _SplitTotals()
+        write_jsonl(map(totals.add, self._join_rows(prompts, answers, references)), out)
+        return totals.summarize()
+
+    def measure_general_text(self, file: Path, out: Path) -> float:
+        """Write {text, nll, tokens} of each paragraph of a text file; return the perplexity of them all."""
+        paragraphs = general_text.read_paragraphs(file)
+        for number, likely in likelihood.score_texts(
+            self.generator, lambda: paragraphs, finished=self.journal.list_finished("general")
+        ):
+            self.journal.add("general", number, vars(likely))
+        rows = [self.journal.read_row("general", number) for number in range(len(paragraphs))]
+        write_jsonl(
+            (
+                {"text": text, "nll": _round_nats(row["nll"]), "tokens": row["tokens"]}
+                for text, row in zip(paragraphs, rows, strict=True)
+            ),
+            out,
+        )
+        return _compute_perplexity(math.fsum(row["nll"] for row in rows), sum(row["tokens"] for row in rows))
+
+    def _join_rows(self, prompts: RowFile, answers: str, references: str) -> Iterator[dict[str, Any]]:
+        prefix = self.generator.chat_template.answer_prefix
+        for number, row in enumerate(_read_prompts(prompts)):
+            completion, likely = self.journal.read_row(answers, number), self.journal.read_row(references, number)
+            yield {
+                "prompt": row.prompt,
+                "reference": row.reference,
+                "completion": completion["text"].removeprefix(prefix),
+                "finish_reason": completion["finish_reason"],
+                "tokens": completion["tokens"],
+                "nll": likely["nll"],
+                "reference_tokens": likely["tokens"],
+                "kl": likely["kl"],
+            }
+
+
+def _read_prompts(prompts: RowFile) -> Iterator[HeldOutPrompt]:
+    return (HeldOutPrompt(*row) for row in prompts)
+
+
+@dataclass
+class _SplitTotals:
+    rows: int = 0
+    stopped: int = 0
+    tokens: int = 0
+    nll: float = 0.0
+    kl: float | None = None
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Count a row in; return it with its numbers rounded."""
+        self.rows += 1
+        self.stopped += row["finish_reason"] == "stop"
+        self.tokens += row["reference_tokens"]
+        self.nll += row["nll"]
+        if row["kl"] is not None:
+            self.kl = (self.kl or 0.0) + row["kl"] * row["reference_tokens"]
+        return {**row, "nll": _round_nats(row["nll"]), "kl": _round_significant(row["kl"])}
+
+    def summarize(self) -> dict[str, Any]:
+        return {
+            "perplexity": _compute_perplexity(self.nll, self.tokens),
+            "kl": None if self.kl is None else _round_significant(self.kl / self.tokens),
+            "stop_rate": round(self.stopped / self.rows, 4),
+            "rows": self.rows,
+        }
+
+
+def iterate_conversations(file: Path, *, max_rows: int | None) -> Iterator[Conversation]:
+    """Yield the conversations of a processed split, the first `max_rows` of them."""
+    for number, row in enumerate(iterate_jsonl(file)):
+        if number == max_rows:
+            return
+        yield row["messages"]
+
+
+def compute_fingerprint(files: Mapping[str, Path], determines: Mapping[str, Any]) -> str:
+    """Return the name of a run on these files: a digest of their contents, of what else determines it, and of the code.
+
+    The paths of the files make no difference. Raises InputError if one is missing.
+    """
+    return scratch.fingerprint(determines, files=files, packages=PACKAGES, code=list_code())
+
+
+def list_code() -> list[Path]:
+    """Return the files of the library that determine an answer: what the stage `generate` depends on."""
+    return code_closure(paths.ROOT / "stages/generate.py")
+
+
+def _compute_perplexity(nll: float, tokens: int) -> float:
+    return round(math.exp(nll / tokens), 4)
+
+
+def _round_nats(nll: float) -> float:
+    return round(nll, 6)
+
+
+def _round_significant(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")

@@ -1,0 +1,100 @@
+"""OpenAI-compatible server: the one of llama-cpp-python, on this machine alone, with the template of training."""
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lathe.common.errors import InputError
+from lathe.gguf.llama_library import load_library
+from lathe.gguf.llama_model import LlamaModel
+from lathe.models.chat_template import ChatTemplate
+
+logger = logging.getLogger(__name__)
+
+HOST = "127.0.0.1"
+CHAT_FORMAT = "lathe"
+
+
+def serve(gguf: Path, *, port: int, api_key: str | None, n_ctx: int, threads: int) -> None:
+    """Serve the model in `gguf` on 127.0.0.1 until Ctrl-C; port 0 takes a free one, which the log names.
+
+    With `api_key`, requests without it are refused (401). A request that does not set sampling is answered as the
+    model was measured: greedily and without a penalty on repetition. Requests are answered one at a time; one and its
+    answer may take `n_ctx` tokens. Raises InputError if the file is no usable model, or the port is taken.
+    """
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port {port}: no port; must be from 0 (any free one) to 65535", code="invalid-port")
+    with LlamaModel(gguf, vocab_only=True) as model:
+        template = model.chat_template
+    with socket.socket() as listener:
+        # As servers do: a port whose last connections are still closing is free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError as error:
+            raise InputError(
+                f"--port {port}: not to be had ({os.strerror(error.errno or 0)}); name another one, or 0 for any",
+                code="port-not-free",
+            ) from None
+        app = _make_application(gguf, template, api_key, n_ctx, threads)
+        if api_key is None:
+            logger.warning(
+                "LATHE_API_KEY is not set: every program on this machine, web pages in a browser too, may ask the model"
+            )
+        _run(app, listener, f"{gguf.name} at http://{HOST}:{listener.getsockname()[1]}/v1")
+
+
+def _make_chat_format(template: ChatTemplate) -> Callable[..., Any]:
+    """Return a chat format of llama-cpp-python that renders requests with the template of training."""
+    from llama_cpp.llama_chat_format import ChatFormatterResponse
+
+    def format_request(*, messages: list[dict[str, Any]], tools: Any = None, **_: Any) -> Any:
+        prompt = template.render(messages, add_generation_prompt=True, tools=tools)
+        # `added_special`: nothing is added before the prompt. As in training, there is exactly one BOS.
+        has_bos = not template.adds_bos or prompt.startswith(template.bos_token)
+        return ChatFormatterResponse(prompt=prompt, added_special=has_bos)
+
+    return format_request
+
+
+def _make_application(gguf: Path, template: ChatTemplate, api_key: str | None, n_ctx: int, threads: int) -> Any:
+    load_library()
+    from llama_cpp.llama_chat_format import register_chat_format
+    from llama_cpp.server import types
+
+    # Before the application is imported, which reads them.
+    for request in (types.CreateChatCompletionRequest, types.CreateCompletionRequest):
+        request.model_fields["temperature"].default = 0.0
+        request.model_fields["repeat_penalty"].default = 1.0
+        request.model_rebuild(force=True)
+    register_chat_format(CHAT_FORMAT)(_make_chat_format(template))
+    from llama_cpp.server.app import create_app
+    from llama_cpp.server.settings import ModelSettings, ServerSettings
+
+    # Without validation, which would also take MODEL, SEED, API_KEY, … from the environment.
+    server = ServerSettings.model_construct(host=HOST, api_key=api_key)
+    model = ModelSettings.model_construct(
+        model=str(gguf),
+        model_alias=gguf.stem,
+        n_ctx=n_ctx,
+        n_threads=threads,
+        n_threads_batch=threads,
+        chat_format=CHAT_FORMAT,
+        verbose=False,
+    )
+    os.environ.pop("CONFIG_FILE", None)  # another server's, if it is set
+    return create_app(server_settings=server, model_settings=[model])
+
+
+def _run(app: Any, listener: socket.socket, what: str) -> None:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            logger.info("serving %s; Ctrl-C ends it", what)
+
+    Server(uvicorn.Config(app, log_level="warning", lifespan="off")).run(sockets=[listener])

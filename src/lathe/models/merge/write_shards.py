@@ -1,0 +1,147 @@
+"""Shards of a merged model: safetensors written tensor by tensor, checked for overflow."""
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from lathe.common.errors import InputError
+from lathe.models.merge.lora_delta import _as_rows, _merged_rows, _row_chunks
+from lathe.models.merge.plan import _Target
+from lathe.models.merge.read_adapter import _adapter_names
+from lathe.models.model_folder import (
+    FLOATS,
+    INDEX_FILE,
+    ITEMSIZES,
+    SINGLE_FILE,
+    Weights,
+    write_json,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    `largest_change` is the largest absolute difference between a merged and a base weight, both in the
+    precision written; rows that only the merged model has (a grown vocabulary) are left out of it.
+    `bytes_written` is the size of the safetensors files.
+    """
+
+    tensors_total: int
+    tensors_changed: int
+    largest_change: float
+    bytes_written: int
+
+
+# The merged files ---------------------------------------------------------------------------------
+
+
+def _divide(targets: list[_Target], base: Weights, max_shard_size_bytes: int) -> list[list[_Target]]:
+    """Group the targets into files: the base's own division, cut further where a file would be too large."""
+    shards: list[list[_Target]] = []
+    size, path = 0, None
+    for target in targets:
+        # A head that the base does not have comes last, in the last file if there is room.
+        lies_in = base.tensors[target.name].path if target.name in base.tensors else path
+        if not shards or lies_in != path or size + target.bytes > max_shard_size_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(target)
+        size, path = size + target.bytes, lies_in
+    return shards
+
+
+def _write_shards(shards: list[list[_Target]], base: Weights, adapter: Weights, out: Path) -> MergeReport:
+    total, changed, largest, written = 0, 0, 0.0, 0
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        # The order of safetensors' own writer: the widest dtype first, then by name.
+        shard = sorted(shard, key=lambda target: (-list(ITEMSIZES).index(target.dtype), target.name))
+        with (out / name).open("wb") as file:
+            file.write(_header(shard))
+            for target in shard:
+                change, differs = _write_tensor(file, target, base, adapter)
+                largest = max(largest, change)
+                changed += differs
+                weight_map[target.name] = name
+            written += file.tell()
+        total += len(shard)
+        log.info("merged %s: %d tensors", name, len(shard))
+    if len(shards) > 1:
+        size = sum(target.bytes for shard in shards for target in shard)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_json(out / INDEX_FILE, index, sort_keys=True)
+    return MergeReport(total, changed, largest, written)
+
+
+def _header(shard: list[_Target]) -> bytes:
+    # Written by hand because safetensors' own writer wants the data of the whole file in memory first. The
+    # format: eight bytes for the length of the header, the header as JSON padded to eight bytes, the data.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for target in shard:
+        header[target.name] = {
+            "dtype": target.dtype,
+            "shape": list(target.shape),
+            "data_offsets": [start, start + target.bytes],
+        }
+        start += target.bytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(file: BinaryIO, target: _Target, base: Weights, adapter: Weights) -> tuple[float, bool]:
+    """Write one tensor; return the largest absolute change and whether anything changed."""
+    dtype = FLOATS.get(target.dtype)
+    original = _as_rows(base.read(target.source))
+    if dtype is None:
+        for rows in _row_chunks(original.shape):
+            file.write(_bytes_of(original[rows]))
+        return 0.0, False
+
+    largest = 0.0
+    if _adapter_names(target.change):
+        merged_rows = _merged_rows(original, target.change, adapter, dtype)
+    else:
+        merged_rows = ((rows, original[rows].to(dtype)) for rows in _row_chunks(original.shape))
+    for rows, merged in merged_rows:
+        _check_finite(merged, original[rows], target, base)
+        # Two tensors of one model differ in what the merge did to them, not in what the cast did.
+        if _adapter_names(target.change):
+            before = original[rows].to(dtype)
+            largest = max(largest, _largest(merged[: len(before)].float() - before.float()))
+        file.write(_bytes_of(merged))
+    return largest, largest > 0.0 or target.shape != base.shape(target.source)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(torch.uint8).numpy().data
+
+
+def _check_finite(merged: torch.Tensor, original: torch.Tensor, target: _Target, base: Weights) -> None:
+    if math.isfinite(_largest(merged)):
+        return
+    if original.numel() and not math.isfinite(_largest(original)):
+        where, remedy = str(base.tensors[target.source].path), "the base is damaged, copy it again"
+    elif _adapter_names(target.change):
+        where, remedy = "the adapter", "training diverged, train again with a lower learning rate"
+    else:
+        where, remedy = target.dtype, "its range is too small for this model, use bfloat16"
+    raise InputError(f"{target.name}: NaN or infinity in the merged tensor, from {where}: {remedy}")
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """The largest absolute value; NaN where there is a NaN."""
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor)
+    return max(abs(low.item()), abs(high.item()))

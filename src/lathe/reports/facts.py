@@ -1,0 +1,432 @@
+"""Everything that the page tells, read from the files that the stages left."""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lathe.common.errors import InputError
+from lathe.common.git import find_head, try_git
+from lathe.common.jsonl import read_jsonl
+from lathe.config.artifacts import BASE, FEW_SHOT, MERGED, UNQUANTIZED
+from lathe.evaluation.best_artifact import best
+from lathe.provenance.lineage import hash_path
+from lathe.reports.values import Value, read
+
+UNTRAINED = {BASE, FEW_SHOT}
+
+SAMPLED_ROWS = 20
+WORST_ROWS = 10  # of each artifact
+
+# What stands in the scores beside the metrics proper.
+NOT_SCORES = {"bytes", "intervals", "deltas"}
+
+# Of the training's parameters those that a reader asks for first; all of them are in dvc.lock.
+KEY_PARAMETERS = (
+    ("training", "method"),
+    ("training", "tuning"),
+    ("lora", "r"),
+    ("lora", "lora_alpha"),
+    ("lora", "target_modules"),
+    ("quantization", "load_in_4bit"),
+    ("quantization", "bnb_4bit_quant_type"),
+    ("training", "learning_rate"),
+    ("training", "lr_scheduler_type"),
+    ("training", "num_train_epochs"),
+    ("training", "max_steps"),
+    ("training", "per_device_train_batch_size"),
+    ("training", "gradient_accumulation_steps"),
+    ("training", "max_length"),
+    ("training", "precision"),
+    ("training", "optim"),
+    ("seed",),
+)
+
+# The folders of curves, and what they are called.
+SIDES = {"train": "training", "eval": "validation"}
+
+# The outputs that a file can be traced by, in the order of the pipeline.
+TRACED = ("models/base", "data/raw", "data/processed", "models/adapter", "models/merged")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The scores of one split by artifact, as `evaluate` wrote them."""
+
+    report: Value
+
+    @property
+    def artifacts(self) -> list[str]:
+        """The scored artifacts, as they came about."""
+        return list(self.report.content)
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """The metrics that some artifact has a number for."""
+        names = (name for scores in self.report.content.values() for name in scores if name not in NOT_SCORES)
+        return [name for name in dict.fromkeys(names) if any(self.score(each, name) for each in self.artifacts)]
+
+    @cached_property
+    def differences(self) -> list[tuple[str, str]]:
+        """Each artifact with each that it is compared with."""
+        pairs = [(each, delta.content["to"]) for each in self.artifacts for delta in self._listed(each, "deltas")]
+        return list(dict.fromkeys(pairs))
+
+    @cached_property
+    def compared(self) -> list[str]:
+        """The metrics that there are differences of."""
+        found = {delta.content["metric"] for each in self.artifacts for delta in self._listed(each, "deltas")}
+        return [name for name in self.metrics if name in found]
+
+    def score(self, artifact: str, metric: str) -> Value | None:
+        """Return a metric's value."""
+        return self.report.get(artifact, metric)
+
+    def interval(self, artifact: str, metric: str) -> Value | None:
+        """Return the object with `low` and `high`."""
+        listed = self._listed(artifact, "intervals")
+        return next((each for each in listed if each.content["metric"] == metric), None)
+
+    def delta(self, artifact: str, to: str, metric: str) -> Value | None:
+        """Return the object with `delta`, `low`, `high` and `p`."""
+        listed = self._listed(artifact, "deltas")
+        found = (each for each in listed if each.content["metric"] == metric and each.content["to"] == to)
+        return next((each for each in found if each.get("delta")), None)
+
+    def _listed(self, artifact: str, name: str) -> list[Value]:
+        return list(self.report.get(artifact, name) or ())
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Where the checkout stands; `changed` if it holds changes that are not committed, those of metrics/ aside."""
+
+    sha: str
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one or several artifacts answered, word for word the same."""
+
+    artifacts: list[str]
+    text: str
+    cut: bool  # the answer did not end by itself
+    is_reference: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out request, its reference and what each artifact made of it."""
+
+    row: int
+    request: str
+    reference: str
+    answers: list[Answer]  # the reference first, if it was given
+
+    @property
+    def differs(self) -> bool:
+        """Whether one of the trained artifacts answered something else than the reference."""
+        return any(not each.is_reference and set(each.artifacts) - UNTRAINED for each in self.answers)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A study of `lathe search`, and the course of its best score where it has one objective."""
+
+    study: Value
+    course: Value | None
+
+    @property
+    def objectives(self) -> list[str]:
+        """The scores that it went by."""
+        return [objective.content["metric"] for objective in self.study.get("objectives") or ()]
+
+    @property
+    def trials(self) -> list[Value]:
+        """Its trials, the best ones first."""
+        best = self.study.content["best"]
+        trials = list(self.study.get("trials") or ())
+        return sorted(trials, key=lambda each: each.content["experiment"] not in best)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity of training in the course of its steps: the files of training and validation that have it."""
+
+    name: str
+    series: dict[str, Value]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What there is to tell; what a pipeline that has not run whole has not left is None or empty."""
+
+    root: Path
+    seed: int
+    primary_metric: str
+    commit: Commit | None
+    lock: Value | None
+    stale: list[str]
+    model: Value | None
+    dataset: Value | None
+    parameters: list[tuple[str, Value]]
+    digests: list[tuple[str, Value, Value | None]]
+    curves: list[Curve]
+    training: Value | None
+    freeze_proof: Value | None
+    merge: Value | None
+    estimate: Value | None
+    splits: dict[str, Split]
+    gates: Value | None
+    measured: dict[str, Value]
+    data: Value | None
+    lengths: Value | None
+    samples: list[Sample]
+    requests: list[str]
+    worst: dict[str, list[Value]]
+    reasons: dict[str, dict[int, str]]
+    timings: list[tuple[str, Value]]
+    searches: list[Search]
+
+    @cached_property
+    def best(self) -> str | None:
+        """The file that validation names: of the quantized ones if there are any; None without a score to go by."""
+        if "validation" not in self.splits:
+            return None
+        report = self.splits["validation"].report.content
+        scored = [name for name in report if report[name].get(self.primary_metric) is not None]
+        quantized = [name for name in scored if name not in UNQUANTIZED]
+        candidates = quantized or [name for name in scored if name == MERGED]
+        return best(report, candidates, self.primary_metric) if candidates else None
+
+    @property
+    def headline(self) -> tuple[str, Split] | None:
+        """The split that is reported: test, or validation where there is no test yet."""
+        return next(((name, self.splits[name]) for name in ("test", "validation") if name in self.splits), None)
+
+    def request(self, row: int) -> str | None:
+        """Return what was asked in a validation row, where the data are here."""
+        return self.requests[row] if row < len(self.requests) else None
+
+    def rows(self, artifact: str, split: str) -> Value | None:
+        """Return how many rows of a split the artifact was asked."""
+        measured = self.measured.get(artifact)
+        splits = measured.get("splits") if measured else None
+        return next((each.get("rows") for each in splits or () if each.content["split"] == split), None)
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """The metrics of an experiment that its row shows, each with its file and the keys there."""
+        scores = "metrics/evaluate/validation.json"
+        names = list(dict.fromkeys([MERGED, self.best or MERGED]))
+        found = {f"{name}.{self.primary_metric}": (scores, name, self.primary_metric) for name in names}
+        return {
+            **found,
+            f"{names[-1]}.bytes": (scores, names[-1], "bytes"),
+            "validation loss": ("metrics/train/metrics.json", "eval", "loss"),
+            "gates passed": ("metrics/evaluate/gates.json", "passed"),
+        }
+
+    def speed(self, artifact: str) -> Value | None:
+        """Return the tokens that the artifact generated per second."""
+        generate = dict(self.timings).get("generate")
+        items = list(generate.get("items") or ()) if generate else []
+        found = next((each for each in items if each.content["item"] == artifact), None)
+        return found.get("tokens_per_second") if found else None
+
+
+def gather(root: Path, *, seed: int, primary_metric: str) -> Facts:
+    """Read what the stages left under `root`; `seed` chooses the sampled rows.
+
+    Raises InputError where there is nothing at all, or a file cannot be read.
+    """
+    if not any((root / "metrics").rglob("*.json")):
+        raise InputError(f"{root / 'metrics'}: nothing has been measured; run `make repro` first")
+    reports = {name: read(root, f"metrics/evaluate/{name}.json") for name in ("validation", "test")}
+    splits = {name: Split(report) for name, report in reports.items() if report}
+    artifacts = list(dict.fromkeys(name for split in splits.values() for name in split.artifacts))
+    lock = read(root, "dvc.lock")
+    requests = _requests(root)
+    return Facts(
+        root=root,
+        seed=seed,
+        primary_metric=primary_metric,
+        commit=_commit(root),
+        lock=lock,
+        stale=_stale(root, lock),
+        model=_origin(root, "model"),
+        dataset=_origin(root, "dataset"),
+        parameters=_parameters(lock),
+        digests=_digests(lock),
+        curves=_curves(root),
+        training=read(root, "metrics/train/metrics.json"),
+        freeze_proof=read(root, "metrics/train/freeze_proof.json"),
+        merge=read(root, "metrics/merge/report.json"),
+        estimate=read(root, "metrics/estimate/training.json"),
+        splits=splits,
+        gates=read(root, "metrics/evaluate/gates.json"),
+        measured={name: value for name in artifacts if (value := read(root, f"metrics/generate/{name}.json"))},
+        data=read(root, "metrics/preprocess/report.json"),
+        lengths=read(root, "metrics/preprocess/lengths.csv"),
+        samples=_samples(root, artifacts, requests, seed),
+        requests=requests,
+        worst=_worst(root, artifacts),
+        reasons=_reasons(root, artifacts),
+        timings=_timings(root),
+        searches=_searches(root),
+    )
+
+
+def _origin(root: Path, fetched: str) -> Value | None:
+    found = read(root, f"metrics/fetch/{fetched}.json")
+    return found.get("origin", 0) if found else None
+
+
+def _searches(root: Path) -> list[Search]:
+    found = sorted((root / "metrics/search").glob("*/study.json"))
+    names = [str(file.relative_to(root).parent) for file in found]
+    return [
+        Search(study, read(root, f"{name}/course.tsv")) for name in names if (study := read(root, f"{name}/study.json"))
+    ]
+
+
+def _parameters(lock: Value | None) -> list[tuple[str, Value]]:
+    """Return the key parameters that the adapter was trained with, which params.yaml may have left since."""
+    used = lock.get("stages", "train", "params", "params.yaml") if lock else None
+    if used is None:
+        return []
+    found = [(".".join(steps), used.get(*steps)) for steps in KEY_PARAMETERS]
+    in_4_bits = used.get("quantization", "load_in_4bit")
+    applies = {
+        "lora": used.content["training"]["tuning"] == "lora",
+        "quantization.bnb_4bit_quant_type": bool(in_4_bits and in_4_bits.content),
+    }
+    return [
+        (name, value)
+        for name, value in found
+        if value is not None and applies.get(name, applies.get(name.partition(".")[0], True))
+    ]
+
+
+def _digests(lock: Value | None) -> list[tuple[str, Value, Value | None]]:
+    """Return path, digest and bytes of the outputs that a file can be traced by."""
+    outs = {out.content["path"]: out for out in _outs(lock)}
+    names = [*TRACED, *(path for path in outs if path.startswith("models/gguf/"))]
+    found = [(name, outs[name].get("md5"), outs[name].get("size")) for name in names if name in outs]
+    return [(name, digest, size) for name, digest, size in found if digest]
+
+
+def _stale(root: Path, lock: Value | None) -> list[str]:
+    """Return the files of metrics/ that are not those which dvc.lock names."""
+    return [
+        path
+        for path, digest in ((out.content["path"], out.content.get("md5", "")) for out in _outs(lock))
+        if path.startswith("metrics/") and (root / path).is_file() and hash_path(root / path) != digest
+    ]
+
+
+def _outs(lock: Value | None) -> Iterator[Value]:
+    for _, stage in lock.get("stages").items() if lock else ():  # type: ignore[union-attr]
+        yield from stage.get("outs") or ()
+
+
+def _commit(root: Path) -> Commit | None:
+    sha = find_head(root)
+    if sha is None:
+        return None
+    shown = ("--", ".", ":!metrics", ":!dvc.lock")
+    changes = try_git("status", "--porcelain", "--untracked-files=no", *shown, root=root)
+    return Commit(sha, changed=bool(changes))
+
+
+def _curves(root: Path) -> list[Curve]:
+    """Return the curves, the losses first; those of training and validation with one name are one."""
+    folder = root / "metrics/train/plots/metrics"
+    found: dict[str, dict[str, Value]] = {}
+    for file in sorted(folder.rglob("*.tsv")):
+        parts = list(file.relative_to(folder).with_suffix("").parts)
+        side = next((part for part in parts if part in SIDES), None)
+        table = read(root, str(file.relative_to(root)))
+        if side and table and table.content:
+            parts.remove(side)
+            found.setdefault("/".join(parts), {})[SIDES[side]] = table
+    names = sorted(found, key=lambda name: (not name.endswith("loss"), name))
+    return [Curve(name, dict(sorted(found[name].items()))) for name in names if name != "tokens"]
+
+
+def _samples(root: Path, artifacts: Sequence[str], requests: list[str], seed: int) -> list[Sample]:
+    """Return the same rows of the validation split for the same seed, in their order."""
+    answered = _answered(root, artifacts)
+    if not answered:
+        return []
+    rows = min(len(answers) for answers in answered.values())
+    chosen = sorted(random.Random(seed).sample(range(rows), min(SAMPLED_ROWS, rows)))
+    return [_sample(row, answered, requests) for row in chosen]
+
+
+def _answered(root: Path, artifacts: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    files = {name: root / f"data/generated/{name}/validation.jsonl" for name in artifacts}
+    return {name: read_jsonl(file) for name, file in files.items() if file.is_file()}
+
+
+def _requests(root: Path) -> list[str]:
+    """Return what was asked in each validation row, without the template's marks; nothing where the data are not."""
+    rows = read(root, "data/processed/validation.jsonl")
+    return ["\n\n".join(_turns(row["messages"][:-1])) for row in rows.content] if rows else []
+
+
+def _turns(messages: list[dict[str, Any]]) -> list[str]:
+    contents = [str(message.get("content") or "") for message in messages]
+    if len(messages) == 1:
+        return contents
+    return [f"{message['role']}: {content}" for message, content in zip(messages, contents, strict=True)]
+
+
+def _sample(row: int, answered: dict[str, list[dict[str, Any]]], requests: list[str]) -> Sample:
+    first = next(iter(answered.values()))[row]
+    answers: dict[tuple[str, bool], list[str]] = {}
+    for name, rows in answered.items():
+        cut = rows[row]["finish_reason"] != "stop"
+        answers.setdefault((rows[row]["completion"], cut), []).append(name)
+    return Sample(
+        row=row,
+        request=requests[row] if row < len(requests) else first["prompt"],
+        reference=first["reference"],
+        answers=sorted(
+            (
+                Answer(names, text, cut=cut, is_reference=text == first["reference"])
+                for (text, cut), names in answers.items()
+            ),
+            key=lambda answer: not answer.is_reference,
+        ),
+    )
+
+
+def _worst(root: Path, artifacts: Sequence[str]) -> dict[str, list[Value]]:
+    """Return each artifact's first scored validation rows, worst first, but those whose answer is the reference."""
+    found: dict[str, list[Value]] = {}
+    for name in artifacts:
+        rows = read(root, f"data/scored/{name}/validation.jsonl")
+        if rows:
+            wrong = (row for row in rows if row.content["completion"] != row.content["reference"])
+            found[name] = list(itertools.islice(wrong, WORST_ROWS))
+    return found
+
+
+def _reasons(root: Path, artifacts: Sequence[str]) -> dict[str, dict[int, str]]:
+    """Return by artifact and validation row what the judge said; nothing where there was no judge."""
+    verdicts = {name: read(root, f"data/judged/{name}/validation.jsonl") for name in artifacts}
+    return {name: {each["row"]: each["reason"] for each in found.content} for name, found in verdicts.items() if found}
+
+
+def _timings(root: Path) -> list[tuple[str, Value]]:
+    """Return what each stage took, in the order of dvc.yaml."""
+    files = {file.stem: file for file in sorted((root / "metrics/timings").glob("*.json"))}
+    pipeline = read(root, "dvc.yaml")
+    order = list(pipeline.content["stages"]) if pipeline else []
+    names = sorted(files, key=lambda name: order.index(name) if name in order else len(order))
+    return [(name, value) for name in names if (value := read(root, f"metrics/timings/{name}.json"))]

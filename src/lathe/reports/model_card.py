@@ -1,0 +1,179 @@
+"""The model card: what the files are, how good they are, how to run them, where they come from.
+
+All of it is read from what the stages wrote; nothing in it is a date, a path of this machine or a secret, so that
+equal inputs give equal bytes.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from lathe.config.params import Params
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+
+Report = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the stages wrote, as it is in their JSON files; `lineage` are the `lathe.*` keys of the merged GGUF."""
+
+    model: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+    rows: Mapping[str, Any]
+    validation: Report
+    test: Report
+    quantized: Mapping[str, Mapping[str, Any]]
+    lineage: Mapping[str, str]
+    license: Mapping[str, str]
+
+
+def model_card(facts: Facts, params: Params, best: str) -> str:
+    """Return the card in Markdown, with the front matter of a Hugging Face model card; `best` is the file to run."""
+    wanted = [*params.evaluate.metrics, "judge", "combined"]
+    metrics = [name for name in wanted if any(scores.get(name) is not None for scores in facts.test.values())]
+    splits = {split["split"]: split for split in facts.rows["splits"]}
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True, autoescape=False
+    )
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        front_matter=yaml.safe_dump(_front_matter(facts, params), sort_keys=False, allow_unicode=True),
+        name=f"{facts.model['name']}-{facts.dataset['name']}",
+        base=_source(facts.model, facts.lineage["base.digest"]),
+        dataset=_source(facts.dataset, facts.lineage["dataset.digest"]),
+        lineage=facts.lineage,
+        license=facts.license,
+        metrics=metrics,
+        files=[_row(name, scores, metrics, facts.quantized) for name, scores in facts.test.items()],
+        has_kl=any(scores.get("kl") is not None for scores in facts.test.values()),
+        has_few_shot="base_few_shot" in facts.test,
+        has_intervals=any(scores.get("intervals") for scores in facts.test.values()),
+        rows={
+            **{split: f"{splits[split]['kept']:,}" for split in splits},
+            "scored": f"{min(splits['test']['kept'], params.generate.max_rows or splits['test']['kept']):,}",
+            **{key: f"{facts.rows['rows'][key]:,}" for key in ("read", "dropped")},
+        },
+        best={
+            "name": f"{best}.gguf",
+            "score": _number(facts.validation[best][params.evaluate.primary_metric]),
+        },
+        primary_metric=params.evaluate.primary_metric,
+        n_ctx=params.generate.n_ctx,
+        training=_training(params),
+        supervised_tokens=f"{splits['train']['supervised_tokens']:,}",
+        scripts=" and ".join(splits["train"]["scripts"]) or "no known",
+        max_length=f"{params.training.max_length:,}",
+    )
+    return text.rstrip("\n") + "\n"
+
+
+def license_of(model: Path) -> dict[str, str]:
+    """Return what a model folder says of its licence: the keys of its README's front matter; empty where nothing.
+
+    A licence text without such a key is `other`, by the hub's word for it.
+    """
+    from huggingface_hub.repocard import metadata_load
+
+    readme = model / "README.md"
+    try:
+        said = metadata_load(readme) if readme.exists() else None
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning("models/base/README.md: its front matter is no YAML object (%s)", str(error).splitlines()[0])
+        said = None
+    found = {key: str(said[key]) for key in ("license", "license_name", "license_link") if said and said.get(key)}
+    if not found and any(model.glob("LICENSE*")):
+        return {"license": "other"}
+    return found
+
+
+def _front_matter(facts: Facts, params: Params) -> dict[str, Any]:
+    # https://huggingface.co/docs/hub/model-cards#model-card-metadata; only what is on the hub has a name there.
+    front: dict[str, Any] = {}
+    if facts.model.get("id"):
+        front |= {"base_model": facts.model["id"], "base_model_relation": "quantized"}
+    if facts.dataset.get("id"):
+        front["datasets"] = [facts.dataset["id"]]
+    tuning = "full" if params.training.tuning == "full" else "qlora" if params.quantization.load_in_4bit else "lora"
+    return {
+        **front,
+        **facts.license,
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation",
+        "quantized_by": "lathe",
+        "tags": ["gguf", "llama.cpp", "lathe", params.training.method, tuning],
+    }
+
+
+def _source(fetched: Mapping[str, Any], digest: str) -> dict[str, str]:
+    """How a model or dataset is named in a sentence, and all that says which one it is."""
+    if fetched.get("id"):
+        shown = f"{fetched['id']}"
+        commit = f", commit {fetched['commit']}" if fetched.get("commit") else ""
+        return {"shown": shown, "origin": f"{shown}{commit}, digest {digest}"}
+    shown = f"`{fetched['name']}`"
+    return {"shown": shown, "origin": f"{shown} ({fetched['source']}), digest {digest}"}
+
+
+def _row(name: str, scores: Mapping[str, Any], metrics: Sequence[str], quantized: Mapping[str, Any]) -> dict[str, Any]:
+    intervals = {entry["metric"]: entry for entry in scores.get("intervals", [])}
+    shipped = name in quantized
+    return {
+        "name": f"`{name}.gguf`" if shipped else f"({name})",
+        "size": f"{scores['bytes'] / 1e6:,.2f} MB",
+        "bits_per_weight": f"{quantized[name]['bits_per_weight']:.2f}" if shipped else "16",
+        "scores": [_score(scores.get(metric), intervals.get(metric)) for metric in metrics],
+        "perplexity": _number(scores.get("perplexity")),
+        "kl": _number(scores.get("kl")),
+    }
+
+
+def _score(value: float | None, interval: Mapping[str, Any] | None) -> str:
+    if value is None or interval is None or interval["low"] is None:
+        return _number(value)
+    return f"{_number(value)} ({_number(interval['low'])} – {_number(interval['high'])})"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.4g}"
+
+
+def _listed(names: str | list[str]) -> str:
+    return names if isinstance(names, str) else ", ".join(names)
+
+
+def _training(params: Params) -> list[tuple[str, str]]:
+    training, lora = params.training, params.lora
+    facts: list[tuple[str, Any]] = [("method", training.method), ("tuning", training.tuning)]
+    if training.tuning == "lora":
+        facts += [("r, lora_alpha", f"{lora.r}, {lora.lora_alpha:g}"), ("target_modules", _listed(lora.target_modules))]
+        if lora.use_dora or lora.use_rslora:
+            facts.append(("variant", "DoRA" if lora.use_dora else "rsLoRA"))
+        base = f"4 bits ({params.quantization.bnb_4bit_quant_type})" if params.quantization.load_in_4bit else "16 bits"
+        facts.append(("base in training", f"{base}; merged into 16 bits"))
+    length = f"{training.max_steps} steps" if training.max_steps else f"{training.num_train_epochs:g} epochs"
+    batch = str(training.per_device_train_batch_size * training.gradient_accumulation_steps)
+    rate = f"{training.learning_rate:g}"
+    if training.method != "sft":
+        after = getattr(params, training.method)
+        steps = (
+            f"{after.num_train_epochs:g} epochs of pairs" if training.method == "dpo" else f"{after.max_steps} steps"
+        )
+        length = f"{after.sft_epochs:g} supervised epochs, then {steps}"
+        rate = f"{rate}, then {after.learning_rate:g}"
+        batch = f"{batch}, then {after.per_device_train_batch_size * after.gradient_accumulation_steps}"
+    facts += [
+        ("length", length),
+        ("peak learning_rate", rate),
+        ("rows per step and device", batch),
+        ("precision", training.precision),
+        ("seed", params.seed),
+    ]
+    return [(key, str(value).replace("|", r"\|")) for key, value in facts]

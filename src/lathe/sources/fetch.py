@@ -1,0 +1,157 @@
+"""Where base models and datasets come from: built by the pipeline, a user's own files, or the Hugging Face Hub."""
+
+import os
+import shutil
+from pathlib import Path
+
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.config.presets import (
+    BuiltinDataset,
+    BuiltinModel,
+    DatasetPreset,
+    HubDataset,
+    HubModel,
+    LocalDataset,
+    LocalModel,
+    ModelPreset,
+    Templated,
+)
+from lathe.data.split_files import data_files, suffixes
+from lathe.models import model_folder
+from lathe.models.templates.install_template import install_template
+from lathe.sources.model_files import hub_files, wanted_files
+
+# What is known of a source beside its files: for the hub its repository, the revision asked for, and the commit it was.
+Origin = dict[str, str | None]
+
+
+def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> Origin:
+    """Fill the empty `folder` with a Hugging Face model: config, safetensors, tokenizer, chat template.
+
+    Raises InputError where a local folder is missing, lies elsewhere than under models/local, or is no such model,
+    where the hub cannot or will not give it, and where the preset's template does not fit it.
+    """
+    origin: Origin = {}
+    match preset:
+        case BuiltinModel():
+            from lathe.sources.builtin import tiny_model
+
+            tiny_model.build(folder, seed)
+        case LocalModel():
+            source = _find_local(preset.path, paths.MODELS_LOCAL)
+            if not source.is_dir():
+                raise InputError(
+                    f"{preset.path}: is a file; give the folder that holds config.json and the safetensors",
+                    code="not-a-folder",
+                )
+            _link_files(_select_files(source, preset.path), folder)
+        case HubModel():
+            from lathe.sources.hub import Repository
+
+            repository = Repository("model", preset.id, preset.revision)
+            _link_files(hub_files(repository), folder)
+            origin = {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
+    if isinstance(preset, Templated) and preset.template:
+        install_template(preset.template, folder)
+    return origin
+
+
+def fetch_encoder(model: str, revision: str | None, folder: Path) -> Origin:
+    """Fill the empty `folder` with the encoder of BERTScore: a folder under models/local, or a repository of the Hub.
+
+    Raises InputError if there is none, if it is incomplete or pickled, and if the Hub cannot or will not give it.
+    """
+    if model.startswith("models/local/"):
+        source = Path(os.path.normpath(paths.ROOT / model))
+        if paths.MODELS_LOCAL not in source.parents or not source.is_dir():
+            raise InputError(
+                f"bert_score.model is {model!r}; there is no such folder; put the encoder there", code="no-such-encoder"
+            )
+        _link_files(_select_files(source, model), folder)
+        return {"source": "local"}
+    from lathe.sources.hub import Repository
+
+    section, key = "the section bert_score of params.yaml", "`bert_score.model` in params.yaml"
+    repository = Repository("model", model, revision, id_key=key, section=section)
+    _link_files(hub_files(repository), folder)
+    return {"source": "hub", "id": model, "revision": revision, "commit": repository.commit}
+
+
+def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
+    """Fill the empty `folder` with the dataset's files, unchanged; those of a folder `train/` are named `train-*`.
+
+    Files of the hub are named for the splits they are used as; a slice of a split, or a format that `preprocess` does
+    not read, becomes Parquet. Raises InputError where a local path is missing, lies elsewhere than under data/local, or
+    holds no data file, and where the hub cannot or will not give it.
+    """
+    match preset:
+        case BuiltinDataset():
+            from lathe.common.jsonl import write_jsonl
+            from lathe.sources.builtin import household_commands
+
+            for split, rows in household_commands.rows(seed).items():
+                write_jsonl(rows, folder / f"{split}.jsonl")
+        case LocalDataset():
+            source = _find_local(preset.path, paths.DATA_LOCAL)
+            files = data_files(source)
+            if not files:
+                raise InputError(
+                    f"{preset.path}: holds no data file; expected one of {suffixes()}, or folders train, validation, "
+                    "test of them"
+                )
+            for name, file in files.items():
+                # Copied, not linked: DVC makes a stage's outputs read-only, and these are the user's own files.
+                shutil.copyfile(file, folder / name)
+        case HubDataset():
+            from lathe.sources.hub import Repository
+            from lathe.sources.hub_dataset import Layout
+
+            repository = Repository("dataset", preset.id, preset.revision)
+            layout = Layout(repository, preset.config)
+            for split, wanted in (
+                ("train", preset.train_split),
+                ("validation", preset.validation_split),
+                ("test", preset.test_split),
+            ):
+                if wanted:
+                    layout.place(split, wanted, folder)
+            return {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
+    return {}
+
+
+def _find_local(path: str, home: Path) -> Path:
+    source = Path(os.path.normpath(paths.ROOT / path))
+    if home not in source.parents:
+        raise InputError(
+            f"presets.yaml: path {path!r} is not under {home.relative_to(paths.ROOT)}/, which is what DVC watches; "
+            "put or link the files there"
+        )
+    for part in (source, *source.parents[: len(source.relative_to(home).parts) - 1]):
+        if part.is_symlink() and part.is_dir():
+            shown = part.relative_to(paths.ROOT)
+            raise InputError(
+                f"{shown}: is a link to a folder, behind which DVC sees no change; link the files in it: "
+                f"`rm {shown} && cp -rs {part.resolve()} {shown}`"
+            )
+    if not source.exists():
+        raise InputError(f"{path}: no such file or folder; put it there and run `dvc add {path}`")
+    return source
+
+
+def _select_files(source: Path, shown: str) -> dict[str, Path]:
+    """Return the files to take of a model folder, by name. Raises InputError if it is no complete model."""
+    names = wanted_files([file.name for file in source.iterdir() if file.is_file()], shown)
+    # The headers show what would fail an hour later, in `train`, `merge` or `evaluate`.
+    model_folder.read_config(source)
+    model_folder.open_model(source)
+    return {name: source / name for name in names}
+
+
+def _link_files(files: dict[str, Path], folder: Path) -> None:
+    """Link the weights into a folder, copy the texts beside them."""
+    for name, file in files.items():
+        # DVC makes a stage's outputs read-only, and their hard links too: right for gigabytes of weights, wrong for
+        # texts, which people edit and a preset's template changes.
+        place = paths.link if name.endswith(".safetensors") else shutil.copyfile
+        place(file, folder / name)

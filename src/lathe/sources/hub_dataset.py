@@ -1,0 +1,164 @@
+"""Which files of a dataset repository are which split, and how they come to `preprocess`."""
+
+import json
+import logging
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+from datasets.exceptions import DatasetsError
+
+from lathe.common import paths
+from lathe.common.errors import InputError
+from lathe.common.text import did_you_mean
+from lathe.sources.hub import Repository
+
+logger = logging.getLogger(__name__)
+
+# Where a repository says which files are which configuration and split.
+CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
+CONVERTED = re.compile(r"([^/]+)/([^/]+)/\d{4}\.parquet")  # configuration and split in `refs/convert/parquet`
+ARCHIVES = (".zip", ".tar")  # would have to be opened to tell what is in them
+
+# The builders of the `datasets` library whose rows are texts and numbers, each with the files of its that `preprocess`
+# reads itself. (A .json on the hub may be one array or one object per line: the library tells them apart.)
+READ_UNCHANGED = {"parquet": ".parquet", "json": ".jsonl", "csv": ".csv", "arrow": ".arrow"}
+
+
+class Layout:
+    """The splits of one configuration of a dataset repository.
+
+    The `datasets` library itself finds them, in a folder of empty files named like the repository's: its rules for file
+    names, and what the README declares, apply before any row is downloaded. Code of the repository is never run.
+    """
+
+    def __init__(self, repository: Repository, config: str | None) -> None:
+        """Find them.
+
+        Raises InputError where `config` is unknown, or None while there are several, or where no file holds rows.
+        """
+        _quieten()
+        self.repository = repository
+        script = f"{repository.name.split('/')[-1]}.py"
+        if script in repository.paths:
+            logger.warning("%s: its %s is not run; its data files are read as they are", repository.name, script)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name).resolve()
+            self.builder = self._builder(folder, config)
+            found = self.builder.config.data_files.items()
+            self.splits = {
+                str(split): [str(Path(file).relative_to(folder)) for file in files] for split, files in found
+            }
+
+    def place(self, split: str, wanted: str, folder: Path) -> None:
+        """Put the repository's split `wanted` into `folder`, named as `split`.
+
+        Its very files are linked. A slice, or a format that `preprocess` does not read, is converted to one Parquet
+        file: the same bytes for the same rows. Raises InputError where there is no such split, or it cannot be read.
+        """
+        name, bracket, _ = wanted.partition("[")
+        if name not in self.splits:
+            raise InputError(
+                f"presets.yaml: {split}_split is {wanted!r}, but {self.repository.name} has no split {name!r}; "
+                f"{did_you_mean(name, list(self.splits))}"
+            )
+        files = self.repository.files(self.splits[name])
+        suffix = READ_UNCHANGED[self._kind]
+        if bracket or self._options or not suffix or any(Path(path).suffix != suffix for path in files):
+            self._convert(split, wanted, list(files.values()), folder)
+            return
+        for number, file in enumerate(files.values()):
+            shard = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+            paths.link(file, folder / f"{split}{shard}{suffix}")
+
+    def _builder(self, folder: Path, config: str | None) -> datasets.DatasetBuilder:
+        name = self.repository.name
+        for path in self.repository.paths:
+            if not path.endswith(ARCHIVES):
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).touch()
+        for path, file in self.repository.files(path for path in CARDS if path in self.repository.paths).items():
+            shutil.copyfile(file, folder / path)
+        if not (folder / "README.md").exists():
+            (folder / "README.md").write_text(_card_of_conversion(self.repository.paths))
+        try:
+            configs = [str(each) for each in datasets.get_dataset_config_names(str(folder))]
+            chosen = config or datasets.get_dataset_default_config_name(str(folder))
+            if chosen is None:
+                raise InputError(
+                    f"presets.yaml: {name} has several configurations; choose one with `config:`: {', '.join(configs)}"
+                )
+            if chosen not in configs:
+                raise InputError(
+                    f"presets.yaml: config is {chosen!r}, which {name} has not; {did_you_mean(chosen, configs)}"
+                )
+            builder = datasets.load_dataset_builder(str(folder), name=chosen, cache_dir=str(folder / ".cache"))
+        except (DatasetsError, OSError, ValueError, yaml.YAMLError) as error:
+            problem = str(error).splitlines()[0].replace(str(folder), name).rstrip(".")
+            raise InputError(
+                f"{name}: holds no data files that can be read ({problem}); try the hub's own conversion, `revision: "
+                "refs/convert/parquet`, or put files of yours under data/local"
+            ) from None
+        kind = builder.__module__.rpartition(".")[2]
+        if kind not in READ_UNCHANGED:
+            raise InputError(
+                f"{name}: its files are for the builder {kind!r}, not rows of text; expected one of "
+                f"{', '.join(READ_UNCHANGED)}"
+            )
+        return builder
+
+    @property
+    def _kind(self) -> str:
+        return str(self.builder.__module__.rpartition(".")[2])
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What the README says of how the files are to be read, such as `sep: ";"`."""
+        config = self.builder.config
+        default, common = type(config)(), {field.name for field in fields(datasets.BuilderConfig)}
+        values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in common}
+        return {name: value for name, value in values.items() if value != getattr(default, name)}
+
+    def _convert(self, split: str, wanted: str, files: list[Path], folder: Path) -> None:
+        # The builder in hand is of a class made for the folder of empty files; the class it derives from reads any.
+        reader = type(self.builder).__bases__[0]
+        name = wanted.partition("[")[0]
+        with tempfile.TemporaryDirectory(dir=folder) as cache:
+            try:
+                builder = reader(cache_dir=cache, data_files={name: [str(file) for file in files]}, **self._options)
+                builder.download_and_prepare()
+                rows = builder.as_dataset(split=wanted)
+                if not len(rows):
+                    raise ValueError("it has no rows")
+                rows.to_parquet(folder / f"{split}.parquet")
+            except (DatasetsError, ValueError) as error:
+                problem = str(error.__cause__ or error).splitlines()[0].rstrip(".")
+                raise InputError(
+                    f"presets.yaml: {split}_split is {wanted!r}, but {self.repository.name} cannot give it: {problem}"
+                ) from None
+
+
+def _card_of_conversion(files: list[str]) -> str:
+    """Return a README that declares what the hub's own conversion says by its folders alone; else an empty one."""
+    configs: dict[str, dict[str, list[str]]] = {}
+    for match in filter(None, map(CONVERTED.fullmatch, files)):
+        configs.setdefault(match[1], {}).setdefault(match[2], []).append(match[0])
+    declared = [
+        {"config_name": name, "data_files": [{"split": split, "path": path} for split, path in splits.items()]}
+        for name, splits in configs.items()
+    ]
+    return f"---\n{json.dumps({'configs': declared})}\n---\n" if declared else ""
+
+
+def _quieten() -> None:
+    """Keep bars off logs, and what the libraries say of files that are empty here; their errors come as ours."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)

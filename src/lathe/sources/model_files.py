@@ -1,0 +1,68 @@
+"""Which files of a model are taken, from a folder or a repository: safetensors and the texts that describe them."""
+
+import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lathe.common.errors import InputError
+from lathe.models import model_folder
+
+if TYPE_CHECKING:
+    from lathe.sources.hub import Repository
+
+# What a model folder may give: safetensors, and the texts that describe them. Nothing that is unpickled or run.
+PATTERNS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "README*",
+)
+
+
+def hub_files(repository: "Repository") -> dict[str, Path]:
+    """Return the files to take of a repository, by name, where they lie in the hub's cache, downloaded and verified."""
+    names = wanted_files([path for path in repository.paths if "/" not in path], repository.name)
+    model_folder.read_config(repository.files(["config.json"])["config.json"].parent)
+    if model_folder.INDEX_FILE in names:
+        names = _indexed(names, repository.files([model_folder.INDEX_FILE])[model_folder.INDEX_FILE], repository.name)
+    elif model_folder.SINGLE_FILE in names:
+        names = [name for name in names if not name.endswith(".safetensors") or name == model_folder.SINGLE_FILE]
+    files = repository.files(names)
+    model_folder.open_model(files["config.json"].parent)
+    return files
+
+
+def wanted_files(names: list[str], shown: str) -> list[str]:
+    """Return the names to take of those in a model's folder; raises InputError where it is no whole model."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if name not in names:
+            raise InputError(f"{shown}: holds no {name}; give a complete Hugging Face model folder")
+    if not fnmatch.filter(names, "*.safetensors"):
+        pickles = sorted(name for name in names if name.endswith(model_folder.PICKLES))
+        if pickles:
+            raise InputError(
+                f"{shown}/{pickles[0]}: pickled weights are never loaded; save the model with safe_serialization=True"
+            )
+        raise InputError(f"{shown}: holds no *.safetensors; put the model's weights there")
+    wanted = {name for pattern in PATTERNS for name in fnmatch.filter(names, pattern)}
+    return sorted(name for name in wanted if not name.endswith((*model_folder.PICKLES, ".py")))
+
+
+def _indexed(names: list[str], index: Path, shown: str) -> list[str]:
+    # Some repositories hold the weights a second time, in their maker's own layout (`consolidated.safetensors`).
+    shards = set(model_folder.read_json(index)["weight_map"].values())
+    if lacking := sorted(shards - set(names)):
+        raise InputError(
+            f"{shown}: holds no {lacking[0]}, which {model_folder.INDEX_FILE} names; give a complete model"
+        )
+    return [name for name in names if not name.endswith(".safetensors") or name in shards]

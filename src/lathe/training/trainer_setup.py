@@ -1,0 +1,70 @@
+"""What the trainer of every method is made of."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from lathe.config.params import Params
+from lathe.training.checkpoints import Checkpoints
+from lathe.training.reward_functions import RewardFunction
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One phase of a training: a model with what is trained in it, and what it is trained on."""
+
+    model: Any  # with its adapter, or whole under full tuning
+    tokenizer: Any
+    splits: dict[str, list[dict[str, Any]]]  # processed rows: `messages`, and `rejected` in preference pairs
+    params: Params
+    precision: str  # bf16, fp16 or fp32
+    checkpoints: Checkpoints | None
+    callbacks: Sequence[TrainerCallback]
+    functions: Mapping[str, RewardFunction]  # of the user's own, by the name that `grpo.rewards` gives them
+
+    def arguments(self, **own: Any) -> dict[str, Any]:
+        """Return the arguments that all methods share, by transformers' names; `own` ones take their place."""
+        training = self.params.training
+        on_cpu = not torch.cuda.is_available()
+        shared = {
+            "output_dir": tempfile.gettempdir(),  # must exist; checkpoints go to a folder of ours
+            "save_strategy": "no",
+            "report_to": [],
+            "seed": self.params.seed,
+            "data_seed": self.params.seed,
+            "use_cpu": on_cpu,
+            "bf16": False,  # autocast is the trainers' own matter
+            "fp16": self.precision == "fp16",
+            "num_train_epochs": training.num_train_epochs,
+            "max_steps": training.max_steps or -1,
+            "per_device_train_batch_size": training.per_device_train_batch_size,
+            "per_device_eval_batch_size": training.per_device_eval_batch_size,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps,
+            "learning_rate": training.learning_rate,
+            "lr_scheduler_type": training.lr_scheduler_type,
+            "warmup_steps": training.warmup_ratio,
+            "weight_decay": training.weight_decay,
+            "max_grad_norm": training.max_grad_norm,
+            "optim": training.optim,
+            "gradient_checkpointing": training.gradient_checkpointing,
+            "torch_compile": training.torch_compile,
+            "use_liger_kernel": training.use_liger_kernel,
+            # Loss and logits are our own, or TRL's, matter.
+            "liger_kernel_config": {"fused_linear_cross_entropy": False, "cross_entropy": False},
+            "logging_steps": training.logging_steps,
+            "logging_nan_inf_filter": False,  # it waits for the device at every pass, and hides what must stop the run
+            "eval_strategy": "steps",
+            "eval_steps": training.eval_steps,
+            "dataloader_pin_memory": not on_cpu,
+            # An expert that no token was sent to has no gradient; other tensors always have one.
+            "ddp_find_unused_parameters": any(
+                "expert" in name for name, each in self.model.named_parameters() if each.requires_grad
+            ),
+            "ddp_broadcast_buffers": False,
+            "disable_tqdm": True,  # lathe.training.dvclive_curves draws the bar
+        }
+        return shared | own

@@ -1,0 +1,39 @@
+"""Training step: forward pass in the precision of training, and loss of the supervised tokens.
+
+The trainer and the memory estimate run the same functions, so that the estimate cannot drift from the training.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from lathe.training.loss import sum_token_losses
+
+# What a batch holds for the loss and the counts, not for the model's forward.
+NOT_MODEL_INPUTS = {"labels", "columns", "targets", "supervised_tokens"}
+
+
+def autocast(device_type: str, precision: str, *, cache_enabled: bool = True) -> AbstractContextManager[Any]:
+    """Return bf16 autocast for a forward pass in bf16; no autocast for fp32, nor for fp16, which accelerate casts."""
+    if precision != "bf16":
+        return nullcontext()
+    return torch.autocast(device_type, torch.bfloat16, cache_enabled=cache_enabled)
+
+
+def compute_step_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Run the forward pass of a batch, and return its negative log-likelihood summed over supervised tokens.
+
+    Logits are computed only in `batch["columns"]`, the positions that predict a supervised token; `batch["targets"]`:
+    (rows, columns) are the tokens there. Everything else in the batch is described in `lathe.training.packing`.
+    """
+    logits = model(**select_model_inputs(batch), logits_to_keep=batch["columns"], use_cache=False).logits
+    return sum_token_losses(logits.flatten(0, 1), batch["targets"].flatten())
+
+
+def select_model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return what the model's forward gets of a batch: without labels, it computes no loss of its own."""
+    left_out = NOT_MODEL_INPUTS
+    if "attention_mask" in batch:  # padded: a stock model, which does not know row_lengths
+        left_out = left_out | {"row_lengths"}
+    return {name: value for name, value in batch.items() if name not in left_out}
