@@ -63,8 +63,8 @@ def choose_python(requested: str | None, existing: Path | None, earlier: str | N
             )
         if current and current.rpartition(".")[0] != version.rpartition(".")[0]:
             raise SetupError(
-                f"PYTHON={requested}: Python {version}, but .venv was made with {current}; to change it, run `make clean` "
-                "first"
+                f"PYTHON={requested}: Python {version}, but .venv was made with {current}; to change it, run "
+                "`make clean` first"
             )
         return requested
     if current and is_supported(current):
