@@ -112,4 +112,5 @@ docs-check: setup ## build the documentation into .site; a dead link fails
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 clean: ## remove the environment, the converter and what tools cached; data, models and metrics stay
+	rm -f .venv/.ready # first: without it, what is left of an environment is not used
 	rm -rf .venv .llama.cpp .mypy_cache .ruff_cache .pytest_cache

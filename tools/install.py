@@ -6,8 +6,8 @@ The packages are those of requirements.lock, with the hash of every file, cut do
 pyproject.toml need. llama-cpp-python is compiled for this machine once: the wheel is kept in the user's cache, where
 every other checkout finds it. What has been set up already is recognized in milliseconds.
 
-It may be killed at any moment: `.venv/.installing` is there while packages are installed, and an installation that was
-cut short, which may hold half a package that pip takes for a whole one, is begun again from nothing.
+It may be killed at any moment: `.venv/.installing` exists while packages are installed, and an interrupted installation
+is restarted from scratch, since it may hold half a package that pip takes for a whole one.
 """
 
 # This file and the two it imports can be read by older versions of Python than Lathe runs on: a machine's `python3`
@@ -31,18 +31,19 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from lockfile import Lock, SetupError, direct_packages, name_of
+from lockfile import Lock, SetupError, list_direct_packages, parse_name
 from toolchain import (
     GB,
-    cached_wheel,
+    capture_output,
     check_git,
     check_room,
     choose_python,
+    find_cached_wheel,
     find_compilers,
+    get_cache_folder,
+    get_python_version,
+    is_supported,
     keep_wheel,
-    output_of,
-    version_of,
-    wheel_folder,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +64,7 @@ SECONDS_BETWEEN_LINES = 15
 
 
 class Reporter:
-    """A line for each step, with the time since the start; in a long step how far it is, now and then."""
+    """Prints a line for each step, with the time since the start, and the progress of long steps."""
 
     def __init__(self) -> None:
         self.start = self.last = time.monotonic()
@@ -75,14 +76,14 @@ class Reporter:
         self.last = time.monotonic()
 
     def progress(self, text: str) -> None:
-        """Show how far a step is: in a line that changes on a terminal, elsewhere in one every 15 seconds."""
+        """Show the progress of a step: on a terminal in a line that changes, elsewhere in a line every 15 seconds."""
         if self.terminal:
             self._write(f"  {text}")
         elif time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
             self.step(f"  {text}")
 
     def clear(self) -> None:
-        """Take the line that changes off the terminal."""
+        """Erase the line that changes from the terminal."""
         if self.terminal:
             sys.stdout.write("\r\033[K")
             sys.stdout.flush()
@@ -95,14 +96,16 @@ class Reporter:
 
 
 class Runner:
-    """Runs commands for an environment: their output goes to `setup.log`, and how far they are is read from it."""
+    """Runs commands for an environment: their output goes to `setup.log`, and their progress is read from it."""
 
     def __init__(self, venv: Path, report: Reporter, lock: int) -> None:
         self.venv, self.report, self.lock = venv, report, lock
         self.python, self.log = str(venv / "bin/python"), venv / "setup.log"
         # The user's own, not the one of the environment, which is there for `make lock`.
-        places = os.environ.get("PATH", "").split(os.pathsep)
-        self.uv = shutil.which("uv", path=os.pathsep.join(place for place in places if Path(place) != venv / "bin"))
+        places = [
+            place for place in os.environ.get("PATH", "").split(os.pathsep) if Path(place).resolve() != venv / "bin"
+        ]
+        self.uv = shutil.which("uv", path=os.pathsep.join(places))
 
     def run(
         self,
@@ -112,7 +115,7 @@ class Runner:
         hint: str = "check the network and the package index, then run the same command again",
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Run a command. Raises SetupError, with the reason that it gave and a remedy, where it fails.
+        """Run a command. Raises SetupError, with the reason from its output and a remedy, if it fails.
 
         It ends with this process, unless that is killed: then it goes on, and holds the lock that it has inherited,
         until the next setup ends it.
@@ -120,7 +123,6 @@ class Runner:
         shown, lines = what, [""]
         with self.log.open("a", encoding="utf-8", buffering=1) as log:
             log.write(f"$ {' '.join(command)}\n")
-            log.flush()
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -160,7 +162,9 @@ class Runner:
             (self.venv / RUNNING).unlink()
             reader.join()
         if process.returncode != 0:
-            raise SetupError(f"{what}: {reason(lines)}; {remedy(lines, hint)}; all it wrote is in {self.log}")
+            raise SetupError(
+                f"{what}: {extract_reason(lines)}; {suggest_remedy(lines, hint)}; its whole output is in {self.log}"
+            )
 
     def install(self, what: str, requirements: str, *options: str, with_uv: bool = True) -> None:
         """Install exactly the packages of a requirements file with this text, and check the hash of each file."""
@@ -170,15 +174,15 @@ class Runner:
 
         def progress(line: str) -> str | None:
             nonlocal fetched
-            fetched += line.startswith("Collecting ")
-            if line.startswith(("Installing collected packages", "Prepared ")):
-                return f"{what}: unpacking"
-            return f"{what}: fetching {fetched} of {total}" if fetched else None
+            if line.startswith(("Collecting ", "Processing ")):
+                fetched += 1
+                return f"{what}: fetching {fetched} of {total}"
+            return f"{what}: unpacking" if line.startswith(("Installing collected", "Prepared ")) else None
 
         command = [self.python, "-m", "pip", "install", "--no-input"]
         if self.uv and with_uv:
             command = [self.uv, "pip", "install", "--python", self.python]
-            settings = pip_settings(self.python)  # uv does not read them
+            settings = read_pip_settings(self.python)  # uv does not read them
             command += [f"--find-links={place}" for place in settings.get("find-links", "").split()]
             if "index-url" in settings and "UV_DEFAULT_INDEX" not in os.environ:
                 command.append(f"--default-index={settings['index-url']}")
@@ -186,20 +190,20 @@ class Runner:
         self.run(what, *command, *options, "--requirement", str(file), progress=progress)
 
 
-def pip_settings(python: str) -> dict[str, str]:
+def read_pip_settings(python: str) -> dict[str, str]:
     """Return pip's settings, from its files and from the environment."""
-    listed = output_of(python, "-m", "pip", "config", "list")
+    listed = capture_output(python, "-m", "pip", "config", "list")
     return dict(re.findall(r"^[\w:]+\.([\w-]+)='(.*)'$", listed, re.MULTILINE))
 
 
 def install_torch(runner: Runner, requirement: str) -> tuple[str, set[str]]:
-    """Install torch; return the version of the build that was found, and the packages that this build requires.
+    """Install torch; return the version of the build that pip chose, and the packages that this build requires.
 
-    Folders of wheels that pip is told of (find-links) go before the index: a machine may hold a CPU build there. Left
-    to choose by itself, pip takes the index's file, whose hash it knows before it has fetched it. And it is always pip:
-    uv knows no hash for 2.13.0+cpu where the lock says 2.13.0.
+    Folders of wheels in pip's settings (find-links) come before the index: a machine may keep a CPU build there. By
+    default pip prefers the index's file, whose hash it knows before the download. Always pip: uv finds no hash for
+    2.13.0+cpu where the lock has 2.13.0.
     """
-    in_folders = "find-links" in pip_settings(runner.python)
+    in_folders = "find-links" in read_pip_settings(runner.python)
     for places in ([("--no-index",)] if in_folders else []) + [()]:
         try:
             runner.install("torch", requirement, "--only-binary=:all:", *places, with_uv=False)
@@ -208,24 +212,27 @@ def install_torch(runner: Runner, requirement: str) -> tuple[str, set[str]]:
             if not places:
                 raise
     code = "import importlib.metadata as m, json; print(json.dumps([m.version('torch'), m.requires('torch')]))"
-    version, requires = json.loads(output_of(runner.python, "-c", code))
-    return version, set(map(name_of, requires))
+    version, requires = json.loads(capture_output(runner.python, "-c", code))
+    return version, set(map(parse_name, requires))
 
 
-def reason(lines: Sequence[str]) -> str:
+def extract_reason(lines: Sequence[str]) -> str:
     """Return the line of a failed command's output that says why: its first error, or its last line."""
-    errors = [line for line in lines if re.match(r"(?:ERROR|error|CMake Error|\S+: (?:fatal )?error)\b", line)]
-    said = errors[:1] or [line for line in lines if line][-1:] or ["it wrote nothing"]
-    return said[0][:300]
+    output = [line for line in lines if line] or ["no output"]
+    for number, line in enumerate(output):
+        if re.match(r"(?:ERROR|error|CMake Error|\S+: (?:fatal )?error)\b", line):
+            more = 3 if line.endswith(":") else 1
+            return " ".join(output[number : number + more])[:300]
+    return output[-1][:300]
 
 
-def remedy(lines: Sequence[str], hint: str) -> str:
-    """Return what to do about a failed command, from what it wrote."""
+def suggest_remedy(lines: Sequence[str], hint: str) -> str:
+    """Return what to do about a failed command, from its output."""
     text = "\n".join(lines)
     if "No space left" in text:
         return "make room on the disk, then run the same command again"
     if "DO NOT MATCH THE HASHES" in text or "Hash mismatch" in text:
-        return "the index sent another file than the one in requirements.lock: do not install it by other means"
+        return "the index sent a file that is not the one of requirements.lock; do not install it in another way"
     return hint
 
 
@@ -244,9 +251,9 @@ def compile_llama(runner: Runner, lock: Lock, cmake_args: str) -> Path:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     about = f"about {max(1, round(COMPILING_CORE_MINUTES / cores))} min on {cores} cores"
-    runner.report.step(
-        f"compiling llama.cpp for this machine: {'far longer with CUDA than ' * ('CUDA' in cmake_args)}{about}"
-    )
+    if CUDA in cmake_args:
+        about += ", and for CUDA many times that"
+    runner.report.step(f"compiling llama.cpp for this machine: {about}")
 
     def progress(line: str) -> str | None:
         step = re.search(r"\[(\d+)/(\d+)\]", line)  # Ninja's
@@ -266,7 +273,7 @@ def compile_llama(runner: Runner, lock: Lock, cmake_args: str) -> Path:
 
 
 def read_state(venv: Path) -> dict[str, Any]:
-    """Return what an earlier setup was asked for and did; nothing of one that left no record."""
+    """Return what an earlier setup recorded: its options, and what it installed. Empty where there is no record."""
     for name in (".installing", ".ready"):
         if (venv / name).exists():
             try:
@@ -276,19 +283,19 @@ def read_state(venv: Path) -> dict[str, Any]:
     return {}
 
 
-def digest(*files: Path) -> str:
+def hash_files(*files: Path) -> str:
     """Return one SHA-256 of some files' contents."""
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
 
 
 def choose_cmake_args(cuda: str | None, given: str | None, before: str) -> str:
     """Return the CMAKE_ARGS to compile llama.cpp with: those of the environment, else those of the setup before."""
-    others = (before if given is None else given).replace(CUDA, "").split()
-    on = CUDA in before if cuda is None else cuda == "1"
-    return " ".join([*others, *([CUDA] if on else [])])
+    chosen = before if given is None else given
+    with_cuda = CUDA in f"{chosen} {before}" if cuda is None else cuda == "1"
+    return " ".join([*chosen.replace(CUDA, "").split(), *([CUDA] if with_cuda else [])])
 
 
-def converter_is_in_place(root: Path) -> bool:
+def is_converter_current(root: Path) -> bool:
     """Tell whether `.llama.cpp` was taken from the source package that requirements-converter.txt pins."""
     stamp = root / ".llama.cpp/.pinned"
     lines = (root / "requirements-converter.txt").read_text(encoding="utf-8").splitlines()
@@ -297,67 +304,71 @@ def converter_is_in_place(root: Path) -> bool:
 
 
 def set_up(root: Path, arguments: argparse.Namespace, report: Reporter, lock: int) -> None:
-    """Bring `.venv` and the converter up to date, with what was wanted earlier and what is wanted now."""
+    """Bring `.venv` and the converter up to date, with the options of earlier setups and those of this one."""
     venv = root / ".venv"
     inside = venv / "bin/python"
-    if venv.exists() and not {".installing", ".ready"} & set(os.listdir(venv)):
+    entries = set(os.listdir(venv)) if venv.exists() else set()
+    if entries and not entries & {".installing", ".ready"}:
         raise SetupError(f"{venv} was not made by `make setup`; move it away, or remove it")
     before = read_state(venv)
     wanted = {
-        "files": digest(root / "pyproject.toml", root / "requirements.lock"),
+        "files": hash_files(root / "pyproject.toml", root / "requirements.lock"),
         "extras": sorted({*before.get("extras", []), *arguments.extras.split()}) or list(DEFAULT_EXTRAS),
         "cmake_args": choose_cmake_args(arguments.cuda, os.environ.get("CMAKE_ARGS"), before.get("cmake_args", "")),
     }
-    whole = not (venv / ".installing").exists() and inside.exists()
+    whole = ".ready" in entries and ".installing" not in entries and inside.exists()
     current = whole and wanted.items() <= before.items()
-    if current and not arguments.python and converter_is_in_place(root):
+    if current and not arguments.python and is_converter_current(root):
         return
     python = choose_python(arguments.python, inside if whole else None, before.get("python"))
     if sys.version_info < (3, 11):  # noqa: UP036
         os.execv(python, [python, __file__, *sys.argv[1:]])
     runner = Runner(venv, report, lock)
     if not current:
-        whole = whole and version_of(str(inside)) is not None
+        whole = whole and is_supported(get_python_version(str(inside)) or "")
         install(root, runner, python, before if whole else None, wanted)
-    if not converter_is_in_place(root):
+    if not is_converter_current(root):
         runner.run("llama.cpp's converter", str(inside), "-m", CONVERTER)
         report.step("llama.cpp's converter")
 
 
 def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
-    """Install what is wanted: into the environment as it was before, or into a new one."""
+    """Install the packages of the wanted extras: into the environment as it was before, or into a new one."""
     import tomllib
 
     venv, report = runner.venv, runner.report
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     known = project["optional-dependencies"]
     for extra in wanted["extras"]:
-        if extra not in known:
+        if extra not in known:  # a typing error; or pyproject.toml had it once, and then `make clean` forgets it
             raise SetupError(f"EXTRAS={extra}: no such extra; must be of {', '.join(sorted(set(known) - set(ALWAYS)))}")
     lock = Lock((root / "requirements.lock").read_text(encoding="utf-8"))
-    direct = direct_packages(project, {*ALWAYS, *wanted["extras"]})
+    direct = list_direct_packages(project, {*ALWAYS, *wanted["extras"]})
 
     # What could be missing is looked for before anything is fetched.
     check_git(os.environ)
     check_room(root, GB if before else ROOM_BYTES, "setup")
     source = f"{LLAMA}-{lock.version(LLAMA)} {' '.join(lock.hashes(LLAMA))}"
     library = f"{source} {wanted['cmake_args']}"
+    cache = None  # where the compiled library is, or will be kept; None where it is installed already
     if not before or before.get("library") != library:
         compilers = find_compilers(os.environ, cuda=CUDA in wanted["cmake_args"])
-        cache = wheel_folder(source, os.environ, compilers, wanted["cmake_args"])
+        cache = get_cache_folder(source, os.environ, compilers, wanted["cmake_args"])
 
-    base = output_of(python, "-c", "import sys; print(sys._base_executable)").strip()
+    base = capture_output(python, "-c", "import sys; print(sys._base_executable)").strip()
     state = {**wanted, "python": base, "library": library}
     venv.mkdir(exist_ok=True)
     (venv / ".installing").write_text(json.dumps(state), encoding="utf-8")
     (venv / ".ready").unlink(missing_ok=True)
     if not before:
         for entry in venv.iterdir():
-            if entry.name != ".installing":
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != ".installing":
+                entry.unlink()
         runner.run(".venv", base, "-m", "venv", str(venv), hint="install the module venv (Debian: python3-venv)")
     with_uv = ", with uv" if runner.uv else ""
-    report.step(f".venv with Python {version_of(runner.python)}: extras {' '.join(wanted['extras'])}{with_uv}")
+    report.step(f".venv with Python {get_python_version(runner.python)}: extras {' '.join(wanted['extras'])}{with_uv}")
 
     # torch first: which of its builds pip finds decides whether CUDA's packages are needed.
     build, requires = install_torch(runner, lock.requirements({"torch"}))
@@ -365,14 +376,14 @@ def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | No
     report.step(f"torch {build}")
     if any(name.startswith("nvidia-c") for name in packages) and not before:
         check_room(root, CUDA_ROOM_BYTES, "torch with CUDA")
-    tools = lock.closure(direct_packages({**project, "dependencies": []}, {"build"}))
+    tools = lock.closure(list_direct_packages({**project, "dependencies": []}, {"build"}))
     runner.install("build tools", lock.requirements(tools), "--only-binary=:all:")
     from_source = SOURCE_ONLY & packages
     if from_source:
         runner.install("packages without a wheel", lock.requirements(from_source), "--no-build-isolation")
 
-    if not before or before.get("library") != library:
-        wheel = cached_wheel(cache)
+    if cache:
+        wheel = find_cached_wheel(cache)
         if wheel:
             report.step(f"llama.cpp, compiled earlier: {wheel}")
         else:
@@ -383,35 +394,36 @@ def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | No
         runner.run(LLAMA, runner.python, "-m", "pip", "install", *reinstall)
 
     rest = packages - tools - from_source - {LLAMA, "torch"}
-    runner.install("packages", lock.requirements(rest), "--only-binary=:all:")
-    report.step(f"{len(packages)} packages")
+    runner.install("all other packages", lock.requirements(rest), "--only-binary=:all:")
+    report.step("all other packages")
     editable = ("--no-deps", "--no-build-isolation", "--no-index", "--editable", str(root))
     runner.run("Lathe itself", runner.python, "-m", "pip", "install", *editable)
-    runner.run("check of the packages", runner.python, "-m", "pip", "check", hint="run `make clean` and try again")
+    if not before:  # later on, what the user has installed may not fit
+        runner.run("check of the packages", runner.python, "-m", "pip", "check", hint="requirements.lock is wrong")
     (venv / ".ready").write_text(json.dumps(state), encoding="utf-8")
     (venv / ".installing").unlink()
     report.step("Lathe itself")
 
 
-def hold_locks(root: Path, report: Reporter) -> int:
+def acquire_locks(root: Path, report: Reporter) -> int:
     """Wait until no other setup works in this checkout; return the descriptor that commands are to inherit.
 
     Two folders are locked: one by this process alone, one by its commands too. Where only the latter is locked, a setup
     was killed, and its command is ended.
     """
     alone, inherited = os.open(root, os.O_RDONLY), os.open(root / "tools", os.O_RDONLY)
-    if not _locks(alone, fcntl.LOCK_NB):
+    if not _acquire(alone, fcntl.LOCK_NB):
         report.step("another one is running here; waiting")
-        _locks(alone)
-    if not _locks(inherited, fcntl.LOCK_NB):
-        report.step("ending what a killed one has left")
+        _acquire(alone)
+    if not _acquire(inherited, fcntl.LOCK_NB):
+        report.step("ending the command of a killed one")
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             os.killpg(int((root / ".venv" / RUNNING).read_text(encoding="utf-8")), signal.SIGKILL)
-        _locks(inherited)
+        _acquire(inherited)
     return inherited
 
 
-def _locks(descriptor: int, option: int = 0) -> bool:
+def _acquire(descriptor: int, option: int = 0) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | option)
     except BlockingIOError:
@@ -420,7 +432,7 @@ def _locks(descriptor: int, option: int = 0) -> bool:
 
 
 def main() -> None:
-    """Set up this checkout; answer what the user has to change in one line with exit code 2."""
+    """Set up this checkout; report what the user has to change in one line, with exit code 2."""
     parser = argparse.ArgumentParser(description="Make .venv, and put llama.cpp's converter in place.")
     parser.add_argument("--python", type=os.path.expanduser, help="Python to make .venv with; default: the newest")
     parser.add_argument("--extras", default="", help="extras of pyproject.toml, beside those installed; default: dev")
@@ -429,9 +441,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         report = Reporter()
-        set_up(ROOT, arguments, report, hold_locks(ROOT, report))
+        set_up(ROOT, arguments, report, acquire_locks(ROOT, report))
     except SetupError as error:
         sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename}: {error.strerror}; correct that, then run the same command again\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

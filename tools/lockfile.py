@@ -11,14 +11,14 @@ class SetupError(Exception):
     """Something the user has to change: value, rule and remedy in one line."""
 
 
-def name_of(requirement: str) -> str:
+def parse_name(requirement: str) -> str:
     """Return the package that a requirement such as `psycopg[binary]==3.3.9` is about, as the index writes it."""
     match = re.match(r"[A-Za-z0-9._-]+", requirement.strip())
     assert match, requirement
     return re.sub(r"[-_.]+", "-", match[0]).lower()
 
 
-def direct_packages(project: Mapping[str, Any], extras: Collection[str]) -> set[str]:
+def list_direct_packages(project: Mapping[str, Any], extras: Collection[str]) -> set[str]:
     """Return the packages that pyproject.toml's `[project]` names: its dependencies and those of some extras."""
     waiting = list(project["dependencies"])
     seen: set[str] = set()
@@ -32,10 +32,10 @@ def direct_packages(project: Mapping[str, Any], extras: Collection[str]) -> set[
     packages = set()
     while waiting:
         requirement = waiting.pop()
-        if name_of(requirement) == project["name"]:  # `lathe[mlflow,wandb]`: an extra that takes in others
+        if parse_name(requirement) == project["name"]:  # `lathe[mlflow,wandb]`: an extra that takes in others
             add(re.findall(r"[\w-]+", requirement.partition("[")[2]))
         else:
-            packages.add(name_of(requirement))
+            packages.add(parse_name(requirement))
     return packages
 
 
@@ -49,11 +49,11 @@ class Lock:
         self.lines: dict[str, str] = {}
         self.parents: dict[str, set[str]] = {}
         for entry in re.findall(r"^[A-Za-z0-9].*(?:\n +.*)*", text, re.MULTILINE):
-            name = name_of(entry)
+            name = parse_name(entry)
             pin, _, comment = entry.partition("\n    # via")
             self.lines[name] = f"{self.lines.get(name, '')}{pin}\n"
             self.parents.setdefault(name, set()).update(
-                map(name_of, re.findall(r"^[ #]+(\S.*)", comment, re.MULTILINE))
+                map(parse_name, re.findall(r"^[ #]+(\S.*)", comment, re.MULTILINE))
             )
 
     def closure(self, direct: Collection[str], *, torch_requires: Collection[str] | None = None) -> set[str]:
@@ -67,13 +67,15 @@ class Lock:
             raise SetupError(f"requirements.lock lacks {missing[0]}, which pyproject.toml names; run `make lock`")
 
         def is_needed(child: str, parent: str) -> bool:
-            return parent in found and (parent != "torch" or torch_requires is None or child in torch_requires)
+            return parent in needed and (parent != "torch" or torch_requires is None or child in torch_requires)
 
-        found, before = set(direct), 0
-        while len(found) > before:
-            before = len(found)
-            found |= {child for child, parents in self.parents.items() if any(is_needed(child, one) for one in parents)}
-        return found
+        needed, before = set(direct), 0
+        while len(needed) > before:
+            before = len(needed)
+            needed |= {
+                child for child, parents in self.parents.items() if any(is_needed(child, one) for one in parents)
+            }
+        return needed
 
     def requirements(self, packages: Collection[str]) -> str:
         """Return the text of a requirements file of exactly these packages."""

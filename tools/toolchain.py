@@ -19,20 +19,20 @@ PYTHONS = ("3.13", "3.12", "3.11")  # newest first
 GB = 10**9
 
 
-def output_of(*command: str) -> str:
+def capture_output(*command: str) -> str:
     """Return what a command prints; nothing where it fails."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else ""
 
 
-def version_of(python: str) -> str | None:
+def get_python_version(python: str) -> str | None:
     """Return the version, such as 3.11.7, of a Python that can make environments; None where it cannot.
 
     pyenv puts commands on the PATH for versions that are switched off, and Debian packages Python without `venv`.
     """
     code = "import ensurepip, platform, venv; print(platform.python_version())"
     try:
-        return output_of(python, "-c", code).strip() or None
+        return capture_output(python, "-c", code).strip() or None
     except OSError:
         return None
 
@@ -42,33 +42,36 @@ def is_supported(version: str) -> bool:
     return version.rpartition(".")[0] in PYTHONS
 
 
-def choose_python(asked: str | None, existing: Path | None, earlier: str | None) -> str:
+def choose_python(requested: str | None, existing: Path | None, earlier: str | None) -> str:
     """Return the Python that PYTHON names, else the one of the existing environment, else the newest that runs.
 
     `earlier` is the one that an interrupted setup had taken. Raises SetupError where none can be used, or where an
     environment exists and has another version than the one asked for.
     """
-    has = version_of(str(existing)) if existing else None
+    current = get_python_version(str(existing)) if existing else None
     example = f"make setup PYTHON=/path/to/python{PYTHONS[0]}"
-    if asked:
-        version = version_of(asked)
+    if requested:
+        version = get_python_version(requested)
         if version is None:
             raise SetupError(
-                f"PYTHON={asked}: does not run, or lacks the modules venv and ensurepip (Debian: python3-venv); "
+                f"PYTHON={requested}: does not run, or lacks the modules venv and ensurepip (Debian: python3-venv); "
                 f"install it, or name another one: {example}"
             )
         if not is_supported(version):
-            raise SetupError(f"PYTHON={asked}: Python {version}; must be {_any_of(PYTHONS)}; name another: {example}")
-        if has and has.rpartition(".")[0] != version.rpartition(".")[0]:
             raise SetupError(
-                f"PYTHON={asked}: Python {version}, but .venv was made with {has}; to change it, run `make clean` first"
+                f"PYTHON={requested}: Python {version}; must be {_any_of(PYTHONS)}; name another: {example}"
             )
-        return asked
-    if has and is_supported(has):
+        if current and current.rpartition(".")[0] != version.rpartition(".")[0]:
+            raise SetupError(
+                f"PYTHON={requested}: Python {version}, but .venv was made with {current}; to change it, run "
+                "`make clean` first"
+            )
+        return requested
+    if current and is_supported(current):
         return str(existing)
     for candidate in (earlier, *(f"python{version}" for version in PYTHONS)):
         path = shutil.which(candidate) if candidate else None
-        if path and is_supported(version_of(path) or ""):
+        if path and is_supported(get_python_version(path) or ""):
             return path
     raise SetupError(
         f"no Python {_any_of(PYTHONS)} on the PATH that runs and has the modules venv and ensurepip (Debian: "
@@ -87,17 +90,17 @@ def find_compilers(environment: Mapping[str, str], *, cuda: bool) -> dict[str, s
     wanted = [("CC", "C", ["cc", "gcc", "clang"], install), ("CXX", "C++", ["c++", "g++", "clang++"], install)]
     if cuda:
         wanted.append(("CUDACXX", "CUDA", ["nvcc"], "install NVIDIA's CUDA toolkit"))
-    found = {}
+    compilers = {}
     for variable, language, names, remedy in wanted:
         names = (environment.get(variable) or "").split()[:1] or names
         paths = filter(None, (shutil.which(name, path=environment.get("PATH")) for name in names))
-        found[variable] = next(paths, "")
-        if not found[variable]:
+        compilers[variable] = next(paths, "")
+        if not compilers[variable]:
             raise SetupError(
                 f"{' and '.join(names)}: not on the PATH; a {language} compiler must be, as llama.cpp is compiled for "
                 f"this machine; {remedy}, or name it in the environment: {variable}=/path/to/compiler"
             )
-    return found
+    return compilers
 
 
 def check_git(environment: Mapping[str, str]) -> None:
@@ -117,7 +120,7 @@ def check_room(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
-def processor() -> str:
+def describe_processor() -> str:
     """Return what code that is compiled for this machine alone depends on."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -127,15 +130,17 @@ def processor() -> str:
     return " ".join(sorted(flags[1].split())) if flags else platform.processor()
 
 
-def wheel_folder(source: str, environment: Mapping[str, str], compilers: Mapping[str, str], cmake_args: str) -> Path:
+def get_cache_folder(
+    source: str, environment: Mapping[str, str], compilers: Mapping[str, str], cmake_args: str
+) -> Path:
     """Return the folder of the user's cache for the wheel that is compiled from `source` (version and hash) this way.
 
     It does not depend on the Python: the library is loaded through ctypes, and one wheel serves every version.
     """
     decides = {
         "source": source,
-        "machine": [platform.system(), platform.machine(), *platform.libc_ver(), processor()],
-        "compilers": [output_of(path, "--version") for path in compilers.values()],
+        "machine": [platform.system(), platform.machine(), *platform.libc_ver(), describe_processor()],
+        "compilers": [capture_output(path, "--version") for path in compilers.values()],
         "flags": [cmake_args, *(environment.get(name, "") for name in ("CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS"))],
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
@@ -144,7 +149,7 @@ def wheel_folder(source: str, environment: Mapping[str, str], compilers: Mapping
     return cache / "lathe/wheels" / f"{source.split()[0]}-{platform.machine()}-{kind}-{key}"
 
 
-def cached_wheel(folder: Path) -> Path | None:
+def find_cached_wheel(folder: Path) -> Path | None:
     """Return the wheel in a folder of the cache, if there is one and it is whole."""
     for wheel in sorted(folder.glob("*.whl")):
         try:

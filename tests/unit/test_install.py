@@ -16,8 +16,10 @@ import psutil
 import pytest
 import toolchain
 import write_lock
-from lockfile import Lock, SetupError, direct_packages, name_of
+import yaml
+from lockfile import Lock, SetupError, list_direct_packages, parse_name
 
+from lathe import doctor_checks
 from lathe.common import paths
 from lathe.common.errors import EXTRAS, missing_extra
 
@@ -71,8 +73,8 @@ def test_an_extra_takes_in_those_it_names():
         "dependencies": ["A_b==1"],
         "optional-dependencies": {"x": ["c[more]==2"], "y": ["d==3; python_version > '3'"], "all": ["lathe[x,y]", "e"]},
     }
-    assert direct_packages(project, ["x"]) == {"a-b", "c"}
-    assert direct_packages(project, ["all"]) == {"a-b", "c", "d", "e"}
+    assert list_direct_packages(project, ["x"]) == {"a-b", "c"}
+    assert list_direct_packages(project, ["all"]) == {"a-b", "c", "d", "e"}
 
 
 def test_the_lock_is_cut_down_to_what_is_needed_with_every_entry_and_hash():
@@ -96,19 +98,19 @@ def test_the_lock_holds_pyproject_at_its_versions_with_a_hash_for_each_entry():
     extras = PROJECT["optional-dependencies"].values()
     requirements = [*PROJECT["dependencies"], *(one for extra in extras for one in extra)]
     for requirement in requirements:
-        if name_of(requirement) != "lathe":
+        if parse_name(requirement) != "lathe":
             version = requirement.partition("==")[2].partition(";")[0]
-            assert LOCK.version(name_of(requirement)) == version, "run `make lock`"
-    everything = direct_packages(PROJECT, PROJECT["optional-dependencies"])
+            assert LOCK.version(parse_name(requirement)) == version, "run `make lock`"
+    everything = list_direct_packages(PROJECT, PROJECT["optional-dependencies"])
     assert LOCK.closure(everything) == set(LOCK.lines), "run `make lock`"
     for name, lines in LOCK.lines.items():
         assert len(re.findall(r"^\S+==", lines, re.MULTILINE)) <= lines.count("--hash=sha256:"), name
 
 
 def test_the_default_pipeline_needs_no_feature_that_is_off_by_default():
-    needed = LOCK.closure(direct_packages(PROJECT, install.ALWAYS))
+    needed = LOCK.closure(list_direct_packages(PROJECT, install.ALWAYS))
     assert not needed & {"mlflow-skinny", "wandb", "optuna", "tenacity", "uvicorn", "pytest"}
-    assert set(LOCK.lines) == LOCK.closure(direct_packages(PROJECT, [*install.ALWAYS, *install.DEFAULT_EXTRAS]))
+    assert set(LOCK.lines) == LOCK.closure(list_direct_packages(PROJECT, [*install.ALWAYS, *install.DEFAULT_EXTRAS]))
 
 
 def test_hashes_of_files_beside_the_index_are_added_once():
@@ -130,6 +132,21 @@ def test_the_newest_python_that_runs_is_taken(tmp_path, monkeypatch):
     # An interrupted setup goes on with the one it had, unless that is gone.
     assert toolchain.choose_python(None, None, f"{tmp_path}/a/python3.11") == f"{tmp_path}/a/python3.11"
     assert toolchain.choose_python(None, None, f"{tmp_path}/gone") == f"{tmp_path}/a/python3.12"
+
+
+def test_the_supported_pythons_are_the_same_everywhere():
+    oldest, *_, newest = sorted(toolchain.PYTHONS)
+    major, minor = newest.split(".")
+    assert PROJECT["requires-python"] == f">={oldest},<{major}.{int(minor) + 1}"
+    classifier = "Programming Language :: Python :: 3."
+    listed = [text.removeprefix(classifier[:-2]) for text in PROJECT["classifiers"] if text.startswith(classifier)]
+    assert listed == sorted(toolchain.PYTHONS)
+    assert [".".join(map(str, version)) for version in doctor_checks.PYTHONS] == sorted(toolchain.PYTHONS)
+    workflow = yaml.safe_load((paths.ROOT / ".github/workflows/unit.yaml").read_text())
+    assert workflow["jobs"]["unit"]["strategy"]["matrix"]["python"] == sorted(toolchain.PYTHONS)
+    steps = workflow["jobs"]["unit"]["steps"]
+    assert all(re.search(r"@v\d+\.\d+\.\d+$", step["uses"]) for step in steps if "uses" in step)
+    assert "secrets" not in (paths.ROOT / ".github/workflows/unit.yaml").read_text()
 
 
 def test_an_environment_keeps_its_python(tmp_path, monkeypatch):
@@ -202,14 +219,14 @@ def test_a_compiled_wheel_is_found_again_only_for_the_same_source_and_machine(tm
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
 
     def folder(source: str = "llama-1.0 hash", cmake_args: str = "", **more: str) -> Path:
-        return toolchain.wheel_folder(source, {**environment, **more}, compilers, cmake_args)
+        return toolchain.get_cache_folder(source, {**environment, **more}, compilers, cmake_args)
 
     first = folder()
     assert first.parent == tmp_path / "lathe/wheels"
     assert first.name.startswith("llama-1.0-")
     assert folder() == first
     different = [folder("llama-1.0 other"), folder(cmake_args="-DGGML_CUDA=on"), folder(CXXFLAGS="-O1")]
-    monkeypatch.setattr(toolchain, "processor", lambda: "sse2")
+    monkeypatch.setattr(toolchain, "describe_processor", lambda: "sse2")
     different.append(folder())
     executable(tmp_path / "a", "c++", "echo 13.1")
     different.append(folder())
@@ -221,12 +238,12 @@ def test_the_cache_holds_whole_wheels(tmp_path):
     wheel, cache = tmp_path / "llama-1.0-py3-none-any.whl", tmp_path / "cache"
     with zipfile.ZipFile(wheel, "w") as content:
         content.writestr("library.so", b"code" * 1000)
-    assert toolchain.cached_wheel(cache) is None
+    assert toolchain.find_cached_wheel(cache) is None
     kept = toolchain.keep_wheel(wheel, cache)
     assert [path.name for path in cache.iterdir()] == [wheel.name]
-    assert toolchain.cached_wheel(cache) == kept
+    assert toolchain.find_cached_wheel(cache) == kept
     kept.write_bytes(kept.read_bytes()[:100])
-    assert toolchain.cached_wheel(cache) is None
+    assert toolchain.find_cached_wheel(cache) is None
 
 
 @pytest.mark.parametrize(
@@ -238,6 +255,7 @@ def test_the_cache_holds_whole_wheels(tmp_path):
         ("0", None, "-DGGML_CUDA=on -DX=1", "-DX=1"),
         ("1", "-DGGML_BLAS=ON", "", "-DGGML_BLAS=ON -DGGML_CUDA=on"),
         (None, "-DGGML_BLAS=ON", "-DX=1", "-DGGML_BLAS=ON"),
+        (None, "-DGGML_CUDA=on", "", "-DGGML_CUDA=on"),
     ],
 )
 def test_how_llama_cpp_is_compiled_stays_until_something_else_is_wanted(cuda, given, before, expected):
@@ -246,13 +264,21 @@ def test_how_llama_cpp_is_compiled_stays_until_something_else_is_wanted(cuda, gi
 
 def test_a_failed_command_is_told_by_its_first_error_and_a_remedy_that_fits():
     lines = ["Collecting x", "ERROR: no space: x", "ERROR: second", ""]
-    assert install.reason(lines) == "ERROR: no space: x"
-    assert install.reason(["[3/9] c++ x.cpp", "/x.cpp:3:1: error: expected ';'", "FAILED"]).startswith("/x.cpp:3:1")
-    assert install.reason(["warming up", "killed", ""]) == "killed"
-    assert install.reason([""]) == "it wrote nothing"
-    assert install.remedy(["OSError: No space left on device"], "hint").startswith("make room")
-    assert install.remedy(["THESE PACKAGES DO NOT MATCH THE HASHES"], "hint").startswith("the index sent another file")
-    assert install.remedy(lines, "hint") == "hint"
+    assert install.extract_reason(lines) == "ERROR: no space: x"
+    assert install.extract_reason(["[3/9] c++ x.cpp", "/x.cpp:3:1: error: expected ';'", "FAILED"]).startswith(
+        "/x.cpp:3:1"
+    )
+    assert (
+        install.extract_reason(["CMake Error at x:1 (y):", "", "no CUDA", "found", "more"])
+        == "CMake Error at x:1 (y): no CUDA found"
+    )
+    assert install.extract_reason(["warming up", "killed", ""]) == "killed"
+    assert install.extract_reason([""]) == "no output"
+    assert install.suggest_remedy(["OSError: No space left on device"], "hint").startswith("make room")
+    assert install.suggest_remedy(["THESE PACKAGES DO NOT MATCH THE HASHES"], "hint").startswith(
+        "the index sent a file"
+    )
+    assert install.suggest_remedy(lines, "hint") == "hint"
 
 
 def checkout(root: Path) -> Path:
@@ -316,7 +342,7 @@ def test_what_is_set_up_is_recognized_and_two_setups_take_turns(tmp_path):
     root = checkout(tmp_path)
     (root / ".venv/bin").mkdir(parents=True)
     (root / ".venv/bin/python").symlink_to(sys.executable)
-    files = install.digest(root / "pyproject.toml", root / "requirements.lock")
+    files = install.hash_files(root / "pyproject.toml", root / "requirements.lock")
     (root / ".venv/.ready").write_text(f'{{"files": "{files}", "extras": ["dev"], "cmake_args": ""}}')
     (root / ".llama.cpp").mkdir()
     pin = (root / "requirements-converter.txt").read_text().splitlines()[-1]
@@ -342,7 +368,7 @@ def test_what_a_killed_setup_left_running_is_ended(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.close(lock)  # as the end of a setup does; the command that it had started still holds it
         (tmp_path / ".venv/.running").write_text(str(orphan.pid))
-        os.close(install.hold_locks(tmp_path, install.Reporter()))
+        os.close(install.acquire_locks(tmp_path, install.Reporter()))
         assert orphan.wait(60) == -signal.SIGKILL
 
 
@@ -369,7 +395,7 @@ def test_a_failed_command_names_the_log(tmp_path):
     runner = install.Runner(tmp_path, install.Reporter(), os.open(tmp_path, os.O_RDONLY))
     with pytest.raises(SetupError) as caught:
         runner.run("packages", "sh", "-c", "echo fetching; echo 'ERROR: no such package' >&2; exit 1", hint="look")
-    assert str(caught.value) == f"packages: ERROR: no such package; look; all it wrote is in {tmp_path}/setup.log"
+    assert str(caught.value) == f"packages: ERROR: no such package; look; its whole output is in {tmp_path}/setup.log"
     assert (tmp_path / "setup.log").read_text().endswith("fetching\nERROR: no such package\n")
 
 
@@ -382,5 +408,5 @@ def test_a_package_of_an_extra_that_is_not_installed_is_told_with_the_command():
     extras = PROJECT["optional-dependencies"]
     assert set(EXTRAS.values()) == set(extras) - {"build", "dev", "train"}
     for module, extra in EXTRAS.items():
-        packages = {name_of(requirement).removesuffix("-skinny") for requirement in extras[extra]}
+        packages = {parse_name(requirement).removesuffix("-skinny") for requirement in extras[extra]}
         assert module.replace("_", "-") in packages
