@@ -15,6 +15,7 @@ from lathe.common.text import did_you_mean
 from lathe.config.artifacts import UNQUANTIZED
 from lathe.evaluation.metrics import LOWER_IS_BETTER, orient_score
 from lathe.experiments.changed_code import has_stale_timings, list_changed_code, list_scripts
+from lathe.experiments.p_values import adjust_p_values
 from lathe.provenance.revisions import Revision, find_revision, list_experiments
 
 if TYPE_CHECKING:
@@ -355,7 +356,7 @@ def _conclude(result: Comparison) -> str:
     if len(result.settings) > 1:
         first, *others = result.settings
         p_values = {other.names[0]: _test_welch(result, first, other) for other in others}
-        adjusted = _adjust_holm({name: p for name, p in p_values.items() if p is not None})
+        adjusted = adjust_p_values({name: p for name, p in p_values.items() if p is not None})
         outcomes = [_compare_seeds(result, first, other, adjusted.get(other.names[0])) for other in others]
         return f"{'; '.join(outcomes)}{_note_adjustment(adjusted)}."
     if result.settings:
@@ -366,7 +367,7 @@ def _conclude(result: Comparison) -> str:
             f"with a standard deviation of {spread:.2g} that is chance alone."
         )
     primary = {difference.name: difference for difference in result.differences if difference.metric == result.metric}
-    adjusted = _adjust_holm({name: difference.p for name, difference in primary.items()})
+    adjusted = adjust_p_values({name: difference.p for name, difference in primary.items()})
     outcomes = [
         _describe_outcome(result, side, primary.get(side.name), adjusted.get(side.name)) for side in result.sides[1:]
     ]
@@ -433,15 +434,6 @@ def _list_scores(result: Comparison, group: SeedGroup) -> list[float]:
 
 def _name_group(group: SeedGroup) -> str:
     return f"{group.names[0]} ({len(group.seeds)} seed{'s' * (len(group.seeds) > 1)})"
-
-
-def _adjust_holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Return p values adjusted for several comparisons (Holm 1979)."""
-    adjusted, least = {}, 0.0
-    for number, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        least = max(least, min(1.0, (len(p_values) - number) * p))
-        adjusted[name] = least
-    return adjusted
 
 
 def format_number(value: float | None) -> str:
