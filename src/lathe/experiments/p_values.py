@@ -1,10 +1,6 @@
 """P values of several comparisons, adjusted for their number."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def adjust_p_values(p_values: Mapping[str, float]) -> dict[str, float]:
