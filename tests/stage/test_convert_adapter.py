@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_models import Made, convert, tiny  # noqa: F401 - fixtures
+from refusals import refused
 
 from lathe.common import paths
-from lathe.common.errors import InputError
 from lathe.gguf import convert_adapter as adapters
 from lathe.gguf import header
 from lathe.gguf.llama_library import load_library
@@ -105,16 +105,16 @@ def test_the_base_with_the_adapter_is_the_merged_model(tiny: Made, tmp_path, opt
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code", "parts"),
     [
-        ({"use_dora": True}, "magnitudes"),
-        ({"modules_to_save": ["lm_head"]}, "layers trained whole .*: lm_head.weight"),
-        ({"modules_to_save": ["norm"]}, r"layers trained whole .*: model\..*norm.weight"),
+        ({"use_dora": True}, "adapter-with-dora", ["magnitudes"]),
+        ({"modules_to_save": ["lm_head"]}, "adapter-with-whole-layers", [": lm_head.weight"]),
+        ({"modules_to_save": ["norm"]}, "adapter-with-whole-layers", [": model.", "norm.weight"]),
     ],
 )
-def test_what_llama_cpp_would_leave_out_is_refused_with_the_reason(tiny: Made, tmp_path, options, message):
+def test_what_llama_cpp_would_leave_out_is_refused_with_the_reason(tiny: Made, tmp_path, options, code, parts):
     adapter = make_adapter(tiny, tmp_path / "adapter", **options)
-    with pytest.raises(adapters.AdapterError, match=message):
+    with refused(code, *parts, error=adapters.AdapterError):
         to_gguf(adapter, tiny, tmp_path / "adapter.gguf")
     assert not (tmp_path / "adapter.gguf").exists()
 
@@ -124,7 +124,8 @@ def test_an_update_of_tied_embeddings_is_refused(tiny: Made, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "tied")
     config = tmp_path / "tied/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
-    with pytest.raises(adapters.AdapterError, match="embeddings that are the output head too"):
+    code, part = "adapter-with-tied-embeddings", "embeddings that are the output head too"
+    with refused(code, part, error=adapters.AdapterError):
         to_gguf(adapter, Made(tmp_path / "tied", tiny.gguf), tmp_path / "adapter.gguf")
 
 
@@ -133,12 +134,11 @@ def test_what_the_converter_refuses_is_told_in_one_line(tiny: Made, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "other")
     config = tmp_path / "other/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": ["NoSuchModel"]}))
-    with pytest.raises(
-        adapters.AdapterError, match="converter refuses it: Model NoSuchModel is not supported"
-    ) as caught:
+    part = "converter refuses it: Model NoSuchModel is not supported"
+    with refused("conversion-refused", part, error=adapters.AdapterError) as caught:
         to_gguf(adapter, Made(tmp_path / "other", tiny.gguf), tmp_path / "adapter.gguf")
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match=r"no convert_lora_to_gguf.py; run `make setup`") as missing:
+    with refused("no-converter", "no convert_lora_to_gguf.py; run `make setup`") as missing:
         to_gguf(adapter, tiny, tmp_path / "adapter.gguf", llama_cpp=tmp_path)
     assert not isinstance(missing.value, adapters.AdapterError)
 

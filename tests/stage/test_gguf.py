@@ -10,7 +10,6 @@ from gguf_models import METADATA, Made, convert, qwen, tiny  # noqa: F401 - fixt
 from refusals import refused
 
 from lathe.common import paths
-from lathe.common.errors import InputError
 from lathe.gguf import header, run_converter, tokenizer_parity
 
 
@@ -95,7 +94,7 @@ def test_a_template_that_forgets_the_bos_the_vocabulary_adds_is_refused(tiny: Ma
 def test_what_the_converter_refuses_is_refused_in_one_line(tiny: Made, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "m")
     edit_json(tmp_path / "m/config.json", architectures=["NoSuchModel"])
-    with pytest.raises(InputError, match=r"converter refuses it: Model NoSuchModel is not supported") as caught:
+    with refused("conversion-refused", "converter refuses it: Model NoSuchModel is not supported") as caught:
         convert(tmp_path / "m", tmp_path / "x.gguf")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "x.gguf").exists()
@@ -104,9 +103,7 @@ def test_what_the_converter_refuses_is_refused_in_one_line(tiny: Made, tmp_path)
 def test_a_bare_assertion_of_the_converter_is_named(qwen: Made, tmp_path):
     shutil.copytree(qwen.folder, tmp_path / "m")
     edit_json(tmp_path / "m/config.json", vocab_size=100)
-    with pytest.raises(
-        InputError, match=r"converter refuses it: assert max\(tokenizer.vocab.values\(\)\) < vocab_size "
-    ):
+    with refused("conversion-refused", "converter refuses it: assert max(tokenizer.vocab.values()) < vocab_size"):
         convert(tmp_path / "m", tmp_path / "x.gguf")
 
 
@@ -126,26 +123,26 @@ def test_code_that_comes_with_a_model_is_not_run_even_where_the_converter_would_
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "code", "part"),
     [
-        ({"outtype": "fp16"}, "'fp16' is no output type; did you mean 'f16'"),
-        ({"llama_cpp": Path("/nowhere")}, "/nowhere: no convert_hf_to_gguf.py; run `make setup`"),
-        ({"folder": Path("/nowhere")}, "/nowhere: no config.json"),
-        ({}, r"no model\*\.safetensors"),
+        ({"outtype": "fp16"}, "unknown-output-type", "'fp16' is no output type; did you mean 'f16'"),
+        ({"llama_cpp": Path("/nowhere")}, "no-converter", "/nowhere: no convert_hf_to_gguf.py; run `make setup`"),
+        ({"folder": Path("/nowhere")}, "incomplete-model", "/nowhere: no config.json"),
+        ({}, "incomplete-model", "no model*.safetensors"),
     ],
 )
-def test_a_wrong_argument_is_refused_before_anything_starts(tmp_path, change, message):
+def test_a_wrong_argument_is_refused_before_anything_starts(tmp_path, change, code, part):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match=message):
+    with refused(code, part):
         convert(**{"folder": tmp_path, "out": tmp_path / "x.gguf", **change})
 
 
 def test_a_file_that_is_no_gguf_or_was_cut_is_refused(tiny: Made, tmp_path):
     (tmp_path / "text").write_text("not a model at all")
-    with pytest.raises(InputError, match="not a GGUF file"):
+    with refused("not-gguf", "text: "):
         header.describe(tmp_path / "text")
     (tmp_path / "cut").write_bytes(tiny.gguf.read_bytes()[:500])
-    with pytest.raises(InputError, match="header is damaged"):
+    with refused("damaged-gguf", "cut: "):
         header.describe(tmp_path / "cut")
     with refused("unreadable-gguf", str(tmp_path / "cut"), kept=False) as caught:
         tokenizer_parity.check_tokens(tiny.folder, tmp_path / "cut", ["lamp"])

@@ -7,8 +7,8 @@ import llama_imatrix
 import numpy as np
 import pytest
 from gguf_models import Made, convert, make_qwen3_moe, tiny  # noqa: F401 - fixtures
+from refusals import refused
 
-from lathe.common.errors import InputError
 from lathe.gguf import collect_imatrix, header, imatrix_file
 from lathe.gguf.imatrix_file import Importance
 
@@ -83,7 +83,7 @@ def test_a_tensor_whose_columns_were_reordered_gets_no_importance_and_is_named(t
 
 def test_a_file_of_another_architecture_than_gguf_py_knows_is_refused_in_one_line(tiny: Made, monkeypatch):
     monkeypatch.setattr("gguf.MODEL_ARCH_NAMES", {})
-    with pytest.raises(InputError, match=r"no linear layer of it is found again in .*; set quantize.imatrix to false"):
+    with refused("no-matching-layer", str(tiny.folder), "set quantize.imatrix to false"):
         collect_imatrix.collect(tiny.folder, tiny.gguf, ROWS[:1])
 
 
@@ -106,12 +106,12 @@ def test_a_matrix_is_read_as_it_was_written_and_unused_experts_count_alike(tmp_p
 
 
 def test_a_file_that_holds_no_matrix_is_refused(tiny: Made, tmp_path):
-    with pytest.raises(InputError, match="no such importance matrix; run the stage imatrix"):
+    with refused("no-such-file", "none.gguf: ", "run the stage imatrix"):
         imatrix_file.read_importance(tmp_path / "none.gguf")
-    with pytest.raises(InputError, match="holds no sums with their counts"):
+    with refused("damaged-imatrix", f"{tiny.gguf}: ", "no sums with their counts"):
         imatrix_file.read_importance(tiny.gguf)
     (tmp_path / "text").write_text("no matrix at all, whatever its name")
-    with pytest.raises(InputError, match="not an importance matrix"):
+    with refused("damaged-imatrix", "text: not an importance matrix"):
         imatrix_file.read_importance(tmp_path / "text")
 
 

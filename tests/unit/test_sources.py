@@ -49,19 +49,18 @@ def test_a_local_file_is_copied_unchanged_and_stays_the_users_own(home):
 
 
 @pytest.mark.parametrize(
-    ("path", "message"),
+    ("path", "code", "part"),
     [
-        ("/etc/passwd", "path '/etc/passwd' is not under data/local/, which is what DVC watches"),
-        ("data/local/../../x.csv", "is not under data/local/"),
-        ("data/local/none.csv", "data/local/none.csv: no such file or folder; put it there and run `dvc add"),
-        ("data/local/empty", "data/local/empty: holds no data file; expected one of *.jsonl, *.json, *.csv, *.parquet"),
+        ("/etc/passwd", "outside-local", "path '/etc/passwd' is not under data/local/"),
+        ("data/local/../../x.csv", "outside-local", "is not under data/local/"),
+        ("data/local/none.csv", "no-such-file", "data/local/none.csv: no such file or folder; put it there"),
+        ("data/local/empty", "no-data-files", "data/local/empty: holds no data file; expected one of *.jsonl, *.json"),
     ],
 )
-def test_a_local_path_that_cannot_be_fetched_is_refused(home, path, message):
+def test_a_local_path_that_cannot_be_fetched_is_refused(home, path, code, part):
     (home / "data/local/empty").mkdir()
-    with pytest.raises(InputError) as caught:
+    with refused(code, part):
         fetch.fetch_dataset(LocalDataset(source="local", path=path), home / "out", seed=1)
-    assert message in str(caught.value)
 
 
 def test_a_local_model_is_linked_not_copied_and_brings_no_code_or_pickles(home):
@@ -98,7 +97,7 @@ def test_a_linked_folder_is_refused_because_dvc_sees_no_change_behind_it(home, i
     (elsewhere / "deeper").mkdir(parents=True)
     (home / "data/local/linked").symlink_to(elsewhere)
     preset = LocalDataset(source="local", path=f"data/local/linked/{inside}")
-    with pytest.raises(InputError, match=r"data/local/linked: is a link to a folder.*cp -rs \S+/elsewhere data/local"):
+    with refused("linked-folder", "data/local/linked: is a link to a folder", f"cp -rs {elsewhere} data/local"):
         fetch.fetch_dataset(preset, home / "out", seed=1)
 
 
@@ -106,7 +105,7 @@ def test_a_model_folder_with_pickles_alone_is_refused(home):
     folder = home / "models/local/mine"
     for name in ("config.json", "tokenizer_config.json", "pytorch_model.bin"):
         (folder / name).write_text("{}")
-    with pytest.raises(InputError, match=r"pytorch_model\.bin: pickled weights are never loaded"):
+    with refused("pickled-weights", "pytorch_model.bin: "):
         fetch_model(home)
 
 
@@ -117,14 +116,14 @@ def test_a_model_folder_with_pickles_alone_is_refused(home):
         (["config.json"], "holds no tokenizer_config.json"),
         (
             ["config.json", "tokenizer_config.json"],
-            r"holds no \*.safetensors",
+            "holds no *.safetensors",
         ),
     ],
 )
 def test_an_incomplete_model_folder_is_refused(home, files, message):
     for name in files:
         (home / "models/local/mine" / name).write_text("{}")
-    with pytest.raises(InputError, match=message):
+    with refused("incomplete-model", message):
         fetch_model(home)
 
 
@@ -181,5 +180,5 @@ def test_an_encoder_is_a_complete_folder_under_models_local(home, encoder):
     with pytest.raises(InputError, match=r"model\.safetensors: not a whole safetensors file"):
         fetch_encoder(home)
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    with pytest.raises(InputError, match="pickled weights are never loaded"):
+    with refused("pickled-weights", "pytorch_model.bin: "):
         fetch_encoder(home)

@@ -1,6 +1,6 @@
-"""Collecting an importance matrix: what flows into every linear layer while a model reads calibration texts.
+"""Importance matrix: squared inputs of every linear layer, summed while the model reads calibration texts.
 
-The sums are those of llama.cpp's own `llama-imatrix`, by torch: on a GPU where there is one, and before anything is
+The sums are those of llama.cpp's own `llama-imatrix`, by torch: on a GPU if there is one, and before anything is
 quantized. As there, the output head and the token embeddings are left out.
 """
 
@@ -27,33 +27,33 @@ logger = logging.getLogger(__name__)
 
 # Tokens in one forward pass, unless one row is longer.
 TOKENS_PER_BATCH = 8192
-# Squares of a weight, and rows of a file's tensor, that are worked on at once (values).
+# Values of a weight or of a file's tensor that are squared at once.
 _CHUNK = 1 << 24
 
 
 def collect(model: Path, file: Path, rows: Sequence[Sequence[int]]) -> dict[str, Importance]:
-    """The importance of the weights in the GGUF `file`, from what the model in the folder `model` makes of `rows`.
+    """Return the importance of the weights in the GGUF `file`, from a forward pass of the model over `rows`.
 
-    `file` is the 16- or 32-bit GGUF of that model; each of `rows` are the token ids of a text. Returned is, by the
-    tensor's name in the file, the sum of squares of each column's input over all tokens, for every expert of a
-    stack by itself over those that were sent to it. A layer is taken for a tensor of the file where their columns are
-    the same, which is compared weight by weight: converters may reorder rows, which changes nothing, but where they
-    reorder columns the inputs would belong to others. Tensors without a layer get no importance and are named in one
-    warning. Raises InputError if no layer is found in the file.
+    `model` is the model's folder, `file` its 16- or 32-bit GGUF; each of `rows` are the token ids of a text. The result
+    has, by the tensor's name in the file, the sum of squares of each column's input over all tokens, for each expert of
+    a stack over its own tokens. A layer is matched with a tensor of the file only if their columns are equal, compared
+    by their squares: converters may reorder rows, which changes nothing, but with reordered columns the inputs would be
+    those of others. Tensors without a layer get no importance and are named in one warning. Raises InputError if no
+    layer is found in the file.
     """
     network = _load_model(model)
-    watch = _InputRecorder(network)
-    with Progress("importance matrix", len(rows)) as progress, torch.inference_mode(), watch:
+    recorder = _InputRecorder(network)
+    with Progress("importance matrix", len(rows)) as progress, torch.inference_mode(), recorder:
         for batch in _group_rows(rows):
             network.base_model(input_ids=batch.to(network.device), use_cache=False)
             progress.add(len(batch))
     importance: dict[str, Importance] = {}
     tensors = {tensor.name: tensor for tensor in header.list_tensors(file)}
     names = _TensorNames(file, tensors)
-    for layer, weight in watch.weights.items():
+    for layer, weight in recorder.weights.items():
         targets = names.find_tensors(layer)
         if targets and _has_same_columns(weight, file, [tensors[name] for name in targets]):
-            sums, counts = watch.get_sums(layer)
+            sums, counts = recorder.get_sums(layer)
             importance |= {name: Importance(sums, counts) for name in targets}
     _warn_of_unmatched(tensors, importance)
     if not importance:
@@ -66,7 +66,7 @@ def collect(model: Path, file: Path, rows: Sequence[Sequence[int]]) -> dict[str,
 
 
 def _load_model(folder: Path) -> Any:
-    """The model on the GPU where its weights fit there, else on the CPU."""
+    """Return the model, on the GPU if its weights fit there, else on the CPU."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -79,7 +79,7 @@ def _load_model(folder: Path) -> Any:
         folder,
         dtype=DTYPES[resolve_precision("auto")],
         device_map={"": f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"},
-        # One expert after the other, each by a linear layer of its own: what flows into it can be seen.
+        # One expert after the other, each by its own linear operation, whose inputs can be recorded.
         experts_implementation="eager",
         trust_remote_code=False,
         use_safetensors=True,
@@ -89,7 +89,7 @@ def _load_model(folder: Path) -> Any:
 
 
 def _group_rows(rows: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
-    """Rows of one length together, so that none needs padding, which would count as text; (rows, tokens)."""
+    """Yield batches of rows of one length, which need no padding: it would count as text; (rows, tokens)."""
     by_length: dict[int, list[Sequence[int]]] = defaultdict(list)
     for row in rows:
         by_length[len(row)].append(row)
@@ -100,15 +100,15 @@ def _group_rows(rows: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
 
 
 class _InputRecorder(TorchFunctionMode):
-    """Sees every product of an input with a weight of the model, and adds up the squares of the input.
+    """Adds up the squared inputs of every product with a weight of the model.
 
-    A mode and not hooks on modules: transformers multiplies the experts of a mixture without modules of their own.
-    `weights` are those met so far, by their names in the model, as (rows, columns) or (experts, rows, columns).
+    A mode instead of hooks on modules, because transformers multiplies experts without modules of their own. `weights`
+    are those used so far, by their names in the model, as (rows, columns) or (experts, rows, columns).
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        # By where they lie in memory, in that order: an expert's weight lies within that of its stack.
+        # In the order of their addresses: an expert's weight is inside that of its stack.
         named = sorted(model.named_parameters(), key=lambda pair: pair[1].data_ptr())
         self._places = [parameter.data_ptr() for _, parameter in named]
         self._named = named
@@ -124,11 +124,11 @@ class _InputRecorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def get_sums(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Sums of squares, (experts, columns), and the tokens they are over, (experts,)."""
+        """Return sums of squares, (experts, columns), and the numbers of tokens, (experts,)."""
         return self._sums[name].float().cpu().numpy(), self._counts[name].float().cpu().numpy()
 
     def _find(self, weight: torch.Tensor) -> tuple[str, torch.Tensor, int] | None:
-        """The parameter that a weight is, or is one expert of: its name, itself, and which expert."""
+        """Return the parameter of a weight, its name, and the index of the expert if it is a stack of them."""
         place = bisect.bisect_right(self._places, weight.data_ptr()) - 1
         if place < 0:
             return None
@@ -139,9 +139,9 @@ class _InputRecorder(TorchFunctionMode):
         return name, parameter, distance // (parameter.stride(0) * parameter.itemsize) if parameter.dim() == 3 else 0
 
     def _add_squares(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
-        if (found := self._find(weight)) is None:
+        if (match := self._find(weight)) is None:
             return
-        name, parameter, expert = found
+        name, parameter, expert = match
         if name not in self.weights:
             experts = parameter.shape[0] if parameter.dim() == 3 else 1
             self.weights[name] = weight if parameter.dim() == 2 else parameter
@@ -153,7 +153,7 @@ class _InputRecorder(TorchFunctionMode):
 
 
 class _TensorNames:
-    """From the names of the weights in transformers to those in the GGUF file, by gguf-py's table."""
+    """Names of weights in transformers, translated to those in the GGUF file by gguf-py's table."""
 
     def __init__(self, file: Path, tensors: Mapping[str, Any]) -> None:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
@@ -162,13 +162,13 @@ class _TensorNames:
         numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
         blocks = [int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))]
         self._tensors = tensors
-        # An architecture younger than gguf-py has no table: no layer is found, which is said.
+        # Without a table for a newer architecture no layer is found, which is reported.
         self._table = (
             get_tensor_name_map(numbers[architecture], max(blocks, default=0) + 1) if architecture in numbers else None
         )
 
     def find_tensors(self, layer: str) -> list[str]:
-        """The tensors that hold a layer's weight: none, one, or gate and up of experts that transformers has in one."""
+        """Return the tensors of a layer's weight: none, one, or gate and up of experts that transformers has in one."""
         name = layer.replace("language_model.", "")
         if not name.endswith(".weight"):
             name += ".weight"
@@ -176,16 +176,16 @@ class _TensorNames:
         if "experts.gate_up_proj" in name:
             candidates.append([name.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")])
         for parts in candidates:
-            found = [self._table.get_name(part, (".weight",)) for part in parts] if self._table else []
-            if found and all(one in self._tensors and one.startswith("blk.") for one in found):
-                return [one for one in found if one]
+            names = [self._table.get_name(part, (".weight",)) for part in parts] if self._table else []
+            if names and all(one in self._tensors and one.startswith("blk.") for one in names):
+                return [one for one in names if one]
         return []
 
 
 def _has_same_columns(weight: torch.Tensor, file: Path, tensors: Sequence[header.Tensor]) -> bool:
-    """Whether the file's tensors together hold the weight with its columns in place: each column's squares tell.
+    """Tell whether the file's tensors together have the columns of a weight in order, by the squares of each column.
 
-    A factor on all of it does not matter.
+    A factor common to all columns does not matter.
     """
     ours = _sum_squares(weight)
     theirs = sum(_sum_stored_squares(file, tensor) for tensor in tensors)
@@ -197,7 +197,7 @@ def _has_same_columns(weight: torch.Tensor, file: Path, tensors: Sequence[header
 
 @torch.no_grad()
 def _sum_squares(weight: torch.Tensor) -> Any:
-    """(experts, columns): the sum of the squares in each column."""
+    """Return the sum of squares of each column, (experts, columns)."""
     stack = weight.reshape(-1, *weight.shape[-2:])
     rows = max(1, _CHUNK // stack.shape[-1])
     sums = [sum(part.float().square().sum(0, dtype=torch.float64) for part in one.split(rows)) for one in stack]

@@ -1,4 +1,4 @@
-"""Safetensors to GGUF, with llama.cpp's own converter."""
+"""Conversion of safetensors to GGUF, by llama.cpp's own converter."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ def convert(model: Path, out: Path, *, outtype: str, llama_cpp: Path, metadata: 
 
     `llama_cpp` is a folder with convert_hf_to_gguf.py; `outtype` one of `OUT_TYPES`. Every key of `metadata`
     (`lathe.dataset_digest`, `general.name`, …) is added as text, in place of the converter's own if it has
-    one. The bytes depend on the files, the arguments and the last part of `model` (the default of
-    `general.name`) alone. Nothing is fetched and no code of the model is run. The caller makes the file
-    appear whole or not at all.
+    one. The bytes depend only on the files, the arguments and the last part of `model` (the default of
+    `general.name`). Nothing is downloaded and no code of the model is run. The caller makes the file appear
+    completely or not at all.
 
-    Raises InputError in one line if the converter is missing or refuses the model; all it said is logged at
+    Raises InputError in one line if the converter is missing or refuses the model; its output is logged at
     debug level.
     """
     if outtype not in OUT_TYPES:

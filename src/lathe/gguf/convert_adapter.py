@@ -1,4 +1,4 @@
-"""LoRA adapter to GGUF, with llama.cpp's own converter; what llama.cpp cannot add to a model is refused."""
+"""Conversion of a LoRA adapter to GGUF, by llama.cpp's own converter, unless llama.cpp cannot add it to a model."""
 
 import json
 import math
@@ -21,9 +21,9 @@ def convert_adapter(
     """Write the LoRA adapter in the folder `adapter` to the GGUF file `out`, with llama.cpp's own converter.
 
     `base` is the folder of the model it was trained on; all else is as for `convert.convert`. llama.cpp adds the
-    adapter to a GGUF of that model when it loads it. Raises AdapterError where the adapter is more than llama.cpp can
-    add: trained magnitudes (DoRA), layers trained whole, updates of embeddings that are also the output head, or
-    anything that its converter refuses.
+    adapter to a GGUF of that model when it loads it. Raises AdapterError if llama.cpp cannot add the adapter: for
+    trained magnitudes (DoRA), layers trained whole, updates of embeddings that are also the output head, or anything
+    else that its converter refuses.
     """
     if not (llama_cpp / "convert_lora_to_gguf.py").is_file():
         raise InputError(
@@ -61,7 +61,7 @@ def _check_adapter(config: dict[str, Any], adapter: Path, base: Path) -> None:
     trained = [name.removeprefix("base_model.model.") for name in names if ".base_layer." not in name]
     whole = sorted(name for name in trained if ".lora_" not in name)
     if whole:
-        # Its converter refuses some of them, and llama.cpp leaves out what the others have learnt, without a word.
+        # Its converter refuses some of them; others llama.cpp ignores without a warning.
         raise AdapterError(
             f"it holds layers trained whole (lora.modules_to_save): {', '.join(whole)}",
             code="adapter-with-whole-layers",

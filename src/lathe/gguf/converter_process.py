@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def run_converter(
     llama_cpp: Path, script: str, metadata: dict[str, str], arguments: list[str], out: Path
 ) -> str | None:
-    """Run one of llama.cpp's converters; return why it refused, or None, and leave no half of `out`."""
+    """Run one of llama.cpp's converters; return why it refused, or None; a failed `out` is removed."""
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""File sizes: how large a GGUF of a quantization type will be, before it is made."""
+"""File sizes: estimated bytes of a GGUF of a quantization type."""
 
 # Bits per weight of Llama 3.1 8B in llama.cpp's types, from the README of its quantizer; those of the other types
 # follow from the size of a block. A type is a mixture: the larger part of the output matrix is Q6_K.
@@ -41,16 +41,16 @@ def estimate_gguf_bytes(type: str, weights: int, output: int, vocabulary: int) -
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    def block_bits(name: str) -> float:
+    def get_block_bits(name: str) -> float:
         values, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
         return 8 * size / values
 
     if type in LLAMA_8B_BITS:
         whole, head = LLAMA_8B
-        bits = (LLAMA_8B_BITS[type] * whole - block_bits("Q6_K") * head) / (whole - head)
+        bits = (LLAMA_8B_BITS[type] * whole - get_block_bits("Q6_K") * head) / (whole - head)
     else:
         # Only experts become MXFP4. A type that gguf-py does not know yet is counted as 16 bit, which is too much.
         name = "Q8_0" if type == "MXFP4_MOE" else type
-        bits = block_bits(name if name in GGMLQuantizationType.__members__ else "F16")
-    of_output = bits if bits >= 8 else block_bits("Q6_K")
+        bits = get_block_bits(name if name in GGMLQuantizationType.__members__ else "F16")
+    of_output = bits if bits >= 8 else get_block_bits("Q6_K")
     return int((bits * (weights - output) + of_output * output) / 8) + VOCABULARY_ENTRY_BYTES * vocabulary

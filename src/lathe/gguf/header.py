@@ -21,20 +21,20 @@ class Tensor(NamedTuple):
 
 
 def list_tensors(path: Path) -> list[Tensor]:
-    """Every tensor of a GGUF file, in file order; raises InputError if the file is not GGUF."""
+    """Return every tensor of a GGUF file, in file order; raises InputError if the file is not GGUF."""
     return _read_header(path)[1]
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a GGUF file is, from its header alone.
+    """Describe a GGUF file from its header alone.
 
     `bytes`; `parameters`; `bits_per_weight` (of the tensors); `tensor_types`, type name -> number of tensors;
     `metadata` without arrays; `chat_template` or None. Raises InputError if the file is not GGUF, damaged or cut short.
     """
     names = {kind.number: name for name, kind in read_ggml_types().items()}
-    metadata, found = _read_header(path)
+    metadata, tensors = _read_header(path)
     parameters = tensor_bytes = 0
-    for tensor in found:
+    for tensor in tensors:
         if tensor.kind not in names:
             raise InputError(
                 f"{path}: its GGUF header is damaged (tensor type {tensor.kind}); make the file again",
@@ -53,7 +53,7 @@ def describe(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "parameters": parameters,
         "bits_per_weight": round(8 * tensor_bytes / parameters, 4) if parameters else 0.0,
-        "tensor_types": dict(sorted(Counter(names[tensor.kind] for tensor in found).items())),
+        "tensor_types": dict(sorted(Counter(names[tensor.kind] for tensor in tensors).items())),
         "chat_template": metadata.pop("tokenizer.chat_template", None),
         "metadata": metadata,
     }
@@ -78,12 +78,12 @@ _SCALARS = {
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
-    """Metadata without arrays, and every tensor."""
+    """Return metadata without arrays, and every tensor."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; name a GGUF file", code="no-such-file")
     with path.open("rb") as file:
-        if (begin := file.read(4)) != b"GGUF":
-            raise InputError(f"{path}: not a GGUF file; it begins with {begin!r}", code="not-gguf")
+        if (magic := file.read(4)) != b"GGUF":
+            raise InputError(f"{path}: not a GGUF file; it begins with {magic!r}", code="not-gguf")
         with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
             try:
                 return _Header(data).read()
@@ -95,7 +95,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
 
 class _Header:
     def __init__(self, data: mmap) -> None:
-        self.data, self.at = data, 4
+        self.data, self.position = data, 4
 
     def read(self) -> tuple[dict[str, Any], list[Tensor]]:
         version, tensor_count, key_count = self._unpack("<IQQ")
@@ -103,10 +103,10 @@ class _Header:
             raise KeyError(f"version {version}")
         pairs = [(self._read_string(), self._read_value(self._unpack("<I")[0])) for _ in range(key_count)]
         metadata = {key: value for key, value in pairs if value is not None}
-        found = [self._read_tensor() for _ in range(tensor_count)]
+        tensors = [self._read_tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
-        begin = -(-self.at // alignment) * alignment
-        return metadata, [tensor._replace(offset=begin + tensor.offset) for tensor in found]
+        start = -(-self.position // alignment) * alignment
+        return metadata, [tensor._replace(offset=start + tensor.offset) for tensor in tensors]
 
     def _read_tensor(self) -> Tensor:
         name = self._read_string()
@@ -123,17 +123,17 @@ class _Header:
         if kind == _STRING:
             for _ in range(count):
                 (size,) = self._unpack("<Q")
-                self.at += size
+                self.position += size
         else:
-            self.at += count * struct.calcsize(_SCALARS[kind])
+            self.position += count * struct.calcsize(_SCALARS[kind])
         return None
 
     def _read_string(self) -> str:
         (size,) = self._unpack("<Q")
-        self.at += size
-        return self.data[self.at - size : self.at].decode()
+        self.position += size
+        return self.data[self.position - size : self.position].decode()
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
-        values = struct.unpack_from(layout, self.data, self.at)
-        self.at += struct.calcsize(layout)
+        values = struct.unpack_from(layout, self.data, self.position)
+        self.position += struct.calcsize(layout)
         return values

@@ -1,8 +1,8 @@
-"""The importance matrix as llama.cpp has it: for each weight, the mean square of the inputs that each column meets.
+"""Importance matrix file: for each weight, the mean square of the inputs of each column.
 
-The file is llama.cpp's own (GGUF of the type `imatrix`, tools/imatrix/imatrix.cpp): for the tensor NAME, `NAME.in_sum2`
-holds the sums of squares, (experts, columns), and `NAME.counts` the tokens they were summed over, (experts, 1); a
-tensor that is no stack of experts has one.
+The format is llama.cpp's own (GGUF of the type `imatrix`, tools/imatrix/imatrix.cpp): for the tensor NAME,
+`NAME.in_sum2` holds the sums of squares, (experts, columns), and `NAME.counts` the tokens they were summed over,
+(experts, 1); a tensor that is no stack of experts has one.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class Importance:
     counts: Floats
 
     def compute_means(self) -> Floats:
-        """What the quantizer weighs errors by, (experts × columns,); 1 for an expert that no token went to."""
+        """Return the quantizer's weights of errors, (experts × columns,); 1 for an expert without tokens."""
         counts = self.counts[:, None]
         return np.where(counts > 0, self.sums / np.maximum(counts, 1), np.float32(1)).astype(np.float32).ravel()
 
@@ -33,14 +33,14 @@ class Importance:
 def write_importance(importance: Mapping[str, Importance], target: Path, *, dataset: str, rows: int) -> None:
     """Write the importance of weights, by their names in GGUF, summed over `rows` rows of `dataset`.
 
-    The caller makes the file appear whole or not at all.
+    The caller makes the file appear completely or not at all.
     """
     from gguf import GGUFWriter
 
     writer = GGUFWriter(target, arch="imatrix")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [dataset])
-    # llama.cpp's chunks are stretches of text of one length; here they are rows, of the mean length.
+    # llama.cpp's chunks are texts of one length; here they are rows, with their mean length.
     tokens = max(float(one.counts.max()) for one in importance.values())
     writer.add_uint32("imatrix.chunk_count", rows)
     writer.add_uint32("imatrix.chunk_size", max(1, round(tokens / rows)))
@@ -54,9 +54,9 @@ def write_importance(importance: Mapping[str, Importance], target: Path, *, data
 
 
 def read_importance(source: Path) -> dict[str, Importance]:
-    """Read what `write` or llama.cpp's own `llama-imatrix` wrote.
+    """Read a file of `write_importance` or of llama.cpp's own `llama-imatrix`.
 
-    Raises InputError where the file is missing or is something else.
+    Raises InputError if the file is missing or is something else.
     """
     from gguf import GGUFReader
 

@@ -1,8 +1,8 @@
-"""Put llama.cpp's own converter in place: `python -m lathe.gguf.install_converter`.
+"""Installation of llama.cpp's own converter: `python -m lathe.gguf.install_converter`.
 
-The source package of llama-cpp-python holds the llama.cpp that the installed library was built from. pip
-downloads it and checks its hash; what converting needs is unpacked into `.llama.cpp`, which Git ignores. A
-folder that already holds the pinned version is left alone.
+The source package of llama-cpp-python contains the llama.cpp that the installed library was built from. pip downloads
+it and checks its hash; the converter's files are unpacked into `.llama.cpp`, which Git ignores. A folder that already
+has the pinned version is not changed.
 """
 
 import importlib.metadata
@@ -20,8 +20,7 @@ from lathe.common.errors import InputError
 PACKAGE = "llama-cpp-python"
 REQUIREMENT = paths.ROOT / "requirements-converter.txt"
 
-# Of vendor/llama.cpp in the source package; `models` holds real vocabularies without weights, and chat
-# templates.
+# Below vendor/llama.cpp in the source package; `models` has real vocabularies without weights, and chat templates.
 UNPACKED = (
     "LICENSE",
     "conversion",
@@ -34,21 +33,21 @@ PIN_FILE = ".pinned"
 
 
 def main() -> None:
-    """Install the pinned converter into `.llama.cpp`; answer bad circumstances in one line, exit code 2."""
+    """Install the pinned converter into `.llama.cpp`; an InputError is printed in one line, exit code 2."""
     entry_point.guard(lambda: install(paths.LLAMA_CPP, REQUIREMENT))
 
 
 def install(target: Path, requirement: Path) -> bool:
     """Fill `target` with the converter that the file `requirement` pins, unless it is there already.
 
-    Returns whether anything was done. The folder appears whole or not at all. Raises InputError if the
+    Returns whether anything was done. The folder appears completely or not at all. Raises InputError if the
     installed llama-cpp-python is of another version, if pip cannot download the package, or if its hash
     differs.
     """
     if is_installed(target, requirement):
         return False
     with paths.whole_folder(target) as folder:
-        # Inside the folder that is being made, so that the next run clears it away if this one is killed.
+        # Inside the folder that is written, so that the next run removes it if this one is killed.
         download = folder / ".download"
         _unpack(_download(requirement, download), folder)
         shutil.rmtree(download)
@@ -93,10 +92,10 @@ def _download(requirement: Path, folder: Path) -> Path:
     command += ["--no-binary", PACKAGE, "--requirement", str(requirement), "--dest", str(folder)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
-        said = " / ".join(line.strip() for line in done.stderr.splitlines() if line.strip()) or "nothing"
+        output = " / ".join(line.strip() for line in done.stderr.splitlines() if line.strip()) or "nothing"
         raise InputError(
             f"pip could not download the source package that {requirement.name} pins; check the network and the "
-            f"package index, then run `python -m lathe.gguf.install_converter` again; pip said: {said[-600:]}",
+            f"package index, then run `python -m lathe.gguf.install_converter` again; pip said: {output[-600:]}",
             code="download-failed",
         )
     [archive] = folder.iterdir()
@@ -121,7 +120,7 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def _select_files(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, Path]]:
-    # Only regular files, and written by us: a link or a path that leads elsewhere cannot reach the disk.
+    # Only regular files, and written here: no link and no path out of the folder can reach the disk.
     for member in archive:
         parts = PurePosixPath(member.name).parts
         if member.isfile() and parts[1:3] == ("vendor", "llama.cpp") and parts[3:4] and parts[3] in UNPACKED:

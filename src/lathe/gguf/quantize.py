@@ -1,4 +1,4 @@
-"""GGUF to fewer bits, with llama.cpp's own quantizer: the installed library, or a program of the user's."""
+"""Quantization of a GGUF by llama.cpp: the installed library, or the user's own `llama-quantize`."""
 
 import ctypes
 import logging
@@ -35,7 +35,7 @@ def quantize(
     token_embedding_type: str | None = None,
     tensor_types: Sequence[str] = (),
 ) -> None:
-    """Write the 16- or 32-bit GGUF `source` to `out` in a type of `quant_types()`, with llama.cpp's own
+    """Write the 16- or 32-bit GGUF `source` to `out` in a type of `list_file_types()`, with llama.cpp's own
     quantizer: the installed library, or the `llama-quantize` program `binary`.
 
     `importance` is a file with an importance matrix. `output_tensor_type` and `token_embedding_type` are types of
@@ -44,7 +44,7 @@ def quantize(
 
     A tensor whose rows do not divide into the type's blocks (256 values for the K and most I types) gets a larger
     type from llama.cpp; that is logged as a warning with the number of such tensors. Metadata is kept. The
-    caller makes the file appear whole or not at all. Raises InputError if a type is unknown, a pattern matches
+    caller makes the file appear completely or not at all. Raises InputError if a type is unknown, a pattern matches
     nothing, or llama.cpp refuses (some I types need an importance matrix).
     """
     types = list_file_types()
@@ -63,8 +63,8 @@ def quantize(
     if tensor_types and type in ("F32", "F16", "BF16"):
         logger.warning("%s: llama.cpp leaves quantize.tensor_types out of account where no tensor is quantized", type)
     make = _quantize_with_library if binary is None else _quantize_with_program
-    said = make(source, out, type, threads, importance, chosen, binary)
-    _warn_of_fallbacks(type, said)
+    output = make(source, out, type, threads, importance, chosen, binary)
+    _warn_of_fallbacks(type, output)
 
 
 class _Chosen(NamedTuple):
@@ -76,9 +76,9 @@ class _Chosen(NamedTuple):
 
 
 def _choose_types(
-    found: Sequence[Tensor], output: str | None, token_embedding: str | None, patterns: Sequence[str]
+    tensors: Sequence[Tensor], output: str | None, token_embedding: str | None, patterns: Sequence[str]
 ) -> _Chosen:
-    columns = {tensor.name: tensor.extents[0] for tensor in found}
+    columns = {tensor.name: tensor.extents[0] for tensor in tensors}
     for key, name, chosen in (
         ("output_tensor_type", "output.weight", output),
         ("token_embedding_type", "token_embd.weight", token_embedding),
@@ -86,7 +86,7 @@ def _choose_types(
         if chosen is None:
             continue
         check_type(chosen, of_embeddings=True)
-        # Here llama.cpp looks for no larger type, and ggml ends the process.
+        # For these llama.cpp has no fallback, and ggml ends the process.
         if name in columns and columns[name] % (block := read_ggml_types()[chosen].block_values):
             raise InputError(
                 f"quantize.{key} is {chosen}, which stores blocks of {block} values; the rows of {name} have "
@@ -95,7 +95,7 @@ def _choose_types(
             )
     can_be_quantized = [
         tensor.name
-        for tensor in found
+        for tensor in tensors
         if len(tensor.extents) > 1 and re.search(r"(?<!_norm)\.weight$", tensor.name) is not None
     ]
     return _Chosen(output, token_embedding, assign_types(patterns, can_be_quantized))
@@ -150,7 +150,7 @@ def _quantize_with_program(
     chosen: _Chosen,
     binary: Path | None,
 ) -> list[str]:
-    # Its path gets into the file's metadata: from here, so that it does not tell where the clone lies.
+    # Its path is written into the metadata: relative, so that the path of the clone does not change the bytes.
     options = ["--imatrix", os.path.relpath(importance)] if importance else []
     options += ["--output-tensor-type", chosen.output] if chosen.output else []
     options += ["--token-embedding-type", chosen.token_embedding] if chosen.token_embedding else []
@@ -183,10 +183,10 @@ def _quantize_with_program(
     return done.stdout.splitlines()
 
 
-def _warn_of_fallbacks(name: str, said: list[str]) -> None:
-    for line in said:
+def _warn_of_fallbacks(name: str, output: list[str]) -> None:
+    for line in output:
         if match := re.search(r"(\d+) of (\d+) tensor\(s\) required fallback quantization", line):
-            fallbacks = Counter(re.findall(r"falling back to +(\w+)", "\n".join(said)))
+            fallbacks = Counter(re.findall(r"falling back to +(\w+)", "\n".join(output)))
             logger.warning(
                 "%s: rows of %s of %s tensors do not divide into its blocks; stored in larger types: %s",
                 name,

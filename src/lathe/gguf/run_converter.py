@@ -1,4 +1,4 @@
-"""Run one of llama.cpp's converters with metadata keys of ours in the file it writes.
+"""Runner of llama.cpp's converters, which adds metadata keys to the file that they write.
 
 `python -m lathe.gguf.run_converter LLAMA_CPP SCRIPT METADATA_JSON [ARGUMENT …]`, a process of its own because the
 converter brings its own `gguf` and sets up logging. The converter's `--metadata` knows a fixed list of
@@ -16,11 +16,11 @@ from lathe.common import operating_system
 
 
 def main() -> None:
-    """Patch the writer and the tokenizer loader, then run the script as if it had been called itself."""
+    """Patch the writer and the tokenizer loader, then run the script as the main program."""
     operating_system.end_with_parent()
     folder, name, metadata, *arguments = sys.argv[1:]
     script = Path(folder) / name
-    # As Python itself would have it for a script: the converter finds its files through sys.path[0].
+    # As Python sets it for a script: the converter finds its files through sys.path[0].
     sys.path[:0] = [folder, str(Path(folder) / "gguf-py")]
     _add_metadata(json.loads(metadata))
     _refuse_remote_code()

@@ -12,14 +12,14 @@ from lathe.gguf.llama_library import load_library
 
 @cache
 def list_file_types() -> dict[str, int]:
-    """Every type that the installed llama.cpp can quantize to, by its usual name: `Q4_K_M` -> its llama_ftype."""
+    """Return every type that the installed llama.cpp can quantize to, by name: `Q4_K_M` -> its llama_ftype."""
     prefix = re.compile(r"LLAMA_FTYPE_(?:MOSTLY|ALL)_(\w+)")
     library_types = vars(load_library()).items()
     return {match[1]: value for name, value in library_types if (match := prefix.fullmatch(name))}
 
 
 def assign_types(entries: Sequence[str], tensors: Sequence[str]) -> dict[str, str]:
-    """The type of each tensor that an entry `PATTERN=TYPE` matches anywhere in its name; the first that does counts.
+    """Return the type of each tensor whose name an entry `PATTERN=TYPE` matches; the first that matches counts.
 
     `tensors` are the names that can be quantized. Raises InputError for an entry that matches none of them.
     """

@@ -1,4 +1,4 @@
-"""Where base models and datasets come from: built by the pipeline, a user's own files, or the Hugging Face Hub."""
+"""Sources of base models, datasets and encoders: built in, local files, or the Hugging Face Hub."""
 
 import os
 import shutil
@@ -22,15 +22,15 @@ from lathe.models import model_folder
 from lathe.models.templates.install_template import install_template
 from lathe.sources.model_files import fetch_hub_files, select_files
 
-# What is known of a source beside its files: for the hub its repository, the revision asked for, and the commit it was.
+# What is known of a source besides its files: for the Hub the repository, the wanted revision, and its commit.
 Origin = dict[str, str | None]
 
 
 def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> Origin:
     """Fill the empty `folder` with a Hugging Face model: config, safetensors, tokenizer, chat template.
 
-    Raises InputError where a local folder is missing, lies elsewhere than under models/local, or is no such model,
-    where the hub cannot or will not give it, and where the preset's template does not fit it.
+    Raises InputError if a local folder is missing, outside of models/local, or no such model, if the Hub cannot or will
+    not give it, and if the preset's template does not fit it.
     """
     origin: Origin = {}
     match preset:
@@ -81,9 +81,9 @@ def fetch_encoder(model: str, revision: str | None, folder: Path) -> Origin:
 def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
     """Fill the empty `folder` with the dataset's files, unchanged; those of a folder `train/` are named `train-*`.
 
-    Files of the hub are named for the splits they are used as; a slice of a split, or a format that `preprocess` does
-    not read, becomes Parquet. Raises InputError where a local path is missing, lies elsewhere than under data/local, or
-    holds no data file, and where the hub cannot or will not give it.
+    Files of the Hub are named for the splits they are used as; a slice of a split, or a format that `preprocess` does
+    not read, becomes Parquet. Raises InputError if a local path is missing, outside of data/local, or without a data
+    file, and if the Hub cannot or will not give it.
     """
     match preset:
         case BuiltinDataset():

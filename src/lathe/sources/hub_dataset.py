@@ -1,4 +1,4 @@
-"""Which files of a dataset repository are which split, and how they come to `preprocess`."""
+"""Dataset repositories of the Hub: which files are which split, linked or converted for `preprocess`."""
 
 import json
 import logging
@@ -21,27 +21,27 @@ from lathe.sources.hub import Repository
 
 logger = logging.getLogger(__name__)
 
-# Where a repository says which files are which configuration and split.
+# Files that declare the configurations and splits of a repository.
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 CONVERTED = re.compile(r"([^/]+)/([^/]+)/\d{4}\.parquet")  # configuration and split in `refs/convert/parquet`
-ARCHIVES = (".zip", ".tar")  # would have to be opened to tell what is in them
+ARCHIVES = (".zip", ".tar")  # their content is unknown until they are opened
 
-# The builders of the `datasets` library whose rows are texts and numbers, each with the files of its that `preprocess`
-# reads itself. (A .json on the hub may be one array or one object per line: the library tells them apart.)
+# Builders of the `datasets` library whose rows are texts and numbers, each with the file type that `preprocess` reads
+# itself. (A .json on the Hub may be one array or one object per line: the library distinguishes them.)
 READ_UNCHANGED = {"parquet": ".parquet", "json": ".jsonl", "csv": ".csv", "arrow": ".arrow"}
 
 
 class Layout:
     """The splits of one configuration of a dataset repository.
 
-    The `datasets` library itself finds them, in a folder of empty files named like the repository's: its rules for file
-    names, and what the README declares, apply before any row is downloaded. Code of the repository is never run.
+    The `datasets` library itself finds them, in a folder of empty files with the repository's names: its rules for file
+    names and the declarations of the README apply before any row is downloaded. Code of the repository is never run.
     """
 
     def __init__(self, repository: Repository, config: str | None) -> None:
-        """Find them.
+        """Find the splits.
 
-        Raises InputError where `config` is unknown, or None while there are several, or where no file holds rows.
+        Raises InputError if `config` is unknown, if it is None and there are several, and if no file has rows.
         """
         _silence_libraries()
         self.repository = repository
@@ -59,8 +59,8 @@ class Layout:
     def place(self, split: str, wanted: str, folder: Path) -> None:
         """Put the repository's split `wanted` into `folder`, named as `split`.
 
-        Its very files are linked. A slice, or a format that `preprocess` does not read, is converted to one Parquet
-        file: the same bytes for the same rows. Raises InputError where there is no such split, or it cannot be read.
+        Its files are linked. A slice, or a format that `preprocess` does not read, is converted to one Parquet file:
+        the same bytes for the same rows. Raises InputError if there is no such split, or if it cannot be read.
         """
         name, bracket, _ = wanted.partition("[")
         if name not in self.splits:
@@ -89,7 +89,7 @@ class Layout:
         if not (folder / "README.md").exists():
             (folder / "README.md").write_text(_build_conversion_card(self.repository.paths))
         try:
-            configs = [str(each) for each in datasets.get_dataset_config_names(str(folder))]
+            configs = [str(one) for one in datasets.get_dataset_config_names(str(folder))]
             chosen = config or datasets.get_dataset_default_config_name(str(folder))
             if chosen is None:
                 raise InputError(
@@ -124,14 +124,14 @@ class Layout:
 
     @property
     def _options(self) -> dict[str, Any]:
-        """What the README says of how the files are to be read, such as `sep: ";"`."""
+        """Options of the README for reading the files, such as `sep: ";"`."""
         config = self.builder.config
         default, common = type(config)(), {field.name for field in fields(datasets.BuilderConfig)}
         values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in common}
         return {name: value for name, value in values.items() if value != getattr(default, name)}
 
     def _convert(self, split: str, wanted: str, files: list[Path], folder: Path) -> None:
-        # The builder in hand is of a class made for the folder of empty files; the class it derives from reads any.
+        # The builder's class was made for the folder of empty files; its base class reads any files.
         reader = type(self.builder).__bases__[0]
         name = wanted.partition("[")[0]
         with tempfile.TemporaryDirectory(dir=folder) as cache:
@@ -151,7 +151,7 @@ class Layout:
 
 
 def _build_conversion_card(files: list[str]) -> str:
-    """Return a README that declares what the hub's own conversion says by its folders alone; else an empty one."""
+    """Return a README that declares what the Hub's own conversion expresses by folders; else an empty one."""
     configs: dict[str, dict[str, list[str]]] = {}
     for match in filter(None, map(CONVERTED.fullmatch, files)):
         configs.setdefault(match[1], {}).setdefault(match[2], []).append(match[0])
@@ -163,7 +163,7 @@ def _build_conversion_card(files: list[str]) -> str:
 
 
 def _silence_libraries() -> None:
-    """Keep bars off logs, and what the libraries say of files that are empty here; their errors come as ours."""
+    """Turn off bars in logs, and messages of the libraries about empty files; their errors become InputError."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

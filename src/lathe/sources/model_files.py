@@ -1,4 +1,4 @@
-"""Which files of a model are taken, from a folder or a repository: safetensors and the texts that describe them."""
+"""Model files: which of a folder or repository are taken, safetensors and the texts that describe them."""
 
 import fnmatch
 from pathlib import Path
@@ -10,7 +10,7 @@ from lathe.models import model_folder
 if TYPE_CHECKING:
     from lathe.sources.hub import Repository
 
-# What a model folder may give: safetensors, and the texts that describe them. Nothing that is unpickled or run.
+# Nothing that is unpickled or run.
 PATTERNS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -30,7 +30,7 @@ PATTERNS = (
 
 
 def fetch_hub_files(repository: "Repository") -> dict[str, Path]:
-    """Return the files to take of a repository, by name, where they lie in the hub's cache, downloaded and verified."""
+    """Download and verify the files to take of a repository; return their paths in the Hub's cache, by name."""
     names = select_files([path for path in repository.paths if "/" not in path], repository.name)
     model_folder.read_config(repository.files(["config.json"])["config.json"].parent)
     if model_folder.INDEX_FILE in names:
@@ -45,7 +45,7 @@ def fetch_hub_files(repository: "Repository") -> dict[str, Path]:
 
 
 def select_files(names: list[str], shown: str) -> list[str]:
-    """Return the names to take of those in a model's folder; raises InputError where it is no whole model."""
+    """Return the names to take of those in a model's folder; raises InputError if the model is incomplete."""
     for name in ("config.json", "tokenizer_config.json"):
         if name not in names:
             raise InputError(
@@ -64,7 +64,7 @@ def select_files(names: list[str], shown: str) -> list[str]:
 
 
 def _select_indexed(names: list[str], index: Path, shown: str) -> list[str]:
-    # Some repositories hold the weights a second time, in their maker's own layout (`consolidated.safetensors`).
+    # Some repositories have the weights a second time, in another layout (`consolidated.safetensors`).
     shards = set(model_folder.read_json(index)["weight_map"].values())
     if lacking := sorted(shards - set(names)):
         raise InputError(

@@ -154,7 +154,7 @@ def read_plan(file: Path, params: Mapping[str, Any], name: str) -> Plan:
         lines = [
             f"{_locate(name, marked, problem['loc'])}: {_describe_problem(problem, tree)}" for problem in error.errors()
         ]
-        raise InputError("\n".join(dict.fromkeys(lines))) from None
+        raise InputError("\n".join(dict.fromkeys(lines)), code="invalid-search-file") from None
     problems = [
         problem
         for key, dimension in plan.space.items()

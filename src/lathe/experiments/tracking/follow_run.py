@@ -1,8 +1,8 @@
-"""The process beside the pipeline: it mirrors the curves while they are written, and the whole run when DVC has ended.
+"""Mirror process: sends the curves to the trackers during the training, and the whole run after DVC has ended.
 
-It runs at the lowest priority, in a session of its own, with nothing of the stages' open: whatever becomes of a server,
-or of this process, no stage waits for it. What could not be sent stays in .scratch/mirror/pending, from where
-`python -m lathe mirror` sends it.
+It runs at the lowest priority, in a session of its own, with no open files of the stages, so that no stage waits for a
+server or for this process. Runs that could not be sent stay in .scratch/mirror/pending, and `python -m lathe mirror`
+sends them.
 """
 
 import logging
@@ -23,11 +23,11 @@ from lathe.provenance.revisions import list_experiments
 
 logger = logging.getLogger(__name__)
 
-WATCH_SECONDS = 0.5  # between two looks at whether DVC is there
-SEND_SECONDS = 2.0  # between two looks at the curves
-LONGEST_PAUSE_SECONDS = 30.0  # before a tracker that is away is asked again
-PATIENCE_SECONDS = 60.0  # that a tracker has when the pipeline has ended
-QUEUE_SECONDS = 30.0  # that DVC's queue has to make a commit of an experiment, when its process has ended
+WATCH_SECONDS = 0.5  # between two checks of whether DVC is running
+SEND_SECONDS = 2.0  # between two readings of the curves
+LONGEST_PAUSE_SECONDS = 30.0  # before another attempt to reach a tracker
+PATIENCE_SECONDS = 60.0  # for a tracker after the pipeline has ended
+QUEUE_SECONDS = 30.0  # for DVC's queue to commit an experiment after its process has ended
 
 
 def follow_run(mark: Path) -> None:
@@ -45,16 +45,16 @@ def follow_run(mark: Path) -> None:
         _watch(mark, senders)
         record = _collect_run(live, folder / unsent_runs.RUN)
         if record:
-            unsent_runs.write_targets(folder, chosen)  # should this process be killed
+            unsent_runs.write_targets(folder, chosen)  # in case this process is killed
         for sender in senders:
             sender.end(record)
         deadline = time.monotonic() + PATIENCE_SECONDS
         for sender in senders:
             sender.join(max(0.0, deadline - time.monotonic()))
-        left = [sender.mirror.target for sender in senders if not sender.done]
-        if record and left:
-            unsent_runs.write_targets(folder, left)
-            logger.warning("%s: not all was sent; `python -m lathe mirror` does", " and ".join(map(str, left)))
+        unsent = [sender.mirror.target for sender in senders if not sender.done]
+        if record and unsent:
+            unsent_runs.write_targets(folder, unsent)
+            logger.warning("%s: not all was sent; `python -m lathe mirror` does", " and ".join(map(str, unsent)))
         else:
             shutil.rmtree(folder)
     logging.shutdown()
@@ -62,7 +62,7 @@ def follow_run(mark: Path) -> None:
 
 
 def _copy_parameters(folder: Path, context: Context) -> MirroredRun:
-    """Keep the parameters that the run began with: an experiment's folder goes, and users edit theirs."""
+    """Copy the parameters at the start of the run: an experiment's folder is removed, and users edit theirs."""
     folder.mkdir()
     for name in ("params.yaml", "presets.yaml"):
         shutil.copy2(paths.ROOT / name, folder / name)
@@ -70,7 +70,7 @@ def _copy_parameters(folder: Path, context: Context) -> MirroredRun:
 
 
 def _watch(mark: Path, senders: "list[_Sender]") -> None:
-    """Hand over the curves of the training as they grow, until DVC is gone."""
+    """Pass the growing curves of the training to the senders until DVC has ended."""
     training, read = mark / "training", 0.0
     while is_running(mark):
         time.sleep(WATCH_SECONDS)
@@ -78,14 +78,14 @@ def _watch(mark: Path, senders: "list[_Sender]") -> None:
             read = time.monotonic()
             try:
                 curves = read_curves(paths.ROOT, since=training.stat().st_mtime)
-            except FileNotFoundError:  # dvclive begins its folder anew
+            except FileNotFoundError:  # dvclive is replacing its folder
                 continue
             for sender in senders:
                 sender.curves = curves
 
 
 def _collect_run(live: MirroredRun, folder: Path) -> MirroredRun | None:
-    """Copy what the run left to `folder`, from its commit if it is an experiment; None where it did not end well."""
+    """Copy the files of the run to `folder`, from its commit if it is an experiment; None if it did not finish."""
     folder.mkdir()
     until = time.monotonic() + (QUEUE_SECONDS if paths.ROOT != paths.MAIN else 0.0)
     while (commit := _find_experiment(live.context.experiment)) is None and time.monotonic() < until:
@@ -103,16 +103,16 @@ def _collect_run(live: MirroredRun, folder: Path) -> MirroredRun | None:
 
 
 def _find_experiment(name: str | None) -> str | None:
-    """Return the commit of the experiment of that name that began where this one did."""
+    """Return the commit of the experiment of that name with the same baseline as this run."""
     baseline = os.environ.get("DVC_EXP_BASELINE_REV")
-    for each in list_experiments(paths.MAIN):
-        if each.name == name and each.baseline == baseline:
-            return each.commit
+    for experiment in list_experiments(paths.MAIN):
+        if experiment.name == name and experiment.baseline == baseline:
+            return experiment.commit
     return None
 
 
 class _Sender(threading.Thread):
-    """Sends to one tracker, so that a slow one holds up no other. `curves` are the last that were read."""
+    """Thread that sends to one tracker, so that a slow one delays no other. `curves` are the last that were read."""
 
     def __init__(self, mirror: Mirror) -> None:
         super().__init__(daemon=True)
@@ -123,24 +123,24 @@ class _Sender(threading.Thread):
         self._record: MirroredRun | None = None
 
     def end(self, record: MirroredRun | None) -> None:
-        """Let it send the whole run, or say of it that it was cut short."""
+        """Let it send the whole run, or mark it as interrupted."""
         self._record = record
         self._ended.set()
 
     def run(self) -> None:
-        """Send until all is sent, however often that fails."""
-        pause, said = SEND_SECONDS, ""
+        """Send until everything is sent, however often that fails."""
+        pause, reported = SEND_SECONDS, ""
         while not self.done:
             try:
                 with self.mirror.lock():
                     while not self.done:
                         self._send_once()
-                        pause, said = SEND_SECONDS, ""
+                        pause, reported = SEND_SECONDS, ""
                         self._ended.wait(SEND_SECONDS)
             except TrackerUnreachableError as error:
-                if str(error) != said:
-                    said = str(error)
-                    logger.warning("%s: %s", self.mirror.target, said)
+                if str(error) != reported:
+                    reported = str(error)
+                    logger.warning("%s: %s", self.mirror.target, reported)
                 if self._ended.is_set():
                     time.sleep(SEND_SECONDS)
                 else:

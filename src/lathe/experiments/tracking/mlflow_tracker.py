@@ -1,4 +1,4 @@
-"""A run on an MLflow server. What is there already is asked of the server, so that nothing is sent twice."""
+"""MLflow mirror: a run on an MLflow server, which is queried first, so that nothing is sent twice."""
 
 import contextlib
 import os
@@ -15,16 +15,16 @@ from lathe.experiments.tracking.tracker import Mirror, TrackerUnreachableError
 POINTS_AT_ONCE, PARAMETERS_AT_ONCE = 1000, 100  # the server's own limits
 LONGEST_VALUE = 6000  # characters of a parameter
 
-# A request may hang for so long, and is repeated by whoever made it: the client would go on for minutes.
+# The timeout of a request (seconds); the caller repeats it, because the client's own retries take minutes.
 CLIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 DIGEST, FILES, STUDY = "lathe.parameters", "lathe.files", "lathe.study"
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # its pages are those of trainings, not of chats
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow shows the pages of trainings, not those of chats
 
 
 class MlflowMirror(Mirror):
-    """The run of `record` on the server; it is found by its parameters and its points, or made with the first point."""
+    """The run of `record` on the server, found by its parameters and points, or created with the first point."""
 
     def __init__(self, target: MlflowTarget, record: MirroredRun) -> None:
         super().__init__(target, record)
@@ -35,18 +35,18 @@ class MlflowMirror(Mirror):
 
     @property
     def address(self) -> str | None:
-        """Where the run can be looked at; None before it is there."""
+        """The address of the run's page; None before it is created."""
         return (
             f"{self.target.tracking_uri}/#/experiments/{self._experiment}/runs/{self.run_id}" if self.run_id else None
         )
 
     def check(self) -> None:
-        """Ask for the experiment, which may not be there yet."""
+        """Query the experiment, which need not exist yet."""
         with self._translate_errors():
             self._client.get_experiment_by_name(self.target.experiment_name)
 
     def update(self, curves: CurvePoints, *, whole: bool = False) -> int:
-        """Send the points that are not there yet."""
+        """Send the points that the server has not got yet."""
         with self._translate_errors():
             if self.run_id is None or contradicts(self.known, curves, whole=whole):
                 self._find_run(curves, whole=whole)
@@ -57,7 +57,7 @@ class MlflowMirror(Mirror):
             return len(points)
 
     def finish(self, record: MirroredRun) -> int:
-        """Send all that is not there yet, and end the run."""
+        """Send everything that the server has not got yet, and end the run."""
         sent = self.update(record.curves, whole=True)
         assert self.run_id
         with self._translate_errors():
@@ -78,7 +78,7 @@ class MlflowMirror(Mirror):
         return sent + len(scores)
 
     def mark_interrupted(self) -> None:
-        """Say of a run that has begun that it was cut short."""
+        """Mark a run that was created as interrupted."""
         if self.run_id:
             with self._translate_errors():
                 self._client.set_terminated(self.run_id, "KILLED")
@@ -99,7 +99,7 @@ class MlflowMirror(Mirror):
         try:
             yield
         except (MlflowException, OSError) as error:
-            # Whether it took what it was sent is unknown: it is asked again.
+            # Whether the server stored what was sent is unknown: it is queried again.
             self.run_id = None
             raise TrackerUnreachableError(_format_error(error)) from None
 
@@ -107,10 +107,10 @@ class MlflowMirror(Mirror):
         self.run_id = None
         self._experiment = self._require_experiment()
         wanted = f"tags.`{DIGEST}` = '{self.record.digest}'"
-        mine = self.record.context.experiment
+        own_name = self.record.context.experiment
         for run in self._client.search_runs([self._experiment], wanted, order_by=["attributes.start_time DESC"]):
-            # One that was cut short is gone on with under any name: DVC gives each run a new one.
-            if mine and run.data.tags.get("experiment") != mine and run.info.status != "KILLED":
+            # An interrupted run is continued under any name: DVC gives each run a new one.
+            if own_name and run.data.tags.get("experiment") != own_name and run.info.status != "KILLED":
                 continue
             known = {
                 name: {point.step: point.value for point in self._client.get_metric_history(run.info.run_id, name)}
@@ -141,18 +141,18 @@ class MlflowMirror(Mirror):
         self._log_description(record, run.data)
 
     def _find_parent(self, study: str) -> str:
-        """Return the run that stands for a study; of several, made at once on two machines, the oldest."""
+        """Return the run of a study; the oldest of several that two machines created at once."""
         wanted = f"tags.`{STUDY}` = '{study}'"
 
-        def found() -> list[str]:
+        def find_runs() -> list[str]:
             runs = self._client.search_runs([self._experiment], wanted, order_by=["attributes.start_time ASC"])
             return [run.info.run_id for run in runs]
 
-        if not found():
+        if not find_runs():
             tags = {STUDY: study, "mlflow.source.name": "lathe"}
             made = self._client.create_run(self._experiment, tags=tags, run_name=study).info.run_id
             self._client.set_terminated(made, "FINISHED")
-        return found()[0]
+        return find_runs()[0]
 
     def _require_experiment(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -194,7 +194,7 @@ class MlflowMirror(Mirror):
 
 
 def _format_error(error: Exception) -> str:
-    """Return in one line why it failed; of a connection the cause alone, not the four layers around it."""
+    """Return an error in one line; of a connection error the innermost cause alone."""
     text = " ".join(str(error).split())
     cause = re.search(r"\(Caused by \w+\((.*)\)\)", text)
     return cause[1].rpartition(": ")[2].strip("\"'") if cause else text[:300]

@@ -1,4 +1,4 @@
-"""A copy of what a run left, from the workspace or from a commit: what was missed can be sent when all has moved on."""
+"""Copies of a run's files, from the workspace or a commit, so that it can be sent later."""
 
 import io
 import logging
@@ -22,7 +22,7 @@ IN_GIT = (*CONFIGURATION, "metrics/train", "metrics/speed", "metrics/evaluate", 
 
 
 def copy_workspace(root: Path, folder: Path, context: Context) -> MirroredRun:
-    """Copy the files of the checkout `root` as they are now into the empty `folder`."""
+    """Copy the current files of the checkout `root` into the empty `folder`."""
     for name in IN_GIT:
         source, target = root / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def copy_workspace(root: Path, folder: Path, context: Context) -> MirroredRun:
 
 def copy_commit(commit: str, folder: Path, context: Context) -> MirroredRun:
     """Copy the files of a commit, an experiment's for one, into the empty `folder`."""
-    # The checkout of an experiment is gone when it has ended.
+    # In the main checkout, because that of an experiment is removed at its end.
     listed = list_paths("ls-tree", "-r", "--name-only", commit, "--", *IN_GIT, root=paths.MAIN)
     for name in CONFIGURATION:
         if name not in listed:
@@ -49,10 +49,10 @@ def copy_commit(commit: str, folder: Path, context: Context) -> MirroredRun:
 
 
 def find_mismatch(root: Path) -> str | None:
-    """Return a parameter or file of the checkout `root` that is not as its dvc.lock has it: after a run cut short.
+    """Return a parameter or file of the checkout `root` that differs from its dvc.lock, as after an interrupted run.
 
-    Of the files only answers and metrics are read again. `dvc status` is not asked: it would hold DVC's lock, which the
-    user's next command wants.
+    Of the files only answers and metrics are hashed. `dvc status` would hold DVC's lock, which the user's next command
+    needs.
     """
     with open_repository(root) as repo:
         stages = read_current_stages(repo).values()
@@ -61,18 +61,21 @@ def find_mismatch(root: Path) -> str | None:
         for key, value in stage.get("params", {}).get("params.yaml", {}).items():
             if dotted_keys.get_value(parameters, key) != value:
                 return str(key)
-    made = {out["path"]: out["md5"] for stage in stages for out in stage.get("outs", [])}
-    for path, md5 in [*made.items(), *((dep["path"], dep["md5"]) for stage in stages for dep in stage.get("deps", []))]:
-        if made.get(path, md5) != md5:
+    outputs = {out["path"]: out["md5"] for stage in stages for out in stage.get("outs", [])}
+    for path, md5 in [
+        *outputs.items(),
+        *((dep["path"], dep["md5"]) for stage in stages for dep in stage.get("deps", [])),
+    ]:
+        if outputs.get(path, md5) != md5:
             return str(path)
-        read_again = path.startswith("metrics/") or path == "data/generated"
-        if read_again and not ((root / path).exists() and hash_path(root / path) == md5):
+        is_hashed = path.startswith("metrics/") or path == "data/generated"
+        if is_hashed and not ((root / path).exists() and hash_path(root / path) == md5):
             return str(path)
     return None
 
 
 def _add_outputs(folder: Path, context: Context) -> MirroredRun:
-    """Link in what DVC keeps: by the hashes of the lock, so that it is of this very run."""
+    """Link the outputs from DVC's cache, by the hashes of the lock, so that they are those of this run."""
     tuning = read_yaml(folder / "params.yaml")["training"].get("tuning")
     outs = {
         out["path"]: out["md5"]

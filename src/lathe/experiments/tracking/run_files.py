@@ -1,4 +1,4 @@
-"""What is mirrored of a run, read from a folder with the files that its stages left.
+"""Run files: what is mirrored of a run, read from a folder with the files of its stages.
 
 The folder is a copy of a workspace or of a commit (`run_copies`), with `params.yaml`, `presets.yaml`,
 `dvc.lock`, `metrics/` and, as far as there are any, `models/adapter/` and the model card, each at its place in the
@@ -20,11 +20,11 @@ from lathe.common.json_files import read_json
 from lathe.config.yaml_files import read_yaml
 from lathe.provenance.lineage import digest_parameters
 
-# Points of a curve by its name: (optimizer step, value), in the order of dvclive's file.
+# The points of a curve by its name: (optimizer step, value), in the order of dvclive's file.
 CurvePoints = dict[str, list[tuple[int, float]]]
 
 CURVES = {"metrics/train/plots/metrics": "", "metrics/speed/plots/metrics": "speed/"}
-VARYING = "speed/"  # what the names of curves begin with that differ when the same training is run again
+VARYING = "speed/"  # prefix of the curves that differ when the same training is run again
 
 CONFIGURATION = ("params.yaml", "presets.yaml", "dvc.lock")
 MODEL_FILES = ("models/adapter", "models/gguf/README.md", "models/gguf/Modelfile")
@@ -35,7 +35,7 @@ _SIGNS = {">=": "at least", "<=": "at most", ">": "above", "<": "below", "*": "t
 
 @dataclass(frozen=True)
 class Context:
-    """What the files do not say of their run: the names that Git, DVC and a search have for it."""
+    """Names of a run that its files do not have: those of Git, DVC and a search."""
 
     commit: str | None = None
     experiment: str | None = None
@@ -45,7 +45,7 @@ class Context:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str]) -> "Context":
-        """Return what `lathe search` and DVC tell the stages that they run."""
+        """Read the variables that `lathe search` and DVC set for stages."""
         return Context(
             experiment=environment.get("DVC_EXP_NAME") or None,
             study=environment.get("LATHE_STUDY") or None,
@@ -54,24 +54,24 @@ class Context:
         )
 
     def write(self, folder: Path) -> None:
-        """Write it beside the files."""
+        """Write it next to the files."""
         (folder / _CONTEXT).write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @staticmethod
     def read(folder: Path) -> "Context":
-        """Return what `write` wrote."""
+        """Return the context that `write` wrote."""
         return Context(**read_json(folder / _CONTEXT))
 
 
 class MirroredRun:
-    """A run as trackers show it; everything is read when it is asked for, and once."""
+    """A run as trackers show it; its files are read when they are needed, once."""
 
     def __init__(self, folder: Path, context: Context) -> None:
         self.folder, self.context = folder, context
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
-        """Every parameter by its dotted key, where it is mirrored to aside, and those of the chosen presets."""
+        """Every parameter by its dotted key, without the section `tracking`, and those of the selected presets."""
         tree, presets = (read_yaml(self.folder / name) for name in CONFIGURATION[:2])
         tree = {key: value for key, value in tree.items() if key != "tracking"}
         chosen = {key: presets[f"{key}s"][tree[key]] for key in ("model", "dataset")}
@@ -84,15 +84,15 @@ class MirroredRun:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The name of the run on the trackers' pages."""
         parameters = self.parameters
         return self.context.experiment or f"{parameters['model']}-{parameters['dataset']}-{self.digest[:6]}"
 
     @cached_property
     def tags(self) -> dict[str, str]:
-        """What runs are searched by."""
+        """The tags by which runs are found."""
         context = self.context
-        found = {
+        tags = {
             "model": self.parameters["model"],
             "dataset": self.parameters["dataset"],
             "experiment": context.experiment,
@@ -100,33 +100,33 @@ class MirroredRun:
             "trial": context.trial,
             "sampler": context.sampler,
         }
-        return {key: value for key, value in found.items() if value is not None}
+        return {key: value for key, value in tags.items() if value is not None}
 
     @cached_property
     def curves(self) -> CurvePoints:
-        """The points that dvclive wrote."""
+        """The points in dvclive's files."""
         return read_curves(self.folder)
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """Each number of metrics/evaluate but those in lists: `evaluate/validation/merged/exact_match`."""
-        found: dict[str, float] = {}
+        """Each number of metrics/evaluate outside of lists: `evaluate/validation/merged/exact_match`."""
+        scores: dict[str, float] = {}
         for file in sorted((self.folder / "metrics/evaluate").glob("*.json")):
             for keys, value in dotted_keys.walk(read_json(file)):
                 if isinstance(value, int | float):
-                    found["/".join(("evaluate", file.stem, *map(_sanitize_name, keys)))] = float(value)
-        return found
+                    scores["/".join(("evaluate", file.stem, *map(_sanitize_name, keys)))] = float(value)
+        return scores
 
     @property
     def last_step(self) -> int:
-        """The step that the last points are of; 0 without a curve."""
+        """The step of the last points; 0 without a curve."""
         return max((points[-1][0] for points in self.curves.values() if points), default=0)
 
     @property
     def files(self) -> list[Path]:
-        """The files that are kept with the run, below its folder."""
-        found = [self.folder / name for name in (*CONFIGURATION, *MODEL_FILES)]
-        return [file for path in found for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+        """The files that are sent with the run."""
+        places = [self.folder / name for name in (*CONFIGURATION, *MODEL_FILES)]
+        return [file for path in places for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
 
     @cached_property
     def files_digest(self) -> str:
@@ -140,37 +140,37 @@ class MirroredRun:
 
 
 def read_curves(root: Path, *, since: float = 0.0) -> CurvePoints:
-    """Return the points of dvclive's files written after the time `since`; a line half written is left out."""
-    found: CurvePoints = {}
+    """Return the points of dvclive's files written after the time `since`, without an incomplete last line."""
+    curves: CurvePoints = {}
     for folder, prefix in CURVES.items():
         for file in sorted((root / folder).rglob("*.tsv")):
             if file.stat().st_mtime >= since:
                 name = prefix + file.relative_to(root / folder).with_suffix("").as_posix()
-                found[name] = _read_points(file)
-    return found
+                curves[name] = _read_points(file)
+    return curves
 
 
 def find_unsent_points(known: Mapping[str, Mapping[int, float]], curves: CurvePoints) -> list[tuple[str, int, float]]:
-    """Return each point, as (curve, step, value), of a step that is not known yet; those of one step side by side."""
-    found = [
+    """Return each point, as (curve, step, value), of a step that is not known yet, in the order of steps."""
+    points = [
         (name, step, value)
-        for name, points in curves.items()
-        for step, value in dict(points).items()
+        for name, curve in curves.items()
+        for step, value in dict(curve).items()
         if step not in known.get(name, {})
     ]
-    return sorted(found, key=lambda point: point[1])
+    return sorted(points, key=lambda point: point[1])
 
 
 def contradicts(known: Mapping[str, Mapping[int, float]], curves: CurvePoints, *, whole: bool) -> bool:
-    """Tell whether known points are of another run; `whole` where the curves have come to their end.
+    """Tell whether known points are of another run; `whole` if the curves are complete.
 
-    Speeds differ whenever something is run, and tell nothing.
+    Speeds differ in every run, and are ignored.
     """
     for name, points in known.items():
         if name.startswith(VARYING):
             continue
-        mine = dict(curves.get(name, ()))
-        if any(mine[step] != value if step in mine else whole for step, value in points.items()):
+        own = dict(curves.get(name, ()))
+        if any(own[step] != value if step in own else whole for step, value in points.items()):
             return True
     return False
 
@@ -182,7 +182,7 @@ def _read_points(file: Path) -> list[tuple[int, float]]:
 
 
 def _sanitize_name(name: str) -> str:
-    """Return a name in characters that every tracker takes: a gate has signs that MLflow refuses."""
+    """Return a name with characters that every tracker accepts: MLflow refuses the signs of gates."""
     for sign, word in _SIGNS.items():
         name = name.replace(sign, word)
     return re.sub(r"[^\w\-. ]", "_", name)

@@ -1,4 +1,4 @@
-"""`python -m lathe mirror`: runs that have ended, sent to where they lack; what is there is not sent again."""
+"""Command `python -m lathe mirror`: finished runs sent to the trackers that have not got them yet."""
 
 import logging
 import os
@@ -24,11 +24,11 @@ from lathe.provenance.revisions import find_revision, list_experiments
 logger = logging.getLogger(__name__)
 
 
-def run(revs: Sequence[str], asked: Collection[str]) -> int:
-    """Send the named runs, or without a name those that were missed; print a line each. Returns the exit code."""
+def run(revs: Sequence[str], only: Collection[str]) -> int:
+    """Send the named runs, or without a name the unsent ones; print a line each. Returns the exit code."""
     failed = 0
     with Progress("mirror", len(revs) or None, unit="run") as progress:
-        for name, outcome in _send_named(revs, asked) if revs else _send_unsent(asked):
+        for name, outcome in _send_named(revs, only) if revs else _send_unsent(only):
             failed += outcome is not None
             sys.stdout.write(f"{name}{f': {outcome}' if outcome else ''}\n")
             progress.add()
@@ -37,8 +37,8 @@ def run(revs: Sequence[str], asked: Collection[str]) -> int:
     return 1 if failed else 0
 
 
-def _send_named(revs: Sequence[str], asked: Collection[str]) -> Iterator[tuple[str, str | None]]:
-    chosen, overrides = targets.choose_targets(load().params.tracking, os.environ, asked=asked)
+def _send_named(revs: Sequence[str], only: Collection[str]) -> Iterator[tuple[str, str | None]]:
+    chosen, overrides = targets.choose_targets(load().params.tracking, os.environ, only=only)
     for line in overrides:
         logger.info("%s", line)
     if not chosen:
@@ -48,24 +48,24 @@ def _send_named(revs: Sequence[str], asked: Collection[str]) -> Iterator[tuple[s
     for rev in revs:
         with _copy_run(rev) as record:
             for target in chosen:
-                said, failure = _send_run(record, target)
-                yield f"{rev}: {said}", failure
+                outcome, failure = _send_run(record, target)
+                yield f"{rev}: {outcome}", failure
 
 
-def _send_unsent(asked: Collection[str]) -> Iterator[tuple[str, str | None]]:
+def _send_unsent(only: Collection[str]) -> Iterator[tuple[str, str | None]]:
     for folder in sorted(path for path in unsent_runs.PENDING.glob("*") if path.is_dir()):
-        with unsent_runs.lock_run(folder) as mine:
-            if not mine:
+        with unsent_runs.lock_run(folder) as is_locked:
+            if not is_locked:
                 yield folder.name, "another process is sending it"
                 continue
             left = unsent_runs.read_targets(folder)
-            for target in [target for target in left if not asked or target.name in asked]:
+            for target in [target for target in left if not only or target.name in only]:
                 record = MirroredRun(folder / unsent_runs.RUN, Context.read(folder / unsent_runs.RUN))
-                said, failure = _send_run(record, target)
+                outcome, failure = _send_run(record, target)
                 if failure is None:
                     left.remove(target)
                     unsent_runs.write_targets(folder, left)
-                yield f"{record.name}: {said}", failure
+                yield f"{record.name}: {outcome}", failure
             if not left:
                 shutil.rmtree(folder)
 
@@ -73,10 +73,10 @@ def _send_unsent(asked: Collection[str]) -> Iterator[tuple[str, str | None]]:
 @contextmanager
 def _copy_run(rev: str) -> Iterator[MirroredRun]:
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=SCRATCH) as name:  # beside DVC's cache, for links
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as name:  # on the file system of DVC's cache, for links
         folder = Path(name)
         if commit := find_revision(rev).commit:
-            names = {each.commit: each.name for each in list_experiments()}
+            names = {experiment.commit: experiment.name for experiment in list_experiments()}
             yield run_copies.copy_commit(commit, folder, Context(experiment=names.get(commit)))
             return
         record = run_copies.copy_workspace(paths.ROOT, folder, Context())

@@ -1,4 +1,4 @@
-"""Starts the process that mirrors a run, from the first stage that DVC starts, and waits for nothing."""
+"""Start of the mirror process, by the first stage that DVC runs; nothing waits for it."""
 
 import logging
 import os
@@ -21,12 +21,12 @@ KEPT_LOGS = 20
 
 
 def start_mirroring(stage: str, tracking: Tracking) -> None:
-    """Start what follows this run of the pipeline, unless an earlier stage has. Called by each stage that DVC runs."""
+    """Start the mirror process of this run of the pipeline, unless an earlier stage has. Each stage calls it."""
     try:
-        chosen, said = targets.choose_targets(tracking, os.environ)
+        chosen, notes = targets.choose_targets(tracking, os.environ)
     except InputError as error:
-        chosen, said = [], [f"mirrored nowhere: {error}"]  # no reason to stop a pipeline
-    if not chosen and not said:
+        chosen, notes = [], [f"mirrored nowhere: {error}"]  # does not stop a pipeline
+    if not chosen and not notes:
         return
     import psutil
 
@@ -34,12 +34,12 @@ def start_mirroring(stage: str, tracking: Tracking) -> None:
     mark = FOLLOWING / f"{dvc.pid}-{dvc.create_time():.2f}"
     mark.mkdir(parents=True, exist_ok=True)
     if stage == "train":
-        (mark / "training").touch()  # curves are this run's from now on
+        (mark / "training").touch()  # newer curves are of this run
     try:
         (mark / "started").touch(exist_ok=False)
     except FileExistsError:
         return
-    for line in said:
+    for line in notes:
         logger.info("%s", line)
     if chosen:
         log = LOGS / f"{time.strftime('%Y%m%d-%H%M%S')}-{dvc.pid}.log"
@@ -48,7 +48,7 @@ def start_mirroring(stage: str, tracking: Tracking) -> None:
 
 
 def is_running(mark: Path) -> bool:
-    """Tell whether the DVC process is there whose run a folder of `begun` stands for."""
+    """Tell whether the DVC process of a folder of `start_mirroring` is running."""
     import psutil
 
     pid, _, created = mark.name.partition("-")
@@ -66,12 +66,12 @@ def _start_process(mark: Path, log: Path) -> None:
     log.parent.mkdir(exist_ok=True)
     for old in sorted(LOGS.glob("*.log"))[: -KEPT_LOGS + 1]:
         old.unlink(missing_ok=True)
-    # Known as a stage of DVC it would end with this one.
+    # With DVC_STAGE it would end with this process.
     inherited = {key: value for key, value in os.environ.items() if key != "DVC_STAGE"}
     with log.open("wb") as written:
         subprocess.Popen(
             [sys.executable, "-m", "lathe", "mirror", "--follow", str(mark)],
-            cwd=paths.MAIN,  # an experiment's own folder goes before this process does
+            cwd=paths.MAIN,  # an experiment's own folder is removed before this process ends
             env={**inherited, "PYTHONPATH": str(paths.ROOT / "src"), "LATHE_CHECKOUT": str(paths.ROOT)},
             stdin=subprocess.DEVNULL,
             stdout=written,

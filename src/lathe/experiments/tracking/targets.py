@@ -1,4 +1,4 @@
-"""Where runs are mirrored to: the section `tracking` of params.yaml, and the environment, which wins."""
+"""Targets of mirrors: the section `tracking` of params.yaml, overridden by the environment."""
 
 import importlib.util
 from collections.abc import Collection, Mapping
@@ -16,7 +16,7 @@ _SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no
 
 @dataclass(frozen=True)
 class MlflowTarget:
-    """An experiment of an MLflow server. User, password and token are the client's to read from the environment."""
+    """An experiment of an MLflow server. The client reads user, password and token from the environment."""
 
     tracking_uri: str
     experiment_name: str
@@ -28,7 +28,7 @@ class MlflowTarget:
 
 @dataclass(frozen=True)
 class WandbTarget:
-    """A project of Weights & Biases. The key is the client's to read from the environment."""
+    """A project of Weights & Biases. The client reads the key from the environment."""
 
     mode: str
     project: str
@@ -42,16 +42,16 @@ Target = MlflowTarget | WandbTarget
 
 
 def choose_targets(
-    tracking: Tracking, environment: Mapping[str, str], *, asked: Collection[str] = ()
+    tracking: Tracking, environment: Mapping[str, str], *, only: Collection[str] = ()
 ) -> tuple[list[Target], list[str]]:
-    """Return where runs go, and for each variable of the environment that overrides params.yaml a line that says so.
+    """Return the targets, and a message for each variable of the environment that overrides params.yaml.
 
-    `asked` names the only ones that are wanted, enabled or not. Raises InputError for a variable of no use, and
-    for a tracker whose package is not installed.
+    `only` names the wanted ones, enabled or not. Raises InputError for a variable with an invalid value, and for a
+    tracker whose package is not installed.
     """
     overrides: list[str] = []
 
-    def chosen(key: str, variable: str, written: str) -> str:
+    def override(key: str, variable: str, written: str) -> str:
         value = environment.get(variable) or written
         if value != written:
             overrides.append(f"tracking.{key} is {value!r}, by {variable} of the environment")
@@ -75,28 +75,28 @@ def choose_targets(
     ):
         if enabled[name] != written:
             overrides.append(f"tracking.{name}.enabled is {enabled[name]}, by {variable} of the environment")
-    found: list[Target] = []
-    if "mlflow" in asked or (enabled["mlflow"] and not asked):
-        uri = chosen("mlflow.tracking_uri", "MLFLOW_TRACKING_URI", mlflow.tracking_uri)
+    chosen: list[Target] = []
+    if "mlflow" in only or (enabled["mlflow"] and not only):
+        uri = override("mlflow.tracking_uri", "MLFLOW_TRACKING_URI", mlflow.tracking_uri)
         try:
             check_plain_address(uri)
         except ValueError as error:
             raise InputError(
                 f"MLFLOW_TRACKING_URI: {error}, MLFLOW_TRACKING_PASSWORD for one", code="invalid-variable"
             ) from None
-        experiment = chosen("mlflow.experiment_name", "MLFLOW_EXPERIMENT_NAME", mlflow.experiment_name)
-        found.append(MlflowTarget(uri.rstrip("/"), experiment))
-    if "wandb" in asked or (enabled["wandb"] and not asked):
+        experiment = override("mlflow.experiment_name", "MLFLOW_EXPERIMENT_NAME", mlflow.experiment_name)
+        chosen.append(MlflowTarget(uri.rstrip("/"), experiment))
+    if "wandb" in only or (enabled["wandb"] and not only):
         if wandb.enabled and mode != "disabled":
-            chosen("wandb.mode", "WANDB_MODE", wandb.mode)
-        found.append(WandbTarget(mode if mode != "disabled" else wandb.mode, wandb.project))
-    for target in found:
+            override("wandb.mode", "WANDB_MODE", wandb.mode)
+        chosen.append(WandbTarget(mode if mode != "disabled" else wandb.mode, wandb.project))
+    for target in chosen:
         package = importlib.util.find_spec(target.name)
         if package is None or package.origin is None:  # without an origin it is the folder of W&B's runs
             missing = missing_extra(ModuleNotFoundError(name=target.name))
             assert missing
             raise missing
-    return found, overrides
+    return chosen, overrides
 
 
 def to_json(target: Target) -> dict[str, Any]:

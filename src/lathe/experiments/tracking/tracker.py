@@ -1,4 +1,4 @@
-"""What every tracker does with a run."""
+"""Tracker: the interface of a mirror, one run at one tracker."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,7 @@ from lathe.experiments.tracking.targets import Target
 
 
 class TrackerUnreachableError(Exception):
-    """The tracker is away, too slow, or refuses; the message is one line. What was asked may be asked again."""
+    """The tracker does not answer in time, or refuses; the message is one line. The call may be repeated."""
 
 
 class Mirror(ABC):
@@ -24,27 +24,27 @@ class Mirror(ABC):
     @property
     @abstractmethod
     def address(self) -> str | None:
-        """Where the run can be looked at; None before it is there."""
+        """The address of the run's page; None before it is created."""
 
     @abstractmethod
     def check(self) -> None:
-        """Ask whether it would take a run; nothing is made."""
+        """Check whether the tracker would accept a run; nothing is created."""
 
     @abstractmethod
     def update(self, curves: CurvePoints) -> int:
-        """Send the points that are not there yet; return how many. The run begins with the first of them."""
+        """Send the points that the tracker has not got yet; return how many. The first one creates the run."""
 
     @abstractmethod
     def finish(self, record: MirroredRun) -> int:
-        """Send all that is not there yet and end the run; return the number of points."""
+        """Send everything that the tracker has not got yet and end the run; return the number of points."""
 
     @abstractmethod
     def mark_interrupted(self) -> None:
-        """Say of a run that has begun that it was cut short."""
+        """Mark a run that was created as interrupted."""
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from sending this run. Raises UnreachableError while one does."""
+        """Lock the run against other processes. Raises TrackerUnreachableError while one sends it."""
         key = hashlib.sha256(
             f"{self.target} {self.record.digest} {self.record.context.experiment}".encode()
         ).hexdigest()

@@ -6,7 +6,7 @@ from lathe.experiments.tracking.tracker import Mirror
 
 
 def create_mirror(target: Target, record: MirroredRun) -> Mirror:
-    """Return the run of `record` at `target`; nothing is asked of it yet."""
+    """Return the mirror of `record` at `target`; nothing is requested yet."""
     if isinstance(target, MlflowTarget):
         from lathe.experiments.tracking.mlflow_tracker import MlflowMirror
 

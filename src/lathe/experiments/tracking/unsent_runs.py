@@ -1,4 +1,4 @@
-"""Runs that could not be sent, each a folder with a copy of what it left and the names of those who lack it."""
+"""Unsent runs: a folder each, with a copy of the run's files and the targets that have not got it."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -17,21 +17,21 @@ _TARGETS = "targets.json"
 
 
 def write_targets(folder: Path, left: Sequence[Target]) -> None:
-    """Write down where the run in `folder` is still to be sent."""
+    """Write the targets that the run in `folder` must still be sent to."""
     partial = folder / f".{_TARGETS}"
     partial.write_text(json.dumps([targets.to_json(target) for target in left]), encoding="utf-8")
     partial.rename(folder / _TARGETS)
 
 
 def read_targets(folder: Path) -> list[Target]:
-    """Return what `remember` wrote; nothing for a run that never came to its end."""
+    """Return the targets of `write_targets`; none for a run that did not finish."""
     file = folder / _TARGETS
     return [targets.from_json(tree) for tree in read_json(file)] if file.exists() else []
 
 
 @contextmanager
 def lock_run(folder: Path) -> Iterator[bool]:
-    """Hold a folder of a run; yields False where another process does."""
+    """Lock the folder of a run; yields False if another process holds the lock."""
     lock = folder.with_name(f"{folder.name}.lock")
     held = acquire_lock(lock)
     if held is None:

@@ -1,4 +1,4 @@
-"""A run at Weights & Biases. What was written is kept in .scratch: a folder of an offline run asks nobody."""
+"""W&B mirror: a run at Weights & Biases. Sent points are noted in .scratch, because an offline run has no server."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ from lathe.experiments.tracking.tracker import Mirror, TrackerUnreachableError
 
 FOLDER = paths.MAIN / "wandb"
 
-# Nothing but the run itself is sent: neither errors of the client's own nor what it finds on the machine.
+# Only the run itself is sent: no errors of the client and nothing about the machine.
 ENVIRONMENT = {"WANDB_ERROR_REPORTING": "false"}
 PLACES = {name: str(FOLDER / "data") for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR")}
 SETTINGS = {
@@ -39,37 +39,37 @@ LONGEST_TAG = 64  # characters
 
 
 class WandbMirror(Mirror):
-    """The run of `record`; of runs with its parameters the one whose points it does not contradict."""
+    """The run of `record`: among those with its parameters the one whose points it does not contradict."""
 
     def __init__(self, target: WandbTarget, record: MirroredRun) -> None:
         super().__init__(target, record)
         self.target: WandbTarget = target
         self.run: Any = None
-        self.note: Path | None = None  # what follows is kept here
+        self.note: Path | None = None  # the file with the attributes below
         self.id = ""
         self.known: dict[str, dict[int, float]] = {}
         self.folder: str | None = None
-        self.finished: str | None = None  # digest of everything, once all was sent
+        self.finished: str | None = None  # digest of everything, after all was sent
 
     @property
     def address(self) -> str | None:
-        """Where the run can be looked at: a page, or an offline run's folder."""
+        """The address of the run's page, or an offline run's folder."""
         return (self.run and self.run.url) or self.folder
 
     def check(self) -> None:
-        """Look for the key, which is all that can be said without making a run."""
+        """Look for the key: nothing else can be checked without creating a run."""
         if self.target.mode == "online" and not os.environ.get(KEY):
             raise TrackerUnreachableError(f"{KEY} is not set; set it, or tracking.wandb.mode to offline")
 
     def update(self, curves: CurvePoints) -> int:
-        """Send the points that are not there yet."""
+        """Send the points that were not sent yet."""
         with self._translate_errors():
             if self.note is None or contradicts(self.known, curves, whole=False):
                 self._find_run(curves, whole=False)
             return self._send_points(find_unsent_points(self.known, curves))
 
     def finish(self, record: MirroredRun) -> int:
-        """Send all that is not there yet, and end the run."""
+        """Send everything that was not sent yet, and end the run."""
         everything = json.dumps([record.tags, record.scores, record.files_digest], sort_keys=True)
         digest = hashlib.sha256(everything.encode()).hexdigest()
         with self._translate_errors():
@@ -89,7 +89,7 @@ class WandbMirror(Mirror):
         return sent
 
     def mark_interrupted(self) -> None:
-        """Say of a run that has begun that it was cut short."""
+        """Mark a run that was created as interrupted."""
         with self._translate_errors():
             if self.run is not None:
                 self.run.finish(exit_code=1)
@@ -126,7 +126,7 @@ class WandbMirror(Mirror):
                 return
 
     def _open_run(self, record: MirroredRun) -> None:
-        """Begin the run, or go on with it; an offline folder cannot be gone on with, and is written anew."""
+        """Create the run, or resume it; an offline folder cannot be resumed and is written again."""
         if self.run is not None:
             return
         offline = self.target.mode == "offline"

@@ -8,8 +8,6 @@ is a complete Hugging Face model with a SentencePiece vocabulary, which llama.cp
 import io
 import logging
 import string
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from lathe.common.progress import Progress
 from lathe.models.model_folder import write_json
 from lathe.sources.builtin import household_commands
 
@@ -221,9 +219,8 @@ def _train(model: Any, documents: Sequence[Sequence[int]], arrow: int, seed: int
         for optimizer in optimizers
     ]
     model.train()
-    started = logged = time.monotonic()
-    with tqdm(total=recipe.steps, desc="tiny", unit="step", disable=not sys.stderr.isatty()) as bar:
-        for step, rows in enumerate(_iterate_batches(documents, seed, recipe), start=1):
+    with Progress("tiny", recipe.steps, unit="step") as progress:
+        for rows in _iterate_batches(documents, seed, recipe):
             input_ids, targets, weights = _build_batch(
                 rows, arrow, recipe.request_weight, pad=model.config.pad_token_id
             )
@@ -240,12 +237,8 @@ def _train(model: Any, documents: Sequence[Sequence[int]], arrow: int, seed: int
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-            bar.update()
-            now = time.monotonic()
-            if step == recipe.steps or (bar.disable and now - logged > 10):
-                left = (now - started) / step * (recipe.steps - step)
-                logger.info("tiny: step %d of %d, loss %.3f, %.0f s left", step, recipe.steps, loss.item(), left)
-                logged = now
+            progress.add()
+    logger.info("tiny: trained for %d steps, loss %.3f", recipe.steps, loss.item())
     return "bf16 autocast" if native_bf16 else "fp32"
 
 
