@@ -115,7 +115,7 @@ def check(launcher: str) -> Path:
     file = Path(options[options.index("--config_file") + 1])
     if file.is_absolute() or file.parent != CONFIGS:
         raise InputError(
-            f"training.launcher: {file} lies outside {CONFIGS}, whose changes re-run training; put a copy there",
+            f"training.launcher: {file} is outside {CONFIGS}, whose changes re-run training; put a copy there",
             code="launcher-config-outside",
         )
     if not (paths.ROOT / file).is_file():

@@ -1,4 +1,4 @@
-"""Where everything lies, and how a file or folder appears whole or not at all."""
+"""Paths of the checkout, and files and folders that appear complete or not at all."""
 
 import os
 import shutil

@@ -153,6 +153,6 @@ def _check_saved(modules: dict[str, torch.nn.Module], targeted: list[str], ends:
             )
         if outer := next((other for other in saved if name.startswith(f"{other}.")), None):
             raise InputError(
-                f"{matches}, which lies in {outer}, trained whole too; name only one of them",
+                f"{matches}, which is inside {outer}, trained whole too; name only one of them",
                 code="layer-inside-another",
             )

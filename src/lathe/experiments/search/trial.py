@@ -130,7 +130,7 @@ def explain_failure(log: str, code: int) -> str:
             r"^(?:error: .*|(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*|fatal: .*)$", log, re.MULTILINE
         )
         or re.findall(r"^(?:ERROR: )?(\S.*)$", log, re.MULTILINE)
-        or [f"ended with {code} and said nothing"]
+        or [f"ended with {code} and printed nothing"]
     )
     if not stages:
         return errors[-1]
