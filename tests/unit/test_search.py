@@ -193,7 +193,7 @@ def test_a_failure_is_told_by_its_stage_and_its_last_error():
     assert trial.explain_failure(missing, 255) == "generate@base: [Errno 2] No such file or directory: 'data/none.txt'"
     raised = "Traceback (most recent call last):\n  File\ntorch.OutOfMemoryError: CUDA out of memory\n"
     assert trial.explain_failure(raised, 1) == "torch.OutOfMemoryError: CUDA out of memory"
-    assert trial.explain_failure("", 3) == "ended with 3 and said nothing"
+    assert trial.explain_failure("", 3) == "ended with 3 and printed nothing"
     assert not trial.was_killed(LOG, 255)
     assert trial.was_killed("", -9)
     assert trial.was_killed("ERROR: failed to run: exec python3 x, exited with -9", 255)

@@ -44,6 +44,6 @@ def convert(model: Path, out: Path, *, outtype: str, llama_cpp: Path, metadata: 
     arguments = [str(model.absolute()), "--outfile", str(out.absolute()), "--outtype", outtype]
     if refusal := run_converter(llama_cpp, "convert_hf_to_gguf.py", metadata, arguments, out):
         raise InputError(
-            f"{model}: llama.cpp's converter refuses it: {refusal} (LATHE_LOG_LEVEL=debug shows all it said)",
+            f"{model}: llama.cpp's converter refuses it: {refusal} (LATHE_LOG_LEVEL=debug shows its whole output)",
             code="conversion-refused",
         )

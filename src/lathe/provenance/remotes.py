@@ -264,7 +264,7 @@ def _find_cause(error: Exception, step: str, name: str, settings: Mapping[str, A
             return problem, remedy
     if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
         return f"may not {step} there ({error.strerror or error})", "make it a folder that this user can write to"
-    text = " ".join(str(error).split()) or "no more is said"
+    text = " ".join(str(error).split()) or "no reason given"
     return (
         f"could not {step} there: {type(error).__name__}: {text}",
         f"see `dvc remote modify --help` and {name} in .dvc/config",

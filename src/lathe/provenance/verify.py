@@ -89,7 +89,7 @@ def _compare_file(
     elif (actual := hash_path(path, advance)) != expected:
         problem = f"changed ({actual}, in dvc.lock {expected})"
         if not cached.exists():
-            yield OutputProblem(name, problem, "`dvc pull` or `dvc repro` makes it anew")
+            yield OutputProblem(name, problem, "`dvc pull` or `dvc repro` makes it again")
         elif os.path.samefile(path, cached) or hash_path(cached, advance) != expected:
             yield OutputProblem(name, f"{problem}, in DVC's cache too", _suggest_removal(cached))
         else:

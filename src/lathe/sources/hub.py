@@ -236,7 +236,7 @@ class Repository:
                 partial.unlink()
                 raise InputError(
                     f"{self.name}: {file.path} came with another hash than the hub announced ({blob.name[:12]}…); it "
-                    "is removed, run again to download it anew",
+                    "is removed, run again to download it",
                     code="wrong-hash",
                 )
             partial.replace(blob)
@@ -261,7 +261,7 @@ class Repository:
                 partial.unlink()
                 raise InputError(
                     f"{self.name}: {file.path} came in another size than the hub announced ({file.size} bytes); it is "
-                    "removed, run again to download it anew",
+                    "removed, run again to download it",
                     code="wrong-size",
                 ) from None
 

@@ -1,7 +1,7 @@
 """The `commands` dataset: spoken household commands and the compact JSON that a smart home would act on.
 
 A request is put together from a small grammar: a target (device and room), an action, perhaps a value, perhaps a
-delay or a time of day, said plainly, politely or clumsily. The answer names what was understood, keys always in the
+delay or a time of day, phrased plainly, politely or clumsily. The answer names what was understood, keys always in the
 same order, or says why the request cannot be carried out:
 
     Would you kindly set the light in the loft to 40 percent at half past nine?
@@ -111,7 +111,7 @@ UNKNOWN_ROOMS = ("dungeon", "greenhouse", "sauna", "ballroom", "stable", "chapel
 
 OPPOSITES = {"on": "off", "off": "on", "open": "close", "close": "open", "lock": "unlock", "unlock": "lock"}
 
-# {} is the target. What is said in full can be wrapped politely; what is said in a few words cannot.
+# {} is the target. A full phrase can be wrapped politely; a phrase of few words cannot.
 SPOKEN = {
     "on": ("turn on {}", "switch on {}", "turn {} on", "switch {} on", "start {}", "put {} on"),
     "off": ("turn off {}", "switch off {}", "turn {} off", "switch {} off", "stop {}", "shut off {}"),
@@ -258,7 +258,7 @@ def _make_rejected(rng: Random, command: Command, known: Sequence[DeviceInRoom])
     others: Sequence[str | int]
     match wrong:
         case "action":
-            answer = {key: said for key, said in answer.items() if key != "value"}
+            answer = {key: value for key, value in answer.items() if key != "value"}
             others = [action for action in device.actions if action != "set"]
         case "device":
             others = [other.name for other, room in known if room == answer["room"]]
@@ -312,8 +312,8 @@ def _draw_valid(rng: Random, pairs: Sequence[DeviceInRoom]) -> Command:
         answer["value"] = value
         phrase = _phrase_value(rng, device, value)
     when, timing = _draw_time(rng)
-    said = _phrase(rng, action, rng.choice(device.aliases), rng.choice(ROOMS[room]), phrase, when)
-    return Command(said, answer | timing)
+    wording = _phrase(rng, action, rng.choice(device.aliases), rng.choice(ROOMS[room]), phrase, when)
+    return Command(wording, answer | timing)
 
 
 def _draw_faulty(rng: Random, pairs: Sequence[DeviceInRoom]) -> Command:
@@ -328,37 +328,37 @@ def _draw_faulty(rng: Random, pairs: Sequence[DeviceInRoom]) -> Command:
     match error:
         case "unknown device":
             action = rng.choice(("on", "off", "open", "close"))
-            said = _phrase(rng, action, rng.choice(UNKNOWN_DEVICES), room, "", when)
+            wording = _phrase(rng, action, rng.choice(UNKNOWN_DEVICES), room, "", when)
         case "unknown room":
-            said = _phrase(rng, action, name, rng.choice(UNKNOWN_ROOMS), phrase, when)
+            wording = _phrase(rng, action, name, rng.choice(UNKNOWN_ROOMS), phrase, when)
         case "impossible":
             action = rng.choice([a for a in OPPOSITES if a not in device.actions])
-            said = _phrase(rng, action, name, room, "", when)
+            wording = _phrase(rng, action, name, room, "", when)
         case "contradictory":
             action = rng.choice([a for a in device.actions if a in OPPOSITES])
-            said, timing = _phrase_contradiction(rng, action, name, room), {}
+            wording, timing = _phrase_contradiction(rng, action, name, room), {}
         case "out of range":
             device, room_name = rng.choice([pair for pair in pairs if pair[0].values])
             action, value = "set", rng.choice(device.values_out_of_range)
             phrase = _phrase_value(rng, device, value)
-            said = _phrase(rng, action, rng.choice(device.aliases), rng.choice(ROOMS[room_name]), phrase, when)
+            wording = _phrase(rng, action, rng.choice(device.aliases), rng.choice(ROOMS[room_name]), phrase, when)
         case "missing value":
             device, room_name = rng.choice([pair for pair in pairs if pair[0].values])
             action, value, timing = "set", device.values[0], {}
             target = _phrase_target(rng, TARGETS, rng.choice(device.aliases), rng.choice(ROOMS[room_name]))
-            said = _wrap(rng, PLAIN + POLITE, rng.choice(SPOKEN_WITHOUT_VALUE).format(target), "")
+            wording = _wrap(rng, PLAIN + POLITE, rng.choice(SPOKEN_WITHOUT_VALUE).format(target), "")
         case "missing device":
             action = rng.choice(list(OPPOSITES))
             target = rng.choice(("it in the {}", "that thing in the {}", "something in the {}")).format(room)
-            said = _wrap(rng, PLAIN + POLITE, rng.choice(SPOKEN[action]).format(target), when)
+            wording = _wrap(rng, PLAIN + POLITE, rng.choice(SPOKEN[action]).format(target), when)
         case _:
             target = rng.choice(("the {}", "my {}")).format(name)
             spoken = rng.choice(SPOKEN[action]).format(target, value=phrase)
-            said = _wrap(rng, PLAIN + POLITE, spoken, when)
+            wording = _wrap(rng, PLAIN + POLITE, spoken, when)
     unnoticed: CommandAnswer = {"action": action, "device": device.name, "room": room_name}
     if action == "set":
         unnoticed["value"] = value
-    return Command(said, {"error": error}, unnoticed | timing)
+    return Command(wording, {"error": error}, unnoticed | timing)
 
 
 def _phrase_contradiction(rng: Random, action: str, device: str, room: str) -> str:
@@ -402,7 +402,7 @@ def _wrap(rng: Random, wrappers: Sequence[str], spoken: str, when: str) -> str:
 
 
 def _draw_time(rng: Random) -> tuple[str, CommandAnswer]:
-    """Return how a moment is said and what it means; three in ten requests name none."""
+    """Return the wording of a moment and its meaning; three in ten requests name none."""
     kind = rng.random()
     if kind < 0.3:
         return "", {}
@@ -430,6 +430,6 @@ def _draw_clock_time(rng: Random) -> tuple[str, CommandAnswer]:
     time = f"{hour}:{minute:02}"
     if kind < 0.6 and hour % 12:  # nobody agrees on what 12 am is
         half = "am" if hour < 12 else "pm"
-        said = f"{hour % 12}:{minute:02} {half}" if minute else f"{hour % 12} {half}"
-        return f"at {said}", {"time": time}
+        wording = f"{hour % 12}:{minute:02} {half}" if minute else f"{hour % 12} {half}"
+        return f"at {wording}", {"time": time}
     return (f"at {time}" if minute else f"at {hour} o'clock"), {"time": time}
