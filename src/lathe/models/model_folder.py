@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from lathe.common.errors import InputError
@@ -199,7 +198,3 @@ def _open_safetensors(path: Path, framework: str) -> Any:
         raise InputError(
             f"{path}: not a whole safetensors file ({reason}): copy or download it again", code="safetensors-invalid"
         ) from None
-
-
-# The safetensors types that a change can be added to; tensors of other types are only copied.
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -32,3 +32,7 @@ def has_native_bf16() -> bool:
         # macOS' torch is built without mkldnn.
         return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+# The safetensors types that a change can be added to; tensors of other types are only copied.
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

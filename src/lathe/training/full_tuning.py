@@ -9,9 +9,7 @@ from safetensors.torch import save_file
 
 from lathe.common.errors import InputError
 from lathe.models.model_folder import INDEX_FILE, TUNING_FILE, Weights, open_model
-
-# Types that full tuning loads as float32 and trains; tensors of any other type are not changed.
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from lathe.models.precision import FLOATS
 
 
 def map_to_base_names(

@@ -9,7 +9,8 @@ import torch
 
 from lathe.common.errors import InputError
 from lathe.models.merge.read_adapter import TensorChange, get_module_name, list_adapter_tensors
-from lathe.models.model_folder import FLOATS, ITEMSIZES, StoredTensor, Weights, get_text_value
+from lathe.models.model_folder import ITEMSIZES, StoredTensor, Weights, get_text_value
+from lathe.models.precision import FLOATS
 
 OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16"}
 

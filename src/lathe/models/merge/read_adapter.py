@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
-from lathe.models.model_folder import (
-    ADAPTER_FILE,
-    FLOATS,
-    Weights,
-    read_json,
-)
+from lathe.models.model_folder import ADAPTER_FILE, Weights, read_json
+from lathe.models.precision import FLOATS
 
 # Models with transformers' Conv1D layers, whose weights are stored transposed; a square one cannot be recognized.
 CONV1D_MODELS = {"clvp", "convbert", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}

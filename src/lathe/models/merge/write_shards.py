@@ -13,14 +13,8 @@ from lathe.common.errors import InputError
 from lathe.models.merge.lora_delta import iterate_row_chunks, merge_rows, reshape_to_rows
 from lathe.models.merge.plan import MergedTensor
 from lathe.models.merge.read_adapter import list_adapter_tensors
-from lathe.models.model_folder import (
-    FLOATS,
-    INDEX_FILE,
-    ITEMSIZES,
-    SINGLE_FILE,
-    Weights,
-    write_json,
-)
+from lathe.models.model_folder import INDEX_FILE, ITEMSIZES, SINGLE_FILE, Weights, write_json
+from lathe.models.precision import FLOATS
 
 log = logging.getLogger(__name__)
 
