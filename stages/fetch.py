@@ -29,13 +29,12 @@ def main(config: Config, item: str) -> None:
 
 def _fetch(config: Config, item: str, folder: Path) -> fetch.Origin | None:
     params = config.params
-    match item:
-        case "model":
-            origin = fetch.fetch_model(config.model, folder, seed=params.seed)
-            return {"name": params.model, "source": config.model.source, **origin}
-        case "dataset":
-            origin = fetch.fetch_dataset(config.dataset, folder, seed=params.seed)
-            return {"name": params.dataset, "source": config.dataset.source, **origin}
+    if item == "model":
+        origin = fetch.fetch_model(config.model, folder, seed=params.seed)
+        return {"name": params.model, "source": config.model.source, **origin}
+    if item == "dataset":
+        origin = fetch.fetch_dataset(config.dataset, folder, seed=params.seed)
+        return {"name": params.dataset, "source": config.dataset.source, **origin}
     encoder = params.bert_score.model
     if "bert_score" not in params.evaluate.metrics or encoder is None:
         return None
