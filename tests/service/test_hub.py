@@ -288,7 +288,7 @@ def test_what_comes_in_another_size_is_refused_and_removed(user: User) -> None:
     repository.announced_sizes["model.safetensors"] = 5
     assert user.refused() == (
         f"{MODEL}: model.safetensors came in another size than the hub announced (5 bytes); it is removed, run again "
-        "to download it anew"
+        "to download it"
     )
     assert not user.partials()
 
