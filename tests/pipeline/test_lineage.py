@@ -161,7 +161,7 @@ def test_a_renamed_copy_names_its_dataset_base_and_commit(made, elsewhere):
         ("data/processed/test.jsonl", "data", "data/processed", ["test.jsonl"]),
         ("models/adapter/adapter_model.safetensors", "model", "models/adapter", ["adapter_model.safetensors"]),
         ("src/lathe/models/merge/merge.py", "code", "src/lathe/models/merge/", ["src/lathe/models/merge/merge.py"]),
-        ("src/lathe/training/sft.py", "code", "src/lathe/training/", ["src/lathe/training/sft.py"]),
+        ("src/lathe/training/sft.py", "code", "src/lathe/training/sft.py", []),
         ("models/gguf/Q4_K_M.gguf", "file", "models/gguf/Q4_K_M.gguf", []),
     ],
 )
