@@ -298,6 +298,8 @@ def test_the_command_prints_a_line_and_has_its_exit_code(repository, monkeypatch
         return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
 
     shutil.copytree(paths.ROOT / "src", repository / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", "params.yaml"):  # what makes a folder a checkout of Lathe
+        shutil.copy(paths.ROOT / name, repository / name)
     done = asked("--remote", "ycloud")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("ycloud (s3://shared/dvc) at http://127.0.0.1")
