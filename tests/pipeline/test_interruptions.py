@@ -114,7 +114,7 @@ def test_a_killed_conversion_leaves_no_process_and_ends_the_same_when_run_again(
     command = ["dvc", "repro", "--single-item", "--force", "convert_merged"]
     with subprocess.Popen(command, cwd=checkout.root, env=checkout.environment, start_new_session=True) as process:
         deadline = time.monotonic() + 60
-        while not any("converter_run" in " ".join(p.cmdline()) for p in psutil.Process(process.pid).children(True)):
+        while not any("run_converter" in " ".join(p.cmdline()) for p in psutil.Process(process.pid).children(True)):
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.01)
