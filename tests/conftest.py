@@ -91,6 +91,10 @@ class Checkout:
         assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
+    def check(self) -> None:
+        """Run what `make repro` runs before `dvc repro`: it repairs what a kill cut short."""
+        self.run(sys.executable, "-m", "lathe", "check", env={"PYTHONPATH": str(self.root / "src")})
+
     def stage(self, name: str, *items: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run one stage's script."""
         return self.run(sys.executable, f"stages/{name}.py", *items, check=check)

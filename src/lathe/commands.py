@@ -1,9 +1,11 @@
 """Commands of `lathe`: what each does with its arguments; `cli.py` has the parser."""
 
 import argparse
+import json
 import logging
 import os
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -96,10 +98,15 @@ def print_config(section: str | None, stage_name: str | None, overrides: list[st
 
 
 def check_configuration() -> None:
-    """Refuse wrong parameters, presets and general text; restore a dvc.lock that a kill truncated."""
+    """Refuse wrong parameters, presets and general text; repair files of DVC that a kill truncated."""
     from lathe.inference import general_text
 
     general_text.read_paragraphs(paths.ROOT / load().params.evaluate.general_text)
+    _restore_truncated_lock()
+    _remove_truncated_rwlock()
+
+
+def _restore_truncated_lock() -> None:
     lock = paths.ROOT / "dvc.lock"
     # DVC does not write it atomically, and refuses a truncated one.
     if not lock.exists() or _is_complete(lock.read_text(encoding="utf-8", errors="replace")):
@@ -114,6 +121,22 @@ def check_configuration() -> None:
     logger.warning(
         "dvc.lock was cut short while DVC wrote it: the committed one is back; what ran since comes from cache"
     )
+
+
+def _remove_truncated_rwlock() -> None:
+    """Remove DVC's list of what running commands read and write where it is no JSON: DVC refuses to run with it."""
+    listing = paths.ROOT / ".dvc/tmp/rwlock"
+    for pause in (0.0, 0.5):  # another DVC may be writing it
+        time.sleep(pause)
+        try:
+            json.loads(listing.read_text(encoding="utf-8"))
+            return
+        except FileNotFoundError:
+            return
+        except ValueError:
+            continue
+    listing.unlink(missing_ok=True)
+    logger.warning(".dvc/tmp/rwlock was cut short while DVC wrote it: it is removed")
 
 
 def _is_complete(lock: str) -> bool:

@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +59,7 @@ def kill(process: "subprocess.Popen[bytes]", victim: str) -> None:
 
 def run_again(checkout: Checkout, *arguments: str) -> None:
     """What `make repro` does once there is an environment."""
-    checkout.run(sys.executable, "-m", "lathe", "check", env={"PYTHONPATH": str(checkout.root / "src")})
+    checkout.check()
     checkout.run("dvc", "repro", *arguments)
 
 
@@ -77,6 +76,18 @@ def test_a_lock_cut_short_is_put_back_and_what_ran_since_comes_from_the_cache(
         lock.write_text(text[:cut])
         run_again(checkout, "quantize@Q4_0")
         assert output_hashes(checkout) == whole
+
+
+def test_a_list_of_running_commands_cut_short_is_removed(reproduced: Checkout, tmp_path: Path) -> None:
+    checkout = copy_of(reproduced, tmp_path / "lathe")
+    listing = checkout.root / ".dvc/tmp/rwlock"
+    for cut in ("", '{"a": {"wri'):
+        listing.write_text(cut)
+        assert checkout.run("dvc", "repro", check=False).returncode != 0
+        run_again(checkout)
+    listing.write_text("{}")
+    run_again(checkout)
+    assert listing.exists()
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def test_a_temporary_experiment_runs_its_own_code_and_leaves_the_workspace_alone
     script.write_text(original.replace(head, f"{head}    print('ran', paths.__file__)\n"))
     done = checkout.run("dvc", "exp", "run", "--temp", "--name", "elsewhere")
     assert ran(done) == ["evaluate"]
-    assert re.search(r"ran .*/\.dvc/tmp/exps/.*/src/lathe/paths\.py", done.stdout)
+    assert re.search(r"ran .*/\.dvc/tmp/exps/.*/src/lathe/common/paths\.py", done.stdout)
     script.write_text(original)
     assert checkout.run("git", "status", "--porcelain").stdout == ""
 

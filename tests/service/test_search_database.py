@@ -72,7 +72,7 @@ DRIVER = """
 import json, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
-sys.path.insert(0, {unit!r})
+sys.path[:0] = {places!r}
 from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.config.load import load
@@ -93,10 +93,10 @@ def start(order, gpu):
     return subprocess.Popen([sys.executable, "-c", program, str(folder / order.name)])
 params = load().params
 plan = planned(folder, params, RATE, sampler="random").model_copy(update={{"study": name}})
-opened = study.Study(plan, storage.opened(url, plan.study), params.model_dump(), is_local=False)
+opened = study.Study(plan, storage.open_storage(url, plan.study), params.model_dump(), is_local=False)
 driver = run_search.Driver(opened, 12, 2, None, [], [], "", "", start)
 try:
-    with storage.told_when_away(url):
+    with storage.translate_connection_errors(url):
         driver.run()
 except InputError as error:
     sys.exit(f"error: {{error}}")
@@ -106,15 +106,17 @@ print(json.dumps([(one.number, one.state.name, one.values) for one in opened.opt
 
 def begun(server: Server, folder: Path, name: str) -> "subprocess.Popen[str]":
     """A driver of the study of that name."""
-    program = DRIVER.format(unit=str(Path(__file__).parents[1] / "unit"))
+    tests = Path(__file__).parents[1]
+    program = DRIVER.format(places=[str(tests / "unit"), str(tests)])
     command = [sys.executable, "-c", program, str(folder), server.url, name]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_two_drivers_share_a_study_without_a_repeated_trial(server: Server, tmp_path: Path) -> None:
     drivers = [begun(server, tmp_path, "shared") for _ in range(2)]
-    told = [driver.communicate(timeout=120)[0] for driver in drivers]
-    assert [driver.returncode for driver in drivers] == [0, 0]
+    ended = [driver.communicate(timeout=120) for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], ended
+    told = [output for output, _ in ended]
     assert json.loads(told[0]) == json.loads(told[1]) == [[number, "COMPLETE", [0.5]] for number in range(12)]
     runs = (tmp_path / "runs").read_text().split()
     assert sorted(runs) == sorted(f"shared-{number}" for number in range(12))

@@ -135,7 +135,7 @@ def test_the_documented_hook_keeps_git_and_dvc_from_pushing_what_fails_a_gate(ch
     checkout.run("chmod", "+x", ".git/hooks/pre-push")
     folder = checkout.root / ".venv/bin"
     folder.mkdir(parents=True)
-    for name, does in (("python", f'exec {sys.executable} "$@"'), ("dvc", "echo dvc was asked to push")):
+    for name, does in (("lathe", f'exec {sys.executable} -m lathe "$@"'), ("dvc", "echo dvc was asked to push")):
         (folder / name).write_text(f"#!/bin/sh\n{does}\n")
         (folder / name).chmod(0o755)
     remote = checkout.root.parent / "remote.git"

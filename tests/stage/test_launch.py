@@ -216,6 +216,7 @@ def test_killed_and_run_again_two_processes_end_as_if_nothing_had_been(
     process = interrupted(checkout, command, 6, kill)
     process.wait()
     assert newest_step(checkout) >= 6
+    checkout.check()
     assert "going on after step" in checkout.run(*command).stderr
     assert output_hashes(checkout)["train"] == output_hashes(finished[0])["train"]
     assert not list((checkout.root / ".scratch/train").iterdir())

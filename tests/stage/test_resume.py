@@ -342,6 +342,7 @@ def killed_and_resumed(prepared: Checkout, finished: Checkout, root: Path, comma
     print(f"killed after step {step}")
     interrupted(checkout, command, step, kill_everything)
     assert newest_step(checkout) >= step
+    checkout.check()
     resumed = checkout.run(*command)
     assert "going on after step" in resumed.stderr
     if "--temp" in command:

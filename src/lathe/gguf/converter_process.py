@@ -3,11 +3,11 @@
 import json
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import DEVNULL
 
-from lathe.common import paths
+from lathe.common import operating_system, paths
 from lathe.gguf.program_errors import extract_reason, raise_disk_error
 
 logger = logging.getLogger(__name__)
@@ -26,10 +26,10 @@ def run_converter(
         json.dumps(metadata),
     ]
     command += arguments
-    done = subprocess.run(
+    done = operating_system.run_command(
         command,
         env=_converter_environment(),
-        stdin=subprocess.DEVNULL,
+        stdin=DEVNULL,
         capture_output=True,
         text=True,
         errors="replace",

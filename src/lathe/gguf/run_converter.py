@@ -12,12 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lathe.common import operating_system
-
 
 def main() -> None:
     """Patch the writer and the tokenizer loader, then run the script as the main program."""
-    operating_system.end_with_parent()
     folder, name, metadata, *arguments = sys.argv[1:]
     script = Path(folder) / name
     # As Python sets it for a script: the converter finds its files through sys.path[0].
