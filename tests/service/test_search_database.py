@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import Checkout, copy_of
+from toy import PYTHONPATH
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 PASSWORD = "s3cret"
@@ -75,7 +76,7 @@ from types import SimpleNamespace
 sys.path.insert(0, {unit!r})
 from lathe.common import paths
 from lathe.common.errors import InputError
-from lathe.config.load import load
+from toy import load_toy
 from lathe.experiments.search import run_search, storage, study, trial
 from test_search import RATE, planned
 folder, url, name = Path(sys.argv[1]), *sys.argv[2:]
@@ -91,7 +92,7 @@ def start(order, gpu):
         runs.write(order.name + "\\n")
     program = "import pathlib, sys, time; time.sleep(.1); pathlib.Path(sys.argv[1]).touch()"
     return subprocess.Popen([sys.executable, "-c", program, str(folder / order.name)])
-params = load().params
+params = load_toy().params
 plan = planned(folder, params, RATE, sampler="random").model_copy(update={{"study": name}})
 opened = study.Study(plan, storage.opened(url, plan.study), params.model_dump(), is_local=False)
 driver = run_search.Driver(opened, 12, 2, None, [], [], "", "", start)
@@ -108,7 +109,8 @@ def begun(server: Server, folder: Path, name: str) -> "subprocess.Popen[str]":
     """A driver of the study of that name."""
     program = DRIVER.format(unit=str(Path(__file__).parents[1] / "unit"))
     command = [sys.executable, "-c", program, str(folder), server.url, name]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def test_two_drivers_share_a_study_without_a_repeated_trial(server: Server, tmp_path: Path) -> None:

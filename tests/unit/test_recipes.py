@@ -196,7 +196,7 @@ overrides:
         ("8", "[8", "not-yaml", 6, "not valid YAML: "),
     ],
 )
-def test_a_problem_of_a_recipe_is_reported_in_one_line_with_its_place(tmp_path, old, new, code, line, part):
+def test_a_problem_of_a_recipe_is_reported_in_one_line_with_its_place(tmp_path, toy_params, old, new, code, line, part):
     file = tmp_path / "one.yaml"
     assert old in SOUND
     file.write_text(SOUND.replace(old, new, 1))
@@ -213,7 +213,7 @@ overrides:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, toy_params: Path) -> Path:
     """A recipe that extends a base, beside another recipe."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base/sane.yaml").write_text(BASE)
