@@ -85,7 +85,7 @@ run_search.SECONDS_BETWEEN_SEARCHES_FOR_WORK = 0.2
 def experiment(order):
     content = {{"merged": {{}}, "Q4_K_M": {{"exact_match": 0.5}}}}
     made = (folder / order.name).exists()
-    return SimpleNamespace(commit="c", json=lambda name: content) if made else None
+    return SimpleNamespace(commit="c", read_json=lambda name: content) if made else None
 trial.find_experiment = experiment
 def start(order, gpu):
     with (folder / "runs").open("a") as runs:
@@ -94,10 +94,10 @@ def start(order, gpu):
     return subprocess.Popen([sys.executable, "-c", program, str(folder / order.name)])
 params = load_toy().params
 plan = planned(folder, params, RATE, sampler="random").model_copy(update={{"study": name}})
-opened = study.Study(plan, storage.opened(url, plan.study), params.model_dump(), is_local=False)
+opened = study.Study(plan, storage.open_storage(url, plan.study), params.model_dump(), is_local=False)
 driver = run_search.Driver(opened, 12, 2, None, [], [], "", "", start)
 try:
-    with storage.told_when_away(url):
+    with storage.translate_connection_errors(url):
         driver.run()
 except InputError as error:
     sys.exit(f"error: {{error}}")
