@@ -121,7 +121,7 @@ def test_an_update_keeps_what_the_user_has_changed(source, adopted, tmp_path):
     mine.commit()
 
     edit(upstream, "src/lathe/__init__.py", "0.1.0", "0.2.0")
-    edit(upstream, "params.yaml", "use_dora: false # learn", "use_dora: false # to learn")
+    edit(upstream, "params.yaml", "use_dora: false # train", "use_dora: false # to train")
     with (upstream.root / "presets.yaml").open("a") as file:
         file.write("\n  another:\n    source: builtin\n")
     (upstream.root / "docs/new.md").write_text("# New\n")
@@ -134,7 +134,7 @@ def test_an_update_keeps_what_the_user_has_changed(source, adopted, tmp_path):
     assert lathe(mine, "--version").stdout.startswith("lathe 0.2.0 ")
     params = (mine.root / "params.yaml").read_text()
     assert "  r: 8 #" in params
-    assert "# to learn" in params
+    assert "# to train" in params
     assert "0.0003" in (mine.root / "experiments/household.yaml").read_text()
     presets = YAML(typ="safe").load(mine.root / "presets.yaml")
     assert {"household", "commands", "another"} <= set(presets["datasets"])
