@@ -13,10 +13,12 @@ import refusals
 import yaml
 from ruamel.yaml import YAML
 from shared import made_once
+from toy import toy_text
 
 from lathe.common import paths
 from lathe.common.jsonl import write_jsonl
 from lathe.config import params
+from lathe.config.load import load
 
 # Enough for every stage to do its work, not to do it well.
 SMALL = {
@@ -122,7 +124,7 @@ class Checkout:
 
 
 def make_checkout(root: Path) -> Checkout:
-    """Copy what Git knows or would add, and make it a repository with one commit."""
+    """Copy what Git knows or would add, select the toy, and make it a repository with one commit."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=paths.ROOT,
@@ -134,6 +136,7 @@ def make_checkout(root: Path) -> Checkout:
         if source.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
+    (root / "params.yaml").write_text(toy_text(), encoding="utf-8")
     (root / ".llama.cpp").symlink_to(paths.LLAMA_CPP)
     checkout = Checkout(root)
     checkout.run("git", "init", "--quiet", "--initial-branch=main")
@@ -141,6 +144,16 @@ def make_checkout(root: Path) -> Checkout:
     checkout.run("git", "config", "user.email", "user@example.invalid")
     checkout.commit()
     return checkout
+
+
+@pytest.fixture
+def toy_params(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A params.yaml of the toy, which is this process's for the length of a test."""
+    file = tmp_path_factory.mktemp("toy") / "params.yaml"
+    file.write_text(toy_text(), encoding="utf-8")
+    monkeypatch.setattr(paths, "PARAMS", file)
+    monkeypatch.setattr(load, "__defaults__", (file, paths.PRESETS))
+    return file
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import yaml
+from toy import load_toy, toy_text
 
 from lathe.common import paths
 from lathe.sources.builtin import household_commands
@@ -249,7 +250,7 @@ def _data_report(root: Path) -> None:
 
 def lock(root: Path) -> None:
     """Write a dvc.lock that names the metrics as they are now."""
-    used = yaml.safe_load((paths.ROOT / "params.yaml").read_text())
+    used = yaml.safe_load(toy_text())
     parameters = {name: used[name] for name in ("seed", "training", "sft", "lora", "quantization")}
     folders = [
         {"path": name, "hash": "md5", "md5": hashlib.md5(name.encode()).hexdigest() + ".dir", "size": 2770378}
@@ -323,11 +324,10 @@ def search(root: Path) -> None:
     """Write what two studies found, of one score and of two, with a trial that failed; none of them ran anything."""
     from optuna.storages import InMemoryStorage
 
-    from lathe.config.load import load
     from lathe.experiments.search import results, search_file
     from lathe.experiments.search.study import Study
 
-    params = load().params.model_dump()
+    params = load_toy().params.model_dump()
     for name, scores in (("learning", SCORES[:1]), ("a-study-with-a-name-that-is-rather-long", SCORES)):
         file = root / f"experiments/search/{name}.yaml"
         objectives = ", ".join(f"{{metric: {score}}}" for score in scores)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import Checkout, copy_of
+from toy import PYTHONPATH
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 PASSWORD = "s3cret"
@@ -75,7 +76,7 @@ from types import SimpleNamespace
 sys.path[:0] = {places!r}
 from lathe.common import paths
 from lathe.common.errors import InputError
-from lathe.config.load import load
+from toy import load_toy
 from lathe.experiments.search import run_search, storage, study, trial
 from test_search import RATE, planned
 folder, url, name = Path(sys.argv[1]), *sys.argv[2:]
@@ -84,14 +85,14 @@ run_search.SECONDS_BETWEEN_SEARCHES_FOR_WORK = 0.2
 def experiment(order):
     content = {{"merged": {{}}, "Q4_K_M": {{"exact_match": 0.5}}}}
     made = (folder / order.name).exists()
-    return SimpleNamespace(commit="c", json=lambda name: content) if made else None
+    return SimpleNamespace(commit="c", read_json=lambda name: content) if made else None
 trial.find_experiment = experiment
 def start(order, gpu):
     with (folder / "runs").open("a") as runs:
         runs.write(order.name + "\\n")
     program = "import pathlib, sys, time; time.sleep(.1); pathlib.Path(sys.argv[1]).touch()"
     return subprocess.Popen([sys.executable, "-c", program, str(folder / order.name)])
-params = load().params
+params = load_toy().params
 plan = planned(folder, params, RATE, sampler="random").model_copy(update={{"study": name}})
 opened = study.Study(plan, storage.open_storage(url, plan.study), params.model_dump(), is_local=False)
 driver = run_search.Driver(opened, 12, 2, None, [], [], "", "", start)
@@ -109,7 +110,8 @@ def begun(server: Server, folder: Path, name: str) -> "subprocess.Popen[str]":
     tests = Path(__file__).parents[1]
     program = DRIVER.format(places=[str(tests / "unit"), str(tests)])
     command = [sys.executable, "-c", program, str(folder), server.url, name]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def test_two_drivers_share_a_study_without_a_repeated_trial(server: Server, tmp_path: Path) -> None:

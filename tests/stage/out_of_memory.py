@@ -6,11 +6,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from toy import load_toy
+
 from lathe import out_of_memory
 from lathe.common import entry_point
 from lathe.common.jsonl import write_jsonl
 from lathe.config import params, training_params
-from lathe.config.load import load
 from lathe.training.train import train
 
 ROW = {"messages": [{"role": "user", "content": "lamp " * 250}, {"role": "assistant", "content": "on " * 75}]}
@@ -18,7 +19,7 @@ ALLOWED_BYTES = 400_000_000
 
 
 def main(base: Path) -> None:
-    chosen = load().params
+    chosen = load_toy().params
     few = chosen.model_copy(update={"training": _training(chosen, per_device_train_batch_size=1)})
     _train(base, few)  # what is loaded once is there
     size = re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())

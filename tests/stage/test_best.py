@@ -10,11 +10,11 @@ import torch
 from conftest import changed, learnt_by_heart, write_splits
 from refusals import refused
 from safetensors.torch import load_file
+from toy import load_toy
 
-from lathe.config.load import load
 from lathe.training.train import train
 
-CONFIG = load().params
+CONFIG = load_toy().params
 SPLITS = learnt_by_heart()
 # A constant rate, so that a step is the same however many follow.
 RISING = {

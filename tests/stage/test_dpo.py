@@ -9,8 +9,8 @@ import torch
 from conftest import changed, write_splits
 from refusals import refused
 from safetensors.torch import load_file
+from toy import load_toy
 
-from lathe.config.load import load
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.loading import load_base
 from lathe.models.loss_mask import encode
@@ -19,7 +19,7 @@ from lathe.sources.builtin import household_commands
 from lathe.training.preference_pairs import build_pair_dataset, encode_pairs
 from lathe.training.train import train
 
-CONFIG = load().params
+CONFIG = load_toy().params
 SPLITS = {
     "train": household_commands.make_rows(1)["train"][:24],
     "validation": household_commands.make_rows(1)["validation"][:6],

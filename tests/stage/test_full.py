@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import Checkout, changed, copy_of, write_splits
 from safetensors.torch import load_file
+from toy import load_toy
 from transformers import AutoModelForCausalLM
 
-from lathe.config.load import load
 from lathe.models.merge.merge import merge
 from lathe.sources.builtin import household_commands
 from lathe.training import train as training
@@ -44,7 +44,7 @@ def trained(small_model, tmp_path, monkeypatch):
     def train(**changes) -> tuple[Path, torch.nn.Module, training.TrainingResult]:
         folder = tmp_path / f"adapter{len(models)}"
         folder.mkdir()
-        chosen = changed(load().params, {**FULL, **changes})
+        chosen = changed(load_toy().params, {**FULL, **changes})
         files = write_splits(tmp_path / "data", SPLITS)
         result = training.train(small_model, files, folder, tmp_path / f"metrics{len(models)}", params=chosen)
         return folder, models[-1], result

@@ -10,8 +10,8 @@ import pytest
 from conftest import Checkout, changed, write_splits
 from refusals import refused
 from safetensors.torch import load_file
+from toy import load_toy
 
-from lathe.config.load import load
 from lathe.config.training_params import Reward
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.tokenizer import load_tokenizer
@@ -19,7 +19,7 @@ from lathe.sources.builtin import household_commands
 from lathe.training.grpo import encode_prompts, weight_rewards
 from lathe.training.train import TrainingResult, train
 
-CONFIG = load().params
+CONFIG = load_toy().params
 SPLITS = {
     "train": household_commands.make_rows(1)["train"][:12],
     "validation": household_commands.make_rows(1)["validation"][:6],

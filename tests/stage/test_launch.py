@@ -18,11 +18,11 @@ from conftest import Checkout, changed, copy_of, output_hashes
 from in_processes import LAUNCHER, train_once
 from safetensors.torch import load_file
 from test_resume import LONGER, interrupted, kill_everything, newest_step
+from toy import load_toy
 
 from lathe.common import paths
-from lathe.config.load import load
 
-CONFIG = load().params
+CONFIG = load_toy().params
 PROGRAM = paths.ROOT / "tests/stage/in_processes.py"
 EXACT = {
     "seed": 1,

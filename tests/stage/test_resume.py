@@ -19,15 +19,15 @@ import pytest
 import torch
 from conftest import Checkout, changed, copy_of, learnt_by_heart, output_hashes, write_splits
 from safetensors.torch import load_file, save_file
+from toy import load_toy
 
 from lathe.common import paths
 from lathe.common.errors import Interrupted
-from lathe.config.load import load
 from lathe.sources.builtin import household_commands
 from lathe.training.checkpoints import KEPT_TRAININGS, acquire_checkpoints
 from lathe.training.train import train
 
-CONFIG = load().params
+CONFIG = load_toy().params
 SPLITS = {
     "train": household_commands.make_rows(1)["train"][:30],
     "validation": household_commands.make_rows(1)["validation"][:6],

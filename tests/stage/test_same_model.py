@@ -15,8 +15,8 @@ from conftest import changed, write_splits
 from faithful import distance, of_gguf, of_transformers
 from gguf_models import convert, make_llama3, make_qwen3
 from safetensors.torch import load_file
+from toy import load_toy
 
-from lathe.config.load import load
 from lathe.models.loss_mask import encode
 from lathe.models.merge.merge import merge
 from lathe.models.model_folder import open_model
@@ -116,7 +116,7 @@ def check(base: Path, folder: Path, kind: str) -> None:
     for each in (adapter, merged):
         each.mkdir(parents=True)
     splits = write_splits(folder / "data", SPLITS)
-    train(base, splits, adapter, folder / "metrics", params=changed(load().params, {**QUICK, **KINDS[kind]}))
+    train(base, splits, adapter, folder / "metrics", params=changed(load_toy().params, {**QUICK, **KINDS[kind]}))
     merge(base, adapter, merged, dtype="auto", max_shard_size_bytes=10**9)
     gguf = convert(merged, folder / "merged.gguf")
 

@@ -20,16 +20,16 @@ from conftest import changed, write_splits
 from pydantic import BaseModel
 from refusals import check_refusal, compare_with_kept, refused
 from safetensors.torch import load_file
+from toy import PYTHONPATH, load_toy
 
 from lathe.common import paths
 from lathe.config import training_params
-from lathe.config.load import load
 from lathe.estimate import OPTIMIZER_BYTES
 from lathe.models.loss_mask import Encoded, encode
 from lathe.sources.builtin import household_commands
 from lathe.training.train import TrainingResult, describe_unusual_rate, train
 
-CONFIG = load().params
+CONFIG = load_toy().params
 SPLITS = {
     "train": household_commands.make_rows(1)["train"][:24],
     "validation": household_commands.make_rows(1)["validation"][:6],
@@ -344,7 +344,7 @@ def tensors_alive() -> int:
 def test_out_of_memory_is_one_line_that_says_what_was_used_and_what_to_change(small_model):
     """The limit is real, and so is the batch that does not fit: see the program."""
     program = paths.ROOT / "tests/stage/out_of_memory.py"
-    environment = {**os.environ, "PYTHONPATH": str(paths.ROOT / "src")}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
         [sys.executable, str(program), str(small_model)], env=environment, capture_output=True, text=True, check=False
     )

@@ -8,9 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from toy import load_toy
+
 from lathe.common.jsonl import write_jsonl
 from lathe.config import params
-from lathe.config.load import load
 from lathe.estimate import estimate_training_memory
 from lathe.models.loss_mask import encode
 from lathe.models.tokenizer import load_tokenizer
@@ -50,7 +51,7 @@ def main(small_model: Path, cases: dict[str, Any]) -> None:
 
 
 def sections(case: dict[str, Any]) -> params.Params:
-    base = load().params
+    base = load_toy().params
     return base.model_copy(
         update={
             "seed": 1,

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 from conftest import changed
+from toy import load_toy
 
 from lathe.config import params
-from lathe.config.load import load
 from lathe.reports.model_card import CardFacts, read_license, render_model_card
 
 COMMIT = "6b2f" * 10
@@ -56,7 +56,7 @@ FACTS = CardFacts(
 
 @pytest.fixture
 def chosen() -> params.Params:
-    return changed(load().params, {"evaluate.metrics": ["exact_match"], "generate.max_rows": None})
+    return changed(load_toy().params, {"evaluate.metrics": ["exact_match"], "generate.max_rows": None})
 
 
 def front_matter(card: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from refusals import refused
 from lathe import commands
 from lathe.common import paths
 
+pytestmark = pytest.mark.usefixtures("toy_params")
+
 
 def printed(capsys, section=None, stage_name=None, overrides=()):
     commands.print_config(section, stage_name, list(overrides))

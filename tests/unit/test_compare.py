@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from refusals import refused
 from ruamel.yaml import YAML
+from toy import toy_text
 
 from lathe.common import paths
 from lathe.config.artifacts import UNQUANTIZED
@@ -42,8 +43,8 @@ class Repository:
         self.git("config", "user.email", "user@example.invalid")
         with Repo.init(str(root)):
             pass
-        for file in ("params.yaml", "presets.yaml"):
-            (root / file).write_text((Path(__file__).parents[2] / file).read_text())
+        (root / "params.yaml").write_text(toy_text())
+        (root / "presets.yaml").write_text(paths.PRESETS.read_text())
         self.base = self.run("main", [False] * ROWS, training_seconds=10.0)
 
     def git(self, *arguments: str) -> str:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from refusals import refused
+from toy import PYTHONPATH, load_toy
 
 from lathe import doctor, doctor_checks
 from lathe.common import paths
-from lathe.config.load import load
 from lathe.doctor_checks import Circumstances, Finding
 
-CONFIG = load()
+CONFIG = load_toy()
 GB = 10**9
 QWEN = {
     "model_type": "qwen3",
@@ -331,8 +331,8 @@ import logging, os, sys
 from types import SimpleNamespace
 from lathe import doctor
 from lathe.common import paths
-from lathe.config.load import load
-config = load().model_copy(update={"model": SimpleNamespace(source="hub", id="org/name", revision="main")})
+from toy import load_toy
+config = load_toy().model_copy(update={"model": SimpleNamespace(source="hub", id="org/name", revision="main")})
 for finding in doctor.check_model(config, doctor.Circumstances(paths.ROOT, os.environ)):
     print(finding.check, finding.status, finding.text)
 """
@@ -340,7 +340,7 @@ for finding in doctor.check_model(config, doctor.Circumstances(paths.ROOT, os.en
 
 def test_a_model_of_a_hub_is_estimated_from_the_hubs_cache_alone(tmp_path):
     def looked_at() -> str:
-        environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
         environment.pop("HF_HUB_CACHE", None)
         done = subprocess.run(
             [sys.executable, "-c", HUB], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True

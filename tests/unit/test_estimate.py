@@ -12,11 +12,11 @@ from typing import Any, get_args
 import pytest
 import torch
 from refusals import refused
+from toy import PYTHONPATH, load_toy
 
 from lathe.common import paths
 from lathe.common.text import readable_bytes
 from lathe.config import params, training_params
-from lathe.config.load import load
 from lathe.estimate import OPTIMIZER_BYTES, TrainingMemory, estimate_disk, estimate_training_memory, explain
 from lathe.gguf import convert
 from lathe.gguf.quantize import quantize
@@ -28,7 +28,7 @@ from lathe.training.optimizer_steps import count_training_steps
 from lathe.training.packing import PaddedCollator
 from lathe.training.training_step import compute_step_loss
 
-CONFIG = load().params
+CONFIG = load_toy().params
 TRAINING = CONFIG.training.model_copy(update={"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2})
 WITHOUT_4BIT = CONFIG.quantization.model_copy(update={"load_in_4bit": False})
 
@@ -356,7 +356,7 @@ def trainings(cases: dict[str, Any], small_model: Path, folder: Path) -> dict[st
     }
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("measure_training.py")), str(small_model), json.dumps(todo)],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "OMP_WAIT_POLICY": "PASSIVE"},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "MALLOC_MMAP_THRESHOLD_": "262144", "OMP_WAIT_POLICY": "PASSIVE"},
         cwd=folder,
         capture_output=True,
         text=True,

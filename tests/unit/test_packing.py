@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from toy import load_toy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lathe.config.load import load
 from lathe.models.adapter import add_adapter
 from lathe.models.loss_mask import Encoded
 from lathe.training.loss import IGNORE_INDEX, sum_token_losses
@@ -172,7 +172,7 @@ def test_the_loss_is_that_of_torch_and_so_is_its_gradient(dtype, monkeypatch):
 def test_an_adapter_on_the_head_gets_gradients_through_the_loss():
     model = made("llama")
     assert separate_rows(model, "auto", precision="fp32")
-    model = add_adapter(model, load().params.lora.model_copy(update={"modules_to_save": ["lm_head"]}))
+    model = add_adapter(model, load_toy().params.lora.model_copy(update={"modules_to_save": ["lm_head"]}))
     loss_of(model, PaddingFreeCollator()(list(build_dataset(rows())))).backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in trained)

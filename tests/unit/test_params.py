@@ -6,6 +6,8 @@ import pytest
 from dvc.utils.serialize import load_yaml
 from pydantic.fields import FieldInfo
 from refusals import refused
+from ruamel.yaml import YAML
+from toy import load_toy, toy_text
 
 from lathe.common import paths
 from lathe.config import base, params, reference, yaml_files
@@ -14,11 +16,11 @@ from lathe.config.load import load
 
 @pytest.fixture
 def refuse(tmp_path):
-    """Return a function that edits a copy of params.yaml (or presets.yaml) and asserts that it is refused."""
+    """Return a function that edits the toy's params.yaml (or presets.yaml) and asserts that it is refused."""
 
     def refuse(old: str, new: str, code: str, *parts: str, file: str = "params.yaml") -> list[str]:
-        for name in ("params.yaml", "presets.yaml"):
-            shutil.copy(paths.ROOT / name, tmp_path / name)
+        (tmp_path / "params.yaml").write_text(toy_text())
+        shutil.copy(paths.PRESETS, tmp_path / "presets.yaml")
         text = (tmp_path / file).read_text()
         assert old in text, old
         (tmp_path / file).write_text(text.replace(old, new, 1))
@@ -31,6 +33,13 @@ def refuse(tmp_path):
 
 def test_the_committed_files_are_valid():
     config = load()
+    presets = YAML(typ="safe").load(paths.PRESETS)
+    assert config.model.source == presets["models"][config.params.model]["source"]
+    assert config.dataset.source == presets["datasets"][config.params.dataset]["source"]
+
+
+def test_the_toy_selects_what_is_built_in():
+    config = load_toy()
     assert config.params.model == "tiny"
     assert config.dataset.source == "builtin"
 
@@ -76,7 +85,7 @@ def test_what_is_asked_of_the_scores_is_checked_before_anything_runs(refuse, old
 
 def test_the_judge_and_bert_score_add_their_scores():
     def scores(**changes):
-        tree = load().params.model_dump()
+        tree = load_toy().params.model_dump()
         for key, value in changes.items():
             section, _, name = key.partition("__")
             tree[section][name] = value
@@ -219,7 +228,7 @@ def test_yaml_is_read_as_dvc_reads_it(tmp_path, value):
 
 
 def test_an_override_written_by_dvc_in_scientific_notation_is_a_number(tmp_path):
-    text = paths.PARAMS.read_text().replace("learning_rate: 0.006", "learning_rate: 5e-05")
+    text = toy_text().replace("learning_rate: 0.006", "learning_rate: 5e-05")
     (tmp_path / "params.yaml").write_text(text)
     assert load(tmp_path / "params.yaml").params.training.learning_rate == 5e-05
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
+from toy import toy_text
 
 from lathe.common import paths
 from lathe.common.errors import InputError
@@ -69,7 +70,7 @@ def documented() -> dict[str, dict[str, str]]:
 
 
 DOCUMENTED = documented()
-TREE = YAML(typ="safe").load(paths.PARAMS.read_text())
+TREE = YAML(typ="safe").load(toy_text())
 PRESETS = YAML(typ="safe").load(paths.PRESETS.read_text())
 
 

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from lathe.common import dotted_keys, paths
 from lathe.common.errors import InputError
 from lathe.config import overrides
-from lathe.config.load import Config, load
+from lathe.config.load import Config
 from lathe.experiments import recipes
 
 SERIES = {
@@ -23,7 +23,7 @@ SERIES = {
 }
 SHIPPED = {
     *SERIES,
-    *("arxiv-ministral-3b", "baseline", "gsm8k-grpo", "laptop", "multi-gpu", "qwen3-600m", "vikhr-8b"),
+    *("arxiv-ministral-3b", "baseline", "gsm8k-grpo", "laptop", "multi-gpu", "qwen3-600m", "tiny", "vikhr-8b"),
 }
 # What a recipe may leave to params.yaml, as it does not depend on the model: a new section is not among them.
 NOT_OF_THE_MODEL = {
@@ -92,9 +92,15 @@ def test_full_tuning_could_not_leave_the_base_in_4_bits():
         )
 
 
-def test_the_baseline_is_what_is_committed():
-    committed = load()
-    assert configured("baseline") == committed
+def test_the_baseline_is_the_toy():
+    assert configured("baseline") == configured("tiny")
+
+
+def test_the_toy_sets_every_section_that_the_model_decides():
+    """What is left depends on the machine and on what the user has enabled."""
+    left = set(recipes.list_keys()) - set(recipes.load_recipe("tiny").recipe.overrides)
+    sections = {"convert", "judge", "tracking", "bert_score"}
+    assert left == {key for key in recipes.list_keys() if key.split(".")[0] in sections}
 
 
 def test_vikhr_is_as_the_set_up_that_it_replaces():
@@ -190,7 +196,7 @@ overrides:
         ("8", "[8", "not-yaml", 6, "not valid YAML: "),
     ],
 )
-def test_a_problem_of_a_recipe_is_reported_in_one_line_with_its_place(tmp_path, old, new, code, line, part):
+def test_a_problem_of_a_recipe_is_reported_in_one_line_with_its_place(tmp_path, toy_params, old, new, code, line, part):
     file = tmp_path / "one.yaml"
     assert old in SOUND
     file.write_text(SOUND.replace(old, new, 1))
@@ -207,7 +213,7 @@ overrides:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, toy_params: Path) -> Path:
     """A recipe that extends a base, beside another recipe."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base/sane.yaml").write_text(BASE)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from refusals import refused
+from toy import PYTHONPATH, load_toy
 
 from lathe.common import paths
-from lathe.config.load import load
 from lathe.config.params import Params
 from lathe.experiments.search import (
     command,
@@ -46,7 +46,7 @@ RATE = "training.learning_rate: {type: float, low: 0.001, high: 0.01, log: true}
 
 @pytest.fixture(scope="module")
 def params() -> Params:
-    return load().params
+    return load_toy().params
 
 
 def read(folder: Path, params: Params, text: str) -> search_file.Plan:
@@ -347,11 +347,11 @@ MEMORY = """
 import subprocess, sys
 from types import SimpleNamespace
 from pathlib import Path
-sys.path[:0] = [{tests!r}, str(Path({tests!r}).parent)]
+sys.path.insert(0, {tests!r})
 from lathe.common import paths
 from lathe.experiments.search import run_search, storage, study, trial
 from test_search import RATE, opened, planned
-from lathe.config.load import load
+from toy import load_toy
 import psutil
 folder, trials = Path(sys.argv[1]), int(sys.argv[2])
 storage.JOURNALS, paths.SCRATCH, run_search.LOGS = folder / "j", folder / "s", folder
@@ -362,7 +362,7 @@ trial.find_experiment = lambda order: experiments.get(order.name)
 def start(order, gpu):
     experiments[order.name] = SimpleNamespace(commit="c", read_json=lambda file: report)
     return SimpleNamespace(poll=lambda: 0, wait=lambda: 0, terminate=lambda: None)
-params = load().params
+params = load_toy().params
 plan = planned(folder, params, RATE, sampler="random")
 driver = run_search.Driver(opened(plan, params), trials, 2, None, [], [], "", "", start)
 used = []
@@ -385,7 +385,7 @@ def test_memory_does_not_grow_with_trials(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "LATHE_LOG_LEVEL": "ERROR"},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "LATHE_LOG_LEVEL": "ERROR"},
     )
     early, late = map(int, done.stdout.split())
     assert late - early < 150 * 20_000, (early, late)

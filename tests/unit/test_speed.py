@@ -5,9 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from toy import load_toy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lathe.config.load import load
 from lathe.models.adapter import add_adapter
 from lathe.training.throughput import ThroughputMeter, count_flops, get_peak_flops
 
@@ -30,7 +30,7 @@ def model() -> Any:
 def test_a_step_needs_four_operations_per_frozen_weight_and_six_per_trained_one(model):
     layer = HIDDEN * (2 * HIDDEN + 2 * HIDDEN // 2) + 3 * HIDDEN * INNER  # q, o, k, v; gate, up, down
     assert count_flops(model) == (6 * LAYERS * layer, 6 * HIDDEN * VOCABULARY)
-    adapted = add_adapter(model, load().params.lora)
+    adapted = add_adapter(model, load_toy().params.lora)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     assert count_flops(adapted) == (4 * LAYERS * layer + 6 * trained, 4 * HIDDEN * VOCABULARY)
 

@@ -81,8 +81,8 @@ def of_this_checkout(context: Context | None = None) -> MirroredRun:
 
 def test_the_parameters_of_a_run_are_all_but_where_it_is_mirrored_to():
     parameters = of_this_checkout().parameters
-    assert parameters["training.learning_rate"] == 0.006
-    assert parameters["presets.model.source"] == "builtin"
+    assert parameters["training.learning_rate"] == load().params.training.learning_rate
+    assert parameters["presets.model.source"] == load().model.source
     assert not [key for key in parameters if key.startswith("tracking")]
 
 
@@ -130,17 +130,18 @@ def test_a_run_with_another_point_is_another_run():
 
 
 def test_a_run_is_called_as_its_experiment_and_tagged_with_its_trial():
+    params_now = load().params
     found = of_this_checkout(Context(experiment="rates-3", study="rates", trial="3", sampler="TPESampler"))
     assert found.name == "rates-3"
     assert found.tags == {
-        "model": "tiny",
-        "dataset": "commands",
+        "model": params_now.model,
+        "dataset": params_now.dataset,
         "experiment": "rates-3",
         "study": "rates",
         "trial": "3",
         "sampler": "TPESampler",
     }
-    assert of_this_checkout().name.startswith("tiny-commands-")
+    assert of_this_checkout().name.startswith(f"{params_now.model}-{params_now.dataset}-")
 
 
 def test_what_a_search_tells_its_trials_is_read_from_the_environment():

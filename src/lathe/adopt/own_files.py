@@ -116,7 +116,7 @@ def edit_params(text: str, values: Mapping[str, Any]) -> str:
         indent = " " * (len(lines[start]) - len(lines[start].lstrip()) + 2)
         lines[start : end + 1] = [
             f"{match['key']}{written}{match['comment'] or ''}",
-            *(f"{indent}- {format_scalar(item)}" for item in items),
+            *(f"{indent}{line}" for item in items for line in _format_item(item)),
         ]
     return "\n".join(lines) + "\n"
 
@@ -126,6 +126,14 @@ def format_scalar(value: Any) -> str:
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w. >=<-]*[\w]", value) and value not in ("true", "null"):
         return value
     return json.dumps(value, ensure_ascii=False)
+
+
+def _format_item(item: Any) -> list[str]:
+    """Return an item of a list as lines; those of a mapping have a key each."""
+    if isinstance(item, Mapping):
+        pairs = [f"{key}: {format_scalar(value)}" for key, value in item.items()]
+        return [f"{'- ' if number == 0 else '  '}{pair}" for number, pair in enumerate(pairs)]
+    return [f"- {format_scalar(item)}"]
 
 
 def _find_entry(lines: list[str], key: str) -> tuple[int, int]:
