@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 # `.venv/bin/dvc repro` without activating finds some other python: go on with the environment's. A temporary
-# experiment's checkout lies below the main one, so its parents are searched too.
+# experiment's checkout is below the main one, so its parents are searched too.
 if importlib.util.find_spec("ruamel") is None:
     for folder in (ROOT, *ROOT.parents):
         python = folder / ".venv/bin/python"

@@ -46,6 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
     refusals.update = config.getoption("--update-messages")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: no process is left with one of them while the others have ended."""
+    folders = ("pipeline", "service", "stage", "unit")
+    items.sort(key=lambda item: folders.index(item.path.parent.name))
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of one layer, built like the tiny one but hardly trained."""

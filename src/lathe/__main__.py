@@ -18,7 +18,7 @@ ANYWHERE = ("init", "completion", "--version")
 
 
 def main() -> None:
-    """Run a command on the checkout that the current folder lies in; exit with 2 outside of one."""
+    """Run a command on the checkout that the current folder is in; exit with 2 outside of one."""
     words = sys.argv[1:]
     root = find_checkout(Path(os.environ.get(CHECKOUT) or Path.cwd()))
     if root:
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def find_checkout(folder: Path) -> Path | None:
-    """Return the checkout that a folder lies in, or None."""
+    """Return the checkout that a folder is in, or None."""
     folder = folder.absolute()
     return next((path for path in (folder, *folder.parents) if all((path / mark).exists() for mark in MARKS)), None)
 

@@ -147,10 +147,10 @@ def test_the_preflight_says_what_goes_along_and_what_stays_behind_as_it_then_doe
     clean = lathe(checkout, "preflight")
     assert clean.stdout == "nothing: queued and temporary experiments are made of the last commit\n"
     new = {
-        "rewards/mine.py": "stays behind, and a stage may read it",
-        "models/local/other/config.json": "stays behind, and a stage may read it",
-        "notes.txt": "unknown to Git, stays behind",
-        "staged.txt": "not committed, goes along",
+        "rewards/mine.py": "left out, though a stage may read it",
+        "models/local/other/config.json": "left out, though a stage may read it",
+        "notes.txt": "left out, unknown to Git",
+        "staged.txt": "included, though not committed",
     }
     for name in new:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def test_the_preflight_says_what_goes_along_and_what_stays_behind_as_it_then_doe
     lines = dict(line.split(": ", 1) for line in said.stdout.splitlines())
     for name, kind in new.items():
         assert name.removesuffix("config.json") in lines[next(key for key in lines if key.startswith(kind))]
-    assert "stages/evaluate.py" in lines["not committed, goes along as it is now"]
+    assert "stages/evaluate.py" in lines["included, though not committed"]
     assert "evaluate.bootstrap_samples 1000 -> 400" in lines["params.yaml is not as committed"]
 
     checkout.run("git", "add", "params.yaml")

@@ -13,6 +13,8 @@ from lathe.common import paths
 from lathe.models.loss_mask import encode
 from lathe.models.templates import builtin_templates
 
+pytestmark = pytest.mark.heavy
+
 ROWS = 200
 
 REAL = paths.LLAMA_CPP / "models/templates"

@@ -12,6 +12,8 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Co
 
 from lathe.evaluation import bert_score
 
+pytestmark = pytest.mark.heavy
+
 CLS_AND_SEP = 2
 
 

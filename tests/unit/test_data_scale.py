@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.heavy
+
 # Prepares raw into out as the stage does; arguments: raw, out, processes. Prints its peak memory in bytes: not
 # ru_maxrss, which begins with that of the process that started it.
 PROGRAM = """

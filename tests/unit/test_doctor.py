@@ -338,6 +338,7 @@ for finding in doctor.check_model(config, doctor.Circumstances(paths.ROOT, os.en
 """
 
 
+@pytest.mark.heavy
 def test_a_model_of_a_hub_is_estimated_from_the_hubs_cache_alone(tmp_path):
     def looked_at() -> str:
         environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
@@ -389,6 +390,7 @@ def test_lines_are_aligned_and_coloured_only_where_asked():
     assert "\033[33mwarning " in "".join(doctor.format_findings(findings, coloured=True))
 
 
+@pytest.mark.heavy
 def test_the_command_answers_with_its_exit_code(checkout):
     """A right checkout 0, a broken one 1, bad parameters 2, and in each every check is still there."""
     checkout.environment |= {"PYTHONPATH": str(checkout.root / "src"), "HF_TOKEN": "hf_s3cr3t"}

@@ -28,6 +28,8 @@ from lathe.training.optimizer_steps import count_training_steps
 from lathe.training.packing import PaddedCollator
 from lathe.training.training_step import compute_step_loss
 
+pytestmark = pytest.mark.heavy
+
 CONFIG = load_toy().params
 TRAINING = CONFIG.training.model_copy(update={"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2})
 WITHOUT_4BIT = CONFIG.quantization.model_copy(update={"load_in_4bit": False})

@@ -53,7 +53,7 @@ def _check_folder(folder: Path) -> None:
     parent = next(path for path in folder.parents if path.is_dir())
     if top := try_git("rev-parse", "--show-toplevel", root=parent):
         raise InputError(
-            f"{folder}: lies in the Git repository {top.decode().strip()}; name a folder outside of it",
+            f"{folder}: is in the Git repository {top.decode().strip()}; name a folder outside of it",
             code="inside-repository",
         )
     if try_git("var", "GIT_COMMITTER_IDENT") is None:

@@ -406,7 +406,7 @@ def _compare_seeds(result: Comparison, first: SeedGroup, other: SeedGroup, p: fl
     if min(len(ours), len(theirs)) < 2:
         [single], several = (ours, theirs) if len(ours) < 2 else (theirs, ours)
         where = "within" if min(several) <= single <= max(several) else "outside"
-        return f"{names}: {means}; the single seed lies {where} the range of the {len(several)} seeds of the other"
+        return f"{names}: {means}; the single seed is {where} the range of the {len(several)} seeds of the other"
     if p is None:
         return f"{names}: {means} with every seed; without any spread nothing is tested"
     after, before = (orient_score(result.metric, setting.mean[result.metric]) for setting in (other, first))

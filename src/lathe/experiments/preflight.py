@@ -32,18 +32,18 @@ class Preflight:
     def describe(self) -> Iterator[str]:
         """Yield a line per subject; none if the last commit is all there is."""
         if self.changed:
-            yield f"not committed, goes along as it is now: {_join(self.changed)}"
+            yield f"included, though not committed: {_join(self.changed)}"
         if self.parameters:
             changes = [f"{key} {then} -> {now}" for key, (then, now) in self.parameters.items()]
             yield f"params.yaml is not as committed: {_join(changes)}; `git checkout params.yaml` puts it back"
         if self.missed:
             yield (
-                f"stays behind, and a stage may read it: {_join(self.missed)}; `dvc add` data and models, "
+                f"left out, though a stage may read it: {_join(self.missed)}; `dvc add` data and models, "
                 "`git add` all else"
             )
         rest = [path for path in self.left_out if path not in self.missed]
         if rest:
-            yield f"unknown to Git, stays behind: {_join(rest)}"
+            yield f"left out, unknown to Git: {_join(rest)}"
 
 
 def run() -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from lathe.models.chat_template import ChatTemplate, TemplateError
 from lathe.models.templates import builtin_templates
 
-# The built-in templates as Go has them, without BOS; EOS stands for the end token. White space around a message, which
+# The built-in templates as Go has them, without BOS; EOS is the end token. White space around a message, which
 # two of the Jinja templates strip, is kept: Go cannot.
 _SYSTEM_FIRST = '{{ if eq .Role "system" }}{{ $system = printf "%s\\n\\n" .Content }}{{ else if eq .Role "user" }}'
 _GO = {

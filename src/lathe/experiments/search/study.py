@@ -135,7 +135,7 @@ class Study:
             trial.set_user_attr(attribute, content)
             self._study.tell(trial, scores, TrialState.FAIL if scores is None else None, skip_if_finished=True)
         except UpdateFinishedTrialError:
-            logger.warning("trial %d has been ended by another driver; what that one recorded stands", trial.number)
+            logger.warning("trial %d was ended by another driver; its record is kept", trial.number)
         self._mine.pop(trial.number, None)
 
     def _start_trial(self, n_trials: int) -> "optuna.Trial | None":

@@ -13,7 +13,7 @@ same order, or says why the request cannot be carried out:
 Some pairs of a device and a room are kept out of everything that a model may learn from and appear in the test split
 alone, so that a model which only remembers pairs is found out. `delay` is in minutes, `time` on the 24-hour clock.
 
-Beside each answer stands one to reject, wrong as one who listens badly is wrong: another room, value or time, an error
+Each answer comes with one to reject, wrong as one who listens badly is wrong: another room, value or time, an error
 where there is none, or something done that cannot be.
 """
 
