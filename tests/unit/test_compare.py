@@ -353,7 +353,7 @@ def test_two_settings_with_several_seeds_each_are_held_against_the_spread_of_the
         "high-1 (3 seeds) against low-1 (3 seeds) by exact_match on validation: better, 0.8 against 0.3 on average (p "
     )
     repository.run("alone", some(11), {"seed": 1, "lora.r": 8})
-    assert "lies within the range of the 3 seeds" in compared("low-1", "low-2", "low-3", "alone").verdict
+    assert "is within the range of the 3 seeds" in compared("low-1", "low-2", "low-3", "alone").verdict
 
 
 def test_cost_is_that_of_the_stages_and_not_known_where_one_came_from_the_run_cache(repository):

@@ -293,9 +293,9 @@ def _test_differences(
     same = sum(ours[key]["completion"] == theirs[key]["completion"] for key in common)
     return [
         ScoreDifference(
-            other.name, each["metric"], each["delta"], each["low"], each["high"], each["p"], len(common), same
+            other.name, delta["metric"], delta["delta"], delta["low"], delta["high"], delta["p"], len(common), same
         )
-        for each in report["other"]["deltas"]
+        for delta in report["other"]["deltas"]
     ], warnings
 
 

@@ -72,14 +72,14 @@ class SplitScores:
     @cached_property
     def differences(self) -> list[tuple[str, str]]:
         """Each artifact with each that it is compared with."""
-        pairs = [(each, delta.content["to"]) for each in self.artifacts for delta in self._listed(each, "deltas")]
+        pairs = [(name, delta.content["to"]) for name in self.artifacts for delta in self._listed(name, "deltas")]
         return list(dict.fromkeys(pairs))
 
     @cached_property
     def compared(self) -> list[str]:
         """The metrics that there are differences of."""
-        found = {delta.content["metric"] for each in self.artifacts for delta in self._listed(each, "deltas")}
-        return [name for name in self.metrics if name in found]
+        compared = {delta.content["metric"] for name in self.artifacts for delta in self._listed(name, "deltas")}
+        return [name for name in self.metrics if name in compared]
 
     def score(self, artifact: str, metric: str) -> Value | None:
         """Return a metric's value."""
@@ -88,13 +88,13 @@ class SplitScores:
     def interval(self, artifact: str, metric: str) -> Value | None:
         """Return the object with `low` and `high`."""
         listed = self._listed(artifact, "intervals")
-        return next((each for each in listed if each.content["metric"] == metric), None)
+        return next((score for score in listed if score.content["metric"] == metric), None)
 
     def delta(self, artifact: str, to: str, metric: str) -> Value | None:
         """Return the object with `delta`, `low`, `high` and `p`."""
         listed = self._listed(artifact, "deltas")
-        found = (each for each in listed if each.content["metric"] == metric and each.content["to"] == to)
-        return next((each for each in found if each.get("delta")), None)
+        deltas = (delta for delta in listed if delta.content["metric"] == metric and delta.content["to"] == to)
+        return next((delta for delta in deltas if delta.get("delta")), None)
 
     def _listed(self, artifact: str, name: str) -> list[Value]:
         return list(self.report.get(artifact, name) or ())
@@ -130,7 +130,7 @@ class Sample:
     @property
     def differs(self) -> bool:
         """Whether the answer of a trained artifact differs from the reference."""
-        return any(not each.is_reference and set(each.artifacts) - UNTRAINED for each in self.answers)
+        return any(not entry.is_reference and set(entry.artifacts) - UNTRAINED for entry in self.answers)
 
 
 @dataclass(frozen=True)
@@ -216,16 +216,16 @@ class ReportFacts:
         """Return how many rows of a split the artifact answered."""
         measured = self.measured.get(artifact)
         splits = measured.get("splits") if measured else None
-        return next((each.get("rows") for each in splits or () if each.content["split"] == split), None)
+        return next((entry.get("rows") for entry in splits or () if entry.content["split"] == split), None)
 
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
         """The metrics of an experiment that its row shows, each with its file and the keys there."""
         scores = "metrics/evaluate/validation.json"
         names = list(dict.fromkeys([MERGED, self.best or MERGED]))
-        found = {f"{name}.{self.primary_metric}": (scores, name, self.primary_metric) for name in names}
+        primary = {f"{name}.{self.primary_metric}": (scores, name, self.primary_metric) for name in names}
         return {
-            **found,
+            **primary,
             f"{names[-1]}.bytes": (scores, names[-1], "bytes"),
             "validation loss": ("metrics/train/metrics.json", "eval", "loss"),
             "gates passed": ("metrics/evaluate/gates.json", "passed"),
@@ -235,8 +235,8 @@ class ReportFacts:
         """Return the tokens that the artifact generated per second."""
         generate = dict(self.timings).get("generate")
         items = list(generate.get("items") or ()) if generate else []
-        found = next((each for each in items if each.content["item"] == artifact), None)
-        return found.get("tokens_per_second") if found else None
+        item = next((entry for entry in items if entry.content["item"] == artifact), None)
+        return item.get("tokens_per_second") if item else None
 
 
 def gather_facts(root: Path, *, seed: int, primary_metric: str) -> ReportFacts:
@@ -284,13 +284,13 @@ def gather_facts(root: Path, *, seed: int, primary_metric: str) -> ReportFacts:
 
 
 def _read_origin(root: Path, fetched: str) -> Value | None:
-    found = read_value(root, f"metrics/fetch/{fetched}.json")
-    return found.get("origin", 0) if found else None
+    metrics = read_value(root, f"metrics/fetch/{fetched}.json")
+    return metrics.get("origin", 0) if metrics else None
 
 
 def _read_searches(root: Path) -> list[Search]:
-    found = sorted((root / "metrics/search").glob("*/study.json"))
-    names = [str(file.relative_to(root).parent) for file in found]
+    studies = sorted((root / "metrics/search").glob("*/study.json"))
+    names = [str(file.relative_to(root).parent) for file in studies]
     return [
         Search(study, read_value(root, f"{name}/course.tsv"))
         for name in names
@@ -303,7 +303,7 @@ def _select_parameters(lock: Value | None) -> list[tuple[str, Value]]:
     used = lock.get("stages", "train", "params", "params.yaml") if lock else None
     if used is None:
         return []
-    found = [(".".join(steps), used.get(*steps)) for steps in KEY_PARAMETERS]
+    parameters = [(".".join(steps), used.get(*steps)) for steps in KEY_PARAMETERS]
     in_4_bits = used.get("quantization", "load_in_4bit")
     applies = {
         "lora": used.content["training"]["tuning"] == "lora",
@@ -311,7 +311,7 @@ def _select_parameters(lock: Value | None) -> list[tuple[str, Value]]:
     }
     return [
         (name, value)
-        for name, value in found
+        for name, value in parameters
         if value is not None and applies.get(name, applies.get(name.partition(".")[0], True))
     ]
 
@@ -320,8 +320,8 @@ def _list_digests(lock: Value | None) -> list[tuple[str, Value, Value | None]]:
     """Return path, digest and bytes of the outputs that a file can be traced by."""
     outs = {out.content["path"]: out for out in _iterate_outputs(lock)}
     names = [*TRACED, *(path for path in outs if path.startswith("models/gguf/"))]
-    found = [(name, outs[name].get("md5"), outs[name].get("size")) for name in names if name in outs]
-    return [(name, digest, size) for name, digest, size in found if digest]
+    traced = [(name, outs[name].get("md5"), outs[name].get("size")) for name in names if name in outs]
+    return [(name, digest, size) for name, digest, size in traced if digest]
 
 
 def _list_stale(root: Path, lock: Value | None) -> list[str]:
@@ -424,7 +424,11 @@ def _read_worst(root: Path, artifacts: Sequence[str]) -> dict[str, list[Value]]:
 def _read_reasons(root: Path, artifacts: Sequence[str]) -> dict[str, dict[int, str]]:
     """Return the judge's reasons by artifact and validation row; empty without a judge."""
     verdicts = {name: read_value(root, f"data/judged/{name}/validation.jsonl") for name in artifacts}
-    return {name: {each["row"]: each["reason"] for each in found.content} for name, found in verdicts.items() if found}
+    return {
+        name: {verdict["row"]: verdict["reason"] for verdict in listed.content}
+        for name, listed in verdicts.items()
+        if listed
+    }
 
 
 def _read_timings(root: Path) -> list[tuple[str, Value]]:
