@@ -12,7 +12,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterator
-from contextlib import nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from lathe.common.errors import InputError
 from lathe.common.text import readable_bytes
 from lathe.gguf import header, tokenizer_parity
 from lathe.gguf.logits import compute_logits
+from lathe.sources.gguf_reading import parse_once
+from lathe.sources.gguf_rope import set_rope_scaling
 from lathe.sources.gguf_tokenizer import save_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 MODEL = "model"
 MAX_SHARD_BYTES = 5_000_000_000
 SAMPLE_TEXTS = 2_000
+SPECIAL_TEXTS = 1_000
 # Nats per token, from llama.cpp's probabilities on the file to transformers' on the dequantized weights in bf16. Seen:
 # 0.002 for SmolLM2-135M in Q4_1, whose kernels in llama.cpp round activations to 8 bits; 0.5 and more where the shape
 # of the model was read wrong.
@@ -106,11 +109,14 @@ def write_model(file: Path, folder: Path) -> dict[str, Any]:
     _check_kind(file, described)
     size = readable_bytes(described["parameters"] * 2)
     logger.info("%s: %s; in 16 bits it takes %s", file.name, _describe_quantization(described), size)
-    model = _load(file, described["metadata"])
-    model.save_pretrained(folder, max_shard_size=MAX_SHARD_BYTES)
-    tokenizer = save_tokenizer(file, folder, described["metadata"])
+    with parse_once(), _quiet():
+        model = _load(file, described["metadata"])
+        tokenizer = save_tokenizer(file, folder, described["metadata"])
+    _set_end_tokens(model, tokenizer)
+    with _quiet():
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_BYTES)
     _write_readme(file, folder, described)
-    texts = [*tokenizer_parity.SAMPLE_TEXTS, *make_texts(SAMPLE_TEXTS)]
+    texts = [*tokenizer_parity.SAMPLE_TEXTS, *make_texts(SAMPLE_TEXTS), *mention_special_tokens(tokenizer)]
     tokenizer_parity.check_tokens(folder, file, texts)
     divergence = _compare_probabilities(file, model, tokenizer)
     return {
@@ -125,14 +131,10 @@ def write_model(file: Path, folder: Path) -> dict[str, Any]:
 
 def read_config(file: Path) -> dict[str, Any]:
     """Return the configuration of the model in a GGUF file, as config.json has it; raises InputError as above."""
-    from transformers import AutoConfig
-
     described = header.describe(file)
     _check_kind(file, described)
-    try:
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception as error:  # transformers raises whatever its reading of foreign metadata comes upon
-        raise _refuse(file, described["metadata"], error) from error
+    with parse_once(), _quiet():
+        config = _read_config(file, described["metadata"])
     return {**config.to_dict(), "dtype": "bfloat16"}
 
 
@@ -153,6 +155,11 @@ def make_texts(count: int) -> Iterator[str]:
         yield "".join(char for char in unicodedata.normalize("NFC", text) if unicodedata.category(char) != "Cn")
 
 
+def mention_special_tokens(tokenizer: Any) -> list[str]:
+    """Return texts with the special tokens of a tokenizer in them, a thousand at most."""
+    return [f"one {token} two{token}three" for token in sorted(tokenizer.get_added_vocab())[:SPECIAL_TEXTS]]
+
+
 def _check_kind(file: Path, described: dict[str, Any]) -> None:
     metadata = described["metadata"]
     kind = metadata.get("general.type", MODEL)
@@ -170,18 +177,47 @@ def _check_kind(file: Path, described: dict[str, Any]) -> None:
         )
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing bars and tables: what matters is in a message of ours."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _read_config(file: Path, metadata: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:  # transformers raises whatever its reading of foreign metadata comes upon
+        raise _refuse(file, metadata, error) from error
+    # Qwen3 and others; for Llama transformers takes the number of rotated dimensions, which is the same.
+    head_dim = metadata.get(f"{metadata['general.architecture']}.attention.key_length")
+    if head_dim and getattr(config, "head_dim", None):
+        config.head_dim = head_dim
+    set_rope_scaling(config, file, metadata)
+    return config
+
+
 def _load(file: Path, metadata: dict[str, Any]) -> Any:
     """Return the dequantized model in bf16, without the traces of a quantizer."""
     from transformers import AutoModelForCausalLM, GgufConfig
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    config = _read_config(file, metadata)
     # Its bar is for terminals alone.
-    quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
+    bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
     try:
-        with quiet:
+        with bar:
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent,
+                config=config,
                 gguf_file=file.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.bfloat16,
@@ -198,6 +234,13 @@ def _load(file: Path, metadata: dict[str, Any]) -> Any:
             if name in vars(owner):
                 delattr(owner, name)
     return model.eval()
+
+
+def _set_end_tokens(model: Any, tokenizer: Any) -> None:
+    """Have generation end where the tokenizer's turns end."""
+    for config in filter(None, (model.config, model.generation_config)):
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _write_readme(file: Path, folder: Path, described: dict[str, Any]) -> None:
