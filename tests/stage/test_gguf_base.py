@@ -220,7 +220,7 @@ def test_what_is_no_base_model_is_refused(
 
 
 def test_a_model_that_transformers_reads_otherwise_is_refused(tmp_path: Path, tiny: Made) -> None:
-    file = rewrite(tiny.gguf, tmp_path / "other.gguf", {"llama.attention.scale": 3.0})
+    file = rewrite(tiny.gguf, tmp_path / "other.gguf", {"llama.attention.causal": False})
     with refused("other-model", "other.gguf: ", "KL divergence", kept=False):
         write_model(file, tmp_path / "base")
 

@@ -132,7 +132,7 @@ def test_a_requirement_without_a_hash_is_refused(tmp_path, requirement):
 def test_a_failing_download_is_told_in_one_line_and_leaves_nothing(tmp_path, requirement, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with refused("download-failed", "pip could not download", "; pip said: ", kept=False) as caught:
+    with refused("download-failed", "pip could not download", "; from pip: ", kept=False) as caught:
         install_converter.install(tmp_path / "llama", requirement)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == [requirement.name]

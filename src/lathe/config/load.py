@@ -151,7 +151,11 @@ def _write_line(path: tuple[Any, ...], problems: list[Any], model: type[Section]
 def _path_in_file(location: tuple[Any, ...], tree: Any, *, missing: bool) -> tuple[Any, ...]:
     # Pydantic's location also names the member of a union; the path in the file has only keys and indexes.
     path: list[Any] = []
+    member = None
     for index, step in enumerate(location):
+        if member is None and isinstance(tree, dict) and step == tree.get("source"):
+            member = step  # and not the key of this name, which an entry of the source `package` has
+            continue
         if (isinstance(tree, dict) and step in tree) or (isinstance(tree, list) and isinstance(step, int)):
             tree = tree[step]
         elif not (missing and index == len(location) - 1):

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lathe.common import json_files
 from lathe.common.errors import InputError
 from lathe.gguf.llama_library import load_library
 from lathe.gguf.llama_model import LlamaModel
@@ -35,7 +36,7 @@ def save_tokenizer(file: Path, folder: Path, metadata: dict[str, Any]) -> Any:
     try:
         built = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         with LlamaModel(file, vocab_only=True) as vocabulary:
-            tokenizer = _restore(built, str(kind), metadata, vocabulary)
+            tokenizer, adds_bos = _restore(built, str(kind), metadata, vocabulary), vocabulary.adds_bos
     except InputError:
         raise
     except Exception as error:  # transformers raises whatever its reading of foreign metadata comes upon
@@ -45,6 +46,10 @@ def save_tokenizer(file: Path, folder: Path, metadata: dict[str, Any]) -> Any:
             code="tokenizer-not-read",
         ) from error
     tokenizer.save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    # For llama.cpp's converter, which does not see in the tokenizer itself that nothing is added.
+    flags = {"add_bos_token": adds_bos}
+    json_files.write_json(config, json.loads(config.read_text(encoding="utf-8")) | flags)
     if kind == SENTENCEPIECE:
         _save_pieces(file, folder / "tokenizer.model", metadata)
     return tokenizer
@@ -86,9 +91,7 @@ def _restore(built: Any, kind: str, metadata: dict[str, Any], vocabulary: LlamaM
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, chat_template=template, clean_up_tokenization_spaces=False, **texts
     )
-    # For llama.cpp's converter, which does not see in the tokenizer itself that something is not added.
-    tokenizer.init_kwargs["add_bos_token"] = vocabulary.adds_bos
-    if kind == SENTENCEPIECE:
+    if kind == SENTENCEPIECE:  # for llama.cpp's converter
         tokenizer.init_kwargs["add_prefix_space"] = prefix
     return tokenizer
 

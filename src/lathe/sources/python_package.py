@@ -33,7 +33,8 @@ def find_files(package: str, version: str, path: str) -> Path:
         )
     wanted = PurePosixPath(path)
     files = distribution.files or []
-    inside = [file for file in files if file == wanted or wanted in file.parents]
+    # `.` is the folder of all packages.
+    inside = [file for file in files if wanted.parts and (file == wanted or wanted in file.parents)]
     if not inside:
         known = sorted({str(part) for file in files for part in (file, *file.parents) if ".dist-info" not in str(part)})
         raise InputError(
