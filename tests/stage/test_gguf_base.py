@@ -238,3 +238,11 @@ def test_a_damaged_file_is_refused(tmp_path: Path, tiny: Made) -> None:
 def test_a_vocabulary_alone_is_refused(tmp_path: Path) -> None:
     with refused("no-weights", "ggml-vocab-gpt-2.gguf: holds no weights"):
         write_model(paths.LLAMA_CPP / "models/ggml-vocab-gpt-2.gguf", tmp_path / "base")
+
+
+def test_a_type_that_cannot_be_dequantized_is_refused(tmp_path: Path, tiny: Made) -> None:
+    quantize(tiny.gguf, tmp_path / "ones.gguf", type="Q1_0", threads=2)
+    with refused("gguf-not-read", "ones.gguf: transformers cannot read this model", kept=False) as caught:
+        write_model(tmp_path / "ones.gguf", tmp_path / "base")
+    assert "\n" not in str(caught.value)
+    assert "Q1_0" in str(caught.value) or "41" in str(caught.value), caught.value
