@@ -1,7 +1,7 @@
 """Bring the selected base model, the dataset and the encoder of BERTScore into the pipeline.
 
 reads   params.yaml: model, dataset, seed; their entries in presets.yaml; models/local/, data/local/, the hub;
-        for the encoder params.yaml: bert_score.model, bert_score.revision, evaluate.metrics
+        for the encoder params.yaml: bert_score.model, evaluate.metrics; presets.yaml: encoders
 writes  models/base/, data/raw/, models/encoder/ (empty where evaluate.metrics does not list bert_score),
         metrics/fetch/{model,dataset,encoder}.json
 items   model, dataset, encoder
@@ -35,10 +35,10 @@ def _fetch(config: Config, item: str, folder: Path) -> fetch.Origin | None:
     if item == "dataset":
         origin = fetch.fetch_dataset(config.dataset, folder, seed=params.seed)
         return {"name": params.dataset, "source": config.dataset.source, **origin}
-    encoder = params.bert_score.model
-    if "bert_score" not in params.evaluate.metrics or encoder is None:
+    if "bert_score" not in params.evaluate.metrics or config.encoder is None:
         return None
-    return {"name": encoder, **fetch.fetch_encoder(encoder, params.bert_score.revision, folder)}
+    origin = fetch.fetch_encoder(config.encoder, folder)
+    return {"name": params.bert_score.model, "source": config.encoder.source, **origin}
 
 
 def _measure(folder: Path) -> dict[str, int]:

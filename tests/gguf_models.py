@@ -252,3 +252,29 @@ def _save(kind: Any, config: Any, tokenizer: Any, folder: Path) -> None:
     torch.manual_seed(1)
     kind(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def rewrite(source: Path, out: Path, changes: dict[str, Any] | None = None, *, tensors: bool = True) -> Path:
+    """Copy a GGUF file with some metadata changed, or left out where the new value is None."""
+    import gguf
+
+    changes = changes or {}
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(out, str(changes.get("general.architecture", "llama")))
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in {"general.architecture", *changes}:
+            continue
+        kind, *inner = field.types
+        writer.add_key_value(field.name, field.contents(), kind, inner[0] if inner else None)
+    kinds = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+    kinds[bool] = gguf.GGUFValueType.BOOL
+    for key, value in changes.items():
+        if value is not None and key != "general.architecture":
+            writer.add_key_value(key, value, kinds[type(value)])
+    for tensor in reader.tensors if tensors else []:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out

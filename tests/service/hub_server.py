@@ -99,7 +99,7 @@ class Hub:
 
 def is_large(path: str) -> bool:
     """Tell whether the hub keeps a file as LFS does: known by its SHA-256, served by the CDN."""
-    return path.endswith((".safetensors", ".parquet", ".bin", "tokenizer.json"))
+    return path.endswith((".safetensors", ".parquet", ".bin", ".gguf", "tokenizer.json"))
 
 
 def digest(data: bytes) -> str:

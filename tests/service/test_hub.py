@@ -1,3 +1,4 @@
+# ruff: noqa: F811 - a fixture is imported, then named as an argument
 """`fetch` from the hub: the real script and the real client against a server on 127.0.0.1."""
 
 import fcntl
@@ -26,7 +27,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 from conftest import SMALL, Checkout, make_checkout
-from gguf_models import make_llama3, make_qwen3
+from gguf_models import Made, make_llama3, make_qwen3, tiny  # noqa: F401 - a fixture
 from hub_server import GOOD_TOKEN, Fault, Hub
 from ruamel.yaml import YAML
 
@@ -158,6 +159,37 @@ ROWS = [{"question": f"{i} + {i}?", "answer": f"{2 * i}"} for i in range(40)]
 
 
 # Models.
+
+
+def test_a_gguf_file_of_a_repository_is_downloaded_alone_and_dequantized(user: User, tiny: Made) -> None:
+    files = MODEL_FILES | {"small-Q8_0.gguf": tiny.gguf.read_bytes(), "small-Q4_0.gguf": b"another"}
+    user.hub.add("model", MODEL, files)
+    said = user.refused("model", file="small-Q8.gguf")
+    assert said == (
+        f"presets.yaml: file is 'small-Q8.gguf', but {MODEL} has no such file; did you mean 'small-Q8_0.gguf'?"
+    )
+    assert not user.file("models/base").exists()
+    user.fetch("model", file="small-Q8_0.gguf")
+    assert names(user.file("models/base")) == [
+        *("README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    ]
+    assert len(user.hub.blobs) == 1, "another file was downloaded"
+    [origin] = user.checkout.json("metrics/fetch/model.json")["origin"]
+    assert origin["id"] == MODEL
+    assert origin["gguf"] == "small-Q8_0.gguf"
+    assert origin["sha256"] == hashlib.sha256(tiny.gguf.read_bytes()).hexdigest()
+    user.hub.requests.clear()
+    user.fetch("model", file="small-Q8_0.gguf", revision=origin["commit"])
+    assert not user.hub.requests
+
+
+def test_a_gguf_file_that_is_no_model_leaves_nothing(user: User) -> None:
+    user.hub.add("model", MODEL, {"small.gguf": b"GGUF" + bytes(100)})
+    said = user.refused("model", file="small.gguf")
+    assert "its GGUF header is damaged" in said
+    assert not user.file("models/base").exists()
+    assert not list(user.file("models").glob(".base*")), "something was left half-written"
 
 
 def test_a_pinned_model_is_fetched_whole_without_pickles_code_or_second_copies(user: User) -> None:

@@ -10,6 +10,7 @@ import pytest
 from conftest import Checkout, make_checkout
 from encoders import make_encoder
 from hub_server import Hub
+from ruamel.yaml import YAML
 
 NAME = "owner/encoder"
 PROGRAM = """
@@ -42,7 +43,11 @@ def fetched(
     checkout: Checkout, hub: Hub, home: Path, name: str = NAME, revision: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     metrics = ["exact_match", "bert_score"]
-    checkout.set({"bert_score.model": name, "bert_score.revision": revision, "evaluate.metrics": metrics})
+    presets = checkout.root / "presets.yaml"
+    tree = YAML().load(presets)
+    tree["encoders"]["chosen"] = {"source": "hub", "id": name, **({"revision": revision} if revision else {})}
+    YAML().dump(tree, presets)
+    checkout.set({"bert_score.model": "chosen", "evaluate.metrics": metrics})
     kept = {key: value for key, value in checkout.environment.items() if not key.startswith("HF_")}
     return subprocess.run(
         [sys.executable, "stages/fetch.py", "encoder"],
@@ -64,7 +69,7 @@ def test_an_encoder_is_downloaded_once_without_pickles_or_code(
     assert not hub.asked(r"resolve/.*(bin|py)$")
     assert {file.name for file in (checkout.root / "models/encoder").iterdir()} == set(files)
     [origin] = checkout.json("metrics/fetch/encoder.json")["origin"]
-    assert (origin["name"], origin["source"], origin["commit"]) == (NAME, "hub", commit)
+    assert (origin["name"], origin["source"], origin["id"], origin["commit"]) == ("chosen", "hub", NAME, commit)
     assert origin["files"] == len(files)
     assert origin["bytes"] == sum(map(len, files.values()))
     hub.requests.clear()
@@ -77,7 +82,7 @@ def test_an_encoder_is_downloaded_once_without_pickles_or_code(
 
 
 def test_without_bert_score_nothing_is_fetched(checkout: Checkout) -> None:
-    checkout.set({"bert_score.model": NAME, "evaluate.metrics": ["exact_match"]})
+    checkout.set({"bert_score.model": "minilm", "evaluate.metrics": ["exact_match"]})
     checkout.stage("fetch", "encoder")
     assert list((checkout.root / "models/encoder").iterdir()) == []
     assert checkout.json("metrics/fetch/encoder.json") == {"origin": None}
@@ -89,7 +94,7 @@ def test_a_branch_is_resolved_and_the_line_that_pins_it_is_printed(
     commit = hub.add("model", NAME, files).refs["main"]
     done = fetched(checkout, hub, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"put into the section bert_score of params.yaml\n    revision: {commit}\n" in done.stderr
+    assert f"put into its entry in presets.yaml\n    revision: {commit}\n" in done.stderr
 
 
 def test_an_encoder_that_is_not_there_is_refused_by_the_key_that_names_it(
@@ -98,7 +103,7 @@ def test_an_encoder_that_is_not_there_is_refused_by_the_key_that_names_it(
     done = fetched(checkout, hub, tmp_path, name="owner/none")
     assert done.returncode == 2
     assert done.stderr.startswith("error: owner/none: no such model on ")
-    assert "check `bert_score.model` in params.yaml" in done.stderr
+    assert "check `id` in presets.yaml" in done.stderr
 
 
 def test_an_encoder_with_pickles_alone_is_refused(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Checkout, copy_of, make_checkout
+from ruamel.yaml import YAML
 
 from lathe.common.jsonl import read_jsonl, write_jsonl
 
@@ -201,9 +202,13 @@ def test_bert_score_of_a_local_encoder_reaches_report_rows_and_gates(checkout: C
     encoder = checkout.root / "models/local/encoder"
     encoder.mkdir()
     make_encoder(encoder)
+    presets = checkout.root / "presets.yaml"
+    tree = YAML().load(presets)
+    tree["encoders"]["mine"] = {"source": "local", "path": "models/local/encoder"}
+    YAML().dump(tree, presets)
     checkout.set(
         {
-            "bert_score.model": "models/local/encoder",
+            "bert_score.model": "mine",
             "bert_score.max_length": 32,
             "evaluate.metrics": ["exact_match", "bert_score"],
             "evaluate.gates": ["quantized.combined >= 0.5 * merged.bert_score"],
@@ -230,7 +235,7 @@ def test_bert_score_of_a_local_encoder_reaches_report_rows_and_gates(checkout: C
     shutil.rmtree(encoder)
     refused = checkout.stage("fetch", "encoder", check=False)
     assert refused.returncode == 2
-    assert "there is no such folder; put the encoder there" in refused.stderr
+    assert "models/local/encoder: no such file or folder; put it there" in refused.stderr
     shutil.rmtree(checkout.root / "models/encoder")
     refused = checkout.stage("evaluate", check=False)
     assert refused.returncode == 2

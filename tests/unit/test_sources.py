@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from lathe.common import paths
 from lathe.common.errors import InputError
-from lathe.config.presets import LocalDataset, LocalModel
+from lathe.config.presets import LocalDataset, LocalEncoder, LocalModel
 from lathe.sources import fetch
 
 
@@ -164,17 +164,22 @@ def fetch_encoder(home, model="models/local/encoder"):
     folder = home / "fetched"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    return fetch.fetch_encoder(model, None, folder)
+    return fetch.fetch_encoder(LocalEncoder(source="local", path=model), folder)
 
 
 def test_an_encoder_is_a_complete_folder_under_models_local(home, encoder):
     source = home / "models/local/encoder"
     shutil.copytree(encoder, source)
     (source / "modeling_mine.py").write_text("raise SystemExit")
-    assert fetch_encoder(home) == {"source": "local"}
+    assert fetch_encoder(home) == {}
     assert {file.name for file in (home / "fetched").iterdir()} == {file.name for file in encoder.iterdir()}
-    for missing in ("models/local/none", "models/local/../encoder", "models/local/"):
-        with refused("no-such-encoder", missing, "there is no such folder; put the encoder there"):
+    for missing, code, said in (
+        ("models/local/none", "no-such-file", "models/local/none: no such file or folder; put it there"),
+        ("models/local/../encoder", "outside-local", "is not under models/local/"),
+        ("models/local/", "outside-local", "is not under models/local/"),
+        ("models/local/encoder/config.json", "not-a-folder", "is a file; give the folder"),
+    ):
+        with refused(code, said):
             fetch_encoder(home, missing)
     (source / "model.safetensors").write_bytes((encoder / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(InputError, match=r"model\.safetensors: not a whole safetensors file"):

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from lathe.common import paths
+from lathe.common.dotted_keys import get_value
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean, escape_name, shorten_value, suggest_name
 from lathe.config.base import Section, section_of
@@ -16,11 +17,16 @@ from lathe.config.presets import (
     BuiltinDataset,
     BuiltinModel,
     DatasetPreset,
+    EncoderPreset,
     HubDataset,
+    HubEncoder,
     HubModel,
     LocalDataset,
+    LocalEncoder,
     LocalModel,
     ModelPreset,
+    PackageEncoder,
+    PackageModel,
     Presets,
 )
 from lathe.config.yaml_files import read_yaml
@@ -28,13 +34,21 @@ from lathe.config.yaml_files import read_yaml
 # Codes of problems by pydantic's type of error; every other type is an invalid value.
 CODES = {"extra_forbidden": "unknown-key", "missing": "missing-key"}
 
+# The kinds of entries in the tables of presets.yaml, by their source.
+KINDS: dict[str, dict[str, type[Section]]] = {
+    "models": {"builtin": BuiltinModel, "local": LocalModel, "hub": HubModel, "package": PackageModel},
+    "encoders": {"local": LocalEncoder, "hub": HubEncoder, "package": PackageEncoder},
+    "datasets": {"builtin": BuiltinDataset, "local": LocalDataset, "hub": HubDataset},
+}
+
 
 class Config(Section):
-    """The configuration of a run: the parameters and the two presets that they select."""
+    """The configuration of a run: the parameters and the presets that they select."""
 
     params: Params
     model: ModelPreset
     dataset: DatasetPreset
+    encoder: EncoderPreset | None
 
 
 def load(params_file: Path = paths.PARAMS, presets_file: Path = paths.PRESETS) -> Config:
@@ -44,7 +58,7 @@ def load(params_file: Path = paths.PARAMS, presets_file: Path = paths.PRESETS) -
     """
     tree, presets_tree = read_yaml(params_file), read_yaml(presets_file)
     problems = _validate(Params, tree, params_file.name) + _validate(Presets, presets_tree, presets_file.name)
-    for key, table in (("model", "models"), ("dataset", "datasets")):
+    for key, table in (("model", "models"), ("bert_score.model", "encoders"), ("dataset", "datasets")):
         problems += _check_preset(tree, presets_tree, key, table, params_file.name, presets_file.name)
     if problems:
         codes = [code for code, _ in problems]
@@ -52,7 +66,13 @@ def load(params_file: Path = paths.PARAMS, presets_file: Path = paths.PRESETS) -
         code = "unknown-key" if "unknown-key" in codes else codes[0]
         raise InputError("\n".join(line for _, line in problems), code=code)
     params, presets = Params.model_validate(tree), Presets.model_validate(presets_tree)
-    return Config(params=params, model=presets.models[params.model], dataset=presets.datasets[params.dataset])
+    encoder = params.bert_score.model
+    return Config(
+        params=params,
+        model=presets.models[params.model],
+        dataset=presets.datasets[params.dataset],
+        encoder=presets.encoders[encoder] if encoder else None,
+    )
 
 
 def check_value(key: str, value: Any, tree: dict[str, Any], where: str) -> list[str]:
@@ -116,7 +136,8 @@ def _write_line(path: tuple[Any, ...], problems: list[Any], model: type[Section]
             return f"{file}: {key} is {shorten_value(given)}; must be one of {', '.join(known)}{near and f'; {near}'}"
         case "union_tag_not_found" | "union_tag_invalid":
             source = given.get("source") if isinstance(given, dict) else given
-            return f"{file}: {key}.source is {shorten_value(source)}; must be one of builtin, local, hub"
+            known = list(KINDS[str(path[0])])
+            return f"{file}: {key}.source is {shorten_value(source)}; must be one of {', '.join(known)}"
         case "value_error" if not path:  # of several keys, which it names
             return f"{file}: {problem['msg'].removeprefix('Value error, ')}"
         case "value_error":
@@ -130,7 +151,11 @@ def _write_line(path: tuple[Any, ...], problems: list[Any], model: type[Section]
 def _path_in_file(location: tuple[Any, ...], tree: Any, *, missing: bool) -> tuple[Any, ...]:
     # Pydantic's location also names the member of a union; the path in the file has only keys and indexes.
     path: list[Any] = []
+    member = None
     for index, step in enumerate(location):
+        if member is None and isinstance(tree, dict) and step == tree.get("source"):
+            member = step  # and not the key of this name, which an entry of the source `package` has
+            continue
         if (isinstance(tree, dict) and step in tree) or (isinstance(tree, list) and isinstance(step, int)):
             tree = tree[step]
         elif not (missing and index == len(location) - 1):
@@ -145,11 +170,7 @@ def _list_keys(model: type[Section], parent: tuple[Any, ...], tree: Any) -> list
     if model is Presets:
         for step in parent:
             tree = tree[step]
-        members: dict[str, dict[str, type[Section]]] = {
-            "models": {"builtin": BuiltinModel, "local": LocalModel, "hub": HubModel},
-            "datasets": {"builtin": BuiltinDataset, "local": LocalDataset, "hub": HubDataset},
-        }
-        return list(members[parent[0]][tree["source"]].model_fields)
+        return list(KINDS[parent[0]][tree["source"]].model_fields)
     section = model
     for step in parent:
         # An index selects an entry of a list; all entries have the same keys.
@@ -159,7 +180,7 @@ def _list_keys(model: type[Section], parent: tuple[Any, ...], tree: Any) -> list
 
 
 def _check_preset(tree: Any, presets: Any, key: str, table: str, params_name: str, presets_name: str) -> list[Problem]:
-    name = tree.get(key) if isinstance(tree, dict) else None
+    name = get_value(tree, key)
     known = presets.get(table) if isinstance(presets, dict) else None
     if not isinstance(name, str) or not isinstance(known, dict) or name in known:
         return []

@@ -3,7 +3,6 @@
 `lathe.config.load` reads the file and reports all problems at once, one line each: key, value, rule and remedy.
 """
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,7 +11,6 @@ from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.config import gates as gate_rules
 from lathe.config.base import (
-    REPOSITORY,
     Fraction,
     Name,
     NonNegativeFloat,
@@ -187,8 +185,7 @@ class Judge(Section):
 class BertScore(Section):
     """BERTScore, if evaluate.metrics lists bert_score: similarity of two texts by the embeddings of an encoder."""
 
-    model: Name | None = entry("encoder: a folder under models/local, or a repository of the hub; null: none")
-    revision: Name | None = entry("its commit, tag or branch, if it is from the hub; null: main")
+    model: Name | None = entry("encoder: a name under `encoders` in presets.yaml; null: none")
     num_layers: Positive | None = entry("layer of the encoder whose embeddings are compared; null: the last")
     max_length: Positive = entry("texts are cut to this length", "tokens")
     batch_size: Positive = entry("texts in one forward pass", "texts")
@@ -196,13 +193,6 @@ class BertScore(Section):
         "rescale by the score of unrelated texts: shuffled for that of these very texts, or a file of bert-score's; "
         "null: no rescaling"
     )
-
-    @field_validator("model")
-    @classmethod
-    def _check_model(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith("models/local/") and not re.fullmatch(REPOSITORY, value):
-            raise ValueError(f"{value!r} is neither a folder under models/local nor a repository; write OWNER/NAME")
-        return value
 
 
 class Evaluate(Section):
@@ -313,8 +303,8 @@ class Params(Section):
     def _check_scores(self) -> "Params":
         if "bert_score" in self.evaluate.metrics and self.bert_score.model is None:
             raise ValueError(
-                "evaluate.metrics lists bert_score, but bert_score.model is null; name an encoder there, a folder "
-                "under models/local or a repository of the hub, or take bert_score off the list"
+                "evaluate.metrics lists bert_score, but bert_score.model is null; name one of the encoders in "
+                "presets.yaml there, or take bert_score off the list"
             )
         primary = self.evaluate.primary_metric
         if primary not in self.scores:

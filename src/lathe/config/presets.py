@@ -11,6 +11,7 @@ Format = Literal[
     "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "preference", "classification"
 ]
 
+GGUF_SUFFIX = ".gguf"
 SPLIT_OR_SLICE = r"\w+(\.\w+)*(\[(-?\d+)?:(-?\d+)?\]|\[(-?\d+%)?:(-?\d+%)?\])?"
 
 
@@ -31,10 +32,10 @@ class ModelWithTemplate(Section):
 
 
 class LocalModel(ModelWithTemplate):
-    """A folder of your own: config.json, safetensors, tokenizer."""
+    """A model of your own: a folder with config.json, safetensors and tokenizer, or a GGUF file."""
 
     source: Literal["local"]
-    path: Name = Field(description="folder under models/local")
+    path: Name = Field(description="folder, or GGUF file, under models/local")
 
 
 class HubRepository(Section):
@@ -57,9 +58,59 @@ class HubModel(HubRepository, ModelWithTemplate):
     """A model on the Hugging Face Hub."""
 
     source: Literal["hub"]
+    file: Name | None = Field(
+        None, description="its GGUF file to take, `NAME.gguf`; if left out, its safetensors are taken"
+    )
+
+    @field_validator("file")
+    @classmethod
+    def _check_file(cls, value: str | None) -> str | None:
+        if value is not None and not value.endswith(GGUF_SUFFIX):
+            raise ValueError(f"{value!r} is no GGUF file; give one that ends with {GGUF_SUFFIX}, or leave `file` out")
+        return value
 
 
-ModelPreset = Annotated[BuiltinModel | LocalModel | HubModel, Field(discriminator="source")]
+class PythonPackage(Section):
+    """Files in an installed Python package, so that a package index is all that is needed."""
+
+    source: Literal["package"]
+    package: Name = Field(description="name of the package on the package index")
+    version: Name = Field(description="its version, which must be the installed one")
+    path: Name = Field(description="folder or GGUF file in the package, from its root")
+
+    @field_validator("package")
+    @classmethod
+    def _check_package(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", value):
+            raise ValueError(f"{value!r} is no name of a package; write it as on the package index, without a version")
+        return value
+
+
+class PackageModel(PythonPackage, ModelWithTemplate):
+    """A model in an installed Python package: a folder as of `local`, or a GGUF file."""
+
+
+ModelPreset = Annotated[BuiltinModel | LocalModel | HubModel | PackageModel, Field(discriminator="source")]
+
+
+class LocalEncoder(Section):
+    """An encoder of your own: a folder with config.json, safetensors and tokenizer."""
+
+    source: Literal["local"]
+    path: Name = Field(description="folder under models/local")
+
+
+class HubEncoder(HubRepository):
+    """An encoder on the Hugging Face Hub."""
+
+    source: Literal["hub"]
+
+
+class PackageEncoder(PythonPackage):
+    """An encoder in an installed Python package."""
+
+
+EncoderPreset = Annotated[LocalEncoder | HubEncoder | PackageEncoder, Field(discriminator="source")]
 
 
 class ColumnMapping(Section):
@@ -141,7 +192,8 @@ DatasetPreset = Annotated[BuiltinDataset | LocalDataset | HubDataset, Field(disc
 
 
 class Presets(Section):
-    """All of `presets.yaml`: models and datasets by name."""
+    """All of `presets.yaml`: models, encoders and datasets by name."""
 
     models: dict[Name, ModelPreset]
+    encoders: dict[Name, EncoderPreset] = Field(default_factory=dict)
     datasets: dict[Name, DatasetPreset]

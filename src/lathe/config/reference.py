@@ -8,8 +8,8 @@ from typing import Any
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from lathe.config import presets
 from lathe.config.base import Section, section_of
+from lathe.config.load import KINDS
 from lathe.config.params import Params
 
 
@@ -22,17 +22,17 @@ def render_page() -> str:
         *_render_section("", Params),
     ]
     blocks += ["# Presets", "Entries of `presets.yaml`; a key that is not needed is left out."]
-    for title, preset in (
-        ("models: builtin", presets.BuiltinModel),
-        ("models: local", presets.LocalModel),
-        ("models: hub", presets.HubModel),
-        ("datasets: builtin", presets.BuiltinDataset),
-        ("datasets: local", presets.LocalDataset),
-        ("datasets: hub", presets.HubDataset),
-    ):
+    for title, preset in _list_presets():
         fields = {name: field for name, field in preset.model_fields.items() if name != "source"}
         blocks += [f"## {title}", preset.__doc__ or "", *([_render_table(fields)] if fields else [])]
     return "\n\n".join(blocks) + "\n"
+
+
+def _list_presets() -> Iterator[tuple[str, type[Section]]]:
+    """Yield the kinds of entries of presets.yaml with their titles."""
+    for table, kinds in KINDS.items():
+        for source, preset in kinds.items():
+            yield f"{table}: {source}", preset
 
 
 def _render_section(name: str, section: type[Section]) -> Iterator[str]:

@@ -20,7 +20,8 @@ from lathe.common.errors import InputError
 PACKAGE = "llama-cpp-python"
 REQUIREMENT = paths.ROOT / "requirements-converter.txt"
 
-# Below vendor/llama.cpp in the source package; `models` has real vocabularies without weights, and chat templates.
+# Below vendor/llama.cpp in the source package; `models` has real vocabularies without weights, and chat templates,
+# `llama-vocab.cpp` what the names of pre-tokenizers stand for.
 UNPACKED = (
     "LICENSE",
     "conversion",
@@ -28,6 +29,7 @@ UNPACKED = (
     "convert_lora_to_gguf.py",
     "gguf-py",
     "models",
+    "src/llama-vocab.cpp",
 )
 PIN_FILE = ".pinned"
 
@@ -61,7 +63,12 @@ def is_installed(target: Path, requirement: Path) -> bool:
     Raises InputError if the installed llama-cpp-python is of another version.
     """
     stamp, pin = target / PIN_FILE, _read_pin(requirement)
-    return stamp.is_file() and stamp.read_text(encoding="utf-8") == pin
+    # A checkout of an earlier version may lack a file that is unpacked today.
+    return (
+        stamp.is_file()
+        and stamp.read_text(encoding="utf-8") == pin
+        and all((target / name).exists() for name in UNPACKED)
+    )
 
 
 def _read_pin(requirement: Path) -> str:
@@ -106,7 +113,7 @@ def _unpack(archive: Path, folder: Path) -> None:
     missing = set(UNPACKED)
     with tarfile.open(archive) as source:
         for member, path in _select_files(source):
-            missing.discard(path.parts[0])
+            missing -= {path.parts[0], path.as_posix()}
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             content = source.extractfile(member)
             assert content is not None, member.name
@@ -123,7 +130,9 @@ def _select_files(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, P
     # Only regular files, and written here: no link and no path out of the folder can reach the disk.
     for member in archive:
         parts = PurePosixPath(member.name).parts
-        if member.isfile() and parts[1:3] == ("vendor", "llama.cpp") and parts[3:4] and parts[3] in UNPACKED:
+        if not member.isfile() or parts[1:3] != ("vendor", "llama.cpp") or not parts[3:]:
+            continue
+        if parts[3] in UNPACKED or "/".join(parts[3:]) in UNPACKED:
             if ".." in parts:
                 raise InputError(
                     f"the source package holds the path {member.name!r}, which leads out; do not use it",

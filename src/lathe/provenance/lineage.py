@@ -92,5 +92,5 @@ def hash_folder(files: Mapping[str, str]) -> str:
 
 def _read_origin(name: str, item: str) -> dict[str, str]:
     [origin] = read_json(paths.METRICS / f"fetch/{item}.json")["origin"]
-    keys = ("name", "source", "id", "revision", "commit")
+    keys = ("name", "source", "id", "revision", "commit", "package", "version", "gguf", "sha256", "quantization")
     return {f"lathe.{name}.{key}": origin[key] for key in keys if origin.get(key)}

@@ -117,9 +117,18 @@ def _describe_source(fetched: Mapping[str, Any], digest: str) -> dict[str, str]:
     if fetched.get("id"):
         shown = f"{fetched['id']}"
         commit = f", commit {fetched['commit']}" if fetched.get("commit") else ""
-        return {"shown": shown, "origin": f"{shown}{commit}, digest {digest}"}
+        return {"shown": shown, "origin": f"{shown}{commit}{_describe_file(fetched)}, digest {digest}"}
     shown = f"`{fetched['name']}`"
-    return {"shown": shown, "origin": f"{shown} ({fetched['source']}), digest {digest}"}
+    source = f"{fetched['package']} {fetched['version']}" if fetched.get("package") else fetched["source"]
+    return {"shown": shown, "origin": f"{shown} ({source}{_describe_file(fetched)}), digest {digest}"}
+
+
+def _describe_file(fetched: Mapping[str, Any]) -> str:
+    """Return what is known of the GGUF file that a base model was dequantized from; empty for other sources."""
+    if not fetched.get("gguf"):
+        return ""
+    bits = f"{fetched['quantization']}, {fetched['bits_per_weight']:.2f} bits per weight"
+    return f", dequantized from `{fetched['gguf']}`: {bits}, SHA-256 {fetched['sha256']}"
 
 
 def _build_row(

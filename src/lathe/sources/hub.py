@@ -71,35 +71,25 @@ class Repository:
     downloads to.
     """
 
-    def __init__(
-        self,
-        kind: Kind,
-        name: str,
-        revision: str | None,
-        *,
-        id_key: str = "`id` in presets.yaml",
-        section: str = "its entry in presets.yaml",
-    ) -> None:
+    def __init__(self, kind: Kind, name: str, revision: str | None) -> None:
         """Resolve `revision` (commit, branch, tag; None: the main branch) to a commit; warn unless it is one.
 
-        Messages name `id_key`, the key of the repository's name, and `section`, which has the key `revision`. A commit
-        whose files are in the cache needs no Hub. Raises InputError, one line with the remedy, if the Hub refuses or
-        cannot be reached.
+        A commit whose files are in the cache needs no Hub. Raises InputError, one line with the remedy, if the Hub
+        refuses or cannot be reached.
         """
         disable_progress_bars()  # one bar for all files instead of one per file
         disable_propagation()  # or messages of the library appear twice
         self.kind, self.name, self.revision = kind, name, revision
-        self.id_key, self.section = id_key, section
         self.folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)
         self._verified: set[str] = set()
         self.commit = revision if revision and COMMIT.fullmatch(revision) else None
         if self.commit is None:
             self.commit = self._resolve_revision()
             logger.warning(
-                "%s is not pinned: %r may mean other files tomorrow; to keep these, put into %s\n    revision: %s",
+                "%s is not pinned: %r may mean other files tomorrow; to keep these, put into its entry in "
+                "presets.yaml\n    revision: %s",
                 name,
                 revision or "main",
-                section,
                 self.commit,
             )
 
@@ -163,7 +153,7 @@ class Repository:
             if not known:
                 raise
             raise HubUnreachableError(
-                f"{unreachable}; to use what the cache has of it, pin {self.section}: `revision: {known}`",
+                f"{unreachable}; to use what the cache has of it, pin its entry in presets.yaml: `revision: {known}`",
                 code="hub-unreachable",
             ) from None
         if commit != known:  # for other tools that use this cache
@@ -321,8 +311,8 @@ class Repository:
             )
         if status in {401, 404} and not with_token:
             return InputError(
-                f"{self.name}: no such {self.kind} on {constants.ENDPOINT}, or not a public one; check {self.id_key}, "
-                f"or set HF_TOKEN to a token that may read it ({constants.ENDPOINT}/settings/tokens)",
+                f"{self.name}: no such {self.kind} on {constants.ENDPOINT}, or not a public one; check `id` in "
+                f"presets.yaml, or set HF_TOKEN to a token that may read it ({constants.ENDPOINT}/settings/tokens)",
                 code="no-such-repository",
             )
         if status == 401:
@@ -340,7 +330,7 @@ class Repository:
         if status == 404:
             return InputError(
                 f"{self.name}: no such {self.kind} on {constants.ENDPOINT}, or the account of HF_TOKEN may not see it; "
-                f"check {self.id_key}",
+                f"check `id` in presets.yaml",
                 code="no-such-repository",
             )
         if status == 429:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lathe.common.errors import InputError
+from lathe.common.text import did_you_mean
 from lathe.models import model_folder
 
 if TYPE_CHECKING:
@@ -42,6 +43,20 @@ def fetch_hub_files(repository: "Repository") -> dict[str, Path]:
     files = repository.files(names)
     model_folder.open_model(files["config.json"].parent)
     return files
+
+
+def fetch_hub_file(repository: "Repository", name: str) -> Path:
+    """Download and verify one file of a repository; return its path in the Hub's cache.
+
+    Raises InputError if the repository has no such file.
+    """
+    if name not in repository.paths:
+        known = [path for path in repository.paths if path.endswith(Path(name).suffix)]
+        raise InputError(
+            f"presets.yaml: file is {name!r}, but {repository.name} has no such file; {did_you_mean(name, known)}",
+            code="no-such-file",
+        )
+    return repository.files([name])[name]
 
 
 def select_files(names: list[str], shown: str) -> list[str]:
