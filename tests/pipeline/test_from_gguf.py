@@ -61,7 +61,7 @@ def test_a_gguf_file_goes_through_every_stage(
         assert metadata["general.license"] == "apache-2.0"
     card = (checkout.root / "models/gguf/README.md").read_text()
     assert "license: apache-2.0\n" in card
-    assert f"dequantized from `own.gguf`: {origin['quantization']}, " in card
+    assert f"from `own.gguf` ({origin['quantization']}, " in card
     assert digest in card
 
 

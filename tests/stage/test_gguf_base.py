@@ -72,7 +72,7 @@ def test_the_ids_of_a_real_vocabulary_are_those_of_llama_cpp(tmp_path: Path, nam
         assert saved.decode(saved("Straße, 12 <x>", add_special_tokens=False)["input_ids"]).strip() == "Straße, 12 <x>"
 
 
-@pytest.mark.parametrize("name", ["tiny", "qwen", "llama3"])
+@pytest.mark.parametrize("name", ["tiny", "qwen", pytest.param("llama3", marks=pytest.mark.slow)])
 def test_a_model_comes_back_from_its_gguf(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
     made: Made = request.getfixturevalue(name)
     origin = write_model(made.gguf, tmp_path / "base")

@@ -332,7 +332,8 @@ from types import SimpleNamespace
 from lathe import doctor
 from lathe.common import paths
 from toy import load_toy
-config = load_toy().model_copy(update={"model": SimpleNamespace(source="hub", id="org/name", revision="main")})
+model = SimpleNamespace(source="hub", id="org/name", revision="main", file=None)
+config = load_toy().model_copy(update={"model": model})
 for finding in doctor.check_model(config, doctor.Circumstances(paths.ROOT, os.environ)):
     print(finding.check, finding.status, finding.text)
 """

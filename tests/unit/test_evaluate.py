@@ -323,9 +323,7 @@ def test_bert_score_is_put_into_every_row_and_rescaled_by_one_baseline_for_both_
         "compute_scores",
         lambda pairs, *_, **__: {pair: 1.0 if pair[0] == pair[1] else 0.6 for pair in pairs},
     )
-    settings = BertScore(
-        model="owner/name", revision=None, num_layers=None, max_length=8, batch_size=4, baseline="shuffled"
-    )
+    settings = BertScore(model="mine", num_layers=None, max_length=8, batch_size=4, baseline="shuffled")
     splits = [{"base": answering(5, rows=10), "merged": answering(10, rows=10)} for _ in range(2)]
     add_bert_score(splits, settings, seed=1, cache=tmp_path)
     assert [entry["bert_score"] for entry in splits[1]["base"]] == [1.0] * 5 + [0.0] * 5

@@ -114,21 +114,12 @@ def _build_front_matter(facts: CardFacts, params: Params) -> dict[str, Any]:
 
 def _describe_source(fetched: Mapping[str, Any], digest: str) -> dict[str, str]:
     """Return the name of a model or dataset in a sentence, and its full origin."""
-    if fetched.get("id"):
-        shown = f"{fetched['id']}"
-        commit = f", commit {fetched['commit']}" if fetched.get("commit") else ""
-        return {"shown": shown, "origin": f"{shown}{commit}{_describe_file(fetched)}, digest {digest}"}
-    shown = f"`{fetched['name']}`"
-    source = f"{fetched['package']} {fetched['version']}" if fetched.get("package") else fetched["source"]
-    return {"shown": shown, "origin": f"{shown} ({source}{_describe_file(fetched)}), digest {digest}"}
-
-
-def _describe_file(fetched: Mapping[str, Any]) -> str:
-    """Return what is known of the GGUF file that a base model was dequantized from; empty for other sources."""
-    if not fetched.get("gguf"):
-        return ""
-    bits = f"{fetched['quantization']}, {fetched['bits_per_weight']:.2f} bits per weight"
-    return f", dequantized from `{fetched['gguf']}`: {bits}, SHA-256 {fetched['sha256']}"
+    shown = str(fetched.get("id") or f"`{fetched['name']}`")
+    source = fetched["source"] if not fetched.get("package") else f"{fetched['package']} {fetched['version']}"
+    details = f" ({source})" if not fetched.get("id") else f", commit {fetched.get('commit')}"
+    if fetched.get("gguf"):
+        details += f", from `{fetched['gguf']}` ({fetched['quantization']}, SHA-256 {fetched['sha256']})"
+    return {"shown": shown, "origin": f"{shown}{details}, digest {digest}"}
 
 
 def _build_row(

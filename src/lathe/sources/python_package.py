@@ -1,6 +1,7 @@
 """Files in an installed Python package: a model or an encoder for whom a package index is all that is at hand."""
 
 import base64
+import csv
 import hashlib
 import sys
 from importlib import metadata
@@ -31,19 +32,19 @@ def find_files(package: str, version: str, path: str) -> Path:
             f"version, or run {install}",
             code="other-version",
         )
-    wanted = PurePosixPath(path)
-    files = distribution.files or []
+    wanted, hashes = PurePosixPath(path), _read_hashes(distribution)
     # `.` is the folder of all packages.
-    inside = [file for file in files if wanted.parts and (file == wanted or wanted in file.parents)]
+    inside = [file for file in hashes if wanted.parts and (file == wanted or wanted in file.parents)]
     if not inside:
-        known = sorted({str(part) for file in files for part in (file, *file.parents) if ".dist-info" not in str(part)})
+        listed = {str(part) for file in hashes for part in (file, *file.parents) if ".dist-info" not in str(part)}
         raise InputError(
-            f"presets.yaml: path is {path!r}, which {package} {version} does not hold; {did_you_mean(path, known)}",
+            f"presets.yaml: path is {path!r}, which {package} {version} does not hold; "
+            f"{did_you_mean(path, sorted(listed))}",
             code="no-such-file",
         )
     for file in inside:
         located = Path(str(distribution.locate_file(file)))
-        if not located.is_file() or (file.hash and not _has_hash(located, file.hash.mode, file.hash.value)):
+        if not located.is_file() or (hashes[file] and not _has_hash(located, hashes[file])):
             raise InputError(
                 f"{located}: is not the file that {package} {version} came with; install it again: {install} "
                 "--force-reinstall",
@@ -52,7 +53,15 @@ def find_files(package: str, version: str, path: str) -> Path:
     return Path(str(distribution.locate_file(wanted)))
 
 
-def _has_hash(file: Path, algorithm: str, expected: str) -> bool:
+def _read_hashes(distribution: metadata.Distribution) -> dict[PurePosixPath, str]:
+    """Return the hash of every file that was installed, those too that are gone; empty where it has none."""
+    # Not `distribution.files`, which leaves out what is gone.
+    rows = csv.reader((distribution.read_text("RECORD") or "").splitlines())
+    return {PurePosixPath(name): expected for name, expected, _size in rows}
+
+
+def _has_hash(file: Path, expected: str) -> bool:
+    algorithm, _, encoded = expected.partition("=")
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, algorithm).digest()
-    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == expected
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == encoded
