@@ -100,10 +100,11 @@ bench-experiments: setup ## what `dvc exp show` takes with fifty experiments, an
 bench-tracking: setup ## seconds of the training stage while it is mirrored, to a server and to one that hangs
 	python benchmarks/tracking.py
 
-docs: setup ## rewrite docs/params.md, schemas/, the pictures in docs/, and the table of results
+docs: setup ## rewrite docs/params.md, schemas/, the pictures in docs/, and the tables of results
 	python -m lathe schema > docs/params.md
 	python -m lathe.experiments.schemas
 	python docs/build.py
+	python docs/results.py
 
 docs-serve: setup ## show the documentation on http://127.0.0.1:8002, built again as its files change
 	NO_MKDOCS_2_WARNING=1 mkdocs serve --dev-addr 127.0.0.1:8002

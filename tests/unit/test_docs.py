@@ -50,6 +50,15 @@ def build_site(folder: Path, *, addition: str = "") -> subprocess.CompletedProce
     )
 
 
+def test_the_page_of_results_is_what_its_command_writes():
+    program = "import sys; sys.path[:0] = ['docs']; import results; sys.stdout.write(results.render_page())"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    names = {file.stem for file in (ROOT / "docs/results").glob("*.json")}
+    assert names == set(re.findall(r"^## (.*)$", done.stdout, flags=re.MULTILINE))
+    assert names <= {file.stem for file in (ROOT / "experiments").glob("*.yaml")} | {"smollm2"}
+
+
 def test_the_readme_is_read_in_one_go():
     assert (ROOT / "README.md").stat().st_size <= 12_000
 
