@@ -273,6 +273,7 @@ def test_a_token_is_asked_for_where_the_model_comes_from_a_hub(source, token, st
     assert "s3cr3t" not in str(finding)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("memory", "status", "said"),
     [
@@ -297,6 +298,7 @@ def test_memory_of_a_method_that_is_not_estimated_is_a_warning(qwen, repository,
     assert memory.text == f"cannot be estimated: training.method is '{method}'; memory is estimated for 'sft' alone"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("disk", "status"), [(100 * GB, "ok"), (7 * GB, "warning"), (2 * GB, "fail")])
 def test_disk_is_held_against_every_output(qwen, repository, disk, status):
     configured(repository, '[cache]\n    type = "hardlink,symlink"\n')

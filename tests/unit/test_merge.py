@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from lathe.models.merge.merge import merge
 from lathe.models.merge.write_shards import MergeReport
 
+pytestmark = pytest.mark.heavy
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -15,6 +15,8 @@ from lathe.models.merge.merge import merge
 from lathe.models.merge.write_shards import MergeReport
 from lathe.training.full_tuning import save_full_model
 
+pytestmark = pytest.mark.heavy
+
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -16,6 +16,8 @@ from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.config.load import Config, load
 
+pytestmark = pytest.mark.heavy
+
 SCALARS = (
     st.none()
     | st.booleans()
