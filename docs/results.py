@@ -80,6 +80,7 @@ def make_record(revision: Revision) -> dict[str, Any]:
         )
     parameters = revision.parameters
     metrics = [*parameters["evaluate"]["metrics"], *MEASURED]
+    timings = read_timings(revision)
     return {
         "name": parameters["model"] if revision.name == WORKSPACE else revision.name,
         "model": parameters["model"],
@@ -96,9 +97,9 @@ def make_record(revision: Revision) -> dict[str, Any]:
         "primary_metric": parameters["evaluate"]["primary_metric"],
         "artifacts": {name: select_scores(entry, metrics) for name, entry in scores.items()},
         "gates": count_gates(revision),
-        "seconds": read_seconds(revision),
-        "tokens_per_second": (revision.read_json("metrics/timings/train.json") or {}).get("tokens_per_second"),
-        "peak_memory_bytes": (revision.read_json("metrics/timings/train.json") or {}).get("peak_memory_bytes"),
+        "seconds": {stage: timing["seconds"] for stage, timing in timings.items()},
+        "tokens_per_second": timings.get("train", {}).get("tokens_per_second"),
+        "peak_memory_bytes": timings.get("train", {}).get("peak_memory_bytes"),
         "machine": machine.describe().partition(", load")[0],
     }
 
@@ -123,8 +124,8 @@ def count_gates(revision: Revision) -> dict[str, int] | None:
     return None if gates is None else {key: gates[key] for key in ("passed", "failed") if key in gates}
 
 
-def read_seconds(revision: Revision) -> dict[str, float]:
-    """Return the seconds of each stage that was measured."""
+def read_timings(revision: Revision) -> dict[str, dict[str, Any]]:
+    """Return what was measured of each stage that has run."""
     stages = (
         "fetch",
         "preprocess",
@@ -138,7 +139,7 @@ def read_seconds(revision: Revision) -> dict[str, float]:
         "evaluate",
     )
     timings = {stage: revision.read_json(f"metrics/timings/{stage}.json") for stage in stages}
-    return {stage: timing["seconds"] for stage, timing in timings.items() if timing}
+    return {stage: timing for stage, timing in timings.items() if timing}
 
 
 def render_page() -> str:
