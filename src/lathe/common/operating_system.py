@@ -22,6 +22,8 @@ PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 PARENT_POLL_SECONDS = 0.2
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+MAPPED_BLOCKS, TRIM_BYTES = 1 << 16, 1 << 25  # glibc's default, and the most that it chooses by itself
 
 _stop_watching: threading.Event | None = None  # of the thread that watches the parent, where there is one
 
@@ -109,6 +111,20 @@ def get_available_memory_bytes() -> int:
     return available
 
 
+def keep_freed_memory() -> None:
+    """Let malloc keep what this process frees, up to its largest size so far, until `return_freed_memory` is called.
+
+    glibc gives each freed block of megabytes back to the system, and takes it again, page by page, for the next tensor.
+    This does nothing off glibc, and where the environment sets malloc.
+    """
+    _set_malloc(map_blocks=False)
+
+
+def return_freed_memory() -> None:
+    """Let malloc give freed memory back to the system, now and from now on."""
+    _set_malloc(map_blocks=True)
+
+
 def count_usable_cores() -> int:
     """Return how many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -191,6 +207,17 @@ def _import_or_none(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         return None
+
+
+def _set_malloc(*, map_blocks: bool) -> None:
+    library: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    is_set_by_user = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
+    if is_set_by_user or not hasattr(library, "gnu_get_libc_version"):
+        return
+    library.mallopt(M_MMAP_MAX, MAPPED_BLOCKS if map_blocks else 0)
+    library.mallopt(M_TRIM_THRESHOLD, TRIM_BYTES if map_blocks else -1)
+    if map_blocks:
+        library.malloc_trim(0)
 
 
 def _watch_parent(parent: int, stop: threading.Event) -> None:

@@ -86,7 +86,7 @@ class AnswerTrainer(BaseTrainer, ResumableTrainer, SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the mean negative log-likelihood per supervised token of the whole step, all passes together."""
-        self.trained_tokens += sum(inputs["row_lengths"]) if inputs["supervised_tokens"] else 0
+        self.trained_tokens += inputs["tokens"] if inputs["supervised_tokens"] else 0
         self.trained_supervised_tokens += inputs["supervised_tokens"]
         loss = compute_step_loss(model, inputs)
         if num_items_in_batch is None:

@@ -11,7 +11,7 @@ import torch
 from lathe.training.loss import sum_token_losses
 
 # What a batch holds for the loss and the counts, not for the model's forward.
-NOT_MODEL_INPUTS = {"labels", "columns", "targets", "supervised_tokens"}
+NOT_MODEL_INPUTS = {"labels", "columns", "targets", "tokens", "supervised_tokens"}
 
 
 def autocast(device_type: str, precision: str, *, cache_enabled: bool = True) -> AbstractContextManager[Any]:
@@ -33,7 +33,4 @@ def compute_step_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 def select_model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """Return what the model's forward gets of a batch: without labels, it computes no loss of its own."""
-    left_out = NOT_MODEL_INPUTS
-    if "attention_mask" in batch:  # padded: a stock model, which does not know row_lengths
-        left_out = left_out | {"row_lengths"}
-    return {name: value for name, value in batch.items() if name not in left_out}
+    return {name: value for name, value in batch.items() if name not in NOT_MODEL_INPUTS}
