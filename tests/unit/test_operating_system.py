@@ -196,3 +196,44 @@ def test_free_memory_is_at_most_what_the_cgroup_leaves(tmp_path, monkeypatch):
 def test_a_stage_gets_to_the_environment_from_an_old_python(script: Path):
     """`python3` of macOS is 3.9: it must read a script as far as `_path`, which goes on with the environment's."""
     ast.parse(script.read_text(encoding="utf-8"), feature_version=(3, 9))
+
+
+KEEP_AND_RETURN = """
+import ctypes, os, sys
+from lathe.common import operating_system
+
+def resident() -> int:
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+malloc = ctypes.CDLL(None)
+malloc.malloc.restype, malloc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def use() -> int:  # bytes that stay after blocks of 8 MiB were used and freed
+    before = resident()
+    blocks = [malloc.malloc(1 << 23) for _ in range(16)]
+    for block in blocks:
+        ctypes.memset(block, 1, 1 << 23)
+    for block in blocks:
+        malloc.free(block)
+    return resident() - before
+
+plain = use()
+operating_system.keep_freed_memory()
+kept = use()
+again = use()
+operating_system.return_freed_memory()
+print(plain, kept, again, use())
+"""
+
+
+@pytest.mark.parametrize("tunable", [None, "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_"])
+def test_freed_memory_is_kept_until_it_is_returned_unless_the_user_has_set_malloc(tunable, monkeypatch):
+    if tunable:
+        value = "262144" if tunable.startswith("MALLOC") else "glibc.malloc.mmap_threshold=262144"
+        monkeypatch.setitem(ENVIRONMENT, tunable, value)
+    plain, kept, again, returned = (int(count) for count in python(KEEP_AND_RETURN).stdout.split())
+    used = 16 << 23
+    assert plain < used / 4
+    assert kept > used * 0.9 if tunable is None else kept < used / 4
+    assert again < used / 4  # what was kept is used again
+    assert returned < used / 4

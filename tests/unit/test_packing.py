@@ -8,7 +8,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lathe.models.adapter import add_adapter
 from lathe.models.loss_mask import Encoded
 from lathe.training.loss import IGNORE_INDEX, sum_token_losses
-from lathe.training.packing import PaddedCollator, PaddingFreeCollator, build_dataset, build_packed_dataset
+from lathe.training.packing import (
+    PaddedCollator,
+    PaddingFreeCollator,
+    build_dataset,
+    build_packed_dataset,
+    round_length_up,
+)
 from lathe.training.row_attention import ROW_ATTENTION, separate_rows
 from lathe.training.training_step import compute_step_loss, select_model_inputs
 
@@ -30,7 +36,8 @@ MODELS = {
     "gemma": {"num_key_value_heads": 1},
     "gemma3_text": {"sliding_window": 5, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention"] * 2},
 }
-LENGTHS = [13, 5, 12, 21, 7, 2]
+LENGTHS = [13, 5, 12, 21, 7, 3]
+FILLER = 1  # to the next length that batches have
 
 
 def made(kind: str, **shape) -> torch.nn.Module:
@@ -151,9 +158,35 @@ def test_only_tokens_that_predict_a_supervised_one_get_logits():
     assert batch["targets"].shape == (1, sum(sum(row.supervised[1:]) for row in rows()))
     assert (batch["targets"] != IGNORE_INDEX).all()
     assert (batch["labels"][:, 1:] != IGNORE_INDEX).sum() == batch["targets"].numel()
-    assert batch["input_ids"].shape == (1, sum(LENGTHS))
+    assert batch["input_ids"].shape == (1, sum(LENGTHS) + FILLER)
+    assert batch["tokens"] == sum(LENGTHS)
     assert batch["supervised_tokens"] == batch["targets"].numel()
-    assert batch["row_lengths"] == tuple(sorted(LENGTHS, reverse=True))
+    assert batch["row_lengths"] == tuple(sorted([*LENGTHS, FILLER], reverse=True))
+
+
+def test_batches_have_few_different_lengths():
+    lengths = {round_length_up(tokens) for tokens in range(1024, 2048)}
+    assert len(lengths) == 16 + 1
+    for tokens in range(1, 5000):
+        rounded = round_length_up(tokens)
+        assert tokens <= rounded < tokens * 17 / 16 + 1
+        assert rounded in (round_length_up(rounded), tokens)
+    assert round_length_up(100_000) % 4096 == 0
+
+
+def test_the_filler_changes_neither_loss_nor_gradients(monkeypatch):
+    model = made("llama")
+    assert separate_rows(model, "auto", precision="fp32")
+    results = []
+    for add in (0, 40):  # longer than any row
+        monkeypatch.setattr("lathe.training.packing.round_length_up", lambda tokens, add=add: tokens + add)
+        loss = loss_of(model, PaddingFreeCollator()(list(build_dataset(rows()))))
+        loss.backward()
+        results.append((loss.item(), gradients(model)))
+    (plain, plain_gradients), (filled, filled_gradients) = results
+    assert filled == pytest.approx(plain, rel=1e-6)
+    for name, gradient in filled_gradients.items():
+        torch.testing.assert_close(gradient, plain_gradients[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

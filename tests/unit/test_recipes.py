@@ -24,6 +24,7 @@ SERIES = {
 SHIPPED = {
     *SERIES,
     *("arxiv-ministral-3b", "baseline", "gsm8k-grpo", "laptop", "multi-gpu", "qwen3-600m", "tiny", "vikhr-8b"),
+    *("smollm2-banking", "smollm2-clinc", "smollm2-dpo", "smollm2-grpo", "smollm2-gsm8k", "smollm2-russian"),
 }
 # What a recipe may leave to params.yaml, as it does not depend on the model: a new section is not among them.
 NOT_OF_THE_MODEL = {
@@ -60,7 +61,7 @@ def test_the_overrides_of_a_recipe_become_the_parameters_of_its_run(name):
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_recipe_for_a_real_model_leaves_nothing_of_training_to_the_values_of_the_toy(name):
+def test_a_recipe_for_a_real_model_leaves_nothing_of_training_to_params_yaml(name):
     method = configured(name).params.training.method
     unused = NOT_OF_THE_MODEL | {"dpo", "grpo"} - {method}
     wanted = {key for key in recipes.list_keys() if not {key, key.split(".")[0]} & unused}

@@ -105,7 +105,7 @@ def _write_own_files(repository: Path, own: Own) -> None:
     if own.model:
         text = edit_params(params.read_text(encoding="utf-8"), read_overrides(recipe))
         text = text.replace(
-            "The values are for the toy that proves the pipeline, not for a real model.",
+            "The values are for SmolLM2-135M and short answers, on a CPU of two cores.",
             f"The values are those of experiments/{own.name}.yaml.",
         )
         params.write_text(text, encoding="utf-8")

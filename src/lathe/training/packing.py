@@ -107,9 +107,9 @@ class PaddedCollator:
 def round_length_up(tokens: int) -> int:
     """Return the next of the lengths that batches have: sixteen between a power of two and the next.
 
-    That is at most 6 % more, and a power of two from 8 up divides it where `tokens` is over 64.
+    That is at most 6 % more.
     """
-    step = max(1, 1 << (tokens.bit_length() - 5))
+    step = 1 << max(0, tokens.bit_length() - 5)
     return -(-tokens // step) * step
 
 

@@ -61,7 +61,7 @@ class _Phase:
     curve_prefix: str
 
 
-@memory.release_memory_afterwards()
+@memory.keep_memory_until_the_end()
 def train(
     base: Path,
     splits: Mapping[str, Path],
@@ -162,7 +162,7 @@ def train(
 def describe_unusual_rate(rate: float, *, weights: int, tuning: Literal["lora", "full"]) -> str | None:
     """Return a warning if `rate` is far from the usual rates for a model of that many weights, else None.
 
-    The rate in the committed params.yaml is for a tiny model; it would ruin a real one.
+    The rate of a tiny model ruins a real one, and a real one's teaches a tiny model nothing.
     """
     # LoRA's usual 1e-5 to 1e-3 is for models from 0.1 B weights; models of a few million take ten times as much. Full
     # tuning takes a tenth of an adapter's rate.
@@ -174,7 +174,7 @@ def describe_unusual_rate(rate: float, *, weights: int, tuning: Literal["lora", 
     what = "training all of" if tuning == "full" else "an adapter on"
     return (
         f"training.learning_rate is {rate:g}; {what} {weights / 1e6:,.0f} M weights usually takes {lowest:g} to "
-        f"{highest:g}; the values in params.yaml are a toy's"
+        f"{highest:g}; set it, or start from a recipe for such a model"
     )
 
 
