@@ -34,9 +34,9 @@ def main(config: Config) -> None:
     )
     chosen = choose_best_artifact(facts.validation, types, config.params.evaluate.primary_metric)
     card = render_model_card(facts, config.params, chosen)
-    with paths.whole_file(paths.GGUF / "README.md") as partial:
+    with paths.replace_file(paths.GGUF / "README.md") as partial:
         partial.write_text(card, encoding="utf-8")
-    with paths.whole_file(paths.GGUF / "Modelfile") as partial:
+    with paths.replace_file(paths.GGUF / "Modelfile") as partial:
         text = build_modelfile(f"{chosen}.gguf", template, n_ctx=config.params.generate.n_ctx)
         partial.write_text(text, encoding="utf-8")
 

@@ -27,7 +27,7 @@ def main(config: Config, item: str) -> None:
     template = ChatTemplate.of_tokenizer(load_tokenizer(model))
     rows = read_jsonl(paths.DATA_PROCESSED / "validation.jsonl")
     chats = [template.render(row["messages"]) for row in rows]
-    with paths.whole_file(target) as partial:
+    with paths.replace_file(target) as partial:
         convert(
             model,
             partial,

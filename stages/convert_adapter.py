@@ -24,7 +24,7 @@ def main(config: Config) -> None:
 
     chosen = config.params.convert.llama_cpp_dir
     facts: dict[str, int | str | None] = {"bytes": None, "reason": None}
-    with paths.whole_folder(paths.GGUF / "adapter") as folder:
+    with paths.replace_folder(paths.GGUF / "adapter") as folder:
         target = folder / "adapter-f16.gguf"
         try:
             if read_untrained_names(paths.MODEL_ADAPTER) is not None:

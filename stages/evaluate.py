@@ -54,7 +54,7 @@ def main(config: Config) -> None:
     reports = {split: evaluate(answers[split], general, bytes_of, scores, resampling) for split in SPLITS}
     outcomes = [evaluate_gate(parse_gate(gate), reports["validation"], types) for gate in settings.gates or []]
 
-    with paths.whole_folder(paths.DATA_SCORED) as folder:
+    with paths.replace_folder(paths.DATA_SCORED) as folder:
         for artifact in names:
             (folder / artifact).mkdir()
             for split in SPLITS:

@@ -20,7 +20,7 @@ TARGETS = {"model": paths.MODEL_BASE, "dataset": paths.DATA_RAW, "encoder": path
 
 
 def main(config: Config, item: str) -> None:
-    with paths.whole_folder(TARGETS[item]) as folder:
+    with paths.replace_folder(TARGETS[item]) as folder:
         origin = _fetch(config, item, folder)
     # A list, of which DVC makes no columns: its parameters say the same.
     origins = [{**origin, **_measure(TARGETS[item])}] if origin else None

@@ -49,7 +49,7 @@ def main(config: Config, item: str) -> Throughput:
 
     with open_journal(paths.SCRATCH / "generate", compute_fingerprint(read, determines)) as journal:
         with ExitStack() as stack:
-            folder = stack.enter_context(paths.whole_folder(paths.DATA_GENERATED / item))
+            folder = stack.enter_context(paths.replace_folder(paths.DATA_GENERATED / item))
             generator, *against = [
                 stack.enter_context(
                     Generator(read[name], n_parallel=settings.n_parallel, n_ctx=settings.n_ctx, threads=threads)

@@ -16,7 +16,7 @@ from lathe.config.load import Config
 
 def main(config: Config) -> None:
     facts: dict[str, Any] = {"rows": 0, "tokens": 0, "tensors": 0}
-    with paths.whole_folder(paths.IMATRIX) as folder:
+    with paths.replace_folder(paths.IMATRIX) as folder:
         if config.params.quantize.imatrix:
             from lathe.common.jsonl import read_jsonl
             from lathe.gguf import imatrix_file

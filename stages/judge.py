@@ -39,7 +39,7 @@ def main(config: Config) -> Throughput:
     artifacts.remove_unlisted_types(paths.DATA_GENERATED, config.params.quantize.types)
     settings = config.params.judge
     if not settings.enabled:
-        with paths.whole_folder(paths.DATA_JUDGED):
+        with paths.replace_folder(paths.DATA_JUDGED):
             json_files.write_json(paths.METRICS / "judge.json", {"rows": 0})
         return {}
 
@@ -50,7 +50,7 @@ def main(config: Config) -> Throughput:
         cache.add_tracked(judged_rows.read_verdicts(paths.DATA_JUDGED))
         speeds = _request_missing(rows, settings, cache)
         verdicts = cache.find(rows.prompts)
-    with paths.whole_folder(paths.DATA_JUDGED) as folder:
+    with paths.replace_folder(paths.DATA_JUDGED) as folder:
         judged_rows.write_verdicts(folder, rows, verdicts)
         description = judged_rows.describe_judge(rows, rubric, settings, identity)
         json_files.write_json(folder / judged_rows.JUDGE_FILE, description)

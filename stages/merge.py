@@ -17,7 +17,7 @@ def main(config: Config) -> None:
     from lathe.models.merge.merge import merge
 
     settings = config.params.merge
-    with paths.whole_folder(paths.MODEL_MERGED) as folder:
+    with paths.replace_folder(paths.MODEL_MERGED) as folder:
         report = merge(
             paths.MODEL_BASE,
             paths.MODEL_ADAPTER,

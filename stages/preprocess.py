@@ -23,7 +23,7 @@ def main(config: Config) -> stage.Throughput:
     params = config.params
     tokenizer = load_tokenizer(paths.MODEL_BASE)
     started = time.perf_counter()
-    with paths.whole_folder(paths.DATA_PROCESSED) as folder:
+    with paths.replace_folder(paths.DATA_PROCESSED) as folder:
         prepared = prepare(
             paths.DATA_RAW,
             config.dataset,

@@ -20,7 +20,7 @@ def main(config: Config, item: str) -> None:
 
     target = paths.GGUF / f"{item}.gguf"
     settings = config.params.quantize
-    with paths.whole_file(target) as partial:
+    with paths.replace_file(target) as partial:
         quantize(
             paths.GGUF / "merged-f16.gguf",
             partial,

@@ -34,7 +34,7 @@ def main(config: Config, machine_rank: int | None) -> Throughput:
     from lathe.training import distributed
     from lathe.training.train import train
 
-    adapter = paths.whole_folder(paths.MODEL_ADAPTER) if launch.is_main() else nullcontext(paths.MODEL_ADAPTER)
+    adapter = paths.replace_folder(paths.MODEL_ADAPTER) if launch.is_main() else nullcontext(paths.MODEL_ADAPTER)
     with out_of_memory.explain_out_of_memory(paths.MODEL_BASE, params), adapter as folder:
         trained = train(
             paths.MODEL_BASE,

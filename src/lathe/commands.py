@@ -116,7 +116,7 @@ def _restore_truncated_lock() -> None:
         raise InputError(
             "dvc.lock: cut short while DVC wrote it, and Git has none; remove it and run again", code="truncated-lock"
         )
-    with paths.whole_file(lock) as partial:
+    with paths.replace_file(lock) as partial:
         partial.write_bytes(committed)
     logger.warning(
         "dvc.lock was cut short while DVC wrote it: the committed one is back; what ran since comes from cache"
@@ -290,7 +290,7 @@ def answer_file(file: Path, gguf: Path | None, out: Path | None) -> None:
             )
         )
         target = (
-            stack.enter_context(stack.enter_context(paths.whole_file(out)).open("wb")) if out else sys.stdout.buffer
+            stack.enter_context(stack.enter_context(paths.replace_file(out)).open("wb")) if out else sys.stdout.buffer
         )
         infer(generator, file, target, max_new_tokens=settings.max_new_tokens)
 

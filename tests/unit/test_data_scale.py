@@ -23,7 +23,7 @@ from lathe.config.presets import LocalDataset
 
 raw, out, processes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 preset = LocalDataset(source="local", path="raw")
-with paths.whole_folder(out) as folder:
+with paths.replace_folder(out) as folder:
     prepare(
         raw, preset, folder, tokenizer=byte_chat(), seed=1, max_length=4000, settings=LENIENT, processes=processes
     )

@@ -5,7 +5,7 @@ from lathe.common import paths
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path):
     target = tmp_path / "deep" / "file.txt"
-    with paths.whole_file(target) as partial:
+    with paths.replace_file(target) as partial:
         partial.write_text("new")
         assert not target.exists()
     assert target.read_text() == "new"
@@ -15,7 +15,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path):
 def test_a_failure_leaves_the_old_file_and_no_partial_one(tmp_path):
     target = tmp_path / "file.txt"
     target.write_text("old")
-    with pytest.raises(RuntimeError), paths.whole_file(target) as partial:
+    with pytest.raises(RuntimeError), paths.replace_file(target) as partial:
         partial.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old"
@@ -26,11 +26,11 @@ def test_a_folder_replaces_the_old_one_only_when_it_is_whole(tmp_path):
     target = tmp_path / "folder"
     target.mkdir()
     (target / "stale").touch()
-    with pytest.raises(KeyboardInterrupt), paths.whole_folder(target) as partial:
+    with pytest.raises(KeyboardInterrupt), paths.replace_folder(target) as partial:
         (partial / "half").touch()
         raise KeyboardInterrupt
     assert [path.name for path in target.iterdir()] == ["stale"]
-    with paths.whole_folder(target) as partial:
+    with paths.replace_folder(target) as partial:
         (partial / "fresh").touch()
     assert [path.name for path in target.iterdir()] == ["fresh"]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
@@ -38,11 +38,11 @@ def test_a_folder_replaces_the_old_one_only_when_it_is_whole(tmp_path):
 
 def test_what_a_killed_run_left_is_cleared_away_by_the_next(tmp_path):
     target = tmp_path / "folder"
-    with paths.whole_folder(target) as partial:
+    with paths.replace_folder(target) as partial:
         leftover = partial
     leftover.mkdir()
     (leftover / "half").touch()
-    with paths.whole_folder(target) as partial:
+    with paths.replace_folder(target) as partial:
         (partial / "fresh").touch()
     assert [path.name for path in target.iterdir()] == ["fresh"]
 
@@ -53,7 +53,7 @@ def test_a_linked_output_is_replaced_and_what_it_pointed_to_stays(tmp_path):
     cached.write_text("cached")
     target = tmp_path / "file.txt"
     target.symlink_to(cached)
-    with paths.whole_file(target) as partial:
+    with paths.replace_file(target) as partial:
         partial.write_text("new")
     assert not target.is_symlink()
     assert cached.read_text() == "cached"

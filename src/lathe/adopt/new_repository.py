@@ -38,7 +38,7 @@ def create(
     check_source()
     _check_folder(folder)
     own = _read_own(folder, name, model, dataset, prompt=prompt, completion=completion)
-    with paths.whole_folder(folder) as partial:
+    with paths.replace_folder(folder) as partial:
         run_git("init", "--quiet", "--initial-branch=main", root=partial)
         run_git("reset", "--quiet", "--hard", commit_files(partial, None), root=partial)
         _write_own_files(partial, own)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
+from lathe.common.text import summarize_error
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -255,4 +256,4 @@ def _translate_override_errors() -> Iterator[None]:
     try:
         yield
     except (DvcException, OverrideParseException) as error:
-        raise OverrideError(str(error.__cause__ or error).strip().splitlines()[0]) from None
+        raise OverrideError(summarize_error(error.__cause__ or error)) from None

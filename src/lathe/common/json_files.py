@@ -42,5 +42,5 @@ def encode_json(content: Any, *, sort_keys: bool = False) -> str:
 
 def write_json(file: Path, content: Any, *, sort_keys: bool = False) -> None:
     """Write JSON of two spaces' indent, floats as they are, keys in the order given unless sorted, a newline last."""
-    with paths.whole_file(file) as partial:
+    with paths.replace_file(file) as partial:
         partial.write_text(encode_json(content, sort_keys=sort_keys), encoding="utf-8")

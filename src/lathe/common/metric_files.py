@@ -13,7 +13,7 @@ from lathe.common.operating_system import get_peak_memory_bytes
 
 def write_csv(target: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write a plot's rows, which all have the keys of the first, complete or not at all."""
-    with paths.whole_file(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+    with paths.replace_file(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

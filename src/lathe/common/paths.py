@@ -37,7 +37,7 @@ SCRATCH = MAIN / ".scratch"  # what outlives a stage that was killed; known to n
 
 
 @contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
+def replace_file(target: Path) -> Iterator[Path]:
     """Yield a sibling path to write to; it becomes `target` on success and is removed on failure."""
     partial = _partial(target)
     with _removed_on_failure(partial):
@@ -46,7 +46,7 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def replace_folder(target: Path) -> Iterator[Path]:
     """Yield an empty sibling folder to fill; it replaces `target` on success and is removed on failure."""
     partial = _partial(target)
     partial.mkdir()

@@ -25,7 +25,7 @@ def main() -> None:
     if after == before:
         sys.stdout.write("dvc.yaml lists what each stage imports\n")
         return
-    with paths.whole_file(DVC_YAML) as partial:
+    with paths.replace_file(DVC_YAML) as partial:
         partial.write_text(after, encoding="utf-8")
     changed = [name for name, text in stages_of(after).items() if stages_of(before).get(name) != text]
     sys.stdout.write(f"dvc.yaml: rewrote the modules of {', '.join(changed)}\n")

@@ -27,6 +27,12 @@ def shorten_value(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def summarize_error(error: BaseException) -> str:
+    """Return the first line of an error's text without a full stop, or the name of its class if it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
 def readable_bytes(count: int) -> str:
     """Return a size in decimal units, as disks are sold: `1.5 GB`."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):

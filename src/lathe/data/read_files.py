@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from lathe.common.errors import InputError
+from lathe.common.text import summarize_error
 from lathe.data.split_files import get_suffix
 
 ROWS_PER_BATCH = 1000  # rows of an Arrow or Parquet file that are Python objects at a time
@@ -59,7 +60,7 @@ def read_records(file: Path) -> Iterator[RawRecord]:
             yield row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(
-            f"{file.name} after row {number}: not a complete gzip file: {_get_first_line(error)}; is it truncated?",
+            f"{file.name} after row {number}: not a complete gzip file: {summarize_error(error)}; is it truncated?",
             code="truncated-file",
         ) from None
     if number == 0:
@@ -190,7 +191,7 @@ def _read_batches(file: Path, form: str, batches: Callable[[], Iterator[Any]]) -
         ) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(
-            f"{file.name} after row {number}: not a complete {form} file: {_get_first_line(error)}; is it truncated?",
+            f"{file.name} after row {number}: not a complete {form} file: {summarize_error(error)}; is it truncated?",
             code="truncated-file",
         ) from None
 
@@ -249,13 +250,13 @@ def _describe_json_error(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         problem = error.msg.removesuffix(" at")
         return f"{problem[0].lower()}{problem[1:]} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else _get_first_line(error)
+    return "nested too deeply" if isinstance(error, RecursionError) else summarize_error(error)
 
 
 def _describe_csv_error(error: csv.Error) -> str:
     if "unexpected end of data" in str(error):
         return "the quote that this row opens is never closed; close it"
-    return f"not CSV: {_get_first_line(error)}; correct this row"
+    return f"not CSV: {summarize_error(error)}; correct this row"
 
 
 def _check_header(names: list[str], file: Path, line: int | None) -> list[str]:
@@ -268,10 +269,6 @@ def _check_header(names: list[str], file: Path, line: int | None) -> list[str]:
         if names.count(name) > 1:
             raise InputError(f"{place}: the header names {name!r} twice; rename one of them", code="duplicate-column")
     return names
-
-
-def _get_first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
 
 
 def describe_value(value: Any) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from lathe.common.errors import InputError
 from lathe.common.progress import Progress
+from lathe.common.text import summarize_error
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ class Encoder:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"bert_score.model: {folder}: {str(error).splitlines()[0]}; name another encoder",
+                f"bert_score.model: {folder}: {summarize_error(error)}; name another encoder",
                 code="invalid-encoder",
             ) from None
         if config.is_encoder_decoder:

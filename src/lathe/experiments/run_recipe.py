@@ -12,6 +12,7 @@ from lathe.common import paths
 from lathe.common.dvc_api import open_repository
 from lathe.common.errors import InputError
 from lathe.common.git import find_head, run_git
+from lathe.common.text import summarize_error
 from lathe.config.artifacts import UNQUANTIZED
 from lathe.config.overrides import apply_overrides, expand_sweep, read_key
 from lathe.experiments import preflight
@@ -61,7 +62,7 @@ def list_results() -> Iterator[str]:
         try:
             text = load_recipe(name).recipe.description
         except InputError as error:
-            text = str(error).splitlines()[0]
+            text = summarize_error(error)
         heading, margin = f"{name:<{width}}  ", " " * (width + 2)
         yield from textwrap.wrap(text, WIDTH, initial_indent=heading, subsequent_indent=margin, break_long_words=False)
         for experiment in _select_newest(name, known):

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from lathe.common import paths
-from lathe.common.paths import whole_file
+from lathe.common.paths import replace_file
 from lathe.config.params import Params
 from lathe.config.presets import Presets
 from lathe.experiments.recipes import Base, Recipe, list_keys
@@ -25,7 +25,7 @@ KINDS: dict[str, type[BaseModel]] = {"params": Params, "presets": Presets, "reci
 def main() -> None:
     """Write all schemas to their folder."""
     for kind in KINDS:
-        with whole_file(schema_file(kind)) as partial:
+        with replace_file(schema_file(kind)) as partial:
             partial.write_text(write_schema(kind), encoding="utf-8")
 
 

@@ -48,7 +48,7 @@ def install(target: Path, requirement: Path) -> bool:
     """
     if is_installed(target, requirement):
         return False
-    with paths.whole_folder(target) as folder:
+    with paths.replace_folder(target) as folder:
         # Inside the folder that is written, so that the next run removes it if this one is killed.
         download = folder / ".download"
         _unpack(_download(requirement, download), folder)

@@ -78,7 +78,7 @@ class Journal:
             return RowFile.write(rows, cast(BinaryIO, self._row_files.enter_context(unnamed)))
         path = self._path.with_suffix(f".{name}.rows")
         if not path.exists():
-            with paths.whole_file(path) as partial, partial.open("wb") as file:
+            with paths.replace_file(path) as partial, partial.open("wb") as file:
                 RowFile.write(rows, file)
         return RowFile(self._row_files.enter_context(path.open("rb")))
 

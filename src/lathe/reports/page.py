@@ -50,7 +50,7 @@ TIMES = {"s": 1.0, "min": 60.0, "h": 3600.0}
 def write_page(target: Path, facts: ReportFacts, experiments: Experiments) -> None:
     """Write the page completely or not at all."""
     html = render_page(facts, experiments)
-    with paths.whole_file(target) as partial:
+    with paths.replace_file(target) as partial:
         partial.write_text(html, encoding="utf-8")
 
 

@@ -47,14 +47,9 @@ def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> Origin:
             from lathe.sources.builtin import tiny_model
 
             tiny_model.build(folder, seed)
-        case LocalModel():
-            _place_model(_find_local(preset.path, paths.MODELS_LOCAL), preset.path, folder, origin)
-        case PackageModel():
-            from lathe.sources import python_package
-
-            source = python_package.find_files(preset.package, preset.version, preset.path)
-            origin = {"package": preset.package, "version": preset.version}
-            _place_model(source, f"{preset.package}: {preset.path}", folder, origin)
+        case LocalModel() | PackageModel():
+            source, shown, origin = _find_on_this_machine(preset)
+            _place_model(source, shown, folder, origin)
         case HubModel():
             from lathe.sources.hub import Repository
 
@@ -76,15 +71,10 @@ def fetch_encoder(preset: EncoderPreset, folder: Path) -> Origin:
     the package is not installed in this version.
     """
     match preset:
-        case LocalEncoder():
-            _link_files(_select_files(_find_local(preset.path, paths.MODELS_LOCAL), preset.path), folder)
-            return {}
-        case PackageEncoder():
-            from lathe.sources import python_package
-
-            source = python_package.find_files(preset.package, preset.version, preset.path)
-            _link_files(_select_files(source, f"{preset.package}: {preset.path}"), folder)
-            return {"package": preset.package, "version": preset.version}
+        case LocalEncoder() | PackageEncoder():
+            source, shown, origin = _find_on_this_machine(preset)
+            _link_files(_select_files(source, shown), folder)
+            return origin
         case HubEncoder():
             from lathe.sources.hub import Repository
 
@@ -149,6 +139,18 @@ def _place_model(source: Path, shown: str, folder: Path, origin: Origin) -> None
     from lathe.sources import gguf_model
 
     origin |= gguf_model.write_model(source, folder)
+
+
+def _find_on_this_machine(
+    preset: LocalModel | LocalEncoder | PackageModel | PackageEncoder,
+) -> tuple[Path, str, Origin]:
+    """Return the file or folder of a model, its name for messages, and what is known of its source."""
+    if isinstance(preset, LocalModel | LocalEncoder):
+        return _find_local(preset.path, paths.MODELS_LOCAL), preset.path, {}
+    from lathe.sources import python_package
+
+    source = python_package.find_files(preset.package, preset.version, preset.path)
+    return source, f"{preset.package}: {preset.path}", {"package": preset.package, "version": preset.version}
 
 
 def _find_local(path: str, home: Path) -> Path:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import random
-import re
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from lathe.common.errors import InputError
-from lathe.common.text import readable_bytes
+from lathe.common.text import readable_bytes, summarize_error
 from lathe.gguf import header, tokenizer_parity
 from lathe.gguf.logits import compute_logits
 from lathe.sources.gguf_reading import parse_once
@@ -36,7 +35,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 SAMPLE_TEXTS = 2_000
 SPECIAL_TEXTS = 1_000
 # Nats per token, from llama.cpp's probabilities on the file to transformers' on the dequantized weights in bf16. Seen:
-# 0.002 for SmolLM2-135M in Q4_1, whose kernels in llama.cpp round activations to 8 bits; 0.5 and more where the shape
+# 0.004 for SmolLM2-135M in Q4_1, whose kernels in llama.cpp round activations to 8 bits; 0.5 and more where the shape
 # of the model was read wrong.
 MAX_DIVERGENCE = 0.1
 PROBE = (
@@ -260,7 +259,7 @@ def _write_readme(file: Path, folder: Path, described: dict[str, Any]) -> None:
 def _refuse(file: Path, metadata: dict[str, Any], error: BaseException) -> InputError:
     architecture = metadata.get("general.architecture")
     return InputError(
-        f"{file.name}: transformers cannot read this model (architecture {architecture!r}): {_first_line(error)}; "
+        f"{file.name}: transformers cannot read this model (architecture {architecture!r}): {summarize_error(error)}; "
         "give its Hugging Face folder instead",
         code="gguf-not-read",
     )
@@ -299,8 +298,3 @@ def _find_main_type(types: dict[str, int]) -> str:
 def _hash(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    text = re.sub(r"\s+", " ", str(error).strip())
-    return text.rstrip(".") if text else type(error).__name__

@@ -11,6 +11,7 @@ from typing import Any
 
 from lathe.common import json_files
 from lathe.common.errors import InputError
+from lathe.common.text import summarize_error
 from lathe.gguf.llama_library import load_library
 from lathe.gguf.llama_model import LlamaModel
 from lathe.gguf.pre_tokenizers import PRE_TOKENIZERS
@@ -41,7 +42,7 @@ def save_tokenizer(file: Path, folder: Path, metadata: dict[str, Any]) -> Any:
         raise
     except Exception as error:  # transformers raises whatever its reading of foreign metadata comes upon
         raise InputError(
-            f"{file.name}: transformers cannot build its tokenizer ({kind}): {_first_line(error)}; "
+            f"{file.name}: transformers cannot build its tokenizer ({kind}): {summarize_error(error)}; "
             "give the model's Hugging Face folder instead",
             code="tokenizer-not-read",
         ) from error
@@ -178,8 +179,3 @@ def _save_pieces(file: Path, target: Path, metadata: dict[str, Any]) -> None:
         metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)
     )
     target.write_bytes(proto.SerializeToString(deterministic=True))
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

@@ -40,7 +40,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.progress import Progress
-from lathe.common.text import readable_bytes
+from lathe.common.text import readable_bytes, summarize_error
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class Repository:
                 code="hub-unreachable",
             ) from None
         if commit != known:  # for other tools that use this cache
-            with paths.whole_file(ref) as partial:
+            with paths.replace_file(ref) as partial:
                 partial.write_text(commit)
         return commit
 
@@ -284,7 +284,7 @@ class Repository:
                 if seconds is None:
                     raise self._explain_error(problem) from None
                 del waits[0]
-                logger.warning("%s: %s; asking again in %.0f s", self.name, _format_error(problem), seconds)
+                logger.warning("%s: %s; asking again in %.0f s", self.name, summarize_error(problem), seconds)
                 time.sleep(seconds)
 
     def _explain_error(self, error: BaseException) -> InputError:
@@ -296,7 +296,7 @@ class Repository:
             )
         if not isinstance(error, HfHubHTTPError):
             return HubUnreachableError(
-                f"{self.name}: no answer from {constants.ENDPOINT} ({_format_error(error)}); check the network, and "
+                f"{self.name}: no answer from {constants.ENDPOINT} ({summarize_error(error)}); check the network, and "
                 "HTTPS_PROXY and HF_ENDPOINT where they are set",
                 code="hub-unreachable",
             )
@@ -389,7 +389,3 @@ def _hash_file(file: Path, like: str) -> str:
 
 def _get_size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
-
-
-def _format_error(error: BaseException) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetsError
 
 from lathe.common import paths
 from lathe.common.errors import InputError
-from lathe.common.text import did_you_mean
+from lathe.common.text import did_you_mean, summarize_error
 from lathe.sources.hub import Repository
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Layout:
                 )
             builder = datasets.load_dataset_builder(str(folder), name=chosen, cache_dir=str(folder / ".cache"))
         except (DatasetsError, OSError, ValueError, yaml.YAMLError) as error:
-            problem = str(error).splitlines()[0].replace(str(folder), name).rstrip(".")
+            problem = summarize_error(error).replace(str(folder), name)
             raise InputError(
                 f"{name}: holds no data files that can be read ({problem}); try the hub's own conversion, `revision: "
                 "refs/convert/parquet`, or put files of yours under data/local",
@@ -143,7 +143,7 @@ class Layout:
                     raise ValueError("it has no rows")
                 rows.to_parquet(folder / f"{split}.parquet")
             except (DatasetsError, ValueError) as error:
-                problem = str(error.__cause__ or error).splitlines()[0].rstrip(".")
+                problem = summarize_error(error.__cause__ or error)
                 raise InputError(
                     f"presets.yaml: {split}_split is {wanted!r}, but {self.repository.name} cannot give it: {problem}",
                     code="unreadable-split",

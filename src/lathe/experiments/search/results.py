@@ -34,7 +34,7 @@ def write_results(study: Study, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "study.json", summarize(study))
     if rows := track_best(study):
-        with paths.whole_file(folder / "course.tsv") as partial:
+        with paths.replace_file(folder / "course.tsv") as partial:
             lines = ["trial\tbest", *(f"{row['trial']}\t{row['best']}" for row in rows)]
             partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw_plots(study, folder)
