@@ -24,7 +24,15 @@ SERIES = {
 SHIPPED = {
     *SERIES,
     *("arxiv-ministral-3b", "baseline", "gsm8k-grpo", "laptop", "multi-gpu", "qwen3-600m", "tiny", "vikhr-8b"),
-    *("smollm2-banking", "smollm2-clinc", "smollm2-dpo", "smollm2-grpo", "smollm2-gsm8k", "smollm2-russian"),
+    *(
+        "smollm2-banking",
+        "smollm2-clinc",
+        "smollm2-dpo",
+        "smollm2-grpo",
+        "smollm2-gsm8k",
+        "smollm2-judged",
+        "smollm2-russian",
+    ),
 }
 # What a recipe may leave to params.yaml, as it does not depend on the model: a new section is not among them.
 NOT_OF_THE_MODEL = {
