@@ -208,11 +208,11 @@ def resident() -> int:
 malloc = ctypes.CDLL(None)
 malloc.malloc.restype, malloc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 
-def use() -> int:  # bytes that stay after blocks of 8 MiB were used and freed
+def use(size: int = 1 << 20) -> int:  # bytes that stay after 128 MiB in such blocks were used and freed
     before = resident()
-    blocks = [malloc.malloc(1 << 23) for _ in range(16)]
+    blocks = [malloc.malloc(size) for _ in range((1 << 27) // size)]
     for block in blocks:
-        ctypes.memset(block, 1, 1 << 23)
+        ctypes.memset(block, 1, size)
     for block in blocks:
         malloc.free(block)
     return resident() - before
@@ -222,7 +222,9 @@ operating_system.keep_freed_memory()
 kept = use()
 again = use()
 operating_system.return_freed_memory()
-print(plain, kept, again, use())
+returned = use()
+operating_system.keep_freed_memory()
+print(plain, kept, again, returned, use(1 << 24))
 """
 
 
@@ -231,9 +233,10 @@ def test_freed_memory_is_kept_until_it_is_returned_unless_the_user_has_set_mallo
     if tunable:
         value = "262144" if tunable.startswith("MALLOC") else "glibc.malloc.mmap_threshold=262144"
         monkeypatch.setitem(ENVIRONMENT, tunable, value)
-    plain, kept, again, returned = (int(count) for count in python(KEEP_AND_RETURN).stdout.split())
-    used = 16 << 23
+    plain, kept, again, returned, large = (int(count) for count in python(KEEP_AND_RETURN).stdout.split())
+    used = 1 << 27
     assert plain < used / 4
     assert kept > used * 0.9 if tunable is None else kept < used / 4
     assert again < used / 4  # what was kept is used again
     assert returned < used / 4
+    assert large < used / 4

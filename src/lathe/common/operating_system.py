@@ -22,8 +22,10 @@ PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 PARENT_POLL_SECONDS = 0.2
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
-MAPPED_BLOCKS, TRIM_BYTES = 1 << 16, 1 << 25  # glibc's default, and the most that it chooses by itself
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+# Blocks from this size on go back to the system when they are freed, as few of them fit where another was.
+LARGE_BLOCK_BYTES = 1 << 23
+TRIM_BYTES = 1 << 25
 
 _stop_watching: threading.Event | None = None  # of the thread that watches the parent, where there is one
 
@@ -112,17 +114,17 @@ def get_available_memory_bytes() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep what this process frees, up to its largest size so far, until `return_freed_memory` is called.
+    """Let malloc keep the blocks that this process frees, but for large ones, until `return_freed_memory` is called.
 
-    glibc gives each freed block of megabytes back to the system, and takes it again, page by page, for the next tensor.
-    This does nothing off glibc, and where the environment sets malloc.
+    glibc gives the end of its heap back to the system whenever it is free, and takes it again, page by page, for the
+    next tensor. This does nothing off glibc, and where the environment sets malloc.
     """
-    _set_malloc(map_blocks=False)
+    _set_malloc(trim_threshold=-1)
 
 
 def return_freed_memory() -> None:
     """Let malloc give freed memory back to the system, now and from now on."""
-    _set_malloc(map_blocks=True)
+    _set_malloc(trim_threshold=TRIM_BYTES)
 
 
 def count_usable_cores() -> int:
@@ -209,14 +211,14 @@ def _import_or_none(name: str) -> Any:
         return None
 
 
-def _set_malloc(*, map_blocks: bool) -> None:
+def _set_malloc(*, trim_threshold: int) -> None:
     library: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     is_set_by_user = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
     if is_set_by_user or not hasattr(library, "gnu_get_libc_version"):
         return
-    library.mallopt(M_MMAP_MAX, MAPPED_BLOCKS if map_blocks else 0)
-    library.mallopt(M_TRIM_THRESHOLD, TRIM_BYTES if map_blocks else -1)
-    if map_blocks:
+    library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+    library.mallopt(M_TRIM_THRESHOLD, trim_threshold)
+    if trim_threshold >= 0:
         library.malloc_trim(0)
 
 
