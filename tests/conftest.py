@@ -44,6 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # As in stages/_path.py, before a test module imports torch: a training of a test that shares two cores with
+    # another took twice the processor time where its threads spun while they waited.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     refusals.update = config.getoption("--update-messages")
 
 
@@ -93,7 +96,6 @@ class Checkout:
             "PATH": os.pathsep.join([str(self.preloading), str(Path(sys.executable).parent), os.environ["PATH"]]),
             "HF_HUB_OFFLINE": "1",
             "GIT_CONFIG_GLOBAL": os.devnull,
-            "OMP_WAIT_POLICY": "PASSIVE",
         }
 
     def without_preloading(self) -> "Checkout":
