@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _preloading(tmp_path_factory: pytest.TempPathFactory) -> None:
-    Checkout.preloading = preloaded.write_python3(folder_of_run(tmp_path_factory) / "preloaded")
+    preloaded.set_up(folder_of_run(tmp_path_factory))
 
 
 @pytest.fixture(scope="session")
@@ -87,13 +87,11 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Checkout:
     """A copy of this repository, committed to Git, in a folder of its own."""
 
-    preloading = Path()  # the folder with the `python3` of preloaded.py
-
     def __init__(self, root: Path, environment: dict[str, str] | None = None) -> None:
         self.root = root
         self.environment = environment or {
             **os.environ,
-            "PATH": os.pathsep.join([str(self.preloading), str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PATH": os.pathsep.join([str(preloaded.folder), str(Path(sys.executable).parent), os.environ["PATH"]]),
             "HF_HUB_OFFLINE": "1",
             "GIT_CONFIG_GLOBAL": os.devnull,
         }
@@ -101,7 +99,7 @@ class Checkout:
     def without_preloading(self) -> "Checkout":
         """Return the same checkout with processes of their own from their first import on."""
         folders = self.environment["PATH"].split(os.pathsep)
-        path = os.pathsep.join(folder for folder in folders if folder != str(self.preloading))
+        path = os.pathsep.join(folder for folder in folders if folder != str(preloaded.folder))
         return Checkout(self.root, {**self.environment, "PATH": path})
 
     def run(
@@ -110,8 +108,8 @@ class Checkout:
         """Run a command in the checkout; a failure that is not expected shows what it printed."""
         environment = {**self.environment, **(env or {})}
         starts_stages = command[0] == "python3" or command[:2] in (("dvc", "repro"), ("dvc", "exp"))
-        if starts_stages and str(self.preloading) in environment["PATH"]:
-            preloaded.start(self.preloading, environment)
+        if starts_stages and str(preloaded.folder) in environment["PATH"]:
+            preloaded.start()
         done = subprocess.run(
             command, cwd=self.root, env=environment, capture_output=True, text=True, check=False, **options
         )

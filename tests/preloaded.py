@@ -22,9 +22,11 @@ import subprocess
 import sys
 import threading
 import types
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 from filelock import FileLock
 
@@ -40,15 +42,18 @@ PACKAGES = (
     *("accelerate", "bitsandbytes", "peft", "datasets", "dvclive"),
     *("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "trl.trainer.grpo_trainer"),
 )
-# What the names of variables begin with that are read when a package is imported or a library loaded.
+# What the names of variables begin with that are read when a package is imported or a library loaded. Not GOMP_ and
+# ACCELERATE_, which llama.cpp's loading and a training set in the process of the tests: no import reads them.
 READ_ONCE = (
-    *("ACCELERATE_", "ATEN_", "BNB_", "CUDA", "GOMP_", "HF_", "HOME", "KMP_", "LANG", "LC_", "LD_", "MALLOC_", "MKL_"),
+    *("ATEN_", "BNB_", "CUDA", "HF_", "HOME", "KMP_", "LANG", "LC_", "LD_", "MALLOC_", "MKL_"),
     *("OMP_", "OPENBLAS", "PYTHON", "PYTORCH", "RANK", "TMPDIR", "TOKENIZERS_", "TORCH", "TRANSFORMERS_", "TRL_"),
     *("TZ", "WORLD_SIZE", "XDG_"),
 )
 # Those that the child takes over, and those that say again what HF_HUB_OFFLINE says.
 TAKEN_OVER = ("PYTHONPATH", "PYTHONUTF8", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
+folder = Path()  # of this run: with the `python3` that asks to be forked, and the socket that it asks over
+_environment: dict[str, str] = {}
 _holding: list[socket.socket] = []
 _started: list["subprocess.Popen[bytes]"] = []
 
@@ -56,44 +61,52 @@ _started: list["subprocess.Popen[bytes]"] = []
 # --- In the processes that run tests.
 
 
-def write_python3(folder: Path) -> Path:
-    """Write the `python3` that asks to be forked into a folder, and return the folder."""
+def set_up(run: Path) -> None:
+    """Write the `python3` of this run into its folder; nothing is started yet."""
+    global folder
+    folder = run / "preloaded"
     folder.mkdir(exist_ok=True)
-    file = folder / "python3"
-    if not file.exists():
-        partial = folder / f".python3.{os.getpid()}"
-        # Not Python itself behind #!: its path may hold spaces, and the script is its second argument.
-        command = f"'{sys.executable}' -I -S '{CLIENT}' '{sys.executable}' '{folder}'"
-        partial.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-        partial.chmod(0o755)
-        partial.replace(file)
-    return folder
+    _environment.update({key: value for key, value in os.environ.items() if key not in TAKEN_OVER})
+    _environment["HF_HUB_OFFLINE"] = "1"
+    partial = folder / f".python3.{os.getpid()}"
+    # Not Python itself behind #!: its path may hold spaces, and the script is its second argument.
+    command = f"'{sys.executable}' -I -S '{CLIENT}' '{sys.executable}' '{folder}'"
+    partial.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    partial.chmod(0o755)
+    partial.replace(folder / "python3")
 
 
-def start(folder: Path, environment: dict[str, str]) -> None:
+def start() -> None:
     """Start the process of this run if none has, and keep it until the last process that runs tests has ended."""
     if _holding:
         return
     with suppress(OSError), FileLock(folder / ".lock"):  # without it, each client starts Python itself
         address = folder / SOCKET
         if not address.exists():
-            _start(folder, environment, address)
+            _start(address)
         held = socket.socket(socket.AF_UNIX)
         held.connect(str(address))
         held.sendall(LENGTH.pack(0))
         _holding.append(held)
 
 
-def _start(folder: Path, environment: dict[str, str], address: Path) -> None:
-    kept = {key: value for key, value in environment.items() if key not in TAKEN_OVER}
+def _start(address: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener, (folder / "log").open("w") as log:
         listener.bind(str(address))
         listener.listen(64)
         number = listener.fileno()
         command = [sys.executable, __file__, str(folder), str(number)]
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-        process = subprocess.Popen(command, env=kept, pass_fds=[number], start_new_session=True, **options)
+        process = subprocess.Popen(command, env=_environment, pass_fds=[number], start_new_session=True, **options)
     _started.append(process)
+
+
+@contextmanager
+def forking() -> Iterator[None]:
+    """Fork what this process starts by `sys.executable`, such as llama.cpp's converter."""
+    start()
+    with mock.patch.object(sys, "executable", str(folder / "python3")):
+        yield
 
 
 # --- In the process that forks.
@@ -247,12 +260,13 @@ def _run(arguments: list[str]) -> int:
             sys.argv = arguments
             script = Path(arguments[0])
             sys.path.insert(0, str(script.absolute().parent))
-            main.__file__ = str(script)
-            exec(compile(script.read_bytes(), str(script), "exec"), main.__dict__)
+            main.__file__ = str(script.absolute())
+            exec(compile(script.read_bytes(), main.__file__, "exec"), main.__dict__)
     except SystemExit as end:
         code = _exit_code(end.code)
     except BaseException as error:
-        sys.excepthook(type(error), error, _without_own_frames(error.__traceback__))
+        shown = error.with_traceback(_without_own_frames(error.__traceback__))
+        sys.excepthook(type(error), shown, shown.__traceback__)
         code = 1
     with suppress(BaseException):
         vars(threading)["_shutdown"]()  # waits for the threads
@@ -280,8 +294,7 @@ def _exit_code(given: object) -> int:
 
 def main() -> None:
     """Import, then serve."""
-    folder, number = Path(sys.argv[1]), int(sys.argv[2])
-    listener = socket.socket(fileno=number)
+    listener = socket.socket(fileno=int(sys.argv[2]))
     # Without the folder of this file: no module of the tests can be imported by accident.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != CLIENT.parent]
     environment = dict(os.environ)
@@ -290,7 +303,7 @@ def main() -> None:
     assert not [name for name in sys.modules if name.partition(".")[0] in ("lathe", "gguf")]
     gc.collect()
     gc.freeze()
-    Server(folder, listener, environment).serve()
+    Server(Path(sys.argv[1]), listener, environment).serve()
 
 
 if __name__ == "__main__":
