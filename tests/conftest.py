@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 import refusals
 import yaml
 from ruamel.yaml import YAML
-from shared import made_once
+from shared import folder_of_run, made_once
 from toy import toy_text
 
 from lathe.common import paths
@@ -43,6 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # As in stages/_path.py, before a test module imports torch: a training of a test that shares two cores with
+    # another took twice the processor time where its threads spun while they waited.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     refusals.update = config.getoption("--update-messages")
 
 
@@ -50,6 +54,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest: no process is left with one of them while the others have ended."""
     folders = ("pipeline", "service", "stage", "unit")
     items.sort(key=lambda item: folders.index(item.path.parent.name))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _preloading(tmp_path_factory: pytest.TempPathFactory) -> None:
+    preloaded.set_up(folder_of_run(tmp_path_factory))
 
 
 @pytest.fixture(scope="session")
@@ -82,17 +91,25 @@ class Checkout:
         self.root = root
         self.environment = environment or {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join([str(preloaded.folder), str(Path(sys.executable).parent), os.environ["PATH"]]),
             "HF_HUB_OFFLINE": "1",
             "GIT_CONFIG_GLOBAL": os.devnull,
-            "OMP_WAIT_POLICY": "PASSIVE",
         }
+
+    def without_preloading(self) -> "Checkout":
+        """Return the same checkout with processes of their own from their first import on."""
+        folders = self.environment["PATH"].split(os.pathsep)
+        path = os.pathsep.join(folder for folder in folders if folder != str(preloaded.folder))
+        return Checkout(self.root, {**self.environment, "PATH": path})
 
     def run(
         self, *command: str, check: bool = True, env: dict[str, str] | None = None, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in the checkout; a failure that is not expected shows what it printed."""
         environment = {**self.environment, **(env or {})}
+        starts_stages = command[0] == "python3" or command[:2] in (("dvc", "repro"), ("dvc", "exp"))
+        if starts_stages and str(preloaded.folder) in environment["PATH"]:
+            preloaded.start()
         done = subprocess.run(
             command, cwd=self.root, env=environment, capture_output=True, text=True, check=False, **options
         )
@@ -105,7 +122,7 @@ class Checkout:
 
     def stage(self, name: str, *items: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run one stage's script."""
-        return self.run(sys.executable, f"stages/{name}.py", *items, check=check)
+        return self.run("python3", f"stages/{name}.py", *items, check=check)
 
     def set(self, overrides: dict[str, Any]) -> None:
         """Edit params.yaml as a user would, comments kept."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import preloaded
 import pytest
 from shared import made_once
 
@@ -98,7 +99,8 @@ def made_with_gguf(factory: pytest.TempPathFactory, name: str, make: Callable[[P
 def convert(folder: Path, out: Path, **options: Any) -> Path:
     """Convert with this repository's converter."""
     arguments = {"outtype": "f16", "llama_cpp": paths.LLAMA_CPP, "metadata": METADATA, **options}
-    converter.convert(folder, out, **arguments)
+    with preloaded.forking():
+        converter.convert(folder, out, **arguments)
     return out
 
 

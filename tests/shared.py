@@ -9,11 +9,17 @@ import pytest
 from filelock import FileLock
 
 
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """Return the folder `name` of this run; the first that asks for it calls `make` with its path, which is new."""
+def folder_of_run(factory: pytest.TempPathFactory) -> Path:
+    """Return the temporary folder of this run, which all its processes share."""
     base = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # the base of a worker is a folder of its own in that of the run
         base = base.parent
+    return base
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return the folder `name` of this run; the first that asks for it calls `make` with its path, which is new."""
+    base = folder_of_run(factory)
     folder, done = base / name, base / f".{name}.made"
     with FileLock(base / f".{name}.lock"):
         if not done.exists():

@@ -24,7 +24,7 @@ VICTIMS = ("all of it", "dvc", "the stage")
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Checkout]:
     """A checkout in which nothing has run; each test runs one item to its end, in the order of the pipeline."""
-    checkout = make_checkout(tmp_path_factory.mktemp("interrupted") / "lathe")
+    checkout = make_checkout(tmp_path_factory.mktemp("interrupted") / "lathe").without_preloading()
     add_small_inputs(checkout, small_model)
     checkout.environment["TMPDIR"] = str(tmp_path_factory.mktemp("temporary"))
     yield checkout
@@ -121,7 +121,7 @@ def test_a_killed_conversion_leaves_no_process_and_ends_the_same_when_run_again(
     reproduced: Checkout, tmp_path: Path, victim: str
 ) -> None:
     """The one stage with a process of its own beneath it."""
-    checkout = copy_of(reproduced, tmp_path / "lathe")
+    checkout = copy_of(reproduced, tmp_path / "lathe").without_preloading()
     command = ["dvc", "repro", "--single-item", "--force", "convert_merged"]
     with subprocess.Popen(command, cwd=checkout.root, env=checkout.environment, start_new_session=True) as process:
         deadline = time.monotonic() + 60

@@ -17,7 +17,8 @@ ELSEWHERE = {"LC_ALL": "C", "TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "7", "USER
 def test_another_folder_locale_time_zone_and_user_change_no_byte(
     reproduced: Checkout, small_model: Path, tmp_path: Path
 ) -> None:
-    other = make_checkout(tmp_path / "another clone, übersetzt")
+    # In processes of their own, as a user has them: those of `reproduced` were forked from one (tests/preloaded.py).
+    other = make_checkout(tmp_path / "another clone, übersetzt").without_preloading()
     add_small_inputs(other, small_model)
     other.environment.update(ELSEWHERE)
     other.run("dvc", "repro")
@@ -27,7 +28,7 @@ def test_another_folder_locale_time_zone_and_user_change_no_byte(
 def clone(root: Path) -> Checkout:
     subprocess.run(["git", "clone", "--quiet", str(paths.ROOT), str(root)], check=True)
     (root / ".llama.cpp").symlink_to(paths.LLAMA_CPP)
-    return Checkout(root)
+    return Checkout(root).without_preloading()
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ class Searched:
 @pytest.fixture
 def copied(reproduced: Checkout, tmp_path: Path) -> Checkout:
     """A checkout whose pipeline has run, to be changed."""
-    return copy_of(reproduced, tmp_path / "lathe")
+    return copy_of(reproduced, tmp_path / "lathe").without_preloading()
 
 
 def commands(processes: list[psutil.Process]) -> dict[psutil.Process, str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import preloaded
 import pytest
 from gguf_models import Made, convert, tiny  # noqa: F401 - fixtures
 from refusals import refused
@@ -42,7 +43,8 @@ def make_adapter(base: Made, folder: Path, **options: Any) -> Path:
 
 def to_gguf(adapter: Path, base: Made, out: Path, **options: Any) -> Path:
     arguments = {"outtype": "f16", "llama_cpp": paths.LLAMA_CPP, "metadata": {"lathe.x": "ü 1"}, **options}
-    adapters.convert_adapter(adapter, base.folder, out, **arguments)
+    with preloaded.forking():
+        adapters.convert_adapter(adapter, base.folder, out, **arguments)
     return out
 
 

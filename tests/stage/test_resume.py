@@ -312,8 +312,9 @@ def interrupted(
     checkout: Checkout, command: list[str], step: int, end: Callable[["subprocess.Popen[str]"], None]
 ) -> "subprocess.Popen[str]":
     """Run a command and end it by `end` as soon as there is a checkpoint of at least that step."""
+    env = checkout.without_preloading().environment
     process = subprocess.Popen(
-        command, cwd=checkout.root, env=checkout.environment, start_new_session=True, text=True, stderr=subprocess.PIPE
+        command, cwd=checkout.root, env=env, start_new_session=True, text=True, stderr=subprocess.PIPE
     )
     deadline = time.monotonic() + 120
     while newest_step(checkout) < step:
