@@ -156,6 +156,9 @@ class BuiltinDataset(ColumnMapping):
     """The household commands that the pipeline makes itself."""
 
     source: Literal["builtin"]
+    errors: bool = Field(
+        True, description="whether some commands cannot be carried out, and are answered with the reason (default true)"
+    )
 
 
 class LocalDataset(ColumnMapping):

@@ -95,7 +95,7 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
             from lathe.common.jsonl import write_jsonl
             from lathe.sources.builtin import household_commands
 
-            for split, rows in household_commands.make_rows(seed).items():
+            for split, rows in household_commands.make_rows(seed, errors=preset.errors).items():
                 write_jsonl(rows, folder / f"{split}.jsonl")
         case LocalDataset():
             source = _find_local(preset.path, paths.DATA_LOCAL)

@@ -31,6 +31,7 @@ from lathe.training.checkpoints import Checkpoints, acquire_checkpoints, raise_d
 from lathe.training.dvclive_curves import Curves
 from lathe.training.freeze_proof import hash_tensors
 from lathe.training.full_tuning import map_to_base_names, save_full_model
+from lathe.training.lora_update import add_updates_in_place
 from lathe.training.preference_pairs import check_pairs
 from lathe.training.resume import ResumableTrainer
 from lathe.training.reward_functions import RewardFunction, get_source_file
@@ -136,7 +137,7 @@ def train(
             )
             meter.follow(trainer)
             trainer.remove_callback(PrinterCallback)  # the curves log the same
-            with _disable_input_casts(model, precision):
+            with _disable_input_casts(model, precision), add_updates_in_place(model):
                 trainer.train_to_end()
             if phase is phases[-1]:
                 curves.add_to_summary(trainer.best.summarize(trainer.state))

@@ -32,6 +32,7 @@ TEST_ROWS = 500
 TEST_ROWS_OF_UNSEEN_PAIRS = 150
 UNSEEN_ROOMS_PER_DEVICE = 1
 ERROR_SHARE = 0.18
+TEST_ERROR_SHARE = 0.25  # of the rows whose pairs training has seen
 # How often each error is asked for, relative to the others: what depends on two words at once is the hardest to learn.
 ERRORS = {
     "unknown device": 1,
@@ -174,19 +175,20 @@ DELAYS_IN_WORDS = {
 }
 
 
-def make_rows(seed: int) -> dict[str, list[dict]]:
+def make_rows(seed: int, *, errors: bool = True) -> dict[str, list[dict]]:
     """Return `train`, `validation` and `test`, each a list of `{"messages": [user, assistant], "rejected": [wrong]}`.
 
     `wrong` is a message of the assistant too. No two rows of any split ask the same thing, even when case and
-    punctuation are ignored.
+    punctuation are ignored. Without `errors` every request can be carried out.
     """
+    error_share, test_error_share = (ERROR_SHARE, TEST_ERROR_SHARE) if errors else (0.0, 0.0)
     rng = Random(f"commands rows {seed}")
     known, unseen = split_pairs(seed)
     taken: set[str] = set()
     test = _draw_distinct(rng, unseen, TEST_ROWS_OF_UNSEEN_PAIRS, taken, error_share=0.0)
-    test += _draw_distinct(rng, known, TEST_ROWS - TEST_ROWS_OF_UNSEEN_PAIRS, taken, error_share=0.25)
-    validation = _draw_distinct(rng, known, VALIDATION_ROWS, taken)
-    train = _draw_distinct(rng, known, TRAIN_ROWS, taken)
+    test += _draw_distinct(rng, known, TEST_ROWS - TEST_ROWS_OF_UNSEEN_PAIRS, taken, error_share=test_error_share)
+    validation = _draw_distinct(rng, known, VALIDATION_ROWS, taken, error_share)
+    train = _draw_distinct(rng, known, TRAIN_ROWS, taken, error_share)
     rng.shuffle(test)
     listens_badly = Random(f"commands rejected {seed}")
     return {
@@ -289,7 +291,7 @@ def _make_inventory_line(rng: Random, device: Device, room: str) -> str:
 
 
 def _draw_distinct(
-    rng: Random, pairs: Sequence[DeviceInRoom], count: int, taken: set[str], error_share: float = ERROR_SHARE
+    rng: Random, pairs: Sequence[DeviceInRoom], count: int, taken: set[str], error_share: float
 ) -> list[Command]:
     """Draw `count` requests, none of which is in `taken`, with their answers; add them to `taken`."""
     drawn: list[Command] = []
