@@ -239,6 +239,8 @@ def test_the_rows_named_are_those_of_the_step(small_model):
     [
         (6e-3, 2_000_000, "lora", False),
         (6e-3, 600_000_000, "lora", True),
+        (3e-3, 135_000_000, "lora", False),
+        (6e-3, 135_000_000, "lora", True),
         (2e-4, 8_000_000_000, "lora", False),
         (1e-7, 2_000_000, "lora", True),
         (1e-3, 600_000_000, "full", True),

@@ -25,6 +25,14 @@ def documents(seed):
     return household_commands.make_documents(seed, DOCUMENTS)
 
 
+def test_without_errors_every_command_can_be_carried_out(seed, rows):
+    plain = household_commands.make_rows(seed, errors=False)
+    assert {split: len(those) for split, those in plain.items()} == {split: len(those) for split, those in rows.items()}
+    for kind, allowed in ((rows, True), (plain, False)):
+        answers = [row["messages"][-1]["content"] for split in kind.values() for row in split]
+        assert any("error" in answer for answer in answers) == allowed
+
+
 def test_the_same_seed_gives_the_same_rows_and_documents(seed, rows, documents):
     assert household_commands.make_rows(seed) == rows
     assert household_commands.make_documents(seed, DOCUMENTS) == documents

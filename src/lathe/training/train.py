@@ -31,7 +31,6 @@ from lathe.training.checkpoints import Checkpoints, acquire_checkpoints, raise_d
 from lathe.training.dvclive_curves import Curves
 from lathe.training.freeze_proof import hash_tensors
 from lathe.training.full_tuning import map_to_base_names, save_full_model
-from lathe.training.lora_update import add_updates_in_place
 from lathe.training.preference_pairs import check_pairs
 from lathe.training.resume import ResumableTrainer
 from lathe.training.reward_functions import RewardFunction, get_source_file
@@ -137,7 +136,7 @@ def train(
             )
             meter.follow(trainer)
             trainer.remove_callback(PrinterCallback)  # the curves log the same
-            with _disable_input_casts(model, precision), add_updates_in_place(model):
+            with _disable_input_casts(model, precision):
                 trainer.train_to_end()
             if phase is phases[-1]:
                 curves.add_to_summary(trainer.best.summarize(trainer.state))
@@ -165,9 +164,10 @@ def describe_unusual_rate(rate: float, *, weights: int, tuning: Literal["lora", 
 
     The rate of a tiny model ruins a real one, and a real one's teaches a tiny model nothing.
     """
-    # LoRA's usual 1e-5 to 1e-3 is for models from 0.1 B weights; models of a few million take ten times as much. Full
-    # tuning takes a tenth of an adapter's rate.
-    lowest, highest = (1e-6, 2e-3) if weights >= 100_000_000 else (1e-5, 5e-2)
+    # LoRA's usual 1e-5 to 1e-3 is for models from 0.5 B weights; models of a few million take ten times as much, and
+    # SmolLM2-135M is in between. Full tuning takes a tenth of an adapter's rate.
+    highest = 2e-3 if weights >= 500_000_000 else 5e-3 if weights >= 50_000_000 else 5e-2
+    lowest = 1e-6 if weights >= 50_000_000 else 1e-5
     if tuning == "full":
         lowest, highest = lowest / 10, highest / 10
     if lowest <= rate <= highest:

@@ -171,7 +171,6 @@ ATTRIBUTES = (
         "",
         "set to false: layers repacked for inference have no gradient",
     ),
-    UpstreamName("peft.tuners.lora.layer.LoraLayer", "lora_variant", "", "takes the update that is added in place"),
 )
 
 # Functions and methods that are called.
@@ -208,12 +207,6 @@ CALLED = (
         "a chat rendered as transformers does, without a tokenizer",
     ),
     UpstreamName("peft.helpers", "disable_input_dtype_casting", "(model, active=True)", "adapters take bf16 as it is"),
-    UpstreamName(
-        "peft.tuners.lora.layer.LoraVariant",
-        "forward",
-        "(module, active_adapter, x, result, **kwargs)",
-        "what a LoRA layer calls with its result, of which ours adds the update in place",
-    ),
     UpstreamName(
         "peft.tuners.tuners_utils",
         "check_target_module_exists",
