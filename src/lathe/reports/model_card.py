@@ -12,7 +12,6 @@ from typing import Any
 import jinja2
 import yaml
 
-from lathe.common.text import summarize_error
 from lathe.config.params import Params
 
 logger = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ def read_license(model: Path) -> dict[str, str]:
     try:
         metadata = metadata_load(readme) if readme.exists() else None
     except (ValueError, yaml.YAMLError) as error:
-        logger.warning("models/base/README.md: its front matter is no YAML object (%s)", summarize_error(error))
+        logger.warning("models/base/README.md: its front matter is no YAML object (%s)", str(error).splitlines()[0])
         metadata = None
     keys = ("license", "license_name", "license_link")
     license_keys = {key: str(metadata[key]) for key in keys if metadata and metadata.get(key)}
