@@ -4,22 +4,22 @@
 
 A command is put together from a small grammar, as those of the built-in dataset `commands` are in English:
 
-    Будь добра, убавь свет на кухне до 40 процентов через 5 минут.
+    Будь добра, поставь свет на кухне на 40 процентов через 5 минут.
     {"action":"set","device":"lamp","room":"kitchen","value":40,"delay":5}
 
 No two rows of any split ask the same thing. The same `--seed` gives the same files.
 """
 
 import argparse
-import json
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+from lathe.common.jsonl import write_jsonl
+from lathe.sources.builtin.household_commands import CommandAnswer, encode_answer, normalize
+
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = {"train": 2_400, "validation": 300, "test": 300}
-
-Answer = dict[str, str | int]
 
 
 class Device(NamedTuple):
@@ -90,9 +90,7 @@ def main() -> None:
     rng, taken = Random(f"commands-ru {arguments.seed}"), set[str]()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for split, count in ROWS.items():
-        rows = draw_rows(rng, count, taken)
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        (arguments.out / f"{split}.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
+        write_jsonl(draw_rows(rng, count, taken), arguments.out / f"{split}.jsonl")
     print(ROWS)
 
 
@@ -101,17 +99,17 @@ def draw_rows(rng: Random, count: int, taken: set[str]) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     while len(rows) < count:
         command, answer = draw_command(rng)
-        key = "".join(letter for letter in command.casefold() if letter.isalnum())
+        key = normalize(command)
         if key not in taken:
             taken.add(key)
-            rows.append({"command": command, "answer": json.dumps(answer, separators=(",", ":"))})
+            rows.append({"command": command, "answer": encode_answer(answer)})
     return rows
 
 
-def draw_command(rng: Random) -> tuple[str, Answer]:
+def draw_command(rng: Random) -> tuple[str, CommandAnswer]:
     device, room = rng.choice(DEVICES), rng.choice(list(ROOMS))
     action = rng.choice(device.actions)
-    answer: Answer = {"action": action, "device": device.name, "room": room}
+    answer: CommandAnswer = {"action": action, "device": device.name, "room": room}
     value = ""
     if action == "set":
         answer["value"] = rng.choice(device.values)
@@ -124,7 +122,7 @@ def draw_command(rng: Random) -> tuple[str, Answer]:
     return (text[0].upper() + text[1:] if rng.random() < 0.6 else text), answer | timing
 
 
-def draw_time(rng: Random) -> tuple[str, Answer]:
+def draw_time(rng: Random) -> tuple[str, CommandAnswer]:
     """Return the wording of a moment and its meaning; four in ten commands name none."""
     kind = rng.random()
     if kind < 0.4:

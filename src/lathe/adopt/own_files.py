@@ -78,7 +78,7 @@ def write_readme(own: Own, version: str) -> str:
     """Return the README of the new repository."""
     start = (
         f"`experiments/{own.name}.yaml` and the presets `{own.name}` in `presets.yaml` are an example: edit "
-        "them first.\n`params.yaml` still has Lathe's own values; with them `make repro` takes ten minutes or so."
+        "them first.\n`params.yaml` still has Lathe's own values; with them `make repro` takes 15 minutes or so."
         if own.model is None
         else f"`presets.yaml` names the model and the dataset `{own.name}`, `experiments/{own.name}.yaml` is their "
         "recipe, and\n`params.yaml` has its values."
