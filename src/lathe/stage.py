@@ -2,15 +2,22 @@
 
 import argparse
 import inspect
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
-from lathe.common import launch, metric_files, operating_system
+from lathe.common import launch, metric_files, operating_system, paths
 from lathe.common.entry_point import guard
 from lathe.common.errors import InputError
 from lathe.config.load import Config, load
+from lathe.config.params import Convert
 from lathe.experiments.tracking import start_mirror
+
+_log = logging.getLogger(__name__)
+
+CONVERTER = "convert_hf_to_gguf.py"  # llama.cpp's
 
 # Measured by a stage besides seconds and memory, such as {"tokens_per_second": 812.5}.
 Throughput = dict[str, float]
@@ -36,7 +43,14 @@ def run_on_machines(main: Callable[[Config, int | None], Throughput | None]) -> 
     if machine_rank:  # the first machine writes the timings
         guard(lambda: main(load(), machine_rank))
     else:
-        guard(lambda: _run_timed(name, None, lambda: main(_load_config(name), machine_rank)))
+
+        def train() -> Throughput | None:
+            config = _load_config(name)
+            if not launch.is_worker():
+                warn_without_converter(config.params.convert)
+            return main(config, machine_rank)
+
+        guard(lambda: _run_timed(name, None, train))
 
 
 def run_items(main: Callable[[Config, str], Throughput | None], items: Callable[[Config], list[str]]) -> None:
@@ -66,6 +80,24 @@ def _load_config(name: str) -> Config:
     if "DVC_STAGE" in os.environ and not launch.is_worker():
         start_mirror.start_mirroring(name, config.params.tracking)
     return config
+
+
+def warn_without_converter(convert: Convert) -> None:
+    """Warn, before the hours of training, if llama.cpp's converter is missing, with which a later stage begins."""
+    from lathe.gguf import install_converter
+
+    found = False
+    if convert.llama_cpp_dir:
+        folder = paths.ROOT / convert.llama_cpp_dir
+        found, remedy = (folder / CONVERTER).is_file(), "name a llama.cpp checkout in convert.llama_cpp_dir"
+    else:
+        folder, remedy = paths.LLAMA_CPP, "run `make setup`"
+        with suppress(InputError):  # llama-cpp-python of another version than the converter that is pinned
+            found = install_converter.is_installed(folder, install_converter.REQUIREMENT)
+    if not found:
+        _log.warning(
+            "%s: no %s that fits; convert will fail after the training; %s", folder, CONVERTER, remedy
+        )
 
 
 def _make_parser(main: Callable[..., object]) -> tuple[str, argparse.ArgumentParser]:

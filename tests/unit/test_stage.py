@@ -5,8 +5,10 @@ import signal
 
 import pytest
 
-from lathe.common import entry_point
+from lathe import stage
+from lathe.common import entry_point, paths
 from lathe.common.errors import InputError, Interrupted
+from lathe.config.params import Convert
 
 
 def test_bad_input_is_one_line_per_problem_and_exit_code_2(capsys):
@@ -71,3 +73,15 @@ def test_an_unknown_log_level_is_refused(monkeypatch, capsys):
         entry_point.guard(lambda: None)
     assert caught.value.code == 2
     assert "LATHE_LOG_LEVEL is 'LOUD'; must be one of DEBUG, INFO" in capsys.readouterr().err
+
+
+def test_a_training_without_the_converter_begins_with_a_warning(tmp_path, monkeypatch, caplog):
+    stage.warn_without_converter(Convert(llama_cpp_dir=None))
+    assert not caplog.records
+    monkeypatch.setattr(paths, "LLAMA_CPP", tmp_path / ".llama.cpp")
+    stage.warn_without_converter(Convert(llama_cpp_dir=None))
+    stage.warn_without_converter(Convert(llama_cpp_dir=str(tmp_path)))
+    missing, chosen = [record.getMessage() for record in caplog.records]
+    assert str(tmp_path / ".llama.cpp") in missing
+    assert "make setup" in missing
+    assert "convert.llama_cpp_dir" in chosen

@@ -44,7 +44,7 @@ class KVCache:
         # Each slot then attends to its own tokens only; in a shared buffer it would also multiply, and mask, those of
         # all others.
         params.kv_unified = False
-        # On a CPU llama.cpp's FlashAttention takes its queries one by one: three to seven times slower after 1,000 tokens.
+        # On a CPU llama.cpp's FlashAttention takes queries one by one: three to seven times slower after 1,000 tokens.
         if not self._library.llama_supports_gpu_offload():
             params.flash_attn_type = self._library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         with collect_llama_log() as log:
