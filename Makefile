@@ -28,7 +28,8 @@ lock: setup ## rewrite requirements.lock after an edit of pyproject.toml
 
 repro: setup ## run the whole pipeline: base model and data in, measured GGUF files out
 	@python -m lathe check
-	dvc repro
+	LATHE_SUMMARY=0 dvc repro
+	@python -m lathe metrics --summary
 
 experiments: setup ## list the recipes, with the scores of those that have been run
 	@python -m lathe experiments

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 printf '### Validation scores against %s\n\n' "$1"
-changes=$(dvc metrics diff --md "$1" --targets metrics/evaluate/validation.json)
+changes=$(dvc metrics diff --md "$1" --targets metrics/evaluate/summary.json)
 if [ "$(wc -l <<<"$changes")" -le 2 ]; then # the head of the table alone
     changes="No score changed."
 fi

@@ -55,7 +55,7 @@ def _experiment(clone: Path, number: int) -> None:
     changes = {
         "params.yaml": (r"(learning_rate: )[\d.e-]+", rate),
         "dvc.lock": (r"(learning_rate: )[\d.e-]+", rate),
-        "metrics/evaluate/validation.json": (r'("exact_match": )[\d.]+', f"0.{number:04d}"),
+        "metrics/evaluate/summary.json": (r'("merged": )[\d.]+', f"0.{number:04d}"),
     }
     head = _run(["git", "rev-parse", "HEAD"], clone)
     index = {"GIT_INDEX_FILE": str(clone / ".git/experiment")}

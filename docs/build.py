@@ -5,7 +5,6 @@ run     python docs/build.py
 """
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,9 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import networkx
 from dvc.repo import Repo
+
+from lathe.common.json_files import read_json
+from lathe.common.metric_files import unwrap_list
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs/evaluation.md")
@@ -35,7 +37,7 @@ def main() -> None:
 
 def results() -> str:
     """Return the table of test scores as Markdown, 95 % intervals in brackets."""
-    report: dict[str, dict[str, Any]] = json.loads((ROOT / "metrics/evaluate/test.json").read_text(encoding="utf-8"))
+    report: dict[str, dict[str, Any]] = unwrap_list(read_json(ROOT / "metrics/evaluate/test.json"))
     lines = [
         "| artifact | exact match | JSON fields | perplexity | KL to f16 | general text | stops by itself | size |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -123,7 +125,7 @@ def draw_result(target: Path) -> None:
         left.plot(*zip(*points, strict=True), label=label, color=ACCENT if name == "train" else INK)
     left.set(xlabel="optimizer step", ylabel="loss (nats per answer token)", yscale="log")
     left.legend(frameon=False)
-    report: dict[str, dict[str, Any]] = json.loads((ROOT / "metrics/evaluate/test.json").read_text(encoding="utf-8"))
+    report: dict[str, dict[str, Any]] = unwrap_list(read_json(ROOT / "metrics/evaluate/test.json"))
     for artifact, scores in report.items():
         x, y = scores["bytes"] / 1e6, 100 * scores["exact_match"]
         right.scatter(x, y, color=MUTED if artifact.startswith("base") else ACCENT, zorder=3)

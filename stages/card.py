@@ -10,6 +10,7 @@ import _path  # noqa: F401
 from lathe import stage
 from lathe.common import paths
 from lathe.common.json_files import read_json
+from lathe.common.metric_files import unwrap_list
 from lathe.config.load import Config
 
 
@@ -26,8 +27,8 @@ def main(config: Config) -> None:
         model=read_json(paths.METRICS / "fetch/model.json")["origin"][0],
         dataset=read_json(paths.METRICS / "fetch/dataset.json")["origin"][0],
         rows=read_json(paths.METRICS / "preprocess/report.json"),
-        validation=read_json(paths.METRICS / "evaluate/validation.json"),
-        test=read_json(paths.METRICS / "evaluate/test.json"),
+        validation=unwrap_list(read_json(paths.METRICS / "evaluate/validation.json")),
+        test=unwrap_list(read_json(paths.METRICS / "evaluate/test.json")),
         quantized={name: read_json(paths.METRICS / f"quantize/{name}.json") for name in types},
         lineage={key.removeprefix("lathe."): text for key, text in metadata.items() if key.startswith("lathe.")},
         license=read_license(paths.MODEL_BASE),

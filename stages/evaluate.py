@@ -2,7 +2,8 @@
 
 reads   data/generated/, metrics/generate/, models/encoder/ where evaluate.metrics lists bert_score,
         params.yaml: seed, evaluate, bert_score, judge.enabled, quantize.types
-writes  metrics/evaluate/{validation,test,gates}.json, metrics/evaluate/scores.csv (for the plots),
+writes  metrics/evaluate/{validation,test,gates}.json, metrics/evaluate/summary.json (the columns of `dvc exp show`),
+        metrics/evaluate/scores.csv (for the plots),
         data/scored/<ARTIFACT>/{validation,test}.jsonl (rows with their own scores, worst first)
 removes files of quantization types that are no longer listed
 """
@@ -31,6 +32,7 @@ def main(config: Config) -> None:
         read_general_text,
         score_rows,
     )
+    from lathe.evaluation.summary import summarize
 
     settings, types = config.params.evaluate, config.params.quantize.types
     names = artifacts.list_artifacts(types)
@@ -61,8 +63,11 @@ def main(config: Config) -> None:
                 rows = score_rows(answers[split][artifact], scores, settings.primary_metric)
                 write_jsonl(rows, folder / artifact / f"{split}.jsonl")
     for split, report in reports.items():
-        json_files.write_json(paths.METRICS / f"evaluate/{split}.json", report)
-    json_files.write_json(paths.METRICS / "evaluate/gates.json", make_metrics(outcomes))
+        json_files.write_json(paths.METRICS / f"evaluate/{split}.json", metric_files.wrap_in_list(report))
+    gates = make_metrics(outcomes)
+    json_files.write_json(paths.METRICS / "evaluate/gates.json", metric_files.wrap_in_list(gates))
+    summary = summarize(reports["validation"], types, settings.primary_metric, passed=gates["passed"])
+    json_files.write_json(paths.METRICS / "evaluate/summary.json", summary)
     metric_files.write_csv(paths.METRICS / "evaluate/scores.csv", make_plot_rows(reports, settings.primary_metric))
 
 

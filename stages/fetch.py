@@ -2,7 +2,7 @@
 
 reads   params.yaml: model, dataset, seed; their entries in presets.yaml; models/local/, data/local/, the hub;
         for the encoder params.yaml: bert_score.model, evaluate.metrics; presets.yaml: encoders
-writes  models/base/, data/raw/, models/encoder/ (empty where evaluate.metrics does not list bert_score),
+writes  models/base/, data/raw/, models/encoder/ (a note where evaluate.metrics does not list bert_score),
         metrics/fetch/{model,dataset,encoder}.json
 items   model, dataset, encoder
 """
@@ -36,6 +36,7 @@ def _fetch(config: Config, item: str, folder: Path) -> fetch.Origin | None:
         origin = fetch.fetch_dataset(config.dataset, folder, seed=params.seed)
         return {"name": params.dataset, "source": config.dataset.source, **origin}
     if "bert_score" not in params.evaluate.metrics or config.encoder is None:
+        paths.mark_unused(folder, "evaluate.metrics does not list bert_score: no encoder is needed")
         return None
     origin = fetch.fetch_encoder(config.encoder, folder)
     return {"name": params.bert_score.model, "source": config.encoder.source, **origin}

@@ -4,7 +4,7 @@ reads   data/generated/, the file judge.rubric, params.yaml: judge, quantize.typ
 writes  data/judged/<ARTIFACT>/{validation,test}.jsonl, data/judged/judge.json, metrics/judge.json
 removes files in data/generated of quantization types that are no longer listed
 
-Without judge.enabled, data/judged is empty. Verdicts are kept in .scratch/judge/ as they arrive, and those in
+Without judge.enabled, data/judged holds a note that says so. Verdicts are kept in .scratch/judge/ as they arrive, and those in
 data/judged are reused. After an interruption or a spent budget, the next run requests only the missing ones.
 """
 
@@ -39,7 +39,8 @@ def main(config: Config) -> Throughput:
     artifacts.remove_unlisted_types(paths.DATA_GENERATED, config.params.quantize.types)
     settings = config.params.judge
     if not settings.enabled:
-        with paths.replace_folder(paths.DATA_JUDGED):
+        with paths.replace_folder(paths.DATA_JUDGED) as folder:
+            paths.mark_unused(folder, "judge.enabled is false: no answer was judged")
             json_files.write_json(paths.METRICS / "judge.json", {"rows": 0})
         return {}
 

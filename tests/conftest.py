@@ -18,6 +18,7 @@ from toy import toy_text
 
 from lathe.common import paths
 from lathe.common.jsonl import write_jsonl
+from lathe.common.metric_files import unwrap_list
 from lathe.config import params
 from lathe.config.load import load
 
@@ -137,8 +138,8 @@ class Checkout:
         editor.dump(tree, file)
 
     def json(self, path: str) -> Any:
-        """Read a JSON file of the checkout."""
-        return json.loads((self.root / path).read_text(encoding="utf-8"))
+        """Read a JSON file of the checkout, without the list around a report."""
+        return unwrap_list(json.loads((self.root / path).read_text(encoding="utf-8")))
 
     def commit(self) -> None:
         """Commit everything that Git does not ignore."""

@@ -13,6 +13,7 @@ import yaml
 from toy import load_toy, toy_text
 
 from lathe.common import paths
+from lathe.evaluation.summary import summarize
 from lathe.sources.builtin import household_commands
 
 ARTIFACTS = ("base", "base_few_shot", "merged", "Q8_0", "Q4_K_M", "Q4_1")
@@ -51,7 +52,7 @@ def build(root: Path, rows: int = 200, *, judged: bool = False) -> None:
         for artifact in ARTIFACTS:
             _answers(root, artifact, split, conversations, chance, judged=judged)
     for split in SPLITS:
-        write_json(root / f"metrics/evaluate/{split}.json", _report(root, split, judged=judged))
+        write_json(root / f"metrics/evaluate/{split}.json", [_report(root, split, judged=judged)])
     _gates(root)
     _measured(root, rows, chance)
     _training(root, chance)
@@ -156,19 +157,21 @@ def _mean_and_error(column: list[float]) -> tuple[float, float]:
 
 
 def _gates(root: Path) -> None:
-    report = json.loads((root / "metrics/evaluate/validation.json").read_text())
+    [report] = json.loads((root / "metrics/evaluate/validation.json").read_text())
     found = {}
     for name in ("Q8_0", "Q4_K_M", "Q4_1"):
         margin = round(report[name]["exact_match"] - report["merged"]["exact_match"] + 0.03, 4)
         found[f"{name}.exact_match >= merged.exact_match - 0.03"] = {"passed": margin >= 0, "margin": margin}
     passed = all(gate["passed"] for gate in found.values())
-    write_json(root / "metrics/evaluate/gates.json", {"passed": passed, "gates": found})
+    write_json(root / "metrics/evaluate/gates.json", [{"passed": passed, "gates": found}])
+    summary = summarize(report, ("Q8_0", "Q4_K_M", "Q4_1"), "exact_match", passed=passed)
+    write_json(root / "metrics/evaluate/summary.json", summary)
 
 
 def _measured(root: Path, rows: int, chance: random.Random) -> None:
     items = []
     for artifact in ARTIFACTS:
-        report = {split: json.loads((root / f"metrics/evaluate/{split}.json").read_text()) for split in SPLITS}
+        report = {split: json.loads((root / f"metrics/evaluate/{split}.json").read_text())[0] for split in SPLITS}
         splits = [
             {"split": split, "perplexity": report[split][artifact]["perplexity"], "rows": rows} for split in SPLITS
         ]
@@ -177,8 +180,8 @@ def _measured(root: Path, rows: int, chance: random.Random) -> None:
         speed = {"tokens_per_second": round(chance.uniform(2500, 3800), 1)}
         items.append({"item": artifact, "seconds": 5.83, "peak_memory_bytes": 101806080, **speed})
     timing = {"seconds": 34.98, "peak_memory_bytes": 101806080, "items": items}
-    write_json(root / "metrics/timings/generate.json", timing)
-    write_json(root / "metrics/timings/evaluate.json", {"seconds": 1.33, "peak_memory_bytes": 79523840})
+    write_json(root / "metrics/timings/generate.json", [timing])
+    write_json(root / "metrics/timings/evaluate.json", [{"seconds": 1.33, "peak_memory_bytes": 79523840}])
     for name in ("Q8_0", "Q4_K_M", "Q4_1"):
         write_json(root / f"metrics/quantize/{name}.json", {"bits_per_weight": 5.0652})
 
@@ -206,7 +209,7 @@ def _training(root: Path, chance: random.Random) -> None:
     estimate = {"steps_per_epoch": 75, "steps": 300, "memory_bytes": 60925608, "memory": memory}
     write_json(root / "metrics/estimate/training.json", estimate)
     timing = {"seconds": 138.68, "peak_memory_bytes": 1967390720, "tokens_per_second": 13470.8}
-    write_json(root / "metrics/timings/train.json", timing)
+    write_json(root / "metrics/timings/train.json", [timing])
     model = {"name": "tiny", "source": "builtin", "files": 7, "bytes": 2770378}
     write_json(root / "metrics/fetch/model.json", {"origin": [model]})
     dataset = {"name": "commands", "source": "builtin", "files": 3, "bytes": 1033375}
@@ -283,23 +286,23 @@ import json, pathlib, sys
 import yaml
 rate = yaml.safe_load(open("params.yaml"))["training"]["learning_rate"]
 scores = json.load(open("whole.json"))
-scores["merged"]["exact_match"] = round(1 - rate, 4)
-pathlib.Path("metrics/evaluate/validation.json").write_text(json.dumps(scores))
+scores["exact_match"]["merged"] = round(1 - rate, 4)
+pathlib.Path("metrics/evaluate/summary.json").write_text(json.dumps(scores))
 """
 
 
 def pretend(checkout: Any) -> None:
     """Let the checkout, where `build` was, have a pipeline of one stage that takes no time, committed."""
     root = checkout.root
-    shutil.copyfile(root / "metrics/evaluate/validation.json", root / "whole.json")
+    shutil.copyfile(root / "metrics/evaluate/summary.json", root / "whole.json")
     (root / "pretend.py").write_text(PRETEND)
     stage = {
         "cmd": "python3 pretend.py",
         "deps": ["pretend.py", "whole.json"],
         "params": ["training.learning_rate", "lora.r"],
-        "metrics": [{"metrics/evaluate/validation.json": {"cache": False}}],
+        "metrics": [{"metrics/evaluate/summary.json": {"cache": False}}],
     }
-    tree = {"stages": {"evaluate": stage}, "metrics": ["metrics/evaluate/gates.json", "metrics/train/metrics.json"]}
+    tree = {"stages": {"evaluate": stage}, "metrics": ["metrics/train/metrics.json"]}
     (root / "dvc.yaml").write_text(yaml.safe_dump(tree))
     checkout.run("dvc", "repro", "--quiet")
     checkout.commit()

@@ -145,6 +145,22 @@ def _add_experiment_commands(table: Any) -> None:
 
 
 def _add_result_commands(table: Any) -> None:
+    command = table.add_parser("results", help="list the runs: scores, gates, sizes, seconds, what was changed")
+    command.add_argument("--sort", choices=commands.RESULT_ORDERS, help="by this column (default: the newest first)")
+    command.add_argument("--json", action="store_true", help="print them as JSON")
+    command.set_defaults(run=lambda args: commands.list_results(args.sort, as_json=args.json))
+
+    command = table.add_parser("metrics", help="print every score and measurement of one run")
+    command.add_argument(
+        "rev", nargs="?", default="workspace", metavar="EXP", help="experiment, commit or branch (default: workspace)"
+    ).complete = completion.EXPERIMENTS
+    command.add_argument(
+        "--split", choices=("validation", "test"), default="test", help="the scores of which split (default: test)"
+    )
+    command.add_argument("--summary", action="store_true", help="only the lines that a pipeline ends with")
+    command.add_argument("--json", action="store_true", help="print the files of its metrics as JSON")
+    command.set_defaults(run=commands.show_metrics)
+
     command = table.add_parser("gate", help="say which gates the validation scores pass; exit 1 if one fails")
     command.set_defaults(run=lambda args: sys.exit(0 if commands.check_gates() else 1))
 

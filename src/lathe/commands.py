@@ -14,7 +14,7 @@ import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lathe.common import paths
+from lathe.common import metric_files, paths
 from lathe.common.errors import InputError
 from lathe.common.git import try_git
 from lathe.common.json_files import read_json
@@ -27,6 +27,7 @@ from lathe.config.yaml_files import read_yaml
 logger = logging.getLogger(__name__)
 
 SCHEMAS = ("params", "presets", "recipe")
+RESULT_ORDERS = ("name", "score", "size", "seconds")
 
 
 def init_repository(args: argparse.Namespace) -> None:
@@ -209,6 +210,26 @@ def write_report(out: Path | None) -> None:
     sys.stdout.write(f"{target}\n")
 
 
+def list_results(sort: str | None, *, as_json: bool) -> None:
+    """Print the runs as a table, or as JSON."""
+    from lathe.experiments import results_table
+
+    results_table.run(sort=sort, as_json=as_json)
+
+
+def show_metrics(args: argparse.Namespace) -> None:
+    """Print what one run measured."""
+    from lathe.provenance.revisions import find_revision
+    from lathe.reports import run_summary
+
+    revision = find_revision(args.rev)
+    if args.json:
+        sys.stdout.write(json.dumps(run_summary.read_metrics(revision), indent=2, ensure_ascii=False) + "\n")
+        return
+    lines = run_summary.summarize_run(revision) if args.summary else run_summary.describe_metrics(revision, args.split)
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+
+
 def trace_file(gguf: Path, *, as_json: bool) -> None:
     """Print what a GGUF was made from."""
     from lathe.provenance import trace
@@ -317,7 +338,8 @@ def _find_best_gguf() -> Path:
 
 def _read_evaluation(name: str) -> Any:
     file = paths.METRICS / f"evaluate/{name}.json"
-    return read_json(file, shown=str(file.relative_to(paths.ROOT)), remedy="run `make repro` first")
+    content = read_json(file, shown=str(file.relative_to(paths.ROOT)), remedy="run `make repro` first")
+    return metric_files.unwrap_list(content)
 
 
 def _resolve(config: Config) -> dict[str, Any]:

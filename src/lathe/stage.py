@@ -4,6 +4,7 @@ import argparse
 import inspect
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ from lathe.experiments.tracking import start_mirror
 
 _log = logging.getLogger(__name__)
 
+LAST_STAGE = "card"  # of the pipeline
 CONVERTER = "convert_hf_to_gguf.py"  # llama.cpp's
 
 # Measured by a stage besides seconds and memory, such as {"tokens_per_second": 812.5}.
@@ -95,9 +97,7 @@ def warn_without_converter(convert: Convert) -> None:
         with suppress(InputError):  # llama-cpp-python of another version than the converter that is pinned
             found = install_converter.is_installed(folder, install_converter.REQUIREMENT)
     if not found:
-        _log.warning(
-            "%s: no %s that fits; convert will fail after the training; %s", folder, CONVERTER, remedy
-        )
+        _log.warning("%s: no %s that fits; convert will fail after the training; %s", folder, CONVERTER, remedy)
 
 
 def _make_parser(main: Callable[..., object]) -> tuple[str, argparse.ArgumentParser]:
@@ -121,3 +121,14 @@ def _run_timed(name: str, item: str | None, action: Callable[[], Throughput | No
             launch.report_throughput({"peak_memory_bytes": operating_system.get_peak_memory_bytes(), **throughput})
         return
     metric_files.write_timings(name, item, seconds=time.perf_counter() - started, throughput=throughput, items=items)
+    if name == LAST_STAGE and "DVC_STAGE" in os.environ and os.environ.get("LATHE_SUMMARY") != "0":
+        print_summary()
+
+
+def print_summary() -> None:
+    """Print what the pipeline has come to; `make repro` does it itself, and sets LATHE_SUMMARY to 0."""
+    from lathe.provenance.revisions import WORKSPACE, find_revision
+    from lathe.reports.run_summary import summarize_run
+
+    sys.stdout.write("\n" + "".join(f"{line}\n" for line in summarize_run(find_revision(WORKSPACE))))
+    sys.stdout.flush()

@@ -1,5 +1,6 @@
 """What the workflow for pull requests runs, tried here; GitHub itself is not."""
 
+import json
 import re
 from pathlib import Path
 
@@ -59,14 +60,14 @@ def test_a_lock_of_something_else_is_told_by_the_first_stage_that_it_concerns(cl
 
 
 def test_the_summary_shows_what_changed_and_exits_as_the_gates_do(clone):
-    metrics = clone.json("metrics/evaluate/validation.json")
-    score = metrics["merged"]["rouge_l"]
-    file = clone.root / "metrics/evaluate/validation.json"
-    file.write_text(file.read_text().replace(f'"rouge_l": {score}', '"rouge_l": 0.5'))
+    summary = clone.json("metrics/evaluate/summary.json")
+    metric = yaml.safe_load((clone.root / "params.yaml").read_text())["evaluate"]["primary_metric"]
+    summary[metric]["merged"] = 0.4321
+    (clone.root / "metrics/evaluate/summary.json").write_text(json.dumps(summary))
     gates = clone.run("python", "-m", "lathe", "gate", check=False)
     done = clone.run(".github/summary.sh", "HEAD", check=False)
     assert done.returncode == gates.returncode == 1
-    assert re.search(r"\| *metrics/evaluate/validation.json *\| *merged.rouge_l *\| *\S+ *\| *0.5 *\|", done.stdout)
+    assert re.search(rf"\| *metrics/evaluate/summary.json *\| *{metric}.merged *\| *\S+ *\| *0.4321 *\|", done.stdout)
     assert f"### Gates\n\n```\n{gates.stdout}```\n" in done.stdout
     clone.run("git", "checkout", "--quiet", "metrics")
     assert "No score changed." in clone.run(".github/summary.sh", "HEAD", check=False).stdout

@@ -139,7 +139,8 @@ def test_the_table_of_experiments_has_no_column_that_does_not_matter(checkout):
     columns = checkout.run("dvc", "exp", "show", "--csv").stdout.splitlines()[0].split(",")
     files = ("data/", "models/", "src/", "stages/", "experiments/", "rewards/")
     metrics_and_params = [column for column in columns if not column.startswith(files)]
-    assert len(metrics_and_params) < 295  # reports are metrics, or DVC's run cache would keep no run of their stages
+    parameters = 136  # of params.yaml and of the two presets: DVC shows them all
+    assert len(metrics_and_params) - parameters <= 60
     for noise in ("deltas", "items", "train.grad_norm", "fsdp", "hub_", "dataloader_"):
         assert not [column for column in metrics_and_params if noise in column], noise
 

@@ -156,15 +156,15 @@ def test_the_documented_hook_keeps_git_and_dvc_from_pushing_what_fails_a_gate(ch
     assert "main" in checkout.run("git", "--git-dir", str(remote), "branch").stdout
 
 
-def test_dvc_shows_scores_and_gates_and_no_lists(checkout: Checkout) -> None:
+def test_dvc_shows_the_primary_scores_the_best_file_and_the_gates_alone(checkout: Checkout) -> None:
     shown = json.loads(checkout.run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
-    gates = shown["metrics/evaluate/gates.json"]["data"]
-    assert gates["gates"][GATES[1]]["margin"] == -0.15
-    table = checkout.run("dvc", "metrics", "show", "--md").stdout
-    assert f"gates.{GATES[1]}.margin" in table
-    assert "Q4_1.exact_match" in table
-    assert "intervals" not in table
-    assert "deltas" not in table
+    assert not shown["metrics/evaluate/validation.json"]["data"]
+    assert not shown["metrics/evaluate/gates.json"]["data"]
+    summary = shown["metrics/evaluate/summary.json"]["data"]
+    report = checkout.json("metrics/evaluate/validation.json")
+    assert summary["exact_match"] == {artifact: scores["exact_match"] for artifact, scores in report.items()}
+    assert summary["best"] == {"file": "Q8_0", "bytes": 1000}
+    assert summary["gates_passed"] is False
 
 
 def test_only_what_is_left_of_types_no_longer_listed_is_removed(checkout: Checkout) -> None:

@@ -83,10 +83,10 @@ def test_numbers_are_rounded_and_have_their_unit(value, style, text):
 
 
 def test_the_best_file_is_named_by_validation_and_the_headline_is_of_test(run):
-    validation = json.loads((run / "metrics/evaluate/validation.json").read_text())
+    [validation] = json.loads((run / "metrics/evaluate/validation.json").read_text())
     for name in ("Q8_0", "Q4_K_M", "Q4_1", "merged"):
         validation[name]["exact_match"] = {"Q4_1": 0.9, "merged": 1.0}.get(name, 0.8)
-    report_run.write_json(run / "metrics/evaluate/validation.json", validation)
+    report_run.write_json(run / "metrics/evaluate/validation.json", [validation])
     found = gathered(run)
     assert found.best == "Q4_1"
     assert found.headline[0] == "test"
@@ -199,8 +199,8 @@ def test_where_nothing_was_measured_the_remedy_is_named(tmp_path):
 def test_few_artifacts_make_a_page_too(run, names):
     for split in report_run.SPLITS:
         file = run / f"metrics/evaluate/{split}.json"
-        report = json.loads(file.read_text())
-        report_run.write_json(file, {name: report[name] for name in names})
+        [report] = json.loads(file.read_text())
+        report_run.write_json(file, [{name: report[name] for name in names}])
     assert gathered(run).best == {1: names[-1] if names == ("merged",) else None, 2: "merged", 3: "Q8_0"}[len(names)]
     rendered(run)
 
@@ -208,13 +208,13 @@ def test_few_artifacts_make_a_page_too(run, names):
 def test_a_score_that_does_not_apply_is_a_dash_and_one_that_never_does_is_no_column(run):
     for split in report_run.SPLITS:
         file = run / f"metrics/evaluate/{split}.json"
-        report = json.loads(file.read_text())
+        [report] = json.loads(file.read_text())
         for scores in report.values():
             scores["json_valid"] = None
             scores["intervals"] = [each for each in scores["intervals"] if each["metric"] != "json_valid"]
             scores["deltas"] = [each for each in scores["deltas"] if each["metric"] != "json_valid"]
         report["base"]["rouge_l"] = None
-        report_run.write_json(file, report)
+        report_run.write_json(file, [report])
     found = gathered(run).splits["test"]
     assert "json_valid" not in found.metrics
     assert "valid JSON" not in rendered(run).partition('id="worst"')[0]

@@ -1,6 +1,9 @@
 """Git: the only module that runs it."""
 
+import io
+import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from lathe.common import paths
@@ -33,6 +36,26 @@ def list_paths(*arguments: str, root: Path | None = None) -> list[str]:
     """Return the paths that a command of Git lists, which takes `-z`. Raises InputError if Git fails."""
     command, *others = arguments
     return [name for name in run_git(command, "-z", *others, root=root).decode().split("\0") if name]
+
+
+def read_blobs(names: Sequence[str], root: Path | None = None) -> list[bytes | None]:
+    """Return the contents of files by names such as `COMMIT:./params.yaml`, read by one process of Git.
+
+    None stands for a file that does not exist.
+    """
+    if not names:
+        return []
+    printed = io.BytesIO(run_git("cat-file", "--batch", root=root, stdin="".join(f"{name}\n" for name in names)))
+    contents: list[bytes | None] = []
+    for _ in names:
+        head = printed.readline().decode()
+        if not (found := re.fullmatch(r"[0-9a-f]+ (\w+) (\d+)\n", head)):  # `NAME missing`
+            contents.append(None)
+            continue
+        content = printed.read(int(found[2]))
+        printed.read(1)
+        contents.append(content if found[1] == "blob" else None)
+    return contents
 
 
 def find_head(root: Path | None = None) -> str | None:

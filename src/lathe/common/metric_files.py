@@ -11,6 +11,19 @@ from lathe.common.json_files import read_json, write_json
 from lathe.common.operating_system import get_peak_memory_bytes
 
 
+def wrap_in_list(content: Any) -> list[Any]:
+    """Return what a report's file holds: a list of one. DVC makes columns of every number that is not in a list.
+
+    Only what a table of experiments is read for is left outside of lists (`metrics/evaluate/summary.json`).
+    """
+    return [content]
+
+
+def unwrap_list(content: Any) -> Any:
+    """Return the content of a report's file; those of earlier commits are no lists."""
+    return content[0] if isinstance(content, list) else content
+
+
 def write_csv(target: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write a plot's rows, which all have the keys of the first, complete or not at all."""
     with paths.replace_file(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
@@ -24,18 +37,18 @@ def write_timings(
 ) -> None:
     """Write what varies from run to run: timings are no output of a stage, so that they never make it look changed.
 
-    A stage that runs once for each of `items` has one file with their sum, and a list with the figures of each. DVC
-    makes no columns of lists, so that `dvc exp show` has one figure per stage.
+    A stage that runs once for each of `items` has one file with their sum, and a list with the figures of each.
     """
     content: dict[str, Any] = {"seconds": round(seconds, 2), "peak_memory_bytes": get_peak_memory_bytes(), **throughput}
     if (gpu_bytes := get_peak_gpu_memory_bytes()) is not None:
         content["peak_gpu_memory_bytes"] = gpu_bytes
     target = paths.METRICS / "timings" / f"{stage}.json"
-    write_json(target, _add_to_items(target, {"item": item, **content}, items) if item else content)
+    timing = _add_to_items(target, {"item": item, **content}, items) if item else content
+    write_json(target, wrap_in_list(timing))
 
 
 def _add_to_items(target: Path, content: dict[str, Any], items: Sequence[str]) -> dict[str, Any]:
-    before = read_json(target)["items"] if target.exists() else []
+    before = unwrap_list(read_json(target))["items"] if target.exists() else []
     by_item = {old["item"]: old for old in before} | {content["item"]: content}
     listed = [by_item[item] for item in items if item in by_item]
     return {

@@ -35,6 +35,13 @@ METRICS = ROOT / "metrics"
 LLAMA_CPP = MAIN / ".llama.cpp"
 SCRATCH = MAIN / ".scratch"  # what outlives a stage that was killed; known to neither Git nor DVC
 
+UNUSED = "unused.txt"  # the note in an output folder that a run has no use for
+
+
+def mark_unused(folder: Path, reason: str) -> None:
+    """Write a note into an output folder that a run has no use for: DVC warns of an empty one at every command."""
+    (folder / UNUSED).write_text(f"{reason}\n", encoding="utf-8")
+
 
 @contextmanager
 def replace_file(target: Path) -> Iterator[Path]:

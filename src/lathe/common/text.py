@@ -1,6 +1,7 @@
 """Text for messages: near names, values and sizes in readable form."""
 
 import difflib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -39,3 +40,20 @@ def readable_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:,.0f} {unit}"
     return f"{count / 1e3:.3g} kB"
+
+
+def readable_seconds(seconds: float) -> str:
+    """Return a duration as clocks show it: `45 s`, `12:05`, `3:02:07`."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a table with columns of equal width, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lathe.common.text import format_table
 from lathe.experiments.comparison import ComparedRun, Comparison, SeedGroup, compare, format_number
 
 
@@ -29,30 +30,28 @@ def _format_comparison(comparison: Comparison) -> Iterator[str]:
     rows += [[key, *map(_format_value, values)] for key, values in comparison.parameters.items()]
     if not comparison.parameters:
         rows.append(["parameters", *("the same" for _ in sides)])
-    yield from _format_table(rows)
+    yield from format_table(rows)
     yield ""
     rows = [[comparison.split, *(side.artifact for side in sides)]]
     rows += [[name, *(_format_score(side, name) for side in sides)] for name in _list_metrics(sides)]
-    yield from _format_table(rows)
+    yield from format_table(rows)
     if comparison.differences:
         yield ""
         rows = [[f"difference to {names[0]}", "", "95 % interval", "p", "rows"]]
         for one in comparison.differences:
             interval = "" if one.low is None else f"[{one.low:+.4g}, {one.high:+.4g}]"
             rows.append([f"{one.name} {one.metric}", f"{one.delta:+.4g}", interval, f"{one.p:.3g}", str(one.rows)])
-        yield from _format_table(rows)
+        yield from format_table(rows)
     if comparison.settings:
         yield ""
         rows = [["seeds", *(f"{group.names[0]}, {len(group.seeds)}" for group in comparison.settings)]]
         rows += [
             [name, *(_format_spread(group, name) for group in comparison.settings)] for name in _list_metrics(sides)
         ]
-        yield from _format_table(rows)
+        yield from format_table(rows)
     yield ""
     costs = list(dict.fromkeys(key for side in sides for key in side.cost))
-    yield from _format_table(
-        [["cost", *names], *([key, *(_format_cost(side, key) for side in sides)] for key in costs)]
-    )
+    yield from format_table([["cost", *names], *([key, *(_format_cost(side, key) for side in sides)] for key in costs)])
     yield ""
     for warning in comparison.warnings:
         yield f"warning: {warning}"
@@ -61,12 +60,6 @@ def _format_comparison(comparison: Comparison) -> Iterator[str]:
 
 def _list_metrics(sides: Sequence[ComparedRun]) -> list[str]:
     return list(dict.fromkeys(name for side in sides for name in side.scores))
-
-
-def _format_table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def _format_value(value: Any) -> str:

@@ -12,6 +12,7 @@ from lathe.common import paths
 from lathe.common.dvc_api import DvcRepository
 from lathe.common.errors import InputError
 from lathe.common.git import find_head, read_line, run_git, try_git
+from lathe.common.metric_files import unwrap_list
 from lathe.common.text import did_you_mean
 from lathe.provenance.dvc_lock import read_listing, read_locked_stages
 
@@ -49,9 +50,9 @@ class Revision:
         return None if content is None else content.decode()
 
     def read_json(self, path: str) -> Any:
-        """Return the content of a JSON file; None if there is none."""
+        """Return the content of a JSON file, without the list around a report; None if there is none."""
         text = self.read_text(path)
-        return None if text is None else json.loads(text)
+        return None if text is None else unwrap_list(json.loads(text))
 
     @cached_property
     def parameters(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lathe.common.jsonl import read_jsonl
 from lathe.config.artifacts import BASE, FEW_SHOT, MERGED, UNQUANTIZED
 from lathe.evaluation.best_artifact import choose_best_artifact
 from lathe.provenance.lineage import hash_path
-from lathe.reports.values import Value, read_value
+from lathe.reports.values import Value, read_report, read_value
 
 UNTRAINED = {BASE, FEW_SHOT}
 
@@ -221,14 +221,15 @@ class ReportFacts:
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
         """The metrics of an experiment that its row shows, each with its file and the keys there."""
-        scores = "metrics/evaluate/validation.json"
+        summary = "metrics/evaluate/summary.json"
         names = list(dict.fromkeys([MERGED, self.best or MERGED]))
-        primary = {f"{name}.{self.primary_metric}": (scores, name, self.primary_metric) for name in names}
+        primary = {f"{name}.{self.primary_metric}": (summary, self.primary_metric, name) for name in names}
         return {
             **primary,
-            f"{names[-1]}.bytes": (scores, names[-1], "bytes"),
+            "best file": (summary, "best", "file"),
+            "bytes": (summary, "best", "bytes"),
             "validation loss": ("metrics/train/metrics.json", "eval", "loss"),
-            "gates passed": ("metrics/evaluate/gates.json", "passed"),
+            "gates passed": (summary, "gates_passed"),
         }
 
     def speed(self, artifact: str) -> Value | None:
@@ -248,7 +249,7 @@ def gather_facts(root: Path, *, seed: int, primary_metric: str) -> ReportFacts:
         raise InputError(
             f"{root / 'metrics'}: nothing has been measured; run `make repro` first", code="nothing-measured"
         )
-    reports = {name: read_value(root, f"metrics/evaluate/{name}.json") for name in ("validation", "test")}
+    reports = {name: read_report(root, f"metrics/evaluate/{name}.json") for name in ("validation", "test")}
     splits = {name: SplitScores(report) for name, report in reports.items() if report}
     artifacts = list(dict.fromkeys(name for split in splits.values() for name in split.artifacts))
     lock = read_value(root, "dvc.lock")
@@ -270,7 +271,7 @@ def gather_facts(root: Path, *, seed: int, primary_metric: str) -> ReportFacts:
         merge=read_value(root, "metrics/merge/report.json"),
         estimate=read_value(root, "metrics/estimate/training.json"),
         splits=splits,
-        gates=read_value(root, "metrics/evaluate/gates.json"),
+        gates=read_report(root, "metrics/evaluate/gates.json"),
         measured={name: value for name in artifacts if (value := read_value(root, f"metrics/generate/{name}.json"))},
         data=read_value(root, "metrics/preprocess/report.json"),
         lengths=read_value(root, "metrics/preprocess/lengths.csv"),
@@ -437,4 +438,4 @@ def _read_timings(root: Path) -> list[tuple[str, Value]]:
     pipeline = read_value(root, "dvc.yaml")
     order = list(pipeline.content["stages"]) if pipeline else []
     names = sorted(files, key=lambda name: order.index(name) if name in order else len(order))
-    return [(name, value) for name in names if (value := read_value(root, f"metrics/timings/{name}.json"))]
+    return [(name, value) for name in names if (value := read_report(root, f"metrics/timings/{name}.json"))]

@@ -73,6 +73,12 @@ def read_value(root: Path, name: str) -> Value | None:
     return Value(read_json(file, shown=name), name)
 
 
+def read_report(root: Path, name: str) -> Value | None:
+    """Read a report, which its file holds in a list of one; None if it does not exist."""
+    value = read_value(root, name)
+    return value.get(0) if value and isinstance(value.content, list) else value
+
+
 def _parse_cell(cell: str) -> Any:
     try:
         return float(cell)

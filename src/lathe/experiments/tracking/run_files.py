@@ -17,6 +17,7 @@ from typing import Any
 
 from lathe.common import dotted_keys
 from lathe.common.json_files import read_json
+from lathe.common.metric_files import unwrap_list
 from lathe.config.yaml_files import read_yaml
 from lathe.provenance.lineage import digest_parameters
 
@@ -112,7 +113,9 @@ class MirroredRun:
         """Each number of metrics/evaluate outside of lists: `evaluate/validation/merged/exact_match`."""
         scores: dict[str, float] = {}
         for file in sorted((self.folder / "metrics/evaluate").glob("*.json")):
-            for keys, value in dotted_keys.walk(read_json(file)):
+            if file.name == "summary.json":  # of the numbers in the other files
+                continue
+            for keys, value in dotted_keys.walk(unwrap_list(read_json(file))):
                 if isinstance(value, int | float):
                     scores["/".join(("evaluate", file.stem, *map(_sanitize_name, keys)))] = float(value)
         return scores
