@@ -4,8 +4,8 @@ reads   data/generated/, the file judge.rubric, params.yaml: judge, quantize.typ
 writes  data/judged/<ARTIFACT>/{validation,test}.jsonl, data/judged/judge.json, metrics/judge.json
 removes files in data/generated of quantization types that are no longer listed
 
-Without judge.enabled, data/judged holds a note that says so. Verdicts are kept in .scratch/judge/ as they arrive, and those in
-data/judged are reused. After an interruption or a spent budget, the next run requests only the missing ones.
+Without judge.enabled, data/judged holds a note that says so. Verdicts are kept in .scratch/judge/ as they arrive, and
+those in data/judged are reused. After an interruption or a spent budget, the next run requests only the missing ones.
 """
 
 import logging
