@@ -1,5 +1,6 @@
 """Training on a model of one layer: what moves, what does not, and that the same is the same."""
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -9,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import termios
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -275,6 +278,33 @@ def test_each_logged_step_is_a_line_of_json_and_speeds_stay_out_of_the_metrics(s
         name.removeprefix("train/") for name in shown
     }
     assert json.loads((tmp_path / "s/metrics.json").read_text())["train"].keys() == speeds
+
+
+def test_on_a_terminal_there_is_one_bar_with_the_last_values(small_model, tmp_path, monkeypatch, caplog):
+    (tmp_path / "adapter").mkdir()
+    master, slave = os.openpty()
+    termios.tcsetwinsize(slave, (24, 160))
+    printed: list[bytes] = []
+
+    def read_terminal() -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while data := os.read(master, 4096):
+                printed.append(data)
+
+    reader = threading.Thread(target=read_terminal)
+    reader.start()
+    with os.fdopen(slave, "w") as terminal, caplog.at_level(logging.INFO, "lathe.training.dvclive_curves"):
+        monkeypatch.setattr(sys, "stderr", terminal)
+        files, chosen = write_splits(tmp_path / "data", SPLITS), changed(CONFIG, {**QUICK, "logging_steps": 2})
+        train(small_model, files, tmp_path / "adapter", tmp_path / "m", params=chosen)
+        monkeypatch.undo()
+    reader.join()
+    os.close(master)
+    last = b"".join(printed).decode().rpartition("training")[2]
+    assert not caplog.records
+    assert "4/4" in last, b"".join(printed)
+    for shown in (", loss ", "validation loss ", "rate ", "tokens/s ", "memory "):
+        assert shown in last.replace("step, ", "step, , "), shown
 
 
 def test_the_estimate_knows_every_optimizer():

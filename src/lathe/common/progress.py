@@ -49,8 +49,12 @@ class Progress:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether a bar is on the terminal, which lines of the log would break."""
+        """Whether a bar is on the terminal, which lines of the log would break, and which `show` writes behind."""
         return not self.bar.disable
+
+    def show(self, text: str) -> None:
+        """Show a text behind the bar, such as a loss, until there is another."""
+        self.bar.set_postfix_str(text)
 
     def __enter__(self) -> Self:
         if self._log_ends:

@@ -5,18 +5,17 @@ import logging
 import math
 import re
 import time
-from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback
 
 from lathe.common import launch
 from lathe.common.errors import InputError
 from lathe.common.progress import Progress
+from lathe.common.text import readable_bytes
 from lathe.training.throughput import ThroughputMeter
 
 logger = logging.getLogger(__name__)
@@ -50,6 +49,17 @@ CURVES = {
 }
 # Rewards of GRPO have names of their own.
 REWARD_CURVES = re.compile(r"(eval_)?rewards/(\w+?)(/mean)?")
+# Curve or speed -> its name behind the progress bar.
+SHOWN = {
+    "train/loss": "loss",
+    "eval/loss": "validation loss",
+    "train/reward": "reward",
+    "eval/reward": "validation reward",
+    "train/learning_rate": "rate",
+    "tokens_per_second": "tokens/s",
+    "peak_gpu_memory_bytes": "GPU memory",
+    "peak_memory_bytes": "memory",
+}
 # Their last values mean nothing without the curve.
 NOT_IN_SUMMARY = ("grad_norm", "learning_rate")
 
@@ -97,13 +107,14 @@ class Curves:
 class _CurveCallback(TrainerCallback):
     """Logs at `state.global_step`, where dvclive's own callback counts log calls as steps.
 
-    On a terminal there is a progress bar with an ETA, and everywhere a line of JSON per `logging_steps`.
+    On a terminal there is a progress bar with the last values and an ETA, elsewhere a line of JSON per `logging_steps`.
     """
 
     def __init__(self, curves: Curves, prefix: str, meter: ThroughputMeter) -> None:
         self.curves, self.prefix, self.meter = curves, prefix, meter
         self.bar: Any = None
         self.started = (0, 0.0)  # step and time
+        self.shown: dict[str, str] = {}  # behind the bar
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar = Progress(
@@ -137,11 +148,20 @@ class _CurveCallback(TrainerCallback):
         return {self.prefix + curve: value for name, value in sorted(logs.items()) if (curve := _get_curve_name(name))}
 
     def _log_line(self, state: Any, values: dict[str, float], rates: dict[str, float]) -> None:
+        if self.bar.is_drawn:
+            self._show_values({**values, **rates})
+            return
         line = {"step": state.global_step, "of": state.max_steps, **values, **rates}
         if rates:
             line["seconds_left"] = self._estimate_seconds_left(state)
-        with logging_redirect_tqdm() if self.bar.is_drawn else nullcontext():
-            logger.info(json.dumps({name: _round(value) for name, value in line.items()}))
+        logger.info(json.dumps({name: _round(value) for name, value in line.items()}))
+
+    def _show_values(self, values: dict[str, float]) -> None:
+        """Show the last values behind the bar; the validation loss stays until the next evaluation."""
+        for name, value in values.items():
+            if title := SHOWN.get(name.removeprefix(self.prefix)):
+                self.shown[title] = readable_bytes(int(value)) if title.endswith("memory") else f"{value:.3g}"
+        self.bar.show(", ".join(f"{title} {text}" for title, text in self.shown.items()))
 
     def _log_curves(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
