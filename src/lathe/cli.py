@@ -196,7 +196,11 @@ def _add_model_commands(table: Any) -> None:
 
     command = table.add_parser("infer", help="answer a file of prompts, many at a time, with the best GGUF")
     command.add_argument(
-        "--file", type=Path, required=True, metavar="FILE", help="JSON Lines, each with a prompt or messages"
+        "--file",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON Lines, each with a prompt or messages; - for standard input",
     ).complete = completion.FILE
     _add_gguf(command, "another file to answer with")
     command.add_argument(

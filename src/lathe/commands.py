@@ -294,9 +294,9 @@ def start_server(gguf: Path | None, port: int) -> None:
 def answer_file(file: Path, gguf: Path | None, out: Path | None) -> None:
     """Answer the prompts in a JSON Lines file with `gguf`, by default the artifact that scored best on validation."""
     from lathe.inference.generate import Generator
-    from lathe.inference.infer import infer
+    from lathe.inference.infer import STANDARD_INPUT, infer
 
-    if not file.is_file():
+    if file != STANDARD_INPUT and not file.is_file():
         raise InputError(
             f"--file {file}: no such file; give JSON Lines, each with a prompt or messages", code="missing-file"
         )

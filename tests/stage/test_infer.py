@@ -131,9 +131,13 @@ def test_an_empty_file_is_refused(generator, tmp_path):
         answered(generator, tmp_path / "prompts.jsonl")
 
 
-def command(*arguments):
+def command(*arguments, given=None):
     return subprocess.run(
-        [sys.executable, "-m", "lathe", "infer", *map(str, arguments)], cwd=paths.ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "lathe", "infer", *map(str, arguments)],
+        cwd=paths.ROOT,
+        input=given,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -145,6 +149,8 @@ def test_the_command_writes_a_whole_file_or_none(learnt: Made, tmp_path):
     assert [json.loads(line)["prompt"] for line in written.splitlines()] == ["lamp on", "radio off"]
     printed = command("--file", file, "--gguf", learnt.gguf)
     assert (printed.returncode, printed.stdout) == (0, written)
+    piped = command("--file", "-", "--gguf", learnt.gguf, given=file.read_text())
+    assert (piped.returncode, piped.stdout) == (0, written)
     file.write_text('{"prompt": "lamp on"}\n{"promt": "radio off"}\n')
     bad = command("--file", file, "--gguf", learnt.gguf, "--out", out)
     assert bad.returncode == 2

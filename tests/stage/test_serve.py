@@ -89,6 +89,14 @@ def test_a_conversation_is_rendered_by_the_template_of_training(guarded, tiny):
         assert answer["choices"][0]["message"]["content"] == expected
 
 
+def test_an_answer_names_the_model_and_not_its_path(guarded, tiny):
+    messages = [{"role": "user", "content": "lamp on"}]
+    key = {"Authorization": "Bearer the key"}
+    request = {"messages": messages, "max_tokens": 2}
+    answer = httpx2.post(f"{guarded[0]}/chat/completions", json=request, headers=key, timeout=60).json()
+    assert answer["model"] == tiny.gguf.stem
+
+
 def test_without_the_key_nothing_is_answered(guarded):
     address, said = guarded
     assert ask(address, "another key", "lamp on").status_code == 401

@@ -2,8 +2,10 @@
 
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -15,12 +17,14 @@ from lathe.inference.generate import Completion, Generator
 from lathe.inference.row_file import RowFile
 from lathe.models.chat_template import Message, TemplateError
 
+STANDARD_INPUT = Path("-")
+
 ANSWER = ("completion", "finish_reason")
 _ANY_TEXT = TextValidator(re.compile("(?!)"))  # as in a chat: what is typed is rendered
 
 
 def infer(generator: Generator, file: Path, out: BinaryIO, *, max_new_tokens: int) -> None:
-    """Write every line of the JSON Lines `file` to `out` with its `completion` and `finish_reason`, in their order.
+    """Write every line of the JSON Lines `file` (`-`: standard input) to `out` with its `completion` and `finish_reason`, in their order.
 
     A line is an object with `prompt`, a text, or `messages`, a list of {role, content} that ends with a request; its
     other keys are kept. All lines are rendered first, into a temporary file; each is written as soon as it and all
@@ -77,7 +81,7 @@ def _render_requests(file: Path, generator: Generator) -> Iterator[tuple[str, di
 
 def _read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place and the object of each line that is not blank."""
-    with file.open("rb") as lines:
+    with nullcontext(sys.stdin.buffer) if file == STANDARD_INPUT else file.open("rb") as lines:
         for number, written in enumerate(lines, start=1):
             at = f"{file}:{number}"
             if not written.strip():

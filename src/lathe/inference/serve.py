@@ -69,6 +69,7 @@ def _make_application(gguf: Path, template: ChatTemplate, api_key: str | None, n
     for request in (types.CreateChatCompletionRequest, types.CreateCompletionRequest):
         request.model_fields["temperature"].default = 0.0
         request.model_fields["repeat_penalty"].default = 1.0
+        request.model_fields["model"].default = gguf.stem  # named in the answer, in place of the file's path
         request.model_rebuild(force=True)
     register_chat_format(CHAT_FORMAT)(_make_chat_format(template))
     from llama_cpp.server.app import create_app
