@@ -1,6 +1,7 @@
 """Write the model card and Ollama's Modelfile from what the other stages measured.
 
-reads   metrics/fetch/, metrics/preprocess/report.json, metrics/evaluate/{validation,test}.json, metrics/quantize/,
+reads   metrics/fetch/, metrics/preprocess/report.json, metrics/evaluate/{validation,test}.json,
+        metrics/generate/merged.json, metrics/quantize/,
         models/base/ (its licence), models/gguf/merged-f16.gguf (its metadata), params.yaml
 writes  models/gguf/README.md, models/gguf/Modelfile
 """
@@ -32,13 +33,14 @@ def main(config: Config) -> None:
         quantized={name: read_json(paths.METRICS / f"quantize/{name}.json") for name in types},
         lineage={key.removeprefix("lathe."): text for key, text in metadata.items() if key.startswith("lathe.")},
         license=read_license(paths.MODEL_BASE),
+        n_ctx=read_json(paths.METRICS / "generate/merged.json")["sizes"][0]["n_ctx"],
     )
     chosen = choose_best_artifact(facts.validation, types, config.params.evaluate.primary_metric)
     card = render_model_card(facts, config.params, chosen)
     with paths.replace_file(paths.GGUF / "README.md") as partial:
         partial.write_text(card, encoding="utf-8")
     with paths.replace_file(paths.GGUF / "Modelfile") as partial:
-        text = build_modelfile(f"{chosen}.gguf", template, n_ctx=config.params.generate.n_ctx)
+        text = build_modelfile(f"{chosen}.gguf", template, n_ctx=facts.n_ctx)
         partial.write_text(text, encoding="utf-8")
 
 

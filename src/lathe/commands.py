@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from ruamel.yaml import YAML
@@ -23,6 +23,9 @@ from lathe.config import artifacts
 from lathe.config.load import Config, load
 from lathe.config.overrides import apply_overrides
 from lathe.config.yaml_files import read_yaml
+
+if TYPE_CHECKING:
+    from lathe.inference.generation_sizes import GenerationSizes
 
 logger = logging.getLogger(__name__)
 
@@ -272,12 +275,12 @@ def start_chat(gguf: Path | None, prompt: str | None) -> None:
     """Chat with `gguf`, by default the artifact that scored best on validation."""
     from lathe.inference.chat import chat
 
-    settings = load().params.generate
+    sizes = _choose_sizes()
     chat(
         gguf or _find_best_gguf(),
         prompt=prompt,
-        max_new_tokens=settings.max_new_tokens,
-        n_ctx=settings.n_ctx,
+        max_new_tokens=sizes.max_new_tokens,
+        n_ctx=sizes.n_ctx,
         threads=os.cpu_count() or 1,
     )
 
@@ -286,9 +289,9 @@ def start_server(gguf: Path | None, port: int) -> None:
     """Serve `gguf`, by default the artifact that scored best on validation."""
     from lathe.inference.serve import serve
 
-    settings = load().params.generate
+    sizes = _choose_sizes()
     api_key = os.environ.get("LATHE_API_KEY") or None
-    serve(gguf or _find_best_gguf(), port=port, api_key=api_key, n_ctx=settings.n_ctx, threads=os.cpu_count() or 1)
+    serve(gguf or _find_best_gguf(), port=port, api_key=api_key, n_ctx=sizes.n_ctx, threads=os.cpu_count() or 1)
 
 
 def answer_file(file: Path, gguf: Path | None, out: Path | None) -> None:
@@ -300,20 +303,21 @@ def answer_file(file: Path, gguf: Path | None, out: Path | None) -> None:
         raise InputError(
             f"--file {file}: no such file; give JSON Lines, each with a prompt or messages", code="missing-file"
         )
-    settings = load().params.generate
+    settings, sizes = load().params.generate, _choose_sizes()
     with ExitStack() as stack:
         generator = stack.enter_context(
             Generator(
                 gguf or _find_best_gguf(),
                 n_parallel=settings.n_parallel,
-                n_ctx=settings.n_ctx,
+                n_ctx=sizes.n_ctx,
                 threads=os.cpu_count() or 1,
+                n_gpu_layers=settings.n_gpu_layers,
             )
         )
         target = (
             stack.enter_context(stack.enter_context(paths.replace_file(out)).open("wb")) if out else sys.stdout.buffer
         )
-        infer(generator, file, target, max_new_tokens=settings.max_new_tokens)
+        infer(generator, file, target, max_new_tokens=sizes.max_new_tokens)
 
 
 def run_search(args: argparse.Namespace) -> None:
@@ -321,6 +325,17 @@ def run_search(args: argparse.Namespace) -> None:
     from lathe.experiments.search import command
 
     command.run(args)
+
+
+def _choose_sizes() -> "GenerationSizes":
+    """Return the sizes of params.yaml; those that are auto by the lengths that the stage preprocess has measured."""
+    from lathe.inference.generation_sizes import choose_sizes
+
+    settings, report = load().params.generate, paths.METRICS / "preprocess/report.json"
+    if "auto" not in (settings.max_new_tokens, settings.n_ctx):
+        return choose_sizes(settings, {"splits": []})
+    shown, remedy = str(report.relative_to(paths.ROOT)), "run `make repro` first, or give generate.n_ctx a number"
+    return choose_sizes(settings, metric_files.unwrap_list(read_json(report, shown=shown, remedy=remedy)))
 
 
 def _find_best_gguf() -> Path:

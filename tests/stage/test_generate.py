@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Checkout, make_checkout
+from conftest import Checkout, copy_of, make_checkout
 from gguf_models import Made, learnt  # noqa: F401 - fixture
 
 from lathe.common import paths
@@ -64,6 +64,23 @@ def outputs(checkout: Checkout, artifact: str) -> dict[str, bytes]:
 
 def measured(checkout: Checkout, artifact: str):
     return checkout.root / f"metrics/generate/{artifact}.json"
+
+
+def test_sizes_that_are_auto_come_from_the_lengths_of_the_held_out_rows(made: Checkout, tmp_path):
+    checkout = copy_of(made, tmp_path / "lathe")
+    checkout.set({f"generate.{key}": "auto" for key in ("max_new_tokens", "n_ctx", "n_parallel")})
+    tokens = {name: {"max": size} for name, size in (("prompt", 40), ("answer", 20), ("total", 60))}
+    report = {"splits": [{"split": split, "kept": 9, "tokens": tokens} for split in ("train", "validation", "test")]}
+    (checkout.root / "metrics/preprocess/report.json").write_text(json.dumps(report))
+    checkout.stage("generate", "merged")
+    assert checkout.json("metrics/generate/merged.json")["sizes"] == [
+        {"max_new_tokens": 32, "n_ctx": 512, "n_parallel": 32}
+    ]
+    longer = read_jsonl(checkout.root / "data/generated/merged/test.jsonl")
+    shorter = read_jsonl(made.root / "data/generated/merged/test.jsonl")
+    assert max(row["tokens"] for row in longer) > max(row["tokens"] for row in shorter) == 12
+    cut = [(one["completion"][:8], two["completion"][:8]) for one, two in zip(longer, shorter, strict=True)]
+    assert all(one == two for one, two in cut), "the same answers, not cut as early"
 
 
 def test_every_row_has_its_answer_and_its_likelihood(made: Checkout):

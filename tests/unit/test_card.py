@@ -51,6 +51,7 @@ FACTS = CardFacts(
         "parameters.digest": "p4",
     },
     license={"license": "apache-2.0"},
+    n_ctx=2048,
 )
 
 

@@ -102,6 +102,15 @@ def get_peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def get_total_memory_bytes() -> int:
+    """Return the main memory of the machine, or of the cgroup that this process is in."""
+    import psutil
+
+    total, limit = int(psutil.virtual_memory().total), CGROUP / "memory.max"
+    most = limit.read_text().strip() if limit.exists() else "max"
+    return total if most == "max" else min(total, int(most))
+
+
 def get_available_memory_bytes() -> int:
     """Return the main memory that this process may still take: of the machine, and of its cgroup."""
     import psutil

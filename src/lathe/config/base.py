@@ -9,9 +9,11 @@ from lathe.common.text import shorten_value
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
+Auto = Literal["auto"]
 Split = Literal["train", "validation", "test"]
 
 REPOSITORY = r"\w[\w.-]*(/\w[\w.-]*)?"

@@ -11,8 +11,10 @@ from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.config import gates as gate_rules
 from lathe.config.base import (
+    Auto,
     Fraction,
     Name,
+    NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
@@ -139,9 +141,18 @@ class Quantize(Section):
 class Generate(Section):
     """Generation: greedy answers of every artifact to the held-out prompts."""
 
-    max_new_tokens: Positive = entry("longest answer", "tokens")
-    n_ctx: Annotated[int, Field(ge=16)] = entry("context size: prompt and answer of a row together", "tokens")
-    n_parallel: Positive = entry("rows decoded in one batch", "rows")
+    max_new_tokens: Positive | Auto = entry(
+        "longest answer; auto: a quarter more than the longest held-out reference", "tokens"
+    )
+    n_ctx: Annotated[int, Field(ge=16)] | Auto = entry(
+        "context size: prompt and answer of a row together; auto: as much as the held-out rows need", "tokens"
+    )
+    n_parallel: Positive | Auto = entry(
+        "rows decoded in one batch; auto: 32, or as many as fit into a quarter of the memory", "rows"
+    )
+    n_gpu_layers: NonNegative | Auto = entry(
+        "layers that a llama.cpp built for a GPU computes there; auto: all; without one it has no effect", "layers"
+    )
     max_rows: Positive | None = entry("generate for only the first rows of each split; null: for all of them", "rows")
     few_shot: Positive = entry("training examples in the base model's few-shot prompt, as a baseline", "rows")
 

@@ -10,17 +10,15 @@ from lathe.common.errors import InputError
 from lathe.gguf.llama_library import collect_llama_log, load_library
 from lathe.models.chat_template import ChatTemplate
 
-_MAX_TEXT_BYTES = 1 << 16
-
 
 class LlamaModel:
     """A GGUF file opened with llama.cpp; a context manager.
 
-    With `vocab_only` the weights are not loaded: metadata, template and tokenizer take milliseconds.
+    Without weights (`vocab_only`) it takes milliseconds; a llama.cpp for GPUs puts `n_gpu_layers` there, None: all.
     Raises InputError if there is no such file or llama.cpp cannot load it.
     """
 
-    def __init__(self, path: Path, *, vocab_only: bool = False) -> None:
+    def __init__(self, path: Path, *, vocab_only: bool = False, n_gpu_layers: int | None = None) -> None:
         if not path.is_file():
             raise InputError(
                 f"{path}: no such GGUF file; the path must name one that the pipeline or you have made",
@@ -30,6 +28,7 @@ class LlamaModel:
         self._library = load_library()
         params = self._library.llama_model_default_params()
         params.vocab_only = vocab_only
+        params.n_gpu_layers = params.n_gpu_layers if n_gpu_layers is None else n_gpu_layers
         # Repacked weights are multiplied by other kernels for one row than for four: results would depend on batches.
         params.use_extra_bufts = False
         with collect_llama_log() as log:
@@ -132,9 +131,8 @@ class LlamaModel:
 
     def get_token_bytes(self, token: int) -> bytes:
         """Return the bytes of a generated token, possibly part of a character; empty for control tokens."""
-        buffer = ctypes.create_string_buffer(64)
-        size = self._library.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False)
-        if size < 0:
+        size = -64
+        while size < 0:  # the room that it needs
             buffer = ctypes.create_string_buffer(-size)
             size = self._library.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False)
         return buffer.raw[:size]
@@ -143,7 +141,7 @@ class LlamaModel:
         return None if token == self._library.LLAMA_TOKEN_NULL else token
 
     def _text(self, call: Any, index: int) -> str:
-        size = _MAX_TEXT_BYTES
+        size = 1 << 16
         while True:
             buffer = ctypes.create_string_buffer(size)
             needed = call(self.handle, index, buffer, size)

@@ -15,10 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from lathe.common.operating_system import get_total_memory_bytes
 from lathe.common.progress import Progress
+from lathe.config.base import Auto
 from lathe.gguf.llama_library import FloatRows
 from lathe.gguf.llama_model import LlamaModel
-from lathe.inference.kv_cache import KVCache
+from lathe.inference.kv_cache import KVCache, count_bytes_per_token
 from lathe.inference.shared_prefix import (
     MAX_LOGITS,
     MIN_ROWS,
@@ -28,6 +30,9 @@ from lathe.inference.shared_prefix import (
     decode_prefix,
 )
 from lathe.models.chat_template import ChatTemplate
+
+# Rows decoded at once where that is `auto`: their cache takes at most this part of the memory.
+MOST_ROWS, MEMORY_SHARE = 32, 4
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,17 @@ class Completion:
 class Generator:
     """A GGUF model, loaded once, that answers prompts; a context manager.
 
-    `n_parallel` rows are decoded at once; a prompt and its answer may take `n_ctx` tokens together (the cache is made
-    as large as the rows need, up to that); results depend on `threads`, so it is given.
+    `n_parallel` rows are decoded at once (auto: 32, or as many as fit into a quarter of the memory); a prompt and its
+    answer may take `n_ctx` tokens together (the cache is made as large as the rows need, up to that); results depend on
+    `threads`, so it is given.
     """
 
-    def __init__(self, gguf: Path, *, n_parallel: int, n_ctx: int, threads: int) -> None:
-        self.model = LlamaModel(gguf)
-        self.n_parallel, self.n_ctx, self.threads = n_parallel, n_ctx, threads
+    def __init__(
+        self, gguf: Path, *, n_parallel: int | Auto, n_ctx: int, threads: int, n_gpu_layers: int | Auto = "auto"
+    ) -> None:
+        self.model = LlamaModel(gguf, n_gpu_layers=None if n_gpu_layers == "auto" else n_gpu_layers)
+        self.n_ctx, self.threads = n_ctx, threads
+        self.n_parallel = self._choose_rows() if n_parallel == "auto" else n_parallel
         self._stream_cache: KVCache | None = None
         self._streamed: Sequence[int] = ()
 
@@ -61,6 +70,10 @@ class Generator:
         if self._stream_cache:
             self._stream_cache.close()
         self.model.close()
+
+    def _choose_rows(self) -> int:
+        budget = get_total_memory_bytes() // MEMORY_SHARE
+        return max(MIN_ROWS, min(MOST_ROWS, budget // (self.n_ctx * count_bytes_per_token(self.model))))
 
     @property
     def chat_template(self) -> ChatTemplate:

@@ -24,12 +24,12 @@ _ANY_TEXT = TextValidator(re.compile("(?!)"))  # as in a chat: what is typed is 
 
 
 def infer(generator: Generator, file: Path, out: BinaryIO, *, max_new_tokens: int) -> None:
-    """Write every line of the JSON Lines `file` (`-`: standard input) to `out` with its `completion` and `finish_reason`, in their order.
+    """Write every line of the JSON Lines `file` to `out` with its `completion` and `finish_reason`, in their order.
 
-    A line is an object with `prompt`, a text, or `messages`, a list of {role, content} that ends with a request; its
-    other keys are kept. All lines are rendered first, into a temporary file; each is written as soon as it and all
-    before it are answered. Raises InputError that names file and line, before anything is written, if one cannot be
-    answered.
+    The file `-` is standard input. A line is an object with `prompt`, a text, or `messages`, a list of {role, content}
+    that ends with a request; its other keys are kept. All lines are rendered first, into a temporary file; each is
+    written as soon as it and all before it are answered. Raises InputError that names file and line, before anything is
+    written, if one cannot be answered.
     """
     prefix = generator.chat_template.answer_prefix
     with tempfile.TemporaryFile() as temporary:

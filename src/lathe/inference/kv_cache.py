@@ -124,6 +124,13 @@ class KVCache:
         return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (outputs, self._model.n_vocab))
 
 
+def count_bytes_per_token(model: LlamaModel) -> int:
+    """Return the size of a token's keys and values in a cache of 16-bit floats, if all layers attend to all tokens."""
+    library = load_library()
+    width = library.llama_model_n_embd(model.handle) // library.llama_model_n_head(model.handle)
+    return 2 * 2 * library.llama_model_n_layer(model.handle) * library.llama_model_n_head_kv(model.handle) * width
+
+
 class _Batch:
     """The arrays of a `llama_batch`, filled by numpy: ctypes would take a Python assignment per token and field."""
 

@@ -33,6 +33,7 @@ class CardFacts:
     quantized: Mapping[str, Mapping[str, Any]]
     lineage: Mapping[str, str]
     license: Mapping[str, str]
+    n_ctx: int  # context that the answers were measured in (tokens)
 
 
 def render_model_card(facts: CardFacts, params: Params, best: str) -> str:
@@ -65,7 +66,7 @@ def render_model_card(facts: CardFacts, params: Params, best: str) -> str:
             "score": _format_number(facts.validation[best][params.evaluate.primary_metric]),
         },
         primary_metric=params.evaluate.primary_metric,
-        n_ctx=params.generate.n_ctx,
+        n_ctx=facts.n_ctx,
         training=_list_training_facts(params),
         supervised_tokens=f"{splits['train']['supervised_tokens']:,}",
         scripts=" and ".join(splits["train"]["scripts"]) or "no known",
