@@ -95,9 +95,7 @@ def warn_without_converter(convert: Convert) -> None:
         with suppress(InputError):  # llama-cpp-python of another version than the converter that is pinned
             found = install_converter.is_installed(folder, install_converter.REQUIREMENT)
     if not found:
-        _log.warning(
-            "%s: no %s that fits; convert will fail after the training; %s", folder, CONVERTER, remedy
-        )
+        _log.warning("%s: no %s that fits; convert will fail after the training; %s", folder, CONVERTER, remedy)
 
 
 def _make_parser(main: Callable[..., object]) -> tuple[str, argparse.ArgumentParser]:

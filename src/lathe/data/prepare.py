@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 ROWS_PER_UPDATE = 1000  # of the progress bar
 
 
+class UnusableRowsError(InputError):
+    """The rows that were read cannot be used; `report` is what is known of each of them."""
+
+    def __init__(self, message: str, *, code: str, report: dict[str, Any]) -> None:
+        super().__init__(message, code=code)
+        self.report = report
+
+
 @dataclass(frozen=True)
 class PreparedDataset:
     """The report on all rows that were read, and the tables for its plots by name."""
@@ -56,7 +64,8 @@ def prepare(
     input, on how it is divided into shards, or on the number of `processes` (None: one per core). Until the end they
     are in a scratch folder in `out`; memory holds a few hundred bytes of each.
 
-    Raises InputError for a file that cannot be read, missing columns, an empty split, and a share above its limit.
+    Raises InputError for a file that cannot be read and missing columns, and UnusableRowsError for an empty split and a
+    share above its limit.
     """
     from lathe.data.report import Account
     from lathe.data.splits import assign_splits
@@ -67,19 +76,24 @@ def prepare(
     scratch.mkdir()
     account = Account(settings)
     stored = _read_examples(raw, preset, compile_control_tokens(tokenizer), seed, scratch / "examples", account)
-    account.check_records()
-    account.splits = assign_splits(
-        stored,
-        source_splits=account.get_source_splits(),
-        validation_fraction=settings.validation_fraction,
-        test_fraction=settings.test_fraction,
-        limits={str(name): limit for name, limit in (preset.limits or {}).items()},
-    )
-    rules = TokenizationRules(tokenizer, max_length, settings.supervise, settings.too_long)
-    _write_splits(stored, rules, out, account, processes)
-    with stored.open_reader() as reader:
-        account.check_splits(reader)
-        report = account.make_report(reader)
+    try:
+        account.check_records()
+        account.splits = assign_splits(
+            stored,
+            source_splits=account.get_source_splits(),
+            validation_fraction=settings.validation_fraction,
+            test_fraction=settings.test_fraction,
+            limits={str(name): limit for name, limit in (preset.limits or {}).items()},
+        )
+        rules = TokenizationRules(tokenizer, max_length, settings.supervise, settings.too_long)
+        _write_splits(stored, rules, out, account, processes)
+        with stored.open_reader() as reader:
+            account.check_splits(reader)
+            report = account.make_report(reader)
+    except InputError as error:
+        with stored.open_reader() as reader:
+            known = account.make_partial_report(reader)
+        raise UnusableRowsError(str(error), code=error.code, report=known) from error
     shutil.rmtree(scratch)
     return PreparedDataset(report, account.make_tables())
 
