@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
-from lathe.data.formats import RecordConverter
-from lathe.data.messages import RowFault
-from lathe.data.read_files import Fault, read_records
-from lathe.data.split_files import SPLITS, find_split_files, get_suffix
+from lathe.data.read_examples import ExampleFiles, add_system_prompt
+from lathe.data.read_files import Fault
+from lathe.data.split_files import SPLITS
 
 if TYPE_CHECKING:
     from lathe.config.params import Preprocess
@@ -110,48 +109,20 @@ def _read_examples(
     from lathe.data.duplicates import compute_digests
     from lathe.data.example_store import ExampleWriter
 
-    files = find_split_files(raw)
-    if "train" not in files:
-        raise InputError(
-            f"{next(iter(files.values()))[0].name}: there is no train split beside it; name the training file train.*",
-            code="missing-split",
-        )
-    converter: RecordConverter | None = None
     with ExampleWriter(store_file) as writer, Progress("reading") as progress:
-        for split, shards in files.items():
-            for file in shards:
-                names: dict[str, None] = {}
-                count = 0
-                for record in read_records(file):
-                    count += 1
-                    if count % ROWS_PER_UPDATE == 0:
-                        progress.add(ROWS_PER_UPDATE)
-                    if isinstance(record.value, Fault):
-                        account.add_fault(split, record.place, record.value)
-                        continue
-                    names.update(dict.fromkeys(record.value))
-                    converter = converter or RecordConverter(preset, names, file.name, control_tokens)
-                    try:
-                        messages = converter.convert(record.value)
-                        example = {"messages": messages, **converter.get_extra_fields(record.value)}
-                    except RowFault as error:
-                        account.add_fault(split, record.place, error.fault)
-                        continue
-                    # Digests come before the system prompt is added, so that it moves no example to another split.
-                    digests = compute_digests(example, seed)
-                    _add_system_prompt(messages, preset.system_prompt)
-                    writer.add(record.place, example, digests, SPLITS.index(split))
-                if converter and names:
-                    converter.require_columns(names, file.name)
-                account.files[file.name] = {"split": split, "format": (get_suffix(file) or "")[1:], "rows": count}
-    if converter:
-        account.columns = {**converter.description, "detected": converter.detected}
+        examples = ExampleFiles(raw, preset, control_tokens)
+        for count, example in enumerate(examples, start=1):
+            if count % ROWS_PER_UPDATE == 0:
+                progress.add(ROWS_PER_UPDATE)
+            if isinstance(example.value, Fault):
+                account.add_fault(example.split, example.place, example.value)
+                continue
+            # Digests come before the system prompt is added, so that it moves no example to another split.
+            digests = compute_digests(example.value, seed)
+            add_system_prompt(example.value["messages"], preset.system_prompt)
+            writer.add(example.place, example.value, digests, SPLITS.index(example.split))
+    account.files, account.columns = examples.files, examples.columns
     return writer.get_stored()
-
-
-def _add_system_prompt(messages: list[dict[str, str]], system_prompt: str | None) -> None:
-    if system_prompt and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
 
 
 def _write_splits(
