@@ -85,6 +85,18 @@ def test_a_limit_that_is_passed_stops_the_stage_and_leaves_nothing_but_a_report_
     assert not (fetched.root / "data/.processed.partial").exists()
 
 
+def test_a_run_whose_answers_would_all_be_cut_is_refused_before_it_trains(fetched):
+    fetched.set({"generate.max_new_tokens": 2})
+    fetched.stage("preprocess")
+    done = fetched.stage("train", check=False)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(r"longer than generate.max_new_tokens 2: .*; set generate.max_new_tokens to \d+, ", line)
+    assert not (fetched.root / "models/adapter").exists()
+    ran = fetched.run("dvc", "repro", "--quiet", "train", check=False)
+    assert line in ran.stderr + ran.stdout
+
+
 def _parts(spec):
     """Yield every mapping in a specification."""
     if isinstance(spec, dict):

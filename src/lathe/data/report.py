@@ -218,6 +218,7 @@ class Account:
             "dropped": self._count_dropped(name),
             "truncated": self._report_truncations(tokenized),
             **_compute_token_statistics(tokenized),
+            **({} if name == "train" else {"references": _describe_references(tokenized)}),
             "length_outliers": _count_length_outliers(tokenized),
             "scripts": _count_scripts(tokenized),
         }
@@ -277,6 +278,18 @@ def _compute_token_statistics(tokenized: TokenizedSplit) -> dict[str, Any]:
         },
         "supervised_tokens": supervised,
         "supervised_share": round(supervised / tokens, 4) if tokens else None,
+    }
+
+
+def _describe_references(tokenized: TokenizedSplit) -> dict[str, Any]:
+    """Return lengths and kind of a held-out split's references: what the checks before a training need."""
+    prompts = tokenized.get_lengths("conversation") - tokenized.get_lengths("reference")
+    return {
+        "tokens": _compute_quantiles(tokenized.get_lengths("reference")),
+        "prompt_tokens": _compute_quantiles(prompts),
+        "conversation_tokens": _compute_quantiles(tokenized.get_lengths("conversation")),
+        "words": _compute_quantiles(tokenized.get_lengths("words")),
+        "json_rows": int(tokenized.get_lengths("json").sum()),
     }
 
 
