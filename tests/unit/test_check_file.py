@@ -154,6 +154,18 @@ def test_another_delimiter_is_named_with_a_command_that_writes_commas(tmp_path):
         assert [record.value for record in read_records(tmp_path / "commas-my rows.csv")] == rows
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz"])
+def test_a_command_for_commas_also_writes_utf_8(tmp_path, name):
+    rows = [{"prompt": "Сколько стоит?", "completion": "Сто рублей"}]
+    content = as_csv(rows, ";").encode("cp1251")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with refused("wrong-delimiter", name) as caught:
+        list(read_records(tmp_path / name))
+    command = str(caught.value).split("`")[1].replace("python3", sys.executable)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert [record.value for record in read_records(tmp_path / f"commas-{name}")] == rows
+
+
 @pytest.mark.parametrize("encoding", ["cp1251", "koi8-r", "cp866", "utf-16"])
 @pytest.mark.parametrize("compressed", [False, True])
 def test_another_encoding_is_named_with_a_command_that_writes_utf_8(tmp_path, encoding, compressed):

@@ -245,19 +245,20 @@ def _decode(data: bytes, file: Path, line: int) -> str:
         with _open_file(file) as source:
             encoding = guess_encoding(source.read(SAMPLE_BYTES))
         if encoding:
-            command = _write_command(f"iconv -f {encoding} -t utf-8", file, f"utf-8-{file.name}")
+            command = _write_command([f"iconv -f {encoding} -t utf-8"], file, f"utf-8-{file.name}")
             found, remedy = f", the file looks like {encoding}", f"save it as UTF-8: `{command}`"
         raise InputError(
             f"{file.name}:{line}: byte 0x{data[error.start]:02x} is not UTF-8{found}; {remedy}", code="not-utf-8"
         ) from None
 
 
-def _write_command(command: str, file: Path, target: str) -> str:
-    """Return a shell command that writes a file through `command` to another one; gzip stays gzip."""
+def _write_command(programs: list[str], file: Path, target: str) -> str:
+    """Return a shell command that writes a file through `programs` to another one; gzip stays gzip."""
     source, target = shlex.quote(file.name), shlex.quote(target)
     if file.suffix.lower() == ".gz":
-        return f"zcat {source} | {command} | gzip > {target}"
-    return f"{command} < {source} > {target}"
+        return " | ".join([f"zcat {source}", *programs, "gzip"]) + f" > {target}"
+    first, *others = programs
+    return " | ".join([f"{first} < {source}", *others]) + f" > {target}"
 
 
 def _require_object(value: Any) -> dict[str, Any] | Fault:
@@ -297,7 +298,11 @@ def _check_delimiter(fields: list[str], file: Path, line: int) -> None:
         return
     shown = delimiter.encode("unicode_escape").decode()
     program = f"import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter='{shown}'))"
-    command = _write_command(f'python3 -c "{program}"', file, f"commas-{file.name}")
+    programs = [f'python3 -c "{program}"']
+    with _open_file(file) as source:
+        if encoding := guess_encoding(source.read(SAMPLE_BYTES)):  # of its texts, if not of this header
+            programs.insert(0, f"iconv -f {encoding} -t utf-8")
+    command = _write_command(programs, file, f"commas-{file.name}")
     raise InputError(
         f"{file.name}:{line}: its columns are separated by {OTHER_DELIMITERS[delimiter]}, expected commas; save it "
         f"with commas: `{command}`",

@@ -19,7 +19,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 
 def guess_encoding(sample: bytes) -> str | None:
-    """Return the name of the encoding that bytes which are not UTF-8 probably have; None if it cannot be told.
+    """Return the name of the encoding that a text probably has; None if it is UTF-8, or if it cannot be told.
 
     A UTF-8 text with a few damaged bytes is of no other encoding. Names are those of Python, which iconv knows too.
     """
