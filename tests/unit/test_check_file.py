@@ -4,9 +4,9 @@ import csv
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 from byte_chat import LENIENT, Bench, byte_chat, chat
@@ -286,14 +286,19 @@ def test_ten_thousand_rows_take_less_than_two_seconds_and_no_heavy_package(tmp_p
         "except SystemExit as end:\n    code = end.code\n"
         "print(json.dumps([code, time.process_time(), sorted(sys.modules)]))"
     )
+    environment = {**os.environ, "PYTHONPATH": str(paths.ROOT / "src")}
     taken = []
     for _ in range(3):
-        started = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True, cwd=paths.ROOT
+            [sys.executable, "-c", program, str(file)],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=paths.ROOT,
+            env=environment,
         )
         code, seconds, modules = json.loads(done.stdout.splitlines()[-1])
         assert code == 0
         assert not {"torch", "transformers", "dvc", "llama_cpp", "datasets", "pandas"} & set(modules)
         taken.append(seconds)
-    assert min(taken) < 2, (taken, time.monotonic() - started)
+    assert min(taken) < 2, taken
