@@ -83,12 +83,28 @@ def _add_configuration_commands(table: Any) -> None:
     )
     command.set_defaults(run=lambda args: commands.print_schema(args.json))
 
+    command = table.add_parser(
+        "data", help="say what a dataset's file holds and which rows would be dropped; exit 1 if any"
+    )
+    command.add_argument(
+        "source", type=Path, metavar="FILE", help="a file, or a folder with train.*, validation.* and test.*"
+    ).complete = completion.FILE
+    command.add_argument("--prompt", metavar="COLUMN", help="column with the prompt (default: by its name)")
+    command.add_argument("--completion", metavar="COLUMN", help="column with the answer (default: by its name)")
+    command.add_argument("--json", action="store_true", help="print it as JSON")
+    command.set_defaults(run=_check_data)
+
     command = table.add_parser("inspect", help="print examples as the model sees them, supervised tokens marked")
     command.add_argument("--split", choices=SPLITS, default="train", help="of which split (default: train)")
     command.add_argument("--rows", type=int, default=3, metavar="N", help="how many, from the first (default: 3)")
     command.add_argument("--row", type=int, metavar="N", help="this one alone, by its line")
     command.add_argument("--ids", action="store_true", help="one token per line, after its id")
     command.set_defaults(run=lambda args: commands.inspect_rows(args.split, args.rows, args.row, ids=args.ids))
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    usable = commands.check_data(args.source, prompt=args.prompt, completion=args.completion, as_json=args.json)
+    sys.exit(0 if usable else 1)
 
 
 def _add_experiment_commands(table: Any) -> None:

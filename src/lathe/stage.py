@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from lathe.common import launch, metric_files, operating_system, paths
+from lathe.common import json_files, launch, metric_files, operating_system, paths
 from lathe.common.entry_point import guard
 from lathe.common.errors import InputError
+from lathe.config.held_out_checks import find_misfits
 from lathe.config.load import Config, load
-from lathe.config.params import Convert
+from lathe.config.params import Convert, Params
 from lathe.experiments.tracking import start_mirror
 
 _log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def run_on_machines(main: Callable[[Config, int | None], Throughput | None]) -> 
             config = _load_config(name)
             if not launch.is_worker():
                 warn_without_converter(config.params.convert)
+                check_held_out(config.params)
             return main(config, machine_rank)
 
         guard(lambda: _run_timed(name, None, train))
@@ -98,6 +100,21 @@ def warn_without_converter(convert: Convert) -> None:
             found = install_converter.is_installed(folder, install_converter.REQUIREMENT)
     if not found:
         _log.warning("%s: no %s that fits; convert will fail after the training; %s", folder, CONVERTER, remedy)
+
+
+def check_held_out(params: Params) -> None:
+    """Warn, before the hours of training, if references do not fit the parameters of generation and scores.
+
+    Raises InputError if no answer could be complete, or `generate` would fail. The report of preprocess is there in a
+    run of the pipeline; a training without one is not checked.
+    """
+    file = paths.METRICS / "preprocess/report.json"
+    if not file.exists():
+        return
+    for misfit in find_misfits(json_files.read_json_object(file), params):
+        if misfit.code:
+            raise InputError(f"{misfit.text}; {misfit.remedy}", code=misfit.code)
+        _log.warning("%s; %s", misfit.text, misfit.remedy)
 
 
 def _make_parser(main: Callable[..., object]) -> tuple[str, argparse.ArgumentParser]:

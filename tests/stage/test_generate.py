@@ -69,8 +69,8 @@ def measured(checkout: Checkout, artifact: str):
 def test_sizes_that_are_auto_come_from_the_lengths_of_the_held_out_rows(made: Checkout, tmp_path):
     checkout = copy_of(made, tmp_path / "lathe")
     checkout.set({f"generate.{key}": "auto" for key in ("max_new_tokens", "n_ctx", "n_parallel")})
-    tokens = {name: {"max": size} for name, size in (("prompt", 40), ("answer", 20), ("total", 60))}
-    report = {"splits": [{"split": split, "kept": 9, "tokens": tokens} for split in ("train", "validation", "test")]}
+    lengths = {"tokens": {"max": 20}, "conversation_tokens": {"max": 60}}
+    report = {"splits": [{"split": split, "kept": 9, "references": lengths} for split in ("validation", "test")]}
     (checkout.root / "metrics/preprocess/report.json").write_text(json.dumps(report))
     checkout.stage("generate", "merged")
     assert checkout.json("metrics/generate/merged.json")["sizes"] == [

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 
 import pytest
 from conftest import SMALL, copy_of
@@ -42,16 +43,58 @@ def test_the_stage_leaves_rows_a_report_and_plots_that_draw_all_of_their_tables(
         assert {part["field"] for part in _parts(plot["content"]) if "field" in part} <= set(drawn[0])
 
 
-def test_a_limit_that_is_passed_stops_the_stage_in_one_line_and_leaves_nothing(fetched):
+def test_the_stage_ends_with_a_line_about_all_rows(fetched):
+    done = fetched.stage("preprocess")
+    (line,) = [line for line in done.stderr.splitlines() if "rows:" in line]
+    assert line == "INFO lathe.preprocess: 60 rows: 60 kept, none dropped"
+
+
+def test_many_dropped_rows_are_warned_of_with_the_first_five_of_them(fetched):
+    fetched.set({"training.max_length": 40, "preprocess.max_dropped_fraction": 0.9})
+    file = fetched.root / "data/raw/few.jsonl"
+    lines = file.read_text().splitlines()
+    file.unlink()
+    file.write_text("\n".join([*lines, '{"ask": "", "reply": "x"}']) + "\n")
+    done = fetched.stage("preprocess")
+    summary, *faults, warning = [line for line in done.stderr.splitlines() if "lathe.preprocess" in line]
+    rows = fetched.json("metrics/preprocess/report.json")["rows"]
+    long = rows["dropped"] - 1
+    assert long > 5
+    assert f"61 rows: {rows['kept']} kept, {rows['dropped']} dropped ({long} too long, 1 empty prompt)" in summary
+    assert len(faults) == 5
+    assert re.match(r"INFO lathe.preprocess: few.jsonl:\d+: too long: is \d+ tokens long", faults[0])
+    assert "few.jsonl:61: empty prompt: ask is empty" in faults[1]
+    assert warning.startswith(f"WARNING lathe.preprocess: {rows['dropped']} of 61 rows (")
+    assert "metrics/preprocess/report.json" in warning
+
+
+def test_a_limit_that_is_passed_stops_the_stage_and_leaves_nothing_but_a_report_of_the_rows(fetched):
     fetched.set({"training.max_length": 30})
     done = fetched.stage("preprocess", check=False)
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    summary, *_, line = done.stderr.splitlines()
+    assert summary.startswith("INFO lathe.preprocess: 60 rows: ")
     assert line.startswith("error: few.jsonl:")
     allowed = load(fetched.root / "params.yaml", fetched.root / "presets.yaml").params.preprocess.max_dropped_fraction
     assert f"more than preprocess.max_dropped_fraction {allowed} allows; " in line
+    assert line.endswith("; .scratch/preprocess/report.json reports all rows")
+    report = fetched.json(".scratch/preprocess/report.json")
+    assert report["rows"]["read"] == 60
+    assert sum(split["dropped"].get("too_long", 0) for split in report["splits"]) == report["rows"]["dropped"] > 0
     assert not (fetched.root / "data/processed").exists()
     assert not (fetched.root / "data/.processed.partial").exists()
+
+
+def test_a_run_whose_answers_would_all_be_cut_is_refused_before_it_trains(fetched):
+    fetched.set({"generate.max_new_tokens": 2})
+    fetched.stage("preprocess")
+    done = fetched.stage("train", check=False)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(r"longer than generate.max_new_tokens 2: .*; set generate.max_new_tokens to \d+, ", line)
+    assert not (fetched.root / "models/adapter").exists()
+    ran = fetched.run("dvc", "repro", "--quiet", "train", check=False)
+    assert line in ran.stderr + ran.stdout
 
 
 def _parts(spec):

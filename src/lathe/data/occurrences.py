@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 Case = TypeVar("Case")
 
-MAX_SHOWN = 3
+MAX_SHOWN = 5
 
 
 @dataclass(slots=True)

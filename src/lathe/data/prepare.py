@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
-from lathe.data.formats import RecordConverter
-from lathe.data.messages import RowFault
-from lathe.data.read_files import Fault, read_records
-from lathe.data.split_files import SPLITS, find_split_files, get_suffix
+from lathe.data.read_examples import ExampleFiles, add_system_prompt
+from lathe.data.read_files import Fault
+from lathe.data.split_files import SPLITS
 
 if TYPE_CHECKING:
     from lathe.config.params import Preprocess
@@ -20,6 +19,14 @@ if TYPE_CHECKING:
     from lathe.data.tokenization import TokenizationRules
 
 ROWS_PER_UPDATE = 1000  # of the progress bar
+
+
+class UnusableRowsError(InputError):
+    """The rows that were read cannot be used; `report` is what is known of each of them."""
+
+    def __init__(self, message: str, *, code: str, report: dict[str, Any]) -> None:
+        super().__init__(message, code=code)
+        self.report = report
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ def prepare(
     input, on how it is divided into shards, or on the number of `processes` (None: one per core). Until the end they
     are in a scratch folder in `out`; memory holds a few hundred bytes of each.
 
-    Raises InputError for a file that cannot be read, missing columns, an empty split, and a share above its limit.
+    Raises InputError for a file that cannot be read and missing columns, and UnusableRowsError for an empty split and a
+    share above its limit.
     """
     from lathe.data.report import Account
     from lathe.data.splits import assign_splits
@@ -67,19 +75,24 @@ def prepare(
     scratch.mkdir()
     account = Account(settings)
     stored = _read_examples(raw, preset, compile_control_tokens(tokenizer), seed, scratch / "examples", account)
-    account.check_records()
-    account.splits = assign_splits(
-        stored,
-        source_splits=account.get_source_splits(),
-        validation_fraction=settings.validation_fraction,
-        test_fraction=settings.test_fraction,
-        limits={str(name): limit for name, limit in (preset.limits or {}).items()},
-    )
-    rules = TokenizationRules(tokenizer, max_length, settings.supervise, settings.too_long)
-    _write_splits(stored, rules, out, account, processes)
-    with stored.open_reader() as reader:
-        account.check_splits(reader)
-        report = account.make_report(reader)
+    try:
+        account.check_records()
+        account.splits = assign_splits(
+            stored,
+            source_splits=account.get_source_splits(),
+            validation_fraction=settings.validation_fraction,
+            test_fraction=settings.test_fraction,
+            limits={str(name): limit for name, limit in (preset.limits or {}).items()},
+        )
+        rules = TokenizationRules(tokenizer, max_length, settings.supervise, settings.too_long)
+        _write_splits(stored, rules, out, account, processes)
+        with stored.open_reader() as reader:
+            account.check_splits(reader)
+            report = account.make_report(reader)
+    except InputError as error:
+        with stored.open_reader() as reader:
+            known = account.make_partial_report(reader)
+        raise UnusableRowsError(str(error), code=error.code, report=known) from error
     shutil.rmtree(scratch)
     return PreparedDataset(report, account.make_tables())
 
@@ -96,48 +109,20 @@ def _read_examples(
     from lathe.data.duplicates import compute_digests
     from lathe.data.example_store import ExampleWriter
 
-    files = find_split_files(raw)
-    if "train" not in files:
-        raise InputError(
-            f"{next(iter(files.values()))[0].name}: there is no train split beside it; name the training file train.*",
-            code="missing-split",
-        )
-    converter: RecordConverter | None = None
     with ExampleWriter(store_file) as writer, Progress("reading") as progress:
-        for split, shards in files.items():
-            for file in shards:
-                names: dict[str, None] = {}
-                count = 0
-                for record in read_records(file):
-                    count += 1
-                    if count % ROWS_PER_UPDATE == 0:
-                        progress.add(ROWS_PER_UPDATE)
-                    if isinstance(record.value, Fault):
-                        account.add_fault(split, record.place, record.value)
-                        continue
-                    names.update(dict.fromkeys(record.value))
-                    converter = converter or RecordConverter(preset, names, file.name, control_tokens)
-                    try:
-                        messages = converter.convert(record.value)
-                        example = {"messages": messages, **converter.get_extra_fields(record.value)}
-                    except RowFault as error:
-                        account.add_fault(split, record.place, error.fault)
-                        continue
-                    # Digests come before the system prompt is added, so that it moves no example to another split.
-                    digests = compute_digests(example, seed)
-                    _add_system_prompt(messages, preset.system_prompt)
-                    writer.add(record.place, example, digests, SPLITS.index(split))
-                if converter and names:
-                    converter.require_columns(names, file.name)
-                account.files[file.name] = {"split": split, "format": (get_suffix(file) or "")[1:], "rows": count}
-    if converter:
-        account.columns = {**converter.description, "detected": converter.detected}
+        examples = ExampleFiles(raw, preset, control_tokens)
+        for count, example in enumerate(examples, start=1):
+            if count % ROWS_PER_UPDATE == 0:
+                progress.add(ROWS_PER_UPDATE)
+            if isinstance(example.value, Fault):
+                account.add_fault(example.split, example.place, example.value)
+                continue
+            # Digests come before the system prompt is added, so that it moves no example to another split.
+            digests = compute_digests(example.value, seed)
+            add_system_prompt(example.value["messages"], preset.system_prompt)
+            writer.add(example.place, example.value, digests, SPLITS.index(example.split))
+    account.files, account.columns = examples.files, examples.columns
     return writer.get_stored()
-
-
-def _add_system_prompt(messages: list[dict[str, str]], system_prompt: str | None) -> None:
-    if system_prompt and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
 
 
 def _write_splits(

@@ -1,8 +1,10 @@
 """Data files: the records of JSONL, JSON, CSV, Parquet and Arrow files, each with its place in the file."""
 
+import codecs
 import csv
 import gzip
 import json
+import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,8 +15,15 @@ from typing import Any, BinaryIO, cast
 from lathe.common.errors import InputError
 from lathe.common.text import summarize_error
 from lathe.data.split_files import get_suffix
+from lathe.data.text_encodings import guess_encoding
 
 ROWS_PER_BATCH = 1000  # rows of an Arrow or Parquet file that are Python objects at a time
+
+# Read of a file that is not UTF-8 to tell its encoding.
+SAMPLE_BYTES = 1 << 16
+# What separates the columns of a CSV file, and what else does in files of that name.
+DELIMITER = ","
+OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 ARROW_FILE = b"ARROW1"
 ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
@@ -71,6 +80,12 @@ def _open_file(file: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(file)) if file.suffix.lower() == ".gz" else file.open("rb")
 
 
+def has_byte_order_mark(file: Path) -> bool:
+    """Return whether a text file begins with UTF-8's byte order mark, which is read as nothing."""
+    with _open_file(file) as source:
+        return source.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+
+
 def _read_jsonl(file: Path) -> Iterator[RawRecord]:
     with _open_file(file) as lines:
         for number, line in enumerate(lines, start=1):
@@ -117,7 +132,8 @@ def _read_json(file: Path) -> Iterator[RawRecord]:
 def _read_csv(file: Path) -> Iterator[RawRecord]:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 kB
     with _open_file(file) as lines:
-        reader = csv.reader((_decode(line, file, number) for number, line in enumerate(lines, start=1)), strict=True)
+        decoded = (_decode(line, file, number) for number, line in enumerate(lines, start=1))
+        reader = csv.reader(decoded, delimiter=DELIMITER, strict=True)
         header: list[str] | None = None
         while True:
             line = reader.line_num + 1
@@ -130,6 +146,7 @@ def _read_csv(file: Path) -> Iterator[RawRecord]:
             if not fields:
                 continue
             if header is None:
+                _check_delimiter(fields, file, line)
                 header = _check_header(fields, file, line)
             elif len(fields) != len(header):
                 problem = f"has {len(fields)} fields; expected {len(header)} as in the header"
@@ -224,10 +241,24 @@ def _decode(data: bytes, file: Path, line: int) -> str:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
+        found, remedy = "", "save the file as UTF-8"
+        with _open_file(file) as source:
+            encoding = guess_encoding(source.read(SAMPLE_BYTES))
+        if encoding:
+            command = _write_command([f"iconv -f {encoding} -t utf-8"], file, f"utf-8-{file.name}")
+            found, remedy = f", the file looks like {encoding}", f"save it as UTF-8: `{command}`"
         raise InputError(
-            f"{file.name}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8",
-            code="not-utf-8",
+            f"{file.name}:{line}: byte 0x{data[error.start]:02x} is not UTF-8{found}; {remedy}", code="not-utf-8"
         ) from None
+
+
+def _write_command(programs: list[str], file: Path, target: str) -> str:
+    """Return a shell command that writes a file through `programs` to another one; gzip stays gzip."""
+    source, target = shlex.quote(file.name), shlex.quote(target)
+    if file.suffix.lower() == ".gz":
+        return " | ".join([f"zcat {source}", *programs, "gzip"]) + f" > {target}"
+    first, *others = programs
+    return " | ".join([f"{first} < {source}", *others]) + f" > {target}"
 
 
 def _require_object(value: Any) -> dict[str, Any] | Fault:
@@ -257,6 +288,26 @@ def _describe_csv_error(error: csv.Error) -> str:
     if "unexpected end of data" in str(error):
         return "the quote that this row opens is never closed; close it"
     return f"not CSV: {summarize_error(error)}; correct this row"
+
+
+def _check_delimiter(fields: list[str], file: Path, line: int) -> None:
+    """Raise InputError if the header is one column with another delimiter in it: one column is no prompt and answer."""
+    counts = {delimiter: fields[0].count(delimiter) for delimiter in OTHER_DELIMITERS}
+    delimiter = max(counts, key=lambda name: counts[name])
+    if len(fields) > 1 or not counts[delimiter]:
+        return
+    shown = delimiter.encode("unicode_escape").decode()
+    program = f"import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter='{shown}'))"
+    programs = [f'python3 -c "{program}"']
+    with _open_file(file) as source:
+        if encoding := guess_encoding(source.read(SAMPLE_BYTES)):  # of its texts, if not of this header
+            programs.insert(0, f"iconv -f {encoding} -t utf-8")
+    command = _write_command(programs, file, f"commas-{file.name}")
+    raise InputError(
+        f"{file.name}:{line}: its columns are separated by {OTHER_DELIMITERS[delimiter]}, expected commas; save it "
+        f"with commas: `{command}`",
+        code="wrong-delimiter",
+    )
 
 
 def _check_header(names: list[str], file: Path, line: int | None) -> list[str]:

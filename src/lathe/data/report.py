@@ -135,8 +135,8 @@ class Account:
     def _count_dropped(self, name: str) -> dict[str, int]:
         occurrences: list[tuple[str, Occurrences[Any]]] = [
             *self.faults[name].items(),
-            *self.splits.removed[name].items(),
-            *self.tokenized[name].faults.items(),
+            *self.splits.removed.get(name, {}).items(),
+            *(self.tokenized[name].faults.items() if name in self.tokenized else ()),
         ]
         return {reason: cases.count for reason, cases in sorted(occurrences)}
 
@@ -170,6 +170,43 @@ class Account:
             ],
         }
 
+    def make_partial_report(self, reader: ExampleReader) -> dict[str, Any]:
+        """Return as much of the report as is known where the stage fails; a row that is not dropped yet is kept."""
+        splits = [self._report_known_split(name) for name in SPLITS]
+        return {
+            "rows": {name: sum(split[name] for split in splits) for name in ("read", "kept", "truncated")}
+            | {"dropped": sum(sum(split["dropped"].values()) for split in splits)},
+            "columns": [self.columns],
+            "files": [{"file": name, **facts} for name, facts in self.files.items()],
+            "splits": splits,
+            "near_overlap": [self._report_near_duplicates(pair, reader) for pair in sorted(self.near_duplicates)],
+            "examples": [
+                {
+                    "split": name,
+                    "dropped": self._report_dropped(name),
+                    "truncated": [
+                        {"at": place, "problem": problem} for place, problem in self._get_truncated(name).first
+                    ],
+                }
+                for name in SPLITS
+            ],
+        }
+
+    def _report_known_split(self, name: str) -> dict[str, Any]:
+        dropped = self._count_dropped(name)
+        taken, given = self.splits.taken_from_train, sum(self.splits.taken_from_train.values())
+        moved = -given if name == "train" else taken.get(name, 0)
+        return {
+            "split": name,
+            "read": self.count_rows(name),
+            "kept": self.count_rows(name) + moved - sum(dropped.values()),
+            "dropped": dropped,
+            "truncated": self._get_truncated(name).count,
+        }
+
+    def _get_truncated(self, name: str) -> Occurrences[tuple[str, str]]:
+        return self.tokenized[name].truncations.rows if name in self.tokenized else Occurrences()
+
     def _report_split(self, name: str) -> dict[str, Any]:
         tokenized, given = self.tokenized[name], sum(self.splits.taken_from_train.values())
         return {
@@ -181,6 +218,7 @@ class Account:
             "dropped": self._count_dropped(name),
             "truncated": self._report_truncations(tokenized),
             **_compute_token_statistics(tokenized),
+            **({} if name == "train" else {"references": _describe_references(tokenized)}),
             "length_outliers": _count_length_outliers(tokenized),
             "scripts": _count_scripts(tokenized),
         }
@@ -209,12 +247,13 @@ class Account:
         }
 
     def _report_dropped(self, name: str) -> dict[str, list[dict[str, str | None]]]:
-        faults = [*self.faults[name].items(), *self.tokenized[name].faults.items()]
+        tokenized = self.tokenized[name].faults if name in self.tokenized else {}
+        faults = [*self.faults[name].items(), *tokenized.items()]
         dropped = {
             reason: [{"at": place, "field": fault.field, "problem": fault.problem} for place, fault in cases.first]
             for reason, cases in faults
         }
-        for reason, cases in self.splits.removed[name].items():
+        for reason, cases in self.splits.removed.get(name, {}).items():
             dropped[reason] = [{"at": place, "field": None, "problem": problem} for place, problem in cases.first]
         return dict(sorted(dropped.items()))
 
@@ -239,6 +278,18 @@ def _compute_token_statistics(tokenized: TokenizedSplit) -> dict[str, Any]:
         },
         "supervised_tokens": supervised,
         "supervised_share": round(supervised / tokens, 4) if tokens else None,
+    }
+
+
+def _describe_references(tokenized: TokenizedSplit) -> dict[str, Any]:
+    """Return lengths and kind of a held-out split's references: what the checks before a training need."""
+    prompts = tokenized.get_lengths("conversation") - tokenized.get_lengths("reference")
+    return {
+        "tokens": _compute_quantiles(tokenized.get_lengths("reference")),
+        "prompt_tokens": _compute_quantiles(prompts),
+        "conversation_tokens": _compute_quantiles(tokenized.get_lengths("conversation")),
+        "words": _compute_quantiles(tokenized.get_lengths("words")),
+        "json_rows": int(tokenized.get_lengths("json").sum()),
     }
 
 

@@ -52,6 +52,18 @@ def find_data_files(source: Path) -> dict[str, Path]:
     return files
 
 
+def require_data_files(source: Path, shown: str) -> dict[str, Path]:
+    """Return what `find_data_files` finds; raises InputError if that is nothing. `shown` names the source."""
+    files = find_data_files(source)
+    if not files:
+        raise InputError(
+            f"{shown}: holds no data file; expected one of {list_suffixes()}, or folders train, validation, test "
+            "of them",
+            code="no-data-files",
+        )
+    return files
+
+
 def find_split_files(folder: Path) -> dict[str, list[Path]]:
     """Return the data files of a folder by split, shards sorted by name; skips hidden files.
 

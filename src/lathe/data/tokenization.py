@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -53,7 +53,11 @@ class TokenLengths(NamedTuple):
     supervised: int  # in all of its sequences
     tokens: int  # in all of its sequences
     sequences: int
+    reference: int  # of the last answer with its end, which generated ones are compared with if the row is held out
+    conversation: int  # of the sequence that ends with it, which takes as much of the context
     rejected: int = 0  # of the prompt with the rejected answer, in a preference pair
+    words: int = 0  # words of the last answer, not tokens
+    json: int = 0  # 1 if the last answer is a JSON object or array
 
     @property
     def longest(self) -> int:
@@ -227,7 +231,7 @@ class _ShareTokenizer:
             dialogue = _get_dialogue(example["messages"])
             self.scripts.setdefault(detect_writing_system(dialogue), Occurrences()).add(get_place)
             words.append(hash_words(dialogue))
-            lengths.append(result)
+            lengths.append(result._replace(**_describe_answer(example["messages"][-1])))
             positions.append(position)
         kept = numpy.array(positions, dtype=numpy.int64)
         self.kept.append(numbers[kept])
@@ -317,7 +321,29 @@ def _count_tokens(sequences: Sequence[Encoded]) -> TokenLengths:
         supervised=sum(supervised for _, supervised in counts),
         tokens=sum(tokens for tokens, _ in counts),
         sequences=len(counts),
+        reference=_count_last_answer(sequences[-1].supervised),
+        conversation=len(sequences[-1].input_ids),
     )
+
+
+def _count_last_answer(supervised: Sequence[bool]) -> int:
+    """Return the number of supervised tokens at the end of a sequence."""
+    return next((index for index, flag in enumerate(reversed(supervised)) if not flag), len(supervised))
+
+
+def _describe_answer(message: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of words of an answer, and whether it is a JSON object or array, as a tool call is."""
+    text = str(message["content"])
+    return {"words": len(hash_words(text)), "json": int(bool(message.get("tool_calls")) or _is_json(text))}
+
+
+def _is_json(text: str) -> bool:
+    if text.lstrip()[:1] not in ("{", "["):
+        return False
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _get_dialogue(messages: Messages) -> str:

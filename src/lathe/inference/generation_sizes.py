@@ -33,14 +33,14 @@ def choose_sizes(settings: Generate, report: Mapping[str, Any], *, examples: int
     """
     if "auto" not in (settings.max_new_tokens, settings.n_ctx):
         return GenerationSizes(int(settings.max_new_tokens), int(settings.n_ctx))
-    splits = {split["split"]: split["tokens"] for split in report["splits"] if split["kept"]}
-    lengths = [splits[name] for name in HELD_OUT if name in splits]
-    if not lengths:
+    splits = {split["split"]: split for split in report["splits"] if split["kept"]}
+    references = [splits[name]["references"] for name in HELD_OUT if name in splits]
+    if not references:
         raise InputError(
             "generate: max_new_tokens or n_ctx is auto, and no row is held out to measure; give both as numbers",
             code="no-held-out-rows",
         )
-    answer = max(tokens["answer"]["max"] for tokens in lengths)
+    answer = max(lengths["tokens"]["max"] for lengths in references)
     longest = (
         _round_up(math.ceil(ROOM * answer), ANSWER_STEP)
         if settings.max_new_tokens == "auto"
@@ -48,9 +48,10 @@ def choose_sizes(settings: Generate, report: Mapping[str, Any], *, examples: int
     )
     if settings.n_ctx != "auto":
         return GenerationSizes(longest, int(settings.n_ctx))
-    prompt = max(tokens["prompt"]["max"] for tokens in lengths)
-    before = examples * splits["train"]["total"]["max"] if examples else 0
-    needed = before + prompt + max(longest, answer) + 1
+    conversation = max(lengths["conversation_tokens"]["max"] for lengths in references)
+    before = examples * splits["train"]["tokens"]["total"]["max"] if examples else 0
+    # Prompt and reference, and an answer as long as may be behind any of the prompts.
+    needed = before + conversation + longest + 1
     return GenerationSizes(longest, max(SMALLEST_CONTEXT, _round_up(needed, CONTEXT_STEP)))
 
 

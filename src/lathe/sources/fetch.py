@@ -24,7 +24,7 @@ from lathe.config.presets import (
     PackageEncoder,
     PackageModel,
 )
-from lathe.data.split_files import find_data_files, list_suffixes
+from lathe.data.split_files import require_data_files
 from lathe.models import model_folder
 from lathe.models.templates.install_template import install_template
 from lathe.sources.model_files import fetch_hub_file, fetch_hub_files, select_files
@@ -99,14 +99,7 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
                 write_jsonl(rows, folder / f"{split}.jsonl")
         case LocalDataset():
             source = _find_local(preset.path, paths.DATA_LOCAL)
-            files = find_data_files(source)
-            if not files:
-                raise InputError(
-                    f"{preset.path}: holds no data file; expected one of {list_suffixes()}, or folders train, "
-                    "validation, test of them",
-                    code="no-data-files",
-                )
-            for name, file in files.items():
+            for name, file in require_data_files(source, preset.path).items():
                 # Copied, not linked: DVC makes a stage's outputs read-only, and these are the user's own files.
                 shutil.copyfile(file, folder / name)
         case HubDataset():

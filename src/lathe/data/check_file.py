@@ -1,0 +1,159 @@
+"""Check of a dataset's file or folder before it is used: what `fetch` and `preprocess` would read, keep and drop.
+
+It reads by their code, and leaves out only what needs the model: its control tokens, its chat template, lengths in
+tokens.
+"""
+
+import math
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lathe.common.errors import InputError
+from lathe.common.progress import Progress
+from lathe.data.occurrences import Occurrences
+from lathe.data.read_examples import ExampleFiles, add_system_prompt
+from lathe.data.read_files import DELIMITER, Fault, has_byte_order_mark
+from lathe.data.split_files import SPLITS, require_data_files
+
+if TYPE_CHECKING:
+    from lathe.config.params import Preprocess
+    from lathe.config.presets import DatasetPreset
+
+CHARACTERS_PER_TOKEN = 4  # of English text, roughly; more tokens in most other languages
+QUANTILES = {"p50": 0.5, "p95": 0.95, "max": 1.0}
+ROWS_PER_UPDATE = 1000
+
+NO_CONTROL_TOKENS = re.compile("(?!)")  # those of the model are not known here
+
+
+def check_file(source: Path, preset: "DatasetPreset", *, seed: int, settings: "Preprocess") -> dict[str, Any]:
+    """Return what is found in a dataset's file or folder, as JSON values.
+
+    Raises InputError if a file cannot be read, or the columns of no format are in it.
+    """
+    from lathe.data.duplicates import compute_digests
+    from lathe.data.example_store import ExampleWriter
+
+    faults: dict[str, Occurrences[tuple[str, Fault]]] = {}
+    characters: dict[str, list[int]] = {"prompt": [], "answer": []}
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw"
+        files = _place_files(source, raw)
+        examples = ExampleFiles(raw, preset, NO_CONTROL_TOKENS)
+        with ExampleWriter(Path(folder) / "examples") as writer, Progress("reading") as progress:
+            for number, example in enumerate(examples, start=1):
+                if number % ROWS_PER_UPDATE == 0:
+                    progress.add(ROWS_PER_UPDATE)
+                if isinstance(example.value, Fault):
+                    case = example.place, example.value
+                    faults.setdefault(example.value.reason, Occurrences()).add(lambda case=case: case)  # type: ignore[misc]
+                    continue
+                digests = compute_digests(example.value, seed)
+                add_system_prompt(example.value["messages"], preset.system_prompt)
+                *prompt, answer = example.value["messages"]
+                characters["prompt"].append(sum(map(_count_characters, prompt)))
+                characters["answer"].append(_count_characters(answer))
+                writer.add(example.place, example.value, digests, SPLITS.index(example.split))
+        usable = len(characters["answer"])
+        read = sum(facts["rows"] for facts in examples.files.values())
+        refusals = _check_limit(read - usable, read, settings.max_dropped_fraction)
+        splits, removed = _assign_splits(writer, examples.files, settings, preset, refusals)
+    return {
+        "format": examples.columns.get("format"),
+        "detected": examples.columns.get("detected"),
+        "reads": {name: value for name, value in examples.columns.items() if name not in ("format", "detected")},
+        "columns": list(examples.names),
+        "files": [{"file": name, **facts, **_describe_text(files[name])} for name, facts in examples.files.items()],
+        "rows": {"read": read, "usable": usable, "unusable": read - usable},
+        "faults": {
+            reason: {
+                "rows": cases.count,
+                "first": [{"at": at, "field": fault.field, "problem": fault.problem} for at, fault in cases.first],
+            }
+            for reason, cases in sorted(faults.items(), key=lambda item: (-item[1].count, item[0]))
+        },
+        "removed": removed,
+        "splits": splits,
+        "characters": {part: _compute_quantiles(lengths) for part, lengths in characters.items()},
+        "estimated_tokens": {
+            part: {name: -(-length // CHARACTERS_PER_TOKEN) for name, length in _compute_quantiles(lengths).items()}
+            for part, lengths in characters.items()
+        },
+        "refusals": refusals,
+    }
+
+
+def _place_files(source: Path, raw: Path) -> dict[str, Path]:
+    """Link the files into a folder by the names that `fetch` would give them."""
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder; check the path", code="no-such-file")
+    files = require_data_files(source, str(source))
+    raw.mkdir()
+    for name, file in files.items():
+        (raw / name).symlink_to(file.resolve())
+    return files
+
+
+def _count_characters(message: Mapping[str, Any]) -> int:
+    calls = [call["function"] for call in message.get("tool_calls", [])]
+    return len(message["content"]) + len(str(calls) if calls else "")
+
+
+def _check_limit(unusable: int, rows: int, allowed: float) -> list[str]:
+    """Return why preprocess would stop before it splits the rows."""
+    if unusable <= allowed * rows:
+        return []
+    limit = f"preprocess.max_dropped_fraction {allowed} allows; correct them or raise it"
+    return [f"{unusable} of {rows} rows are unusable, more than {limit}"]
+
+
+def _assign_splits(
+    writer: Any,
+    files: Mapping[str, Mapping[str, Any]],
+    settings: "Preprocess",
+    preset: "DatasetPreset",
+    refusals: list[str],
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Return the rows of each split, and those that are removed by reason; add a refusal if there are too few rows."""
+    from lathe.data.splits import assign_splits
+
+    try:
+        assigned = assign_splits(
+            writer.get_stored(),
+            source_splits={facts["split"] for facts in files.values()},
+            validation_fraction=settings.validation_fraction,
+            test_fraction=settings.test_fraction,
+            limits={str(name): limit for name, limit in (preset.limits or {}).items()},
+        )
+    except InputError as error:
+        refusals.append(str(error))
+        return {}, {}
+    removed: dict[str, Occurrences[tuple[str, str]]] = {}
+    for by_reason in assigned.removed.values():
+        for reason, cases in by_reason.items():
+            removed.setdefault(reason, Occurrences()).extend(cases)
+    refusals += [f"no usable {name} row is left; add some" for name in SPLITS if not len(assigned.rows[name])]
+    return {name: len(assigned.rows[name]) for name in SPLITS}, {
+        reason: {"rows": cases.count, "first": [{"at": at, "problem": problem} for at, problem in cases.first]}
+        for reason, cases in removed.items()
+    }
+
+
+def _describe_text(file: Path) -> dict[str, str]:
+    """Return encoding and delimiter of a file, if it has any; the reader has read it with these."""
+    suffixes = file.name.lower().removesuffix(".gz")
+    if suffixes.endswith((".parquet", ".arrow")):
+        return {}
+    encoding = "UTF-8 with a byte order mark" if has_byte_order_mark(file) else "UTF-8"
+    return {"encoding": encoding, **({"delimiter": DELIMITER} if suffixes.endswith(".csv") else {})}
+
+
+def _compute_quantiles(lengths: Iterable[int]) -> dict[str, int]:
+    """Return the nearest-rank quantiles, so that each is a length that occurs; none of no rows."""
+    ordered = sorted(lengths)
+    return {
+        name: ordered[max(0, math.ceil(fraction * len(ordered)) - 1)] for name, fraction in QUANTILES.items() if ordered
+    }

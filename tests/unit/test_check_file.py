@@ -1,0 +1,304 @@
+"""`lathe data`: what it says of a file, and that preprocess says the same."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from byte_chat import LENIENT, Bench, byte_chat, chat
+from refusals import refused
+
+from lathe import commands
+from lathe.common import paths
+from lathe.config.presets import LocalDataset, Presets
+from lathe.data.check_file import check_file
+from lathe.data.check_text import make_preset
+from lathe.data.read_files import read_records
+from lathe.data.text_encodings import guess_encoding
+
+PRESET = LocalDataset(source="local", path="rows")
+
+
+def checked(source, preset=PRESET, **changes):
+    return check_file(source, preset, seed=42, settings=LENIENT.model_copy(update=changes))
+
+
+def put(file, rows):
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return file
+
+
+def pairs(count):
+    return [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(count)]
+
+
+def test_it_judges_as_preprocess_does(tmp_path):
+    bench = Bench(tmp_path, byte_chat())
+    rows = [chat(f"q{number}", "a") for number in range(20)]
+    bench.put("train.jsonl", [*rows, rows[3], chat("", "a"), chat("q", " "), {"text": "x"}, {"messages": "x"}])
+    bench.put("test.jsonl", [rows[5], chat("other", "a")])
+    found, report = checked(bench.raw), bench.run().report
+    dropped = {reason: fault["rows"] for reason, fault in {**found["faults"], **found["removed"]}.items()}
+    counted: dict[str, int] = {}
+    shown: dict[str, list] = {}
+    for split in report["splits"]:
+        for reason, count in split["dropped"].items():
+            counted[reason] = counted.get(reason, 0) + count
+    for split in report["examples"]:
+        for reason, cases in split["dropped"].items():
+            shown[reason] = shown.get(reason, []) + [(case["at"], case["problem"]) for case in cases]
+    assert dropped == counted
+    cases = {**found["faults"], **found["removed"]}
+    assert {reason: [(case["at"], case["problem"]) for case in cases[reason]["first"]] for reason in cases} == shown
+    assert found["splits"] == {split["split"]: split["kept"] for split in report["splits"]}
+    assert found["reads"]["messages"] == report["columns"][0]["messages"]
+
+
+@pytest.mark.parametrize(
+    ("record", "form"),
+    [
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "messages"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "sharegpt"),
+        ({"instruction": "q", "input": "", "output": "a"}, "alpaca"),
+        ({"question": "q", "answer": "a"}, "question_answer"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference"),
+        ({"text": "q", "label": "a"}, "classification"),
+    ],
+)
+def test_the_format_is_found_by_the_columns(tmp_path, record, form):
+    found = checked(put(tmp_path / "rows.jsonl", [record]))
+    assert (found["format"], found["detected"], found["columns"]) == (form, True, list(record))
+
+
+def as_csv(rows, delimiter=","):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "facts"),
+    [
+        ("rows.csv", as_csv(pairs(9)).encode(), {"format": "csv", "encoding": "UTF-8", "delimiter": ","}),
+        (
+            "rows.csv.gz",
+            gzip.compress(as_csv(pairs(9)).encode("utf-8-sig")),
+            {"format": "csv.gz", "encoding": "UTF-8 with a byte order mark", "delimiter": ","},
+        ),
+        ("rows.json", json.dumps(pairs(9)).encode(), {"format": "json", "encoding": "UTF-8"}),
+    ],
+)
+def test_encoding_and_delimiter_are_named(tmp_path, name, content, facts):
+    (tmp_path / name).write_bytes(content)
+    (file,) = checked(tmp_path / name)["files"]
+    assert file == {"file": name, "split": "train", "rows": 9, **facts}
+
+
+def test_a_parquet_file_has_no_encoding(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(pairs(9)), tmp_path / "rows.parquet")
+    (file,) = checked(tmp_path / "rows.parquet")["files"]
+    assert file == {"file": "rows.parquet", "split": "train", "rows": 9, "format": "parquet"}
+
+
+def test_a_folder_is_read_as_its_splits(tmp_path):
+    (tmp_path / "train").mkdir()
+    put(tmp_path / "train/rows.jsonl", pairs(9))
+    put(tmp_path / "test.jsonl", [{"prompt": "q", "completion": "a"}])
+    found = checked(tmp_path)
+    assert {file["file"]: file["split"] for file in found["files"]} == {
+        "train-rows.jsonl": "train",
+        "test.jsonl": "test",
+    }
+
+
+def test_lengths_are_characters_and_an_estimate_of_tokens(tmp_path):
+    rows = [{"prompt": "q" * number, "completion": "a" * 2 * number} for number in range(1, 101)]
+    found = checked(put(tmp_path / "rows.jsonl", rows))
+    assert found["characters"] == {
+        "prompt": {"p50": 50, "p95": 95, "max": 100},
+        "answer": {"p50": 100, "p95": 190, "max": 200},
+    }
+    assert found["estimated_tokens"]["answer"] == {"p50": 25, "p95": 48, "max": 50}
+
+
+def test_what_would_stop_preprocess_is_said(tmp_path):
+    file = put(tmp_path / "rows.jsonl", [*pairs(8), {}, {}])
+    assert checked(file, max_dropped_fraction=0.2)["refusals"] == []
+    (refusal,) = checked(file, max_dropped_fraction=0.1)["refusals"]
+    assert "2 of 10 rows" in refusal
+    (refusal,) = checked(put(tmp_path / "rows.jsonl", pairs(2)))["refusals"]
+    assert "2 different prompts" in refusal
+
+
+# Files of another form.
+
+
+def test_another_delimiter_is_named_with_a_command_that_writes_commas(tmp_path):
+    rows = [{"prompt": 'a "b"; c, d', "completion": "x\ny"}, *pairs(2)]
+    for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")):
+        file = tmp_path / "my rows.csv"
+        file.write_text(as_csv(rows, delimiter), newline="")
+        with refused("wrong-delimiter", "my rows.csv:1: ", name) as caught:
+            list(read_records(file))
+        command = str(caught.value).split("`")[1].replace("python3", sys.executable)
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        assert [record.value for record in read_records(tmp_path / "commas-my rows.csv")] == rows
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz"])
+def test_a_command_for_commas_also_writes_utf_8(tmp_path, name):
+    rows = [{"prompt": "Сколько стоит?", "completion": "Сто рублей"}]
+    content = as_csv(rows, ";").encode("cp1251")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with refused("wrong-delimiter", name) as caught:
+        list(read_records(tmp_path / name))
+    command = str(caught.value).split("`")[1].replace("python3", sys.executable)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert [record.value for record in read_records(tmp_path / f"commas-{name}")] == rows
+
+
+@pytest.mark.parametrize("encoding", ["cp1251", "koi8-r", "cp866", "utf-16"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_another_encoding_is_named_with_a_command_that_writes_utf_8(tmp_path, encoding, compressed):
+    rows = [{"вопрос": "Сколько стоит?", "ответ": "Сто рублей"}, {"вопрос": "Где это", "ответ": "Hello, там"}]
+    name = "rows.csv.gz" if compressed else "rows.csv"
+    content = as_csv(rows).encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if compressed else content)
+    with refused("not-utf-8", f"{name}:1: ", f"looks like {encoding}", kept=False) as caught:
+        list(read_records(tmp_path / name))
+    command = str(caught.value).split("`")[1]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert [record.value for record in read_records(tmp_path / f"utf-8-{name}")] == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "expected"),
+    [
+        ("Straße, schön und Käse", "cp1252", "cp1252"),
+        ("ЗАГОЛОВОК;ОТВЕТ", "cp1251", "cp1251"),
+        ("日本語のテキスト", "shift_jis", None),
+        ("x", "latin-1", None),
+    ],
+)
+def test_an_encoding_is_named_only_where_the_letters_tell_it(text, encoding, expected):
+    assert guess_encoding(text.encode(encoding) + (b"\xff" if encoding == "latin-1" else b"")) == expected
+
+
+def test_a_damaged_utf_8_file_is_of_no_other_encoding():
+    assert guess_encoding("Сколько стоит? ".encode() * 9 + b"\xd1 x") is None
+
+
+# The command.
+
+
+@pytest.fixture
+def run(capsys, toy_params):
+    def run(source, prompt=None, completion=None, as_json=False):
+        usable = commands.check_data(source, prompt=prompt, completion=completion, as_json=as_json)
+        return usable, capsys.readouterr().out
+
+    return run
+
+
+def test_the_command_prints_faults_with_their_place_and_an_entry_that_can_be_pasted(tmp_path, run):
+    rows = [{"ask": f"q{number}", "reply": "a"} for number in range(30)]
+    file = put(tmp_path / "Мои Rows_2.jsonl", [*rows, *[{"ask": "", "reply": "a"}] * 7])
+    usable, text = run(file, "ask", "reply")
+    assert not usable
+    assert "37: 30 can be used, 7 would be dropped (7 empty prompt)" in text
+    assert text.count("empty prompt: ask is empty") == 5
+    assert "rows_2.jsonl:31: empty prompt" in text.lower()
+    assert "  and 2 more" in text
+    assert "preprocess would stop: 7 of 37 rows are unusable" in text
+    import yaml
+
+    (name,) = (entry := yaml.safe_load(text[text.index("\ndatasets:") :]))["datasets"]
+    assert name == "rows-2"
+    presets = Presets.model_validate({"models": {}, **entry})
+    assert (presets.datasets[name].prompt, presets.datasets[name].completion) == ("ask", "reply")
+
+
+def test_a_clean_file_is_usable_and_json_has_the_same(tmp_path, run):
+    file = put(tmp_path / "rows.jsonl", pairs(30))
+    usable, text = run(file, as_json=True)
+    found = json.loads(text)
+    assert usable
+    assert found["rows"] == {"read": 30, "usable": 30, "unusable": 0}
+    assert found["preset"] == {"rows": {"source": "local", "path": "data/local/rows.jsonl"}}
+
+
+def test_an_entry_of_presets_yaml_says_how_its_file_is_read(tmp_path, run, monkeypatch):
+    presets = tmp_path / "presets.yaml"
+    file = put(tmp_path / "rows.jsonl", [{"ask": f"q{number}", "reply": "a"} for number in range(30)])
+    text = paths.PRESETS.read_text()
+    entry = f"datasets:\n  mine:\n    source: local\n    path: {file}\n    prompt: ask\n    completion: reply\n"
+    presets.write_text(text.replace("datasets:\n", entry, 1))
+    monkeypatch.setattr(paths, "PRESETS", presets)
+    usable, text = run(file)
+    assert usable
+    assert "mine, of presets.yaml" in text
+    assert "datasets:" not in text
+
+
+def test_unknown_columns_are_refused_with_the_options_that_name_them(tmp_path, run):
+    file = put(tmp_path / "rows.jsonl", [{"q": "a", "a": "b"}])
+    with refused("unknown-format", "rows.jsonl: ", "'q', 'a'", "--prompt COLUMN --completion COLUMN"):
+        run(file)
+    with refused("missing-option", "--completion"):
+        run(file, prompt="q")
+    with refused("missing-column", "rows.jsonl: ", "'ask'"):
+        run(file, "ask", "a")
+
+
+def test_a_path_without_data_is_refused(tmp_path, run):
+    with refused("no-such-file", "none.jsonl", kept=False):
+        run(tmp_path / "none.jsonl")
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
+    with refused("no-data-files", "rows.xlsx", "*.csv", kept=False):
+        run(tmp_path / "rows.xlsx")
+
+
+def test_the_name_of_an_entry_is_a_new_one(tmp_path):
+    known = ["alpaca", "alpaca-2"]
+    assert list(make_preset(tmp_path / "Alpaca.jsonl.gz", known, prompt=None, completion=None)) == ["alpaca-3"]
+    assert list(make_preset(tmp_path / "данные.csv", known, prompt=None, completion=None)) == ["mine"]
+    inside = paths.DATA_LOCAL / "a/rows.csv"
+    assert make_preset(inside, [], prompt=None, completion=None)["rows"]["path"] == "data/local/a/rows.csv"
+
+
+def test_ten_thousand_rows_take_less_than_two_seconds_and_no_heavy_package(tmp_path):
+    rows = [{"prompt": f"question {number} " * 8, "completion": f"answer {number} " * 20} for number in range(10_000)]
+    file = put(tmp_path / "rows.jsonl", rows)
+    program = (
+        "import json, sys, time\n"
+        "sys.argv = ['lathe', 'data', sys.argv[1]]\n"
+        "from lathe.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    code = end.code\n"
+        "print(json.dumps([code, time.process_time(), sorted(sys.modules)]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(paths.ROOT / "src")}
+    taken = []
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(file)],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=paths.ROOT,
+            env=environment,
+        )
+        code, seconds, modules = json.loads(done.stdout.splitlines()[-1])
+        assert code == 0
+        assert not {"torch", "transformers", "dvc", "llama_cpp", "datasets", "pandas"} & set(modules)
+        taken.append(seconds)
+    assert min(taken) < 2, taken
