@@ -27,8 +27,7 @@ lock: setup ## rewrite requirements.lock after an edit of pyproject.toml
 	python tools/write_lock.py
 
 repro: setup ## run the whole pipeline: base model and data in, measured GGUF files out
-	@python -m lathe check
-	dvc repro
+	@python -m lathe repro
 
 experiments: setup ## list the recipes, with the scores of those that have been run
 	@python -m lathe experiments

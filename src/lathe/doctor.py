@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lathe.common import paths
@@ -76,6 +77,7 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
 
     findings += _run_check("parameters", check_parameters)
     findings += _run_check("repository", lambda: check_repository(here.root))
+    findings += _run_check("repository", lambda: check_head(here.root))
     findings += _run_check("device", lambda: check_device(config[0].params.training.precision if config else "auto"))
     findings += _run_check("threads", lambda: check_threads(here.environment))
     findings += _run_check("llama.cpp", check_llama)
@@ -89,6 +91,19 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
         findings += _run_check("tracking", lambda: check_tracking(config[0], here))
         findings += _run_check("memory", lambda: check_model(config[0], here))
     return findings
+
+
+def check_head(root: Path) -> Findings:
+    """Check that no interrupted experiment has left HEAD on no branch."""
+    from lathe.experiments.interrupted import find_detached_head
+
+    if (found := find_detached_head(root)) is None:
+        return
+    if found.by_experiment:
+        yield Finding("repository", "fail", found.describe(), found.remedy)
+    else:
+        text = f"HEAD is on no branch: it was detached at the commit of {found.branch}"
+        yield Finding("repository", "warning", text, f"{found.remedy} if that was not on purpose")
 
 
 def format_findings(findings: Sequence[Finding], *, coloured: bool) -> Iterator[str]:

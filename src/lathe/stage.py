@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from lathe.common import launch, metric_files, operating_system, paths
+from lathe.common import launch, metric_files, operating_system, paths, workspace_lock
 from lathe.common.entry_point import guard
 from lathe.common.errors import InputError
 from lathe.config.load import Config, load
@@ -75,7 +75,11 @@ def run_items(main: Callable[[Config, str], Throughput | None], items: Callable[
 
 
 def _load_config(name: str) -> Config:
-    """Return the parameters, and start the mirror of this run, if there is to be one."""
+    """Return the parameters, and start the mirror of this run, if there is to be one.
+
+    Raises InputError where another command works in this checkout.
+    """
+    workspace_lock.refuse_beside_holder(name)
     config = load()
     if "DVC_STAGE" in os.environ and not launch.is_worker():
         start_mirror.start_mirroring(name, config.params.tracking)
