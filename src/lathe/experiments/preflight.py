@@ -88,7 +88,9 @@ def _format_value(value: object) -> str:
 def changed_parameters() -> dict[str, tuple[object, object]]:
     """Return the keys of params.yaml that are not as in the last commit, with both values."""
     then, now = Revision("HEAD", "HEAD"), Revision(WORKSPACE, None)
-    return dotted_keys.compare(dotted_keys.flatten(then.parameters), dotted_keys.flatten(now.parameters))
+    changes = dotted_keys.compare(dotted_keys.flatten(then.parameters), dotted_keys.flatten(now.parameters))
+    # The selected presets are among a revision's parameters, but not in params.yaml.
+    return {key: values for key, values in changes.items() if key.split(".")[0] not in ("models", "datasets")}
 
 
 def _is_bookkeeping(path: str) -> bool:

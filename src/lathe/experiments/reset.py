@@ -35,12 +35,11 @@ class Changes:
         if self.parameters:
             yield "params.yaml:"
             yield from format_changes({key: (now, then) for key, (then, now) in self.parameters.items()})
-        for heading, names in (("files", self.files), ("outputs", self.outputs)):
+        absent = "not in DVC's cache, so left as they are (`dvc pull` may bring them)"
+        for heading, names in (("files", self.files), ("outputs", self.outputs), (absent, self.missing)):
             if names:
                 more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
                 yield f"{heading}: {', '.join(names[:SHOWN])}{more}"
-        if self.missing:
-            yield f"not in DVC's cache, so left as they are (`dvc pull` may bring them): {', '.join(self.missing)}"
 
 
 def run(*, yes: bool) -> None:
@@ -51,7 +50,7 @@ def run(*, yes: bool) -> None:
         commit = read_line("log", "-1", "--format=%h %s")
         sys.stdout.write("".join(f"{line}\n" for line in changes.describe()))
         if not changes.files and not changes.outputs:
-            sys.stdout.write(f"nothing to put back: parameters, metrics, dvc.lock and outputs are those of {commit}\n")
+            sys.stdout.write(f"nothing to put back to commit {commit}\n")
             return
         if not yes and not _ask(f"Put this back to commit {commit}? [y/N] "):
             sys.stdout.write("nothing was changed\n")

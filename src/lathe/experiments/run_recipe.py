@@ -171,17 +171,12 @@ def _list_queue() -> list[str]:
 
 def _refuse_left_over(recipe: str, overridden: Set[str]) -> None:
     """Raise InputError if params.yaml is not as committed in keys that the run does not set."""
-    # A recipe that names its model or dataset takes that preset's keys with it.
-    tables = {table for key, table in (("model", "models"), ("dataset", "datasets")) if key in overridden}
-    changes = {
-        key: values
-        for key, values in preflight.changed_parameters().items()
-        if key not in overridden and key.split(".")[0] not in tables
-    }
+    changes = {key: values for key, values in preflight.changed_parameters().items() if key not in overridden}
     if changes:
+        keys = "1 key" if len(changes) == 1 else f"{len(changes)} keys"
         lines = "\n".join(preflight.format_changes(changes, shown=len(changes)))
         raise InputError(
-            f"{recipe}: params.yaml is not as committed in {len(changes)} keys that the recipe leaves as they are; "
-            f"--keep runs with them, `lathe reset` puts params.yaml and the outputs back first:\n{lines}",
+            f"{recipe}: params.yaml is not as committed in {keys} that the recipe does not set; run with --keep to "
+            f"keep that, or `lathe reset` first, which brings the committed values and outputs back:\n{lines}",
             code="left-over-parameters",
         )
