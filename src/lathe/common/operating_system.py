@@ -50,6 +50,13 @@ def open_locked(file: Path, *, wait: bool) -> BinaryIO | None:
     return handle
 
 
+def unlock(handle: BinaryIO) -> None:
+    """Give back the lock of `open_locked` though a copy of this process, which it forked, has the file open as well."""
+    fcntl: Any = _import_or_none("fcntl")
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_UN)
+
+
 def end_with_parent() -> None:
     """Let this process get SIGTERM when its parent ends: a killed `dvc repro` leaves nothing running.
 

@@ -1,7 +1,8 @@
 """Lock over the workspace of a checkout: one command at a time writes its parameters, metrics, dvc.lock and outputs.
 
 It is held as long as its process lives, and is gone when that is killed. Temporary and queued experiments run in
-checkouts of their own, whose workspaces nobody else works in.
+checkouts of their own, each with a workspace and a lock of its own; but they are made from this one, which DVC puts
+into Git's stash for a moment.
 """
 
 import getpass
@@ -58,7 +59,7 @@ def hold_workspace(command: str, root: Path = paths.ROOT) -> Iterator[None]:
         shown = str(holder) if holder else "another command is working here"
         stop = f", or `kill {holder.pid}` stops it in good order" if holder else ""
         raise InputError(
-            f"{command}: {shown}; wait for its end{stop}; an experiment with --temp runs beside it",
+            f"{command}: {shown}; wait for its end{stop}",
             code="workspace-busy",
         )
     token = uuid.uuid4().hex
@@ -74,6 +75,7 @@ def hold_workspace(command: str, root: Path = paths.ROOT) -> Iterator[None]:
             yield
         finally:
             handle.truncate(0)
+            operating_system.unlock(handle)  # DVC forks processes that look for updates
             if before is None:
                 del os.environ[TOKEN]
             else:

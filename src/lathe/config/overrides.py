@@ -60,9 +60,7 @@ def _find_problem(override: str, known: list[str]) -> list[tuple[str, str]]:
     """Return what is wrong with the key of one override, as code and line."""
     key, equals, value = override.partition("=")
     if override.startswith("~"):
-        line = (
-            f"-S {override}: removes a key; {paths.PARAMS.name} has every key, give it a value: {read_key(override)}=…"
-        )
+        line = f"-S {override}: removes a key; {paths.PARAMS.name} has every key; write -S {read_key(override)}=VALUE"
         return [("unreadable-override", line)]
     key = read_key(override)
     if not equals:

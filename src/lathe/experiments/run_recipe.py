@@ -6,7 +6,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence, Set
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from lathe.common.dvc_api import open_repository
 from lathe.common.errors import InputError
 from lathe.common.git import find_head, run_git
 from lathe.common.text import summarize_error
-from lathe.common.workspace_lock import hold_workspace
+from lathe.common.workspace_lock import hold_workspace, refuse_beside_holder
 from lathe.config.artifacts import UNQUANTIZED
 from lathe.config.load import Config
 from lathe.config.overrides import apply_overrides, check_keys, compare_with_params, expand_sweep, read_key
@@ -70,7 +70,7 @@ def run(recipe: str, further: Sequence[str], options: Options) -> int:
     if options.print_command:
         sys.stdout.write(f"dvc {shlex.join(command)}\n")
         return 0
-    with hold_workspace(f"lathe run {recipe}") if options.in_workspace else nullcontext():
+    with _keep_others_out(f"lathe run {recipe}", options):
         refuse_detached_head()
         if not options.keep:
             _refuse_left_over(recipe, {read_key(override) for override in overrides})
@@ -82,6 +82,19 @@ def run(recipe: str, further: Sequence[str], options: Options) -> int:
         sys.stderr.write(f"{name}: {'; '.join(lines[:1])}\n" + "".join(f"{line}\n" for line in lines[1:]))
         os.chdir(paths.ROOT)
         return run_dvc(command)
+
+
+@contextmanager
+def _keep_others_out(command: str, options: Options) -> Iterator[None]:
+    """Hold the workspace for as long as the command needs it. Raises InputError where another command holds it."""
+    if options.temp:
+        # DVC puts the workspace into Git's stash to make the temporary checkout, so that a stage that starts there in
+        # that moment would read other parameters. From then on the workspace is free.
+        refuse_beside_holder(f"{command} --temp")
+        yield
+    else:
+        with hold_workspace(command):
+            yield
 
 
 def describe_changes(configs: Sequence[Config]) -> Iterator[str]:
