@@ -86,6 +86,7 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
     findings += _run_check("links", lambda: check_links(here.root))
     findings += _run_check("remotes", lambda: check_remotes(here.root, here.environment))
     if config:
+        findings += _run_check("local files", lambda: check_local_files(config[0]))
         findings += _run_check("credentials", lambda: check_credentials(config[0], here.environment))
         findings += _run_check("judge", lambda: check_judge(config[0], here))
         findings += _run_check("tracking", lambda: check_tracking(config[0], here))
@@ -104,6 +105,14 @@ def check_head(root: Path) -> Findings:
     else:
         text = f"HEAD is on no branch: it was detached at the commit of {found.branch}"
         yield Finding("repository", "warning", text, f"{found.remedy} if that was not on purpose")
+
+
+def check_local_files(config: "Config") -> Findings:
+    """Check that DVC or Git keeps the selected local data and models."""
+    from lathe.provenance.local_files import find_untracked
+
+    for path in find_untracked(config):
+        yield Finding("local files", "warning", f"{path} is in no cache: it cannot be restored", f"`dvc add {path}`")
 
 
 def format_findings(findings: Sequence[Finding], *, coloured: bool) -> Iterator[str]:

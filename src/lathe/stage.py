@@ -68,6 +68,8 @@ def run_items(main: Callable[[Config, str], Throughput | None], items: Callable[
         for item in chosen:
             if item not in known:
                 raise InputError(f"{name} {item}: no such item; known: {', '.join(known)}", code="unknown-item")
+        if name == "fetch":
+            warn_of_untracked(config, chosen or known)
         for item in chosen or known:
             _run_timed(name, item, lambda item=item: main(config, item), known)  # type: ignore[misc]
 
@@ -99,9 +101,15 @@ def warn_without_converter(convert: Convert) -> None:
         with suppress(InputError):  # llama-cpp-python of another version than the converter that is pinned
             found = install_converter.is_installed(folder, install_converter.REQUIREMENT)
     if not found:
-        _log.warning(
-            "%s: no %s that fits; convert will fail after the training; %s", folder, CONVERTER, remedy
-        )
+        _log.warning("%s: no %s that fits; convert will fail after the training; %s", folder, CONVERTER, remedy)
+
+
+def warn_of_untracked(config: Config, items: Sequence[str]) -> None:
+    """Warn of local data and models that neither DVC nor Git tracks: the run could not be made again without them."""
+    from lathe.provenance.local_files import find_untracked
+
+    for path in find_untracked(config, {item: getattr(config, item) for item in items}):
+        _log.warning("%s: in no cache: it cannot be restored once it is changed or gone; `dvc add %s`", path, path)
 
 
 def _make_parser(main: Callable[..., object]) -> tuple[str, argparse.ArgumentParser]:

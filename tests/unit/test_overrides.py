@@ -56,7 +56,7 @@ def test_params_yaml_differs_from_itself_in_nothing():
     assert overrides.compare_with_params(load(paths.PARAMS)) == {}
 
 
-@pytest.mark.parametrize("name", recipes.list_recipes())
+@pytest.mark.parametrize("name", ["tiny", "qwen3-600m", "smollm2-grpo"])
 def test_the_changes_of_a_recipe_are_the_keys_it_sets_to_another_value(name):
     changes = overrides.compare_with_params(overrides.apply_overrides(recipes.load_recipe(name).build_overrides([])))
     wanted = recipes.load_recipe(name).recipe.overrides
