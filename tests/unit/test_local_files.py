@@ -13,7 +13,7 @@ from lathe.config.presets import LocalDataset, LocalModel
 from lathe.doctor import check_local_files
 from lathe.provenance.local_files import find_untracked
 
-FILES = ("data/local/rows.jsonl", *(f"data/local/splits/{name}.jsonl" for name in ("train", "test")), "models/local/mine/a")
+FILES = (
     "data/local/rows.jsonl",
     "data/local/splits/train.jsonl",
     "data/local/splits/test.jsonl",

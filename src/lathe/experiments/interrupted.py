@@ -92,7 +92,7 @@ def _read_history(root: Path) -> list[list[str]]:
     """Return what moved HEAD, the newest first, each with its time in seconds."""
     form = ("--format=%gd %gs", "--date=unix", "--max-count=100")
     lines = (read_line("log", "--walk-reflogs", *form, "HEAD", root=root) or "").splitlines()
-    return [[*re.findall(r"@\{(\d+)\} (.*)", line)[0]] for line in lines]
+    return [list(entry) for line in lines for entry in re.findall(r"@\{(\d+)\} ?(.*)", line)]
 
 
 def _find_commit(ref: str, root: Path) -> str | None:

@@ -81,6 +81,8 @@ def put_back(changes: Changes) -> None:
 def _find_changed_outputs(repo: DvcRepository) -> tuple[list[str], list[str]]:
     """Return the outputs of stages that are not as in the last commit: those that the cache has, and the others."""
     kept, head = repo.stage_outputs(), Revision("HEAD", "HEAD")
+    if head.read_text("dvc.lock") is None:  # nothing has run yet
+        return [], []
     locked = {path: md5 for path in kept if (md5 := head.find_output_hash(path))}
     changed = {path: md5 for path, md5 in sorted(locked.items()) if (repo.hash_path(path) or ("",))[0] != md5}
     missing = [path for path, md5 in changed.items() if not _is_cached(repo, md5)]
