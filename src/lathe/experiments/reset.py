@@ -52,7 +52,7 @@ def run(*, yes: bool) -> None:
         if not changes.files and not changes.outputs:
             sys.stdout.write(f"nothing to put back to commit {commit}\n")
             return
-        if not yes and not _ask(f"Put this back to commit {commit}? [y/N] "):
+        if not yes and not _ask(f"Bring this back to commit {commit}? [y/N] "):
             sys.stdout.write("nothing was changed\n")
             return
         put_back(changes)
