@@ -246,3 +246,25 @@ def test_marks_of_a_kill_that_has_been_mended_are_no_fault_of_a_later_checkout(r
     run(root, "git", "switch", "--quiet", "trunk")
     run(root, "git", "switch", "--quiet", "--detach")
     assert describe_detached_head(root) is None
+
+
+def test_commands_tell_the_way_back_and_those_that_would_lose_its_marks_refuse(checkout):
+    """The marks that DVC leaves when it is killed, in a whole checkout."""
+    commit = checkout.run("git", "rev-parse", "HEAD").stdout.strip()
+    checkout.run("git", "symbolic-ref", "-m", "dvc: Restore HEAD to 'main'", "HEAD", "refs/heads/main")
+    checkout.run("git", "checkout", "--quiet", commit)
+    checkout.run("git", "update-ref", "refs/exps/exec/EXEC_BASELINE", commit)
+
+    def lathe(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        environment = {"PYTHONPATH": str(checkout.root / "src")}
+        return checkout.run(sys.executable, "-m", "lathe", *arguments, check=False, env=environment)
+
+    told = "HEAD is on no branch: an experiment that ran on main was interrupted; `git switch main` goes back"
+    checked = lathe("check")
+    assert checked.returncode == 0
+    assert told in checked.stderr
+    for arguments in (("run", "tiny"), ("run", "tiny", "--temp"), ("reset", "--yes")):
+        done = lathe(*arguments)
+        assert (done.returncode, done.stderr) == (2, f"error: {told}\n")
+    checkout.run("git", "switch", "--quiet", "main")
+    assert lathe("check").stderr == ""
