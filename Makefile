@@ -27,9 +27,7 @@ lock: setup ## rewrite requirements.lock after an edit of pyproject.toml
 	python tools/write_lock.py
 
 repro: setup ## run the whole pipeline: base model and data in, measured GGUF files out
-	@python -m lathe check
-	LATHE_SUMMARY=0 dvc repro
-	@python -m lathe metrics --summary
+	@python -m lathe repro
 
 experiments: setup ## list the recipes, with the scores of those that have been run
 	@python -m lathe experiments

@@ -120,7 +120,17 @@ def _add_experiment_commands(table: Any) -> None:
     command.add_argument("--queue", action="store_true", help="only queue it, or a sweep; then: dvc queue start")
     command.add_argument("--temp", action="store_true", help="run it in a checkout of its own, with its own code")
     command.add_argument("--force", action="store_true", help="in place of an experiment of that name")
+    command.add_argument("--keep", action="store_true", help="with uncommitted values of params.yaml that it leaves")
+    command.add_argument("--print-command", action="store_true", help="print the command of DVC, and run nothing")
     command.set_defaults(run=commands.run_experiment)
+
+    command = table.add_parser("repro", help="run the pipeline: `dvc repro`, and no other command beside it")
+    command.add_argument("targets", nargs="*", metavar="STAGE", help="up to this stage (default: all)")
+    command.set_defaults(run=lambda args: commands.run_pipeline(args.targets))
+
+    command = table.add_parser("reset", help="bring params.yaml, metrics, dvc.lock and outputs back to the last commit")
+    command.add_argument("--yes", action="store_true", help="without a question")
+    command.set_defaults(run=lambda args: commands.reset_workspace(yes=args.yes))
 
     command = table.add_parser(
         "preflight", help="say what queued and temporary experiments would include, and what they would miss"

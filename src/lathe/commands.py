@@ -68,10 +68,36 @@ def list_experiments() -> None:
 
 
 def run_experiment(args: argparse.Namespace) -> None:
-    """Become the `dvc exp run` of a recipe."""
+    """Run a recipe by `dvc exp run`, and exit with its code."""
     from lathe.experiments import run_recipe
 
-    run_recipe.run(args.name, args.overrides, name=args.experiment, queue=args.queue, temp=args.temp, force=args.force)
+    options = run_recipe.Options(
+        name=args.experiment,
+        queue=args.queue,
+        temp=args.temp,
+        force=args.force,
+        keep=args.keep,
+        print_command=args.print_command,
+    )
+    sys.exit(run_recipe.run(args.name, args.overrides, options))
+
+
+def run_pipeline(targets: list[str]) -> None:
+    """Check the parameters, run the pipeline by `dvc repro`, and exit with its code."""
+    from lathe.common.workspace_lock import hold_workspace
+    from lathe.experiments.dvc_command import run_dvc
+
+    with hold_workspace("lathe repro"):
+        check_configuration()
+        os.chdir(paths.ROOT)
+        sys.exit(run_dvc(["repro", *targets]))
+
+
+def reset_workspace(*, yes: bool) -> None:
+    """Bring parameters, metrics, dvc.lock and outputs back to the last commit."""
+    from lathe.experiments import reset
+
+    reset.run(yes=yes)
 
 
 def run_preflight() -> None:
@@ -103,9 +129,12 @@ def print_config(section: str | None, stage_name: str | None, overrides: list[st
 
 def check_configuration() -> None:
     """Refuse wrong parameters, presets and general text; repair files of DVC that a kill truncated."""
+    from lathe.experiments.interrupted import describe_detached_head
     from lathe.inference import general_text
 
     general_text.read_paragraphs(paths.ROOT / load().params.evaluate.general_text)
+    if line := describe_detached_head():
+        logger.warning("%s", line)
     _restore_truncated_lock()
     _remove_truncated_rwlock()
 

@@ -77,6 +77,7 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
 
     findings += _run_check("parameters", check_parameters)
     findings += _run_check("repository", lambda: check_repository(here.root))
+    findings += _run_check("repository", lambda: check_head(here.root))
     findings += _run_check("device", lambda: check_device(config[0].params.training.precision if config else "auto"))
     findings += _run_check("threads", lambda: check_threads(here.environment))
     findings += _run_check("llama.cpp", check_llama)
@@ -85,6 +86,7 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
     findings += _run_check("links", lambda: check_links(here.root))
     findings += _run_check("remotes", lambda: check_remotes(here.root, here.environment))
     if config:
+        findings += _run_check("local files", lambda: check_local_files(config[0]))
         findings += _run_check("credentials", lambda: check_credentials(config[0], here.environment))
         findings += _run_check("judge", lambda: check_judge(config[0], here))
         findings += _run_check("tracking", lambda: check_tracking(config[0], here))
@@ -116,6 +118,27 @@ def check_held_out(config: "Config", root: Path) -> Findings:
         yield Finding("held-out", "fail" if misfit.code else "warning", misfit.text, misfit.remedy)
     if not misfits:
         yield Finding("held-out", "ok", "the references fit generate.max_new_tokens, generate.n_ctx and the score")
+
+
+def check_head(root: Path) -> Findings:
+    """Check that no interrupted experiment has left HEAD on no branch."""
+    from lathe.experiments.interrupted import find_detached_head
+
+    if (found := find_detached_head(root)) is None:
+        return
+    if found.by_experiment:
+        yield Finding("repository", "fail", found.describe(), found.remedy)
+    else:
+        text = f"HEAD is on no branch: it was detached at the commit of {found.branch}"
+        yield Finding("repository", "warning", text, f"{found.remedy} if that was not on purpose")
+
+
+def check_local_files(config: "Config") -> Findings:
+    """Check that DVC or Git keeps the selected local data and models."""
+    from lathe.provenance.local_files import find_untracked
+
+    for path in find_untracked(config):
+        yield Finding("local files", "warning", f"{path} is in no cache: it cannot be restored", f"`dvc add {path}`")
 
 
 def format_findings(findings: Sequence[Finding], *, coloured: bool) -> Iterator[str]:

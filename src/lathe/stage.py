@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from lathe.common import json_files, launch, metric_files, operating_system, paths
+from lathe.common import json_files, launch, metric_files, operating_system, paths, workspace_lock
 from lathe.common.entry_point import guard
 from lathe.common.errors import InputError
 from lathe.config.held_out_checks import find_misfits
@@ -72,6 +72,8 @@ def run_items(main: Callable[[Config, str], Throughput | None], items: Callable[
         for item in chosen:
             if item not in known:
                 raise InputError(f"{name} {item}: no such item; known: {', '.join(known)}", code="unknown-item")
+        if name == "fetch":
+            warn_of_untracked(config, chosen or known)
         for item in chosen or known:
             _run_timed(name, item, lambda item=item: main(config, item), known)  # type: ignore[misc]
 
@@ -79,7 +81,11 @@ def run_items(main: Callable[[Config, str], Throughput | None], items: Callable[
 
 
 def _load_config(name: str) -> Config:
-    """Return the parameters, and start the mirror of this run, if there is to be one."""
+    """Return the parameters, and start the mirror of this run, if there is to be one.
+
+    Raises InputError where another command works in this checkout.
+    """
+    workspace_lock.refuse_beside_holder(name)
     config = load()
     if "DVC_STAGE" in os.environ and not launch.is_worker():
         start_mirror.start_mirroring(name, config.params.tracking)
@@ -115,6 +121,14 @@ def check_held_out(params: Params) -> None:
         if misfit.code:
             raise InputError(f"{misfit.text}; {misfit.remedy}", code=misfit.code)
         _log.warning("%s; %s", misfit.text, misfit.remedy)
+
+
+def warn_of_untracked(config: Config, items: Sequence[str]) -> None:
+    """Warn of local data and models that neither DVC nor Git tracks: the run could not be made again without them."""
+    from lathe.provenance.local_files import find_untracked
+
+    for path in find_untracked(config, {item: getattr(config, item) for item in items}):
+        _log.warning("%s: in no cache: it cannot be restored once it is changed or gone; `dvc add %s`", path, path)
 
 
 def _make_parser(main: Callable[..., object]) -> tuple[str, argparse.ArgumentParser]:

@@ -65,7 +65,8 @@ def queue_to_its_end(checkout: Checkout, names: list[str], jobs: int, seconds: f
 def test_a_sweep_through_the_queue_makes_an_experiment_of_each_and_leaves_the_workspace_as_it_was(checkout):
     before = state(checkout)
     queued = lathe(checkout, "run", "few", "-S", "evaluate.bootstrap_samples=200,300", "-S", "seed=42", "--queue")
-    assert "dvc exp run --name few --queue -S evaluate.bootstrap_samples=200,300 -S seed=42" in queued.stderr
+    said = "few: 1 value is not as in params.yaml:\n  evaluate.bootstrap_samples: 1000 -> 200, 300\n"
+    assert queued.stderr.startswith(said)
     again = lathe(checkout, "run", "few", "-S", "evaluate.bootstrap_samples=200,300", "--queue", check=False)
     assert again.returncode == 2
     assert again.stderr.startswith("error: few-1, few-2: already in the queue; `dvc queue remove few-1 few-2`")
@@ -133,12 +134,70 @@ def test_an_experiment_is_applied_branched_and_shown_against_the_commit(checkout
     assert "Score by artifact" in (checkout.root / "dvc_plots/index.html").read_text()
     assert "bootstrap_samples: 200" in checkout.run("git", "show", "kept:params.yaml").stdout
     assert "kept" in lathe(checkout, "compare", "main", "kept").stdout
-    said = lathe(checkout, "run", "few", "--name", "beside").stderr
-    left = "params.yaml is not as committed in what the recipe leaves to it: evaluate.metrics ["
-    assert [line for line in said.splitlines() if line.startswith(left)]
-    assert "evaluate.bootstrap_samples 1000" not in said
-    checkout.run("git", "checkout", "--quiet", ".")
-    checkout.run("dvc", "checkout", "--quiet")
+    for how in ([], ["--temp"], ["--queue"]):
+        refused = lathe(checkout, "run", "few", "--name", "beside", *how, check=False)
+        assert refused.returncode == 2
+        first, *listed = refused.stderr.splitlines()
+        assert first.startswith("error: few: params.yaml is not as committed in 1 key that the recipe does not set; ")
+        assert "--keep" in first
+        assert "`lathe reset`" in first
+        assert [line.split(" -> ")[0] for line in listed] == [
+            'error:   evaluate.metrics: ["exact_match", "json_valid", "json_fields", "rouge_l"]'
+        ]
+    kept = lathe(checkout, "run", "few", "--name", "beside", "--keep")
+    assert "token_f1" in checkout.run("git", "show", f"{commit_of(checkout, 'beside')}:params.yaml").stdout
+    assert kept.stderr.startswith("beside: every value is as in params.yaml\n")
+    lathe(checkout, "reset", "--yes")
+
+
+def test_a_reset_brings_back_what_a_run_changed_and_touches_nothing_else(checkout):
+    root, before = checkout.root, state(checkout)
+    lathe(checkout, "run", "few", "-S", "evaluate.metrics=[exact_match,token_f1]", "--force")
+    mine = {"notes.txt": "mine\n", "metrics/mine.json": "{}\n", "data/local/other.jsonl": "{}\n"}
+    for name, text in mine.items():
+        (root / name).write_text(text)
+    checkout.run("git", "add", "metrics/mine.json")
+    rows = root / "data/local/few.jsonl"
+    original = rows.read_bytes()
+    rows.chmod(0o644)
+    rows.write_bytes(original + b"{}\n")
+    readme = root / "README.md"
+    readme.write_text(readme.read_text() + "\nmine\n")
+
+    asked = lathe(checkout, "reset", check=False)
+    assert asked.returncode == 2
+    assert "  evaluate.metrics: [" in asked.stdout
+    assert "dvc.lock" in asked.stdout
+    assert "data/scored" in asked.stdout
+    assert asked.stderr.startswith("error: lathe reset: asks, and there is no terminal to answer on; give --yes")
+    assert "token_f1" in (root / "params.yaml").read_text()
+
+    done = lathe(checkout, "reset", "--yes")
+    assert done.stdout.startswith(asked.stdout)
+    for name, text in mine.items():
+        assert (root / name).read_text() == text
+        (root / name).unlink()
+    assert rows.read_bytes() == original + b"{}\n"
+    assert readme.read_text().endswith("\nmine\n")
+    rows.write_bytes(original)
+    checkout.run("git", "reset", "--quiet", "metrics/mine.json")
+    checkout.run("git", "restore", "README.md")
+    assert state(checkout) == before
+    assert lathe(checkout, "reset").stdout.startswith("nothing to put back to commit ")
+
+
+def test_outputs_that_the_cache_has_lost_are_left_as_they_are_and_named(checkout, tmp_path):
+    checkout = copy_of(checkout, tmp_path / "lathe")
+    lathe(checkout, "run", "few", "-S", "evaluate.metrics=[exact_match,token_f1]", "--name", "lost")
+    lock = checkout.run("git", "show", "HEAD:dvc.lock").stdout
+    md5 = re.search(r"path: data/scored\n +hash: md5\n +md5: (\w{2})(\S+)", lock)
+    (checkout.root / ".dvc/cache/files/md5" / md5[1] / md5[2]).unlink()
+    scored = sorted((checkout.root / "data/scored").rglob("*.jsonl"))
+    texts = [file.read_bytes() for file in scored]
+    said = lathe(checkout, "reset", "--yes").stdout
+    assert "not in DVC's cache, so left as they are (`dvc pull` may bring them): data/scored" in said
+    assert [file.read_bytes() for file in scored] == texts
+    assert "token_f1" not in (checkout.root / "params.yaml").read_text()
 
 
 def test_the_preflight_says_what_goes_along_and_what_stays_behind_as_it_then_does(checkout):
@@ -165,11 +224,11 @@ def test_the_preflight_says_what_goes_along_and_what_stays_behind_as_it_then_doe
 
     said = lathe(checkout, "preflight", check=False)
     assert said.returncode == 1
-    lines = dict(line.split(": ", 1) for line in said.stdout.splitlines())
+    lines = dict(line.split(": ", 1) for line in said.stdout.splitlines() if ": " in line)
     for name, kind in new.items():
         assert name.removesuffix("config.json") in lines[next(key for key in lines if key.startswith(kind))]
     assert "stages/evaluate.py" in lines["included, though not committed"]
-    assert "evaluate.bootstrap_samples 1000 -> 400" in lines["params.yaml is not as committed"]
+    assert lines["  evaluate.bootstrap_samples"] == "1000 -> 400"
 
     checkout.run("git", "add", "params.yaml")
     checkout.set({"evaluate.bootstrap_samples": 500})

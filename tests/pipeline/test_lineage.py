@@ -177,6 +177,23 @@ def test_one_changed_byte_is_named(made, elsewhere, file, kind, name, inside):
     assert differences(made, elsewhere) == []
 
 
+def test_other_local_files_are_no_change(made, elsewhere):
+    others = [made.root / name for name in ("data/local/other.jsonl", "models/local/other/config.json")]
+    for other in others:
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("{}\n")
+    try:
+        assert differences(made, elsewhere) == []
+        with Edited(made.root / "data/local/few.jsonl", flipped):
+            assert differences(made, elsewhere) == [("data", "data/local")]
+        with Edited(made.root / "models/local/small/config.json", lambda content: content + b"\n"):
+            assert differences(made, elsewhere) == [("model", "models/local")]
+    finally:
+        for other in others:
+            other.unlink()
+        others[1].parent.rmdir()
+
+
 def test_an_edited_parameter_is_named_with_both_values(made, elsewhere):
     def edit(content: bytes) -> bytes:
         return (

@@ -61,7 +61,7 @@ def test_config_of_a_conversion_has_the_preset_of_what_is_converted(capsys):
         ({"section": "lorra"}, "unknown-key", ["lorra: ", "did you mean 'lora'?"]),
         ({"section": "lora.rank"}, "unknown-key", ["lora.rank: "]),
         ({"stage_name": "trane"}, "unknown-stage", ["--stage trane: ", "did you mean 'train'?"]),
-        ({"overrides": ["lora.rank=4"]}, "unreadable-override", ["-S lora.rank=4: "]),
+        ({"overrides": ["lora.rank=4"]}, "unknown-key", ["-S lora.rank=4: ", "did you mean 'lora.r'?"]),
         ({"overrides": ["lora.r=0"]}, "invalid-value", ["params.yaml: lora.r is 0"]),
         ({"overrides": ["lora.r"]}, "unreadable-override", ["-S lora.r: "]),
     ],

@@ -5,8 +5,11 @@ of DVC that differs fails there. DVC is imported when a function is called: load
 second.
 """
 
+import json
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,14 @@ if TYPE_CHECKING:
 
 class OverrideError(Exception):
     """An override that Hydra's grammar or DVC does not take; the message is its first line."""
+
+
+@dataclass(frozen=True)
+class ProcessNote:
+    """A process that DVC noted, and when (seconds since 1970): a later one may have its number."""
+
+    pid: int
+    written: float
 
 
 class DvcRepository:
@@ -87,9 +98,19 @@ class DvcRepository:
             files = {"/".join(key): str(md5.value) for key, _, md5 in hashed if md5}
         return str(hashed.hash_info.value), files
 
-    def checkout(self) -> None:
-        """Link every output from the cache into the workspace, over what is there; leave out what the cache lacks."""
-        self._repo.checkout(force=True, allow_missing=True)
+    def checkout(self, paths: Sequence[str] | None = None) -> None:
+        """Link outputs, all or those named, from the cache into the workspace, over what is there.
+
+        What the cache lacks is left out.
+        """
+        self._repo.checkout(targets=None if paths is None else list(paths), force=True, allow_missing=True)
+
+    def stage_outputs(self) -> set[str]:
+        """Return the outputs of the stages in dvc.yaml that the cache keeps; not what `dvc add` tracks."""
+        from dvc.stage import PipelineStage
+
+        stages = [stage for stage in self._repo.index.stages if isinstance(stage, PipelineStage)]
+        return {out.def_path for stage in stages for out in stage.outs if out.use_cache}
 
     def queued_experiments(self) -> list[str]:
         """Return the names of the experiments that wait in the queue or run from it."""
@@ -206,7 +227,28 @@ def run_command(arguments: Sequence[str]) -> int:
     """Run a command of DVC in this process; return its exit code."""
     from dvc.cli import main
 
+    logging.getLogger("dvc").propagate = False  # it has handlers of its own, which print what is meant for the user
     return int(main(list(arguments)))
+
+
+def find_experiment_note(root: Path) -> ProcessNote | None:
+    """Return the note about the process that runs an experiment in the workspace, or was killed while it did."""
+    return _read_note(root / ".dvc/tmp/exps/run/workspace/workspace.json", ())
+
+
+def find_stash_note(root: Path) -> ProcessNote | None:
+    """Return the note about a process that prepares an experiment, with the workspace in Git's stash, or was killed."""
+    return _read_note(root / ".dvc/tmp/exps/rwlock", ("write", "workspace"))
+
+
+def _read_note(file: Path, place: Sequence[str]) -> ProcessNote | None:
+    try:
+        tree, written = json.loads(file.read_text(encoding="utf-8")), file.stat().st_mtime
+        for key in place:
+            tree = tree[key]
+        return ProcessNote(int(tree["pid"]), written)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def find_link_types(cache: Path, workspace_file: Path) -> list[str]:

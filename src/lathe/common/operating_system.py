@@ -11,10 +11,13 @@ import io
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -45,6 +48,13 @@ def open_locked(file: Path, *, wait: bool) -> BinaryIO | None:
         handle.close()
         return None
     return handle
+
+
+def unlock(handle: BinaryIO) -> None:
+    """Give back the lock of `open_locked` though a copy of this process, which it forked, has the file open as well."""
+    fcntl: Any = _import_or_none("fcntl")
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 def end_with_parent() -> None:
@@ -88,6 +98,32 @@ def run_command(command: Sequence[str], **options: Any) -> "subprocess.Completed
         with program.open("rb"):  # raises why, if it cannot even be read
             raise PermissionError(f"{program} is not a program")
     return subprocess.run([sys.executable, __file__, *command], check=False, **options)
+
+
+def end_children() -> None:
+    """Send SIGTERM to the processes that this one has started, and wait until all have ended.
+
+    Their exit codes stay to be asked for.
+    """
+    import psutil
+
+    children = psutil.Process().children()
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.terminate()
+    while any(get_start_time(child.pid) is not None for child in children):
+        time.sleep(PARENT_POLL_SECONDS / 4)
+
+
+def leave_terminal() -> None:
+    """Let what is printed from here on go nowhere instead of to a terminal: one that was closed refuses it."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        with suppress(OSError):
+            # A closed terminal no longer says that it is one.
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def get_peak_memory_bytes() -> int:
@@ -147,11 +183,20 @@ def lower_priority() -> None:
         os.nice(19)
 
 
-def is_running(pid: int) -> bool:
-    """Tell whether a process of that number exists."""
+def is_running(pid: int, *, started_by: float | None = None) -> bool:
+    """Tell whether a process of that number exists; with `started_by` (seconds since 1970), one that did at that time.
+
+    A process that has ended counts as none though its parent has not asked for its exit code.
+    """
     import psutil
 
-    return bool(psutil.pid_exists(pid))
+    try:
+        process = psutil.Process(pid)
+        if started_by is None:
+            return True
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= started_by + 1
+    except psutil.NoSuchProcess:
+        return False
 
 
 def identify_machine() -> str:

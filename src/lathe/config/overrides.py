@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lathe.common import dvc_api, paths
+from lathe.common import dotted_keys, dvc_api, paths
 from lathe.common.errors import InputError
+from lathe.common.text import suggest_name
+from lathe.config.base import Section
 from lathe.config.load import Config, load
+from lathe.config.params import Params
+from lathe.config.yaml_files import read_yaml
 
 # Words that Hydra's grammar does not read as text unless they are quoted.
 RESERVED_WORDS = {"null", "true", "false", "inf", "nan"}
@@ -22,6 +26,7 @@ def apply_overrides(overrides: Sequence[str]) -> Config:
     """
     if not overrides:
         return load()
+    check_keys(overrides)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / paths.PARAMS.name
         copy.write_text(paths.PARAMS.read_text(encoding="utf-8"), encoding="utf-8")
@@ -34,10 +39,65 @@ def apply_overrides(overrides: Sequence[str]) -> Config:
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     """Return the overrides of each run of a sweep, in DVC's order: four for `a=1,2 b=3,4`, one without commas."""
+    check_keys(overrides)
     try:
         return dvc_api.expand_sweep(overrides, paths.PARAMS.name)
     except dvc_api.OverrideError as error:
         raise _refuse(overrides, error) from None
+
+
+def check_keys(overrides: Sequence[str]) -> None:
+    """Refuse overrides of what is no key of params.yaml, all of them at once. Raises InputError."""
+    known = list_keys()
+    problems = [problem for override in overrides for problem in _find_problem(override, known)]
+    if problems:
+        codes = [code for code, _ in problems]
+        code = "unknown-key" if "unknown-key" in codes else codes[0]
+        raise InputError("\n".join(line for _, line in problems), code=code)
+
+
+def _find_problem(override: str, known: list[str]) -> list[tuple[str, str]]:
+    """Return what is wrong with the key of one override, as code and line."""
+    key, equals, value = override.partition("=")
+    if override.startswith("~"):
+        line = f"-S {override}: removes a key; {paths.PARAMS.name} has every key; write -S {read_key(override)}=VALUE"
+        return [("unreadable-override", line)]
+    key = read_key(override)
+    if not equals:
+        return [("unreadable-override", f"-S {override}: has no value; write -S {key}=VALUE")]
+    leaves = [leaf for leaf in known if leaf.startswith(f"{key}.")]
+    # `grpo.rewards.0.weight` names a part of a list, and `lora={r: 8}` several keys of a section.
+    is_part = any(re.match(rf"{re.escape(leaf)}\.\d", key) for leaf in known)
+    if key in known or is_part or (leaves and value.lstrip().startswith("{")):
+        return []
+    remedy = f"it is a section; name its keys, such as {leaves[0]}" if leaves else _suggest_key(key, known)
+    return [("unknown-key", f"-S {override}: {key} is not a key of {paths.PARAMS.name}; {remedy}")]
+
+
+def _suggest_key(key: str, known: list[str]) -> str:
+    # `learning_rate` alone: several sections have one.
+    if same := [leaf for leaf in known if leaf.rpartition(".")[2] == key.rpartition(".")[2]]:
+        return f"did you mean {' or '.join(map(repr, same))}?"
+    return suggest_name(key, known) or "see `lathe schema` for the keys"
+
+
+def list_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
+    """Return every key of params.yaml that holds a value, with the sections that it is in."""
+    keys = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            keys += list_keys(inner, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def compare_with_params(config: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the keys whose values are not those of params.yaml, with its value and that of the configuration."""
+    now = dotted_keys.flatten(read_yaml(paths.PARAMS))
+    # Without what is null: the rewards of params.yaml name no options that they do not use.
+    return dotted_keys.compare(now, dotted_keys.flatten(config.params.model_dump(exclude_none=True)))
 
 
 def read_key(override: str) -> str:
@@ -65,4 +125,11 @@ def _format_value(value: Any) -> str:
 
 
 def _refuse(overrides: Sequence[str], error: Exception) -> InputError:
+    """Return the refusal of what Hydra cannot read, which names the override that is meant."""
+    for override in overrides:
+        try:
+            dvc_api.expand_sweep([override], paths.PARAMS.name)
+        except dvc_api.OverrideError as alone:
+            overrides, error = [override], alone
+            break
     return InputError(f"-S {' '.join(overrides)}: {error}; see `lathe schema` for the keys", code="unreadable-override")

@@ -4,8 +4,9 @@ Tried with DVC 3.67: it includes changes of files that Git tracks as they are at
 too, and changed contents of what `dvc add` tracks. What Git does not track is missing, ignored or not.
 """
 
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -14,7 +15,9 @@ from lathe.common.dvc_api import open_repository
 from lathe.common.git import list_paths
 from lathe.provenance.revisions import WORKSPACE, Revision
 
-SHOWN = 10
+SHOWN = 10  # files
+SHOWN_CHANGES = 15  # keys
+LONGEST_VALUE = 80  # characters
 
 # Folders that stages read beside the dependencies in dvc.yaml: code, and what parameters name.
 READ_FROM = ("data/local", "models/local", "rewards", "src", "stages")
@@ -29,13 +32,13 @@ class Preflight:
     left_out: list[str]
     missed: list[str]  # those left out that a stage may read
 
-    def describe(self) -> Iterator[str]:
-        """Yield a line per subject; none if the last commit is all there is."""
+    def describe(self, *, parameters: bool = True) -> Iterator[str]:
+        """Yield a line per subject, and per changed key of params.yaml; none if the last commit is all there is."""
         if self.changed:
             yield f"included, though not committed: {_join(self.changed)}"
-        if self.parameters:
-            changes = [f"{key} {then} -> {now}" for key, (then, now) in self.parameters.items()]
-            yield f"params.yaml is not as committed: {_join(changes)}; `git checkout params.yaml` puts it back"
+        if self.parameters and parameters:
+            yield "params.yaml is not as committed; `git restore params.yaml` puts it back:"
+            yield from format_changes(self.parameters)
         if self.missed:
             yield (
                 f"left out, though a stage may read it: {_join(self.missed)}; `dvc add` data and models, "
@@ -69,10 +72,25 @@ def find_changes() -> Preflight:
     )
 
 
+def format_changes(changes: Mapping[str, Sequence[object]], *, shown: int = SHOWN_CHANGES) -> Iterator[str]:
+    """Yield a line per key: its value before, and the one or several after it; at most so many, and how many more."""
+    for key, (then, *now) in list(changes.items())[:shown]:
+        yield f"  {key}: {_format_value(then)} -> {', '.join(map(_format_value, now))}"
+    if len(changes) > shown:
+        yield f"  and {len(changes) - shown} more"
+
+
+def _format_value(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
 def changed_parameters() -> dict[str, tuple[object, object]]:
     """Return the keys of params.yaml that are not as in the last commit, with both values."""
     then, now = Revision("HEAD", "HEAD"), Revision(WORKSPACE, None)
-    return dotted_keys.compare(dotted_keys.flatten(then.parameters), dotted_keys.flatten(now.parameters))
+    changes = dotted_keys.compare(dotted_keys.flatten(then.parameters), dotted_keys.flatten(now.parameters))
+    # The selected presets are among a revision's parameters, but not in params.yaml.
+    return {key: values for key, values in changes.items() if key.split(".")[0] not in ("models", "datasets")}
 
 
 def _is_bookkeeping(path: str) -> bool:

@@ -17,8 +17,7 @@ from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.config.base import Name, Section
-from lathe.config.overrides import apply_overrides, format_override, read_key
-from lathe.config.params import Params
+from lathe.config.overrides import apply_overrides, format_override, list_keys, read_key
 from lathe.config.yaml_files import find_line, read_yaml
 
 FOLDER = paths.ROOT / "experiments"
@@ -116,18 +115,6 @@ def read_recipe(file: Path) -> Recipe:
 def read_overrides(file: Path) -> dict[str, Any]:
     """Return the overrides of a recipe with those that it extends, not validated against params.yaml."""
     return {key: override.value for key, override in _read_overrides(file, Recipe, ())[1].items()}
-
-
-def list_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
-    """Return every key of params.yaml that holds a value, with the sections that it is in."""
-    keys = []
-    for name, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
-            keys += list_keys(inner, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
 
 
 def _read_overrides(file: Path, kind: type[Kind], above: tuple[Path, ...]) -> tuple[Kind, dict[str, Override]]:

@@ -6,52 +6,110 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence, Set
-from typing import NoReturn
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from lathe.common import paths
 from lathe.common.dvc_api import open_repository
 from lathe.common.errors import InputError
 from lathe.common.git import find_head, run_git
 from lathe.common.text import summarize_error
+from lathe.common.workspace_lock import hold_workspace, refuse_beside_holder
 from lathe.config.artifacts import UNQUANTIZED
-from lathe.config.overrides import apply_overrides, expand_sweep, read_key
+from lathe.config.load import Config
+from lathe.config.overrides import apply_overrides, check_keys, compare_with_params, expand_sweep, read_key
 from lathe.experiments import preflight
+from lathe.experiments.dvc_command import run_dvc
+from lathe.experiments.interrupted import refuse_detached_head
 from lathe.experiments.recipes import list_recipes, load_recipe
 from lathe.provenance.revisions import Experiment, Revision, list_experiments
 
 WIDTH = 100  # columns of the list of recipes
 
 
-def run(recipe: str, further: Sequence[str], *, name: str | None, queue: bool, temp: bool, force: bool) -> NoReturn:
-    """Become `dvc exp run -n NAME` with the overrides of a recipe and `further` ones, if all of them are valid.
+@dataclass(frozen=True)
+class Options:
+    """Options of `lathe run`; `name` is that of the experiment, None: the recipe's."""
 
-    `name` is that of the experiment; None: the recipe's. Raises InputError if an override is invalid in any run of a
-    sweep, or if an experiment of that name exists.
+    name: str | None = None
+    queue: bool = False
+    temp: bool = False
+    force: bool = False
+    keep: bool = False
+    print_command: bool = False
+
+    @property
+    def in_workspace(self) -> bool:
+        """Tell whether the run works in the workspace, and not in a checkout of its own."""
+        return not (self.queue or self.temp)
+
+
+def run(recipe: str, further: Sequence[str], options: Options) -> int:
+    """Run a recipe by `dvc exp run -n NAME` with its overrides and `further` ones, if all are valid; return its code.
+
+    Raises InputError if an override is invalid in any run of a sweep, if an experiment of that name exists, if
+    params.yaml has changes that the recipe would leave in it, and if another command works in the workspace.
     """
-    if queue and temp:
+    if options.queue and options.temp:
         raise InputError(
             "--queue and --temp: take one of them; queued experiments are temporary ones, started later",
             code="exclusive-options",
         )
+    check_keys(further)
     overrides = load_recipe(recipe).build_overrides(further)
-    name = name or recipe
+    name = options.name or recipe
     runs = expand_sweep(overrides)
-    if len(runs) > 1 and not queue:
+    if len(runs) > 1 and not options.queue:
         raise InputError(
             f"-S {' '.join(further)}: that is a sweep of {len(runs)} runs; add --queue", code="sweep-without-queue"
         )
-    for run_overrides in runs:
-        apply_overrides(run_overrides)
-    names = [name] if len(runs) == 1 else [f"{name}-{number}" for number in range(1, len(runs) + 1)]
-    _free_names(names, queue=queue, force=force)
-    for line in _describe_workspace({read_key(override) for override in overrides}, separate=queue or temp):
-        sys.stderr.write(f"{line}\n")
-    options = ["--queue"] * queue + ["--temp"] * temp
-    command = ["exp", "run", "--name", name, *options, *(word for override in overrides for word in ("-S", override))]
-    sys.stderr.write(f"dvc {shlex.join(command)}\n")
-    sys.stderr.flush()
-    os.chdir(paths.ROOT)
-    os.execv(sys.executable, [sys.executable, "-m", "dvc", *command])
+    configs = [apply_overrides(run_overrides) for run_overrides in runs]
+    separate = ["--queue"] * options.queue + ["--temp"] * options.temp
+    command = ["exp", "run", "--name", name, *separate, *(word for override in overrides for word in ("-S", override))]
+    if options.print_command:
+        sys.stdout.write(f"dvc {shlex.join(command)}\n")
+        return 0
+    with _keep_others_out(f"lathe run {recipe}", options):
+        refuse_detached_head()
+        if not options.keep:
+            _refuse_left_over(recipe, {read_key(override) for override in overrides})
+        names = [name] if len(runs) == 1 else [f"{name}-{number}" for number in range(1, len(runs) + 1)]
+        _free_names(names, queue=options.queue, force=options.force)
+        lines = list(describe_changes(configs))
+        if not options.in_workspace:
+            lines += preflight.find_changes().describe(parameters=options.keep)
+        sys.stderr.write(f"{name}: {'; '.join(lines[:1])}\n" + "".join(f"{line}\n" for line in lines[1:]))
+        os.chdir(paths.ROOT)
+        return run_dvc(command)
+
+
+@contextmanager
+def _keep_others_out(command: str, options: Options) -> Iterator[None]:
+    """Hold the workspace for as long as the command needs it. Raises InputError where another command holds it."""
+    if options.temp:
+        # DVC puts the workspace into Git's stash to make the temporary checkout, so that a stage that starts there in
+        # that moment would read other parameters. From then on the workspace is free.
+        refuse_beside_holder(f"{command} --temp")
+        yield
+    else:
+        with hold_workspace(command):
+            yield
+
+
+def describe_changes(configs: Sequence[Config]) -> Iterator[str]:
+    """Yield how many keys of params.yaml the runs change, and a line for each with its value there and in the runs."""
+    changes: dict[str, list[Any]] = {}
+    for config in configs:
+        for key, (then, now) in compare_with_params(config).items():
+            values = changes.setdefault(key, [then])
+            if now not in values[1:]:
+                values.append(now)
+    if not changes:
+        yield "every value is as in params.yaml"
+        return
+    yield f"{len(changes)} {'value is' if len(changes) == 1 else 'values are'} not as in params.yaml:"
+    yield from preflight.format_changes(changes)
 
 
 def list_results() -> Iterator[str]:
@@ -124,18 +182,14 @@ def _list_queue() -> list[str]:
         return repo.queued_experiments()
 
 
-def _describe_workspace(overridden: Set[str], *, separate: bool) -> Iterator[str]:
-    """Yield what the run takes from the workspace beside the keys that are overridden."""
-    if separate:
-        yield from preflight.find_changes().describe()
-        return
-    # A recipe that names its model or dataset takes that preset's keys with it.
-    tables = {table for key, table in (("model", "models"), ("dataset", "datasets")) if key in overridden}
-    changes = {
-        key: values
-        for key, values in preflight.changed_parameters().items()
-        if key not in overridden and key.split(".")[0] not in tables
-    }
+def _refuse_left_over(recipe: str, overridden: Set[str]) -> None:
+    """Raise InputError if params.yaml is not as committed in keys that the run does not set."""
+    changes = {key: values for key, values in preflight.changed_parameters().items() if key not in overridden}
     if changes:
-        shown = ", ".join(f"{key} {then} -> {now}" for key, (then, now) in changes.items())
-        yield f"params.yaml is not as committed in what the recipe leaves to it: {shown}"
+        keys = "1 key" if len(changes) == 1 else f"{len(changes)} keys"
+        lines = "\n".join(preflight.format_changes(changes, shown=len(changes)))
+        raise InputError(
+            f"{recipe}: params.yaml is not as committed in {keys} that the recipe does not set; run with --keep to "
+            f"keep that, or `lathe reset` first, which brings the committed values and outputs back:\n{lines}",
+            code="left-over-parameters",
+        )

@@ -21,7 +21,7 @@ from lathe.common.progress import Progress
 from lathe.config.yaml_files import read_yaml
 from lathe.gguf import header
 from lathe.gguf.tensor_types import list_file_types
-from lathe.provenance import lineage
+from lathe.provenance import lineage, local_files
 from lathe.provenance.dvc_lock import read_listing, read_locked_stages
 from lathe.provenance.revisions import list_experiments
 
@@ -231,6 +231,9 @@ def _compare_with_lock(traced: Trace, stages: Mapping[str, Any]) -> None:
             if hashed is None and path in outputs:
                 traced.missing.append(path)
             elif hashed is None or hashed[0] != md5:
+                readers = [stages[name] for name in upstream if path in _list_read(stages[name])]
+                if all(local_files.is_unrelated_change(repo, reader, path) for reader in readers):
+                    continue
                 now, listing = hashed or (None, {})
                 files = _list_changed_files(read_listing(repo, md5) if md5.endswith(".dir") else None, listing)
                 if not files and _classify(path) == "code":
@@ -246,6 +249,10 @@ def _compare_with_lock(traced: Trace, stages: Mapping[str, Any]) -> None:
         for file, values in stages[name].get("params", {}).items():
             then.setdefault(file, {}).update(values)
     traced.differences += _compare_parameters(then)
+
+
+def _list_read(stage: Mapping[str, Any]) -> list[str]:
+    return [dep["path"] for dep in stage.get("deps", [])]
 
 
 def _find_upstream(stages: Mapping[str, Any], last: str) -> tuple[list[str], list[str]]:

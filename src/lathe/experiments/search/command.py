@@ -8,6 +8,7 @@ import warnings
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.workspace_lock import hold_workspace
 from lathe.config import overrides
 from lathe.config.load import load
 from lathe.config.yaml_files import read_yaml
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
     with storage.translate_connection_errors(url):
         if args.apply is not None:
             study = run_search.open_study(chosen, params, url)
-            applied = results.apply_best(study, args.apply or None)
+            with hold_workspace("lathe search --apply"):
+                applied = results.apply_best(study, args.apply or None)
             logger.info("%s is in the workspace; `git diff` shows what it changed", applied)
             return
         study = run_search.search(
