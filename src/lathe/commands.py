@@ -70,6 +70,8 @@ def list_experiments() -> None:
 def run_experiment(args: argparse.Namespace) -> None:
     """Run a recipe by `dvc exp run`, and exit with its code."""
     from lathe.experiments import run_recipe
+    from lathe.provenance.revisions import WORKSPACE
+    from lathe.reports import run_summary
 
     options = run_recipe.Options(
         name=args.experiment,
@@ -79,18 +81,28 @@ def run_experiment(args: argparse.Namespace) -> None:
         keep=args.keep,
         print_command=args.print_command,
     )
-    sys.exit(run_recipe.run(args.name, args.overrides, options))
+    with run_summary.printed_at_the_end():
+        code = run_recipe.run(args.name, args.overrides, options)
+    if code == 0 and not (args.queue or args.print_command):
+        run_summary.print_summary((args.experiment or args.name) if args.temp else WORKSPACE)
+    sys.exit(code)
 
 
 def run_pipeline(targets: list[str]) -> None:
     """Check the parameters, run the pipeline by `dvc repro`, and exit with its code."""
     from lathe.common.workspace_lock import hold_workspace
     from lathe.experiments.dvc_command import run_dvc
+    from lathe.provenance.revisions import WORKSPACE
+    from lathe.reports import run_summary
 
     with hold_workspace("lathe repro"):
         check_configuration()
         os.chdir(paths.ROOT)
-        sys.exit(run_dvc(["repro", *targets]))
+        with run_summary.printed_at_the_end():
+            code = run_dvc(["repro", *targets])
+        if code == 0 and not targets:
+            run_summary.print_summary(WORKSPACE)
+        sys.exit(code)
 
 
 def reset_workspace(*, yes: bool) -> None:
@@ -288,7 +300,10 @@ def write_report(out: Path | None) -> None:
 def list_results(sort: str | None, *, as_json: bool) -> None:
     """Print the runs as a table, or as JSON."""
     from lathe.experiments import results_table
+    from lathe.experiments.interrupted import describe_detached_head
 
+    if line := describe_detached_head():
+        logger.warning("%s", line)
     results_table.run(sort=sort, as_json=as_json)
 
 

@@ -152,14 +152,7 @@ def _run_timed(name: str, item: str | None, action: Callable[[], Throughput | No
             launch.report_throughput({"peak_memory_bytes": operating_system.get_peak_memory_bytes(), **throughput})
         return
     metric_files.write_timings(name, item, seconds=time.perf_counter() - started, throughput=throughput, items=items)
-    if name == LAST_STAGE and "DVC_STAGE" in os.environ and os.environ.get("LATHE_SUMMARY") != "0":
-        print_summary()
+    if name == LAST_STAGE and "DVC_STAGE" in os.environ:
+        from lathe.reports import run_summary
 
-
-def print_summary() -> None:
-    """Print what the pipeline has come to; `make repro` does it itself, and sets LATHE_SUMMARY to 0."""
-    from lathe.provenance.revisions import WORKSPACE, find_revision
-    from lathe.reports.run_summary import summarize_run
-
-    sys.stdout.write("\n" + "".join(f"{line}\n" for line in summarize_run(find_revision(WORKSPACE))))
-    sys.stdout.flush()
+        run_summary.print_unless_later()

@@ -1,6 +1,9 @@
 """Summary of a run: its scores, gates, best file, dropped rows, seconds, and what to do next, in a dozen lines."""
 
+import os
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lathe.common import dotted_keys, paths
@@ -8,8 +11,9 @@ from lathe.common.errors import InputError
 from lathe.common.text import format_table, readable_bytes, readable_seconds
 from lathe.config.artifacts import UNQUANTIZED, get_file_name
 from lathe.evaluation.best_artifact import choose_best_artifact
-from lathe.provenance.revisions import Revision
+from lathe.provenance.revisions import WORKSPACE, Revision, find_revision
 
+LATER = "LATHE_SUMMARY_LATER"  # in the environment of the stages: a command prints the summary after them
 SPLITS = ("validation", "test")
 
 NOT_SCORES = ("bytes", "intervals", "deltas")
@@ -17,6 +21,29 @@ NOT_SCORES = ("bytes", "intervals", "deltas")
 NEXT = (
     "next: `lathe chat` talks to the best file, `lathe report` writes a page of it all, `lathe results` lists the runs"
 )
+
+
+@contextmanager
+def printed_at_the_end() -> Iterator[None]:
+    """Keep the last stage from printing the summary: the command that runs DVC prints it after the block."""
+    os.environ[LATER] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[LATER]
+
+
+def print_unless_later() -> None:
+    """Print the summary of the workspace, unless a command of Lathe that runs DVC will."""
+    if LATER not in os.environ:
+        print_summary(WORKSPACE)
+
+
+def print_summary(name: str) -> None:
+    """Print the summary of a revision; nothing if it has not been evaluated."""
+    lines = list(summarize_run(find_revision(name)))
+    sys.stdout.write("".join(f"{line}\n" for line in ["", *lines]) if lines else "")
+    sys.stdout.flush()
 
 
 def summarize_run(revision: Revision) -> Iterator[str]:
