@@ -5,18 +5,14 @@ import json
 import logging
 import os
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from lathe.common import metric_files, paths
 from lathe.common.errors import InputError
-from lathe.common.git import try_git
 from lathe.common.json_files import read_json
 from lathe.common.text import did_you_mean
 from lathe.config import artifacts
@@ -143,56 +139,13 @@ def check_configuration() -> None:
     """Refuse wrong parameters, presets and general text; repair files of DVC that a kill truncated."""
     from lathe.experiments.interrupted import describe_detached_head
     from lathe.inference import general_text
+    from lathe.provenance.repair_dvc_files import remove_truncated_rwlock, restore_truncated_lock
 
     general_text.read_paragraphs(paths.ROOT / load().params.evaluate.general_text)
     if line := describe_detached_head():
         logger.warning("%s", line)
-    _restore_truncated_lock()
-    _remove_truncated_rwlock()
-
-
-def _restore_truncated_lock() -> None:
-    lock = paths.ROOT / "dvc.lock"
-    # DVC does not write it atomically, and refuses a truncated one.
-    if not lock.exists() or _is_complete(lock.read_text(encoding="utf-8", errors="replace")):
-        return
-    committed = try_git("show", "HEAD:./dvc.lock")
-    if committed is None:
-        raise InputError(
-            "dvc.lock: cut short while DVC wrote it, and Git has none; remove it and run again", code="truncated-lock"
-        )
-    with paths.replace_file(lock) as partial:
-        partial.write_bytes(committed)
-    logger.warning(
-        "dvc.lock was cut short while DVC wrote it: the committed one is back; what ran since comes from cache"
-    )
-
-
-def _remove_truncated_rwlock() -> None:
-    """Remove DVC's list of what running commands read and write where it is no JSON: DVC refuses to run with it."""
-    listing = paths.ROOT / ".dvc/tmp/rwlock"
-    for pause in (0.0, 0.5):  # another DVC may be writing it
-        time.sleep(pause)
-        try:
-            json.loads(listing.read_text(encoding="utf-8"))
-            return
-        except FileNotFoundError:
-            return
-        except ValueError:
-            continue
-    listing.unlink(missing_ok=True)
-    logger.warning(".dvc/tmp/rwlock was cut short while DVC wrote it: it is removed")
-
-
-def _is_complete(lock: str) -> bool:
-    from lathe.common.dvc_api import is_complete_lock
-
-    if "<<<<<<<" in lock:
-        return True  # a merge conflict is the user's to resolve
-    try:
-        return is_complete_lock(YAML(typ="safe").load(lock))
-    except YAMLError:
-        return False
+    restore_truncated_lock()
+    remove_truncated_rwlock()
 
 
 def print_schema(kind: str | None) -> None:

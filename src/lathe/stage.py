@@ -4,7 +4,6 @@ import argparse
 import inspect
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
