@@ -11,6 +11,47 @@ from lathe import __version__, commands, completion
 from lathe.common import entry_point, paths
 from lathe.config.base import SPLITS
 
+EXAMPLES = {
+    "init": "lathe init support --model Qwen/Qwen3-0.6B --dataset answers.jsonl",
+    "doctor": "lathe doctor --recipe qwen3-600m -S training.max_length=1024",
+    "completion": 'eval "$(lathe completion bash)"',
+    "config": "lathe config training.learning_rate",
+    "check": "lathe check",
+    "schema": "lathe schema --json recipe",
+    "data": "lathe data answers.csv --prompt question --completion answer",
+    "inspect": "lathe inspect --split test --row 7 --ids",
+    "experiments": "lathe experiments",
+    "run": "lathe run tiny -S lora.r=8",
+    "repro": "lathe repro",
+    "reset": "lathe reset",
+    "preflight": "lathe preflight",
+    "compare": "lathe compare baseline dropout --split test",
+    "search": "lathe search experiments/search/default.yaml --n-trials 20",
+    "results": "lathe results --sort score",
+    "metrics": "lathe metrics dropout --split validation",
+    "gate": "lathe gate",
+    "report": "lathe report --out report.html",
+    "trace": "lathe trace models/gguf/Q4_K_M.gguf",
+    "verify": "lathe verify",
+    "chat": 'lathe chat --prompt "Turn on the attic lamp."',
+    "serve": "lathe serve --port 8001",
+    "infer": "lathe infer --file prompts.jsonl --out answers.jsonl",
+    "remote-check": "lathe remote-check --remote ycloud",
+    "push-runs": "lathe push-runs --remote ycloud",
+    "mirror": "lathe mirror my-experiment --mlflow",
+}
+
+
+class _CommandTable:
+    """The subparsers of argparse, each with its line of help as a sentence and an example."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+
+    def add_parser(self, name: str, *, help: str) -> argparse.ArgumentParser:  # noqa: A002 - argparse's name
+        sentence = f"{help[0].upper()}{help[1:]}."
+        return self._table.add_parser(name, help=help, description=sentence, epilog=f"Example: {EXAMPLES[name]}")
+
 
 def main() -> None:
     """Parse the command line and run one command."""
@@ -31,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="lathe", description="Tools around the Lathe pipeline, for the checkout that they are called in."
     )
     parser.add_argument("--version", action="version", version=f"lathe {__version__} ({paths.ROOT})")
-    table = parser.add_subparsers(required=True, metavar="COMMAND")
+    table = _CommandTable(parser.add_subparsers(required=True, metavar="COMMAND"))
     _add_setup_commands(table)
     _add_configuration_commands(table)
     _add_experiment_commands(table)

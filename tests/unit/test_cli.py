@@ -1,4 +1,6 @@
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,7 @@ import pytest
 import yaml
 from refusals import refused
 
-from lathe import commands
+from lathe import cli, commands
 from lathe.common import paths
 
 pytestmark = pytest.mark.usefixtures("toy_params")
@@ -96,3 +98,23 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback():
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+@pytest.mark.parametrize("name", sorted(cli.EXAMPLES))
+def test_the_help_of_each_command_has_a_sentence_and_an_example_that_it_takes(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.build_parser().parse_args([name, "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(rf"usage: .*lathe {name} .*[A-Z].+\. ", printed)
+    example = cli.EXAMPLES[name]
+    assert f"Example: {example}" in printed
+    if not example.startswith("eval"):
+        _, *words = shlex.split(example)
+        assert cli.build_parser().parse_args(words)
+
+
+def test_every_command_has_an_example(capsys):
+    with pytest.raises(SystemExit):
+        cli.build_parser().parse_args(["--help"])
+    listed = re.findall(r"^    ([a-z-]+)\b", capsys.readouterr().out, re.MULTILINE)
+    assert set(listed) == set(cli.EXAMPLES)
