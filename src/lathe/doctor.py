@@ -32,6 +32,7 @@ from lathe.doctor_checks import (
     check_threads,
     check_tracking,
 )
+from lathe.doctor_generation import check_answers, check_held_out
 
 if TYPE_CHECKING:
     from lathe.config.load import Config
@@ -91,33 +92,9 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
         findings += _run_check("judge", lambda: check_judge(config[0], here))
         findings += _run_check("tracking", lambda: check_tracking(config[0], here))
         findings += _run_check("held-out", lambda: check_held_out(config[0], here.root))
+        findings += _run_check("answers", lambda: check_answers(config[0], here.root))
         findings += _run_check("memory", lambda: check_model(config[0], here))
     return findings
-
-
-def check_held_out(config: "Config", root: Path) -> Findings:
-    """Compare lengths and kind of the references with the parameters, if preprocess has run with this data and model.
-
-    The report in Git is of the pipeline that was committed last.
-    """
-    from lathe.common.json_files import read_json_object
-    from lathe.config.held_out_checks import find_misfits
-
-    params, report = config.params, root / "metrics/preprocess/report.json"
-    if not (root / "data/processed").is_dir() or not report.is_file():
-        yield Finding("held-out", "ok", "lengths of the references are not known before preprocess has run")
-        return
-    for kind, name in (("dataset", params.dataset), ("model", params.model)):
-        file = root / f"metrics/fetch/{kind}.json"
-        fetched = read_json_object(file)["origin"][0]["name"] if file.is_file() else name
-        if fetched != name:
-            yield Finding("held-out", "ok", f"not checked: data/processed is of the {kind} {fetched}, not of {name}")
-            return
-    misfits = list(find_misfits(read_json_object(report), params))
-    for misfit in misfits:
-        yield Finding("held-out", "fail" if misfit.code else "warning", misfit.text, misfit.remedy)
-    if not misfits:
-        yield Finding("held-out", "ok", "the references fit generate.max_new_tokens, generate.n_ctx and the score")
 
 
 def check_head(root: Path) -> Findings:

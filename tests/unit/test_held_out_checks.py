@@ -8,7 +8,7 @@ from byte_chat import FRAME, Bench, byte_chat, chat
 from refusals import refused
 from toy import load_toy
 
-from lathe import doctor, stage
+from lathe import doctor_generation, stage
 from lathe.common import json_files, paths
 from lathe.config.held_out_checks import find_misfits
 
@@ -173,9 +173,9 @@ def test_a_training_begins_with_the_warnings_or_is_refused(report_on, metrics, c
         stage.check_held_out(generating(max_new_tokens=5))
 
 
-def findings(root, params, name="few", model="small"):
+def findings(root, params, name="few", model="small", check=doctor_generation.check_held_out):
     config = SimpleNamespace(params=params.model_copy(update={"dataset": name, "model": model}))
-    return [(finding.status, finding.text, finding.remedy) for finding in doctor.check_held_out(config, root)]
+    return [(finding.status, finding.text, finding.remedy) for finding in check(config, root)]
 
 
 def test_the_doctor_says_the_same_of_the_data_that_are_there(report_on, metrics, tmp_path):
@@ -194,3 +194,31 @@ def test_the_doctor_says_the_same_of_the_data_that_are_there(report_on, metrics,
     for other in ({"name": "another"}, {"model": "another"}):
         ((status, text, _),) = findings(tmp_path, generating(max_new_tokens=5), **other)
         assert (status, "not of another" in text) == ("ok", True)
+
+
+def test_no_length_is_compared_with_a_size_that_follows_the_data(report_on):
+    report = report_on(["a" * 9, "a" * 50])
+    assert texts_of(report, generating(max_new_tokens="auto", n_ctx="auto")) == []
+
+
+def test_the_doctor_says_how_long_the_answers_take_at_the_speed_of_the_last_run(report_on, metrics, tmp_path):
+    def answers(**keys):
+        found = findings(tmp_path, generating(**keys), check=doctor_generation.check_answers)
+        ((status, text, remedy),) = found
+        return status, text, remedy
+
+    assert "not known" in answers()[1]
+    json_files.write_json(metrics / "preprocess/report.json", report_on(["a" * 9, "a" * 50]))
+    (tmp_path / "data/processed").mkdir(parents=True)
+    status, text, _ = answers(max_new_tokens=100)
+    files = 3 + len(PARAMS.quantize.types)
+    assert status == "ok"
+    assert "on the CPU" in text
+    assert f"4 rows by {files} files, at most {4 * files * 100:,} tokens" in text
+    timing = {"seconds": 9, "items": [{"item": "merged", "tokens_per_second": 4 * files}]}
+    json_files.write_json(metrics / "timings/generate.json", [timing])
+    assert "1:40" in answers(max_new_tokens=100)[1]
+    assert f"2 rows by {files} files" in answers(max_new_tokens=100, max_rows=1)[1]
+    status, _, remedy = answers(max_new_tokens=5000)
+    assert status == "warning"
+    assert "generate.max_rows" in remedy

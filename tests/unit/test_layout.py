@@ -26,13 +26,15 @@ FLOORS = [
     {"evaluation"},
     {"training", "experiments", "reports"},
     {"estimate", "stage", "out_of_memory"},
-    {"doctor", "doctor_checks", "adopt", "completion", "commands", "cli", "__main__"},
+    {"doctor", "doctor_checks", "doctor_generation", "adopt", "completion", "commands", "cli", "__main__"},
 ]
 # Beside one another on the same floor: allowed in this direction alone.
 NEIGHBOURS = {
     ("out_of_memory", "estimate"),
     ("doctor", "doctor_checks"),
+    ("doctor", "doctor_generation"),
     ("doctor", "estimate"),
+    ("doctor_generation", "doctor_checks"),
     ("commands", "doctor"),
     ("commands", "adopt"),
     ("cli", "commands"),
