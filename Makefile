@@ -6,7 +6,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 .PHONY: help setup lock unit deps repro experiments chat serve report remote-check ci-lock ci-summary lint format test \
 	test-all \
-	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate bench-experiments \
+	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate bench-attention \
+	bench-experiments \
 	bench-tracking docs docs-serve docs-check clean
 
 help: ## list the targets
@@ -19,7 +20,7 @@ setup: ## make .venv and what belongs to it; PYTHON=python3.12, EXTRAS="mlflow w
 	"$$starter" tools/install.py --extras "$(EXTRAS)" $(if $(PYTHON),--python "$(PYTHON)") $(if $(CUDA),--cuda "$(CUDA)")
 
 # What these need beside the default pipeline.
-bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate bench-experiments bench-tracking \
+bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate bench-attention bench-experiments bench-tracking \
 	docs docs-serve docs-check format lint lock unit test test-all: EXTRAS += dev
 serve: EXTRAS += serve
 
@@ -72,7 +73,7 @@ test: lint docs-check ## lint, documentation and all tests but the long ones
 test-all: lint docs-check ## every test
 	pytest
 
-bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-experiments bench-tracking ## every benchmark
+bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-attention bench-experiments bench-tracking ## every benchmark
 
 bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B parameters
 	python benchmarks/merge.py
@@ -92,6 +93,9 @@ bench-train: setup ## speed, memory and start-up of training against TRL's and L
 
 bench-generate: setup ## speed and memory of answers against a plain llama-cpp-python loop and transformers
 	python benchmarks/generate.py
+
+bench-attention: setup ## speed of decoding on the CPU with llama.cpp's FlashAttention and without
+	python benchmarks/attention.py
 
 bench-experiments: setup ## what `dvc exp show` takes with fifty experiments, and `dvc repro` with nothing to do
 	python benchmarks/experiments.py
