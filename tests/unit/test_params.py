@@ -47,10 +47,10 @@ def test_the_toy_selects_what_is_built_in():
 @pytest.mark.parametrize(
     ("old", "new", "code", "parts"),
     [
-        ("    - rouge_l", "    - rouge_1\n    - rouge_1", "invalid-value", ["evaluate.metrics"]),
-        ("    - rouge_l", "    - bert_score", "invalid-value", ["evaluate.metrics"]),
-        ("answer_pattern: null", "answer_pattern: '#### (\\S+'", "invalid-value", ["evaluate.answer_pattern"]),
-        ("answer_pattern: null", "answer_pattern: '####'", "invalid-value", ["evaluate.answer_pattern"]),
+        ("  - rouge_l", "  - rouge_1\n  - rouge_1", "invalid-value", ["evaluate.metrics"]),
+        ("  - rouge_l", "  - bert_score", "invalid-value", ["evaluate.metrics"]),
+        ("answer_pattern:", "answer_pattern: '#### (\\S+'", "invalid-value", ["evaluate.answer_pattern"]),
+        ("answer_pattern:", "answer_pattern: '####'", "invalid-value", ["evaluate.answer_pattern"]),
         (
             "primary_metric: exact_match",
             "primary_metric: exact_mach",
@@ -114,8 +114,8 @@ def test_the_judge_and_bert_score_add_their_scores():
         ),
         ("  mlflow: #", "  mlflo: #", "unknown-key", ["tracking.mlflo is not a known key", "did you mean 'mlflow'?"]),
         (
-            "    - name: json_fields",
-            "    - nam: json_fields",
+            "  - name: json_fields",
+            "  - nam: json_fields",
             "unknown-key",
             ["grpo.rewards.1.nam is not a known key", "did you mean 'name'?"],
         ),
@@ -128,7 +128,7 @@ def test_the_judge_and_bert_score_add_their_scores():
         ("  r: 16", "  r: 1.5", "invalid-value", ["lora.r is 1.5"]),
         ("  r: 16", "  r: '16'", "invalid-value", ["lora.r is '16'"]),
         ("max_grad_norm: 1.0", "max_grad_norm: .nan", "invalid-value", ["training.max_grad_norm is nan"]),
-        ("max_steps: null", "max_steps: 0", "invalid-value", ["training.max_steps is 0"]),
+        ("  max_steps:", "  max_steps: 0", "invalid-value", ["training.max_steps is 0"]),
         (
             "lr_scheduler_type: cosine",
             "lr_scheduler_type: cosin",
@@ -145,16 +145,16 @@ def test_the_judge_and_bert_score_add_their_scores():
         ("num_generations: 8", "num_generations: 7", "invalid-value", ["grpo"]),
         ("name: exact_match", "name: exactmatch", "invalid-value", ["grpo.rewards.0.name is 'exactmatch'"]),
         ("name: exact_match", "name: regex", "invalid-value", ["grpo.rewards.0"]),
-        ("name: exact_match", "name: regex\n      pattern: '('", "invalid-value", ["grpo.rewards.0"]),
-        ("name: exact_match", "name: numeric\n      pattern: '#### '", "invalid-value", ["grpo.rewards.0"]),
-        ("name: exact_match", "name: function\n      function: brevity", "invalid-value", ["grpo.rewards.0"]),
+        ("name: exact_match", "name: regex\n    pattern: '('", "invalid-value", ["grpo.rewards.0"]),
+        ("name: exact_match", "name: numeric\n    pattern: '#### '", "invalid-value", ["grpo.rewards.0"]),
+        ("name: exact_match", "name: function\n    function: brevity", "invalid-value", ["grpo.rewards.0"]),
         (
             "name: exact_match",
-            "name: length\n      min_characters: 9\n      max_characters: 3",
+            "name: length\n    min_characters: 9\n    max_characters: 3",
             "invalid-value",
             ["grpo.rewards.0"],
         ),
-        ("name: exact_match", "name: json_valid\n      pattern: x", "invalid-value", ["grpo.rewards.0"]),
+        ("name: exact_match", "name: json_valid\n    pattern: x", "invalid-value", ["grpo.rewards.0"]),
         ("model: tiny", "model: tyni", "unknown-preset", ["model is 'tyni'", "did you mean 'tiny'?"]),
         (
             "dataset: commands",
@@ -292,3 +292,15 @@ def test_every_key_is_read_by_the_code():
     )
     for path, _ in leaves(params.Params):
         assert re.search(rf"\.{path[-1]}\b", code), f"{'.'.join(path)} is never read"
+
+
+def test_an_override_of_dvc_changes_its_own_line_of_params_yaml_alone(tmp_path):
+    """DVC writes the file anew: it is kept in the form in which DVC leaves it."""
+    from dvc.utils.hydra import apply_overrides
+
+    file = tmp_path / "params.yaml"
+    file.write_text(paths.PARAMS.read_text())
+    apply_overrides(str(file), ["training.learning_rate=5e-5", "training.max_steps=7", "quantize.imatrix=false"])
+    before, after = paths.PARAMS.read_text().splitlines(), file.read_text().splitlines()
+    changed = [new.split(":")[0].strip() for old, new in zip(before, after, strict=True) if old != new]
+    assert changed == ["max_steps", "learning_rate", "imatrix"]

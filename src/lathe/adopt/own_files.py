@@ -105,15 +105,15 @@ make chat                         # talk to the best file
 
 
 def edit_params(text: str, values: Mapping[str, Any]) -> str:
-    """Return params.yaml with these values by their dotted keys; all other lines and all comments stay."""
+    """Return params.yaml with these values by their dotted keys, in DVC's form; other lines and all comments stay."""
     lines = text.splitlines()
     for key, value in values.items():
         start, end = _find_entry(lines, key)
         match = re.fullmatch(r"(?P<key>\s*\w+:)(?P<value>.*?)(?P<comment> #.*)?", lines[start])
         assert match, lines[start]
         items = value if isinstance(value, list) else []
-        written = "" if items else f" {format_scalar(value)}"
-        indent = " " * (len(lines[start]) - len(lines[start].lstrip()) + 2)
+        written = "" if items or value is None else f" {format_scalar(value)}"
+        indent = " " * (len(lines[start]) - len(lines[start].lstrip()))
         lines[start : end + 1] = [
             f"{match['key']}{written}{match['comment'] or ''}",
             *(f"{indent}{line}" for item in items for line in _format_item(item)),
@@ -142,7 +142,8 @@ def _find_entry(lines: list[str], key: str) -> tuple[int, int]:
     for depth, name in enumerate(key.split(".")):
         pattern = re.compile(rf" {{{2 * depth}}}{name}:(?!\S)")
         start = next(number for number in range(start + 1, end) if pattern.match(lines[number]))
-        further = (number for number in range(start + 1, end) if re.match(rf" {{0,{2 * depth}}}\S", lines[number]))
+        # The items of a list may be as far in as its key: DVC writes them so.
+        further = (number for number in range(start + 1, end) if re.match(rf" {{0,{2 * depth}}}[^\s-]", lines[number]))
         end = next(further, end)
     while end - 1 > start and not lines[end - 1].strip():
         end -= 1
