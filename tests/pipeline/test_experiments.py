@@ -180,7 +180,7 @@ def test_a_reset_brings_back_what_a_run_changed_and_touches_nothing_else(checkou
     assert rows.read_bytes() == original + b"{}\n"
     assert readme.read_text().endswith("\nmine\n")
     rows.write_bytes(original)
-    checkout.run("git", "reset", "--quiet", "metrics/mine.json")
+    checkout.run("git", "reset", "--quiet", "--", "metrics/mine.json")
     checkout.run("git", "restore", "README.md")
     assert state(checkout) == before
     assert lathe(checkout, "reset").stdout.startswith("nothing to put back to commit ")
