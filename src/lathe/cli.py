@@ -124,6 +124,13 @@ def _add_experiment_commands(table: Any) -> None:
     command.add_argument("--print-command", action="store_true", help="print the command of DVC, and run nothing")
     command.set_defaults(run=commands.run_experiment)
 
+    command = table.add_parser("smoke", help="run every stage on a few rows, in a copy: does this configuration work?")
+    command.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="its name (default: params.yaml as it is)"
+    ).complete = completion.RECIPES
+    _add_overrides(command)
+    command.set_defaults(run=commands.run_smoke)
+
     command = table.add_parser("repro", help="run the pipeline: `dvc repro`, and no other command beside it")
     command.add_argument("targets", nargs="*", metavar="STAGE", help="up to this stage (default: all)")
     command.set_defaults(run=lambda args: commands.run_pipeline(args.targets))

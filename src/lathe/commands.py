@@ -84,6 +84,13 @@ def run_experiment(args: argparse.Namespace) -> None:
     sys.exit(code)
 
 
+def run_smoke(args: argparse.Namespace) -> None:
+    """Run every stage on a few rows, in a copy of the checkout, and exit with the code of the first that fails."""
+    from lathe.experiments.smoke import command
+
+    sys.exit(command.run(args.recipe, args.overrides))
+
+
 def run_pipeline(targets: list[str]) -> None:
     """Check the parameters, run the pipeline by `dvc repro`, and exit with its code."""
     from lathe.common.workspace_lock import hold_workspace
