@@ -111,6 +111,17 @@ def _add_experiment_commands(table: Any) -> None:
     command = table.add_parser("experiments", help="list the recipes, with the scores of those that have been run")
     command.set_defaults(run=lambda args: commands.list_experiments())
 
+    command = table.add_parser("recipe", help="write a recipe whose values fit a model, a dataset and memory")
+    inner = command.add_subparsers(required=True, metavar="COMMAND")
+    command = inner.add_parser("new", help="write experiments/NAME.yaml, with the reason beside each value")
+    command.add_argument("name", metavar="NAME", help="of the recipe")
+    command.add_argument("--model", required=True, metavar="PRESET", help="a name under models in presets.yaml")
+    command.add_argument("--dataset", required=True, metavar="PRESET", help="a name under datasets in presets.yaml")
+    command.add_argument("--gpu", metavar="SIZE", help="memory to fit into, such as 24GB (default: what is here)")
+    command.add_argument("--method", choices=("sft", "dpo", "grpo"), default="sft", help="default: sft")
+    command.add_argument("--force", action="store_true", help="write over a recipe of that name")
+    command.set_defaults(run=commands.create_recipe)
+
     command = table.add_parser("run", help="run a recipe: `dvc exp run` with the overrides of experiments/NAME.yaml")
     command.add_argument("name", metavar="RECIPE", help="its name").complete = completion.RECIPES
     command.add_argument(

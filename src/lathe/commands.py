@@ -55,6 +55,13 @@ def run_doctor(args: argparse.Namespace) -> None:
     sys.exit(doctor.run(load_with_overrides, as_json=args.json))
 
 
+def create_recipe(args: argparse.Namespace) -> None:
+    """Write a recipe for a model and a dataset."""
+    from lathe.new_recipe.write_recipe import create_recipe
+
+    create_recipe(args.name, args.model, args.dataset, gpu=args.gpu, method=args.method, force=args.force)
+
+
 def list_experiments() -> None:
     """Print every recipe, and below it its experiments with their scores."""
     from lathe.experiments.run_recipe import list_results

@@ -26,7 +26,7 @@ FLOORS = [
     {"evaluation"},
     {"training", "experiments", "reports"},
     {"estimate", "stage", "out_of_memory"},
-    {"doctor", "doctor_checks", "adopt", "completion", "commands", "cli", "__main__"},
+    {"doctor", "doctor_checks", "adopt", "new_recipe", "completion", "commands", "cli", "__main__"},
 ]
 # Beside one another on the same floor: allowed in this direction alone.
 NEIGHBOURS = {
@@ -35,6 +35,8 @@ NEIGHBOURS = {
     ("doctor", "estimate"),
     ("commands", "doctor"),
     ("commands", "adopt"),
+    ("commands", "new_recipe"),
+    ("new_recipe", "doctor_checks"),
     ("cli", "commands"),
     ("cli", "completion"),
     ("__main__", "doctor"),
