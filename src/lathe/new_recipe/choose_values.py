@@ -10,7 +10,7 @@ from lathe.common.text import readable_bytes
 from lathe.new_recipe.fit_memory import Fit, Memory
 from lathe.new_recipe.measure_data import DataFacts
 from lathe.new_recipe.measure_model import ModelFacts
-from lathe.new_recipe.token_lengths import TokenLengths
+from lathe.new_recipe.token_lengths import LengthsInTokens
 
 Method = Literal["sft", "dpo", "grpo"]
 
@@ -60,7 +60,7 @@ def choose_step_rows(data: DataFacts) -> int:
     return int(_choose_by(STEP_ROWS, data.splits.get("train", 1_000)))
 
 
-def choose_length(data: DataFacts, model: ModelFacts, lengths: TokenLengths) -> Choice:
+def choose_length(data: DataFacts, model: ModelFacts, lengths: LengthsInTokens) -> Choice:
     """Return `training.max_length` for the rows, within the model's context."""
     if not data.known:
         return Choice("training.max_length", ASSUMED_LENGTH, "the dataset has not been fetched", guess=True)
@@ -81,7 +81,7 @@ def choose_values(
     fit: Fit,
     length: Choice,
     *,
-    lengths: TokenLengths,
+    lengths: LengthsInTokens,
     method: Method,
 ) -> list[Choice]:
     """Return the values of a recipe in the order in which they are written.
@@ -114,7 +114,7 @@ def _check_method(data: DataFacts, method: Method) -> None:
         )
 
 
-def _choose_rows(data: DataFacts, length: Choice, lengths: TokenLengths) -> list[Choice]:
+def _choose_rows(data: DataFacts, length: Choice, lengths: LengthsInTokens) -> list[Choice]:
     """Return what preprocess needs so that the rows are taken as they are."""
     choices = []
     if data.known and data.taken_from_train and data.rows:
@@ -198,7 +198,7 @@ def _choose_rates(model: ModelFacts, data: DataFacts, method: Method) -> list[Ch
     return choices
 
 
-def _choose_answers(data: DataFacts, lengths: TokenLengths, method: Method) -> list[Choice]:
+def _choose_answers(data: DataFacts, lengths: LengthsInTokens, method: Method) -> list[Choice]:
     if method != "grpo":
         return []
     rewards = [{"name": "exact_match", "weight": 1.0}]

@@ -18,7 +18,7 @@ ASSUMED_TEMPLATE_TOKENS = 64  # of a chat template around a conversation, with a
 
 
 @dataclass(frozen=True)
-class TokenLengths:
+class LengthsInTokens:
     """How many characters a token has, how many tokens a chat template adds, and how that is known."""
 
     characters_per_token: float
@@ -34,7 +34,7 @@ class TokenLengths:
         return self.count_text(characters) + self.template_tokens
 
 
-def measure_token_lengths(tokenizer: Path | None, sample: Sequence[Messages]) -> TokenLengths:
+def measure_token_lengths(tokenizer: Path | None, sample: Sequence[Messages]) -> LengthsInTokens:
     """Return the lengths for conversations such as those of the sample.
 
     `tokenizer` is a model's folder or GGUF file. Without one, or where it has no chat template, they are assumed.
@@ -42,7 +42,7 @@ def measure_token_lengths(tokenizer: Path | None, sample: Sequence[Messages]) ->
     try:
         if tokenizer and sample and tokenizer.suffix == GGUF_SUFFIX:
             return _measure_by_gguf(tokenizer, sample)
-        if tokenizer and sample and (tokenizer / "tokenizer.json").is_file():
+        if tokenizer and sample and (tokenizer / "tokenizer_config.json").is_file():
             return _measure_by_folder(tokenizer, sample)
     except InputError:  # no chat template, which a preset may give, or one that refuses these messages
         pass
@@ -50,10 +50,10 @@ def measure_token_lengths(tokenizer: Path | None, sample: Sequence[Messages]) ->
     characters = sum(map(len, texts))
     other = sum(not character.isascii() for text in texts for character in text)
     ratio = ASSUMED_CHARACTERS["latin" if 4 * other <= characters else "other"]
-    return TokenLengths(ratio, ASSUMED_TEMPLATE_TOKENS, f"assumed: {ratio:g} characters a token")
+    return LengthsInTokens(ratio, ASSUMED_TEMPLATE_TOKENS, f"assumed: {ratio:g} characters a token")
 
 
-def _measure_by_folder(folder: Path, sample: Sequence[Messages]) -> TokenLengths:
+def _measure_by_folder(folder: Path, sample: Sequence[Messages]) -> LengthsInTokens:
     from transformers import AutoTokenizer
 
     from lathe.models.chat_template import ChatTemplate
@@ -67,7 +67,7 @@ def _measure_by_folder(folder: Path, sample: Sequence[Messages]) -> TokenLengths
     return _measure(count, template.render, sample)
 
 
-def _measure_by_gguf(file: Path, sample: Sequence[Messages]) -> TokenLengths:
+def _measure_by_gguf(file: Path, sample: Sequence[Messages]) -> LengthsInTokens:
     from lathe.gguf.llama_model import LlamaModel
 
     with LlamaModel(file, vocab_only=True) as model:
@@ -76,12 +76,12 @@ def _measure_by_gguf(file: Path, sample: Sequence[Messages]) -> TokenLengths:
 
 def _measure(
     count: Callable[[str], int], render: Callable[[Messages], str], sample: Sequence[Messages]
-) -> TokenLengths:
+) -> LengthsInTokens:
     texts = [_join(messages) for messages in sample]
     tokens = [count(text) for text in texts]
     added = [count(render(messages)) - own for messages, own in zip(sample, tokens, strict=True)]
     ratio = sum(map(len, texts)) / max(1, sum(tokens))
-    return TokenLengths(max(ratio, 0.1), max(0, math.ceil(statistics.median(added))), "by the model's tokenizer")
+    return LengthsInTokens(max(ratio, 0.1), max(0, math.ceil(statistics.median(added))), "by the model's tokenizer")
 
 
 def _join(messages: Messages) -> str:
