@@ -22,6 +22,8 @@ EXAMPLES = {
     "inspect": "lathe inspect --split test --row 7 --ids",
     "experiments": "lathe experiments",
     "run": "lathe run tiny -S lora.r=8",
+    "smoke": "lathe smoke qwen3-600m",
+    "recipe": "lathe recipe new support --model qwen3-600m --dataset support --gpu 24GB",
     "repro": "lathe repro",
     "reset": "lathe reset",
     "preflight": "lathe preflight",
@@ -152,6 +154,17 @@ def _add_experiment_commands(table: Any) -> None:
     command = table.add_parser("experiments", help="list the recipes, with the scores of those that have been run")
     command.set_defaults(run=lambda args: commands.list_experiments())
 
+    command = table.add_parser("recipe", help="write a recipe whose values fit a model, a dataset and memory")
+    inner = command.add_subparsers(required=True, metavar="COMMAND")
+    command = inner.add_parser("new", help="write experiments/NAME.yaml, with the reason beside each value")
+    command.add_argument("name", metavar="NAME", help="of the recipe")
+    command.add_argument("--model", required=True, metavar="PRESET", help="a name under models in presets.yaml")
+    command.add_argument("--dataset", required=True, metavar="PRESET", help="a name under datasets in presets.yaml")
+    command.add_argument("--gpu", metavar="SIZE", help="memory to fit into, such as 24GB (default: what is here)")
+    command.add_argument("--method", choices=("sft", "dpo", "grpo"), default="sft", help="default: sft")
+    command.add_argument("--force", action="store_true", help="write over a recipe of that name")
+    command.set_defaults(run=commands.create_recipe)
+
     command = table.add_parser("run", help="run a recipe: `dvc exp run` with the overrides of experiments/NAME.yaml")
     command.add_argument("name", metavar="RECIPE", help="its name").complete = completion.RECIPES
     command.add_argument(
@@ -164,6 +177,13 @@ def _add_experiment_commands(table: Any) -> None:
     command.add_argument("--keep", action="store_true", help="with uncommitted values of params.yaml that it leaves")
     command.add_argument("--print-command", action="store_true", help="print the command of DVC, and run nothing")
     command.set_defaults(run=commands.run_experiment)
+
+    command = table.add_parser("smoke", help="run every stage on a few rows, in a copy: does this configuration work?")
+    command.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="its name (default: params.yaml as it is)"
+    ).complete = completion.RECIPES
+    _add_overrides(command)
+    command.set_defaults(run=commands.run_smoke)
 
     command = table.add_parser("repro", help="run the pipeline: `dvc repro`, and no other command beside it")
     command.add_argument("targets", nargs="*", metavar="STAGE", help="up to this stage (default: all)")

@@ -55,6 +55,13 @@ def run_doctor(args: argparse.Namespace) -> None:
     sys.exit(doctor.run(load_with_overrides, as_json=args.json))
 
 
+def create_recipe(args: argparse.Namespace) -> None:
+    """Write a recipe for a model and a dataset."""
+    from lathe.new_recipe.write_recipe import create_recipe
+
+    create_recipe(args.name, args.model, args.dataset, gpu=args.gpu, method=args.method, force=args.force)
+
+
 def list_experiments() -> None:
     """Print every recipe, and below it its experiments with their scores."""
     from lathe.experiments.run_recipe import list_results
@@ -82,6 +89,13 @@ def run_experiment(args: argparse.Namespace) -> None:
     if code == 0 and not (args.queue or args.print_command):
         run_summary.print_summary((args.experiment or args.name) if args.temp else WORKSPACE)
     sys.exit(code)
+
+
+def run_smoke(args: argparse.Namespace) -> None:
+    """Run every stage on a few rows, in a copy of the checkout, and exit with the code of the first that fails."""
+    from lathe.experiments.smoke import command
+
+    sys.exit(command.run(args.recipe, args.overrides))
 
 
 def run_pipeline(targets: list[str]) -> None:

@@ -282,7 +282,7 @@ def check_model(config: "Config", here: Circumstances) -> Findings:
 
     params = config.params
     try:
-        model = _find_model_config(config.model, here.root)
+        model = find_model_config(config.model, here.root)
     except InputError as error:  # no network now; there may be one when it is fetched
         yield Finding("memory", "warning", f"cannot be estimated: {error}")
         yield Finding("disk", "warning", "cannot be estimated: as memory")
@@ -370,7 +370,7 @@ def _is_from_hub(preset: Any) -> bool:
     return bool(preset.source == "hub")
 
 
-def _find_model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
+def find_model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
     """Return the folder, or the content, of config.json of a model that may not have been fetched yet."""
     if preset.source == "builtin":
         from lathe.sources.builtin.tiny_model import RECIPE

@@ -26,7 +26,17 @@ FLOORS = [
     {"evaluation"},
     {"training", "experiments", "reports"},
     {"estimate", "stage", "out_of_memory"},
-    {"doctor", "doctor_checks", "doctor_generation", "adopt", "completion", "commands", "cli", "__main__"},
+    {
+        "doctor",
+        "doctor_checks",
+        "doctor_generation",
+        "adopt",
+        "new_recipe",
+        "completion",
+        "commands",
+        "cli",
+        "__main__",
+    },
 ]
 # Beside one another on the same floor: allowed in this direction alone.
 NEIGHBOURS = {
@@ -37,6 +47,8 @@ NEIGHBOURS = {
     ("doctor_generation", "doctor_checks"),
     ("commands", "doctor"),
     ("commands", "adopt"),
+    ("commands", "new_recipe"),
+    ("new_recipe", "doctor_checks"),
     ("cli", "commands"),
     ("cli", "completion"),
     ("__main__", "doctor"),

@@ -170,7 +170,8 @@ overrides:
     ("old", "new", "code", "line", "part"),
     [
         ("Two.", "Two.\noveride: 1", "recipe-content", 3, "did you mean 'overrides'?"),
-        ("hypothesis: Two.\n", "", "recipe-content", 1, "hypothesis is missing; add it: "),
+        ("description: One.\n", "", "recipe-content", 1, "description is missing; add it: "),
+        ("Two.", "''", "recipe-content", 2, "hypothesis is empty; write "),
         ("One.", "''", "recipe-content", 1, "description is empty; write "),
         ("One.", "1", "recipe-content", 1, "description is 1; must be string"),
         ("\n  lora.r: 8", " 8", "recipe-content", 4, "overrides is not a mapping; write "),

@@ -7,6 +7,7 @@ second.
 
 import json
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,15 @@ class ProcessNote:
 
     pid: int
     written: float
+
+
+@dataclass(frozen=True)
+class StageCommand:
+    """A stage of dvc.yaml, each item of a matrix as its own: what it runs by a shell, and in which folder."""
+
+    name: str
+    commands: tuple[str, ...]
+    folder: Path
 
 
 class DvcRepository:
@@ -65,6 +75,42 @@ class DvcRepository:
         from dvc.stage import PipelineStage
 
         return {stage.name for stage in self._repo.index.stages if isinstance(stage, PipelineStage)}
+
+    def list_commands(self) -> list[StageCommand]:
+        """Return the stages of dvc.yaml, each after those that it depends on."""
+        from dvc.repo.reproduce import plan_repro
+        from dvc.stage import PipelineStage
+
+        return [
+            StageCommand(
+                stage.addressing,
+                (stage.cmd,) if isinstance(stage.cmd, str) else tuple(stage.cmd or ()),
+                Path(stage.wdir),
+            )
+            for stage in plan_repro(self._repo.index.graph)
+            if isinstance(stage, PipelineStage)
+        ]
+
+    def reproduce_alone(self, name: str) -> int:
+        """Run one stage, or take its outputs from the cache if it has been run; return the exit code of its command.
+
+        What it depends on is taken as it is.
+        """
+        from dvc.exceptions import ReproductionError
+        from dvc.stage.exceptions import StageCmdFailedError
+
+        log = logging.getLogger("dvc")
+        log.setLevel(logging.WARNING)  # what to do with dvc.lock is not for whoever calls this
+        log.propagate = False  # it has handlers of its own
+        try:
+            self._repo.reproduce(targets=[name], single_item=True)
+        except ReproductionError as error:
+            cause = error.__cause__ or error
+            exited = re.search(r"exited with (-?\d+)$", str(cause))
+            if isinstance(cause, StageCmdFailedError) and exited:
+                return int(exited[1]) if int(exited[1]) > 0 else 128 - int(exited[1])
+            raise InputError(f"dvc: {name}: {summarize_error(cause)}; mend it and run again", code="dvc") from None
+        return 0
 
     def dependencies(self) -> set[str]:
         """Return the paths that any stage depends on, as dvc.yaml has them."""

@@ -43,8 +43,8 @@ class Recipe(Section):
     """The content of a recipe; once read, with the overrides of the files that it extends."""
 
     description: Name = Field(description="what is run, in a sentence")
-    hypothesis: Name = Field(description="what it should show, and by which number")
-    expect: Name = Field(description="time and memory where they are known, or that it has not been run")
+    hypothesis: Name | None = Field(None, description="what it should show, and by which number")
+    expect: Name | None = Field(None, description="time and memory where they are known, or that it has not been run")
     extends: Extends | None = Field(None, description=EXTENDS)
     overrides: Overrides = Field(description=OVERRIDES)
 
@@ -182,7 +182,7 @@ def _describe(problem: Any, kind: type[Section], tree: Any, shown: str, marked: 
         case "missing":
             return f"{shown}:1: {key} is missing; add it: {kind.model_fields[key].description}"
         case "dict_type" | "model_type" if path in ((), ("overrides",)):
-            meant = "description, hypothesis, expect and overrides" if not path else "KEY: VALUE, one a line"
+            meant = "description and overrides" if not path else "KEY: VALUE, one a line"
             return f"{shown}:{line}: {key} is not a mapping; write {meant}"
         case "too_short" | "string_too_short":
             return f"{shown}:{line}: {path[0]} is empty; write {kind.model_fields[path[0]].description}"

@@ -1,0 +1,186 @@
+"""`lathe recipe new`: the recipe loads, its values fit model, data and memory, and guesses are named as such."""
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from refusals import refused
+from ruamel.yaml import YAML
+
+from lathe.common import paths
+from lathe.config.load import load
+from lathe.experiments import recipes
+from lathe.new_recipe import choose_values, fit_memory, measure_data, measure_model, token_lengths, write_recipe
+from lathe.new_recipe.fit_memory import Memory
+from lathe.new_recipe.measure_data import DataFacts
+from lathe.new_recipe.measure_model import ModelFacts
+from lathe.new_recipe.token_lengths import LengthsInTokens
+from lathe.training.train import describe_unusual_rate
+
+ANSWERS = {
+    "json": '{"device":"lamp","on":true}',
+    "short": "card arrival",
+    "prose": "It is on its way, and will be with you within the next few days, as the post in your part of the country "
+    "takes somewhat longer than elsewhere.",
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path, small_model: Path, toy_params: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with a local model and three local files, as far as these commands look at one."""
+    root = tmp_path / "checkout"
+    (root / "data/local").mkdir(parents=True)
+    shutil.copytree(small_model, root / "models/local/small")
+    shutil.copytree(paths.ROOT / "experiments/base", root / "experiments/base")
+    tree = YAML().load(paths.PRESETS)
+    tree["models"]["small"] = {"source": "local", "path": "models/local/small"}
+    for kind, answer in ANSWERS.items():
+        rows = [{"prompt": f"What about number {number}?", "completion": answer} for number in range(300)]
+        (root / f"data/local/{kind}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        tree["datasets"][kind] = {"source": "local", "path": f"data/local/{kind}.jsonl"}
+    presets = root / "presets.yaml"
+    YAML().dump(tree, presets)
+    for name, path in (("ROOT", root), ("PRESETS", presets), ("METRICS", root / "metrics")):
+        monkeypatch.setattr(paths, name, path)
+    monkeypatch.setattr(paths, "MODEL_BASE", root / "models/base")
+    monkeypatch.setattr(paths, "DATA_RAW", root / "data/raw")
+    monkeypatch.setattr(load, "__defaults__", (paths.PARAMS, presets))
+    monkeypatch.setattr(recipes, "FOLDER", root / "experiments")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return root
+
+
+def create(name="mine", model="small", dataset="json", *, gpu="8GB", method="sft", force=False):
+    write_recipe.create_recipe(name, model, dataset, gpu=gpu, method=method, force=force)
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("json", "exact_match"), ("short", "exact_match"), ("prose", "rouge_l")])
+def test_a_recipe_loads_and_its_values_fit(root, capsys, kind, metric):
+    create(dataset=kind)
+    values = recipes.load_recipe("mine").recipe.overrides
+    assert (values["model"], values["dataset"]) == ("small", kind)
+    assert values["evaluate.primary_metric"] == metric
+    assert metric in values["evaluate.metrics"]
+    assert ("json_fields" in values["evaluate.metrics"]) == (kind == "json")
+    assert 64 <= values["training.max_length"] <= 192
+    step = values["training.per_device_train_batch_size"] * values["training.gradient_accumulation_steps"]
+    assert step == 8, "of 300 rows"
+    assert values["training.num_train_epochs"] == 3
+    assert values["generate.max_new_tokens"] == values["generate.n_ctx"] == "auto"
+    assert not values["quantization.load_in_4bit"]
+    assert not values["training.gradient_checkpointing"]
+    assert describe_unusual_rate(values["training.learning_rate"], weights=1_000_000, tuning="lora") is None
+    lines = (root / "experiments/mine.yaml").read_text().splitlines()
+    own = lines[lines.index("overrides:") + 1 :]
+    assert 10 <= len(own) <= 22
+    assert all(" # " in line or above.lstrip().startswith("# ") for above, line in pairwise(own))
+    printed = capsys.readouterr().out
+    assert printed.endswith("next:\n  lathe smoke mine\n  lathe doctor --recipe mine\n  lathe run mine\n")
+    assert "guess" not in printed
+
+
+def test_nothing_is_written_where_something_is_refused(root):
+    create()
+    before = (root / "experiments/mine.yaml").read_text()
+    with refused("recipe-exists", "experiments/mine.yaml", "--force"):
+        create(dataset="prose")
+    with refused("recipe-name", "My_own"):
+        create("My_own")
+    with refused("unknown-preset", "--model smal", "did you mean 'small'?"):
+        create("other", model="smal")
+    with refused("unknown-preset", "--dataset jsn", "did you mean 'json'?"):
+        create("other", dataset="jsn")
+    with refused("gpu-size", "--gpu much", "24GB"):
+        create("other", gpu="much")
+    with refused("no-pairs", "--method dpo", "300 of 300 rows"):
+        create("other", method="dpo")
+    with refused("no-reward", "--method grpo"):
+        create("other", dataset="prose", method="grpo")
+    (root / "data/local/json.jsonl").unlink()
+    with refused("no-such-file", "data/local/json.jsonl"):
+        create("other")
+    assert (root / "experiments/mine.yaml").read_text() == before
+    assert recipes.list_recipes() == ["mine"]
+    create(dataset="prose", force=True)
+    assert (root / "experiments/mine.yaml").read_text() != before
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_other_methods_have_values_of_their_own(root, method):
+    create(dataset="commands", method=method)
+    values = recipes.load_recipe("mine").recipe.overrides
+    assert values["training.method"] == method
+    assert values[f"{method}.learning_rate"] < values["training.learning_rate"]
+    if method == "grpo":
+        assert [reward["name"] for reward in values["grpo.rewards"]] == ["exact_match", "json_fields"]
+
+
+def test_what_has_not_been_fetched_is_a_guess_and_said_to_be(root, capsys):
+    create(model="qwen3-600m", dataset="gsm8k", gpu="24GB")
+    values = recipes.load_recipe("mine").recipe.overrides
+    assert values["training.learning_rate"] == 2e-4
+    printed = capsys.readouterr().out
+    guesses = next(line for line in printed.splitlines() if line.startswith("guesses: "))
+    assert {"training.max_length", "training.learning_rate"} <= set(guesses.removeprefix("guesses: ").split(", "))
+    assert "warning: config.json of Qwen/Qwen3-0.6B" in printed
+    text = (root / "experiments/mine.yaml").read_text()
+    assert "model: qwen3-600m # 600 M weights, a guess by the name" in text
+    assert "# a guess: " in text
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("weights", [1_400_000, 135_000_000, 600_000_000, 3_000_000_000, 8_000_000_000])
+def test_the_rate_is_one_that_training_takes_for_usual(weights, tuning):
+    rate = choose_values.choose_learning_rate(weights, tuning)
+    assert describe_unusual_rate(rate, weights=weights, tuning=tuning) is None
+
+
+def test_less_memory_gives_smaller_batches_and_then_a_smaller_form(toy_params):
+    llama = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6}
+    llama |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 32_000, "tie_word_embeddings": True}
+    params = load(paths.PARAMS).params
+
+    def fit(size: int) -> fit_memory.Fit:
+        return fit_memory.fit_training(llama, 40_000_000, params, Memory(size, "cuda", "here"), rows=16, per_row=1)
+
+    much, less, least = fit(10**11), fit(4 * 10**9), fit(10**7)
+    assert (much.batch_size, much.gradient_checkpointing, much.load_in_4bit) == (16, False, False)
+    assert less.fits
+    assert less.total is not None
+    assert less.total <= 4 * 10**9
+    assert less.batch_size < 16 or less.gradient_checkpointing
+    assert not least.fits
+    assert least.batch_size == 1
+
+
+def test_rows_longer_than_the_context_are_cut_and_not_refused():
+    data = DataFacts(known=True, kind="prose", splits={"train": 90}, row_characters=[4000] * 100)
+    model = ModelFacts(10**9, "", {}, 512, None)
+    lengths = LengthsInTokens(4.0, 10, "measured")
+    length = choose_values.choose_length(data, model, lengths)
+    assert length.value == 512
+    chosen = {choice.key: choice.value for choice in choose_values._choose_rows(data, length, lengths)}
+    assert chosen["preprocess.too_long"] == "truncate_prompt"
+    assert chosen["preprocess.max_truncated_fraction"] == 1.0
+
+
+def test_one_row_that_is_far_longer_than_the_others_does_not_decide_the_length():
+    data = DataFacts(known=True, kind="prose", splits={"train": 900}, row_characters=[400] * 999 + [40_000])
+    choice = choose_values.choose_length(data, ModelFacts(1, "", {}, None, None), LengthsInTokens(4.0, 10, "measured"))
+    assert choice.value == 128
+
+
+def test_lengths_are_those_of_the_tokenizer_and_cautious_without_one(root, small_model):
+    sample = [[{"role": "user", "content": "turn on the lamp"}, {"role": "assistant", "content": '{"on":true}'}]]
+    measured = token_lengths.measure_token_lengths(small_model, sample)
+    assert measured.source == "by the model's tokenizer"
+    assert measured.template_tokens > 0
+    assumed = token_lengths.measure_token_lengths(None, sample)
+    assert assumed.characters_per_token == 3
+    russian = [[{"role": "user", "content": "включи свет на кухне"}]]
+    assert token_lengths.measure_token_lengths(None, russian).characters_per_token == 2
+    facts = measure_model.measure_model(load())
+    assert measure_data.measure_data(load()).kind == "json"
+    assert facts.known
