@@ -226,8 +226,7 @@ class ReportFacts:
         primary = {f"{name}.{self.primary_metric}": (summary, self.primary_metric, name) for name in names}
         return {
             **primary,
-            "best file": (summary, "best", "file"),
-            "bytes": (summary, "best", "bytes"),
+            "best.bytes": (summary, "best", "bytes"),
             "validation loss": ("metrics/train/metrics.json", "eval", "loss"),
             "gates passed": (summary, "gates_passed"),
         }
