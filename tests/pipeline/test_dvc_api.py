@@ -205,11 +205,11 @@ def test_the_stages_have_their_commands_each_after_what_it_depends_on(repo, root
     assert stages["pack"].folder == root
 
 
-def test_one_stage_comes_from_the_cache_or_has_the_exit_code_of_its_command(root):
+def test_one_stage_comes_from_the_cache_or_has_the_exit_code_of_its_command(root, monkeypatch):
+    monkeypatch.chdir(root)
     text = (root / "dvc.yaml").read_text()
-    (root / "dvc.yaml").write_text(
-        f"{text}  after:\n    cmd: exit 3\n    deps: [packed]\n    outs: [after]\n  lost:\n    cmd: 'true'\n    deps: [none]\n"
-    )
+    further = "  after:\n    cmd: exit 3\n    deps: [packed]\n    outs: [after]\n"
+    (root / "dvc.yaml").write_text(f"{text}{further}  lost:\n    cmd: exit 0\n    deps: [none]\n")
     (root / "a.txt").unlink()
     try:
         with open_repository(root) as repo:
