@@ -198,6 +198,32 @@ def test_a_command_runs_in_this_process_and_has_its_exit_code(root, monkeypatch,
     assert dvc_api.run_command(["repro", "no-such-stage"]) == 255
 
 
+def test_the_stages_have_their_commands_each_after_what_it_depends_on(repo, root):
+    stages = {stage.name: stage for stage in repo.list_commands()}
+    assert set(stages) == {"make@a", "make@b", "pack"}
+    assert stages["make@b"].commands == ("python -c \"open('b.txt', 'w').write('b')\"",)
+    assert stages["pack"].folder == root
+
+
+def test_one_stage_comes_from_the_cache_or_has_the_exit_code_of_its_command(root, monkeypatch):
+    monkeypatch.chdir(root)
+    text = (root / "dvc.yaml").read_text()
+    further = "  after:\n    cmd: exit 3\n    deps: [packed]\n    outs: [after]\n"
+    (root / "dvc.yaml").write_text(f"{text}{further}  lost:\n    cmd: exit 0\n    deps: [none]\n")
+    (root / "a.txt").unlink()
+    try:
+        with open_repository(root) as repo:
+            names = [stage.name for stage in repo.list_commands()]
+            assert names.index("pack") < names.index("after")
+            assert repo.reproduce_alone("make@a") == 0
+            assert (root / "a.txt").read_text() == "a"
+            assert repo.reproduce_alone("after") == 3
+            with refused("dvc", "lost", kept=False):
+                repo.reproduce_alone("lost")
+    finally:
+        (root / "dvc.yaml").write_text(text)
+
+
 def test_the_links_that_work_are_tried_on_the_disk(root):
     kinds = dvc_api.find_link_types(root, root / "file")
     assert {"hardlink", "symlink", "copy"} <= set(kinds)

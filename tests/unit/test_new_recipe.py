@@ -101,9 +101,18 @@ def test_nothing_is_written_where_something_is_refused(root):
     (root / "data/local/json.jsonl").unlink()
     with refused("no-such-file", "data/local/json.jsonl"):
         create("other")
+    (root / "data/local/short.jsonl").write_text('{"prompt": "a", "completion": ""}\n')
+    with refused("no-usable-rows", "data/local/short.jsonl"):
+        create("other", dataset="short")
+    (root / "models/local/small/config.json").unlink()
+    with refused("no-such-file", "config.json"):
+        create("other", dataset="commands")
+    shutil.rmtree(root / "models/local/small")
+    with refused("no-such-file", "models/local/small"):
+        create("other", dataset="commands")
     assert (root / "experiments/mine.yaml").read_text() == before
     assert recipes.list_recipes() == ["mine"]
-    create(dataset="prose", force=True)
+    create(model="tiny", dataset="prose", force=True)
     assert (root / "experiments/mine.yaml").read_text() != before
 
 

@@ -83,7 +83,7 @@ class DvcRepository:
 
         return [
             StageCommand(
-                stage.addressing,
+                stage.name,
                 (stage.cmd,) if isinstance(stage.cmd, str) else tuple(stage.cmd or ()),
                 Path(stage.wdir),
             )
@@ -94,7 +94,7 @@ class DvcRepository:
     def reproduce_alone(self, name: str) -> int:
         """Run one stage, or take its outputs from the cache if it has been run; return the exit code of its command.
 
-        What it depends on is taken as it is.
+        What it depends on is taken as it is. The current folder is the root, from which DVC reads the name.
         """
         from dvc.exceptions import ReproductionError
         from dvc.stage.exceptions import StageCmdFailedError

@@ -62,6 +62,9 @@ def measure_data(config: Config) -> DataFacts:
         raw.mkdir()
         for name, file in require_data_files(source, str(source)).items():
             (raw / name).symlink_to(file.resolve())
+        if not found["rows"]["usable"]:
+            shown = getattr(preset, "path", config.params.dataset)
+            raise InputError(f"{shown}: holds no row that can be used; `lathe data` says why", code="no-usable-rows")
         return _read_rows(raw, preset, found)
 
 

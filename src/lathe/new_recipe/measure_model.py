@@ -1,6 +1,5 @@
 """Facts about a model that decide values of a recipe: the number of its weights, its context, its tokenizer."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.json_files import read_json_object
 from lathe.config.load import Config
 from lathe.config.presets import LocalModel, PackageModel
 from lathe.doctor_checks import find_model_config
@@ -18,6 +18,8 @@ from lathe.sources import python_package
 
 # Where neither config.json nor a name tells the size.
 ASSUMED_WEIGHTS = 1_000_000_000
+
+REMEDY = "give a model's folder, or fetch it again"
 
 UNITS = {"b": 1e9, "m": 1e6}
 
@@ -49,6 +51,12 @@ def measure_model(config: Config) -> ModelFacts:
 
     Raises InputError if a model on this machine is missing or no such model.
     """
+    if isinstance(config.model, LocalModel) and not (paths.ROOT / config.model.path).exists():
+        raise InputError(
+            f"{config.model.path}: no such file or folder, which presets.yaml names as {config.params.model}; "
+            "put it there",
+            code="no-such-file",
+        )
     try:
         fetched = is_fetched("model", config.params.model, paths.MODEL_BASE)
         found = paths.MODEL_BASE if fetched else find_model_config(config.model, paths.ROOT)
@@ -56,7 +64,7 @@ def measure_model(config: Config) -> ModelFacts:
         if config.model.source != "hub":
             raise
         return _guess(config, str(error))
-    content = json.loads((found / "config.json").read_text(encoding="utf-8")) if isinstance(found, Path) else found
+    content = read_json_object(found / "config.json", remedy=REMEDY) if isinstance(found, Path) else found
     in_16_bits = config.params.model_copy(
         update={"merge": config.params.merge.model_copy(update={"dtype": "bfloat16"})}
     )
