@@ -655,11 +655,11 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(checkout, server, number, 
     assert before == {path: path.read_bytes() for path in (checkout.root / "data/generated").rglob("*.jsonl")}
 
 
-def test_without_a_judge_the_output_is_an_empty_folder_and_no_key_is_asked_for(checkout, server):
+def test_without_a_judge_the_output_is_a_note_and_no_key_is_asked_for(checkout, server):
     del checkout.environment["OPENAI_API_KEY"]
     checkout.set({"judge.enabled": False})
     checkout.stage("judge")
-    assert judged(checkout).keys() == {"metrics"}
+    assert judged(checkout).keys() == {"metrics", "unused.txt"}
     assert server.asked == []
 
 
