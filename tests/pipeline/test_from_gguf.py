@@ -12,7 +12,13 @@ from ruamel.yaml import YAML
 from lathe.gguf import header
 from lathe.gguf.quantize import quantize
 
-FEW = {"quantize.types": ["Q8_0"], "generate.max_rows": 2, "training.max_steps": 2, "training.eval_steps": 2}
+FEW = {
+    "quantize.types": ["Q8_0"],
+    "generate.max_rows": 2,
+    "generate.max_new_tokens": "auto",
+    "training.max_steps": 2,
+    "training.eval_steps": 2,
+}
 ESTIMATE = """
 import os
 from lathe import doctor

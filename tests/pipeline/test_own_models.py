@@ -15,7 +15,13 @@ from lathe.gguf import header
 from lathe.models.model_folder import INDEX_FILE
 
 # One type and few rows: what is asked is whether every stage takes the model.
-FEW = {"quantize.types": ["Q8_0"], "generate.max_rows": 2, "training.max_steps": 2, "training.eval_steps": 2}
+FEW = {
+    "quantize.types": ["Q8_0"],
+    "generate.max_rows": 2,
+    "generate.max_new_tokens": "auto",
+    "training.max_steps": 2,
+    "training.eval_steps": 2,
+}
 
 
 def run_all_stages(checkout: Checkout, model: Path, overrides: dict[str, str] | None = None) -> None:
