@@ -119,6 +119,7 @@ def start(root: Path, *command: str, new_terminal: bool = False) -> tuple[int, i
 
 
 def take_terminal() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it, and so would its children
     import fcntl
     import termios
 
