@@ -47,6 +47,11 @@ def write_timings(
     write_json(target, wrap_in_list(timing))
 
 
+def list_timing_stems() -> list[str]:
+    """Return the names of the stages' scripts, which are those of the files in metrics/timings."""
+    return sorted(file.stem for file in (paths.ROOT / "stages").glob("[a-z]*.py"))
+
+
 def _add_to_items(target: Path, content: dict[str, Any], items: Sequence[str]) -> dict[str, Any]:
     before = unwrap_list(read_json(target))["items"] if target.exists() else []
     by_item = {old["item"]: old for old in before} | {content["item"]: content}

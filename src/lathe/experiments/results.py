@@ -9,13 +9,15 @@ from typing import Any
 import yaml
 
 from lathe.common import dotted_keys, git, paths
-from lathe.common.metric_files import unwrap_list
+from lathe.common.metric_files import list_timing_stems, unwrap_list
 from lathe.config.artifacts import UNQUANTIZED
 from lathe.evaluation.best_artifact import choose_best_artifact
 from lathe.provenance.revisions import WORKSPACE, list_experiments
 
 PARAMS, REPORT, GATES = "params.yaml", "metrics/evaluate/validation.json", "metrics/evaluate/gates.json"
 TIMINGS = "metrics/timings"
+
+Run = tuple[str, str | None, str | None]  # name, commit (None: the workspace), and the commit that it started from
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,23 @@ class RunResult:
     seconds: float | None
 
 
+def read_experiments() -> list[RunResult]:
+    """Return the experiments, the newest first."""
+    return _read_runs([(experiment.name, experiment.commit, experiment.baseline) for experiment in list_experiments()])
+
+
 def read_results() -> list[RunResult]:
-    """Return the workspace if it differs from the last commit, that commit, and the newest experiments."""
+    """Return the workspace if it differs from the last commit, that commit, and the experiments, the newest first."""
     head = git.find_head()
-    runs: list[tuple[str, str, str | None]] = [
-        (experiment.name, experiment.commit, experiment.baseline) for experiment in list_experiments()
-    ]
-    if head:
-        runs = [(_name_head(), head, None), *runs]
-    files = _RunFiles([commit for run in runs for commit in run[1:] if commit])
-    results = [_read_result(files, name, commit, baseline) for name, commit, baseline in runs]
+    runs: list[Run] = [(_name_head(), head, None)] if head else []
     if head and git.run_git("status", "--porcelain", "--", PARAMS, "metrics/evaluate").strip():
-        results.insert(0, _read_result(files, WORKSPACE, None, head))
-    return results
+        runs.insert(0, (WORKSPACE, None, head))
+    return [*_read_runs(runs), *read_experiments()]
+
+
+def _read_runs(runs: Sequence[Run]) -> list[RunResult]:
+    files = _RunFiles([commit for run in runs for commit in run[1:] if commit])
+    return [_read_result(files, *run) for run in runs]
 
 
 def _name_head() -> str:
@@ -65,7 +71,6 @@ def _read_result(files: "_RunFiles", name: str, commit: str | None, baseline: st
     metric = now.get("evaluate.primary_metric")
     report = files.read_json(commit, REPORT) or {}
     candidates = [artifact for artifact in report if artifact not in UNQUANTIZED and metric in report[artifact]]
-    candidates = candidates or [artifact for artifact in report if metric in report[artifact]]
     best = choose_best_artifact(report, candidates, metric) if candidates and metric else None
     scores = report[best] if best else {}
     ends: dict[str, Any] = next((entry for entry in scores.get("intervals", ()) if entry["metric"] == metric), {})
@@ -97,8 +102,7 @@ class _RunFiles:
 
     def __init__(self, commits: Iterable[str]) -> None:
         commits = list(dict.fromkeys(commits))
-        stems = sorted(file.stem for file in (paths.ROOT / "stages").glob("[a-z]*.py"))
-        self._timings = [f"{TIMINGS}/{stem}.json" for stem in stems]
+        self._timings = [f"{TIMINGS}/{stem}.json" for stem in list_timing_stems()]
         names = [PARAMS, REPORT, GATES, *self._timings]
         wanted = [(commit, name) for commit in commits for name in names]
         self._contents = dict(

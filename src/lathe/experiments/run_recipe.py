@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lathe.common import paths
 from lathe.common.dvc_api import open_repository
@@ -16,14 +16,16 @@ from lathe.common.errors import InputError
 from lathe.common.git import find_head, run_git
 from lathe.common.text import summarize_error
 from lathe.common.workspace_lock import hold_workspace, refuse_beside_holder
-from lathe.config.artifacts import UNQUANTIZED
 from lathe.config.load import Config
 from lathe.config.overrides import apply_overrides, check_keys, compare_with_params, expand_sweep, read_key
 from lathe.experiments import preflight
 from lathe.experiments.dvc_command import run_dvc
 from lathe.experiments.interrupted import refuse_detached_head
 from lathe.experiments.recipes import list_recipes, load_recipe
-from lathe.provenance.revisions import Experiment, Revision, list_experiments
+from lathe.provenance.revisions import list_experiments
+
+if TYPE_CHECKING:
+    from lathe.experiments.results import RunResult
 
 WIDTH = 100  # columns of the list of recipes
 
@@ -114,7 +116,9 @@ def describe_changes(configs: Sequence[Config]) -> Iterator[str]:
 
 def list_results() -> Iterator[str]:
     """Yield each recipe with its description, and below it its experiments: validation score, interval, commit."""
-    known = list_experiments()
+    from lathe.experiments.results import read_experiments
+
+    known = read_experiments()
     width = max((len(name) for name in list_recipes()), default=0)
     for name in list_recipes():
         try:
@@ -123,33 +127,25 @@ def list_results() -> Iterator[str]:
             text = summarize_error(error)
         heading, margin = f"{name:<{width}}  ", " " * (width + 2)
         yield from textwrap.wrap(text, WIDTH, initial_indent=heading, subsequent_indent=margin, break_long_words=False)
-        for experiment in _select_newest(name, known):
-            yield f"{'':<{width}}    {experiment.name} ({experiment.commit[:10]}): {_format_score(experiment)}"
+        for result in _select_newest(name, known):
+            yield f"{'':<{width}}    {result.name} ({str(result.commit)[:10]}): {_format_score(result)}"
 
 
-def _select_newest(name: str, known: Sequence[Experiment]) -> list[Experiment]:
+def _select_newest(name: str, known: Sequence["RunResult"]) -> list["RunResult"]:
     """Return the newest experiment of a recipe's name, and of each run of a sweep."""
-    newest: dict[str, Experiment] = {}
-    for experiment in known:
-        if re.fullmatch(rf"{re.escape(name)}(-\d+)?", experiment.name):
-            newest.setdefault(experiment.name, experiment)
-    return sorted(newest.values(), key=lambda experiment: (len(experiment.name), experiment.name))
+    newest: dict[str, RunResult] = {}
+    for result in known:
+        if re.fullmatch(rf"{re.escape(name)}(-\d+)?", result.name):
+            newest.setdefault(result.name, result)
+    return sorted(newest.values(), key=lambda result: (len(result.name), result.name))
 
 
-def _format_score(experiment: Experiment) -> str:
-    from lathe.evaluation.best_artifact import choose_best_artifact
-
-    revision = Revision(experiment.name, experiment.commit)
-    metric = revision.parameters["evaluate"]["primary_metric"]
-    report = revision.read_json("metrics/evaluate/validation.json") or {}
-    candidates = [name for name in report if name not in UNQUANTIZED and metric in report[name]]
-    if not candidates:
-        return f"has no {metric}"
-    artifact = choose_best_artifact(report, candidates, metric)
-    ends = [(entry["low"], entry["high"]) for entry in report[artifact]["intervals"] if entry["metric"] == metric]
-    interval = f" [{ends[0][0]:.4g}, {ends[0][1]:.4g}]" if ends else ""
-    value = report[artifact][metric]
-    return f"{metric} {'none' if value is None else f'{value:.4g}'}{interval} on validation, {artifact}"
+def _format_score(result: "RunResult") -> str:
+    if result.artifact is None:
+        return f"has no {result.metric}"
+    interval = "" if result.low is None else f" [{result.low:.4g}, {result.high:.4g}]"
+    score = "none" if result.score is None else f"{result.score:.4g}"
+    return f"{result.metric} {score}{interval} on validation, {result.artifact}"
 
 
 def _free_names(names: Sequence[str], *, queue: bool, force: bool) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lathe.common import dotted_keys, paths
+from lathe.common import dotted_keys
 from lathe.common.errors import InputError
+from lathe.common.metric_files import list_timing_stems
 from lathe.common.text import format_table, readable_bytes, readable_seconds
 from lathe.config.artifacts import UNQUANTIZED, get_file_name
 from lathe.evaluation.best_artifact import choose_best_artifact
@@ -92,7 +93,7 @@ def describe_metrics(revision: Revision, split: str) -> Iterator[str]:
     for key, value in dotted_keys.flatten(revision.read_json("metrics/train/metrics.json") or {}).items():
         yield f"training, {key}: {value:,.6g}" if isinstance(value, int | float) else f"training, {key}: {value}"
     yield from _describe_rows(revision.read_json("metrics/preprocess/report.json"))
-    timings = {stem: timing for stem in list_stages() if (timing := _read_timing(revision, stem))}
+    timings = {stem: timing for stem in list_timing_stems() if (timing := _read_timing(revision, stem))}
     if timings:
         rows = [["stage", "time", "peak memory"]]
         for stem, timing in timings.items():
@@ -106,7 +107,7 @@ def read_metrics(revision: Revision) -> dict[str, Any]:
         "metrics/preprocess/report.json",
         "metrics/train/metrics.json",
         *(f"metrics/evaluate/{name}.json" for name in (*SPLITS, "gates")),
-        *(f"metrics/timings/{stem}.json" for stem in list_stages()),
+        *(f"metrics/timings/{stem}.json" for stem in list_timing_stems()),
     ]
     return {name: content for name in names if (content := revision.read_json(name)) is not None}
 
@@ -137,7 +138,7 @@ def _describe_rows(report: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _describe_seconds(revision: Revision) -> Iterator[str]:
-    seconds = {stem: timing["seconds"] for stem in list_stages() if (timing := _read_timing(revision, stem))}
+    seconds = {stem: timing["seconds"] for stem in list_timing_stems() if (timing := _read_timing(revision, stem))}
     if seconds:
         longest = sorted(seconds, key=lambda stem: -seconds[stem])[:2]
         parts = ", ".join(f"{stem} {readable_seconds(seconds[stem])}" for stem in longest)
@@ -146,8 +147,3 @@ def _describe_seconds(revision: Revision) -> Iterator[str]:
 
 def _read_timing(revision: Revision, stem: str) -> Any:
     return revision.read_json(f"metrics/timings/{stem}.json")
-
-
-def list_stages() -> list[str]:
-    """Return the names of the stages' scripts, which name their timings."""
-    return sorted(file.stem for file in (paths.ROOT / "stages").glob("[a-z]*.py"))
