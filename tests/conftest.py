@@ -38,6 +38,14 @@ SMALL = {
     "generate.max_rows": 6,
     "quantize.types": ["Q8_0", "Q4_K_M"],
 }
+# Changes of it for a model of another kind: what is asked is whether every stage takes it.
+FEW = {
+    "quantize.types": ["Q8_0"],
+    "generate.max_rows": 2,
+    "generate.max_new_tokens": "auto",
+    "training.max_steps": 2,
+    "training.eval_steps": 2,
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,20 +5,13 @@ import hashlib
 import sys
 from pathlib import Path
 
-from conftest import Checkout, add_small_inputs
+from conftest import FEW, Checkout, add_small_inputs
 from gguf_models import METADATA, Made, convert, qwen, rewrite, tiny  # noqa: F401 - fixtures
 from ruamel.yaml import YAML
 
 from lathe.gguf import header
 from lathe.gguf.quantize import quantize
 
-FEW = {
-    "quantize.types": ["Q8_0"],
-    "generate.max_rows": 2,
-    "generate.max_new_tokens": "auto",
-    "training.max_steps": 2,
-    "training.eval_steps": 2,
-}
 ESTIMATE = """
 import os
 from lathe import doctor

@@ -7,21 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Checkout, add_small_inputs
+from conftest import FEW, Checkout, add_small_inputs
 from gguf_models import make_llama3, make_qwen3, quantize_program  # noqa: F401 - a fixture
 
 from lathe.common import paths
 from lathe.gguf import header
 from lathe.models.model_folder import INDEX_FILE
-
-# One type and few rows: what is asked is whether every stage takes the model.
-FEW = {
-    "quantize.types": ["Q8_0"],
-    "generate.max_rows": 2,
-    "generate.max_new_tokens": "auto",
-    "training.max_steps": 2,
-    "training.eval_steps": 2,
-}
 
 
 def run_all_stages(checkout: Checkout, model: Path, overrides: dict[str, str] | None = None) -> None:
