@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lathe.common import operating_system, paths
+from lathe.common import operating_system
 from lathe.common.dvc_api import find_link_types, read_config
 from lathe.common.errors import InputError
 from lathe.common.git import read_line, try_git
@@ -168,19 +168,18 @@ def check_llama() -> Findings:
 
 def check_converter(root: Path, llama_cpp_dir: str | None) -> Findings:
     """Check the converter of `make setup`, or the checkout that `convert.llama_cpp_dir` names."""
-    from lathe.gguf import install_converter
+    from lathe.gguf.install_converter import REQUIREMENT, SCRIPT, find_converter
 
-    folder = root / llama_cpp_dir if llama_cpp_dir else paths.LLAMA_CPP
-    if not (folder / "convert_hf_to_gguf.py").is_file():
+    folder, state = find_converter(root, llama_cpp_dir)
+    shown = _show(folder, root)
+    if state == "missing":
         remedy = "name a llama.cpp checkout in convert.llama_cpp_dir" if llama_cpp_dir else "`make setup`"
-        yield Finding("converter", "fail", f"{_show(folder, root)} holds no convert_hf_to_gguf.py", remedy)
-    elif llama_cpp_dir:
-        yield Finding("converter", "ok", f"{_show(folder, root)}, named by convert.llama_cpp_dir")
-    elif install_converter.is_installed(folder, root / install_converter.REQUIREMENT.name):
-        yield Finding("converter", "ok", f"{_show(folder, root)}, as pinned")
+        yield Finding("converter", "fail", f"{shown} holds no {SCRIPT}", remedy)
+    elif state == "outdated":
+        yield Finding("converter", "warning", f"{shown} is not the one that {REQUIREMENT.name} pins", "`make setup`")
     else:
-        text = f"{_show(folder, root)} is not the one that {install_converter.REQUIREMENT.name} pins"
-        yield Finding("converter", "warning", text, "`make setup`")
+        whose = "named by convert.llama_cpp_dir" if llama_cpp_dir else "as pinned"
+        yield Finding("converter", "ok", f"{shown}, {whose}")
 
 
 def check_links(root: Path) -> Findings:

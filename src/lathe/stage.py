@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from lathe.common import json_files, launch, metric_files, operating_system, paths, workspace_lock
 from lathe.common.entry_point import guard
@@ -19,7 +18,6 @@ from lathe.experiments.tracking import start_mirror
 _log = logging.getLogger(__name__)
 
 LAST_STAGE = "card"  # of the pipeline
-CONVERTER = "convert_hf_to_gguf.py"  # llama.cpp's
 
 # Measured by a stage besides seconds and memory, such as {"tokens_per_second": 812.5}.
 Throughput = dict[str, float]
@@ -93,18 +91,15 @@ def _load_config(name: str) -> Config:
 
 def warn_without_converter(convert: Convert) -> None:
     """Warn, before the hours of training, if llama.cpp's converter is missing, with which a later stage begins."""
-    from lathe.gguf import install_converter
+    from lathe.gguf.install_converter import SCRIPT, find_converter
 
-    found = False
-    if convert.llama_cpp_dir:
-        folder = paths.ROOT / convert.llama_cpp_dir
-        found, remedy = (folder / CONVERTER).is_file(), "name a llama.cpp checkout in convert.llama_cpp_dir"
-    else:
-        folder, remedy = paths.LLAMA_CPP, "run `make setup`"
-        with suppress(InputError):  # llama-cpp-python of another version than the converter that is pinned
-            found = install_converter.is_installed(folder, install_converter.REQUIREMENT)
-    if not found:
-        _log.warning("%s: no %s that fits; convert will fail after the training; %s", folder, CONVERTER, remedy)
+    try:
+        folder, state = find_converter(paths.ROOT, convert.llama_cpp_dir)
+    except InputError:  # llama-cpp-python of another version than the converter that is pinned
+        folder, state = paths.LLAMA_CPP, "outdated"
+    if state != "ready":
+        remedy = "name a llama.cpp checkout in convert.llama_cpp_dir" if convert.llama_cpp_dir else "run `make setup`"
+        _log.warning("%s: no %s that fits; convert will fail after the training; %s", folder, SCRIPT, remedy)
 
 
 def check_held_out(params: Params) -> None:

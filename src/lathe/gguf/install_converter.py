@@ -13,6 +13,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from lathe.common import entry_point, paths
 from lathe.common.errors import InputError
@@ -32,6 +33,9 @@ UNPACKED = (
     "src/llama-vocab.cpp",
 )
 PIN_FILE = ".pinned"
+SCRIPT = "convert_hf_to_gguf.py"
+
+State = Literal["missing", "outdated", "ready"]
 
 
 def main() -> None:
@@ -55,6 +59,19 @@ def install(target: Path, requirement: Path) -> bool:
         shutil.rmtree(download)
         (folder / PIN_FILE).write_text(_read_pin(requirement), encoding="utf-8")
     return True
+
+
+def find_converter(root: Path, llama_cpp_dir: str | None) -> tuple[Path, State]:
+    """Return the folder of the converter that a checkout uses, and whether it is there and of the pinned version.
+
+    `llama_cpp_dir` is convert.llama_cpp_dir; a folder of the user's own is of no pinned version. Raises InputError as
+    `is_installed`.
+    """
+    folder = root / llama_cpp_dir if llama_cpp_dir else paths.LLAMA_CPP
+    if not (folder / SCRIPT).is_file():
+        return folder, "missing"
+    ready = bool(llama_cpp_dir) or is_installed(folder, root / REQUIREMENT.name)
+    return folder, "ready" if ready else "outdated"
 
 
 def is_installed(target: Path, requirement: Path) -> bool:
