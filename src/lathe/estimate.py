@@ -119,6 +119,10 @@ def estimate_training_memory(
             frozen, largest_packed = _measure_weights(base, quantization)
             to_train = _add_meta_adapter(base, lora)
         trained = _count_trained(to_train)
+        if training.tuning == "lora" and lora.num_layers:
+            # Measured on the first blocks, which have no update here; that of all blocks is alike.
+            every = lora.model_copy(update={"num_layers": None})
+            to_train = _add_meta_adapter(_make_meta_model(config, precision), every)
         step, evaluation = _measure_peaks(to_train, params, precision, length, columns)
     return TrainingMemory(
         weights=frozen,
@@ -191,7 +195,9 @@ def explain(memory: TrainingMemory, training: Training, quantization: Quantizati
         case _ if training.tuning == "full":
             remedy = "set training.tuning to lora"
         case _:
-            remedy = "lower lora.r, or name fewer layers in lora.target_modules and lora.modules_to_save"
+            remedy = (
+                "lower lora.r or lora.num_layers, or name fewer layers in lora.target_modules and lora.modules_to_save"
+            )
     return f"most of it is {largest}, {readable_bytes(parts[largest])} of {readable_bytes(memory.total)}; {remedy}"
 
 
@@ -283,7 +289,8 @@ def _measure_peaks(
     """Return the bytes of activations and logits at the peak of a training step, and of an evaluation batch.
 
     Layers are alike, so the peak is extrapolated from those with two and with four layers. The other layers of
-    `adapted` are removed for that.
+    `adapted` are removed for that. Layers before the first that `lora.num_layers` trains keep no activations, unless
+    they are computed twice, by activation checkpointing.
     """
     from torch import nn
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -318,12 +325,15 @@ def _measure_peaks(
     if len(counts) == 1:
         step, evaluation = peaks[0]
         return step, evaluation
-    extra = (depth - counts[0]) / (counts[0] - counts[1])
-    step, evaluation = (
-        Counter({kind: round(more[kind] + extra * (more[kind] - less[kind])) for kind in more | less})
-        for more, less in zip(*peaks, strict=True)
-    )
-    return step, evaluation
+    is_partial = training.tuning == "lora" and not training.gradient_checkpointing
+    kept = (params.lora.num_layers if is_partial else None) or depth
+
+    def extrapolate(more: Counter[str], less: Counter[str], count: int) -> Counter[str]:
+        extra = (count - counts[0]) / (counts[0] - counts[1])
+        return Counter({kind: round(more[kind] + extra * (more[kind] - less[kind])) for kind in more | less})
+
+    (step, evaluation), (step_of_fewer, evaluation_of_fewer) = peaks
+    return extrapolate(step, step_of_fewer, kept), extrapolate(evaluation, evaluation_of_fewer, depth)
 
 
 def _measure_peak(model: Any, rows: int, length: int, columns: int, precision: str, is_training: bool) -> Counter[str]:

@@ -177,3 +177,55 @@ def test_greedy_answers_of_the_f16_file_are_those_of_transformers(learnt: Made):
     print(*differing, sep="\n")
     assert len({answer.text for answer in answers}) > 20
     assert len(differing) <= len(prompts) // 100
+
+
+@pytest.mark.parametrize("made", ["learnt", "tiny", "qwen"])
+def test_answers_and_likelihoods_from_one_decoding_of_the_prompts_are_those_of_two(made, request, tmp_path):
+    made = request.getfixturevalue(made)
+    path = tmp_path / "Q8_0.gguf"
+    quantize(made.gguf, path, type="Q8_0", threads=2)
+    with open_generator(path) as generator, open_generator(made.gguf) as original:
+        pairs = requests(generator, 20)
+        likelihoods = dict(enumerate(score_references(generator, pairs, against=original)))
+        prompts = [prompt for prompt, _ in pairs]
+        answers = dict(enumerate(generator.complete(prompts, max_new_tokens=16)))
+
+        def measure(**options):
+            found = likelihood.answer_and_score(
+                generator, lambda: pairs, max_new_tokens=16, against=original, **options
+            )
+            seen, likely, answered = [], {}, {}
+            for number, result in found:
+                (answered if isinstance(result, generate.Completion) else likely)[number] = result
+                seen.append((number, type(result)))
+            for number in likely.keys() & answered.keys():
+                assert seen.index((number, likelihood.Likelihood)) < seen.index((number, generate.Completion))
+            return likely, answered
+
+        assert measure() == (likelihoods, answers)
+        # As an interrupted run goes on: of rows 0 to 4 all is known, of 5 to 9 the likelihood.
+        likely, answered = measure(answered=range(5), scored=range(10))
+        assert likely == {number: each for number, each in likelihoods.items() if number >= 10}
+        assert answered == {number: each for number, each in answers.items() if number >= 5}
+
+
+def test_a_prompt_whose_last_token_is_another_with_the_reference_is_answered_as_it_is(learnt: Made):
+    with open_generator(learnt.gguf) as generator:
+
+        def is_spanning(prompt: str, reference: str) -> bool:
+            tokens = generator.tokenize(prompt)
+            return generator.tokenize(prompt + reference)[: len(tokens)] != tokens
+
+        # Cut within a word, of which the tokenizer makes other tokens than of its halves.
+        cuts = [
+            (prompt + reference[:at], reference[at:])
+            for prompt, reference in requests(generator, 12)
+            for at in range(1, 12)
+        ]
+        pairs = [pair for pair in cuts if is_spanning(*pair)] + cuts[:5]
+        assert len(pairs) > 10
+        results = list(likelihood.answer_and_score(generator, lambda: pairs, max_new_tokens=8))
+        answers = [result for _, result in sorted(pair for pair in results if isinstance(pair[1], generate.Completion))]
+        assert answers == generator.complete([prompt for prompt, _ in pairs], max_new_tokens=8)
+        likely = [result for _, result in results if isinstance(result, likelihood.Likelihood)]
+        assert likely == score_references(generator, pairs)

@@ -49,6 +49,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "named layers": {"lora.target_modules": ["q_proj", "down_proj"]},
     "expression": {"lora.target_modules": r".*\.layers\.1\.(mlp\.up_proj|self_attn\.[vo]_proj)"},
     "embeddings updated": {"lora.target_modules": ["embed_tokens", "q_proj"]},
+    "last block": {"lora.num_layers": 1},
     "head saved": {"lora.modules_to_save": ["lm_head"]},
     "both saved, 4-bit base": {"lora.modules_to_save": BOTH, "quantization.load_in_4bit": True},
     "norms saved, dora": {"lora.modules_to_save": ["norm"], "lora.use_dora": True},

@@ -116,6 +116,8 @@ def test_weights_are_counted_as_bitsandbytes_packs_them(small_model, double_quan
         {"r": 3},
         {"target_modules": ["q_proj", "v_proj"]},
         {"target_modules": r".*\.layers\.0\.mlp\.\w+_proj"},
+        {"num_layers": 1},
+        {"num_layers": 1, "target_modules": ["q_proj", "v_proj"]},
         {"use_dora": True},
         {"modules_to_save": ["lm_head"]},
     ],
@@ -291,6 +293,17 @@ def test_a_damaged_config_file_is_refused_in_one_line(tmp_path, content, code):
 def test_layers_that_do_not_exist_are_refused():
     with refused("layer-unknown", "lora.target_modules: 'query'"):
         estimated(QWEN, lora=changed(CONFIG.lora, target_modules=["query"]))
+
+
+def test_more_blocks_than_the_model_has_are_refused():
+    with refused("blocks-too-many", "lora.num_layers is 99"):
+        estimated(QWEN, lora=changed(CONFIG.lora, num_layers=99))
+
+
+def test_an_update_in_the_last_blocks_alone_takes_less_memory():
+    whole, half = (estimated(QWEN, lora=changed(CONFIG.lora, num_layers=number)) for number in (None, 4))
+    assert half.adapter == whole.adapter / 2
+    assert half.activations < 0.7 * whole.activations
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ VARIANTS = {
     "all linear": Variant("untied", {"target_modules": "all-linear"}),
     "linear by name": Variant("llama", {"target_modules": LINEAR}),
     "regex": Variant("untied", {"target_modules": r".*\.1\.mlp\.(up|down)_proj"}),
+    "last block": Variant("untied", {"target_modules": LINEAR, "layers_to_transform": [1]}),
     "rslora": Variant("tied", {"target_modules": LINEAR, "use_rslora": True}, stays_tied=True),
     "dora": Variant("untied", {"target_modules": LINEAR, "use_dora": True}),
     "dora with rslora": Variant("llama", {"target_modules": LINEAR, "use_dora": True, "use_rslora": True}),

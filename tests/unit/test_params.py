@@ -12,6 +12,7 @@ from toy import load_toy, toy_text
 from lathe.common import paths
 from lathe.config import base, params, reference, yaml_files
 from lathe.config.load import load
+from lathe.config.training_params import Lora
 
 
 @pytest.fixture
@@ -166,6 +167,13 @@ def test_the_judge_and_bert_score_add_their_scores():
 )
 def test_a_bad_value_is_refused_with_key_value_rule_and_remedy(refuse, old, new, code, parts):
     refuse(old, new, code, *parts)
+
+
+def test_blocks_are_not_counted_where_an_expression_names_them():
+    lora = load_toy().params.lora.model_dump()
+    assert Lora.model_validate({**lora, "target_modules": ["q_proj"], "num_layers": 2}).num_layers == 2
+    with pytest.raises(ValueError, match=r"lora.num_layers is 2 .*; set lora.num_layers to null"):
+        Lora.model_validate({**lora, "target_modules": r".*_proj", "num_layers": 2})
 
 
 def test_all_problems_of_both_files_are_reported_at_once(refuse):

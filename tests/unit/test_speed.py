@@ -30,9 +30,21 @@ def model() -> Any:
 def test_a_step_needs_four_operations_per_frozen_weight_and_six_per_trained_one(model):
     layer = HIDDEN * (2 * HIDDEN + 2 * HIDDEN // 2) + 3 * HIDDEN * INNER  # q, o, k, v; gate, up, down
     assert count_flops(model) == (6 * LAYERS * layer, 6 * HIDDEN * VOCABULARY)
-    adapted = add_adapter(model, load_toy().params.lora)
+    lora = load_toy().params.lora
+    adapted = add_adapter(model, lora)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    assert count_flops(adapted) == (4 * LAYERS * layer + 6 * trained, 4 * HIDDEN * VOCABULARY)
+    # No gradient goes to the input of the first trained layer, nor to what is before it.
+    first = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * lora.r
+    assert count_flops(adapted) == (4 * LAYERS * layer + 6 * trained - first, 4 * HIDDEN * VOCABULARY)
+
+
+def test_no_backward_pass_is_counted_in_blocks_before_those_that_are_trained(model):
+    layer = HIDDEN * (2 * HIDDEN + 2 * HIDDEN // 2) + 3 * HIDDEN * INNER
+    lora = load_toy().params.lora.model_copy(update={"num_layers": 1})
+    adapted = add_adapter(model, lora)
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    first = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * lora.r
+    assert count_flops(adapted)[0] == 2 * layer + 4 * layer + 6 * trained - first
 
 
 @pytest.mark.parametrize(

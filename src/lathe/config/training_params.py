@@ -220,11 +220,24 @@ class Lora(Section):
     target_modules: Name | Annotated[list[Name], Field(min_length=1)] = entry(
         "layers that get an update: a list of names, all-linear, or a regular expression"
     )
+    num_layers: Positive | None = entry(
+        "transformer blocks that get an update, counted from the last; null: all; fewer train faster, in less memory",
+        "blocks",
+    )
     modules_to_save: Annotated[list[Name], Field(min_length=1)] | None = entry(
         "layers that are trained in full and saved with the adapter, such as lm_head; null: none"
     )
     use_rslora: bool = entry("scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)")
     use_dora: bool = entry("train the magnitude of each weight column separately from its direction (DoRA)")
+
+    @model_validator(mode="after")
+    def _check_num_layers(self) -> "Lora":
+        if self.num_layers and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            raise ValueError(
+                f"lora.num_layers is {self.num_layers} and lora.target_modules a regular expression, which names the "
+                "blocks itself; set lora.num_layers to null, or name modules in lora.target_modules"
+            )
+        return self
 
 
 class Quantization(Section):

@@ -31,6 +31,9 @@ from lathe.inference.shared_prefix import (
 )
 from lathe.models.chat_template import ChatTemplate
 
+# Decodes the prompt of a row in a slot of a cache, and returns the logits after its last token, (1, n_vocab).
+PromptDecoder = Callable[[KVCache, int, TokenSequence], FloatRows]
+
 # Rows decoded at once where that is `auto`: their cache takes at most this part of the memory.
 MOST_ROWS, MEMORY_SHARE = 32, 4
 
@@ -106,11 +109,26 @@ class Generator:
                 yield TokenSequence.of(number, self.tokenize(prompt), n_ctx=self.n_ctx)
 
         stats = SequenceStats.of(read_rows())
-        waiting = (row for row in read_rows() if row.number not in finished)
+        yield from self.answer_sequences(read_rows(), stats, max_new_tokens=max_new_tokens, finished=finished)
+
+    def answer_sequences(
+        self,
+        sequences: Iterable[TokenSequence],
+        stats: SequenceStats,
+        *,
+        max_new_tokens: int,
+        finished: Container[int] = (),
+        decode: "PromptDecoder | None" = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Do the work of `iterate_completions` for prompts as tokens, of which `stats` are known.
+
+        `decode` decodes each prompt, in place of `decode_prompt`.
+        """
+        waiting = (row for row in sequences if row.number not in finished)
         answers: dict[int, array[int]] = {}
         before = sum(number in finished for number in range(stats.count))
         with Progress("answers", stats.count, done=before) as progress:
-            for rows, logits in self._decode(waiting, stats, room=max_new_tokens):
+            for rows, logits in self._decode(waiting, stats, max_new_tokens, decode or decode_prompt):
                 # All rows are advanced before one is yielded: the logits are overwritten, and rows change their slots.
                 completions = []
                 for row, token in zip(rows, logits.argmax(axis=1).tolist(), strict=True):
@@ -137,8 +155,7 @@ class Generator:
         cache = self._stream_cache
         cache.cut(0, min(count_common_tokens(self._streamed, row.tokens), row.first_output))
         self._streamed = row.tokens
-        while cache.length(0) < len(row.tokens):
-            logits = cache.feed(0, row.tokens, first_output=row.first_output)
+        logits = decode_prompt(cache, 0, row)
         characters = codecs.getincrementaldecoder("utf-8")("replace")
         for _ in range(min(max_new_tokens, self.n_ctx - len(row.tokens))):
             token = int(logits[-1].argmax())
@@ -163,7 +180,7 @@ class Generator:
         )
 
     def _decode(
-        self, waiting: Iterator[TokenSequence], stats: SequenceStats, *, room: int
+        self, waiting: Iterator[TokenSequence], stats: SequenceStats, room: int, decode: PromptDecoder
     ) -> Iterator[tuple[Sequence[TokenSequence], FloatRows]]:
         """Decode the rows slot by slot; after each call that gives logits, yield the rows and their logits.
 
@@ -173,20 +190,20 @@ class Generator:
         if not stats.count:
             return
         slots = min(self.n_parallel, stats.count)
-        length = min(self.n_ctx, stats.longest + room)
+        length = min(self.n_ctx, max(stats.longest + room, stats.longest_reference))
         min_rows = MIN_ROWS if self.n_parallel >= MIN_ROWS else 2
         with self.make_cache(slots=slots, length=length, min_rows=min_rows) as cache:
             prefix_length = decode_prefix(cache, stats, slots=slots)
             busy: list[TokenSequence] = []  # the row at index i is in slot i
             for slot in range(slots):
-                if row := (yield from _decode_next_prompt(cache, slot, waiting, prefix_length)):
+                if row := (yield from _decode_next_prompt(cache, slot, waiting, prefix_length, decode)):
                     busy.append(row)
             while busy:
                 yield busy, cache.step([row.tokens[-1] for row in busy])
                 for slot in reversed(range(len(busy))):
                     if cache.length(slot) < len(busy[slot].tokens):
                         continue
-                    if row := (yield from _decode_next_prompt(cache, slot, waiting, prefix_length)):
+                    if row := (yield from _decode_next_prompt(cache, slot, waiting, prefix_length, decode)):
                         busy[slot] = row
                         continue
                     # The last row moves into the gap: llama.cpp decodes only neighbouring slots together.
@@ -202,8 +219,15 @@ class Generator:
         return Completion(text, "stop" if ended else "length", len(tokens))
 
 
+def decode_prompt(cache: KVCache, slot: int, row: TokenSequence) -> FloatRows:
+    """Decode what a slot lacks of a prompt; return the logits after its last token, (1, n_vocab)."""
+    while cache.length(slot) < len(row.tokens):
+        logits = cache.feed(slot, row.tokens, first_output=row.first_output)
+    return logits
+
+
 def _decode_next_prompt(
-    cache: KVCache, slot: int, waiting: Iterator[TokenSequence], prefix_length: int
+    cache: KVCache, slot: int, waiting: Iterator[TokenSequence], prefix_length: int, decode: PromptDecoder
 ) -> collections.abc.Generator[tuple[list[TokenSequence], FloatRows], None, TokenSequence | None]:
     """Decode the prompt of the next row in a slot, alone, and yield its logits.
 
@@ -213,10 +237,7 @@ def _decode_next_prompt(
     for row in waiting:
         prompt_length = len(row.tokens)
         cache.cut(slot, prefix_length)
-        while cache.length(slot) < prompt_length:
-            logits = cache.feed(slot, row.tokens, first_output=row.first_output)
-            if len(logits):
-                yield [row], logits
+        yield [row], decode(cache, slot, row)
         if len(row.tokens) > prompt_length:
             return row
     return None

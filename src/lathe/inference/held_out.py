@@ -11,7 +11,7 @@ from lathe.common import paths, scratch
 from lathe.common.code_closure import code_closure
 from lathe.common.jsonl import iterate_jsonl, write_jsonl
 from lathe.inference import general_text, likelihood
-from lathe.inference.generate import Generator
+from lathe.inference.generate import Completion, Generator
 from lathe.inference.journal import Journal
 from lathe.inference.row_file import RowFile
 from lathe.models.chat_template import ChatTemplate, Conversation
@@ -41,7 +41,8 @@ class HeldOutRun:
     """A GGUF that is measured on held-out rows, and the journal of its finished rows.
 
     `against` is the model that the KL divergence of this one is measured from. `tokens` and `seconds` say how much this
-    process generated, and how long that took; rows that were in the journal before are not counted.
+    process generated, and how long that took, prompts and references included; rows that were in the journal before are
+    not counted.
     """
 
     generator: Generator
@@ -64,21 +65,18 @@ class HeldOutRun:
         """
         answers, references = f"{name}/answers", f"{name}/references"
         began = time.perf_counter()
-        for number, completion in self.generator.iterate_completions(
-            lambda: (row.prompt for row in _read_prompts(prompts)),
-            max_new_tokens=max_new_tokens,
-            finished=self.journal.list_finished(answers),
-        ):
-            self.tokens += completion.tokens
-            self.journal.add(answers, number, vars(completion))
-        self.seconds += time.perf_counter() - began
-        for number, likely in likelihood.score_references(
+        for number, result in likelihood.answer_and_score(
             self.generator,
             lambda: ((row.prompt, row.answer) for row in _read_prompts(prompts)),
+            max_new_tokens=max_new_tokens,
             against=self.against,
-            finished=self.journal.list_finished(references),
+            answered=self.journal.list_finished(answers),
+            scored=self.journal.list_finished(references),
         ):
-            self.journal.add(references, number, vars(likely))
+            if isinstance(result, Completion):
+                self.tokens += result.tokens
+            self.journal.add(answers if isinstance(result, Completion) else references, number, vars(result))
+        self.seconds += time.perf_counter() - began
         totals = _SplitTotals()
         write_jsonl(map(totals.add, self._join_rows(prompts, answers, references)), out)
         return totals.summarize()

@@ -21,11 +21,15 @@ MAX_LOGITS = 1 << 24
 
 @dataclass(eq=False, slots=True)
 class TokenSequence:
-    """Token ids to decode: the number of their row, and the index of the first token whose logits are needed."""
+    """Token ids to decode: the number of their row, and the index of the first token whose logits are needed.
+
+    `reference` is the row's prompt with its reference, without the end token, if that is to be scored too.
+    """
 
     number: int
     tokens: "array[int]"
     first_output: int
+    reference: "TokenSequence | None" = None
 
     @classmethod
     def of(cls, number: int, tokens: Sequence[int], *, n_ctx: int, first_output: int | None = None) -> Self:
@@ -48,24 +52,32 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class SequenceStats:
-    """Number and greatest length of many sequences, and the prefix that all share, up to where logits are needed."""
+    """Number and greatest length of many sequences, and the prefix that all share, up to where logits are needed.
+
+    `longest_reference` is the greatest length of the references of these, 0 without any.
+    """
 
     count: int
     longest: int
+    longest_reference: int
     prefix: "array[int]"
 
     @classmethod
     def of(cls, sequences: Iterable[TokenSequence]) -> Self:
         """Measure sequences; memory holds one at a time."""
-        count, longest, first_output = 0, 0, sys.maxsize
+        count, longest, longest_reference, first_output = 0, 0, 0, sys.maxsize
         prefix: array[int] = array("i")
         for sequence in sequences:
             prefix = prefix[: count_common_tokens(prefix, sequence.tokens)] if count else sequence.tokens
             count, longest = count + 1, max(longest, len(sequence.tokens))
             first_output = min(first_output, sequence.first_output)
+            if reference := sequence.reference:
+                # Its prompt may end in another token, but not before its first output.
+                longest_reference = max(longest_reference, len(reference.tokens))
+                first_output = min(first_output, reference.first_output)
         # Enough tokens are left for each row to use the kernels for many.
         length = min(len(prefix), first_output - MIN_ROWS + 1)
-        return cls(count, longest, prefix[:length] if length >= MIN_ROWS else array("i"))
+        return cls(count, longest, longest_reference, prefix[:length] if length >= MIN_ROWS else array("i"))
 
 
 def decode_prefix(cache: KVCache, stats: SequenceStats, *, slots: int) -> int:

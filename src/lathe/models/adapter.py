@@ -33,17 +33,22 @@ def check_adapter(folder: Path, lora: Lora) -> None:
 def add_adapter(model: Any, lora: Lora) -> Any:
     """Freeze the base and add a new float32 adapter to the layers that `lora.target_modules` names.
 
+    With `lora.num_layers` only those of the last blocks: no gradient is then computed in the blocks before them.
     Raises InputError where a name or the expression matches no layer, or one that LoRA cannot update.
     """
     from peft import LoraConfig, get_peft_model
 
-    _check_targets(model, lora)
+    targeted = _check_targets(model, lora)
+    modules, blocks = lora.target_modules, _choose_blocks(model, lora)
+    if blocks and isinstance(modules, str):
+        modules = sorted({name.rpartition(".")[2] for name in targeted})
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
+        target_modules=modules,
+        layers_to_transform=blocks,
         modules_to_save=lora.modules_to_save,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
@@ -51,6 +56,20 @@ def add_adapter(model: Any, lora: Lora) -> Any:
     # bitsandbytes' 4-bit layers hold bytes, which have no gradients anyway; this freezes the rest of the base.
     model.requires_grad_(False)
     return get_peft_model(model, config)
+
+
+def _choose_blocks(model: Any, lora: Lora) -> list[int] | None:
+    """Return the numbers of the transformer blocks that get an update, None for all of them."""
+    if lora.num_layers is None:
+        return None
+    count = model.config.get_text_config().num_hidden_layers
+    if lora.num_layers > count:
+        raise InputError(
+            f"lora.num_layers is {lora.num_layers}; this model has {count} blocks; set {count} or fewer, or null for "
+            "all of them",
+            code="blocks-too-many",
+        )
+    return list(range(count - lora.num_layers, count))
 
 
 def unwrap(model: Any) -> Any:
@@ -119,7 +138,8 @@ def _find_targets(model: Any, lora: Lora) -> list[str]:
             for name, module in model.named_modules()
             if _can_be_updated(module) and not isinstance(module, torch.nn.Embedding) and module is not head
         ]
-    config = LoraConfig(target_modules=wanted, modules_to_save=lora.modules_to_save)
+    blocks = _choose_blocks(model, lora)
+    config = LoraConfig(target_modules=wanted, layers_to_transform=blocks, modules_to_save=lora.modules_to_save)
     try:
         return [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
     except re.error as error:

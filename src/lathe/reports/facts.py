@@ -31,6 +31,7 @@ KEY_PARAMETERS = (
     ("lora", "r"),
     ("lora", "lora_alpha"),
     ("lora", "target_modules"),
+    ("lora", "num_layers"),
     ("quantization", "load_in_4bit"),
     ("quantization", "bnb_4bit_quant_type"),
     ("training", "learning_rate"),

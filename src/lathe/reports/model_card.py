@@ -160,6 +160,8 @@ def _list_training_facts(params: Params) -> list[tuple[str, str]]:
             ("r, lora_alpha", f"{lora.r}, {lora.lora_alpha:g}"),
             ("target_modules", _join_names(lora.target_modules)),
         ]
+        if lora.num_layers:
+            facts.append(("blocks", f"the last {lora.num_layers}"))
         if lora.use_dora or lora.use_rslora:
             facts.append(("variant", "DoRA" if lora.use_dora else "rsLoRA"))
         base = f"4 bits ({params.quantization.bnb_4bit_quant_type})" if params.quantization.load_in_4bit else "16 bits"

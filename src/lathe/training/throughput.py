@@ -100,17 +100,21 @@ def get_peak_flops(device: str) -> float | None:
 def count_flops(model: Any) -> tuple[float, float]:
     """Return the floating-point operations of a training step per token, and in addition per supervised token.
 
-    Two per weight of a linear layer forward, two backward to its input, two for its own gradient if it is trained.
+    Two per weight of a linear layer forward, two backward to its input if something before it is trained, two for its
+    own gradient if it is trained.
     The output layer computes supervised positions only. Not counted: attention between tokens, and what activation
     checkpointing recomputes. Mixtures of experts are undercounted, as their weights are no linear layers.
     """
     head = unwrap(model).get_output_embeddings()
     per_token = per_supervised_token = 0.0
+    is_reached = False  # by the gradient, which ends at the first trained weight
     for module in model.modules():
+        is_trained = any(weight.requires_grad for weight in module.parameters(recurse=False))
         if isinstance(module, torch.nn.Linear):
-            count = module.in_features * module.out_features * (6 if module.weight.requires_grad else 4)
+            count = module.in_features * module.out_features * (2 + 2 * is_reached + 2 * is_trained)
             if module is head:
                 per_supervised_token += count
             else:
                 per_token += count
+        is_reached |= is_trained
     return per_token, per_supervised_token
