@@ -90,6 +90,7 @@ def make_record(revision: Revision) -> dict[str, Any]:
             "tuning": parameters["training"]["tuning"],
             "4-bit base": parameters["quantization"]["load_in_4bit"],
             "rank": parameters["lora"]["r"],
+            "blocks": parameters["lora"].get("num_layers") or "all",
             "learning rate": parameters["training"]["learning_rate"],
             "steps": revision.read_json("metrics/train/metrics.json")["step"],
         },

@@ -2,7 +2,7 @@
 
 reads   models/base/config.json, metrics/preprocess/report.json, params.yaml: training, sft, dpo, grpo, lora,
         quantization
-writes  metrics/estimate/training.json
+writes  metrics/estimate/training.json, metrics/estimate/batch_sizes.json (numbers, where they are auto)
 """
 
 import logging
@@ -21,14 +21,27 @@ logger = logging.getLogger("lathe.estimate")
 def main(config: Config) -> None:
     from lathe.common.text import readable_bytes
     from lathe.estimate import estimate_training_memory, explain
+    from lathe.fit_batch import choose_batch_sizes
+    from lathe.training.batch_sizes import has_auto, set_batch_sizes
     from lathe.training.optimizer_steps import count_training_steps
 
     params = config.params
     report = json_files.read_json(paths.METRICS / "preprocess/report.json")
     splits = {split["split"]: split for split in report["splits"]}
     train = splits["train"]
-    steps = count_training_steps(params, examples=train["kept"], sequences=train["sequences"])
     longest = max(splits[name]["tokens"]["total"]["max"] for name in ("train", "validation"))
+    sizes = choose_batch_sizes(paths.MODEL_BASE, params, length=longest)
+    if has_auto(params.training):
+        logger.info(
+            "batch sizes: %d passes of %d rows make a step; %d rows in an evaluation",
+            sizes.gradient_accumulation_steps,
+            sizes.per_device_train_batch_size,
+            sizes.per_device_eval_batch_size,
+        )
+    params = set_batch_sizes(params, sizes)
+    # A list, of which DVC makes no columns. A file of its own: train depends on it, and on no estimate.
+    json_files.write_json(paths.METRICS / "estimate/batch_sizes.json", {"batch_sizes": [vars(sizes)]})
+    steps = count_training_steps(params, examples=train["kept"], sequences=train["sequences"])
     total, parts = None, []
     try:
         memory = estimate_training_memory(paths.MODEL_BASE, params, length=longest)

@@ -1,7 +1,7 @@
 """Train a LoRA adapter on the frozen base, 4-bit or 16-bit, or all its weights, by SFT, DPO or GRPO.
 
-reads   models/base/, data/processed/, rewards/, params.yaml: seed, training, sft, dpo, grpo, lora, quantization,
-        preprocess.supervise
+reads   models/base/, data/processed/, rewards/, metrics/estimate/batch_sizes.json (where one is auto),
+        params.yaml: seed, training, sft, dpo, grpo, lora, quantization, preprocess.supervise
 writes  models/adapter/, metrics/train/ (curves, last values, freeze_proof.json), metrics/speed/
 
 training.launcher sets the number of processes; of several machines only the first, where DVC runs, writes.
@@ -17,11 +17,11 @@ from lathe.common import json_files, launch, paths
 from lathe.config.load import Config
 from lathe.models import model_folder
 from lathe.stage import Throughput
-from lathe.training import reward_functions
+from lathe.training import batch_sizes, reward_functions
 
 
 def main(config: Config, machine_rank: int | None) -> Throughput:
-    params = config.params
+    params = batch_sizes.read_batch_sizes(config.params, paths.METRICS / "estimate/batch_sizes.json")
     functions = (
         reward_functions.load_reward_functions(params.grpo.rewards, paths.REWARDS)
         if params.training.method == "grpo"

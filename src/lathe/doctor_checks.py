@@ -27,9 +27,7 @@ PYTHONS = ((3, 11), (3, 12), (3, 13))
 # Memory of torch, transformers, TRL and the rest in a process before it loads a model.
 LIBRARIES_BYTES = 650_000_000
 
-# Above these shares of what is free it may still fail: glibc's malloc keeps what is freed, and training on the CPU was
-# seen to take 2.2 times the bytes of its tensors.
-NEARLY_FULL = {"disk": 0.9, "cuda": 0.9, "cpu": 0.45}
+NEARLY_FULL_DISK = 0.9  # above this share of what is free it may still become full
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,8 @@ def check_python(version: tuple[int, ...]) -> Findings:
         yield Finding("python", "ok", shown)
     else:
         wanted = [".".join(map(str, python)) for python in PYTHONS]
-        yield Finding(
-            "python",
-            "fail",
-            f"{shown} runs this; the packages are pinned for {', '.join(wanted)}",
-            f"`make clean`, then `make setup PYTHON=/path/to/python{wanted[-1]}`",
-        )
+        text = f"{shown} runs this; the packages are pinned for {', '.join(wanted)}"
+        yield Finding("python", "fail", text, f"`make clean`, then `make setup PYTHON=/path/to/python{wanted[-1]}`")
 
 
 def check_packages(file: Path) -> Findings:
@@ -278,6 +272,8 @@ def check_model(config: "Config", here: Circumstances) -> Findings:
     import torch
 
     from lathe.estimate import estimate_disk, estimate_training_memory
+    from lathe.fit_batch import choose_batch_sizes
+    from lathe.training.batch_sizes import set_batch_sizes
 
     params = config.params
     try:
@@ -286,6 +282,7 @@ def check_model(config: "Config", here: Circumstances) -> Findings:
         yield Finding("memory", "warning", f"cannot be estimated: {error}")
         yield Finding("disk", "warning", "cannot be estimated: as memory")
         return
+    params = set_batch_sizes(params, choose_batch_sizes(model, params))
     disk = estimate_disk(model, params)
     try:
         memory = estimate_training_memory(model, params)
@@ -305,6 +302,7 @@ def check_memory(
     """Compare the estimate of a training with the memory that is free on the device that would train."""
     from lathe.common.text import readable_bytes
     from lathe.estimate import explain
+    from lathe.fit_batch import USABLE
 
     parts = asdict(memory)
     shown = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts.items())
@@ -315,7 +313,7 @@ def check_memory(
     details = {**parts, "total": memory.total, "available": available}
     if memory.total > available:
         return Finding("memory", "fail", text, explain(memory, training, quantization), details)
-    if memory.total > NEARLY_FULL[device] * available:
+    if memory.total > USABLE[device] * available:
         remedy = f"it may not fit; {explain(memory, training, quantization)}"
         return Finding("memory", "warning", text, remedy, details)
     return Finding("memory", "ok", text, details=details)
@@ -350,7 +348,7 @@ def check_disk(here: Circumstances, outputs: Mapping[str, int | None]) -> Findin
         remedy = "free some space, `dvc gc --workspace` for one, or name fewer quantize.types"
         if size > free:
             yield Finding("disk", "fail", text, remedy, details)
-        elif size > NEARLY_FULL["disk"] * free:
+        elif size > NEARLY_FULL_DISK * free:
             yield Finding("disk", "warning", text, remedy, details)
         else:
             yield Finding("disk", "ok", text, details=details)

@@ -17,6 +17,7 @@ from typing import Any
 from lathe.common.errors import InputError
 from lathe.common.json_files import read_json_object
 from lathe.common.text import readable_bytes
+from lathe.config.base import Auto, get_number
 from lathe.config.params import Params
 from lathe.config.training_params import Lora, Quantization, Training
 from lathe.gguf.file_sizes import estimate_gguf_bytes
@@ -201,7 +202,7 @@ def explain(memory: TrainingMemory, training: Training, quantization: Quantizati
     return f"most of it is {largest}, {readable_bytes(parts[largest])} of {readable_bytes(memory.total)}; {remedy}"
 
 
-def _advise_lower(key: str, batch_size: int) -> str:
+def _advise_lower(key: str, batch_size: int | Auto) -> str:
     if batch_size == 1:
         return "lower training.max_length"
     accumulate = ", raise gradient_accumulation_steps as much" if "train" in key else ""
@@ -302,8 +303,8 @@ def _measure_peaks(
     longest = max(length, training.max_length) if params.sft.packing else length
     step_columns = columns if longest == length else longest - 1
     shapes = (
-        (True, (training.per_device_train_batch_size, longest, step_columns)),
-        (False, (training.per_device_eval_batch_size, length, columns)),
+        (True, (get_number(training.per_device_train_batch_size), longest, step_columns)),
+        (False, (get_number(training.per_device_eval_batch_size), length, columns)),
     )
     peaks: list[list[Counter[str]]] = []
     counts = sorted({min(depth, 4), min(depth, 2)}, reverse=True)

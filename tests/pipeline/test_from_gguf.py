@@ -40,7 +40,8 @@ def test_a_gguf_file_goes_through_every_stage(
     (checkout.root / "models/local/own.gguf").write_bytes(own.read_bytes())
     checkout.run("dvc", "add", "--quiet", "models/local/own.gguf")
     choose(checkout, source="local", path="models/local/own.gguf")
-    checkout.set(FEW)
+    rows = {"training.per_device_train_batch_size": "auto", "training.gradient_accumulation_steps": 4}
+    checkout.set({**FEW, **rows, "training.per_device_eval_batch_size": "auto"})
 
     before = checkout.run(sys.executable, "-c", ESTIMATE, env={"PYTHONPATH": "src"}).stdout
     assert before.startswith("memory ok"), before
@@ -58,7 +59,10 @@ def test_a_gguf_file_goes_through_every_stage(
         assert metadata["lathe.base.sha256"] == digest
         assert metadata["lathe.base.quantization"] == origin["quantization"]
         assert metadata["general.license"] == "apache-2.0"
+    [sizes] = checkout.json("metrics/estimate/batch_sizes.json")["batch_sizes"]
+    assert (sizes["per_device_train_batch_size"], sizes["gradient_accumulation_steps"]) == (4, 1)
     card = (checkout.root / "models/gguf/README.md").read_text()
+    assert "| rows per step and device | 4 |" in card
     assert "license: apache-2.0\n" in card
     assert f"from `own.gguf` ({origin['quantization']}, " in card
     assert digest in card

@@ -12,6 +12,7 @@ from lathe import out_of_memory
 from lathe.common import entry_point
 from lathe.common.jsonl import write_jsonl
 from lathe.config import params, training_params
+from lathe.config.base import get_number
 from lathe.training.train import train
 
 ROW = {"messages": [{"role": "user", "content": "lamp " * 250}, {"role": "assistant", "content": "on " * 75}]}
@@ -36,7 +37,7 @@ def _training(chosen: params.Params, **changes: int) -> training_params.Training
 
 
 def _train(base: Path, chosen: params.Params) -> None:
-    rows = chosen.training.per_device_train_batch_size
+    rows = get_number(chosen.training.per_device_train_batch_size)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "adapter").mkdir()
         files = {split: Path(folder) / f"{split}.jsonl" for split in ("train", "validation")}

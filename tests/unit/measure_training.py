@@ -12,6 +12,7 @@ from toy import load_toy
 
 from lathe.common.jsonl import write_jsonl
 from lathe.config import params
+from lathe.config.base import get_number
 from lathe.estimate import estimate_training_memory
 from lathe.models.loss_mask import encode
 from lathe.models.tokenizer import load_tokenizer
@@ -64,13 +65,13 @@ def sections(case: dict[str, Any]) -> params.Params:
 
 def run(model: Path, chosen: params.Params) -> None:
     training = chosen.training
-    rows = training.per_device_train_batch_size * (training.max_steps or 1)
+    rows = get_number(training.per_device_train_batch_size) * (training.max_steps or 1)
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "adapter"
         adapter.mkdir()
         files = {split: Path(folder) / f"{split}.jsonl" for split in ("train", "validation")}
         write_jsonl([ROW] * rows, files["train"])
-        write_jsonl([ROW] * training.per_device_eval_batch_size, files["validation"])
+        write_jsonl([ROW] * get_number(training.per_device_eval_batch_size), files["validation"])
         train(model, files, adapter, Path(folder) / "metrics", params=chosen)
 
 

@@ -25,7 +25,7 @@ FLOORS = [
     {"sources", "provenance", "inference"},
     {"evaluation"},
     {"training", "experiments", "reports"},
-    {"estimate", "stage", "out_of_memory"},
+    {"estimate", "fit_batch", "stage", "out_of_memory"},
     {
         "doctor",
         "doctor_checks",
@@ -41,6 +41,7 @@ FLOORS = [
 # Beside one another on the same floor: allowed in this direction alone.
 NEIGHBOURS = {
     ("out_of_memory", "estimate"),
+    ("fit_batch", "estimate"),
     ("doctor", "doctor_checks"),
     ("doctor", "doctor_generation"),
     ("doctor", "estimate"),

@@ -26,6 +26,13 @@ def entry(meaning: str, unit: str | None = None) -> Any:
     return Field(description=meaning, json_schema_extra={"unit": unit} if unit else None)
 
 
+def get_number(value: int | Auto) -> int:
+    """Return a number that may be auto in params.yaml, where it has been chosen by now."""
+    if value == "auto":
+        raise ValueError("a number that is auto has not been chosen")
+    return value
+
+
 def count_groups(pattern: str) -> int:
     """Return the number of groups of a regular expression; raises ValueError if it is none."""
     try:

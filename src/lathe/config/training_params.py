@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lathe.common import launch
 from lathe.config.base import (
+    Auto,
     Name,
     NonNegativeFloat,
     Positive,
@@ -33,9 +34,15 @@ class Training(Section):
     max_length: Annotated[int, Field(ge=8)] = entry("longest sequence, prompt and answer together", "tokens")
     num_train_epochs: PositiveFloat = entry("passes over the training split", "epochs")
     max_steps: Positive | None = entry("number of steps to stop after; null: num_train_epochs decides", "steps")
-    per_device_train_batch_size: Positive = entry("rows in one forward pass of one device", "rows")
-    per_device_eval_batch_size: Positive = entry("the same in evaluation", "rows")
-    gradient_accumulation_steps: Positive = entry("forward passes whose gradients make one step", "passes")
+    per_device_train_batch_size: Positive | Auto = entry(
+        "rows in one forward pass of one device; auto: as many as fit, of the rows that make one step", "rows"
+    )
+    per_device_eval_batch_size: Positive | Auto = entry(
+        "the same in evaluation; auto: as many as fit, up to 64", "rows"
+    )
+    gradient_accumulation_steps: Positive = entry(
+        "forward passes whose gradients make one step; rows, if per_device_train_batch_size is auto", "passes"
+    )
     learning_rate: Annotated[float, Field(gt=0, le=1)] = entry("peak learning rate")
     lr_scheduler_type: Literal[
         "linear",

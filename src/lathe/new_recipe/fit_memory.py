@@ -9,8 +9,8 @@ from typing import Any
 from lathe.common.errors import InputError
 from lathe.common.text import readable_bytes
 from lathe.config.params import Params
-from lathe.doctor_checks import NEARLY_FULL, free_memory_bytes
-from lathe.estimate import estimate_training_memory
+from lathe.doctor_checks import free_memory_bytes
+from lathe.fit_batch import USABLE, RowMemory, find_largest, measure_row_memory
 
 # From the fastest to the smallest: 4-bit base, activations recomputed.
 FORMS = ((False, False), (False, True), (True, True))
@@ -26,13 +26,13 @@ class Memory:
     """The memory that a training may take (bytes), of which device, and how that is known."""
 
     size: int
-    device: str  # cuda or cpu, a key of NEARLY_FULL
+    device: str  # cuda or cpu, a key of USABLE
     source: str
 
     @property
     def usable(self) -> int:
         """What an estimate may come to; the rest is for what it does not see."""
-        return int(self.size * NEARLY_FULL[self.device])
+        return int(self.size * USABLE[self.device])
 
     def __str__(self) -> str:
         return f"{readable_bytes(self.size)} {self.source}"
@@ -95,34 +95,21 @@ def _fit_form(
 ) -> Fit:
     training = params.training.model_copy(
         update={
-            "method": "sft",
-            "per_device_train_batch_size": 1,
-            "per_device_eval_batch_size": 1,
             "gradient_checkpointing": gradient_checkpointing,
             # A GPU that is not here has it.
             "precision": "bf16" if memory.device == "cuda" else params.training.precision,
         }
     )
     quantization = params.quantization.model_copy(update={"load_in_4bit": load_in_4bit})
-    one = estimate_training_memory(
-        model, params.model_copy(update={"training": training, "quantization": quantization})
-    )
-    fixed = one.weights + one.adapter + one.optimizer
-    of_a_row = per_row * (one.activations + one.logits)
-
-    def take(batch_size: int) -> int:
-        return fixed + one.gradients + batch_size * of_a_row
-
-    batch_size = _find_largest(rows, lambda size: take(size) <= memory.usable)
-    eval_batch_size = _find_largest(2 * rows, lambda size: fixed + size * one.evaluation <= memory.usable)
-    fits = take(batch_size) <= memory.usable and fixed + one.evaluation <= memory.usable
-    total = max(take(batch_size), fixed + eval_batch_size * one.evaluation)
+    one = measure_row_memory(model, params.model_copy(update={"training": training, "quantization": quantization}))
+    by_row = RowMemory(one.fixed, one.gradients, per_row * one.step, one.evaluation)
+    batch_size = find_largest(_list_powers(rows), lambda size: by_row.take(size) <= memory.usable)
+    eval_batch_size = find_largest(_list_powers(2 * rows), lambda size: by_row.evaluate(size) <= memory.usable)
+    total = max(by_row.take(batch_size), by_row.evaluate(eval_batch_size))
+    fits = max(by_row.take(batch_size), by_row.evaluate(1)) <= memory.usable
     return Fit(batch_size, eval_batch_size, load_in_4bit, gradient_checkpointing, total, fits)
 
 
-def _find_largest(most: int, fits: Any) -> int:
-    """Return the largest power of two up to `most` that fits; 1 if none does."""
-    size = 1
-    while 2 * size <= most and fits(2 * size):
-        size *= 2
-    return size
+def _list_powers(most: int) -> list[int]:
+    """Return the powers of two up to `most`."""
+    return [2**n for n in range(most.bit_length())]

@@ -13,6 +13,7 @@ import jinja2
 import yaml
 
 from lathe.config.params import Params
+from lathe.config.training_params import Lora
 
 logger = logging.getLogger(__name__)
 
@@ -148,26 +149,23 @@ def _format_number(value: float | None) -> str:
     return "–" if value is None else f"{value:,.4g}"
 
 
-def _join_names(names: str | list[str]) -> str:
-    return names if isinstance(names, str) else ", ".join(names)
+def _describe_targets(lora: Lora) -> str:
+    names = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    return f"{names}, in the last {lora.num_layers} blocks" if lora.num_layers else names
 
 
 def _list_training_facts(params: Params) -> list[tuple[str, str]]:
     training, lora = params.training, params.lora
     facts: list[tuple[str, Any]] = [("method", training.method), ("tuning", training.tuning)]
     if training.tuning == "lora":
-        facts += [
-            ("r, lora_alpha", f"{lora.r}, {lora.lora_alpha:g}"),
-            ("target_modules", _join_names(lora.target_modules)),
-        ]
-        if lora.num_layers:
-            facts.append(("blocks", f"the last {lora.num_layers}"))
+        facts += [("r, lora_alpha", f"{lora.r}, {lora.lora_alpha:g}"), ("target_modules", _describe_targets(lora))]
         if lora.use_dora or lora.use_rslora:
             facts.append(("variant", "DoRA" if lora.use_dora else "rsLoRA"))
         base = f"4 bits ({params.quantization.bnb_4bit_quant_type})" if params.quantization.load_in_4bit else "16 bits"
         facts.append(("base in training", f"{base}; merged into 16 bits"))
     length = f"{training.max_steps} steps" if training.max_steps else f"{training.num_train_epochs:g} epochs"
-    batch = str(training.per_device_train_batch_size * training.gradient_accumulation_steps)
+    in_a_pass = training.per_device_train_batch_size
+    batch = str((1 if in_a_pass == "auto" else in_a_pass) * training.gradient_accumulation_steps)
     rate = f"{training.learning_rate:g}"
     if training.method != "sft":
         after = getattr(params, training.method)

@@ -2,6 +2,7 @@
 
 import math
 
+from lathe.config.base import get_number
 from lathe.config.params import Params
 from lathe.config.training_params import Dpo, Training
 
@@ -34,5 +35,5 @@ def count_training_steps(params: Params, *, examples: int, sequences: int) -> di
 
 
 def _count_steps_per_epoch(sequences: int, batches: Training | Dpo) -> int:
-    forward_passes = math.ceil(sequences / batches.per_device_train_batch_size)
+    forward_passes = math.ceil(sequences / get_number(batches.per_device_train_batch_size))
     return math.ceil(forward_passes / batches.gradient_accumulation_steps)

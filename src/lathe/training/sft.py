@@ -7,6 +7,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from lathe.common.errors import InputError
+from lathe.config.base import get_number
 from lathe.models.adapter import unwrap
 from lathe.models.loss_mask import encode
 from lathe.training import distributed
@@ -55,9 +56,9 @@ def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
                 remove_unused_columns=False,  # the collator needs them all
             )
         ),
-        train_dataset=pad_dataset(train, processes * training.per_device_train_batch_size),
+        train_dataset=pad_dataset(train, processes * get_number(training.per_device_train_batch_size)),
         eval_dataset=pad_dataset(
-            build_dataset(sequences["validation"]), processes * training.per_device_eval_batch_size
+            build_dataset(sequences["validation"]), processes * get_number(training.per_device_eval_batch_size)
         ),
         data_collator=PaddingFreeCollator() if is_padding_free else PaddedCollator(tokenizer.pad_token_id or 0),
         processing_class=tokenizer,
