@@ -175,6 +175,26 @@ def test_rows_longer_than_the_context_are_cut_and_not_refused():
     assert chosen["preprocess.max_truncated_fraction"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("lacking", "chosen", "training_rows"),
+    [
+        (("validation", "test"), ["validation", "test"], 560),
+        (("validation",), ["validation"], 608),
+        ((), [], 652),
+    ],
+)
+def test_training_rows_are_those_that_the_chosen_held_out_splits_leave(lacking, chosen, training_rows):
+    splits = {"train": 652, "validation": 24, "test": 24}
+    given = {split: 1_000 for split in splits if split != "train" and split not in lacking}
+    characters = [100] * 700
+    data = DataFacts(known=True, kind="short", splits=splits | given, lacking=lacking, row_characters=characters)
+    model, lengths = ModelFacts(10**8, "", {}, 512, None), LengthsInTokens(4.0, 10, "measured")
+    rows = choose_values._choose_rows(data, choose_values.choose_length(data, model, lengths), lengths)
+    assert [choice.key for choice in rows] == [f"preprocess.{split}_fraction" for split in chosen]
+    reasons = {choice.key: choice.reason for choice in choose_values._choose_rates(model, data, "sft")}
+    assert reasons["training.num_train_epochs"] == f"{training_rows} training rows"
+
+
 def test_one_row_that_is_far_longer_than_the_others_does_not_decide_the_length():
     data = DataFacts(known=True, kind="prose", splits={"train": 900}, row_characters=[400] * 999 + [40_000])
     choice = choose_values.choose_length(data, ModelFacts(1, "", {}, None, None), LengthsInTokens(4.0, 10, "measured"))

@@ -57,7 +57,7 @@ def choose_learning_rate(weights: int, tuning: Literal["lora", "full"]) -> float
 
 def choose_step_rows(data: DataFacts) -> int:
     """Return how many rows a step is made of."""
-    return int(_choose_by(STEP_ROWS, data.splits.get("train", 1_000)))
+    return int(_choose_by(STEP_ROWS, _count_training_rows(data) or 1_000))
 
 
 def choose_length(data: DataFacts, model: ModelFacts, lengths: LengthsInTokens) -> Choice:
@@ -117,11 +117,10 @@ def _check_method(data: DataFacts, method: Method) -> None:
 def _choose_rows(data: DataFacts, length: Choice, lengths: LengthsInTokens) -> list[Choice]:
     """Return what preprocess needs so that the rows are taken as they are."""
     choices = []
-    if data.known and data.taken_from_train and data.rows:
-        low, high = HELD_OUT_FRACTIONS
-        fraction = round(min(high, max(low, WANTED_HELD_OUT_ROWS / data.rows)), 2)
-        reason = f"of {data.rows} rows: about {max(1, round(fraction * data.rows))} to measure by"
-        choices += [Choice(f"preprocess.{name}_fraction", fraction, reason) for name in ("validation", "test")]
+    if data.known and data.lacking and data.source_rows:
+        fraction = _choose_held_out_fraction(data)
+        reason = f"of {data.source_rows} rows: about {max(1, round(fraction * data.source_rows))} to measure by"
+        choices += [Choice(f"preprocess.{name}_fraction", fraction, reason) for name in data.lacking]
     if data.known:
         over = sum(lengths.count_row(size) > length.value for size in data.row_characters)
         share = over / max(1, len(data.row_characters))
@@ -130,6 +129,18 @@ def _choose_rows(data: DataFacts, length: Choice, lengths: LengthsInTokens) -> l
             choices.append(Choice("preprocess.too_long", "truncate_prompt", reason))
             choices.append(Choice("preprocess.max_truncated_fraction", min(1.0, round(share + 0.1, 1)), reason))
     return choices
+
+
+def _choose_held_out_fraction(data: DataFacts) -> float:
+    low, high = HELD_OUT_FRACTIONS
+    return round(min(high, max(low, WANTED_HELD_OUT_ROWS / data.source_rows)), 2)
+
+
+def _count_training_rows(data: DataFacts) -> int | None:
+    """Return the usable rows of training, once the recipe's other splits have taken theirs; None if not known."""
+    if not data.source_rows:
+        return None
+    return data.source_rows - len(data.lacking) * round(_choose_held_out_fraction(data) * data.source_rows)
 
 
 def _choose_batches(model: ModelFacts, data: DataFacts, memory: Memory, fit: Fit, method: Method) -> list[Choice]:
@@ -170,7 +181,7 @@ def _choose_batches(model: ModelFacts, data: DataFacts, memory: Memory, fit: Fit
 
 def _choose_rates(model: ModelFacts, data: DataFacts, method: Method) -> list[Choice]:
     rate = choose_learning_rate(model.weights, "lora")
-    rows = data.splits.get("train")
+    rows = _count_training_rows(data)
     epochs = int(_choose_by(EPOCHS, rows or EPOCHS[0][0]))
     shown = f"{rows} training rows" if rows else "the number of rows is not known"
     guess = not model.known

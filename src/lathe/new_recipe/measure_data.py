@@ -19,6 +19,7 @@ from lathe.data.check_file import check_file
 from lathe.data.read_examples import ExampleFiles, add_system_prompt
 from lathe.data.read_files import Fault
 from lathe.data.split_files import require_data_files
+from lathe.inference.generation_sizes import HELD_OUT
 
 AnswerKind = Literal["json", "short", "prose"]
 
@@ -33,7 +34,7 @@ class DataFacts:
     known: bool
     kind: AnswerKind
     splits: dict[str, int] = field(default_factory=dict)  # usable rows
-    taken_from_train: bool = True  # whether the source lacks a held-out split
+    lacking: tuple[str, ...] = HELD_OUT  # splits that the source lacks: they are taken from its training rows
     row_characters: list[int] = field(default_factory=list)
     answer_characters: list[int] = field(default_factory=list)
     pairs: int = 0  # rows with a worse answer
@@ -44,6 +45,11 @@ class DataFacts:
     def rows(self) -> int:
         """All usable rows."""
         return sum(self.splits.values())
+
+    @property
+    def source_rows(self) -> int:
+        """Usable rows that the source has for training, those that other splits take from them included."""
+        return self.splits.get("train", 0) + sum(self.splits.get(split, 0) for split in self.lacking)
 
     def describe_answers(self) -> str:
         """Return the kind of the answers in words."""
@@ -126,7 +132,7 @@ def _read_rows(raw: Path, preset: DatasetPreset, found: dict[str, Any]) -> DataF
         known=True,
         kind=kind,
         splits=found["splits"],
-        taken_from_train=len({facts["split"] for facts in files.files.values()}) < 3,
+        lacking=tuple(split for split in HELD_OUT if split not in {facts["split"] for facts in files.files.values()}),
         row_characters=sorted(rows),
         answer_characters=sorted(answers),
         pairs=pairs,
