@@ -426,10 +426,13 @@ def _check_local_remote(shown: str, folder: Path) -> Finding:
     if not os.access(home, os.W_OK):
         text = f"{shown}: {home} cannot be written to"
         return Finding("remotes", "fail", text, "make it writable for this user, or change the remote's url")
-    if home == folder:
+    if home == folder and any(folder.iterdir()):
         return Finding("remotes", "ok", f"{shown}: there and writable")
-    if home == folder.parent:
-        return Finding("remotes", "ok", f"{shown}: made by the first `dvc push`")
+    if home in (folder, folder.parent):
+        text = f"{shown}: empty until a `dvc push` in this checkout; `dvc pull` brings nothing"
+        return Finding(
+            "remotes", "ok", text, "`make repro` makes the outputs; or set the remote's url to a folder that has them"
+        )
     text = f"{shown}: neither it nor {folder.parent} is there"
     return Finding("remotes", "warning", text, "mount or make it, or change the remote's url")
 

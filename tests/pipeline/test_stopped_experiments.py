@@ -103,7 +103,7 @@ def start(root: Path, *command: str, new_terminal: bool = False) -> tuple[int, i
         stdout=far,
         stderr=far,
         start_new_session=True,
-        preexec_fn=take_terminal if new_terminal else None,
+        preexec_fn=take_terminal if new_terminal else heed_signals,
     ) as process:
         os.close(far)
         printed = b""
@@ -118,8 +118,14 @@ def start(root: Path, *command: str, new_terminal: bool = False) -> tuple[int, i
     return process.pid, near
 
 
+def heed_signals() -> None:
+    """Undo what a job in the background, or of nohup, has set for itself and its children: it ignores these signals."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def take_terminal() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it, and so would its children
+    heed_signals()
     import fcntl
     import termios
 

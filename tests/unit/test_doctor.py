@@ -221,7 +221,8 @@ REMOTE = """
     ("url", "status", "text"),
     [
         ("{tmp}/there", "ok", "there and writable"),
-        ("{tmp}/next", "ok", "made by the first `dvc push`"),
+        ("{tmp}/empty", "ok", "`dvc pull` brings nothing"),
+        ("{tmp}/next", "ok", "`dvc pull` brings nothing"),
         ("{tmp}/not/mounted", "warning", "neither it nor"),
         ("{tmp}/file/below", "fail", "is a file"),
         ("/proc/self/none", "fail", "cannot be written to"),
@@ -236,7 +237,8 @@ def test_remotes_are_looked_at_without_a_word_of_their_secrets(repository, url, 
         url, status, text = "/sys/none", "fail", "cannot be written to"
         if os.access("/sys", os.W_OK):
             pytest.skip("no folder here that cannot be written to")
-    (repository / "there").mkdir()
+    (repository / "there/files").mkdir(parents=True)
+    (repository / "empty").mkdir()
     (repository / "file").touch()
     configured(repository, REMOTE.format(url=url.format(tmp=repository)))
     [finding] = doctor_checks.check_remotes(repository, {})

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lathe.common.numbers import round_up
 from lathe.config.params import Evaluate, Generate, Params
 
 # Median number of words above which a reference is prose, that no model repeats word for word.
@@ -79,7 +80,7 @@ def _check_context(splits: Mapping[str, Any], generate: Generate) -> Iterator[Mi
         f"prompt and reference of a {' and of a '.join(names)} row have {longest} tokens, which do not fit into "
         f"generate.n_ctx {limit}"
     )
-    remedy = f"set generate.n_ctx to {_round_up(longest + 2)}"
+    remedy = f"set generate.n_ctx to {_round_tokens_up(longest + 2)}"
     shortest = min(split["references"]["conversation_tokens"]["min"] for split in splits.values())
     if generate.max_rows is None or shortest >= limit:
         yield Misfit(f"{text}; generate would fail after the training", remedy, "conversations-too-long")
@@ -130,11 +131,11 @@ def _find_share(quantiles: Mapping[str, int], limit: int) -> str | None:
 def _choose_limit(longest: int, most: int) -> str:
     """Return a round number that holds every reference, or 99 % of them if the longest is an exception."""
     if longest <= OUTLIER_FACTOR * most:
-        return f"{_round_up(longest)}, which holds all of them"
-    return f"{_round_up(most)}, which holds 99 % of them ({_round_up(longest)} holds all)"
+        return f"{_round_tokens_up(longest)}, which holds all of them"
+    return f"{_round_tokens_up(most)}, which holds 99 % of them ({_round_tokens_up(longest)} holds all)"
 
 
-def _round_up(tokens: int) -> int:
+def _round_tokens_up(tokens: int) -> int:
     """Return the next multiple of 16, of 64 above 256, and of 256 above 1024."""
     step = 16 if tokens <= 256 else 64 if tokens <= 1024 else 256
-    return -(-tokens // step) * step
+    return round_up(tokens, step)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
 from lathe.common.progress import Progress
-from lathe.data.occurrences import Occurrences
+from lathe.data.occurrences import Occurrences, describe_excess
 from lathe.data.read_examples import ExampleFiles, add_system_prompt
 from lathe.data.read_files import DELIMITER, Fault, has_byte_order_mark
 from lathe.data.split_files import SPLITS, require_data_files
@@ -59,7 +59,8 @@ def check_file(source: Path, preset: "DatasetPreset", *, seed: int, settings: "P
                 writer.add(example.place, example.value, digests, SPLITS.index(example.split))
         usable = len(characters["answer"])
         read = sum(facts["rows"] for facts in examples.files.values())
-        refusals = _check_limit(read - usable, read, settings.max_dropped_fraction)
+        excess = describe_excess(read - usable, read, settings.max_dropped_fraction)
+        refusals = [excess] if excess else []
         splits, removed = _assign_splits(writer, examples.files, settings, preset, refusals)
     return {
         "format": examples.columns.get("format"),
@@ -100,14 +101,6 @@ def _place_files(source: Path, raw: Path) -> dict[str, Path]:
 def _count_characters(message: Mapping[str, Any]) -> int:
     calls = [call["function"] for call in message.get("tool_calls", [])]
     return len(message["content"]) + len(str(calls) if calls else "")
-
-
-def _check_limit(unusable: int, rows: int, allowed: float) -> list[str]:
-    """Return why preprocess would stop before it splits the rows."""
-    if unusable <= allowed * rows:
-        return []
-    limit = f"preprocess.max_dropped_fraction {allowed} allows; correct them or raise it"
-    return [f"{unusable} of {rows} rows are unusable, more than {limit}"]
 
 
 def _assign_splits(

@@ -35,3 +35,11 @@ def merge_occurrences(parts: Iterable[dict[str, Occurrences[Case]]]) -> dict[str
         for name, occurrences in part.items():
             merged.setdefault(name, Occurrences()).extend(occurrences)
     return merged
+
+
+def describe_excess(unusable: int, rows: int, allowed: float) -> str | None:
+    """Say that more rows are unusable than `preprocess.max_dropped_fraction` allows; None if not."""
+    if unusable <= allowed * rows:
+        return None
+    limit = f"preprocess.max_dropped_fraction {allowed} allows; correct them or raise it"
+    return f"{unusable} of {rows} rows are unusable, more than {limit}"

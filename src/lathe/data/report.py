@@ -15,7 +15,7 @@ from lathe.data.near_duplicates import (
     NGramIndex,
     find_near_duplicates,
 )
-from lathe.data.occurrences import MAX_SHOWN, Occurrences
+from lathe.data.occurrences import MAX_SHOWN, Occurrences, describe_excess
 from lathe.data.read_files import Fault
 from lathe.data.split_files import SPLITS
 from lathe.data.splits import Splits
@@ -79,14 +79,10 @@ class Account:
 
     def _check_faults(self, faults: list[FaultsByReason], rows: int) -> None:
         occurrences = [cases for by_reason in faults for cases in by_reason.values()]
-        unusable, allowed = sum(cases.count for cases in occurrences), self.settings.max_dropped_fraction
-        if unusable and unusable / rows > allowed:
+        unusable = sum(cases.count for cases in occurrences)
+        if excess := describe_excess(unusable, rows, self.settings.max_dropped_fraction):
             place, fault = occurrences[0].first[0]
-            raise InputError(
-                f"{place}: {fault.reason}: {fault}; {unusable} of {rows} rows are unusable, more than "
-                f"preprocess.max_dropped_fraction {allowed} allows; correct them or raise it",
-                code="too-many-dropped",
-            )
+            raise InputError(f"{place}: {fault.reason}: {fault}; {excess}", code="too-many-dropped")
 
     def _check_not_empty(self) -> None:
         for name in SPLITS:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lathe.common.errors import InputError
+from lathe.common.numbers import round_up
 from lathe.config.params import Generate
 
 HELD_OUT = ("validation", "test")
@@ -42,7 +43,7 @@ def choose_sizes(settings: Generate, report: Mapping[str, Any], *, examples: int
         )
     answer = max(lengths["tokens"]["max"] for lengths in references)
     longest = (
-        _round_up(math.ceil(ROOM * answer), ANSWER_STEP)
+        round_up(math.ceil(ROOM * answer), ANSWER_STEP)
         if settings.max_new_tokens == "auto"
         else int(settings.max_new_tokens)
     )
@@ -52,8 +53,4 @@ def choose_sizes(settings: Generate, report: Mapping[str, Any], *, examples: int
     before = examples * splits["train"]["tokens"]["total"]["max"] if examples else 0
     # Prompt and reference, and an answer as long as may be behind any of the prompts.
     needed = before + conversation + longest + 1
-    return GenerationSizes(longest, max(SMALLEST_CONTEXT, _round_up(needed, CONTEXT_STEP)))
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
+    return GenerationSizes(longest, max(SMALLEST_CONTEXT, round_up(needed, CONTEXT_STEP)))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lathe.common.errors import InputError
+from lathe.common.numbers import round_up
 from lathe.common.text import readable_bytes
 from lathe.new_recipe.fit_memory import Fit, Memory
 from lathe.new_recipe.measure_data import DataFacts
@@ -67,7 +68,7 @@ def choose_length(data: DataFacts, model: ModelFacts, lengths: LengthsInTokens) 
     longest = lengths.count_row(data.row_characters[-1])
     most = lengths.count_row(_find_quantile(data.row_characters, 0.99))
     wanted = longest if longest <= OUTLIER_FACTOR * most else most
-    length = _round_up(math.ceil(LENGTH_ROOM * wanted), LENGTH_STEP)
+    length = round_up(math.ceil(LENGTH_ROOM * wanted), LENGTH_STEP)
     text = f"99 % of the rows have up to {most} tokens, the longest {longest}, {lengths.source}"
     if model.context and length > model.context:
         return Choice("training.max_length", model.context, f"the model's context; {text}")
@@ -219,7 +220,7 @@ def _choose_answers(data: DataFacts, lengths: LengthsInTokens, method: Method) -
     if not data.known:
         return [reward]
     longest = lengths.count_text(data.answer_characters[-1])
-    limit = max(16, _round_up(math.ceil(1.25 * longest), 8))
+    limit = max(16, round_up(math.ceil(1.25 * longest), 8))
     return [Choice("grpo.max_completion_length", limit, f"the longest answer has {longest} tokens"), reward]
 
 
@@ -247,7 +248,3 @@ def _choose_by(table: Sequence[tuple[int, float]], number: int) -> float:
 
 def _find_quantile(ordered: Sequence[int], share: float) -> int:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step

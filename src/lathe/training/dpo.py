@@ -5,7 +5,6 @@ this phase began; the margin is the chosen answer's reward less the rejected one
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import datasets
 from trl import DPOConfig, DPOTrainer
 
+from lathe.common.progress import Progress
+from lathe.training import distributed
 from lathe.training.base_trainer import BaseTrainer
 from lathe.training.best_weights import BestWeights
 from lathe.training.preference_pairs import build_pair_dataset, encode_pairs
@@ -65,12 +66,15 @@ class PairTrainer(BaseTrainer, ResumableTrainer, DPOTrainer):
 
     def __init__(self, **arguments: Any) -> None:
         self.eval_batch_pairs: list[int] = []  # pairs in each batch of the current evaluation
+        self._reference_progress: Progress | None = None
         super().__init__(**arguments)
         if "ref" in getattr(self.model, "peft_config", {}):  # TRL's copy of the adapter, for the reference
             self.model.delete_adapter("ref")
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         """Return the summed log-probabilities of chosen and rejected answers, in the precision of training."""
+        if self._reference_progress:
+            self._reference_progress.add(len(inputs["input_ids"]) // 2 * distributed.count_processes())
         with self.compute_loss_context_manager():
             return super().compute_ref_log_probs(model, inputs)
 
@@ -101,8 +105,12 @@ class PairTrainer(BaseTrainer, ResumableTrainer, DPOTrainer):
         return dataset  # it holds token ids already, from lathe.models.chat_template as in inference
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        with _hide_bars_off_terminal():
-            return super()._precompute_ref_logps(dataset, name, batch_size)
+        task = f"log-probabilities of the {name} pairs under the reference"
+        with _hide_bars_of_others(), Progress(task, len(dataset), unit="pair") as progress:
+            self._reference_progress = progress
+            computed = super()._precompute_ref_logps(dataset, name, batch_size)
+        self._reference_progress = None
+        return computed
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
         if skip_scheduler and self.state.global_step:  # a resumed run has evaluated before its first step
@@ -111,10 +119,7 @@ class PairTrainer(BaseTrainer, ResumableTrainer, DPOTrainer):
 
 
 @contextmanager
-def _hide_bars_off_terminal() -> Iterator[None]:
-    if sys.stderr.isatty():
-        yield
-        return
+def _hide_bars_of_others() -> Iterator[None]:
     before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"
     datasets.disable_progress_bars()

@@ -57,7 +57,6 @@ SHOWN = {
     "eval/reward": "validation reward",
     "train/learning_rate": "rate",
     "tokens_per_second": "tokens/s",
-    "peak_gpu_memory_bytes": "GPU memory",
     "peak_memory_bytes": "memory",
 }
 # Their last values mean nothing without the curve.
