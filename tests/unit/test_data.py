@@ -407,9 +407,9 @@ BAD_CHATS = [
     ),
     (
         "content of parts",
-        chat({"role": "user", "content": [{"type": "text", "text": "q"}]}, ANSWER),
+        chat({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "q"}}]}, ANSWER),
         "not_text",
-        "messages[0].content",
+        "messages[0].content[0]",
     ),
     (
         "null content",

@@ -186,6 +186,7 @@ def test_all_problems_of_both_files_are_reported_at_once(refuse):
 @pytest.mark.parametrize(
     ("old", "new", "code", "parts"),
     [
+        ("  tiny:", "  tiny-1.5b:", "invalid-value", ["models: 'tiny-1.5b' names a preset", "such as 'tiny-1-5b'"]),
         ("source: builtin", "source: magic", "invalid-value", ["models.tiny.source is 'magic'", "hub, package"]),
         (
             "# of sentences, for BERTScore",

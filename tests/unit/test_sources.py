@@ -167,6 +167,28 @@ def fetch_encoder(home, model="models/local/encoder"):
     return fetch.fetch_encoder(LocalEncoder(source="local", path=model), folder)
 
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json"])
+def test_a_pointer_of_git_lfs_in_a_model_folder_is_named_for_what_it_is(home, name):
+    folder = home / "models/local/mine"
+    write_model(folder)
+    (folder / name).write_text(POINTER)
+    with refused("lfs-pointer", f"models/local/mine/{name}: is a pointer of Git LFS", "git lfs pull"):
+        fetch_model(home)
+
+
+def test_a_pointer_of_git_lfs_as_a_dataset_or_a_gguf_file_is_named_for_what_it_is(home):
+    (home / "data/local/rows").mkdir()
+    (home / "data/local/rows/train.jsonl").write_text(POINTER)
+    with refused("lfs-pointer", "data/local/rows: train.jsonl: is a pointer of Git LFS"):
+        fetch.fetch_dataset(LocalDataset(source="local", path="data/local/rows"), home / "out", seed=1)
+    (home / "models/local/mine.gguf").write_text(POINTER)
+    with refused("lfs-pointer", "models/local/mine.gguf: is a pointer of Git LFS"):
+        fetch.fetch_model(LocalModel(source="local", path="models/local/mine.gguf"), home / "out", seed=1)
+
+
 def test_an_encoder_is_a_complete_folder_under_models_local(home, encoder):
     source = home / "models/local/encoder"
     shutil.copytree(encoder, source)

@@ -1,7 +1,7 @@
 """Presets: base models and datasets by name, as `presets.yaml` holds them."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +12,7 @@ Format = Literal[
 ]
 
 GGUF_SUFFIX = ".gguf"
+PRESET_NAME = r"[\w-]+"
 SPLIT_OR_SLICE = r"\w+(\.\w+)*(\[(-?\d+)?:(-?\d+)?\]|\[(-?\d+%)?:(-?\d+%)?\])?"
 
 
@@ -200,3 +201,15 @@ class Presets(Section):
     models: dict[Name, ModelPreset]
     encoders: dict[Name, EncoderPreset] = Field(default_factory=dict)
     datasets: dict[Name, DatasetPreset]
+
+    @field_validator("models", "encoders", "datasets")
+    @classmethod
+    def _check_names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not re.fullmatch(PRESET_NAME, name):
+                better = re.sub(r"[^\w-]+", "-", name).strip("-") or "mine"
+                raise ValueError(
+                    f"{name!r} names a preset; DVC takes a dot for a level of the file; write letters, digits, - "
+                    f"and _, such as {better!r}"
+                )
+        return value

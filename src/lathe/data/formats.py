@@ -36,6 +36,7 @@ ALPACA_INPUT = "input"  # optional, and may be empty
 SYSTEM = "system"  # optional, in every format; a list of messages may begin with its own system message
 REJECTED = "rejected"  # optional beside a list of messages: a worse alternative to the last of them
 TOOLS = "tools"
+WANTED = "label"  # optional beside an answer, true or false, as TRL's unpaired preferences have it
 
 TRANSCRIPT_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
@@ -62,12 +63,18 @@ class RecordConverter:
         self.format = _FORMAT_CLASSES[form](check_text, preset, form, names)
         self.required = self.format.required
         self.description = {"format": form, **self.format.description}
+        if WANTED not in self.required:
+            self.description |= _select_present(names, wanted=WANTED)
 
     def convert(self, record: dict[str, Any]) -> list[Message]:
         """Return the record's messages; raises RowFault."""
         for column in self.required:
             if column not in record:
                 raise RowFault("missing_column", column, f"is missing; the row has {format_names(record)}")
+        if WANTED not in self.required and record.get(WANTED) is False:
+            raise RowFault(
+                "unwanted_answer", WANTED, "is false: the answer is not wanted; expected true, or no such row"
+            )
         return self.format.convert(record)
 
     def get_extra_fields(self, record: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ SPEAKERS = {
     "function_response": "tool",
     "tool_response": "tool",
 }
+# Types of the parts of a content that hold text, as clients of OpenAI's and Anthropic's servers write them.
+TEXT_PARTS = ("text", "input_text", "output_text")
 TOOL_CALL_SPEAKERS = ("function_call", "tool_call")
 
 
@@ -165,7 +167,8 @@ def _parse_message(check_text: TextValidator, value: Any, field: str, *, sharegp
         }, content_field
     if calls and role != "assistant":
         raise RowFault("tool_call", f"{field}.tool_calls", f"are a {role} message's; expected only the assistant's")
-    checked = "" if calls and value.get(content_key) is None else check_text(value[content_key], content_field)
+    is_empty = calls and value.get(content_key) is None
+    checked = "" if is_empty else _read_content(check_text, value[content_key], content_field)
     message: Message = {"role": role, "content": checked}
     if calls:
         message["tool_calls"] = _parse_tool_calls(check_text, calls, f"{field}.tool_calls")
@@ -173,6 +176,20 @@ def _parse_message(check_text: TextValidator, value: Any, field: str, *, sharegp
         named = {key: value[key] for key in ("name", "tool_call_id") if value.get(key) is not None}
         message |= {key: check_text(text, f"{field}.{key}") for key, text in named.items()}
     return message, content_field
+
+
+def _read_content(check_text: TextValidator, value: Any, field: str) -> str:
+    """Return a text, or the texts of a list of parts one after another; raises RowFault for parts of other kinds."""
+    if not isinstance(value, list):
+        return check_text(value, field)
+    texts = []
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in TEXT_PARTS or "text" not in part:
+            shown = f"has the type {kind!r}" if kind not in (None, *TEXT_PARTS) else f"is {describe_value(part)}"
+            raise RowFault("not_text", f"{field}[{index}]", f"{shown}; expected parts of type text, with their text")
+        texts.append(check_text(part["text"], f"{field}[{index}].text"))
+    return "".join(texts)
 
 
 def _parse_role(value: Any, field: str, *, sharegpt: bool) -> str:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from lathe.common.errors import InputError
+from lathe.common.git_lfs import refuse_pointer
 from lathe.common.text import summarize_error
+from lathe.data.arrow_features import get_label_names, make_decoders
 from lathe.data.split_files import get_suffix
 from lathe.data.text_encodings import guess_encoding
 
@@ -63,6 +65,7 @@ def read_records(file: Path) -> Iterator[RawRecord]:
     InputError if the file itself cannot be read: not UTF-8, truncated, empty, a quote that is never closed.
     """
     number = 0
+    refuse_pointer(file, file.name)
     try:
         for row in _READERS[get_suffix(file) or ""](file):
             number += 1
@@ -194,13 +197,15 @@ def _read_batches(file: Path, form: str, batches: Callable[[], Iterator[Any]]) -
     try:
         for batch in batches():
             _check_header(batch.schema.names, file, None)
-            labels = _get_label_names(batch.schema)
+            labels, decoders = get_label_names(batch.schema), make_decoders(batch.schema)
             for start in range(0, batch.num_rows, ROWS_PER_BATCH):
                 for value in batch.slice(start, ROWS_PER_BATCH).to_pylist():
                     number += 1
                     for column, names in labels.items():
                         if isinstance(value[column], int):
                             value[column] = names[value[column]] if 0 <= value[column] < len(names) else None
+                    for column, decode in decoders.items():
+                        value[column] = decode(value[column])
                     yield RawRecord(f"{file.name} row {number}", value)
     except UnicodeDecodeError:
         raise InputError(
@@ -211,17 +216,6 @@ def _read_batches(file: Path, form: str, batches: Callable[[], Iterator[Any]]) -
             f"{file.name} after row {number}: not a complete {form} file: {summarize_error(error)}; is it truncated?",
             code="truncated-file",
         ) from None
-
-
-def _get_label_names(schema: Any) -> dict[str, list[str]]:
-    """Return the class names by column, of the columns that `datasets` stores as numbers and names in the schema."""
-    described = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(described).get("info", {}).get("features", {}) if described else {}
-    return {
-        column: feature["names"]
-        for column, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and column in schema.names
-    }
 
 
 _READERS: dict[str, Callable[[Path], Iterator[RawRecord]]] = {

@@ -7,6 +7,7 @@ from typing import Any
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.git_lfs import refuse_pointer
 from lathe.config.presets import (
     GGUF_SUFFIX,
     BuiltinDataset,
@@ -100,6 +101,7 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
         case LocalDataset():
             source = _find_local(preset.path, paths.DATA_LOCAL)
             for name, file in require_data_files(source, preset.path).items():
+                refuse_pointer(file, f"{preset.path}: {name}" if source.is_dir() else preset.path)
                 # Copied, not linked: DVC makes a stage's outputs read-only, and these are the user's own files.
                 shutil.copyfile(file, folder / name)
         case HubDataset():
@@ -129,6 +131,7 @@ def _place_model(source: Path, shown: str, folder: Path, origin: Origin) -> None
             f"{shown}: is a file; give a GGUF file, or the folder that holds config.json and the safetensors",
             code="not-a-folder",
         )
+    refuse_pointer(source, shown)
     from lathe.sources import gguf_model
 
     origin |= gguf_model.write_model(source, folder)
@@ -174,6 +177,8 @@ def _select_files(source: Path, shown: str) -> dict[str, Path]:
             f"{shown}: is a file; give the folder that holds config.json and the safetensors", code="not-a-folder"
         )
     names = select_files([file.name for file in source.iterdir() if file.is_file()], shown)
+    for name in names:
+        refuse_pointer(source / name, f"{shown}/{name}")
     # The headers show what would fail an hour later, in `train`, `merge` or `evaluate`.
     model_folder.read_config(source)
     model_folder.open_model(source)

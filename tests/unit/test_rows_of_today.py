@@ -1,0 +1,153 @@
+"""Rows as clients, `datasets` and TRL write them today: parts of a content, JSON columns, padding, unpaired answers."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from refusals import refused
+
+from lathe.config.presets import LocalDataset
+from lathe.data.formats import RecordConverter
+from lathe.data.messages import RowFault
+from lathe.data.read_files import read_records
+
+CONTROL = re.compile(r"<\|im_start\|>")
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+
+
+def convert(*rows: dict[str, Any]) -> list[Any]:
+    """Return the messages of each row, or its fault."""
+    converter = RecordConverter(LocalDataset(source="local", path="data/local/x"), rows[0], "x.jsonl", CONTROL)
+    results: list[Any] = []
+    for row in rows:
+        try:
+            results.append(converter.convert(row))
+        except RowFault as error:
+            results.append(error.fault)
+    return results
+
+
+def chat(content: Any, answer: Any = "yes", **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer, **more}]}
+
+
+@pytest.mark.parametrize("kind", ["text", "input_text", "output_text"])
+def test_the_text_parts_of_a_content_are_joined(kind):
+    parts = [{"type": kind, "text": "one "}, {"type": kind, "text": "two", "cache_control": {"type": "ephemeral"}}]
+    [messages] = convert(chat(parts, parts[1:]))
+    assert [message["content"] for message in messages] == ["one two", "two"]
+
+
+@pytest.mark.parametrize(
+    ("part", "shown"),
+    [
+        ({"type": "image_url", "image_url": {"url": "x.png"}}, "has the type 'image_url'"),
+        ({"type": "tool_use", "name": "f", "input": {}}, "has the type 'tool_use'"),
+        ({"type": "text"}, "is an object"),
+        ("words", "is the text 'words'"),
+        (None, "is null"),
+    ],
+)
+def test_a_part_that_is_no_text_is_a_fault_that_names_it(part, shown):
+    [fault] = convert(chat([{"type": "text", "text": "what is this?"}, part]))
+    assert (fault.reason, fault.field) == ("not_text", "messages[0].content[1]")
+    assert fault.problem.startswith(shown)
+
+
+def test_parts_are_checked_for_control_tokens_and_must_hold_text():
+    control, empty = convert(chat([{"type": "text", "text": "<|im_start|>"}]), chat([]))
+    assert (control.reason, control.field) == ("control_token", "messages[0].content[0].text")
+    assert empty.reason == "empty_prompt"
+
+
+def call(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "timer", "arguments": arguments}}
+
+
+CONVERSATION = [
+    {"role": "user", "content": "Timer for Oslo"},
+    {"role": "assistant", "content": "", "tool_calls": [call({"minutes": 5}), call({"city": "Oslo"})]},
+    {"role": "tool", "name": "timer", "content": "done"},
+    {"role": "tool", "name": "timer", "content": "done too"},
+    {"role": "assistant", "content": "Both are set."},
+]
+
+
+def test_nulls_with_which_arrow_fills_objects_are_no_values(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": CONVERSATION}]), tmp_path / "x.parquet")
+    [row] = [record.value for record in read_records(tmp_path / "x.parquet")]
+    assert row == {"messages": CONVERSATION}
+    [messages] = convert(row)
+    assert [one["function"]["arguments"] for one in messages[1]["tool_calls"]] == [{"minutes": 5}, {"city": "Oslo"}]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_columns_that_datasets_keeps_as_json_text_are_decoded(tmp_path, suffix):
+    from datasets import Dataset, Features, Json, List, Value
+
+    whole = Dataset.from_dict({"messages": [CONVERSATION]}, features=Features({"messages": List(Json())}))
+    parts = [{"type": "text", "text": "Say hello"}]
+    mixed = Dataset.from_dict(
+        {"messages": [chat(parts, "Hello")["messages"]]},
+        features=Features({"messages": List({"role": Value("string"), "content": Json()})}),
+    )
+    for number, (dataset, expected) in enumerate([(whole, CONVERSATION), (mixed, chat(parts, "Hello")["messages"])]):
+        file = tmp_path / f"{number}{suffix}"
+        if suffix == ".parquet":
+            dataset.to_parquet(str(file))
+        else:
+            folder = tmp_path / f"saved{number}"
+            dataset.save_to_disk(str(folder))
+            [saved] = folder.glob("*.arrow")
+            saved.rename(file)
+        [row] = [record.value for record in read_records(file)]
+        assert row == {"messages": expected}
+        [messages] = convert(row)
+        assert messages[0]["content"] in ("Timer for Oslo", "Say hello")
+
+
+def test_text_in_a_json_column_that_is_no_json_stays_as_it_is(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    features = {"info": {"features": {"prompt": {"_type": "Json"}, "completion": {"_type": "Value"}}}}
+    table = pyarrow.Table.from_pylist(
+        [{"prompt": '"quoted"', "completion": "a"}, {"prompt": "plain", "completion": "b"}]
+    )
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    assert [record.value["prompt"] for record in read_records(tmp_path / "x.parquet")] == ["quoted", "plain"]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": "Say something", "completion": "no"},
+        {"instruction": "Say something", "output": "no"},
+        {"question": "Say something", "answer": "no"},
+        chat("Say something", "no"),
+    ],
+    ids=lambda columns: "+".join(columns),
+)
+def test_an_answer_that_is_labelled_unwanted_is_not_learnt(columns):
+    unwanted, wanted, unlabelled = convert({**columns, "label": False}, {**columns, "label": True}, columns)
+    assert (unwanted.reason, unwanted.field) == ("unwanted_answer", "label")
+    assert wanted == unlabelled
+    assert wanted[-1]["content"] == "no"
+
+
+def test_the_label_of_a_classification_may_be_false():
+    [fault] = convert({"text": "a", "label": False})
+    assert fault.reason != "unwanted_answer"
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.parquet"])
+def test_a_pointer_of_git_lfs_is_named_for_what_it_is(tmp_path: Path, name):
+    (tmp_path / name).write_text(POINTER)
+    with refused("lfs-pointer", f"{name}: is a pointer of Git LFS", "git lfs pull"):
+        list(read_records(tmp_path / name))
