@@ -13,12 +13,13 @@ from byte_chat import LENIENT, Bench, byte_chat, chat
 from refusals import refused
 
 from lathe import commands
-from lathe.common import paths
+from lathe.common import paths, row_report
 from lathe.config.presets import LocalDataset, Presets
 from lathe.data.check_file import check_file
 from lathe.data.check_text import make_preset
-from lathe.data.read_files import read_records
+from lathe.data.read_files import find_text_form, read_records
 from lathe.data.text_encodings import guess_encoding
+from lathe.data.text_files import TextForm
 
 PRESET = LocalDataset(source="local", path="rows")
 
@@ -142,42 +143,70 @@ def test_what_would_stop_preprocess_is_said(tmp_path):
 # Files of another form.
 
 
-def test_another_delimiter_is_named_with_a_command_that_writes_commas(tmp_path):
-    rows = [{"prompt": 'a "b"; c, d', "completion": "x\ny"}, *pairs(2)]
-    for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")):
-        file = tmp_path / "my rows.csv"
-        file.write_text(as_csv(rows, delimiter), newline="")
-        with refused("wrong-delimiter", "my rows.csv:1: ", name) as caught:
-            list(read_records(file))
-        command = str(caught.value).split("`")[1].replace("python3", sys.executable)
-        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
-        assert [record.value for record in read_records(tmp_path / "commas-my rows.csv")] == rows
+QUESTIONS = [
+    {"вопрос": "Сколько стоит; и где?", "ответ": "Сто рублей\nздесь"},
+    {"вопрос": 'Где "это"', "ответ": "Hello, там"},
+    {"вопрос": "Когда", "ответ": "Завтра"},
+]
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz"])
-def test_a_command_for_commas_also_writes_utf_8(tmp_path, name):
-    rows = [{"prompt": "Сколько стоит?", "completion": "Сто рублей"}]
-    content = as_csv(rows, ";").encode("cp1251")
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    with refused("wrong-delimiter", name) as caught:
-        list(read_records(tmp_path / name))
-    command = str(caught.value).split("`")[1].replace("python3", sys.executable)
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
-    assert [record.value for record in read_records(tmp_path / f"commas-{name}")] == rows
+def write(file, content):
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+    return file
 
 
-@pytest.mark.parametrize("encoding", ["cp1251", "koi8-r", "cp866", "utf-16"])
-@pytest.mark.parametrize("compressed", [False, True])
-def test_another_encoding_is_named_with_a_command_that_writes_utf_8(tmp_path, encoding, compressed):
-    rows = [{"вопрос": "Сколько стоит?", "ответ": "Сто рублей"}, {"вопрос": "Где это", "ответ": "Hello, там"}]
-    name = "rows.csv.gz" if compressed else "rows.csv"
-    content = as_csv(rows).encode(encoding)
-    (tmp_path / name).write_bytes(gzip.compress(content) if compressed else content)
-    with refused("not-utf-8", f"{name}:1: ", f"looks like {encoding}", kept=False) as caught:
-        list(read_records(tmp_path / name))
-    command = str(caught.value).split("`")[1]
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
-    assert [record.value for record in read_records(tmp_path / f"utf-8-{name}")] == rows
+@pytest.mark.parametrize("name", ["my rows.csv", "my rows.csv.gz"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1251", "koi8-r", "cp866", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_a_csv_file_is_read_in_its_encoding_and_by_its_delimiter(tmp_path, name, encoding, delimiter):
+    file = write(tmp_path / name, as_csv(QUESTIONS, delimiter).encode(encoding))
+    assert [record.value for record in read_records(file)] == QUESTIONS
+    found, found_delimiter = find_text_form(file)
+    assert (found, found_delimiter) == (encoding.removesuffix("-sig"), delimiter)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1251", "koi8-r", "utf-16"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz"])
+def test_json_is_read_in_its_encoding(tmp_path, name, encoding):
+    lines = [json.dumps(row, ensure_ascii=False) for row in QUESTIONS]
+    text = "\n".join(lines) if ".jsonl" in name else f"[{', '.join(lines)}]"
+    assert [record.value for record in read_records(write(tmp_path / name, text.encode(encoding)))] == QUESTIONS
+
+
+def test_excel_s_first_line_names_the_delimiter(tmp_path):
+    file = write(tmp_path / "x.csv", b"sep=;\r\nprompt;completion\r\na,b;c\r\n")
+    assert [(record.place, record.value) for record in read_records(file)] == [
+        ("x.csv:3", {"prompt": "a,b", "completion": "c"})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "delimiter"),
+    [
+        ("prompt,completion\na;b,c;d\ne;f,g;h\n", ","),  # the same number of semicolons in every row
+        ("name, first;age\nAnna;5\nBob;6\n", ";"),  # commas in the header alone
+        ("text\none; two\nthree\nfour\n", ","),  # one column
+        ("prompt;completion\na;b\nc\nd;e\nf;g\n", ";"),  # a damaged row
+        ("a;b\tc\td\n1;2\t3\t4\n", "\t"),  # more columns
+    ],
+)
+def test_the_delimiter_is_the_one_that_gives_rows_the_same_columns(tmp_path, content, delimiter):
+    assert find_text_form(write(tmp_path / "x.csv", content.encode())) == ("utf-8", delimiter)
+
+
+def test_the_preset_names_what_a_file_does_not_tell(tmp_path):
+    rows = [{"prompt": "a|b", "completion": "caf\xe9"}]
+    file = write(tmp_path / "rows.csv", as_csv(rows, ";").encode("latin-1"))
+    with refused("not-utf-8", "rows.csv:2: byte 0xe9", "encoding: cp1251"):
+        list(read_records(file))
+    assert [record.value for record in read_records(file, TextForm("latin-1", ";"))] == rows
+    with refused("unknown-encoding", "encoding 'latin-99' is not known", kept=False):
+        list(read_records(file, TextForm("latin-99")))
+    with refused("not-in-encoding", "rows.csv after line 0: is not utf-16"):
+        list(read_records(file, TextForm("utf-16")))
+    preset = LocalDataset(source="local", path="rows", encoding="latin-1", delimiter=";")
+    [facts] = checked(file, preset)["files"]
+    assert (facts["encoding"], facts["delimiter"]) == ("iso8859-1", ";")
 
 
 @pytest.mark.parametrize(
@@ -302,3 +331,16 @@ def test_ten_thousand_rows_take_less_than_two_seconds_and_no_heavy_package(tmp_p
         assert not {"torch", "transformers", "dvc", "llama_cpp", "datasets", "pandas"} & set(modules)
         taken.append(seconds)
     assert min(taken) < 2, taken
+
+
+def test_preprocess_says_how_it_has_read_a_file():
+    files = [
+        {"file": "a.csv", "encoding": "cp1251", "delimiter": ";"},
+        {"file": "b.csv", "delimiter": "\t"},
+        {"file": "c"},
+    ]
+    assert row_report.list_unusual_forms({"files": files}) == [
+        "a.csv: read as cp1251, delimiter ';'; if that is wrong, name it in the dataset's preset",
+        "b.csv: read as delimiter '\\t'; if that is wrong, name it in the dataset's preset",
+    ]
+    assert row_report.list_unusual_forms({}) == []

@@ -41,6 +41,8 @@ class Preset:
     rejected: str | None = None
     labels: list[str] | None = None
     system_prompt: str | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
     limits: dict[str, int] | None = None
 
 
@@ -589,9 +591,9 @@ BAD_FILES = [
     ),
     (
         "data.jsonl",
-        json.dumps(GOOD).encode("utf-16"),
-        "not-utf-8",
-        "data.jsonl:1",
+        json.dumps(GOOD).encode("utf-16")[:-1],
+        "not-in-encoding",
+        "data.jsonl after line 0",
     ),
     (
         "data.json",

@@ -23,6 +23,8 @@ def log_rows(report: dict[str, Any], *, file: str) -> None:
     `report` is that of `preprocess`, or the part of it that is known where the stage fails; `file` is where it is.
     Rows over a limit of the preset are dropped because it says so, and are not warned of.
     """
+    for read in list_unusual_forms(report):
+        logger.info("%s", read)
     logger.info("%s", summarize_rows(report))
     for fault in list_faults(report):
         logger.info("%s", fault)
@@ -53,6 +55,19 @@ def summarize_rows(report: dict[str, Any]) -> str:
     reasons = ", ".join(f"{count} {name_reason(reason)}" for reason, count in sort_reasons(count_reasons(report)))
     dropped = f"{rows['dropped']} dropped ({reasons})" if rows["dropped"] else "none dropped"
     return f"{rows['read']} rows: {rows['kept']} kept{cut}, {dropped}"
+
+
+def list_unusual_forms(report: dict[str, Any]) -> list[str]:
+    """Return a line about each file that is not plain UTF-8 with commas: `rows.csv: read as cp1251, delimiter ';'`."""
+    lines = []
+    for file in report.get("files", []):
+        encoding, delimiter = file.get("encoding"), file.get("delimiter")
+        shown = [encoding] * bool(encoding) + [f"delimiter {delimiter!r}"] * bool(delimiter)
+        if shown:
+            lines.append(
+                f"{file['file']}: read as {', '.join(shown)}; if that is wrong, name it in the dataset's preset"
+            )
+    return lines
 
 
 def count_reasons(report: dict[str, Any]) -> Counter[str]:

@@ -129,6 +129,12 @@ class ColumnMapping(Section):
         None, description="names of the classes, if the label column holds their numbers from 0"
     )
     system_prompt: Name | None = Field(None, description="system message for conversations that have none")
+    encoding: Name | None = Field(
+        None, description="encoding of the text files, such as cp1251; if left out, their beginning tells it"
+    )
+    delimiter: Literal[",", ";", "\t", "|"] | None = Field(
+        None, description="what separates the columns of CSV files; if left out, their first rows tell it"
+    )
     limits: dict[Split, Positive] | None = Field(None, description="number of rows of a split to keep at most")
 
     @model_validator(mode="after")

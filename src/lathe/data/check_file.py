@@ -15,8 +15,9 @@ from lathe.common.errors import InputError
 from lathe.common.progress import Progress
 from lathe.data.occurrences import Occurrences, describe_excess
 from lathe.data.read_examples import ExampleFiles, add_system_prompt
-from lathe.data.read_files import DELIMITER, Fault, has_byte_order_mark
+from lathe.data.read_files import Fault, has_byte_order_mark
 from lathe.data.split_files import SPLITS, require_data_files
+from lathe.data.text_files import COMMA
 
 if TYPE_CHECKING:
     from lathe.config.params import Preprocess
@@ -67,7 +68,9 @@ def check_file(source: Path, preset: "DatasetPreset", *, seed: int, settings: "P
         "detected": examples.columns.get("detected"),
         "reads": {name: value for name, value in examples.columns.items() if name not in ("format", "detected")},
         "columns": list(examples.names),
-        "files": [{"file": name, **facts, **_describe_text(files[name])} for name, facts in examples.files.items()],
+        "files": [
+            {"file": name, **facts, **_describe_text(files[name], facts)} for name, facts in examples.files.items()
+        ],
         "rows": {"read": read, "usable": usable, "unusable": read - usable},
         "faults": {
             reason: {
@@ -135,13 +138,13 @@ def _assign_splits(
     }
 
 
-def _describe_text(file: Path) -> dict[str, str]:
-    """Return encoding and delimiter of a file, if it has any; the reader has read it with these."""
+def _describe_text(file: Path, facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return encoding and delimiter of a file, if it has any."""
     suffixes = file.name.lower().removesuffix(".gz")
     if suffixes.endswith((".parquet", ".arrow")):
         return {}
-    encoding = "UTF-8 with a byte order mark" if has_byte_order_mark(file) else "UTF-8"
-    return {"encoding": encoding, **({"delimiter": DELIMITER} if suffixes.endswith(".csv") else {})}
+    encoding = facts.get("encoding") or ("UTF-8 with a byte order mark" if has_byte_order_mark(file) else "UTF-8")
+    return {"encoding": encoding, **({"delimiter": facts.get("delimiter", COMMA)} if suffixes.endswith(".csv") else {})}
 
 
 def _compute_quantiles(lengths: Iterable[int]) -> dict[str, int]:

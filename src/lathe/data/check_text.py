@@ -9,8 +9,7 @@ import yaml
 
 from lathe.common import paths, row_report
 from lathe.data.check_file import CHARACTERS_PER_TOKEN
-
-DELIMITER_NAMES = {",": "commas"}
+from lathe.data.text_files import DELIMITERS
 
 
 def format_check(found: Mapping[str, Any], source: Path, preset: Mapping[str, Any] | None) -> Iterator[str]:
@@ -82,7 +81,7 @@ def _format_files(found: Mapping[str, Any]) -> Iterator[str]:
     for file in found["files"]:
         facts = [file["format"], *([file["encoding"]] if "encoding" in file else [])]
         if "delimiter" in file:
-            facts.append(f"columns separated by {DELIMITER_NAMES[file['delimiter']]}")
+            facts.append(f"columns separated by {DELIMITERS[file['delimiter']]}")
         yield f"file        {file['file']}: {file['split']}, {_count_rows(file['rows'])}, {', '.join(facts)}"
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from lathe.common.errors import InputError
 from lathe.data.formats import RecordConverter
 from lathe.data.messages import RowFault
-from lathe.data.read_files import Fault, read_records
+from lathe.data.read_files import Fault, find_text_form, read_records
 from lathe.data.split_files import find_split_files, get_suffix
+from lathe.data.text_files import TextForm, describe_form
 
 if TYPE_CHECKING:
     from lathe.config.presets import DatasetPreset
@@ -49,11 +50,12 @@ class ExampleFiles:
     def __iter__(self) -> Iterator[ReadExample]:
         """Yield every record. Raises InputError if a file cannot be read, or lacks a column."""
         converter: RecordConverter | None = None
+        form = TextForm(self.preset.encoding, self.preset.delimiter)
         for split, shards in self.paths.items():
             for file in shards:
                 names: dict[str, None] = {}
                 count = 0
-                for record in read_records(file):
+                for record in read_records(file, form):
                     count += 1
                     value: dict[str, Any] | Fault = record.value
                     if not isinstance(value, Fault):
@@ -67,7 +69,13 @@ class ExampleFiles:
                     yield ReadExample(split, record.place, value)
                 if converter and names:
                     converter.require_columns(names, file.name)
-                self.files[file.name] = {"split": split, "format": (get_suffix(file) or "")[1:], "rows": count}
+                text = find_text_form(file, form)
+                self.files[file.name] = {
+                    "split": split,
+                    "format": (get_suffix(file) or "")[1:],
+                    "rows": count,
+                    **(describe_form(*text) if text else {}),
+                }
                 self.names.update(names)
         if converter:
             self.columns = {**converter.description, "detected": converter.detected}

@@ -4,28 +4,31 @@ import codecs
 import csv
 import gzip
 import json
-import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from lathe.common.errors import InputError
 from lathe.common.git_lfs import refuse_pointer
 from lathe.common.text import summarize_error
 from lathe.data.arrow_features import get_label_names, make_decoders
 from lathe.data.split_files import get_suffix
-from lathe.data.text_encodings import guess_encoding
+from lathe.data.text_files import (
+    BY_CONTENT,
+    SEPARATOR_LINE,
+    UTF_8,
+    TextForm,
+    decode,
+    find_delimiter,
+    find_encoding,
+    iterate_lines,
+    open_file,
+)
 
 ROWS_PER_BATCH = 1000  # rows of an Arrow or Parquet file that are Python objects at a time
-
-# Read of a file that is not UTF-8 to tell its encoding.
-SAMPLE_BYTES = 1 << 16
-# What separates the columns of a CSV file, and what else does in files of that name.
-DELIMITER = ","
-OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 ARROW_FILE = b"ARROW1"
 ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
@@ -58,8 +61,8 @@ class RepeatedKey:
     key: str
 
 
-def read_records(file: Path) -> Iterator[RawRecord]:
-    """Yield the records of a data file with one of `split_files.SUFFIXES`.
+def read_records(file: Path, form: TextForm = BY_CONTENT) -> Iterator[RawRecord]:
+    """Yield the records of a data file with one of `split_files.SUFFIXES`; a text file is read in its `form`.
 
     The value of a record that cannot be read is its Fault. Files are streamed, except for a JSON array. Raises
     InputError if the file itself cannot be read: not UTF-8, truncated, empty, a quote that is never closed.
@@ -67,7 +70,7 @@ def read_records(file: Path) -> Iterator[RawRecord]:
     number = 0
     refuse_pointer(file, file.name)
     try:
-        for row in _READERS[get_suffix(file) or ""](file):
+        for row in _READERS[get_suffix(file) or ""](file, form):
             number += 1
             yield row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -79,36 +82,44 @@ def read_records(file: Path) -> Iterator[RawRecord]:
         raise InputError(f"{file.name}: holds no row; give a file with data or remove it", code="empty-file")
 
 
-def _open_file(file: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(file)) if file.suffix.lower() == ".gz" else file.open("rb")
+def find_text_form(file: Path, form: TextForm = BY_CONTENT) -> tuple[str, str | None] | None:
+    """Return the encoding that a text file is read in, and the delimiter if it is CSV; None for other files."""
+    suffix = (get_suffix(file) or "").removesuffix(".gz")
+    if suffix in (".parquet", ".arrow"):
+        return None
+    encoding = find_encoding(file, form)
+    return encoding, find_delimiter(file, encoding, form) if suffix == ".csv" else None
 
 
 def has_byte_order_mark(file: Path) -> bool:
     """Return whether a text file begins with UTF-8's byte order mark, which is read as nothing."""
-    with _open_file(file) as source:
+    with open_file(file) as source:
         return source.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
-def _read_jsonl(file: Path) -> Iterator[RawRecord]:
-    with _open_file(file) as lines:
-        for number, line in enumerate(lines, start=1):
-            text = _decode(line, file, number).rstrip("\r\n")
-            if not text.strip():
-                continue
-            try:
-                value = json.loads(text, object_pairs_hook=_make_object)
-            except (ValueError, RecursionError) as error:
-                value = Fault(
-                    "malformed_json",
-                    None,
-                    f"is not a JSON object: {_describe_json_error(error)}; expected one per line",
-                )
-            yield RawRecord(f"{file.name}:{number}", _require_object(value))
+def _read_jsonl(file: Path, form: TextForm) -> Iterator[RawRecord]:
+    for number, line in enumerate(iterate_lines(file, find_encoding(file, form)), start=1):
+        text = line.rstrip("\r\n")
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text, object_pairs_hook=_make_object)
+        except (ValueError, RecursionError) as error:
+            value = Fault(
+                "malformed_json",
+                None,
+                f"is not a JSON object: {_describe_json_error(error)}; expected one per line",
+            )
+        yield RawRecord(f"{file.name}:{number}", _require_object(value))
 
 
-def _read_json(file: Path) -> Iterator[RawRecord]:
-    with _open_file(file) as source:
-        text = _decode(source.read(), file, 1)
+def _read_json(file: Path, form: TextForm) -> Iterator[RawRecord]:
+    encoding = find_encoding(file, form)
+    if encoding == UTF_8:
+        with open_file(file) as source:
+            text = decode(source.read(), file, 1)
+    else:
+        text = "".join(iterate_lines(file, encoding))
     if not text.strip():
         return
     try:
@@ -132,33 +143,32 @@ def _read_json(file: Path) -> Iterator[RawRecord]:
         yield RawRecord(f"{file.name} row {number}", _require_object(value))
 
 
-def _read_csv(file: Path) -> Iterator[RawRecord]:
+def _read_csv(file: Path, form: TextForm) -> Iterator[RawRecord]:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 kB
-    with _open_file(file) as lines:
-        decoded = (_decode(line, file, number) for number, line in enumerate(lines, start=1))
-        reader = csv.reader(decoded, delimiter=DELIMITER, strict=True)
-        header: list[str] | None = None
-        while True:
-            line = reader.line_num + 1
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise InputError(f"{file.name}:{line}: {_describe_csv_error(error)}", code="not-csv") from None
-            if not fields:
-                continue
-            if header is None:
-                _check_delimiter(fields, file, line)
-                header = _check_header(fields, file, line)
-            elif len(fields) != len(header):
-                problem = f"has {len(fields)} fields; expected {len(header)} as in the header"
-                yield RawRecord(f"{file.name}:{line}", Fault("wrong_field_count", None, problem))
-            else:
-                yield RawRecord(f"{file.name}:{line}", dict(zip(header, fields, strict=True)))
+    encoding = find_encoding(file, form)
+    delimiter = find_delimiter(file, encoding, form)
+    reader = csv.reader(iterate_lines(file, encoding), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise InputError(f"{file.name}:{line}: {_describe_csv_error(error)}", code="not-csv") from None
+        if not fields or (line == 1 and fields[0].startswith(SEPARATOR_LINE)):
+            continue
+        if header is None:
+            header = _check_header(fields, file, line)
+        elif len(fields) != len(header):
+            problem = f"has {len(fields)} fields; expected {len(header)} as in the header"
+            yield RawRecord(f"{file.name}:{line}", Fault("wrong_field_count", None, problem))
+        else:
+            yield RawRecord(f"{file.name}:{line}", dict(zip(header, fields, strict=True)))
 
 
-def _read_parquet(file: Path) -> Iterator[RawRecord]:
+def _read_parquet(file: Path, _: TextForm) -> Iterator[RawRecord]:
     import pyarrow.parquet
 
     def batches() -> Iterator[Any]:
@@ -168,7 +178,7 @@ def _read_parquet(file: Path) -> Iterator[RawRecord]:
     return _read_batches(file, "Parquet", batches)
 
 
-def _read_arrow(file: Path) -> Iterator[RawRecord]:
+def _read_arrow(file: Path, _: TextForm) -> Iterator[RawRecord]:
     """Read both forms of Arrow's IPC: the file, and the stream that `datasets.save_to_disk` writes."""
     import pyarrow
 
@@ -218,7 +228,7 @@ def _read_batches(file: Path, form: str, batches: Callable[[], Iterator[Any]]) -
         ) from None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[RawRecord]]] = {
+_READERS: dict[str, Callable[[Path, TextForm], Iterator[RawRecord]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
@@ -228,31 +238,6 @@ _READERS: dict[str, Callable[[Path], Iterator[RawRecord]]] = {
     ".json.gz": _read_json,
     ".csv.gz": _read_csv,
 }
-
-
-def _decode(data: bytes, file: Path, line: int) -> str:
-    try:
-        return data.decode("utf-8-sig" if line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        found, remedy = "", "save the file as UTF-8"
-        with _open_file(file) as source:
-            encoding = guess_encoding(source.read(SAMPLE_BYTES))
-        if encoding:
-            command = _write_command([f"iconv -f {encoding} -t utf-8"], file, f"utf-8-{file.name}")
-            found, remedy = f", the file looks like {encoding}", f"save it as UTF-8: `{command}`"
-        raise InputError(
-            f"{file.name}:{line}: byte 0x{data[error.start]:02x} is not UTF-8{found}; {remedy}", code="not-utf-8"
-        ) from None
-
-
-def _write_command(programs: list[str], file: Path, target: str) -> str:
-    """Return a shell command that writes a file through `programs` to another one; gzip stays gzip."""
-    source, target = shlex.quote(file.name), shlex.quote(target)
-    if file.suffix.lower() == ".gz":
-        return " | ".join([f"zcat {source}", *programs, "gzip"]) + f" > {target}"
-    first, *others = programs
-    return " | ".join([f"{first} < {source}", *others]) + f" > {target}"
 
 
 def _require_object(value: Any) -> dict[str, Any] | Fault:
@@ -282,26 +267,6 @@ def _describe_csv_error(error: csv.Error) -> str:
     if "unexpected end of data" in str(error):
         return "the quote that this row opens is never closed; close it"
     return f"not CSV: {summarize_error(error)}; correct this row"
-
-
-def _check_delimiter(fields: list[str], file: Path, line: int) -> None:
-    """Raise InputError if the header is one column with another delimiter in it: one column is no prompt and answer."""
-    counts = {delimiter: fields[0].count(delimiter) for delimiter in OTHER_DELIMITERS}
-    delimiter = max(counts, key=lambda name: counts[name])
-    if len(fields) > 1 or not counts[delimiter]:
-        return
-    shown = delimiter.encode("unicode_escape").decode()
-    program = f"import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter='{shown}'))"
-    programs = [f'python3 -c "{program}"']
-    with _open_file(file) as source:
-        if encoding := guess_encoding(source.read(SAMPLE_BYTES)):  # of its texts, if not of this header
-            programs.insert(0, f"iconv -f {encoding} -t utf-8")
-    command = _write_command(programs, file, f"commas-{file.name}")
-    raise InputError(
-        f"{file.name}:{line}: its columns are separated by {OTHER_DELIMITERS[delimiter]}, expected commas; save it "
-        f"with commas: `{command}`",
-        code="wrong-delimiter",
-    )
 
 
 def _check_header(names: list[str], file: Path, line: int | None) -> list[str]:
