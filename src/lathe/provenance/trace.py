@@ -312,7 +312,8 @@ def _compare_parameters(then: Mapping[str, Mapping[str, Any]]) -> list[Workspace
             before, after = ({key: value}, {key: dotted_keys.get_value(tree, key)})
             differing = dotted_keys.compare(dotted_keys.flatten(before), dotted_keys.flatten(after))
             changes += [WorkspaceChange(kind, leaf, *both) for leaf, both in sorted(differing.items())]
-    return changes
+    # One stage may read a section and another a key of it.
+    return list({(change.kind, change.name): change for change in changes}.values())
 
 
 def _compare_with_metadata(traced: Trace) -> None:
