@@ -227,6 +227,25 @@ def test_a_problem_of_a_recipe_is_reported_in_one_line_with_its_place(tmp_path, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("grpo.max_steps: 7", "training.method is 'sft'"),
+        ("dpo.beta: 0.7", "training.method is 'sft'"),
+        ("judge.max_rows: 7", "judge.enabled is false"),
+        ("bert_score.max_length: 77", "evaluate.metrics does not list bert_score"),
+    ],
+)
+def test_a_value_of_a_section_that_is_off_is_refused_where_a_recipe_extends_another(tmp_path, toy_params, line, why):
+    (tmp_path / "base.yaml").write_text("overrides:\n  seed: 7\n")
+    file = tmp_path / "one.yaml"
+    file.write_text(SOUND.replace("overrides:", "extends: base.yaml\noverrides:") + f"  {line}\n")
+    with refused("recipe-overrides", f"{file}:7: overrides: ", f"changes nothing, as {why}"):
+        recipes.read_recipe(file)
+    file.write_text(SOUND + f"  {line}\n")  # that sets all values itself
+    assert recipes.read_recipe(file).overrides[line.partition(":")[0]] is not None
+
+
 BASE = """\
 overrides:
   lora.r: 16

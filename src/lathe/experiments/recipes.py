@@ -18,6 +18,7 @@ from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.config.base import Name, Section
 from lathe.config.overrides import apply_overrides, format_override, list_keys, read_key
+from lathe.config.params import Params
 from lathe.config.yaml_files import find_line, read_yaml
 
 FOLDER = paths.ROOT / "experiments"
@@ -106,7 +107,7 @@ def read_recipe(file: Path) -> Recipe:
             code="recipe-name",
         )
     recipe, overrides = _read_overrides(file, Recipe, ())
-    problems = list(_find_unknown_keys(overrides)) or _find_refusals(overrides)
+    problems = list(_find_unknown_keys(overrides)) or _find_refusals(overrides, shown if recipe.extends else None)
     if problems:
         raise InputError("\n".join(problems), code="recipe-overrides")
     return recipe.model_copy(update={"overrides": {key: override.value for key, override in overrides.items()}})
@@ -200,12 +201,29 @@ def _find_unknown_keys(overrides: Mapping[str, Override]) -> Iterator[str]:
         yield f"{override.place}: overrides: {key} is not a key of params.yaml; {remedy}"
 
 
-def _find_refusals(overrides: Mapping[str, Override]) -> list[str]:
+def _find_refusals(overrides: Mapping[str, Override], recipe: str | None) -> list[str]:
+    """Return why params.yaml would not take the overrides, or which of those in the file `recipe` change nothing."""
     try:
-        apply_overrides([format_override(key, override.value) for key, override in overrides.items()])
+        config = apply_overrides([format_override(key, override.value) for key, override in overrides.items()])
     except InputError as error:
         return [_locate(line, overrides) for line in str(error).splitlines()]
-    return []
+    own = {key: override for key, override in overrides.items() if override.file == recipe}
+    return list(_find_unused(own, config.params))
+
+
+def _find_unused(overrides: Mapping[str, Override], params: Params) -> Iterator[str]:
+    """Yield a line for each value that changes nothing, because another one turns its whole section off."""
+    training = params.training
+    off = {
+        "dpo": training.method != "dpo" and f"training.method is {training.method!r}",
+        "grpo": training.method != "grpo" and f"training.method is {training.method!r}",
+        "lora": training.tuning == "full" and "training.tuning is 'full'",
+        "judge": not params.judge.enabled and "judge.enabled is false",
+        "bert_score": "bert_score" not in params.evaluate.metrics and "evaluate.metrics does not list bert_score",
+    }
+    for key, override in overrides.items():
+        if (why := off.get(key.partition(".")[0])) and key != "judge.enabled":
+            yield f"{override.place}: overrides: {key} changes nothing, as {why}; set that, or remove this line"
 
 
 def _locate(message: str, overrides: Mapping[str, Override]) -> str:
