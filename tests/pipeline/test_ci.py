@@ -39,7 +39,7 @@ def test_a_lock_of_what_is_committed_is_current_without_its_outputs(clone):
 
 
 @pytest.mark.parametrize(
-    ("change", "stage"), [("parameter", "train"), ("code", "quantize@Q8_0"), ("data", "fetch@dataset")]
+    ("change", "stage"), [("parameter", "train"), ("code", "quantize@Q8_0"), ("data", "local_files@dataset")]
 )
 def test_a_lock_of_something_else_is_told_by_the_first_stage_that_it_concerns(clone, change, stage):
     if change == "parameter":

@@ -13,6 +13,7 @@ import pytest
 from conftest import Checkout, add_small_inputs, copy_of, make_checkout, output_hashes
 
 ITEMS = [
+    *("local_files@model", "local_files@dataset", "local_files_encoder"),
     *("fetch@model", "fetch@dataset", "fetch_encoder", "preprocess", "train", "merge"),
     *("convert_base", "convert_merged"),
     *("quantize@Q8_0", "quantize@Q4_K_M", "generate@base", "generate@merged", "generate_few_shot"),

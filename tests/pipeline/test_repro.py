@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import yaml
@@ -87,9 +88,23 @@ def test_an_edited_local_file_is_fetched_again(checkout):
     file.write_text("\n".join(edited) + "\n")
     checkout.run("dvc", "add", "--quiet", "data/local/few.jsonl")
     again = ran(checkout.run("dvc", "repro"))
-    assert [name for name in again if name != "estimate"][:3] == ["fetch@dataset", "preprocess", "train"]
-    assert "fetch@model" not in again
+    expected = ["local_files@dataset", "fetch@dataset", "preprocess", "train"]
+    assert [name for name in again if name != "estimate"][:4] == expected
+    assert not {"fetch@model", "local_files@model"} & set(again)
     checkout.commit()
+
+
+def test_another_local_file_runs_nothing_but_the_look_at_the_files(checkout):
+    for name in ("data/local/other.jsonl", "models/local/other/config.json"):
+        (checkout.root / name).parent.mkdir(exist_ok=True)
+        (checkout.root / name).write_text("{}\n")
+    looked = {"local_files@dataset", "local_files@model", "local_files_encoder"}
+    assert set(ran(checkout.run("dvc", "repro"))) == looked
+    assert checkout.run("git", "diff", "--stat", "--", "metrics/fetch", "metrics/local_files").stdout == ""
+    (checkout.root / "data/local/other.jsonl").unlink()
+    shutil.rmtree(checkout.root / "models/local/other")
+    assert set(ran(checkout.run("dvc", "repro"))) <= looked
+    assert checkout.run("git", "diff", "--stat", "--", "dvc.lock").stdout == ""
 
 
 def test_an_experiment_with_another_rate_runs_training_and_what_follows(checkout):

@@ -232,7 +232,7 @@ def _compare_with_lock(traced: Trace, stages: Mapping[str, Any]) -> None:
                 traced.missing.append(path)
             elif hashed is None or hashed[0] != md5:
                 readers = [stages[name] for name in upstream if path in _list_read(stages[name])]
-                if all(local_files.is_unrelated_change(repo, reader, path) for reader in readers):
+                if all(local_files.is_unrelated_change(reader, path) for reader in readers):
                     continue
                 now, listing = hashed or (None, {})
                 files = _list_changed_files(read_listing(repo, md5) if md5.endswith(".dir") else None, listing)

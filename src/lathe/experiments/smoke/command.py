@@ -30,6 +30,7 @@ from lathe.experiments.recipes import load_recipe
 from lathe.experiments.smoke import checkout_copy, small_values
 
 GENERAL_TEXT = "data/smoke-general.txt"
+FETCHING = ("local_files", "local_files_encoder", "fetch", "fetch_encoder")
 ANSWERING = "generate"  # the first stage that depends on the values of choose_short_answers
 NO_TRACKING = {"MLFLOW_ENABLED": "false", "WANDB_MODE": "disabled"}  # they take precedence over params.yaml
 
@@ -117,7 +118,7 @@ def _compare_references(folder: Path, config: Config) -> None:
 
 
 def _is_fetching(stage: StageCommand) -> bool:
-    return stage.name.partition("@")[0] in ("fetch", "fetch_encoder")
+    return stage.name.partition("@")[0] in FETCHING
 
 
 def _write_params(folder: Path, config: Config, values: Mapping[str, Any]) -> None:
