@@ -27,7 +27,7 @@ def is_unrelated_change(stage: Mapping[str, Any], dep: str) -> bool:
     if dep.rstrip("/") not in FOLDERS:
         return False
     try:
-        config = load()
+        config = load(paths.PARAMS, paths.PRESETS)
     except InputError:
         return False
     recorded = {Path(out["path"]): out["md5"] for out in stage.get("outs", [])}
