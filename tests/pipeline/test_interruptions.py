@@ -12,6 +12,8 @@ import psutil
 import pytest
 from conftest import Checkout, add_small_inputs, copy_of, make_checkout, output_hashes
 
+from lathe.common import paths
+
 ITEMS = [
     *("local_files@model", "local_files@dataset", "local_files_encoder"),
     *("fetch@model", "fetch@dataset", "fetch_encoder", "preprocess", "train", "merge"),
@@ -19,6 +21,8 @@ ITEMS = [
     *("quantize@Q8_0", "quantize@Q4_K_M", "generate@base", "generate@merged", "generate_few_shot"),
     *("generate_quantized@Q8_0", "generate_quantized@Q4_K_M", "judge", "evaluate", "card"),
 ]
+# Those with longer names before those whose names these begin with.
+SCRIPTS = sorted((file.stem for file in (paths.ROOT / "stages").glob("[a-z]*.py")), key=len, reverse=True)
 VICTIMS = ("all of it", "dvc", "the stage")
 
 
@@ -30,6 +34,12 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> 
     checkout.environment["TMPDIR"] = str(tmp_path_factory.mktemp("temporary"))
     yield checkout
     assert not list(Path(checkout.environment["TMPDIR"]).iterdir())
+
+
+def find_script(item: str) -> str:
+    """Return the name of the script that runs an item; an item without an @ names what it is for behind it."""
+    name = item.partition("@")[0]
+    return next(script for script in SCRIPTS if name == script or name.startswith(f"{script}_"))
 
 
 def processes_in(root: Path) -> list[psutil.Process]:
@@ -96,7 +106,7 @@ def test_a_list_of_running_commands_cut_short_is_removed(reproduced: Checkout, t
 def test_an_item_killed_at_any_moment_ends_the_same_when_run_again(
     reproduced: Checkout, interrupted: Checkout, item: str
 ) -> None:
-    root, script = interrupted.root, item.partition("@")[0].removesuffix("_quantized")
+    root, script = interrupted.root, find_script(item)
     timings = reproduced.json(f"metrics/timings/{script}.json")
     longest = max([entry["seconds"] for entry in timings.get("items", [])] or [timings["seconds"]])
     for victim in VICTIMS:
