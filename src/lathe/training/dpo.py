@@ -66,15 +66,15 @@ class PairTrainer(BaseTrainer, ResumableTrainer, DPOTrainer):
 
     def __init__(self, **arguments: Any) -> None:
         self.eval_batch_pairs: list[int] = []  # pairs in each batch of the current evaluation
-        self._reference_progress: Progress | None = None
+        self.reference_progress: Progress | None = None
         super().__init__(**arguments)
         if "ref" in getattr(self.model, "peft_config", {}):  # TRL's copy of the adapter, for the reference
             self.model.delete_adapter("ref")
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         """Return the summed log-probabilities of chosen and rejected answers, in the precision of training."""
-        if self._reference_progress:
-            self._reference_progress.add(len(inputs["input_ids"]) // 2 * distributed.count_processes())
+        if self.reference_progress:
+            self.reference_progress.add(len(inputs["input_ids"]) // 2 * distributed.count_processes())
         with self.compute_loss_context_manager():
             return super().compute_ref_log_probs(model, inputs)
 
@@ -107,9 +107,9 @@ class PairTrainer(BaseTrainer, ResumableTrainer, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         task = f"log-probabilities of the {name} pairs under the reference"
         with _hide_bars_of_others(), Progress(task, len(dataset), unit="pair") as progress:
-            self._reference_progress = progress
+            self.reference_progress = progress
             computed = super()._precompute_ref_logps(dataset, name, batch_size)
-        self._reference_progress = None
+        self.reference_progress = None
         return computed
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
