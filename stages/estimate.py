@@ -20,7 +20,7 @@ logger = logging.getLogger("lathe.estimate")
 
 def main(config: Config) -> None:
     from lathe.common.text import readable_bytes
-    from lathe.estimate import estimate_training_memory, explain
+    from lathe.estimate import describe_largest_part, estimate_training_memory
     from lathe.fit_batch import choose_batch_sizes
     from lathe.training.batch_sizes import has_auto, set_batch_sizes
     from lathe.training.optimizer_steps import count_training_steps
@@ -50,7 +50,7 @@ def main(config: Config) -> None:
             "training takes %d steps and about %s of memory; %s",
             steps["steps"],
             readable_bytes(memory.total),
-            explain(memory, params.training, params.quantization),
+            describe_largest_part(memory, params.training, params.quantization),
         )
     except InputError as error:  # of a method not measured, or an architecture that cannot be traced; it may train well
         logger.warning("training takes %d steps; memory cannot be estimated: %s", steps["steps"], error)

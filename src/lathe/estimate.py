@@ -173,6 +173,18 @@ def estimate_disk(model: Path | Mapping[str, Any], params: Params) -> dict[str, 
 
 def explain(memory: TrainingMemory, training: Training, quantization: Quantization) -> str:
     """Return one line that names the largest part, and what to change about it."""
+    part, size, remedy = _find_largest_part(memory, training, quantization)
+    return f"most of it is {part}, {readable_bytes(size)} of {readable_bytes(memory.total)}; {remedy}"
+
+
+def describe_largest_part(memory: TrainingMemory, training: Training, quantization: Quantization) -> str:
+    """Return one line that names the largest part."""
+    part, size, _ = _find_largest_part(memory, training, quantization)
+    return f"most of it is {part}, {readable_bytes(size)}"
+
+
+def _find_largest_part(memory: TrainingMemory, training: Training, quantization: Quantization) -> tuple[str, int, str]:
+    """Return the largest part, its bytes, and what to change about it."""
     is_evaluation_larger = memory.evaluation > memory.gradients + memory.activations + memory.logits
     forward_pass = (
         {"evaluation": memory.evaluation}
@@ -199,7 +211,7 @@ def explain(memory: TrainingMemory, training: Training, quantization: Quantizati
             remedy = (
                 "lower lora.r or lora.num_layers, or name fewer layers in lora.target_modules and lora.modules_to_save"
             )
-    return f"most of it is {largest}, {readable_bytes(parts[largest])} of {readable_bytes(memory.total)}; {remedy}"
+    return largest, parts[largest], remedy
 
 
 def _advise_lower(key: str, batch_size: int | Auto) -> str:

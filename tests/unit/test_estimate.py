@@ -17,7 +17,14 @@ from toy import PYTHONPATH, load_toy
 from lathe.common import paths
 from lathe.common.text import readable_bytes
 from lathe.config import params, training_params
-from lathe.estimate import OPTIMIZER_BYTES, TrainingMemory, estimate_disk, estimate_training_memory, explain
+from lathe.estimate import (
+    OPTIMIZER_BYTES,
+    TrainingMemory,
+    describe_largest_part,
+    estimate_disk,
+    estimate_training_memory,
+    explain,
+)
 from lathe.gguf import convert
 from lathe.gguf.quantize import quantize
 from lathe.models.adapter import add_adapter
@@ -143,6 +150,8 @@ def test_under_full_tuning_every_weight_is_trained_and_none_frozen():
     assert disk[".scratch/train"] == 3 * 12 * weights / 2
     said = explain(memory, whole.training, WITHOUT_4BIT)
     assert re.fullmatch("most of it is adapter, gradients and optimizer, .*; set training.tuning to lora", said), said
+    part = describe_largest_part(memory, whole.training, WITHOUT_4BIT)
+    assert re.fullmatch(r"most of it is adapter, gradients and optimizer, [\d.]+ [MG]B", part), part
 
 
 def test_every_optimizer_has_its_states_counted():
