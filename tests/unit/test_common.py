@@ -3,6 +3,7 @@
 import ast
 import json
 import logging
+import re
 import subprocess
 
 import pytest
@@ -116,6 +117,18 @@ def test_a_damaged_json_file_is_refused_by_file_and_line(tmp_path, content, code
         file.write_bytes(content)
     with refused(code, part):
         json_files.read_json_object(file, shown="a.json", remedy="mend it")
+
+
+def test_no_time_is_named_before_a_twentieth_of_the_work_is_done(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="lathe.common.progress")
+    clock = iter(range(0, 1000, 11))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    with Progress("answers", 100) as answers:
+        answers.add(1)
+        answers.add(4)
+        answers.add(1)
+    assert [message.rpartition(", ")[2] for message in caplog.messages[:2]] == ["? s left", "? s left"]
+    assert re.fullmatch(r"answers: 6 of 100 rows, \d+ s left", caplog.messages[2])
 
 
 def test_progress_is_logged_now_and_then_and_at_both_ends_if_wanted(monkeypatch, caplog):

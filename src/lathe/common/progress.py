@@ -13,6 +13,7 @@ from lathe.common.text import readable_bytes
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+LEAST_KNOWN_FRACTION = 0.05  # of the work, before which a line does not say how long the rest will take
 
 
 class Progress:
@@ -85,7 +86,9 @@ class Progress:
             logger.info("%s: %s", self.task, self._format(self.done, with_unit=True))
             return
         since_start = self.done - self.before
-        left = (self.logged - self.started) / since_start * (self.total - self.done) if since_start > 0 else None
+        # The first is often slow, such as the first of many answers, before which all prompts are decoded.
+        is_known = since_start > LEAST_KNOWN_FRACTION * (self.total - self.before)
+        left = (self.logged - self.started) / since_start * (self.total - self.done) if is_known else None
         logger.info(
             "%s: %s of %s, %s s left",
             self.task,
