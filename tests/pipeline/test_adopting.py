@@ -97,7 +97,7 @@ def git_files() -> set[str]:
 
 def test_a_new_repository_fetches_and_preprocesses_with_its_own_model(adopted):
     planned = adopted.run("dvc", "repro", "--dry", "--allow-missing", check=False).stdout
-    assert "Running stage 'fetch@model'" in planned
+    assert "Running stage 'local_files@model'" in planned
     adopted.run("dvc", "repro", "fetch@model", "fetch@dataset", "preprocess")
     report = adopted.json("metrics/preprocess/report.json")
     assert sum(split["kept"] for split in report["splits"]) >= 55
