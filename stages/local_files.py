@@ -14,12 +14,11 @@ import _path  # noqa: F401
 from lathe import stage
 from lathe.common import json_files, paths
 from lathe.config.load import Config
-from lathe.config.local_paths import ITEMS, describe_files, list_local_paths
+from lathe.config.local_paths import ITEMS, list_local_files
 
 
 def main(config: Config, item: str) -> None:
-    files = describe_files(list_local_paths(config, item))
-    json_files.write_json(paths.METRICS / f"local_files/{item}.json", {"files": files})
+    json_files.write_json(paths.METRICS / f"local_files/{item}.json", list_local_files(config, item))
 
 
 if __name__ == "__main__":

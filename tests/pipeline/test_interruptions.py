@@ -12,7 +12,7 @@ import psutil
 import pytest
 from conftest import Checkout, add_small_inputs, copy_of, make_checkout, output_hashes
 
-from lathe.common import paths
+from lathe.common.metric_files import list_timing_stems
 
 ITEMS = [
     *("local_files@model", "local_files@dataset", "local_files_encoder"),
@@ -22,7 +22,7 @@ ITEMS = [
     *("generate_quantized@Q8_0", "generate_quantized@Q4_K_M", "judge", "evaluate", "card"),
 ]
 # Those with longer names before those whose names these begin with.
-SCRIPTS = sorted((file.stem for file in (paths.ROOT / "stages").glob("[a-z]*.py")), key=len, reverse=True)
+SCRIPTS = sorted(list_timing_stems(), key=len, reverse=True)
 VICTIMS = ("all of it", "dvc", "the stage")
 
 

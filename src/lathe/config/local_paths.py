@@ -26,6 +26,11 @@ def list_local_paths(config: Config, item: str) -> list[str]:
     return named
 
 
+def list_local_files(config: Config, item: str) -> dict[str, Any]:
+    """Return the local files that the preset of an item names, as the stage `local_files` writes them."""
+    return {"files": describe_files(list_local_paths(config, item))}
+
+
 def describe_files(named: list[str]) -> list[dict[str, Any]]:
     """Return the path, size (bytes) and SHA-256 of each file, and of those in folders; nothing of what is missing."""
     files = [file for path in named for file in _list_files(paths.ROOT / path)]

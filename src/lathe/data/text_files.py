@@ -134,20 +134,11 @@ def _read_sample(file: Path, encoding: str) -> list[str]:
 
 
 def _count_columns(lines: list[str], delimiter: str) -> int:
-    """Return the columns of a sample by a delimiter; 1 if its rows have different numbers of them."""
-    counts = set()
+    """Return the columns of a sample's header by a delimiter; 1 if most of its rows have another number of them."""
     try:
-        for fields in csv.reader(lines, delimiter=delimiter):
-            if fields:
-                counts.add(len(fields))
+        rows = [fields for fields in csv.reader(lines, delimiter=delimiter) if fields]
     except csv.Error:
         return 1
-    # The last row may be cut where the sample ends, and one row may be damaged: the header decides, if most agree.
-    return counts.pop() if len(counts) == 1 else _count_by_header(lines, delimiter)
-
-
-def _count_by_header(lines: list[str], delimiter: str) -> int:
-    rows = [fields for fields in csv.reader(lines, delimiter=delimiter) if fields]
     wanted = len(rows[0]) if rows else 1
     alike = sum(len(fields) == wanted for fields in rows)
     return wanted if 2 * alike > len(rows) else 1

@@ -13,7 +13,7 @@ from lathe.common import json_files, paths
 from lathe.common.errors import InputError
 from lathe.common.git import list_paths
 from lathe.config.load import Config, load
-from lathe.config.local_paths import ITEMS, describe_files, list_local_paths
+from lathe.config.local_paths import ITEMS, list_local_files
 
 FOLDERS = ("data/local", "models/local")
 LISTS = Path("metrics/local_files")  # that the stages write, one for each of ITEMS
@@ -32,14 +32,9 @@ def is_unrelated_change(stage: Mapping[str, Any], dep: str) -> bool:
         return False
     recorded = {Path(out["path"]): out["md5"] for out in stage.get("outs", [])}
     return bool(recorded) and all(
-        file.parent == LISTS and file.stem in ITEMS and md5 == _compute_md5(list_files(config, file.stem))
+        file.parent == LISTS and file.stem in ITEMS and md5 == _compute_md5(list_local_files(config, file.stem))
         for file, md5 in recorded.items()
     )
-
-
-def list_files(config: Config, item: str) -> dict[str, Any]:
-    """Return the local files that the preset of an item names, as the stage `local_files` writes them."""
-    return {"files": describe_files(list_local_paths(config, item))}
 
 
 def find_untracked(config: Config, items: Mapping[str, Any] | None = None) -> list[str]:
