@@ -6,7 +6,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 .PHONY: help setup lock unit deps repro experiments chat serve report remote-check ci-lock ci-summary lint format test \
 	test-all \
-	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate bench-attention \
+	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention \
 	bench-experiments \
 	bench-tracking docs docs-serve docs-check clean
 
@@ -20,8 +20,9 @@ setup: ## make .venv and what belongs to it; PYTHON=python3.12, EXTRAS="mlflow w
 	"$$starter" tools/install.py --extras "$(EXTRAS)" $(if $(PYTHON),--python "$(PYTHON)") $(if $(CUDA),--cuda "$(CUDA)")
 
 # What these need beside the default pipeline.
-bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-generate bench-attention bench-experiments bench-tracking \
+bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention bench-experiments bench-tracking \
 	docs docs-serve docs-check format lint lock unit test test-all: EXTRAS += dev
+bench-cuda: EXTRAS += gpu
 serve: EXTRAS += serve
 
 lock: setup ## rewrite requirements.lock after an edit of pyproject.toml
@@ -90,6 +91,9 @@ bench-data: setup ## speed of preprocess against a plain datasets.map loop, and 
 
 bench-train: setup ## speed, memory and start-up of training against TRL's and LLaMA-Factory's, on the device at hand
 	python benchmarks/train.py
+
+bench-cuda: setup ## tests marked gpu, speed and memory of training on a GPU against TRL, in nine minutes
+	bash benchmarks/cuda/run.sh
 
 bench-generate: setup ## speed and memory of answers against a plain llama-cpp-python loop and transformers
 	python benchmarks/generate.py

@@ -34,7 +34,7 @@ from typing import Any
 import machine
 from trainers import startup
 from trainers.environments import BENCHMARKS, python_of
-from trainers.work import Settings, Work
+from trainers.work import Settings, Work, count_operations
 
 WARM_UP_STEPS = 2  # of each run, not timed: what is done once, such as opening the log
 PACKS = 2  # packs in a packed step, which together hold about as many tokens as the rows of an unpacked one
@@ -266,7 +266,8 @@ def _run(case: _Case, settings: Settings, folder: Path) -> _Run:
     seconds = last["ended"] - before["ended"]
     return _Run(
         speed=sum(step["supervised_tokens"] for step in timed) / seconds,
-        operations=sum(_operations(case, step) for step in timed) / seconds,
+        operations=sum(count_operations(case.shape, step["tokens"], step["supervised_tokens"]) for step in timed)
+        / seconds,
         busy=(last["processor_seconds"] - before["processor_seconds"]) / seconds,
         peak_bytes=measured["peak_bytes"],
         first_step_seconds=steps[0]["ended"] - started,
@@ -301,16 +302,6 @@ def _environment(folder: Path) -> dict[str, str]:
     source = str(BENCHMARKS.parent / "src")
     ours = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "huggingface"), "OMP_WAIT_POLICY": "PASSIVE"}
     return {**os.environ, **ours, "PYTHONPATH": source}
-
-
-def _operations(case: _Case, step: dict[str, Any]) -> float:
-    """Floating-point operations that a step needs: 2 per weight and token forward, 2 backward (frozen weights)."""
-    shape = case.shape
-    heads, head = shape["num_attention_heads"], shape["head_dim"]
-    attention = shape["hidden_size"] * head * (2 * heads + 2 * shape["num_key_value_heads"])
-    layer = attention + 3 * shape["hidden_size"] * shape["intermediate_size"]
-    weights = shape["num_hidden_layers"] * layer
-    return 4.0 * (weights * step["tokens"] + shape["hidden_size"] * shape["vocab_size"] * step["supervised_tokens"])
 
 
 def _report(case: _Case, runs: dict[Settings, list[_Run]], rate: float, starts: dict[str, list[float]]) -> str:

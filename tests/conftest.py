@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest: no process is left with one of them while the others have ended."""
-    folders = ("pipeline", "service", "stage", "unit")
+    folders = ("pipeline", "service", "stage", "gpu", "unit")
     items.sort(key=lambda item: folders.index(item.path.parent.name))
+    for item in items:
+        if item.get_closest_marker("gpu") and not _can_run_gpu_tests():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@cache
+def _can_run_gpu_tests() -> bool:
+    import torch
+
+    return torch.cuda.is_available() or os.environ.get("LATHE_GPU_TESTS_ON_CPU") == "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,7 +83,9 @@ def _preloading(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of one layer, built like the tiny one but hardly trained."""
+    """A Llama of one layer, built like the tiny one but hardly trained; LATHE_SMALL_MODEL names one made elsewhere."""
+    if made := os.environ.get("LATHE_SMALL_MODEL"):
+        return Path(made)
     from dataclasses import replace
 
     from lathe.sources.builtin import tiny_model

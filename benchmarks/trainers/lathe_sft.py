@@ -5,18 +5,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trainers.work import ALPHA, LEARNING_RATE, RANK, SEED, WARMUP, Work
+from trainers.work import LEARNING_RATE, SEED, WARMUP, Work
 
 
 def main() -> None:
     """Train, and leave the steps in the second file."""
-    work = Work.read(sys.argv[1])
     from trainers import steps
 
+    steps.record(Path(sys.argv[2]))
+    run(Work.read(sys.argv[1]))
+
+
+def run(work: Work) -> None:
+    """Train."""
     from lathe.config.load import load
     from lathe.training.train import train
 
-    steps.record(Path(sys.argv[2]))
     params = load().params
     sections = {name: getattr(params, name).model_copy(update=own) for name, own in parameters(work).items()}
     params = params.model_copy(update={"seed": SEED, **sections})
@@ -48,11 +52,13 @@ def parameters(work: Work) -> dict[str, dict[str, Any]]:
             "warmup_ratio": WARMUP,
             "gradient_checkpointing": work.settings.checkpointing,
             "precision": work.settings.precision,
-            "logging_steps": 1,
+            "use_liger_kernel": work.settings.has_liger,
+            "torch_compile": work.settings.compiled,
+            "logging_steps": work.logging_steps,
             "eval_steps": 1000,
         },
         "sft": {"packing": work.settings.packing},
-        "lora": {"r": RANK, "lora_alpha": ALPHA},
+        "lora": {"r": work.rank, "lora_alpha": work.alpha, "target_modules": "all-linear", "num_layers": None},
         "quantization": {"load_in_4bit": work.load_in_4bit},
     }
 

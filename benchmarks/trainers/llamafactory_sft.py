@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainers.work import ALPHA, LEARNING_RATE, RANK, SEED, WARMUP, Work
+from trainers.work import LEARNING_RATE, SEED, WARMUP, Work
 
 
 def main() -> None:
@@ -27,8 +27,8 @@ def arguments(work: Work) -> dict[str, Any]:
         "stage": "sft",
         "do_train": True,
         "finetuning_type": "lora",
-        "lora_rank": RANK,
-        "lora_alpha": ALPHA,
+        "lora_rank": work.rank,
+        "lora_alpha": work.alpha,
         "lora_target": "all",
         "dataset": "rows",
         "dataset_dir": f"{work.folder}/rows",

@@ -23,20 +23,22 @@ def main() -> None:
     """Read {folder, shape, shortest, longest, rows} from the file that is named, and fill the folder."""
     case = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     folder = Path(case["folder"])
-    _make_model(case["shape"], folder / "model")
-    _make_tokenizer(case["shape"]["vocab_size"]).save_pretrained(folder / "model")
-    _write_rows(case, folder / "rows")
+    make_model(case["shape"], folder / "model")
+    write_rows(case, folder / "rows")
 
 
-def _make_model(shape: dict[str, Any], folder: Path) -> None:
+def make_model(shape: dict[str, Any], folder: Path) -> None:
+    """Save a random model and its tokenizer; `shape` is of its config.json, of Qwen3's type if it names none."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3Config(**shape, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    values = {"model_type": "qwen3", **shape, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(**values)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    _make_tokenizer(shape["vocab_size"]).save_pretrained(folder)
 
 
 def _make_tokenizer(size: int) -> Any:
@@ -51,8 +53,8 @@ def _make_tokenizer(size: int) -> Any:
     return fast
 
 
-def _write_rows(case: dict[str, Any], folder: Path) -> None:
-    """Rows of lengths evenly spread from the shortest to the longest; the last third of each is the answer."""
+def write_rows(case: dict[str, Any], folder: Path) -> None:
+    """Write rows of lengths evenly spread from the shortest to the longest; the last third of each is the answer."""
     chance = random.Random(SEED)
     forms: dict[str, list[Any]] = {"messages": [], "prompt_completion": [], "sharegpt": []}
     for _ in range(case["rows"]):

@@ -12,7 +12,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from trainers import lathe_sft, llamafactory_sft
 from trainers.environments import BENCHMARKS, python_of
-from trainers.work import ALPHA, LEARNING_RATE, RANK, SEED, Work
+from trainers.work import LEARNING_RATE, SEED, Work
 
 # How each command says that the first step is done.
 FIRST_STEP = (b"'loss'", b"train/loss")
@@ -98,8 +98,8 @@ def _trl_arguments(work: Work) -> list[str]:
         "max_length": work.max_length,
         "gradient_checkpointing": work.settings.checkpointing,
         "use_peft": True,
-        "lora_r": RANK,
-        "lora_alpha": ALPHA,
+        "lora_r": work.rank,
+        "lora_alpha": work.alpha,
         "lora_target_modules": "all-linear",
         "save_strategy": "no",
         "report_to": "none",

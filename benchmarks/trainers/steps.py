@@ -53,7 +53,9 @@ class _Recorder(TrainerCallback):
         # Linux counts the resident set in KiB.
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         peak = torch.cuda.max_memory_reserved() if on_gpu else resident
-        self.file.write_text(json.dumps({"steps": self.steps, "peak_bytes": peak}), encoding="utf-8")
+        allocated = torch.cuda.max_memory_allocated() if on_gpu else 0
+        measured = {"steps": self.steps, "peak_bytes": peak, "allocated_bytes": allocated}
+        self.file.write_text(json.dumps(measured), encoding="utf-8")
 
 
 def _contents(input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:

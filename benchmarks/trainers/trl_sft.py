@@ -3,20 +3,24 @@
 import sys
 from pathlib import Path
 
-from trainers.work import ALPHA, LEARNING_RATE, RANK, SEED, WARMUP, Work
+from trainers.work import LEARNING_RATE, SEED, WARMUP, Work
 
 
 def main() -> None:
     """Train, and leave the steps in the second file."""
-    work = Work.read(sys.argv[1])
+    from trainers import steps
+
+    steps.record(Path(sys.argv[2]))
+    run(Work.read(sys.argv[1]))
+
+
+def run(work: Work) -> None:
+    """Train."""
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
-    from trainers import steps
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
-
-    steps.record(Path(sys.argv[2]))
 
     torch.manual_seed(SEED)
     on_gpu = torch.cuda.is_available()
@@ -39,7 +43,7 @@ def main() -> None:
         report_to=[],
         use_cpu=not on_gpu,
         bf16=bf16,
-        use_liger_kernel=work.settings.trainer == "TRL with Liger",
+        use_liger_kernel=work.settings.has_liger,
         seed=SEED,
         data_seed=SEED,
         max_steps=work.steps,
@@ -47,7 +51,7 @@ def main() -> None:
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="cosine",
         warmup_steps=WARMUP,
-        logging_steps=1,
+        logging_steps=work.logging_steps,
         max_length=work.max_length,
         packing=work.settings.packing,
         gradient_checkpointing=work.settings.checkpointing,
@@ -58,7 +62,7 @@ def main() -> None:
         model=model,
         args=config,
         train_dataset=load_dataset("json", data_files=work.rows("prompt_completion"), split="train"),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear"),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=work.rank, lora_alpha=work.alpha, target_modules="all-linear"),
         processing_class=AutoTokenizer.from_pretrained(work.model),
     )
     trainer.train()

@@ -3,8 +3,9 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-RANK, ALPHA, SEED = 8, 16, 1
+SEED = 1
 LEARNING_RATE, WARMUP = 1e-4, 0.1  # peak; share of the steps in which the rate rises
 
 
@@ -12,16 +13,28 @@ LEARNING_RATE, WARMUP = 1e-4, 0.1  # peak; share of the steps in which the rate 
 class Settings:
     """One way to train: by what, and how."""
 
-    trainer: str  # lathe, TRL, TRL with Liger or LLaMA-Factory
+    trainer: str  # lathe, TRL or LLaMA-Factory, or one of the first two followed by " with Liger"
     precision: str = "bf16"  # or fp32
     checkpointing: bool = False  # activations are recomputed in the backward pass
     packing: bool = False
+    compiled: bool = False  # by torch.compile; lathe alone
 
     @property
     def name(self) -> str:
         """What the tables call it."""
-        parts = [self.trainer, self.precision, "checkpointing" * self.checkpointing, "packed" * self.packing]
+        parts = [
+            self.trainer,
+            self.precision,
+            "checkpointing" * self.checkpointing,
+            "packed" * self.packing,
+            "compiled" * self.compiled,
+        ]
         return ", ".join(filter(None, parts))
+
+    @property
+    def has_liger(self) -> bool:
+        """Whether Liger's kernels are used."""
+        return self.trainer.endswith("with Liger")
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,13 @@ class Work:
     examples: int
     max_length: int  # of a row, or of a pack (tokens)
     load_in_4bit: bool
+    rank: int = 8  # of the LoRA update, which is scaled by 2
+    logging_steps: int = 1
+
+    @property
+    def alpha(self) -> int:
+        """Scale of the update, times its rank."""
+        return 2 * self.rank
 
     @property
     def model(self) -> str:
@@ -53,3 +73,15 @@ class Work:
         """Read what `write` wrote."""
         fields = json.loads(Path(file).read_text(encoding="utf-8"))
         return cls(**{**fields, "settings": Settings(**fields["settings"])})
+
+
+def count_operations(shape: dict[str, Any], tokens: int, supervised_tokens: int) -> float:
+    """Return the floating-point operations that a step of LoRA needs: 2 per weight and token forward, 2 backward.
+
+    Attention between tokens is not counted.
+    """
+    heads, head = shape["num_attention_heads"], shape["head_dim"]
+    attention = shape["hidden_size"] * head * (2 * heads + 2 * shape["num_key_value_heads"])
+    layer = attention + 3 * shape["hidden_size"] * shape["intermediate_size"]
+    weights = shape["num_hidden_layers"] * layer
+    return 4.0 * (weights * tokens + shape["hidden_size"] * shape["vocab_size"] * supervised_tokens)

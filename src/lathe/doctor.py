@@ -20,7 +20,6 @@ from lathe.doctor_checks import (
     Findings,
     check_converter,
     check_credentials,
-    check_device,
     check_judge,
     check_links,
     check_llama,
@@ -29,9 +28,9 @@ from lathe.doctor_checks import (
     check_python,
     check_remotes,
     check_repository,
-    check_threads,
     check_tracking,
 )
+from lathe.doctor_device import check_device, check_threads
 from lathe.doctor_generation import check_answers, check_held_out
 
 if TYPE_CHECKING:

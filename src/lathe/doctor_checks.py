@@ -112,44 +112,6 @@ def check_repository(root: Path) -> Findings:
         yield Finding("repository", "ok", f"at commit {commit}, {state}")
 
 
-def check_device(precision: str) -> Findings:
-    """Name the device that would train, and check that it has the arithmetic of `training.precision`."""
-    import torch
-
-    from lathe.common.text import readable_bytes
-    from lathe.models.precision import has_native_bf16, resolve_precision
-
-    native = has_native_bf16()
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_properties(0)
-        text = f"{device.name}, {readable_bytes(device.total_memory)}"
-    else:
-        text = f"no GPU that torch sees; CPU with {os.cpu_count()} cores"
-    text += f", {'native' if native else 'no native'} bf16"
-    resolved = resolve_precision(precision)
-    if resolved == "bf16" and not native:
-        yield Finding("device", "warning", f"{text}: emulated, many times slower", "set training.precision to auto")
-    else:
-        yield Finding("device", "ok", f"{text}; training in {resolved}")
-
-
-def check_threads(environment: Mapping[str, str]) -> Findings:
-    """Check OpenMP's settings; the stages make waiting threads sleep unless the environment says otherwise."""
-    policy, count = environment.get("OMP_WAIT_POLICY", ""), environment.get("OMP_NUM_THREADS", "")
-    cores = operating_system.count_usable_cores()
-    problem = False
-    if policy.upper() == "ACTIVE":
-        problem = True
-        text = "OMP_WAIT_POLICY is ACTIVE: waiting threads spin, and slow each other on shared cores"
-        yield Finding("threads", "warning", text, "unset it, or set it to PASSIVE")
-    if count and count != str(cores):
-        problem = True
-        text = f"OMP_NUM_THREADS is {count}; {cores} cores are there"
-        yield Finding("threads", "warning", text, "unset it unless the other cores are wanted elsewhere")
-    if not problem:
-        yield Finding("threads", "ok", f"one for each of {cores} cores")
-
-
 def check_llama() -> Findings:
     """The library that quantizes and answers; it is compiled at installation and may not load elsewhere."""
     from lathe.gguf.llama_library import load_library

@@ -95,7 +95,7 @@ def estimate_training_memory(
     resident size grew by 0.91 to 1.09 times the estimate in ten trainings on the CPU; glibc's default keeps freed
     blocks, and made that 1.4 to 2.2 times. A 16-bit checkpoint that is packed to 4 bits stays mapped as well, in pages
     that the kernel can take back: 1.1 to 1.4 times. Memory inside kernels is not seen, and attention is counted as in
-    torch's fused kernel for the CPU. On a GPU the estimate is untested.
+    torch's fused kernel for the CPU. On a GPU (an H100, models of 0.6 and 8 B) the estimate was 7 to 30 % too high.
 
     Raises InputError where the model or the adapter cannot be made from the configuration, and for DPO and GRPO, whose
     memory has not been measured.

@@ -14,7 +14,7 @@ import pytest
 from refusals import refused
 from toy import PYTHONPATH, load_toy
 
-from lathe import doctor, doctor_checks
+from lathe import doctor, doctor_checks, doctor_device
 from lathe.common import paths
 from lathe.doctor_checks import Circumstances, Finding
 
@@ -154,7 +154,7 @@ def test_a_repository_needs_a_commit_but_may_have_changes(tmp_path):
     ],
 )
 def test_threads_that_get_in_each_others_way_are_warned_of(environment, said):
-    findings = list(doctor_checks.check_threads(environment))
+    findings = list(doctor_device.check_threads(environment))
     assert [finding.status for finding in findings] == (["warning"] * len(said) or ["ok"])
     assert all(words in finding.text for words, finding in zip(said, findings, strict=False))
 

@@ -109,8 +109,10 @@ def test_the_lock_holds_pyproject_at_its_versions_with_a_hash_for_each_entry():
 
 def test_the_default_pipeline_needs_no_feature_that_is_off_by_default():
     needed = LOCK.closure(list_direct_packages(PROJECT, install.ALWAYS))
-    assert not needed & {"mlflow-skinny", "wandb", "optuna", "tenacity", "uvicorn", "pytest"}
-    assert set(LOCK.lines) == LOCK.closure(list_direct_packages(PROJECT, [*install.ALWAYS, *install.DEFAULT_EXTRAS]))
+    assert not needed & {"mlflow-skinny", "wandb", "optuna", "tenacity", "uvicorn", "pytest", "liger-kernel"}
+    assert set(LOCK.lines) == LOCK.closure(
+        list_direct_packages(PROJECT, [*install.ALWAYS, *install.DEFAULT_EXTRAS, "gpu"])
+    )
 
 
 def test_hashes_of_files_beside_the_index_are_added_once():
@@ -307,7 +309,7 @@ def run(root: Path, *arguments: str, **environment: str) -> subprocess.Completed
         (
             ["--extras", "mlfow"],
             None,
-            "EXTRAS=mlfow: no such extra; must be of dev, judge, mlflow, search, serve, wandb",
+            "EXTRAS=mlfow: no such extra; must be of dev, gpu, judge, mlflow, search, serve, wandb",
         ),
         ([], "", "git: not on the PATH"),
         ([], "git", "cc and gcc and clang: not on the PATH"),
@@ -430,7 +432,7 @@ def test_a_package_of_an_extra_that_is_not_installed_is_told_with_the_command():
     )
     assert missing_extra(ModuleNotFoundError(name="numpy")) is None
     extras = PROJECT["optional-dependencies"]
-    assert set(EXTRAS.values()) == set(extras) - {"build", "dev", "train"}
+    assert set(EXTRAS.values()) == set(extras) - {"build", "dev", "gpu", "train"}
     for module, extra in EXTRAS.items():
         packages = {parse_name(requirement).removesuffix("-skinny") for requirement in extras[extra]}
         assert module.replace("_", "-") in packages

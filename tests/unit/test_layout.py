@@ -29,6 +29,7 @@ FLOORS = [
     {
         "doctor",
         "doctor_checks",
+        "doctor_device",
         "doctor_generation",
         "adopt",
         "new_recipe",
@@ -43,8 +44,10 @@ NEIGHBOURS = {
     ("out_of_memory", "estimate"),
     ("fit_batch", "estimate"),
     ("doctor", "doctor_checks"),
+    ("doctor", "doctor_device"),
     ("doctor", "doctor_generation"),
     ("doctor", "estimate"),
+    ("doctor_device", "doctor_checks"),
     ("doctor_generation", "doctor_checks"),
     ("commands", "doctor"),
     ("commands", "adopt"),

@@ -191,7 +191,7 @@ def test_the_filler_changes_neither_loss_nor_gradients(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_is_that_of_torch_and_so_is_its_gradient(dtype, monkeypatch):
-    monkeypatch.setattr("lathe.training.loss.CHUNK_BYTES", 4 * 11 * 3)
+    monkeypatch.setattr("lathe.training.loss.CHUNK_BYTES", {"cpu": 4 * 11 * 3})
     logits = (8 * torch.randn(20, 11, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
     targets = torch.tensor([3, IGNORE_INDEX, 0, 10] * 5)
     expected = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")

@@ -78,7 +78,7 @@ class Training(Section):
         "attention; auto: row by row without padding, by FlashAttention if it is installed; the others pad rows"
     )
     torch_compile: bool = entry("compile the model: a slow start, and faster steps on a GPU")
-    use_liger_kernel: bool = entry("use Liger's fused kernels, on a GPU with liger-kernel installed")
+    use_liger_kernel: bool | Auto = entry("use Liger's fused kernels; auto: on a GPU, if liger-kernel is installed")
     logging_steps: Positive = entry("steps between two points of the loss curve", "steps")
     eval_steps: Positive = entry("steps between two evaluations on the validation split", "steps")
     save_steps: Positive = entry("steps between two checkpoints: at most these are lost if training is killed", "steps")

@@ -1,5 +1,6 @@
 """Base trainer: bf16 autocast, and a stop at a loss or gradient that is not finite, whatever the method."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
@@ -10,6 +11,7 @@ from transformers import Trainer
 from lathe.models.loss_mask import Encoded
 from lathe.training import distributed
 from lathe.training.nonfinite_loss import make_nonfinite_error
+from lathe.training.sharding import gather_full_tensor
 from lathe.training.training_step import autocast
 
 
@@ -26,8 +28,7 @@ class BaseTrainer(Trainer):
         self.precision = precision  # before TRL's __init__, which may compute something
         self.sequences = sequences
         self.learning_rate_key = learning_rate_key
-        self.step_token_ids: list[torch.Tensor] = []  # of the forward passes of the current step
-        self.nonfinite_losses: list[tuple[float, torch.Tensor]] = []  # with the token ids of their passes
+        self.step_losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the current step's passes, with token ids
         super().__init__(**arguments)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
@@ -47,30 +48,29 @@ class BaseTrainer(Trainer):
         return ids
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Run one forward and backward pass, and keep a loss that is not finite."""
+        """Run one forward and backward pass, and keep its loss until the step is checked."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        ids = self.get_token_ids(inputs)
-        if not torch.isfinite(loss):
-            self.nonfinite_losses.append((loss.item(), ids.cpu()))
-        self.step_token_ids.append(ids)
+        self.step_losses.append((loss.detach(), self.get_token_ids(inputs)))
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
-        is_bad = not self.args.fp16 and not torch.isfinite(norm)  # in fp16 the scaler skips such a step and goes on
-        if distributed.reduce_max(int(is_bad or bool(self.nonfinite_losses))):
+        is_finite = torch.stack([torch.isfinite(loss) for loss, _ in self.step_losses]).all()
+        if not self.args.fp16:  # in fp16 the scaler skips a step whose gradient is not finite, and goes on
+            is_finite &= torch.isfinite(gather_full_tensor(norm))
+        if distributed.reduce_max(int(not is_finite)):  # waits for the device, once in a step
             self._raise_nonfinite(norm)
-        self.step_token_ids.clear()
+        self.step_losses.clear()
         return norm
 
     def _raise_nonfinite(self, norm: torch.Tensor) -> NoReturn:
         """Raise the same InputError in all processes."""
-        losses = [entry for of_rank in distributed.gather(self.nonfinite_losses) for entry in of_rank]
-        if losses:
+        passes = [(loss.item(), ids.cpu()) for loss, ids in self.step_losses]
+        gathered = [entry for of_rank in distributed.gather(passes) for entry in of_rank]
+        if losses := [entry for entry in gathered if not math.isfinite(entry[0])]:
             quantity, value, batches = "loss", losses[0][0], [ids for _, ids in losses]
         else:
-            gathered = distributed.gather([ids.cpu() for ids in self.step_token_ids])
-            quantity, value, batches = "grad_norm", norm.item(), [ids for of_rank in gathered for ids in of_rank]
+            quantity, value, batches = "grad_norm", norm.item(), [ids for _, ids in gathered]
         step = self.state.global_step + 1
         raise make_nonfinite_error(
             quantity, value, step, batches, self.sequences, learning_rate_key=self.learning_rate_key

@@ -1,7 +1,8 @@
 """Row attention: rows end to end in one batch without padding, each of which attends to itself alone.
 
-FlashAttention's variable-length kernel does that where it is installed. Everywhere else, the CPU included, rows of
-similar length are padded for the attention only; all other layers compute real tokens alone.
+On a GPU FlashAttention's kernel for rows of any length does that: that of the package flash-attn if it is installed,
+else the one that torch brings. Everywhere else, the CPU included, rows of similar length are padded for the attention
+only; all other layers compute real tokens alone.
 """
 
 from functools import lru_cache
@@ -14,7 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from lathe.common.errors import InputError
 from lathe.models.adapter import unwrap
-from lathe.training import short_attention
+from lathe.training import short_attention, varlen_attention
 
 ROW_ATTENTION = "lathe_rows"
 FLASH = "flash_attention_2"
@@ -50,7 +51,8 @@ def separate_rows(model: Any, implementation: str, *, precision: str) -> bool:
         return False
     flash = model.device.type == "cuda" and _can_use_flash(precision)
     model.set_attn_implementation(FLASH if flash else ROW_ATTENTION)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=flash):  # weights trained whole are float32
+    is_cast = model.device.type == "cuda" and precision != "fp32"  # weights trained whole are float32
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=is_cast):
         if _keeps_rows_apart(model):
             return True
     model.set_attn_implementation(before)
@@ -87,6 +89,7 @@ def attend_rows(
     attention_mask: torch.Tensor | None,
     *,
     row_lengths: tuple[int, ...] | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -98,10 +101,17 @@ def attend_rows(
     """Attend causally within each row; the signature is that of transformers' attention interface.
 
     `query`, `key`, `value`: (1, heads, tokens, head size), the rows one after another, longest first for least
-    padding. Returns (1, tokens, heads, head size). Without `row_lengths` the tokens are one row.
+    padding. Returns (1, tokens, heads, head size). Without `row_lengths` the tokens are one row. `cu_seq_lens_q`:
+    (rows + 1,) says the same on the device.
     """
     if attention_mask is not None or softcap is not None or s_aux is not None or position_bias is not None:
         raise NotImplementedError("attention with a mask, soft caps, sinks or biases")
+    # Rows of one length need no padding, and torch's attention has faster kernels for them.
+    if len(set(row_lengths or ())) > 1 and cu_seq_lens_q is not None and varlen_attention.is_supported(query, dropout):
+        attended = varlen_attention.attend(
+            query, key, value, cu_seq_lens_q, max(row_lengths or ()), sliding_window=sliding_window, scaling=scaling
+        )
+        return attended, None
     parts, first = [], 0
     for group in _group_rows(row_lengths or (query.shape[2],), query.device):
         part = slice(first, first + group.tokens)

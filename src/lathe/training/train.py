@@ -19,6 +19,7 @@ from lathe.common.code_closure import code_closure
 from lathe.common.errors import InputError
 from lathe.common.jsonl import read_jsonl
 from lathe.common.scratch import compute_fingerprint
+from lathe.config.base import Auto
 from lathe.config.params import Params
 from lathe.models.adapter import add_adapter, check_adapter
 from lathe.models.loading import load_base
@@ -31,13 +32,14 @@ from lathe.training.checkpoints import Checkpoints, acquire_checkpoints, raise_d
 from lathe.training.dvclive_curves import Curves
 from lathe.training.freeze_proof import hash_tensors
 from lathe.training.full_tuning import map_to_base_names, save_full_model
+from lathe.training.fused_lora import add_updates_in_products
 from lathe.training.preference_pairs import check_pairs
 from lathe.training.resume import ResumableTrainer
 from lathe.training.reward_functions import RewardFunction, get_source_file
 from lathe.training.row_attention import check_attention
 from lathe.training.sharding import get_state_to_save
 from lathe.training.throughput import ThroughputMeter
-from lathe.training.trainer_setup import TrainerSetup
+from lathe.training.trainer_setup import TrainerSetup, uses_liger
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,8 @@ def train(
         map_to_base_names(model, open_model(base))  # raises if it could not be saved, before hours of training
     else:
         model = add_adapter(model, params.lora)
+        if model.device.type == "cuda" and not launch.is_sharded():
+            add_updates_in_products(model)
     frozen = hash_tensors(model)
     phases = _plan_phases(params)
     acquired: list[Checkpoints | None] = []
@@ -179,10 +183,11 @@ def describe_unusual_rate(rate: float, *, weights: int, tuning: Literal["lora", 
     )
 
 
-def _check_liger(use_liger_kernel: bool) -> None:
-    if use_liger_kernel and not is_liger_kernel_available():
+def _check_liger(choice: bool | Auto) -> None:
+    if choice is True and not is_liger_kernel_available():
         raise InputError(
-            "training.use_liger_kernel is true; liger-kernel is not installed; install it, or set it to false",
+            "training.use_liger_kernel is true; liger-kernel is not installed; set it to auto, or install it: "
+            "`make setup EXTRAS=gpu`",
             code="liger-kernel-missing",
         )
 
@@ -239,6 +244,7 @@ def _get_fingerprint_values(phase: _Phase, tensors: dict[str, str], precision: s
         "supervise": params.preprocess.supervise,
         "seed": params.seed,
         "precision": precision,
+        "liger": uses_liger(params.training.use_liger_kernel),
         "device": device,
         "processes": distributed.count_processes(),
         "sharded": launch.is_sharded(),

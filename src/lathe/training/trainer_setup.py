@@ -7,10 +7,19 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.utils import is_liger_kernel_available
 
+from lathe.config.base import Auto
 from lathe.config.params import Params
 from lathe.training.checkpoints import Checkpoints
 from lathe.training.reward_functions import RewardFunction
+
+
+def uses_liger(choice: bool | Auto) -> bool:
+    """Tell whether Liger's kernels are used, by `training.use_liger_kernel`."""
+    if choice == "auto":
+        return torch.cuda.is_available() and bool(is_liger_kernel_available())
+    return choice
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class TrainerSetup:
             "optim": training.optim,
             "gradient_checkpointing": training.gradient_checkpointing,
             "torch_compile": training.torch_compile,
-            "use_liger_kernel": training.use_liger_kernel,
+            "use_liger_kernel": uses_liger(training.use_liger_kernel),
             # Lathe, or TRL, computes logits and loss.
             "liger_kernel_config": {"fused_linear_cross_entropy": False, "cross_entropy": False},
             "logging_steps": training.logging_steps,
