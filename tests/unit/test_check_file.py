@@ -344,3 +344,11 @@ def test_preprocess_says_how_it_has_read_a_file():
         "b.csv: read as delimiter '\\t'; if that is wrong, name it in the dataset's preset",
     ]
     assert row_report.list_unusual_forms({}) == []
+
+
+def test_a_delimiter_that_excel_names_is_told_and_one_that_is_none_is_refused(tmp_path, run):
+    content = "prompt^completion\r\n" + "a,b^c\r\n" * 30
+    _, text = run(write(tmp_path / "x.csv", f"sep=^\r\n{content}".encode()))
+    assert "columns separated by '^'" in text
+    with refused("bad-delimiter", "x.csv:1", "'sep=::'"):
+        run(write(tmp_path / "x.csv", b"sep=::\r\nprompt::completion\r\na::c\r\n"))

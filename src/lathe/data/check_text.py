@@ -81,7 +81,7 @@ def _format_files(found: Mapping[str, Any]) -> Iterator[str]:
     for file in found["files"]:
         facts = [file["format"], *([file["encoding"]] if "encoding" in file else [])]
         if "delimiter" in file:
-            facts.append(f"columns separated by {DELIMITERS[file['delimiter']]}")
+            facts.append(f"columns separated by {DELIMITERS.get(file['delimiter'], repr(file['delimiter']))}")
         yield f"file        {file['file']}: {file['split']}, {_count_rows(file['rows'])}, {', '.join(facts)}"
 
 

@@ -65,13 +65,21 @@ def find_encoding(file: Path, form: TextForm = BY_CONTENT) -> str:
 def find_delimiter(file: Path, encoding: str, form: TextForm = BY_CONTENT) -> str:
     """Return the delimiter of a CSV file: the named one, else the one that gives its first rows the same columns.
 
-    Where several do, it is the comma, else the one with most columns.
+    Where several do, it is the comma, else the one with most columns. Raises InputError where Excel's first line names
+    none that is possible.
     """
     if form.delimiter:
         return form.delimiter
     lines = _read_sample(file, encoding)
     if lines and lines[0].startswith(SEPARATOR_LINE):
-        return lines[0][len(SEPARATOR_LINE) :].strip("\r\n") or COMMA
+        named = lines[0][len(SEPARATOR_LINE) :].strip("\r\n") or COMMA
+        if len(named) > 1 or named == '"':
+            raise InputError(
+                f"{file.name}:1: {lines[0].strip()!r} names no delimiter, which is one character and no quote; "
+                "correct the line, or remove it",
+                code="bad-delimiter",
+            )
+        return named
     columns = {delimiter: _count_columns(lines, delimiter) for delimiter in DELIMITERS}
     if columns[COMMA] > 1:
         return COMMA

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from lathe.common import operating_system, paths
+from lathe.common import paths
 from lathe.common.dvc_api import StageCommand, open_repository
 from lathe.common.errors import InputError
 from lathe.common.json_files import read_json_object
@@ -28,6 +28,7 @@ from lathe.config.overrides import apply_overrides, check_keys, expand_sweep
 from lathe.config.yaml_files import read_yaml
 from lathe.experiments.recipes import load_recipe
 from lathe.experiments.smoke import checkout_copy, small_values
+from lathe.experiments.smoke.stage_processes import StageProcesses
 
 GENERAL_TEXT = "data/smoke-general.txt"
 FETCHING = ("local_files", "local_files_encoder", "fetch", "fetch_encoder")
@@ -90,6 +91,7 @@ def _run_stages(folder: Path, config: Config, seconds: Seconds) -> tuple[str, in
         _limit_rows(folder, config)
         small = small_values.choose_small_values(config.params, GENERAL_TEXT)
         _write_params(folder, config, small)
+        processes = StageProcesses()
         with open_repository(folder) as repository:
             stages = [stage for stage in repository.list_commands() if not _is_fetching(stage)]
         for stage in stages:
@@ -99,10 +101,8 @@ def _run_stages(folder: Path, config: Config, seconds: Seconds) -> tuple[str, in
             _announce(stage.name)
             started = time.perf_counter()
             for command in stage.commands:
-                # As DVC does, by a shell; it ends with this process.
-                done = operating_system.run_command(["/bin/sh", "-c", command], cwd=stage.folder)
-                if done.returncode:
-                    return stage.name, done.returncode if done.returncode > 0 else 128 - done.returncode
+                if code := processes.run(stage, command):
+                    return stage.name, code
             seconds[stage.name] = time.perf_counter() - started
             if stage.name == "preprocess":
                 _compare_references(folder, config)
