@@ -14,6 +14,7 @@ import _path  # noqa: F401
 from lathe import stage
 from lathe.common import json_files, paths
 from lathe.config.load import Config
+from lathe.models import check_base
 from lathe.sources import fetch
 
 TARGETS = {"model": paths.MODEL_BASE, "dataset": paths.DATA_RAW, "encoder": paths.MODEL_ENCODER}
@@ -31,6 +32,7 @@ def _fetch(config: Config, item: str, folder: Path) -> fetch.Origin | None:
     params = config.params
     if item == "model":
         origin = fetch.fetch_model(config.model, folder, seed=params.seed)
+        check_base.check_base(folder, f"model {params.model}")
         return {"name": params.model, "source": config.model.source, **origin}
     if item == "dataset":
         origin = fetch.fetch_dataset(config.dataset, folder, seed=params.seed)

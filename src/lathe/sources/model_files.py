@@ -61,6 +61,12 @@ def fetch_hub_file(repository: "Repository", name: str) -> Path:
 
 def select_files(names: list[str], shown: str) -> list[str]:
     """Return the names to take of those in a model's folder; raises InputError if the model is incomplete."""
+    if "adapter_config.json" in names and "config.json" not in names:
+        raise InputError(
+            f"{shown}: is an adapter of PEFT (adapter_config.json), not a model; merge it into its base with PEFT's "
+            "merge_and_unload, and give the folder that save_pretrained writes",
+            code="adapter-as-base",
+        )
     for name in ("config.json", "tokenizer_config.json"):
         if name not in names:
             raise InputError(

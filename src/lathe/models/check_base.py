@@ -1,0 +1,99 @@
+"""Base model checked as it is fetched: what training, merge or conversion would refuse, or not notice, hours later."""
+
+from pathlib import Path
+from typing import Any
+
+from lathe.common.errors import InputError
+from lathe.models.loss_mask import encode
+from lathe.models.tokenizer import load_tokenizer
+
+# Tokens at which llama.cpp ends a generation, whatever the model says (llama-vocab.cpp, special_eog_ids).
+ENDING_TOKENS = frozenset(
+    {
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
+        *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>"),
+        *("<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["),
+    }
+)
+CHAT = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+
+
+def check_base(folder: Path, shown: str) -> None:
+    """Raise InputError where the model in `folder`, called `shown` in messages, cannot become a GGUF that answers.
+
+    It must be one of transformers' causal language models, the files must hold every weight of it, and the chat
+    template must use tokens that the embeddings have, and end an answer with one at which llama.cpp stops. No weight is
+    read.
+    """
+    model = _check_weights(folder, shown)
+    tokenizer = load_tokenizer(folder)
+    _check_chat(tokenizer, model.get_input_embeddings().num_embeddings, shown)
+
+
+def _check_weights(folder: Path, shown: str) -> Any:
+    """Return the model on the meta device, after a look at which weights it would find."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (ValueError, KeyError, OSError, RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{shown}: transformers cannot load it: {' '.join(str(error).split())[:300]}; choose a causal language "
+            "model whose files are whole",
+            code="base-not-loaded",
+        ) from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    unread = sorted(found["unexpected_keys"])
+    if wrong := sorted(found["mismatched_keys"]):
+        name, stored, wanted = wrong[0]
+        raise InputError(
+            f"{shown}: {name} is of shape {list(stored)}; config.json asks for {list(wanted)}; correct config.json, or "
+            "download the model again",
+            code="weights-of-other-shape",
+        )
+    if missing := sorted(found["missing_keys"]):
+        names = f"; nothing reads {unread[0]}{_count_others(unread)} of its files" if unread else ""
+        raise InputError(
+            f"{shown}: no weights for {missing[0]}{_count_others(missing)}, which {type(model).__name__} has and would "
+            f"draw at random{names}; correct config.json (tie_word_embeddings) or the names, or download the model "
+            "again",
+            code="weights-incomplete",
+        )
+    return model
+
+
+def _count_others(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _check_chat(tokenizer: Any, embeddings: int, shown: str) -> None:
+    [row, *_] = encode(tokenizer, [CHAT], supervise="last")
+    for token in row.input_ids:
+        if token >= embeddings:
+            raise InputError(
+                f"{shown}: its chat template writes {tokenizer.convert_ids_to_tokens(token)!r}, token {token}; the "
+                f"model has embeddings for {embeddings}; resize them, or take another template",
+                code="token-without-embedding",
+            )
+    last = max(index for index, is_supervised in enumerate(row.supervised) if is_supervised)
+    ending = tokenizer.convert_ids_to_tokens(row.input_ids[last])
+    if row.input_ids[last] != tokenizer.eos_token_id and ending not in ENDING_TOKENS:
+        raise InputError(
+            f"{shown}: its chat template ends an answer with {ending!r}, at which llama.cpp does not stop, but at the "
+            f"tokenizer's eos_token, {tokenizer.eos_token!r}; set eos_token in tokenizer_config.json and eos_token_id "
+            f"in config.json and generation_config.json to {ending!r}, or take another template",
+            code="answers-never-end",
+        )

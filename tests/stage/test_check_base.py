@@ -1,0 +1,104 @@
+"""A base that cannot become a GGUF that answers is refused as it is fetched, for what is wrong with it."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from refusals import refused
+from safetensors.torch import load_file, save_file
+
+from lathe.common import paths
+from lathe.models.check_base import ENDING_TOKENS, check_base
+
+
+@pytest.fixture
+def model(small_model: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder)
+    return folder
+
+
+def change_json(file: Path, **values: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def rename_weights(folder: Path, name: Callable[[str], str | None]) -> None:
+    file = folder / "model.safetensors"
+    tensors = {name(old): tensor.clone() for old, tensor in load_file(file).items()}
+    save_file({new: tensor for new, tensor in tensors.items() if new}, file, {"format": "pt"})
+
+
+def test_a_whole_model_is_taken(model):
+    check_base(model, "model mine")
+
+
+def test_a_model_without_its_head_is_refused(model):
+    change_json(model / "config.json", tie_word_embeddings=False)
+    with refused("weights-incomplete", "model mine", "lm_head.weight", "tie_word_embeddings"):
+        check_base(model, "model mine")
+
+
+def test_weights_under_names_that_nothing_reads_are_refused(model):
+    rename_weights(model, lambda name: f"_orig_mod.{name}")
+    with refused("weights-incomplete", "11 more", "nothing reads _orig_mod."):
+        check_base(model, "model mine")
+
+
+def test_one_missing_weight_is_named(model):
+    rename_weights(model, lambda name: None if name == "model.layers.0.mlp.up_proj.weight" else name)
+    with refused("weights-incomplete", "no weights for model.layers.0.mlp.up_proj.weight, which"):
+        check_base(model, "model mine")
+
+
+def test_weights_of_another_shape_are_refused(model):
+    change_json(model / "config.json", intermediate_size=128)
+    with refused("weights-of-other-shape", "mlp", "config.json"):
+        check_base(model, "model mine")
+
+
+def test_an_architecture_that_transformers_does_not_know_is_refused(model):
+    change_json(model / "config.json", model_type="llamma", architectures=["LlammaForCausalLM"])
+    with refused("base-not-loaded", "llamma", kept=False):
+        check_base(model, "model mine")
+
+
+def add_token(model: Path, template: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|answer|>"]})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(model)
+
+
+def test_a_template_with_a_token_beyond_the_embeddings_is_refused_and_one_without_it_is_not(model):
+    start = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['content'] }}"
+    end = "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    add_token(model, f"{start}{end}")
+    check_base(model, "model mine")
+    add_token(model, f"{start}<|answer|>{end}")
+    with refused("token-without-embedding", "'<|answer|>', token 768"):
+        check_base(model, "model mine")
+
+
+def test_answers_that_llama_cpp_would_not_end_are_refused(model):
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(template.replace("<|im_end|>", "<|im_start|>"))
+    with refused("answers-never-end", "'<|im_start|>'", "eos_token"):
+        check_base(model, "model mine")
+
+
+def test_the_ending_tokens_are_those_of_llama_cpp():
+    source = (paths.LLAMA_CPP / "src/llama-vocab.cpp").read_text(encoding="utf-8")
+    [block] = re.findall(r"if \(false((?:\s*\|\| t\.first == \"[^\"]+\"[^\n]*)+)\s*\) \{\s*special_eog_ids", source)
+    assert set(re.findall(r't\.first == "([^"]+)"', block)) == ENDING_TOKENS
+
+
+def test_an_adapter_s_folder_is_recognised():
+    from lathe.sources.model_files import select_files
+
+    with refused("adapter-as-base", "mine", "adapter of PEFT"):
+        select_files(["adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"], "mine")
