@@ -102,3 +102,16 @@ def test_an_adapter_s_folder_is_recognised():
 
     with refused("adapter-as-base", "mine", "adapter of PEFT"):
         select_files(["adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"], "mine")
+
+
+def test_experts_that_the_merge_cannot_add_are_refused_before_training(tmp_path):
+    from gguf_models import make_qwen3_moe
+    from toy import load_toy
+
+    from lathe.models.adapter import check_adapter
+
+    make_qwen3_moe(tmp_path / "moe")
+    lora = load_toy().params.lora
+    with refused("experts-not-merged", "all-linear", "experts"):
+        check_adapter(tmp_path / "moe", lora.model_copy(update={"target_modules": "all-linear"}))
+    check_adapter(tmp_path / "moe", lora.model_copy(update={"target_modules": ["q_proj", "v_proj"]}))

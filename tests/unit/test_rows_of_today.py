@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_chat import byte_chat
 from refusals import refused
 
 from lathe.config.presets import LocalDataset
 from lathe.data.formats import RecordConverter
 from lathe.data.messages import RowFault
 from lathe.data.read_files import read_records
+from lathe.models.loss_mask import encode
 
 CONTROL = re.compile(r"<\|im_start\|>")
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
@@ -151,3 +153,57 @@ def test_a_pointer_of_git_lfs_is_named_for_what_it_is(tmp_path: Path, name):
     (tmp_path / name).write_text(POINTER)
     with refused("lfs-pointer", f"{name}: is a pointer of Git LFS", "git lfs pull"):
         list(read_records(tmp_path / name))
+
+
+def long_chat(*marks: dict[str, Any]) -> dict[str, Any]:
+    """A question and an answer for each of the marks, which the answer has."""
+    turns = [
+        message
+        for number, mark in enumerate(marks)
+        for message in (
+            {"role": "user", "content": f"question {number}"},
+            {"role": "assistant", "content": f"answer {number}", **mark},
+        )
+    ]
+    return {"messages": turns}
+
+
+@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}])
+@pytest.mark.parametrize("on", [{}, {"weight": 1}, {"weight": None}, {"train": True}])
+def test_an_answer_of_weight_0_is_context(on, off):
+    first, last, only = convert(long_chat(off, on), long_chat(on, off), long_chat(off))
+    assert [message.get("train") for message in first] == [None, False, None, None]
+    assert last == convert(long_chat(on))[0]  # nothing learns from what comes after
+    assert (only.reason, only.field) == ("no_answer", "messages")
+
+
+@pytest.mark.parametrize(
+    ("mark", "field"),
+    [({"weight": 0.5}, "weight"), ({"weight": "0"}, "weight"), ({"weight": 2}, "weight"), ({"train": "no"}, "train")],
+)
+def test_a_mark_that_is_neither_is_a_fault(mark, field):
+    [fault] = convert(long_chat(mark))
+    assert (fault.reason, fault.field) == ("mark", f"messages[1].{field}")
+
+
+def test_a_request_cannot_be_marked_as_learnt():
+    row = long_chat({})
+    row["messages"][0]["train"] = True
+    [fault] = convert(row)
+    assert (fault.reason, fault.field) == ("mark", "messages[0].train")
+    row["messages"][0]["train"] = False
+    assert [len(messages) for messages in convert(row)] == [2]
+
+
+@pytest.mark.parametrize("supervise", ["all", "last"])
+def test_only_answers_to_be_learnt_are_supervised(supervise):
+    tokenizer = byte_chat()
+    [messages] = convert(long_chat({}, {"weight": 0}, {}))
+    [row] = encode(tokenizer, [messages], supervise=supervise)
+    text = tokenizer.decode(
+        [token for token, is_supervised in zip(row.input_ids, row.supervised, strict=True) if is_supervised]
+    )
+    assert "answer 2" in text
+    assert ("answer 0" in text) == (supervise == "all")
+    assert "answer 1" not in text
+    assert "answer 1" in tokenizer.decode(row.input_ids)

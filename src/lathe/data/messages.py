@@ -7,7 +7,8 @@ from typing import Any
 
 from lathe.data.read_files import Fault, RepeatedKey, describe_value
 
-# {"role", "content"}; the assistant's may have "tool_calls", a tool's "name" and "tool_call_id".
+# {"role", "content"}; the assistant's may have "tool_calls", and "train": False where it is context only; a tool's
+# "name" and "tool_call_id".
 Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -76,11 +77,20 @@ def parse_conversation(check_text: TextValidator, value: Any, field: str, *, sha
     """Return a list of {role, content} objects, or of ShareGPT's {from, value}, as messages; raises RowFault.
 
     They must be in the order of a conversation: an optional system message, then user and assistant in turns, with the
-    replies of tools in between; the assistant's message comes last.
+    replies of tools in between; the assistant's message comes last. What comes after the last answer that is to be
+    learnt is left out: nothing learns from it.
     """
     messages = parse_messages(check_text, value, field, sharegpt=sharegpt)
     check_order(messages, field, start=len(value) - len(messages), key="from" if sharegpt else "role")
-    return messages
+    learnt = [index for index, message in enumerate(messages) if is_learnt(message)]
+    if not learnt:
+        raise RowFault("no_answer", field, "marks every answer as context (weight 0); expected one to learn")
+    return messages[: learnt[-1] + 1]
+
+
+def is_learnt(message: Message) -> bool:
+    """Tell whether a message is an answer that is to be learnt."""
+    return message["role"] == "assistant" and message.get("train", True)
 
 
 def parse_messages(check_text: TextValidator, value: Any, field: str, *, sharegpt: bool = False) -> list[Message]:
@@ -172,10 +182,26 @@ def _parse_message(check_text: TextValidator, value: Any, field: str, *, sharegp
     message: Message = {"role": role, "content": checked}
     if calls:
         message["tool_calls"] = _parse_tool_calls(check_text, calls, f"{field}.tool_calls")
+    if not _read_mark(value, field, role) and role == "assistant":
+        message["train"] = False
     if role == "tool":
         named = {key: value[key] for key in ("name", "tool_call_id") if value.get(key) is not None}
         message |= {key: check_text(text, f"{field}.{key}") for key, text in named.items()}
     return message, content_field
+
+
+def _read_mark(value: dict[str, Any], field: str, role: str) -> bool:
+    """Return whether a message is to be learnt, by OpenAI's `weight` or axolotl's `train`; raises RowFault."""
+    weight, train = value.get("weight"), value.get("train")
+    if weight is not None and (isinstance(weight, str) or weight not in (0, 1)):
+        raise RowFault(
+            "mark", f"{field}.weight", f"is {describe_value(weight)}; expected 0 or 1: an answer counts or not"
+        )
+    if train is not None and not isinstance(train, bool):
+        raise RowFault("mark", f"{field}.train", f"is {describe_value(train)}; expected true or false")
+    if train and role != "assistant":
+        raise RowFault("mark", f"{field}.train", f"is true for a {role} message; only the assistant's are learnt")
+    return weight != 0 and train is not False
 
 
 def _read_content(check_text: TextValidator, value: Any, field: str) -> str:

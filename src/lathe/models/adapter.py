@@ -28,6 +28,9 @@ def check_adapter(folder: Path, lora: Lora) -> None:
                 "of linear layers, or set training.tuning to full",
                 code="layer-conv1d",
             )
+    if any("expert" in name for name, _ in model.named_parameters()):
+        with torch.device("meta"):
+            add_adapter(model, lora)
 
 
 def add_adapter(model: Any, lora: Lora) -> Any:
@@ -55,7 +58,15 @@ def add_adapter(model: Any, lora: Lora) -> Any:
     )
     # bitsandbytes' 4-bit layers hold bytes, which have no gradients anyway; this freezes the rest of the base.
     model.requires_grad_(False)
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    if experts := adapted.peft_config["default"].target_parameters:
+        raise InputError(
+            f"lora.target_modules is {lora.target_modules!r}; in this mixture of experts PEFT updates {min(experts)}, "
+            "all experts together, which the merge cannot add; name layers beside the experts: q_proj, k_proj, v_proj, "
+            "o_proj",
+            code="experts-not-merged",
+        )
+    return adapted
 
 
 def _choose_blocks(model: Any, lora: Lora) -> list[int] | None:

@@ -105,11 +105,17 @@ class ConversationEncoder:
                 yield result if isinstance(result, TemplateError) else _join_turns(row, [next(ids) for _ in result])
 
     def _render_turns(self, messages: Conversation, supervise: str) -> "list[_Turn] | TemplateError":
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = [
+            index
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant" and message.get("train", True)
+        ]
         if not answers:
             return TemplateError(
-                "no supervised token: there is no assistant message; add the answer", code="no-supervised-token"
+                "no supervised token: there is no assistant message; add the answer",
+                code="no-supervised-token",
             )
+        messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         try:
             return [self._render_turn(messages[: at + 1]) for at in (answers if supervise == "all" else answers[-1:])]
         except TemplateError as error:
