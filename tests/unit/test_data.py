@@ -22,6 +22,7 @@ LENIENT = Preprocess(
     validation_fraction=0.1,
     test_fraction=0.1,
     max_dropped_fraction=1.0,
+    normalize_unicode=False,
     too_long="drop",
     max_truncated_fraction=1.0,
     max_overlap_fraction=1.0,

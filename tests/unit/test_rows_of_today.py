@@ -2,18 +2,21 @@
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
-from byte_chat import byte_chat
+from byte_chat import LENIENT, byte_chat
 from refusals import refused
 
 from lathe.config.presets import LocalDataset
 from lathe.data.formats import RecordConverter
 from lathe.data.messages import RowFault
+from lathe.data.prepare import prepare
 from lathe.data.read_files import read_records
 from lathe.models.loss_mask import encode
+from lathe.models.unicode_form import UnicodeRule, find_unicode_form
 
 CONTROL = re.compile(r"<\|im_start\|>")
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
@@ -207,3 +210,79 @@ def test_only_answers_to_be_learnt_are_supervised(supervise):
     assert ("answer 0" in text) == (supervise == "all")
     assert "answer 1" not in text
     assert "answer 1" in tokenizer.decode(row.input_ids)
+
+
+def nfc_chat() -> Any:
+    """A tokenizer that composes text, as Qwen's does."""
+    from tokenizers import normalizers
+
+    tokenizer = byte_chat()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC()])
+    return tokenizer
+
+
+def test_the_unicode_form_of_a_tokenizer_is_found():
+    assert find_unicode_form(byte_chat()) is None
+    assert find_unicode_form(nfc_chat()) == "NFC"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("10 \u2126", "holds '\u2126' (U+2126), which the model's tokenizer reads as '\u03a9' (U+03A9) by NFC"),
+        ("cafe\u0301", "holds 'e' (U+0065), which the model's tokenizer reads as '\u00e9' (U+00E9) by NFC"),
+        ("\u09df", "(U+09DF)"),
+        ("a\u0301\u0323", "holds 'a' (U+0061)"),
+    ],
+)
+def test_text_that_only_the_tokenizer_would_compose_is_a_fault_or_composed(tmp_path, text, shown):
+    form = find_unicode_form(nfc_chat())
+    assert form
+    for row in (chat(text), chat("what?", text)):
+        converter, composing = (
+            RecordConverter(
+                LocalDataset(source="local", path="data/local/x"),
+                row,
+                "x.jsonl",
+                CONTROL,
+                UnicodeRule(form, normalizes),
+            )
+            for normalizes in (False, True)
+        )
+        with pytest.raises(RowFault) as caught:
+            converter.convert(row)
+        assert caught.value.fault.reason == "not_normalized"
+        assert shown in caught.value.fault.problem
+        assert "preprocess.normalize_unicode" in caught.value.fault.problem
+        [question, answer] = composing.convert(row)
+        assert unicodedata.normalize("NFC", text) in (question["content"], answer["content"])
+        assert convert(row)[0][0]["content"] in (text, "what?")  # another tokenizer leaves it as it is
+
+
+def test_arguments_of_calls_are_composed_too():
+    call = {"name": "find", "arguments": {"place": "cafe\u0301"}}
+    row = chat("where?", "", tool_calls=[call])
+    row["messages"] += [{"role": "tool", "content": "here"}, {"role": "assistant", "content": "here"}]
+    preset = LocalDataset(source="local", path="data/local/x")
+    messages = RecordConverter(preset, row, "x.jsonl", CONTROL, UnicodeRule("NFC", True)).convert(row)
+    assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"place": "caf\u00e9"}
+
+
+def test_preprocess_counts_the_rows_that_it_drops(tmp_path):
+    rows = [{"prompt": f"How far is {n} km?", "completion": f"{n} km"} for n in range(30)]
+    rows += [{"prompt": "How much?", "completion": f"{n} \u2126"} for n in range(3)]
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for normalizes, kept in ((False, 30), (True, 33)):
+        out = tmp_path / str(normalizes)
+        out.mkdir()
+        settings = LENIENT.model_copy(update={"normalize_unicode": normalizes})
+        preset = LocalDataset(source="local", path="data/local/x")
+        prepared = prepare(
+            raw, preset, out, tokenizer=nfc_chat(), seed=1, max_length=999, settings=settings, processes=1
+        )
+        written = "".join(file.read_text(encoding="utf-8") for file in out.glob("*.jsonl"))
+        assert written.count("\n") == kept
+        assert "\u2126" not in written
+        assert ("not_normalized" in json.dumps(prepared.report)) != normalizes

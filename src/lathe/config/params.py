@@ -45,6 +45,10 @@ class Preprocess(Section):
         "share of the training rows that becomes the test split if the source has none"
     )
     max_dropped_fraction: Fraction = entry("share of unusable rows above which the stage fails")
+    normalize_unicode: bool = entry(
+        "text that the model's tokenizer would normalise (NFC) and llama.cpp does not: normalise it if true, drop and "
+        "count the row if false"
+    )
     too_long: Literal["drop", "truncate_prompt", "truncate_answer"] = entry(
         "rows over training.max_length: drop them, cut the prompt of the last answer, or cut the end of an answer"
     )

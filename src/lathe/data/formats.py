@@ -15,8 +15,10 @@ from lathe.data.messages import (
     make_pair,
     parse_conversation,
     parse_messages,
+    parse_transcript,
 )
 from lathe.data.read_files import describe_value
+from lathe.models.unicode_form import UnicodeRule
 
 if TYPE_CHECKING:
     from lathe.config.presets import DatasetPreset
@@ -38,8 +40,6 @@ REJECTED = "rejected"  # optional beside a list of messages: a worse alternative
 TOOLS = "tools"
 WANTED = "label"  # optional beside an answer, true or false, as TRL's unpaired preferences have it
 
-TRANSCRIPT_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
-
 
 class RecordConverter:
     """Converts records to examples, by the format that the preset names or that the column names fit.
@@ -49,14 +49,20 @@ class RecordConverter:
     """
 
     def __init__(
-        self, preset: "DatasetPreset", names: Iterable[str], file: str, control_tokens: re.Pattern[str]
+        self,
+        preset: "DatasetPreset",
+        names: Iterable[str],
+        file: str,
+        control_tokens: re.Pattern[str],
+        unicode_rule: UnicodeRule | None = None,
     ) -> None:
         """Choose the format by the preset, else by the column `names` of the first record in `file`.
 
-        Texts that hold one of the `control_tokens` will be refused. Raises InputError if no format fits, or several do.
+        Texts that hold one of the `control_tokens`, or do not follow the `unicode_rule`, will be refused. Raises
+        InputError if no format fits, or several do.
         """
         names = list(names)
-        check_text = TextValidator(control_tokens)
+        check_text = TextValidator(control_tokens, unicode_rule)
         named = _get_preset_format(preset)
         self.detected = not named
         form = named or _detect_format(names, file)
@@ -257,7 +263,7 @@ class _PreferenceFormat:
                 raise RowFault("empty_answer", column, "is empty; expected text")
             messages = [*prompt, {"role": "assistant", "content": answer}]
         else:
-            messages = _parse_transcript(self.check_text(value, column), column)
+            messages = parse_transcript(self.check_text(value, column), column)
         check_order(messages, column)
         return messages
 
@@ -404,27 +410,6 @@ def _contains_prompt(messages: list[Message], prompt: list[Message]) -> bool:
             for message in messages
         )
     return messages[: len(prompt)] == prompt
-
-
-def _parse_transcript(value: str, field: str) -> list[Message]:
-    before, *turns = TRANSCRIPT_SPEAKER.split(value)
-    if before.strip() or not turns:
-        raise RowFault(
-            "no_prompt",
-            field,
-            "is text, and there is no prompt column; expected one, or a transcript that begins with '\\n\\nHuman:'",
-        )
-    messages = []
-    for speaker, content in zip(turns[::2], turns[1::2], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
-        if not content.strip():
-            raise RowFault(
-                "empty_answer" if role == "assistant" else "empty_prompt",
-                field,
-                f"has an empty turn of {speaker}; expected text",
-            )
-        messages.append({"role": role, "content": content.strip()})
-    return messages
 
 
 def _parse_template(template: str) -> list[tuple[str, str | None]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lathe.data.read_files import Fault, RepeatedKey, describe_value
+from lathe.models.unicode_form import UnicodeRule
 
 # {"role", "content"}; the assistant's may have "tool_calls", and "train": False where it is context only; a tool's
 # "name" and "tool_call_id".
@@ -33,6 +34,7 @@ SPEAKERS = {
 # Types of the parts of a content that hold text, as clients of OpenAI's and Anthropic's servers write them.
 TEXT_PARTS = ("text", "input_text", "output_text")
 TOOL_CALL_SPEAKERS = ("function_call", "tool_call")
+TRANSCRIPT_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
 class RowFault(Exception):  # noqa: N818
@@ -46,14 +48,15 @@ class RowFault(Exception):  # noqa: N818
 class TextValidator:
     """Accepts plain text and refuses anything else, such as text with one of the model's `control_tokens`.
 
-    A control token in a text would end its turn early or begin another.
+    A control token in a text would end its turn early or begin another. With a `unicode_rule`, text that the model's
+    tokenizer would normalise is normalised here, or refused.
     """
 
-    def __init__(self, control_tokens: re.Pattern[str]) -> None:
-        self.control_tokens = control_tokens
+    def __init__(self, control_tokens: re.Pattern[str], unicode_rule: UnicodeRule | None = None) -> None:
+        self.control_tokens, self.unicode_rule = control_tokens, unicode_rule
 
     def __call__(self, value: Any, field: str) -> str:
-        """Return the text; raises RowFault with this `field`."""
+        """Return the text, normalised if the rule says so; raises RowFault with this `field`."""
         if not isinstance(value, str):
             raise RowFault("not_text", field, f"is {describe_value(value)}; expected text")
         if "\0" in value:
@@ -66,11 +69,25 @@ class TextValidator:
                 raise RowFault(
                     "invalid_unicode", field, f"holds half a surrogate pair ({code}); expected valid Unicode"
                 ) from None
+            if self.unicode_rule and (difference := self.unicode_rule.find_difference(value)):
+                if not self.unicode_rule.normalizes:
+                    raise RowFault("not_normalized", field, _describe_difference(self.unicode_rule.form, *difference))
+                value = self.unicode_rule.normalize(value)
         if token := self.control_tokens.search(value):
             raise RowFault(
                 "control_token", field, f"holds the model's control token {token[0]!r}; expected text without it"
             )
         return value
+
+
+def _describe_difference(form: str, found: str, normal: str) -> str:
+    def name(text: str) -> str:
+        return " ".join(f"U+{ord(character):04X}" for character in text)
+
+    return (
+        f"holds {found[:1]!r} ({name(found[:1])}), which the model's tokenizer reads as {normal!r} ({name(normal)}) by "
+        f"{form}, and llama.cpp does not; expected text in {form}: preprocess.normalize_unicode: true makes it so"
+    )
 
 
 def parse_conversation(check_text: TextValidator, value: Any, field: str, *, sharegpt: bool = False) -> list[Message]:
@@ -138,6 +155,28 @@ def make_pair(prompt: str, prompt_field: str, answer: str, answer_field: str) ->
     if not answer.strip():
         raise RowFault("empty_answer", answer_field, "is empty; expected text")
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def parse_transcript(value: str, field: str) -> list[Message]:
+    """Return the messages of a text with `Human:` and `Assistant:` before each turn; raises RowFault."""
+    before, *turns = TRANSCRIPT_SPEAKER.split(value)
+    if before.strip() or not turns:
+        raise RowFault(
+            "no_prompt",
+            field,
+            "is text, and there is no prompt column; expected one, or a transcript that begins with '\\n\\nHuman:'",
+        )
+    messages = []
+    for speaker, content in zip(turns[::2], turns[1::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if not content.strip():
+            raise RowFault(
+                "empty_answer" if role == "assistant" else "empty_prompt",
+                field,
+                f"has an empty turn of {speaker}; expected text",
+            )
+        messages.append({"role": role, "content": content.strip()})
+    return messages
 
 
 def format_names(names: Iterable[str]) -> str:
@@ -271,8 +310,9 @@ def _parse_arguments(check_text: TextValidator, value: Any, field: str) -> dict[
         _refuse_repeated_key(part, field)
         raise RowFault("tool_call", field, f"holds {describe_value(part)}; expected JSON values")
 
-    check_text(json.dumps(value, ensure_ascii=False, default=refuse), field)
-    return value
+    text = json.dumps(value, ensure_ascii=False, default=refuse)
+    checked = check_text(text, field)
+    return value if checked == text else json.loads(checked)
 
 
 def _refuse_repeated_key(value: Any, field: str) -> None:

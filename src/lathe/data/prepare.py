@@ -1,6 +1,5 @@
 """Preparation: raw files become validated splits of chat messages, and every row is accounted for."""
 
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +69,19 @@ def prepare(
     from lathe.data.splits import assign_splits
     from lathe.data.tokenization import TokenizationRules
     from lathe.models.special_tokens import compile_control_tokens
+    from lathe.models.unicode_form import UnicodeRule, find_unicode_form
 
     scratch = out / ".scratch"
     scratch.mkdir()
     account = Account(settings)
-    stored = _read_examples(raw, preset, compile_control_tokens(tokenizer), seed, scratch / "examples", account)
+    form = find_unicode_form(tokenizer)
+    examples = ExampleFiles(
+        raw,
+        preset,
+        compile_control_tokens(tokenizer),
+        UnicodeRule(form, settings.normalize_unicode) if form else None,
+    )
+    stored = _read_examples(examples, preset, seed, scratch / "examples", account)
     try:
         account.check_records()
         account.splits = assign_splits(
@@ -98,9 +105,8 @@ def prepare(
 
 
 def _read_examples(
-    raw: Path,
+    examples: ExampleFiles,
     preset: "DatasetPreset",
-    control_tokens: re.Pattern[str],
     seed: int,
     store_file: Path,
     account: "Account",
@@ -110,7 +116,6 @@ def _read_examples(
     from lathe.data.example_store import ExampleWriter
 
     with ExampleWriter(store_file) as writer, Progress("reading") as progress:
-        examples = ExampleFiles(raw, preset, control_tokens)
         for count, example in enumerate(examples, start=1):
             if count % ROWS_PER_UPDATE == 0:
                 progress.add(ROWS_PER_UPDATE)

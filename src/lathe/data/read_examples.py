@@ -12,6 +12,7 @@ from lathe.data.messages import RowFault
 from lathe.data.read_files import Fault, find_text_form, read_records
 from lathe.data.split_files import find_split_files, get_suffix
 from lathe.data.text_files import TextForm, describe_form
+from lathe.models.unicode_form import UnicodeRule
 
 if TYPE_CHECKING:
     from lathe.config.presets import DatasetPreset
@@ -33,9 +34,15 @@ class ExampleFiles:
     `names` which columns there are.
     """
 
-    def __init__(self, folder: Path, preset: "DatasetPreset", control_tokens: re.Pattern[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        preset: "DatasetPreset",
+        control_tokens: re.Pattern[str],
+        unicode_rule: UnicodeRule | None = None,
+    ) -> None:
         """Find the files. Raises InputError if there are none, or none to train on."""
-        self.preset, self.control_tokens = preset, control_tokens
+        self.preset, self.control_tokens, self.unicode_rule = preset, control_tokens, unicode_rule
         self.paths = find_split_files(folder)
         if "train" not in self.paths:
             raise InputError(
@@ -60,7 +67,9 @@ class ExampleFiles:
                     value: dict[str, Any] | Fault = record.value
                     if not isinstance(value, Fault):
                         names.update(dict.fromkeys(value))
-                        converter = converter or RecordConverter(self.preset, names, file.name, self.control_tokens)
+                        converter = converter or RecordConverter(
+                            self.preset, names, file.name, self.control_tokens, self.unicode_rule
+                        )
                         try:
                             messages = converter.convert(value)
                             value = {"messages": messages, **converter.get_extra_fields(value)}
