@@ -87,6 +87,7 @@ def export_files(folder: Path) -> None:
 def trim_makefile(text: str) -> str:
     """Return a Makefile without the targets for work on Lathe itself."""
     text = "\n\n".join(rule for rule in text.split("\n\n") if not re.match(rf"({LEFT_OUT_TARGETS}):", rule))
+    text = re.sub(rf"^({LEFT_OUT_TARGETS}): \w+ \+=.*\n", "", text, flags=re.MULTILINE)  # a variable of one of them
     # Lists of targets: .PHONY, and those that set a variable.
     text = re.sub(r"(?<=^\.PHONY:)(\\\n|.)*", lambda names: f" {_trim_targets(names[0])}", text, flags=re.MULTILINE)
     return re.sub(
