@@ -21,15 +21,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
-import safetensors.numpy
+import safetensors.torch
+import torch
 from conftest import SMALL, Checkout, make_checkout
 from gguf_models import Made, make_llama3, make_qwen3, tiny  # noqa: F401 - a fixture
 from hub_server import GOOD_TOKEN, Fault, Hub
 from ruamel.yaml import YAML
+from trainers.materials import make_model
 
 from lathe.config import artifacts
 from lathe.experiments import recipes
@@ -40,18 +41,28 @@ DATASET = "owner/rows"
 CHUNK = 10 * 1024 * 1024  # what the client writes at a time: less than this of a broken download is lost
 
 
+def make_model_files() -> dict[str, bytes]:
+    """The files of a random Qwen3 of a few hundred weights, by their names."""
+    shape = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8}
+    shape |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(shape, Path(folder))
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+REAL_FILES = make_model_files()
+
+
 def weights(megabytes: float, name: str = "weight") -> bytes:
-    """A safetensors file of one tensor of noise."""
+    """A safetensors file of that model's tensors, and one of noise that nothing reads."""
     noise = random.Random(1).randbytes(int(megabytes * 1024 * 1024))
-    return safetensors.numpy.save({name: numpy.frombuffer(noise, numpy.uint8)})
+    tensors = safetensors.torch.load(REAL_FILES["model.safetensors"])
+    return safetensors.torch.save({**tensors, name: torch.frombuffer(bytearray(noise), dtype=torch.uint8)})
 
 
 MODEL_FILES = {
-    "config.json": b"{}",
+    **REAL_FILES,
     "generation_config.json": b'{"eos_token_id": 2}',
-    "tokenizer.json": b'{"version": "1.0"}',
-    "tokenizer_config.json": b'{"model_max_length": 8}',
-    "chat_template.jinja": b"{{ messages }}",
     "LICENSE": b"Apache-2.0",
     "README.md": b"# A model",
     "model.safetensors": weights(0.1),
@@ -227,7 +238,7 @@ def test_a_branch_or_tag_is_resolved_and_the_line_that_pins_it_is_printed(user: 
 
 def test_of_a_sharded_model_the_files_of_its_index_are_taken(user: User) -> None:
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    index = json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}).encode()
+    index = json.dumps({"metadata": {}, "weight_map": {"a": shards[0], "b": shards[1]}}).encode()
     files = {name: data for name, data in MODEL_FILES.items() if name != "model.safetensors"}
     files |= {"model.safetensors.index.json": index, shards[0]: weights(0.1, "a"), shards[1]: weights(0.1, "b")}
     user.hub.add("model", MODEL, files | {"consolidated.safetensors": b"twice"})
