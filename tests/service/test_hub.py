@@ -741,7 +741,7 @@ def test_the_whole_pipeline_runs_on_a_model_and_a_dataset_of_the_hub(user: User,
 SHORT = [
     *("training.max_steps=2", "training.logging_steps=1", "training.eval_steps=2", "training.save_steps=2"),
     *("grpo.max_steps=1", "grpo.max_completion_length=8", "quantize.imatrix_rows=4"),
-    *("generate.max_rows=2", "generate.max_new_tokens=8", "generate.few_shot=1"),
+    *("generate.max_rows=2", "generate.max_new_tokens=32", "generate.few_shot=1"),
 ]
 NEEDS_A_GPU = {"vikhr-8b": ["training.precision=auto", "quantization.bnb_4bit_compute_dtype=auto"]}
 
