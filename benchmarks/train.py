@@ -34,7 +34,7 @@ from typing import Any
 import machine
 from trainers import startup
 from trainers.environments import BENCHMARKS, python_of
-from trainers.work import Settings, Work, count_operations
+from trainers.work import QWEN3_600M, Settings, Work, count_operations
 
 WARM_UP_STEPS = 2  # of each run, not timed: what is done once, such as opening the log
 PACKS = 2  # packs in a packed step, which together hold about as many tokens as the rows of an unpacked one
@@ -89,16 +89,6 @@ ON_GPU = tuple(
     for packing in (False, True)
 )
 
-QWEN3_600M = {
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-}
 QWEN3_8B = {
     "vocab_size": 151_936,
     "hidden_size": 4096,

@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainers.work import Settings, Work, count_operations
+from trainers.work import QWEN3_600M, Settings, Work, count_operations
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = {"lathe": "trainers.lathe_sft", "TRL": "trainers.trl_sft"}
@@ -43,18 +43,6 @@ TIMED_STEPS = 6
 RANK = 16
 GB = 1 << 30
 
-QWEN3_600M = {
-    "model_type": "qwen3",
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 40_960,
-}
 LLAMA3_8B = {
     "model_type": "llama",
     "vocab_size": 128_256,

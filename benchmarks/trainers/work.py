@@ -8,6 +8,18 @@ from typing import Any
 SEED = 1
 LEARNING_RATE, WARMUP = 1e-4, 0.1  # peak; share of the steps in which the rate rises
 
+# Shape of Qwen3-0.6B, for random models.
+QWEN3_600M = {
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+
 
 @dataclass(frozen=True)
 class Settings:
