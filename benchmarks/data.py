@@ -192,10 +192,12 @@ def _lathe(tokenizer: Any, raw: Path, work: Path) -> int:
         validation_fraction=0.1,
         test_fraction=0.1,
         max_dropped_fraction=0.0,
+        normalize_unicode=False,
         too_long="drop",
         max_truncated_fraction=0.0,
         max_overlap_fraction=1.0,
         supervise="all",
+        chat_template_kwargs={},
     )
     preset = LocalDataset(source="local", path=str(raw), prompt="question", completion="answer")
     prepared = prepare(raw, preset, work, tokenizer=tokenizer, seed=42, max_length=2048, settings=settings)

@@ -109,7 +109,12 @@ def _rows(count: int) -> Sequence[Encoded]:
     config = load().params
     rows = itertools.islice(read_jsonl(paths.DATA_PROCESSED / "validation.jsonl"), count)
     tokenizer = load_tokenizer(paths.MODEL_BASE)
-    return encode(tokenizer, [row["messages"] for row in rows], supervise=config.preprocess.supervise)
+    return encode(
+        tokenizer,
+        [row["messages"] for row in rows],
+        supervise=config.preprocess.supervise,
+        tools=[row.get("tools") for row in rows],
+    )
 
 
 def _count(row: Encoded) -> int:

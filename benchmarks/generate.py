@@ -297,13 +297,13 @@ def _peak(conversations: Sequence[Any], count: int, folder: Path) -> int:
 
 
 def _answer_and_score(file: Path) -> None:
-    from lathe.inference.held_out import HeldOutRun, iterate_conversations
+    from lathe.inference.held_out import HeldOutRun, iterate_rows
     from lathe.inference.journal import open_journal
 
     merged = paths.GGUF / "merged-f16.gguf"
     with open_journal(file.with_suffix(""), "answers") as journal, Generator(merged, **_settings()) as generator:
         run = HeldOutRun(generator, journal)
-        prompts = run.store_prompts("test", iterate_conversations(file, max_rows=None))
+        prompts = run.store_prompts("test", iterate_rows(file, max_rows=None))
         run.measure_split("test", prompts, file.with_suffix(".out"), max_new_tokens=32)
     # Not getrusage: its peak begins with that of the process that forked this one.
     status = Path("/proc/self/status").read_text()

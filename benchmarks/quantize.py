@@ -110,7 +110,7 @@ def _opened(file: Path) -> Generator:
 
 def _asked(generator: Generator, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """The prompt and the answer of each row as the template writes them."""
-    return [generator.chat_template.split_answer(row["messages"])[:2] for row in rows]
+    return [generator.chat_template.split_answer(row["messages"], row.get("tools"))[:2] for row in rows]
 
 
 def _measure(

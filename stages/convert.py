@@ -1,6 +1,7 @@
 """Convert safetensors to a 16-bit GGUF with llama.cpp's own converter, and prove that token ids agree.
 
-reads   models/{base,merged}/, data/processed/validation.jsonl, params.yaml: convert; for the digests in the file all
+reads   models/{base,merged}/, data/processed/validation.jsonl, params.yaml: convert,
+        preprocess.chat_template_kwargs; for the digests in the file all
         else that it comes from: metrics/fetch/, data/processed/, models/adapter/, params.yaml, presets.yaml
 writes  models/gguf/{base,merged}-f16.gguf, metrics/convert/{base,merged}.json
 items   base, merged
@@ -18,24 +19,30 @@ def main(config: Config, item: str) -> None:
     from lathe.gguf import tokenizer_parity
     from lathe.gguf.convert import convert
     from lathe.models.chat_template import ChatTemplate
+    from lathe.models.template_options import set_options
     from lathe.models.tokenizer import load_tokenizer
     from lathe.provenance import lineage
 
     model = paths.ROOT / "models" / item
     target = paths.GGUF / f"{item}-f16.gguf"
     chosen = config.params.convert.llama_cpp_dir
-    template = ChatTemplate.of_tokenizer(load_tokenizer(model))
+    tokenizer = load_tokenizer(model)
+    if item == "base":  # the merged model has the template of training already
+        options = config.params.preprocess.chat_template_kwargs
+        tokenizer.chat_template = set_options(tokenizer.chat_template, options)
+    template = ChatTemplate.of_tokenizer(tokenizer)
     rows = read_jsonl(paths.DATA_PROCESSED / "validation.jsonl")
-    chats = [template.render(row["messages"]) for row in rows]
+    chats = [template.render(row["messages"], tools=row.get("tools")) for row in rows]
     with paths.replace_file(target) as partial:
         convert(
             model,
             partial,
             outtype="f16",
             llama_cpp=paths.ROOT / chosen if chosen else paths.LLAMA_CPP,
-            metadata=lineage.build_metadata(item),
+            metadata={**lineage.build_metadata(item), "tokenizer.chat_template": template.text},
         )
-        compared = tokenizer_parity.check_tokens(model, partial, [*tokenizer_parity.SAMPLE_TEXTS, *chats])
+        texts = [*tokenizer_parity.SAMPLE_TEXTS, *chats]
+        compared = tokenizer_parity.check_tokens(model, partial, texts, chat_template=template.text)
     json_files.write_json(paths.METRICS / f"convert/{item}.json", {"tokens_compared": compared})
 
 

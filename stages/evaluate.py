@@ -39,7 +39,10 @@ def main(config: Config) -> None:
     for folder in (paths.METRICS / "generate", paths.METRICS / "quantize", paths.GGUF):
         artifacts.remove_unlisted_types(folder, types)
     judged = paths.DATA_JUDGED if config.params.judge.enabled else None
-    answers = {split: read_answers(paths.DATA_GENERATED, judged, names, split) for split in SPLITS}
+    answers = {
+        split: read_answers(paths.DATA_GENERATED, judged, names, split, strip_thinking=settings.strip_thinking)
+        for split in SPLITS
+    }
     if "bert_score" in settings.metrics:
         cache = paths.SCRATCH / "bert_score"
         add_bert_score(list(answers.values()), config.params.bert_score, seed=config.params.seed, cache=cache)

@@ -86,13 +86,13 @@ def _measure(
 ) -> dict[str, Any]:
     """Generate and score everything; return the stage's metrics. Without `general`, examples are in each prompt."""
     from lathe.inference import few_shot
-    from lathe.inference.held_out import iterate_conversations
+    from lathe.inference.held_out import iterate_rows
 
     settings = config.params.generate
     metrics: dict[str, Any] = {}
-    splits = {name: partial(iterate_conversations, file, max_rows=settings.max_rows) for name, file in SPLITS.items()}
+    splits = {name: partial(iterate_rows, file, max_rows=settings.max_rows) for name, file in SPLITS.items()}
     if general is None:
-        train = iterate_conversations(TRAIN, max_rows=None)
+        train = iterate_rows(TRAIN, max_rows=None)
         examples = few_shot.draw_examples(train, settings.few_shot, seed=config.params.seed)
         metrics["few_shot_examples"], prompts = few_shot.store_prompts(
             run, examples, splits, max_new_tokens=sizes.max_new_tokens

@@ -28,7 +28,7 @@ def main(config: Config) -> None:
             chosen = random.Random(config.params.seed).sample(rows, min(config.params.quantize.imatrix_rows, len(rows)))
             tokenizer = load_tokenizer(paths.MODEL_MERGED)
             template = ChatTemplate.of_tokenizer(tokenizer)
-            chats = [template.render(row["messages"]) for row in chosen]
+            chats = [template.render(row["messages"], tools=row.get("tools")) for row in chosen]
             tokens = tokenizer(chats, add_special_tokens=False)["input_ids"]
             importance = collect(paths.MODEL_MERGED, paths.GGUF / "merged-f16.gguf", tokens)
             imatrix_file.write_importance(

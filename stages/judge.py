@@ -1,6 +1,7 @@
 """Let a language model score the answers from 0 to 100 by a rubric; each verdict is paid for once and kept.
 
-reads   data/generated/, the file judge.rubric, params.yaml: judge, quantize.types; an API key from the environment
+reads   data/generated/, the file judge.rubric, params.yaml: judge, evaluate.strip_thinking, quantize.types; an API key
+        from the environment
 writes  data/judged/<ARTIFACT>/{validation,test}.jsonl, data/judged/judge.json, metrics/judge.json
 removes files in data/generated of quantization types that are no longer listed
 
@@ -46,7 +47,14 @@ def main(config: Config) -> Throughput:
 
     rubric = judged_rows.read_rubric(paths.ROOT / settings.rubric)
     identity = identify_judge(settings, paths.ROOT)
-    rows = judged_rows.collect_prompts(paths.DATA_GENERATED, names, rubric, settings, identity)
+    rows = judged_rows.collect_prompts(
+        paths.DATA_GENERATED,
+        names,
+        rubric,
+        settings,
+        identity,
+        strip_thinking=config.params.evaluate.strip_thinking,
+    )
     with VerdictCache(paths.SCRATCH / "judge/verdicts.sqlite") as cache:
         cache.add_tracked(judged_rows.read_verdicts(paths.DATA_JUDGED))
         speeds = _request_missing(rows, settings, cache)

@@ -23,7 +23,7 @@ def main(config: Config) -> stage.Throughput:
     from lathe.models.tokenizer import load_tokenizer
 
     params = config.params
-    tokenizer = load_tokenizer(paths.MODEL_BASE)
+    tokenizer = load_tokenizer(paths.MODEL_BASE, params.preprocess.chat_template_kwargs)
     started = time.perf_counter()
     try:
         with paths.replace_folder(paths.DATA_PROCESSED) as folder:

@@ -1,7 +1,7 @@
 """Train a LoRA adapter on the frozen base, 4-bit or 16-bit, or all its weights, by SFT, DPO or GRPO.
 
 reads   models/base/, data/processed/, rewards/, metrics/estimate/batch_sizes.json (where one is auto),
-        params.yaml: seed, training, sft, dpo, grpo, lora, quantization, preprocess.supervise
+        params.yaml: seed, training, sft, dpo, grpo, lora, quantization, preprocess.{supervise,chat_template_kwargs}
 writes  models/adapter/, metrics/train/ (curves, last values, freeze_proof.json), metrics/speed/
 
 training.launcher sets the number of processes; of several machines only the first, where DVC runs, writes.

@@ -181,7 +181,7 @@ def inspect_rows(split: str, rows: int, row: int | None, *, ids: bool) -> None:
     for option, number in (("--rows", rows), ("--row", row)):
         if number is not None and number < 1:
             raise InputError(f"{option} {number}: must be at least 1; rows are counted from 1", code="number-too-small")
-    show_examples(split, rows=rows, row=row, ids=ids, supervise=load().params.preprocess.supervise, out=sys.stdout)
+    show_examples(split, rows=rows, row=row, ids=ids, settings=load().params.preprocess, out=sys.stdout)
 
 
 def check_data(source: Path, *, prompt: str | None, completion: str | None, as_json: bool) -> bool:

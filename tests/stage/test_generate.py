@@ -205,29 +205,32 @@ def test_the_code_that_names_a_journal_is_the_code_that_the_stage_depends_on():
 
 @pytest.mark.parametrize(("count", "chosen"), [(2, 2), (40, 40), (50, 40)])
 def test_examples_are_drawn_by_the_seed_and_fewer_are_the_first_of_more(count, chosen):
-    rows = [[{"role": "user", "content": str(n)}, {"role": "assistant", "content": "yes"}] for n in range(40)]
+    rows = [
+        {"messages": [{"role": "user", "content": str(n)}, {"role": "assistant", "content": "yes"}]} for n in range(40)
+    ]
     drawn = few_shot.draw_examples(rows, count, seed=1)
     assert len(drawn) == chosen
     assert few_shot.draw_examples(iter(rows), 50, seed=1)[:count] == drawn
     assert few_shot.draw_examples(rows, count, seed=2) != drawn
-    assert sorted(few_shot.draw_examples(rows, 50, seed=3), key=lambda row: int(row[0]["content"])) == rows
+    assert sorted(few_shot.draw_examples(rows, 50, seed=3), key=lambda row: int(row["messages"][0]["content"])) == rows
 
 
 def test_a_systems_message_stays_in_front_and_those_of_examples_are_left_out():
     def row(name: str):
-        return [
+        messages = [
             {"role": "system", "content": f"be {name}"},
             {"role": "user", "content": name},
             {"role": "assistant", "content": f"{name}!"},
         ]
+        return {"messages": messages}
 
     [example] = few_shot.draw_examples([row("brief")], 1, seed=1)
     whole = few_shot.insert_examples([example], row("kind"))
-    assert [message["content"] for message in whole] == ["be kind", "brief", "brief!", "kind", "kind!"]
+    assert [message["content"] for message in whole["messages"]] == ["be kind", "brief", "brief!", "kind", "kind!"]
 
 
 def test_as_many_examples_are_shown_as_leave_the_longest_request_its_room(learnt: Made, tmp_path, caplog):
-    rows = [row["messages"] for row in household_commands.make_rows(1)["train"][:30]]
+    rows = household_commands.make_rows(1)["train"][:30]
     examples = few_shot.draw_examples(rows[10:], 8, seed=1)
     counts = {}
     for n_ctx in (60, 130, 200, 330, 1000):
@@ -257,7 +260,7 @@ def test_as_many_examples_are_shown_as_leave_the_longest_request_its_room(learnt
 
 def shown(generator, examples, rows):
     template = generator.chat_template
-    return [template.split_answer(few_shot.insert_examples(examples, row)).prompt for row in rows]
+    return [template.split_answer(few_shot.insert_examples(examples, row)["messages"]).prompt for row in rows]
 
 
 @pytest.fixture
@@ -275,7 +278,12 @@ def renderings(monkeypatch) -> Counter[str]:
 
 
 def conversation(number: int):
-    return [{"role": "user", "content": f"lamp {number}"}, {"role": "assistant", "content": f"answer {number}"}]
+    return {
+        "messages": [
+            {"role": "user", "content": f"lamp {number}"},
+            {"role": "assistant", "content": f"answer {number}"},
+        ]
+    }
 
 
 ONCE = {text: 1 for n in range(12) for text in (f"lamp {n}", f"answer {n}")}
@@ -315,14 +323,14 @@ def short(number: int) -> dict[str, Any]:
 MEASURE = r"""
 import json, re, sys
 from pathlib import Path
-from lathe.inference.held_out import HeldOutRun, iterate_conversations
+from lathe.inference.held_out import HeldOutRun, iterate_rows
 from lathe.inference.generate import Generator
 from lathe.inference.journal import open_journal
 
 model, file, folder = map(Path, sys.argv[1:])
 with open_journal(folder, "work") as journal, Generator(model, n_parallel=32, n_ctx=512, threads=1) as generator:
     run = HeldOutRun(generator, journal)
-    prompts = run.store_prompts("test", iterate_conversations(file, max_rows=None))
+    prompts = run.store_prompts("test", iterate_rows(file, max_rows=None))
     facts = run.measure_split("test", prompts, folder / "out.jsonl", max_new_tokens=2)
 # Not getrusage: its peak begins with that of the process that forked this one.
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])

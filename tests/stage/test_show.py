@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from refusals import refused
@@ -19,6 +20,9 @@ ROWS = [
     [{"role": "user", "content": f"switch on lamp {n}"}, {"role": "assistant", "content": f'{{"lamp": {n}}}'}]
     for n in range(5)
 ]
+
+
+SETTINGS = SimpleNamespace(supervise="all", chat_template_kwargs={})
 
 
 class Terminal(io.StringIO):
@@ -45,7 +49,9 @@ def write(root, rows) -> None:
 
 def shown(out=None, **changes) -> str:
     out = out or io.StringIO()
-    inspect.show_examples("train", **{"rows": 1, "row": None, "ids": False, "supervise": "all", "out": out, **changes})
+    inspect.show_examples(
+        "train", **{"rows": 1, "row": None, "ids": False, "settings": SETTINGS, "out": out, **changes}
+    )
     return out.getvalue()
 
 

@@ -22,6 +22,7 @@ LENIENT = Preprocess(
     max_truncated_fraction=1.0,
     max_overlap_fraction=1.0,
     supervise="all",
+    chat_template_kwargs={},
 )
 
 

@@ -64,10 +64,10 @@ NO_END = (
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 
-# As DeepSeek R1's: the generation prompt opens a <think> block that the answers do not have.
-OPENS_THINKING = (
+# The generation prompt opens a block that the answers do not have.
+OPENS_BLOCK = (
     "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><plan>\n' }}{% endif %}"
 )
 
 # template, the answer as it is written behind the prompt, the end token, does one sequence hold both turns
@@ -268,8 +268,8 @@ def test_encoding_row_by_row_yields_an_error_in_the_place_of_its_row(byte_bpe):
 
 
 def test_a_generation_prompt_that_answers_do_not_begin_with_is_refused(byte_bpe):
-    byte_bpe.chat_template = OPENS_THINKING
-    with refused("generation-prompt", "row 1: ", r"'|assistant|><think>\n'", error=TemplateError):
+    byte_bpe.chat_template = OPENS_BLOCK
+    with refused("generation-prompt", "row 1: ", r"'<|assistant|><plan>\n'", error=TemplateError):
         encode(byte_bpe, [_chat("a", "b")], supervise="all")
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 
 def walk(tree: Mapping[Any, Any], parents: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yield every value that is no mapping with the keys that lead to it."""
+    """Yield every value that is no mapping, or an empty one, with the keys that lead to it."""
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from walk(value, (*parents, key))
         else:
             yield (*parents, key), value

@@ -25,6 +25,8 @@ def log_rows(report: dict[str, Any], *, file: str) -> None:
     """
     for read in list_unusual_forms(report):
         logger.info("%s", read)
+    if unused := report.get("unused"):
+        logger.info("not used: %s", ", ".join(f"{entry['name']} ({entry['rows']} rows)" for entry in unused))
     logger.info("%s", summarize_rows(report))
     for fault in list_faults(report):
         logger.info("%s", fault)

@@ -16,6 +16,8 @@ from lathe.config.base import (
     Name,
     NonNegative,
     NonNegativeFloat,
+    OptionName,
+    OptionValue,
     Positive,
     PositiveFloat,
     Section,
@@ -58,6 +60,10 @@ class Preprocess(Section):
     )
     supervise: Literal["all", "last"] = entry(
         "assistant turns of a conversation that are supervised: all of them or the last"
+    )
+    chat_template_kwargs: dict[OptionName, OptionValue] = entry(
+        "options of the model's chat template, such as `enable_thinking: false`, in training, generation and the GGUF; "
+        "{}: none"
     )
 
 
@@ -214,7 +220,8 @@ class Evaluate(Section):
     """Evaluation: the scores of the answers, and the gates."""
 
     metrics: Annotated[list[Metric], Field(min_length=1)] = entry(
-        "metrics to compute; json_valid and json_fields apply only to references that are JSON"
+        "metrics to compute; json_valid and json_fields apply only to references that are JSON, tool_calls to rows "
+        "with tools"
     )
     primary_metric: Name = entry(
         "score that names the best file: one of metrics, judge, combined, perplexity, kl, general_perplexity, stop_rate"
@@ -224,6 +231,9 @@ class Evaluate(Section):
     )
     answer_pattern: Name | None = entry(
         "exact_match compares the first group of this regular expression's last match; null: the whole texts"
+    )
+    strip_thinking: bool = entry(
+        "score what an answer says after its thought; false: thought and answer, as the model wrote them"
     )
     general_text: Name = entry("text file in paragraphs, whose perplexity before and after training shows forgetting")
     bootstrap_samples: Annotated[int, Field(ge=100)] = entry(

@@ -8,7 +8,14 @@ from pydantic import Field, field_validator, model_validator
 from lathe.config.base import REPOSITORY, Name, Positive, Section, Split
 
 Format = Literal[
-    "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "preference", "classification"
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "preference",
+    "openai_preference",
+    "classification",
 ]
 
 GGUF_SUFFIX = ".gguf"
@@ -125,6 +132,9 @@ class ColumnMapping(Section):
     completion: Name | None = Field(None, description="column with the answer, or with the label")
     prompt_template: Name | None = Field(None, description="text of the prompt, with {column} fields")
     rejected: Name | None = Field(None, description="column with the worse answer of a preference pair")
+    tools: Name | None = Field(
+        None, description="column with definitions of tools; if left out, tools or functions, unless columns are named"
+    )
     labels: Annotated[list[Name], Field(min_length=1)] | None = Field(
         None, description="names of the classes, if the label column holds their numbers from 0"
     )

@@ -10,6 +10,8 @@ Metric = Literal[
     "token_f1",
     "json_valid",
     "json_fields",
+    "tool_calls",
+    "tool_calls_f1",
     "rouge_1",
     "rouge_2",
     "rouge_l",

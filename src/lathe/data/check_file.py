@@ -68,6 +68,7 @@ def check_file(source: Path, preset: "DatasetPreset", *, seed: int, settings: "P
         "detected": examples.columns.get("detected"),
         "reads": {name: value for name, value in examples.columns.items() if name not in ("format", "detected")},
         "columns": list(examples.names),
+        "unused": examples.unused,
         "files": [
             {"file": name, **facts, **_describe_text(files[name], facts)} for name, facts in examples.files.items()
         ],

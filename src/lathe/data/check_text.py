@@ -21,6 +21,9 @@ def format_check(found: Mapping[str, Any], source: Path, preset: Mapping[str, An
     if found["format"]:
         yield f"format      {found['format']} ({reads}), {'by its columns' if found['detected'] else 'as named'}"
     yield f"columns     {', '.join(found['columns']) or 'none'}"
+    if found["unused"]:
+        unused = ", ".join(f"{name} ({_count_rows(count)})" for name, count in found["unused"].items())
+        yield f"not used    {unused}"
     rows = found["rows"]
     reasons = ", ".join(
         f"{fault['rows']} {row_report.name_reason(reason)}" for reason, fault in found["faults"].items()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lathe.data.example_store import DIGEST_BYTES, ExampleDigests, ExampleReader, StoredExamples
 from lathe.data.occurrences import MAX_SHOWN, Occurrences
+from lathe.models.message_form import THOUGHT
 
 RowNumbers = NDArray[numpy.int64]
 
@@ -27,13 +28,14 @@ def compute_digests(example: Mapping[str, Any], seed: int) -> ExampleDigests:
     order in which the messages are trained on.
     """
     messages = example["messages"]
-    others = {key: value for key, value in example.items() if key != "messages"}
+    others = {key: value for key, value in example.items() if key not in ("messages", "tools")}
+    tools = json.dumps(example["tools"], sort_keys=True).encode() if "tools" in example else b""
     *before, last = map(_canonicalize_message, messages)
     key = seed.to_bytes(8, "little")
     content = hashlib.blake2b(f"[{','.join(before)}".encode(), digest_size=DIGEST_BYTES, key=key)
     prompt = content.copy()
-    prompt.update(b"]")
-    content.update(f"{',' if before else ''}{last}]".encode())
+    prompt.update(b"]" + tools)
+    content.update(f"{',' if before else ''}{last}]".encode() + tools)
     digest = content.digest()
     if others:
         content.update(json.dumps(others, sort_keys=True).encode())
@@ -50,9 +52,12 @@ def _canonicalize_message(message: Mapping[str, Any]) -> str:
         content = encode_basestring(" ".join(content.split()))
     else:
         content = json.dumps(content)
-    calls = [call["function"] for call in message.get("tool_calls", [])]
     canonical = f"[{encode_basestring(message['role'])},{content}]"
-    return canonical + json.dumps(calls, sort_keys=True) if calls else canonical
+    if len(message) == 2:
+        return canonical
+    if calls := [call["function"] for call in message.get("tool_calls", [])]:
+        canonical += json.dumps(calls, sort_keys=True)
+    return canonical + "".join(json.dumps({key: message[key]}) for key in (THOUGHT, "name") if key in message)
 
 
 def rank_digests(digests: NDArray[numpy.uint64]) -> RowNumbers:

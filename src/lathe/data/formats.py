@@ -2,22 +2,23 @@
 
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
 from lathe.data.messages import (
     Message,
-    RowFault,
-    TextValidator,
     check_order,
-    format_names,
     make_pair,
     parse_conversation,
     parse_messages,
     parse_transcript,
 )
 from lathe.data.read_files import describe_value
+from lathe.data.row_checks import IGNORED, RowFault, TextValidator, format_names, is_empty, note_unused
+from lathe.data.tools import Tool, check_calls, get_parallel, parse_tools
+from lathe.models.message_form import THOUGHT, THOUGHT_KEYS
 from lathe.models.unicode_form import UnicodeRule
 
 if TYPE_CHECKING:
@@ -31,13 +32,16 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "question_answer": ("question", "answer"),
     "preference": ("chosen", "rejected"),
+    "openai_preference": ("input", "preferred_output", "non_preferred_output"),
     "classification": ("text", "label"),
 }
 
 ALPACA_INPUT = "input"  # optional, and may be empty
 SYSTEM = "system"  # optional, in every format; a list of messages may begin with its own system message
 REJECTED = "rejected"  # optional beside a list of messages: a worse alternative to the last of them
-TOOLS = "tools"
+TOOLS = ("tools", "functions")  # optional, in every format: definitions of tools
+PARALLEL = "parallel_tool_calls"  # optional: false where a turn has one call at most
+HISTORY = "history"  # optional beside a prompt and an answer: earlier turns, as LLaMA-Factory has them
 WANTED = "label"  # optional beside an answer, true or false, as TRL's unpaired preferences have it
 
 
@@ -71,6 +75,14 @@ class RecordConverter:
         self.description = {"format": form, **self.format.description}
         if WANTED not in self.required:
             self.description |= _select_present(names, wanted=WANTED)
+        self.check_text, self.is_named = check_text, _names_columns(preset)
+        self.tool_columns = (preset.tools,) if preset.tools else () if self.is_named else TOOLS
+        self.description |= _select_present(names, tools=next((key for key in self.tool_columns if key in names), None))
+        self.read = frozenset(
+            {*self.required, *self.format.optional, *self.tool_columns, WANTED, *(() if self.is_named else (PARALLEL,))}
+        )
+        self.unused: Counter[str] = Counter()
+        self._tools: list[Tool] = []
 
     def convert(self, record: dict[str, Any]) -> list[Message]:
         """Return the record's messages; raises RowFault."""
@@ -81,14 +93,57 @@ class RecordConverter:
             raise RowFault(
                 "unwanted_answer", WANTED, "is false: the answer is not wanted; expected true, or no such row"
             )
-        return self.format.convert(record)
+        self.check_text.unused = set()
+        if WANTED not in self.required and not isinstance(record.get(WANTED), bool | None):
+            self._check_label(record[WANTED])
+        if record.keys() - self.read:
+            self._note_unused_columns(record)
+        messages = self.format.convert(record)
+        self._tools = self._read_tools(record)
+        if self._tools or any("tool_calls" in message or "tool_call_id" in message for message in messages):
+            self._check_calls(record, messages)
+        self.unused.update(self.check_text.unused)
+        return messages
 
     def get_extra_fields(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Return what the example has beside its messages; the record must have been accepted by `convert`.
+        """Return what the example has beside its messages; the record is the one that `convert` accepted last.
 
-        A preference pair has `rejected`: a list of one message, the worse alternative to the last of `messages`.
+        A preference pair has `rejected`: a list of one message, the worse alternative to the last of `messages`. A row
+        with definitions of tools has `tools`.
         """
-        return self.format.get_extra_fields(record)
+        extra = self.format.get_extra_fields(record)
+        return {**extra, "tools": self._tools} if self._tools else extra
+
+    def _check_label(self, value: Any) -> None:
+        """Count a label that says nothing about the answer; raise RowFault for one that may."""
+        if not self.is_named and (value in (0, 1) or str(value).lower() in ("true", "false", "0", "1")):
+            raise RowFault(
+                "unwanted_answer",
+                WANTED,
+                f"is {describe_value(value)}; expected true or false if it says whether the answer is wanted, and "
+                "another name of the column if not",
+            )
+        self.check_text.unused.add(f"column {WANTED}")
+
+    def _note_unused_columns(self, record: dict[str, Any]) -> None:
+        if self.is_named:  # what the preset does not name may be anything
+            unused = {column for column in record.keys() - self.read - IGNORED if not is_empty(record[column])}
+            self.check_text.unused |= {f"column {column}" for column in unused}
+        else:
+            note_unused(self.check_text, record, self.read, None)
+
+    def _read_tools(self, record: dict[str, Any]) -> list[Tool]:
+        record = self.format.get_request(record)
+        given = [column for column in self.tool_columns if not is_empty(record.get(column))]
+        if len(given) > 1:
+            raise RowFault("tools", given[1], f"is given beside {given[0]}; expected one of them")
+        return parse_tools(self.check_text, record[given[0]], given[0]) if given else []
+
+    def _check_calls(self, record: dict[str, Any], messages: list[Message]) -> None:
+        record = self.format.get_request(record)
+        parallel = get_parallel(None if self.is_named else record.get(PARALLEL), PARALLEL)
+        column = self.description.get("messages", "messages")
+        check_calls(messages, str(column), self._tools, parallel=parallel)
 
     def require_columns(self, names: Iterable[str], file: str) -> None:
         """Raise InputError if a required column is not among the `names` of a file's columns."""
@@ -144,21 +199,30 @@ def _detect_format(names: list[str], file: str) -> str:
     )
 
 
-class _MessagesFormat:
+class _Format:
+    """What all formats have: `optional` are the columns that are read beside the required ones."""
+
+    optional: tuple[str | None, ...] = ()
+
+    def get_request(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Return the part of a record that holds the definitions of tools."""
+        return record
+
+
+class _MessagesFormat(_Format):
     """One column with the whole conversation."""
 
     def __init__(self, check_text: TextValidator, preset: "DatasetPreset", form: str, names: list[str]) -> None:
         self.check_text, self.system, self.sharegpt = check_text, _choose_system_column(preset), form == "sharegpt"
         self.column = preset.messages or FORMATS[form][0]
         self.required = (self.column,)
+        self.optional = (REJECTED, self.system)
         self.description: dict[str, Any] = {
             "messages": self.column,
             **_select_present(names, rejected=REJECTED, system=self.system),
         }
 
     def convert(self, record: dict[str, Any]) -> list[Message]:
-        if record.get(TOOLS) not in (None, "", "[]", [], {}):
-            raise RowFault("tools", TOOLS, "is not supported; write the definitions of the tools in a system message")
         messages = parse_conversation(self.check_text, record[self.column], self.column, sharegpt=self.sharegpt)
         if rejected := self._parse_rejected(record):
             if rejected[0]["role"] == "assistant":
@@ -179,7 +243,7 @@ class _MessagesFormat:
         return parse_messages(self.check_text, value, REJECTED, sharegpt=self.sharegpt)
 
 
-class _PromptAnswerFormat:
+class _PromptAnswerFormat(_Format):
     """A prompt and an answer, from columns of their own."""
 
     def __init__(self, check_text: TextValidator, preset: "DatasetPreset", form: str, names: list[str]) -> None:
@@ -187,6 +251,10 @@ class _PromptAnswerFormat:
         self.prompt_columns = _PromptColumns(check_text, preset, form, names)
         self.answer_column = preset.completion or FORMATS[form][1]
         self.check_answer: Callable[[Any, str], str] = check_text
+        self.optional = (self.system, self.prompt_columns.input)
+        self.is_named = self.system is None
+        if not self.is_named:
+            self.optional += (HISTORY, *THOUGHT_KEYS)
         self.required: tuple[str, ...] = (*self.prompt_columns.required, self.answer_column)
         self.description: dict[str, Any] = {
             **self.prompt_columns.description,
@@ -201,13 +269,39 @@ class _PromptAnswerFormat:
     def convert(self, record: dict[str, Any]) -> list[Message]:
         answer = self.check_answer(record[self.answer_column], self.answer_column)
         messages = make_pair(self.prompt_columns.read(record), self.prompt_columns.field, answer, self.answer_column)
+        if not self.is_named:
+            messages = [*self._read_history(record), *messages]
+            self._add_thought(record, messages[-1])
         return _add_system_message(self.check_text, self.system, record, messages)
 
     def get_extra_fields(self, record: dict[str, Any]) -> dict[str, Any]:
         return {}
 
+    def _read_history(self, record: dict[str, Any]) -> list[Message]:
+        """Return the earlier turns: a list of [prompt, answer]."""
+        turns = record.get(HISTORY)
+        if is_empty(turns):
+            return []
+        if not isinstance(turns, list):
+            raise RowFault("not_a_list", HISTORY, f"is {describe_value(turns)}; expected a list of [prompt, answer]")
+        messages = []
+        for index, turn in enumerate(turns):
+            field = f"{HISTORY}[{index}]"
+            if not isinstance(turn, list | tuple) or len(turn) != 2:
+                raise RowFault("not_a_list", field, f"is {describe_value(turn)}; expected [prompt, answer]")
+            prompt, answer = (self.check_text(text, f"{field}[{at}]") for at, text in enumerate(turn))
+            messages += make_pair(prompt, f"{field}[0]", answer, f"{field}[1]")
+        return messages
 
-class _PreferenceFormat:
+    def _add_thought(self, record: dict[str, Any], answer: Message) -> None:
+        given = [key for key in THOUGHT_KEYS if not is_empty(record.get(key))]
+        if len(given) > 1:
+            raise RowFault("thought", given[1], f"is given beside {given[0]}; expected one of them")
+        if given:
+            answer[THOUGHT] = self.check_text(record[given[0]], given[0])
+
+
+class _PreferenceFormat(_Format):
     r"""A preference pair: a better and a worse answer to one prompt; `chosen` is the one that is trained on.
 
     Both are texts, or both are lists of messages. A list that begins with an assistant message continues the prompt;
@@ -222,6 +316,7 @@ class _PreferenceFormat:
         self.rejected = preset.rejected or FORMATS[form][1]
         named = (preset.prompt,) if preset.prompt else ()
         self.required = (*(self.prompt_columns.required if self.prompt_columns else named), self.chosen, self.rejected)
+        self.optional = (self.prompt, self.system)
         self.description: dict[str, Any] = {
             **(self.prompt_columns.description if self.prompt_columns else _select_present(names, prompt=self.prompt)),
             "completion": self.chosen,
@@ -278,6 +373,44 @@ class _PreferenceFormat:
         if not prompt.strip():
             raise RowFault("empty_prompt", field, "is empty; expected text")
         return [{"role": "user", "content": prompt}]
+
+
+class _OpenAIPreferenceFormat(_Format):
+    """OpenAI's preference pairs: the request in `input`, a better and a worse answer to it as lists of messages."""
+
+    def __init__(self, check_text: TextValidator, preset: "DatasetPreset", form: str, names: list[str]) -> None:
+        self.check_text = check_text
+        self.required = FORMATS[form]
+        self.request, self.chosen, self.rejected = FORMATS[form]
+        self.description: dict[str, Any] = {
+            "prompt": self.request,
+            "completion": self.chosen,
+            "rejected": self.rejected,
+        }
+
+    def get_request(self, record: dict[str, Any]) -> dict[str, Any]:
+        request: dict[str, Any] = record[self.request]
+        return request
+
+    def convert(self, record: dict[str, Any]) -> list[Message]:
+        request = record[self.request]
+        if not isinstance(request, dict) or "messages" not in request:
+            raise RowFault(
+                "not_an_object", self.request, f"is {describe_value(request)}; expected an object with messages"
+            )
+        note_unused(self.check_text, request, ("messages", *TOOLS, PARALLEL), self.request)
+        chosen, rejected = (self._parse_side(record, column) for column in (self.chosen, self.rejected))
+        _check_pair(chosen, self.chosen, rejected, self.rejected)
+        return chosen
+
+    def get_extra_fields(self, record: dict[str, Any]) -> dict[str, Any]:
+        return {"rejected": self._parse_side(record, self.rejected)[-1:]}
+
+    def _parse_side(self, record: dict[str, Any], column: str) -> list[Message]:
+        prompt = parse_messages(self.check_text, record[self.request]["messages"], f"{self.request}.messages")
+        messages = [*prompt, *parse_messages(self.check_text, record[column], column)]
+        check_order(messages, column, start=-len(prompt))
+        return messages
 
 
 class _PromptColumns:
@@ -343,13 +476,17 @@ class _LabelReader:
         return self.names[number]
 
 
-_FORMAT_CLASSES: dict[str, type[_MessagesFormat] | type[_PromptAnswerFormat] | type[_PreferenceFormat]] = {
+_FORMAT_CLASSES: dict[
+    str,
+    type[_MessagesFormat] | type[_PromptAnswerFormat] | type[_PreferenceFormat] | type[_OpenAIPreferenceFormat],
+] = {
     "messages": _MessagesFormat,
     "sharegpt": _MessagesFormat,
     "alpaca": _PromptAnswerFormat,
     "prompt_completion": _PromptAnswerFormat,
     "question_answer": _PromptAnswerFormat,
     "preference": _PreferenceFormat,
+    "openai_preference": _OpenAIPreferenceFormat,
     "classification": _PromptAnswerFormat,
 }
 
@@ -363,9 +500,9 @@ def _check_pair(chosen: list[Message], chosen_field: str, rejected: list[Message
         raise RowFault("same_answers", field, f"is equal to {chosen_field}; expected another answer")
 
 
-def _get_compared_parts(messages: list[Message]) -> tuple[str, Any]:
-    """Return what is compared of the last message: its text without surrounding white space, and its tool calls."""
-    return messages[-1]["content"].strip(), messages[-1].get("tool_calls")
+def _get_compared_parts(messages: list[Message]) -> tuple[str, Any, Any]:
+    """Return what is compared of the last message: its text without surrounding white space, calls and thought."""
+    return messages[-1]["content"].strip(), messages[-1].get("tool_calls"), messages[-1].get(THOUGHT)
 
 
 def _parse_integer(value: Any) -> int | None:
@@ -393,8 +530,11 @@ def _add_system_message(
 
 def _choose_system_column(preset: "DatasetPreset") -> str | None:
     # If the preset names columns, no others are read.
-    named = preset.prompt or preset.completion or preset.prompt_template
-    return None if named else SYSTEM
+    return None if _names_columns(preset) else SYSTEM
+
+
+def _names_columns(preset: "DatasetPreset") -> bool:
+    return bool(preset.prompt or preset.completion or preset.prompt_template)
 
 
 def _select_present(names: list[str], **columns: str | None) -> dict[str, str]:

@@ -7,18 +7,19 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+
+if TYPE_CHECKING:
+    from lathe.config.params import Preprocess
 
 # What is written before and after supervised text: green on a terminal, quotation marks elsewhere.
 TERMINAL_MARKS, PLAIN_MARKS = ("\x1b[32m", "\x1b[0m"), ("«", "»")
 
 
-def show_examples(
-    split: str, *, rows: int, row: int | None, ids: bool, supervise: Literal["all", "last"], out: TextIO
-) -> None:
+def show_examples(split: str, *, rows: int, row: int | None, ids: bool, settings: "Preprocess", out: TextIO) -> None:
     """Print the first `rows` examples of a processed split, or the one with the number `row` (from 1), to `out`.
 
     Supervised tokens are green on a terminal, and between « and » elsewhere or if NO_COLOR is set. With `ids`, each
@@ -34,18 +35,20 @@ def show_examples(
     from lathe.models.loss_mask import encode
     from lathe.models.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(paths.MODEL_BASE)
+    tokenizer = load_tokenizer(paths.MODEL_BASE, settings.chat_template_kwargs)
     marks = TERMINAL_MARKS if out.isatty() and not os.environ.get("NO_COLOR") else PLAIN_MARKS
     for number, example in examples:
-        sequences = encode(tokenizer, [example["messages"]], supervise=supervise)
+        tools = [example.get("tools")]
+        sequences = encode(tokenizer, [example["messages"]], supervise=settings.supervise, tools=tools)
         for part, sequence in enumerate(sequences, start=1):
             of = f", sequence {part} of {len(sequences)}" if len(sequences) > 1 else ""
             tokens, supervised = len(sequence.input_ids), sum(sequence.supervised)
             out.write(f"{file.name}:{number}{of}: {tokens} tokens, {supervised} of them supervised\n")
             out.write(_format_tokens(tokenizer, sequence, marks) if ids else _format_text(tokenizer, sequence, marks))
         if "rejected" in example:
-            (worse,) = encode(tokenizer, [[*example["messages"][:-1], *example["rejected"]]], supervise="last")
-            answer = _escape_control_characters(str(example["rejected"][0]["content"]))
+            rejected = [[*example["messages"][:-1], *example["rejected"]]]
+            (worse,) = encode(tokenizer, rejected, supervise="last", tools=tools)
+            answer = _escape_control_characters(_describe_answer(tokenizer, worse, example["rejected"][0]))
             out.write(f"rejected answer, {sum(worse.supervised)} tokens: {answer}\n")
             if ids:
                 out.write(_format_tokens(tokenizer, _select_answer(worse), ("", "")))
@@ -71,6 +74,13 @@ def _read_examples(file: Path, count: int, row: int | None) -> Iterator[tuple[in
             raise InputError(
                 f"--row {row}: {shown} has {existing} rows; give a number up to that", code="row-out-of-range"
             )
+
+
+def _describe_answer(tokenizer: Any, sequence: Any, message: dict[str, Any]) -> str:
+    """Return the text of an answer; as the template writes it if there is more than that."""
+    if message.keys() == {"role", "content"}:
+        return str(message["content"])
+    return _decode(tokenizer, _select_answer(sequence).input_ids)
 
 
 def _select_answer(sequence: Any) -> Any:

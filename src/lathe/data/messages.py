@@ -1,18 +1,24 @@
 """Chat messages: validated from the columns of a record, with every fault named by reason and field."""
 
-import json
 import re
-from collections.abc import Iterable
 from typing import Any
 
-from lathe.data.read_files import Fault, RepeatedKey, describe_value
-from lathe.models.unicode_form import UnicodeRule
+from lathe.data.read_files import describe_value
+from lathe.data.row_checks import RowFault, TextValidator, format_names, is_empty, note_unused, refuse_repeated_key
+from lathe.data.tools import load_calls, parse_tool_calls
+from lathe.models.message_form import THOUGHT, THOUGHT_KEYS
 
-# {"role", "content"}; the assistant's may have "tool_calls", and "train": False where it is context only; a tool's
-# "name" and "tool_call_id".
+# {"role", "content"}, perhaps "name"; the assistant's may have "tool_calls", a thought in "reasoning_content", and
+# "train": False where it is context only; a tool's "tool_call_id".
 Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
+OTHER_ROLES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names
+
+# The keys of a message that are read.
+_KEYS = {*THOUGHT_KEYS, "tool_calls", "function_call", "tool_call_id", "name", "weight", "train"}
+MESSAGE_KEYS = frozenset({"role", "content", *_KEYS})
+SHAREGPT_KEYS = frozenset({"from", "value", *_KEYS})
 
 # Roles by the names that ShareGPT datasets use in `from`.
 SPEAKERS = {
@@ -35,59 +41,6 @@ SPEAKERS = {
 TEXT_PARTS = ("text", "input_text", "output_text")
 TOOL_CALL_SPEAKERS = ("function_call", "tool_call")
 TRANSCRIPT_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
-
-
-class RowFault(Exception):  # noqa: N818
-    """A record that cannot become an example; `fault` is why: reason, field and problem."""
-
-    def __init__(self, reason: str, field: str | None, problem: str) -> None:
-        super().__init__(problem)
-        self.fault = Fault(reason, field, problem)
-
-
-class TextValidator:
-    """Accepts plain text and refuses anything else, such as text with one of the model's `control_tokens`.
-
-    A control token in a text would end its turn early or begin another. With a `unicode_rule`, text that the model's
-    tokenizer would normalise is normalised here, or refused.
-    """
-
-    def __init__(self, control_tokens: re.Pattern[str], unicode_rule: UnicodeRule | None = None) -> None:
-        self.control_tokens, self.unicode_rule = control_tokens, unicode_rule
-
-    def __call__(self, value: Any, field: str) -> str:
-        """Return the text, normalised if the rule says so; raises RowFault with this `field`."""
-        if not isinstance(value, str):
-            raise RowFault("not_text", field, f"is {describe_value(value)}; expected text")
-        if "\0" in value:
-            raise RowFault("invalid_unicode", field, "holds a NUL character; expected text without it")
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                code = f"\\u{ord(value[error.start]):04x}"
-                raise RowFault(
-                    "invalid_unicode", field, f"holds half a surrogate pair ({code}); expected valid Unicode"
-                ) from None
-            if self.unicode_rule and (difference := self.unicode_rule.find_difference(value)):
-                if not self.unicode_rule.normalizes:
-                    raise RowFault("not_normalized", field, _describe_difference(self.unicode_rule.form, *difference))
-                value = self.unicode_rule.normalize(value)
-        if token := self.control_tokens.search(value):
-            raise RowFault(
-                "control_token", field, f"holds the model's control token {token[0]!r}; expected text without it"
-            )
-        return value
-
-
-def _describe_difference(form: str, found: str, normal: str) -> str:
-    def name(text: str) -> str:
-        return " ".join(f"U+{ord(character):04X}" for character in text)
-
-    return (
-        f"holds {found[:1]!r} ({name(found[:1])}), which the model's tokenizer reads as {normal!r} ({name(normal)}) by "
-        f"{form}, and llama.cpp does not; expected text in {form}: preprocess.normalize_unicode: true makes it so"
-    )
 
 
 def parse_conversation(check_text: TextValidator, value: Any, field: str, *, sharegpt: bool = False) -> list[Message]:
@@ -179,16 +132,9 @@ def parse_transcript(value: str, field: str) -> list[Message]:
     return messages
 
 
-def format_names(names: Iterable[str]) -> str:
-    """Return the names in quotes for a message, at most twelve of them."""
-    names = list(names)
-    shown = ", ".join(repr(name) for name in names[:12]) + (", ..." if len(names) > 12 else "")
-    return shown or "none"
-
-
 def _parse_message(check_text: TextValidator, value: Any, field: str, *, sharegpt: bool) -> tuple[Message, str]:
     """Return the message, and the field that its content was read from."""
-    _refuse_repeated_key(value, field)
+    refuse_repeated_key(value, field)
     # A ShareGPT dataset may hold {role, content} objects nevertheless: its keys decide.
     sharegpt = sharegpt and not (isinstance(value, dict) and "role" in value and "from" not in value)
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
@@ -196,7 +142,7 @@ def _parse_message(check_text: TextValidator, value: Any, field: str, *, sharegp
         raise RowFault(
             "not_an_object", field, f"is {describe_value(value)}; expected an object with {role_key} and {content_key}"
         )
-    calls = value.get("tool_calls")
+    calls, calls_field = _find_calls(value, field)
     for key in (role_key, content_key):
         if key not in value and not (key == content_key and calls):
             remedy = "; ShareGPT's keys are read with format: sharegpt" if not sharegpt and "from" in value else ""
@@ -204,29 +150,65 @@ def _parse_message(check_text: TextValidator, value: Any, field: str, *, sharegp
                 "missing_key", f"{field}.{key}", f"is missing; the message has {format_names(value)}{remedy}"
             )
     role = _parse_role(value[role_key], f"{field}.{role_key}", sharegpt=sharegpt)
-    if value.get("function_call"):
-        raise RowFault("tool_call", f"{field}.function_call", "is not supported; expected tool_calls")
     content_field = f"{field}.{content_key}"
+    if value.keys() - (role_key, content_key):
+        note_unused(check_text, value, SHAREGPT_KEYS if sharegpt else MESSAGE_KEYS, field)
     if sharegpt and str(value[role_key]).lower() in TOOL_CALL_SPEAKERS:
-        calls = _load_calls(value[content_key], content_field)
+        calls = load_calls(value[content_key], content_field)
         return {
             "role": role,
             "content": "",
-            "tool_calls": _parse_tool_calls(check_text, calls, content_field),
+            "tool_calls": parse_tool_calls(check_text, calls, content_field),
         }, content_field
     if calls and role != "assistant":
-        raise RowFault("tool_call", f"{field}.tool_calls", f"are a {role} message's; expected only the assistant's")
-    is_empty = calls and value.get(content_key) is None
-    checked = "" if is_empty else _read_content(check_text, value[content_key], content_field)
-    message: Message = {"role": role, "content": checked}
+        raise RowFault("tool_call", calls_field, f"are a {role} message's; expected only the assistant's")
+    is_absent = calls and value.get(content_key) is None
+    content, thought = ("", "") if is_absent else _read_content(check_text, value[content_key], content_field)
+    message: Message = {"role": role, "content": content}
+    if thought := _read_thought(check_text, value, field, role, content, thought):
+        message[THOUGHT] = thought
     if calls:
-        message["tool_calls"] = _parse_tool_calls(check_text, calls, f"{field}.tool_calls")
+        message["tool_calls"] = parse_tool_calls(check_text, calls, calls_field)
     if not _read_mark(value, field, role) and role == "assistant":
         message["train"] = False
-    if role == "tool":
-        named = {key: value[key] for key in ("name", "tool_call_id") if value.get(key) is not None}
-        message |= {key: check_text(text, f"{field}.{key}") for key, text in named.items()}
+    named = {key: value[key] for key in ("name", "tool_call_id") if not is_empty(value.get(key))}
+    if role != "tool" and "tool_call_id" in named:
+        raise RowFault("tool_call", f"{field}.tool_call_id", f"is a {role} message's; expected only a tool's")
+    message |= {key: check_text(text, f"{field}.{key}") for key, text in named.items()}
     return message, content_field
+
+
+def _find_calls(value: dict[str, Any], field: str) -> tuple[Any, str]:
+    """Return the calls of a message and their field: `tool_calls`, or OpenAI's older `function_call`, which is one."""
+    calls, call = value.get("tool_calls"), value.get("function_call")
+    if is_empty(call):
+        return (None if is_empty(calls) else calls), f"{field}.tool_calls"
+    if not is_empty(calls):
+        raise RowFault("tool_call", f"{field}.function_call", "is given beside tool_calls; expected one of them")
+    return [call], f"{field}.function_call"
+
+
+def _read_thought(
+    check_text: TextValidator, value: dict[str, Any], field: str, role: str, content: str, of_parts: str
+) -> str:
+    """Return the thought before an answer, by any of the names that it has; raises RowFault."""
+    found = {key: value[key] for key in THOUGHT_KEYS if not is_empty(value.get(key))}
+    thoughts = {key: check_text(thought, f"{field}.{key}") for key, thought in found.items()}
+    if of_parts:
+        thoughts["content"] = of_parts
+    if not thoughts:
+        return ""
+    key, thought = next(iter(thoughts.items()))
+    if role != "assistant":
+        raise RowFault("thought", f"{field}.{key}", f"is a {role} message's; expected only the assistant's")
+    for other, second in thoughts.items():
+        if second != thought:
+            raise RowFault("thought", f"{field}.{other}", f"differs from {key}; expected one thought")
+    if "</think>" in content:
+        raise RowFault(
+            "thought", f"{field}.{key}", "is given, and the content has a <think> block too; expected one of them"
+        )
+    return thought
 
 
 def _read_mark(value: dict[str, Any], field: str, role: str) -> bool:
@@ -243,22 +225,27 @@ def _read_mark(value: dict[str, Any], field: str, role: str) -> bool:
     return weight != 0 and train is not False
 
 
-def _read_content(check_text: TextValidator, value: Any, field: str) -> str:
-    """Return a text, or the texts of a list of parts one after another; raises RowFault for parts of other kinds."""
+def _read_content(check_text: TextValidator, value: Any, field: str) -> tuple[str, str]:
+    """Return text and thought: a text, or those of a list of parts; raises RowFault for parts of other kinds."""
     if not isinstance(value, list):
-        return check_text(value, field)
-    texts = []
+        return check_text(value, field), ""
+    texts, thoughts = [], []
     for index, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "thinking" and isinstance(part.get("thinking"), str):  # as Anthropic's clients write a thought
+            thoughts.append(check_text(part["thinking"], f"{field}[{index}].thinking"))
+            continue
         if kind not in TEXT_PARTS or "text" not in part:
             shown = f"has the type {kind!r}" if kind not in (None, *TEXT_PARTS) else f"is {describe_value(part)}"
             raise RowFault("not_text", f"{field}[{index}]", f"{shown}; expected parts of type text, with their text")
         texts.append(check_text(part["text"], f"{field}[{index}].text"))
-    return "".join(texts)
+    return "".join(texts), "".join(thoughts)
 
 
 def _parse_role(value: Any, field: str, *, sharegpt: bool) -> str:
     if not sharegpt:
+        if isinstance(value, str) and value in OTHER_ROLES:
+            return OTHER_ROLES[value]
         if value not in ROLES:
             raise RowFault("unknown_role", field, f"is {describe_value(value)}; expected one of {', '.join(ROLES)}")
         return str(value)
@@ -266,70 +253,6 @@ def _parse_role(value: Any, field: str, *, sharegpt: bool) -> str:
     if role is None:
         raise RowFault("unknown_role", field, f"is {describe_value(value)}; expected one of {', '.join(SPEAKERS)}")
     return role
-
-
-def _parse_tool_calls(check_text: TextValidator, value: Any, field: str) -> list[dict[str, Any]]:
-    """Return the calls in the form that chat templates expect: {type, id, function: {name, arguments: an object}}."""
-    if not isinstance(value, list):
-        raise RowFault("tool_call", field, f"is {describe_value(value)}; expected a list of calls")
-    calls = []
-    for index, item in enumerate(value):
-        call_field = f"{field}[{index}]"
-        _refuse_repeated_key(item, call_field)
-        function = item.get("function") if isinstance(item, dict) and "function" in item else item
-        _refuse_repeated_key(function, f"{call_field}.function")
-        if not isinstance(function, dict):
-            raise RowFault(
-                "tool_call", call_field, f"is {describe_value(function)}; expected an object with name and arguments"
-            )
-        for key in ("name", "arguments"):
-            if key not in function:
-                raise RowFault("tool_call", f"{call_field}.{key}", f"is missing; the call has {format_names(function)}")
-        if not function["name"]:
-            raise RowFault("tool_call", f"{call_field}.name", "is empty; expected the function's name")
-        call: dict[str, Any] = {"type": "function"}
-        if item.get("id") is not None:
-            call["id"] = check_text(item["id"], f"{call_field}.id")
-        name = check_text(function["name"], f"{call_field}.name")
-        call["function"] = {
-            "name": name,
-            "arguments": _parse_arguments(check_text, function["arguments"], f"{call_field}.arguments"),
-        }
-        calls.append(call)
-    return calls
-
-
-def _parse_arguments(check_text: TextValidator, value: Any, field: str) -> dict[str, Any]:
-    if isinstance(value, str):  # OpenAI's form: JSON in a string
-        value = _load_json(value, field)
-    _refuse_repeated_key(value, field)
-    if not isinstance(value, dict):
-        raise RowFault("tool_call", field, f"is {describe_value(value)}; expected an object, or JSON text of one")
-
-    def refuse(part: Any) -> None:
-        _refuse_repeated_key(part, field)
-        raise RowFault("tool_call", field, f"holds {describe_value(part)}; expected JSON values")
-
-    text = json.dumps(value, ensure_ascii=False, default=refuse)
-    checked = check_text(text, field)
-    return value if checked == text else json.loads(checked)
-
-
-def _refuse_repeated_key(value: Any, field: str) -> None:
-    if isinstance(value, RepeatedKey):
-        raise RowFault("duplicate_key", f"{field}.{value.key}", "occurs twice in one object; expected once")
-
-
-def _load_calls(value: Any, field: str) -> list[Any]:
-    calls = _load_json(value, field) if isinstance(value, str) else value
-    return calls if isinstance(calls, list) else [calls]
-
-
-def _load_json(value: str, field: str) -> Any:
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise RowFault("tool_call", field, f"is {describe_value(value)}; expected JSON") from None
 
 
 def _get_roles_allowed_after(previous: Message | None) -> tuple[str, ...]:

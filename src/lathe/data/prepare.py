@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lathe.data.example_store import StoredExamples
     from lathe.data.report import Account
     from lathe.data.tokenization import TokenizationRules
+    from lathe.models.chat_template import ChatTemplate
 
 ROWS_PER_UPDATE = 1000  # of the progress bar
 
@@ -50,7 +51,8 @@ def prepare(
     """Read the files of the folder `raw`, and write `train.jsonl`, `validation.jsonl` and `test.jsonl` into `out`.
 
     Examples are `{"messages": [{"role", "content"}, ...]}`, with `rejected` beside them if they come from preference
-    pairs. Each of them, with either answer, has at most `max_length` tokens.
+    pairs, and `tools` if the row has definitions of functions. Each of them, with either answer, has at most
+    `max_length` tokens.
 
     - An unusable row is dropped and counted as a fault.
     - Duplicates, prompts of another split and rows over a limit of the preset are removed and counted; they are no
@@ -62,12 +64,13 @@ def prepare(
     input, on how it is divided into shards, or on the number of `processes` (None: one per core). Until the end they
     are in a scratch folder in `out`; memory holds a few hundred bytes of each.
 
-    Raises InputError for a file that cannot be read and missing columns, and UnusableRowsError for an empty split and a
-    share above its limit.
+    Raises InputError for a file that cannot be read, missing columns, and tools that the template ignores, and
+    UnusableRowsError for an empty split and a share above its limit.
     """
     from lathe.data.report import Account
     from lathe.data.splits import assign_splits
     from lathe.data.tokenization import TokenizationRules
+    from lathe.models.chat_template import ChatTemplate
     from lathe.models.special_tokens import compile_control_tokens
     from lathe.models.unicode_form import UnicodeRule, find_unicode_form
 
@@ -81,7 +84,8 @@ def prepare(
         compile_control_tokens(tokenizer),
         UnicodeRule(form, settings.normalize_unicode) if form else None,
     )
-    stored = _read_examples(examples, preset, seed, scratch / "examples", account)
+    template = ChatTemplate.of_tokenizer(tokenizer)
+    stored = _read_examples(examples, preset, seed, scratch / "examples", account, template)
     try:
         account.check_records()
         account.splits = assign_splits(
@@ -110,6 +114,7 @@ def _read_examples(
     seed: int,
     store_file: Path,
     account: "Account",
+    template: "ChatTemplate",
 ) -> "StoredExamples":
     from lathe.common.progress import Progress
     from lathe.data.duplicates import compute_digests
@@ -122,11 +127,17 @@ def _read_examples(
             if isinstance(example.value, Fault):
                 account.add_fault(example.split, example.place, example.value)
                 continue
+            if "tools" in example.value and not template.writes_tools:
+                raise InputError(
+                    f"{example.place}: the row has tools, and the model's chat template writes none; choose a model or "
+                    "a template that does (template: chatml-tools in the model's preset), or take the column out",
+                    code="template-ignores-tools",
+                )
             # Digests come before the system prompt is added, so that it moves no example to another split.
             digests = compute_digests(example.value, seed)
             add_system_prompt(example.value["messages"], preset.system_prompt)
             writer.add(example.place, example.value, digests, SPLITS.index(example.split))
-    account.files, account.columns = examples.files, examples.columns
+    account.files, account.columns, account.unused = examples.files, examples.columns, examples.unused
     return writer.get_stored()
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
 from lathe.data.formats import RecordConverter
-from lathe.data.messages import RowFault
 from lathe.data.read_files import Fault, find_text_form, read_records
+from lathe.data.row_checks import RowFault
 from lathe.data.split_files import find_split_files, get_suffix
 from lathe.data.text_files import TextForm, describe_form
 from lathe.models.unicode_form import UnicodeRule
@@ -30,8 +30,8 @@ class ReadExample:
 class ExampleFiles:
     """The files of a folder as examples; iterate over it once.
 
-    Afterwards `files` says of each file its split, format and number of rows, `columns` how the columns are read, and
-    `names` which columns there are.
+    Afterwards `files` says of each file its split, format and number of rows, `columns` how the columns are read,
+    `names` which columns there are, and `unused` how many rows have columns and keys of messages that nothing reads.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class ExampleFiles:
         self.files: dict[str, dict[str, Any]] = {}
         self.columns: dict[str, Any] = {}
         self.names: dict[str, None] = {}
+        self.unused: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[ReadExample]:
         """Yield every record. Raises InputError if a file cannot be read, or lacks a column."""
@@ -88,6 +89,7 @@ class ExampleFiles:
                 self.names.update(names)
         if converter:
             self.columns = {**converter.description, "detected": converter.detected}
+            self.unused = dict(sorted(converter.unused.items()))
 
 
 def add_system_prompt(messages: list[dict[str, Any]], system_prompt: str | None) -> None:

@@ -41,6 +41,7 @@ class Account:
         self.settings = settings
         self.files: dict[str, dict[str, Any]] = {}
         self.columns: dict[str, Any] = {}
+        self.unused: dict[str, int] = {}  # rows by the columns, and keys of messages, that nothing reads
         self.faults: dict[str, FaultsByReason] = {name: {} for name in SPLITS}
         self.splits = Splits(rows={}, removed={})
         self.tokenized: dict[str, TokenizedSplit] = {}
@@ -152,6 +153,7 @@ class Account:
             },
             "supervised_tokens": next(split["supervised_tokens"] for split in splits if split["split"] == "train"),
             "columns": [self.columns],
+            **self._report_unused(),
             "files": [{"file": name, **facts} for name, facts in self.files.items()],
             "splits": splits,
             "overlap": [{"splits": pair, "rows": rows} for pair, rows in sorted(self.splits.overlap.items())],
@@ -173,6 +175,7 @@ class Account:
             "rows": {name: sum(split[name] for split in splits) for name in ("read", "kept", "truncated")}
             | {"dropped": sum(sum(split["dropped"].values()) for split in splits)},
             "columns": [self.columns],
+            **self._report_unused(),
             "files": [{"file": name, **facts} for name, facts in self.files.items()],
             "splits": splits,
             "near_overlap": [self._report_near_duplicates(pair, reader) for pair in sorted(self.near_duplicates)],
@@ -187,6 +190,9 @@ class Account:
                 for name in SPLITS
             ],
         }
+
+    def _report_unused(self) -> dict[str, Any]:
+        return {"unused": [{"name": name, "rows": rows} for name, rows in self.unused.items()]} if self.unused else {}
 
     def _report_known_split(self, name: str) -> dict[str, Any]:
         dropped = self._count_dropped(name)

@@ -31,7 +31,7 @@ from lathe.data.read_files import Fault
 from lathe.data.truncation import Messages, TruncatedSide, truncate_conversation
 from lathe.data.worker_processes import MAX_PROCESSES, ReportRows, run_in_processes
 from lathe.data.writing_systems import detect_writing_system
-from lathe.models.chat_template import TemplateError
+from lathe.models.chat_template import TemplateError, Tools
 from lathe.models.loss_mask import ConversationEncoder, Encoded
 
 ROWS_PER_PROCESS = 512  # fewer rows are not worth a process of their own
@@ -39,7 +39,7 @@ ROWS_PER_BATCH = 512  # in memory at a time, in each process
 
 LengthTable = NDArray[numpy.int32]  # (rows, fields of TokenLengths)
 
-Example = dict[str, Any]  # `messages`, and `rejected` in a preference pair
+Example = dict[str, Any]  # `messages`, perhaps `tools`, and `rejected` in a preference pair
 
 Case = TypeVar("Case")
 
@@ -265,7 +265,7 @@ class _ShareTokenizer:
 
         def truncate(messages: Messages, rejected: Messages) -> Messages | None:
             def count_tokens(messages: Messages) -> int | None:
-                result = next(self.compute_lengths([{"messages": messages, "rejected": rejected}]))
+                result = next(self.compute_lengths([{**example, "messages": messages, "rejected": rejected}]))
                 return result.longest if isinstance(result, TokenLengths) else None
 
             return truncate_conversation(messages, side, self.rules.max_length, count_tokens, self.rules.tokenizer)
@@ -283,8 +283,11 @@ class _ShareTokenizer:
     def compute_lengths(self, examples: Sequence[Example]) -> Iterator[TokenLengths | Fault]:
         """Yield the lengths of each example, or a Fault if the chat template refuses it."""
         pairs = [example for example in examples if example.get("rejected")]
-        rejected = self._compute_lengths([[*pair["messages"][:-1], *pair["rejected"]] for pair in pairs])
-        results = self._compute_lengths([example["messages"] for example in examples])
+        worse = [[*pair["messages"][:-1], *pair["rejected"]] for pair in pairs]
+        rejected = self._compute_lengths(worse, [pair.get("tools") for pair in pairs])
+        results = self._compute_lengths(
+            [example["messages"] for example in examples], [example.get("tools") for example in examples]
+        )
         for example, result in zip(examples, results, strict=True):
             if not example.get("rejected"):
                 yield result
@@ -295,8 +298,10 @@ class _ShareTokenizer:
             else:
                 yield other if isinstance(result, TokenLengths) else result
 
-    def _compute_lengths(self, conversations: Sequence[Messages]) -> Iterator[TokenLengths | Fault]:
-        encoded = self.encoder.encode_rows(conversations, supervise=self.rules.supervise)
+    def _compute_lengths(
+        self, conversations: Sequence[Messages], tools: Sequence[Tools | None]
+    ) -> Iterator[TokenLengths | Fault]:
+        encoded = self.encoder.encode_rows(conversations, supervise=self.rules.supervise, tools=tools)
         for result in encoded:
             yield Fault("template", None, str(result)) if isinstance(result, TemplateError) else _count_tokens(result)
 

@@ -18,6 +18,7 @@ from lathe.common.errors import InputError
 from lathe.common.jsonl import read_jsonl
 from lathe.config.params import BertScore
 from lathe.evaluation import bootstrap, permutation_test, text_metrics
+from lathe.evaluation.call_scores import compute_call_f1, match_calls, score_calls
 from lathe.evaluation.metrics import LOWER_IS_BETTER, Array, compute_metric, make_combined, orient_score
 
 # What artifacts are compared with: base, for the effect of training; merged, for that of quantization.
@@ -80,10 +81,13 @@ def add_bert_score(splits: Sequence[AnswersByArtifact], settings: BertScore, *, 
         row["bert_score"] = bert_score.rescale(scored[row["completion"], row["reference"]], baseline)
 
 
-def read_answers(generated: Path, judged: Path | None, artifacts: Sequence[str], split: str) -> AnswersByArtifact:
+def read_answers(
+    generated: Path, judged: Path | None, artifacts: Sequence[str], split: str, *, strip_thinking: bool
+) -> AnswersByArtifact:
     """Read `<artifact>/<split>.jsonl` of both folders; the judge's scores become `judge` of the rows.
 
-    Raises InputError if the artifacts did not answer the same rows.
+    With `strip_thinking`, completion and reference are what is said after a thought. Raises InputError if the artifacts
+    did not answer the same rows.
     """
     answers: AnswersByArtifact = {}
     for artifact in artifacts:
@@ -92,6 +96,8 @@ def read_answers(generated: Path, judged: Path | None, artifacts: Sequence[str],
             raise InputError(
                 f"{generated / artifact / split}.jsonl: holds no row; run `dvc repro` again", code="empty-file"
             )
+        if strip_thinking:
+            rows = [strip_thought(row) for row in rows]
         if judged is not None:
             for verdict in read_jsonl(judged / artifact / f"{split}.jsonl"):
                 rows[verdict["row"]]["judge"] = verdict["score"]
@@ -103,6 +109,13 @@ def read_answers(generated: Path, judged: Path | None, artifacts: Sequence[str],
                 code="different-rows",
             )
     return answers
+
+
+def strip_thought(row: AnswerRow) -> AnswerRow:
+    """Return the row with what is said after the thought as completion and reference."""
+    if "answer" not in row:
+        return row
+    return {**row, "completion": row["answer"], "reference": row["reference_answer"]}
 
 
 def define_scores(
@@ -118,6 +131,8 @@ def define_scores(
     statistics: dict[str, Callable[[AnswerRow], text_metrics.Statistics]] = {
         name: _cache_pair_statistics(of_pair) for name, of_pair in text_statistics.items()
     }
+    statistics["tool_calls"] = lambda row: score_calls(row, score=match_calls)
+    statistics["tool_calls_f1"] = lambda row: score_calls(row, score=compute_call_f1)
     statistics["bert_score"] = lambda row: (row["bert_score"], 1.0)
     scores = [_define_score(name, statistics[name]) for name in metrics]
     if judge_weight is not None:

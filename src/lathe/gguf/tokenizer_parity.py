@@ -41,18 +41,19 @@ SAMPLE_TEXTS = (
 )
 
 
-def check_tokens(model: Path, gguf: Path, texts: list[str]) -> int:
+def check_tokens(model: Path, gguf: Path, texts: list[str], *, chat_template: str | None = None) -> int:
     """Check that the tokenizer in the folder `model` and llama.cpp with the file `gguf` give the same token ids.
 
     Compared are the ids of every text, special tokens in it recognised by both, and the prompt of a small
     chat rendered with the tokenizer's template: as training sees it, and as llama.cpp does, which adds a BOS
     if the vocabulary asks for one and the template has not written it. Both must have the same template,
     and the tokenizer's end-of-turn token (`eos_token`) must end a generation. Returns the number of tokens
-    compared; raises InputError with the first difference.
+    compared; raises InputError with the first difference. `chat_template` takes the place of the tokenizer's.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
     compared = 0
     with LlamaModel(gguf, vocab_only=True) as vocabulary:
         for text in texts:

@@ -4,37 +4,46 @@ import heapq
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from lathe.inference.generate import Generator
-from lathe.inference.held_out import HeldOutPrompt, HeldOutRun, render_prompt
+from lathe.inference.held_out import Example, HeldOutPrompt, HeldOutRun, render_prompt
 from lathe.inference.row_file import RowFile
-from lathe.models.chat_template import Conversation, Message
+from lathe.models.chat_template import Message
 
 logger = logging.getLogger(__name__)
 
 
-def draw_examples(train: Iterable[Conversation], count: int, *, seed: int) -> list[Conversation]:
-    """Draw `count` conversations of the training split (all, if it has fewer) by the seed; no more are held in memory.
+def draw_examples(train: Iterable[Example], count: int, *, seed: int) -> list[Example]:
+    """Draw `count` rows of the training split (all, if it has fewer) by the seed; no more are held in memory.
 
     A smaller count gives the first of a larger one. System messages are left out: each request has its own.
     """
     draw = random.Random(seed)
-    keyed = ((draw.random(), number, conversation) for number, conversation in enumerate(train))
-    drawn = [conversation for _, _, conversation in heapq.nsmallest(count, keyed)]
-    return [[message for message in conversation if message["role"] != "system"] for conversation in drawn]
+    keyed = ((draw.random(), number, row) for number, row in enumerate(train))
+    drawn = [row for _, _, row in heapq.nsmallest(count, keyed)]
+    return [
+        {**row, "messages": [message for message in row["messages"] if message["role"] != "system"]} for row in drawn
+    ]
 
 
-def insert_examples(examples: Sequence[Conversation], conversation: Conversation) -> Conversation:
-    """Return the conversation with the examples inserted after its system messages."""
+def insert_examples(examples: Sequence[Example], row: Example) -> Example:
+    """Return the row with the examples inserted after its system messages, and the tools of all of them."""
+    conversation = row["messages"]
     start = next((at for at, message in enumerate(conversation) if message["role"] != "system"), len(conversation))
-    inserted: list[Message] = [message for example in examples for message in example]
-    return [*conversation[:start], *inserted, *conversation[start:]]
+    inserted: list[Message] = [message for example in examples for message in example["messages"]]
+    tools: dict[str, Any] = {}
+    for each in (row, *examples):
+        for tool in each.get("tools", []):
+            tools.setdefault(tool["function"]["name"], tool)
+    whole = {"messages": [*conversation[:start], *inserted, *conversation[start:]]}
+    return {**whole, "tools": list(tools.values())} if tools else whole
 
 
 def store_prompts(
     run: HeldOutRun,
-    examples: Sequence[Conversation],
-    splits: Mapping[str, Callable[[], Iterable[Conversation]]],
+    examples: Sequence[Example],
+    splits: Mapping[str, Callable[[], Iterable[Example]]],
     *,
     max_new_tokens: int,
 ) -> tuple[int, dict[str, RowFile]]:
@@ -45,10 +54,11 @@ def store_prompts(
     """
     generator, count = run.generator, len(examples)
 
-    def render(row: Conversation, count: int) -> HeldOutPrompt:
-        return render_prompt(generator.chat_template, insert_examples(examples[:count], row))
+    def render(row: Example, count: int) -> HeldOutPrompt:
+        whole = insert_examples(examples[:count], row)
+        return render_prompt(generator.chat_template, whole["messages"], whole.get("tools"))
 
-    def render_rows(rows: Iterable[Conversation], count: int) -> Iterator[HeldOutPrompt]:
+    def render_rows(rows: Iterable[Example], count: int) -> Iterator[HeldOutPrompt]:
         for row in rows:
             prompt = render(row, count)
             if count and not _has_room(generator, prompt, max_new_tokens):
@@ -81,7 +91,7 @@ def store_prompts(
 class _NoRoomError(Exception):
     """A row whose answer has no room after the examples."""
 
-    def __init__(self, row: Conversation) -> None:
+    def __init__(self, row: Example) -> None:
         super().__init__()
         self.row = row
 

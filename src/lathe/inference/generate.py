@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from lathe.common.errors import InputError
 from lathe.common.operating_system import get_total_memory_bytes
 from lathe.common.progress import Progress
 from lathe.config.base import Auto
@@ -29,6 +30,7 @@ from lathe.inference.shared_prefix import (
     count_common_tokens,
     decode_prefix,
 )
+from lathe.models.answer_syntax import render_markers
 from lathe.models.chat_template import ChatTemplate
 
 # Decodes the prompt of a row in a slot of a cache, and returns the logits after its last token, (1, n_vocab).
@@ -61,6 +63,7 @@ class Generator:
         self.model = LlamaModel(gguf, n_gpu_layers=None if n_gpu_layers == "auto" else n_gpu_layers)
         self.n_ctx, self.threads = n_ctx, threads
         self.n_parallel = self._choose_rows() if n_parallel == "auto" else n_parallel
+        self._shown: dict[int, bytes] | None = None
         self._stream_cache: KVCache | None = None
         self._streamed: Sequence[int] = ()
 
@@ -86,6 +89,12 @@ class Generator:
     def tokenize(self, prompt: str) -> list[int]:
         """Return the token ids of a rendered prompt, with exactly one BOS if the vocabulary asks for one."""
         return self.model.tokenize_prompt(prompt)
+
+    def get_token_bytes(self, token: int) -> bytes:
+        """Return the bytes of a generated token; of a control token only if it marks a thought or a call of a tool."""
+        if self._shown is None:
+            self._shown = find_marker_tokens(self.model)
+        return self._shown.get(token) or self.model.get_token_bytes(token)
 
     def complete(self, prompts: Iterable[str], *, max_new_tokens: int) -> list[Completion]:
         """Return the greedy answer to each prompt, in their order; for many rows use `iterate_completions`."""
@@ -161,7 +170,7 @@ class Generator:
             token = int(logits[-1].argmax())
             if self.model.is_end(token):
                 break
-            if piece := characters.decode(self.model.get_token_bytes(token)):
+            if piece := characters.decode(self.get_token_bytes(token)):
                 yield piece
             row.tokens.append(token)
             logits = cache.step([token])
@@ -215,8 +224,18 @@ class Generator:
 
     def _make_completion(self, answer: Iterable[int], *, ended: bool) -> Completion:
         tokens = list(answer)
-        text = b"".join(map(self.model.get_token_bytes, tokens)).decode("utf-8", "replace")
+        text = b"".join(map(self.get_token_bytes, tokens)).decode("utf-8", "replace")
         return Completion(text, "stop" if ended else "length", len(tokens))
+
+
+def find_marker_tokens(model: LlamaModel) -> dict[int, bytes]:
+    """Return the control tokens that the model's chat template writes within an answer, such as `[TOOL_CALLS]`."""
+    try:
+        tokens = set(model.tokenize(render_markers(model.chat_template)))
+    except InputError:
+        return {}  # what is wrong with the template is said where it is rendered
+    hidden = (token for token in tokens if not model.is_end(token) and not model.get_token_bytes(token))
+    return {token: model.get_token_text(token).encode() for token in hidden}
 
 
 def decode_prompt(cache: KVCache, slot: int, row: TokenSequence) -> FloatRows:

@@ -14,26 +14,38 @@ from lathe.inference import general_text, likelihood
 from lathe.inference.generate import Completion, Generator
 from lathe.inference.journal import Journal
 from lathe.inference.row_file import RowFile
-from lathe.models.chat_template import ChatTemplate, Conversation
+from lathe.models.answer_syntax import Call, find_call_syntax, find_thought_syntax, list_calls
+from lathe.models.chat_template import ChatTemplate, Conversation, Tools
+from lathe.models.message_form import THOUGHT
+
+# A row of data/processed: `messages`, and `tools` if there are any.
+Example = Mapping[str, Any]
 
 # Packages that determine an answer, besides data and parameters.
 PACKAGES = ("llama-cpp-python", "numpy", "transformers", "Jinja2")
 
 
 class HeldOutPrompt(NamedTuple):
-    """A held-out row as rendered: its prompt, the answer as the template writes it, and the bare reference."""
+    """A held-out row as rendered: its prompt, the answer as the template writes it, and the bare reference.
+
+    `tools` are those that an answer may call, and `calls` those of the reference; None where there are neither.
+    """
 
     prompt: str
     answer: str
     reference: str
+    tools: Tools | None = None
+    calls: list[Call] | None = None
 
 
-def render_prompt(template: ChatTemplate, conversation: Conversation) -> HeldOutPrompt:
+def render_prompt(template: ChatTemplate, conversation: Conversation, tools: Tools | None = None) -> HeldOutPrompt:
     """Render a conversation whose last message is the reference."""
-    prompt, answer, _ = template.split_answer(conversation)
+    prompt, answer, _ = template.split_answer(conversation, tools)
     last = conversation[-1]
-    reference = answer.removeprefix(template.answer_prefix) if last.get("tool_calls") else str(last["content"])
-    return HeldOutPrompt(prompt, answer, reference)
+    is_plain = not (last.get("tool_calls") or last.get(THOUGHT))
+    reference = str(last["content"]) if is_plain else answer.removeprefix(template.answer_prefix)
+    calls = list_calls(last) if tools or last.get("tool_calls") else None
+    return HeldOutPrompt(prompt, answer, reference, tools, calls)
 
 
 @dataclass
@@ -51,17 +63,19 @@ class HeldOutRun:
     tokens: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
 
-    def store_prompts(self, name: str, conversations: Iterable[Conversation]) -> RowFile:
-        """Render each conversation of a split once, and return the prompts, which the journal stores."""
+    def store_prompts(self, name: str, rows: Iterable[Example]) -> RowFile:
+        """Render each row of a split once, and return the prompts, which the journal stores."""
         template = self.generator.chat_template
-        return self.journal.store_rows(name, (render_prompt(template, row) for row in conversations))
+        return self.journal.store_rows(
+            name, (render_prompt(template, row["messages"], row.get("tools")) for row in rows)
+        )
 
     def measure_split(self, name: str, prompts: RowFile, out: Path, *, max_new_tokens: int) -> dict[str, Any]:
         """Let the model answer each prompt of a split, greedily, and compare with the references.
 
         Writes to `out`, in the order of `prompts`: {prompt, reference, completion, finish_reason, tokens, nll,
-        reference_tokens, kl}. Returns the split's perplexity of the references, mean KL divergence per token of them
-        (None without `against`), stop rate and number of rows.
+        reference_tokens, kl}, and what `read_answer` returns. Returns the split's perplexity of the references, mean KL
+        divergence per token of them (None without `against`), stop rate and number of rows.
         """
         answers, references = f"{name}/answers", f"{name}/references"
         began = time.perf_counter()
@@ -99,19 +113,40 @@ class HeldOutRun:
         return _compute_perplexity(math.fsum(row["nll"] for row in rows), sum(row["tokens"] for row in rows))
 
     def _join_rows(self, prompts: RowFile, answers: str, references: str) -> Iterator[dict[str, Any]]:
-        prefix = self.generator.chat_template.answer_prefix
+        template = self.generator.chat_template
         for number, row in enumerate(_read_prompts(prompts)):
             completion, likely = self.journal.read_row(answers, number), self.journal.read_row(references, number)
             yield {
                 "prompt": row.prompt,
                 "reference": row.reference,
-                "completion": completion["text"].removeprefix(prefix),
+                "completion": completion["text"].removeprefix(template.answer_prefix),
                 "finish_reason": completion["finish_reason"],
                 "tokens": completion["tokens"],
                 "nll": likely["nll"],
                 "reference_tokens": likely["tokens"],
                 "kl": likely["kl"],
+                **read_answer(template, row, completion["text"]),
             }
+
+
+def read_answer(template: ChatTemplate, row: HeldOutPrompt, text: str) -> dict[str, Any]:
+    """Return what is read of an answer and its reference beside their texts, if there is more to them.
+
+    Where one has a thought, `answer` and `reference_answer` are what is said after it. Of a row with tools, `calls` and
+    `reference_calls` are the calls; None for `calls` if those of the chat template cannot be told.
+    """
+    read: dict[str, Any] = {}
+    thought = find_thought_syntax(template)
+    written = text.removeprefix(template.answer_prefix)
+    reference = row.reference
+    answers = thought.strip(written, prompt=row.prompt), thought.strip(reference)
+    if answers != (written, reference):
+        read |= {"answer": answers[0], "reference_answer": answers[1]}
+    if row.calls is not None:
+        syntax = find_call_syntax(template)
+        read["calls"] = syntax.read(written, row.tools).calls if syntax else None
+        read["reference_calls"] = row.calls
+    return read
 
 
 def _read_prompts(prompts: RowFile) -> Iterator[HeldOutPrompt]:
@@ -145,12 +180,12 @@ class _SplitTotals:
         }
 
 
-def iterate_conversations(file: Path, *, max_rows: int | None) -> Iterator[Conversation]:
-    """Yield the conversations of a processed split, the first `max_rows` of them."""
+def iterate_rows(file: Path, *, max_rows: int | None) -> Iterator[Example]:
+    """Yield the rows of a processed split, the first `max_rows` of them."""
     for number, row in enumerate(iterate_jsonl(file)):
         if number == max_rows:
             return
-        yield row["messages"]
+        yield row
 
 
 def compute_fingerprint(files: Mapping[str, Path], determines: Mapping[str, Any]) -> str:

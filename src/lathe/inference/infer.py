@@ -11,8 +11,10 @@ from typing import Any, BinaryIO, cast
 
 from lathe.common.errors import InputError
 from lathe.common.jsonl import line
-from lathe.data.messages import RowFault, TextValidator, check_order, parse_messages
+from lathe.data.messages import check_order, parse_messages
 from lathe.data.read_files import describe_value
+from lathe.data.row_checks import RowFault, TextValidator, is_empty
+from lathe.data.tools import parse_tools
 from lathe.inference.generate import Completion, Generator
 from lathe.inference.row_file import RowFile
 from lathe.models.chat_template import Message, TemplateError
@@ -27,9 +29,9 @@ def infer(generator: Generator, file: Path, out: BinaryIO, *, max_new_tokens: in
     """Write every line of the JSON Lines `file` to `out` with its `completion` and `finish_reason`, in their order.
 
     The file `-` is standard input. A line is an object with `prompt`, a text, or `messages`, a list of {role, content}
-    that ends with a request; its other keys are kept. All lines are rendered first, into a temporary file; each is
-    written as soon as it and all before it are answered. Raises InputError that names file and line, before anything is
-    written, if one cannot be answered.
+    that ends with a request; `tools` are definitions of functions; other keys are kept. All lines are rendered first,
+    into a temporary file; each is written as soon as it and all before it are answered. Raises InputError that names
+    file and line, before anything is written, if one cannot be answered.
     """
     prefix = generator.chat_template.answer_prefix
     with tempfile.TemporaryFile() as temporary:
@@ -65,7 +67,10 @@ def _render_requests(file: Path, generator: Generator) -> Iterator[tuple[str, di
     template, n_ctx = generator.chat_template, generator.n_ctx
     for at, row in _read_lines(file):
         try:
-            prompt = template.render(_read_messages(row), add_generation_prompt=True)
+            tools = _read_tools(row)
+            if tools and not template.writes_tools:
+                raise _make_fault("tools", "are given, and the model's chat template writes none; leave them out")
+            prompt = template.render(_read_messages(row), add_generation_prompt=True, tools=tools)
         except RowFault as fault:
             raise InputError(f"{at}: {fault.fault}", code="not-a-request") from None
         except TemplateError as error:
@@ -114,6 +119,13 @@ def _read_messages(row: dict[str, Any]) -> list[Message]:
         raise _make_fault("messages", f"ends with {messages[-1]['role']}; expected a user or tool message last")
     check_order([*messages, {"role": "assistant", "content": "an answer"}] if messages else [], "messages")
     return list(messages)
+
+
+def _read_tools(row: dict[str, Any]) -> list[dict[str, Any]]:
+    given = [key for key in ("tools", "functions") if not is_empty(row.get(key))]
+    if len(given) > 1:
+        raise _make_fault("functions", "is given beside tools; give one of them")
+    return parse_tools(_ANY_TEXT, row[given[0]], given[0]) if given else []
 
 
 def _make_fault(field: str | None, problem: str) -> RowFault:

@@ -4,6 +4,7 @@ One template everywhere: training, evaluation, generation and chat call `ChatTem
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,18 +12,44 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Self
 
 import jinja2
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lathe.common.errors import InputError
+from lathe.models.message_form import (
+    ANSWER,
+    QUESTION,
+    THOUGHT,
+    Conversation,
+    Message,
+    MessageForm,
+    find_form,
+    split_thought,
+)
 
-Message = Mapping[str, Any]
-Conversation = Sequence[Message]
+# Definitions of tools in OpenAI's form: {"type": "function", "function": {"name", "description", "parameters"}}.
+Tools = Sequence[Mapping[str, Any]]
 
 # What `strftime_now` formats in templates that state the date (Llama 3, SmolLM3); the current date would make two runs
 # differ. It is the fallback in Llama 3's own template.
 FIXED_DATE = datetime(2024, 7, 26)
 
 _TEXT_MESSAGE = {"role", "content"}
+_OPENED_THOUGHT = re.compile(r"<think>(\s*)\Z")
+# A token at the very end, such as the <|call|> of gpt-oss.
+_LAST_MARKER = re.compile(r"\s*(<[|\uff5c][^<>\s]+[|\uff5c]>|</s>)\s*\Z")
+
+EXAMPLE_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "first_function",
+        "description": "What the function does.",
+        "parameters": {
+            "type": "object",
+            "properties": {"first_key": {"type": "string", "description": "What the value is."}},
+            "required": ["first_key"],
+        },
+    },
+}
 
 
 class TemplateError(InputError):
@@ -70,94 +97,145 @@ class ChatTemplate:
         messages: Conversation,
         *,
         add_generation_prompt: bool = False,
-        tools: list[dict[str, Any]] | None = None,
+        tools: Tools | None = None,
     ) -> str:
         """Return the messages as the model reads them; with `add_generation_prompt`, up to where its answer begins.
 
         The text contains the special tokens that the template writes, BOS included, so it is tokenized without adding
-        any. A template that asks for the date gets a fixed one. Raises TemplateError if the template refuses the
-        messages.
+        any. A template that asks for the date gets a fixed one. `tools` are definitions in OpenAI's form. Raises
+        TemplateError if the template refuses the messages.
         """
+        if not all(map(_is_text_message, messages)):
+            messages = self.form.adapt(messages)
+        return self._render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+
+    def _render(
+        self, messages: Conversation, *, add_generation_prompt: bool = False, tools: Tools | None = None
+    ) -> str:
         try:
             template, variables = _compile(self.text)
-            if tools is None and all(map(_is_text_message, messages)):
-                # What render_jinja_template adds, copies of the messages above all, takes longer than the rendering.
-                context = {
-                    **variables,
-                    "messages": messages,
-                    "tools": None,
-                    "documents": None,
-                    "add_generation_prompt": add_generation_prompt,
-                    "bos_token": self.bos_token,
-                    "eos_token": self.eos_token,
-                }
-                return "".join(template.root_render_func(template.new_context(context, shared=True)))
-            texts, _ = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self.text,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token,
-                eos_token=self.eos_token,
-            )
+            # As transformers' render_jinja_template, without the copies that it makes of everything.
+            context = {
+                **variables,
+                "messages": messages,
+                "tools": tools or None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                "bos_token": self.bos_token,
+                "eos_token": self.eos_token,
+            }
+            return "".join(template.root_render_func(template.new_context(context, shared=True)))
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(
                 f"the chat template's line {error.lineno} is not valid Jinja: {_join_lines(error)}",
                 code="template-syntax",
             ) from None
-        except (jinja2.TemplateError, TypeError) as error:
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise TemplateError(
                 f"the chat template refuses the roles [{roles}]: {_join_lines(error)}; give conversations in its form",
                 code="template-refuses",
             ) from None
-        return texts[0]
 
-    def split_answer(self, messages: Conversation) -> SplitAnswer:
+    @cached_property
+    def form(self) -> MessageForm:
+        """The form in which the template reads thoughts and calls."""
+        return find_form(self._render)
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the template writes the definitions of tools."""
+        try:
+            return EXAMPLE_TOOL["function"]["name"] in self.render([QUESTION], tools=[EXAMPLE_TOOL])
+        except TemplateError:
+            return False
+
+    def split_answer(self, messages: Conversation, tools: Tools | None = None) -> SplitAnswer:
         """Split the rendered conversation at its last message, which is the answer.
 
         The prompt is the one of inference. The three texts make up `render(messages)`, except for a template that
-        writes earlier messages differently once there is an answer. What follows the answer begins with the end token,
-        possibly after white space. Raises TemplateError if the answer is not written right after the prompt, or not as
-        it is.
+        writes earlier messages differently once there is an answer, or opens the thought in its generation prompt and
+        writes none. What follows the answer begins with the end token, possibly after white space. Raises TemplateError
+        if the answer is not written right after the prompt, or not as it is.
         """
-        prompt = self.render(messages[:-1], add_generation_prompt=True)
-        text = self.render(messages)
-        if not text.startswith(prompt):
+        prompt = self.render(messages[:-1], add_generation_prompt=True, tools=tools)
+        text = self.render(messages, tools=tools)
+        last = messages[-1]
+        thought, answer = split_thought(last)
+        answer = answer.strip()
+        written = text[len(prompt) :] if text.startswith(prompt) else None
+        if (opened := _OPENED_THOUGHT.search(prompt)) and (written is None or thought not in written):
+            written = _close_thought(thought, text, prompt, opened) or written
+        if written is None:
             # Mistral Nemo's writes the system message only where a request comes last: then the answer is written as
             # after that request alone.
             start = max((at for at, message in enumerate(messages[:-1]) if message["role"] == "user"), default=0)
             if start > 0:
-                return self.split_answer(messages[start:])._replace(prompt=prompt)
+                return self.split_answer(messages[start:], tools)._replace(prompt=prompt)
+            switched = (
+                "; the answer has a thought, and the template may have been told to write none" if thought else ""
+            )
             raise TemplateError(
                 f"the chat template's generation prompt ends with {prompt[-20:]!r}, but its answers do not begin so; "
-                "use a template whose generation prompt is how it writes answers",
+                f"use a template whose generation prompt is how it writes answers{switched}",
                 code="generation-prompt",
             )
-        written = text[len(prompt) :]
-        # Many templates rewrite reasoning before the answer proper; the answer itself is only stripped.
-        answer = str(messages[-1]["content"]).rpartition("</think>")[2].strip()
-        if answer not in written:
+        start = 0
+        if thought:
+            if thought not in written:
+                raise TemplateError(
+                    f"the chat template does not write the thought {_shorten(thought)} ({THOUGHT}); use one that does, "
+                    "or leave the thoughts out of the rows",
+                    code="thought-not-written",
+                )
+            start = written.index(thought) + len(thought)
+        if answer not in written[start:]:
             raise TemplateError(
                 f"the chat template does not write the answer {_shorten(answer)} as it is; use one that does",
                 code="answer-not-written",
             )
+        for tool in tools or []:
+            if (name := tool["function"]["name"]) not in prompt or not self.writes_tools:
+                raise TemplateError(
+                    f"the chat template does not write the tool {name!r}; use one that does", code="tools-not-written"
+                )
+        history = self._render_history(messages[:-1], prompt, tools)
         for message in messages:
             if message["role"] == "tool" or message.get("tool_calls"):
-                _check_tools_are_written(message, written if message is messages[-1] else prompt)
-        if messages[-1].get("tool_calls"):
-            # Only the template knows where calls end: they take the place of a text, so what ends that ends them.
-            with_text = [*messages[:-1], {"role": "assistant", "content": "an answer"}]
-            rest = self.split_answer(with_text).rest
-            end = len(written.removesuffix(rest).rstrip())
-            if not written.endswith(rest):
+                _check_tools_are_written(message, written if message is last else history)
+            elif (name := message.get("name")) and name not in prompt:
                 raise TemplateError(
-                    "the chat template ends a tool call in another way than a text; use one that does not",
-                    code="tool-call-end",
+                    f"the chat template does not write the name {_shorten(name)} of the {message['role']} message; use "
+                    "one that does, or leave the name out",
+                    code="name-not-written",
                 )
+        if last.get("tool_calls"):
+            end = self._find_end_of_calls(messages, written, tools)
         else:
-            end = written.index(answer) + len(answer)
+            end = written.index(answer, start) + len(answer)
         return SplitAnswer(prompt, written[:end], written[end:])
+
+    def _render_history(self, messages: Conversation, prompt: str, tools: Tools | None) -> str:
+        """Return the prompt without the definitions of tools, in which the names of functions stand too."""
+        if not tools or not any(message.get("tool_calls") for message in messages):
+            return prompt
+        try:
+            return self.render(messages)
+        except TemplateError:
+            return prompt
+
+    def _find_end_of_calls(self, messages: Conversation, written: str, tools: Tools | None) -> int:
+        """Return where the calls end: they take the place of a text, so what ends that ends them, or another token."""
+        with_text = [*messages[:-1], {"role": "assistant", "content": ANSWER}]
+        rest = self.split_answer(with_text, tools).rest
+        if written.endswith(rest):
+            return len(written.removesuffix(rest).rstrip())
+        if not (end := _LAST_MARKER.search(written)):
+            raise TemplateError(
+                "the chat template ends a tool call in another way than a text; use one that does not",
+                code="tool-call-end",
+            )
+        return end.start()
 
     @cached_property
     def answer_prefix(self) -> str:
@@ -166,11 +244,14 @@ class ChatTemplate:
         Empty for most; `<think>\n\n</think>\n\n` for Qwen3. A model trained on this template begins its answers with
         it, so it is removed before an answer is compared with its reference.
         """
-        question_and_answer = [
-            {"role": "user", "content": "a question"},
-            {"role": "assistant", "content": "an answer"},
-        ]
-        prefix = self.split_answer(question_and_answer).answer.removesuffix("an answer")
+        question_and_answer = [QUESTION, {"role": "assistant", "content": ANSWER}]
+        try:
+            answer = self.split_answer(question_and_answer).answer
+        except TemplateError:
+            if not self.writes_tools:
+                raise
+            answer = self.split_answer(question_and_answer, [EXAMPLE_TOOL]).answer  # one for requests with tools alone
+        prefix = answer.removesuffix(ANSWER)
         return prefix if prefix.strip() else ""
 
 
@@ -183,7 +264,21 @@ def _compile(text: str) -> tuple[jinja2.Template, dict[str, Any]]:
 
 
 def _is_text_message(message: Message) -> bool:
-    return message.keys() == _TEXT_MESSAGE and isinstance(message["content"], str)
+    content = message.get("content")
+    return message.keys() == _TEXT_MESSAGE and isinstance(content, str) and "</think>" not in content
+
+
+def _close_thought(thought: str, text: str, prompt: str, opened: re.Match[str]) -> str | None:
+    """Return thought and answer after a generation prompt that opens the thought, where the template writes no thought.
+
+    It is empty for an answer without one. None if the answer is not written after what comes before the thought.
+    """
+    before = prompt[: opened.start()]
+    if not text.startswith(before):
+        return None
+    answer = re.sub(r"\A<think>\s*</think>\s*", "", text[len(before) :])
+    space = opened[1]
+    return f"{thought}{space}</think>{space * 2}{answer}"
 
 
 def _check_tools_are_written(message: Message, rendered: str) -> None:

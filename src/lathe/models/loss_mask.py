@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, Self
 
-from lathe.models.chat_template import ChatTemplate, Conversation, TemplateError
+from lathe.models.chat_template import ChatTemplate, Conversation, TemplateError, Tools
 from lathe.models.special_tokens import compile_control_tokens
 from lathe.models.token_segments import (
     compile_segment_starts,
@@ -33,12 +33,16 @@ class Encoded:
 
 
 def encode(
-    tokenizer: Any, conversations: Sequence[Conversation], *, supervise: Literal["all", "last"]
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    *,
+    supervise: Literal["all", "last"],
+    tools: Sequence[Tools | None] | None = None,
 ) -> list[Encoded]:
     """Tokenize conversations for training; raises TemplateError that names the first row that cannot be encoded.
 
     `tokenizer` is a fast Hugging Face tokenizer with a chat template; `supervise` says which assistant turns are
-    supervised. The method, for each of these turns:
+    supervised; `tools` are the definitions of tools of each conversation. The method, for each of these turns:
 
     1. The prompt is `render(messages before the turn, add_generation_prompt=True)`, tokenized alone: exactly the ids
        that inference starts from, whatever would have merged across its end.
@@ -58,7 +62,7 @@ def encode(
     """
     sequences: list[Encoded] = []
     encoder = ConversationEncoder.of_tokenizer(tokenizer)
-    for row, result in enumerate(encoder.encode_rows(conversations, supervise=supervise)):
+    for row, result in enumerate(encoder.encode_rows(conversations, supervise=supervise, tools=tools)):
         if isinstance(result, TemplateError):
             raise TemplateError(f"row {row + 1}: {result}", code=result.code)
         sequences += result
@@ -93,18 +97,26 @@ class ConversationEncoder:
         )
 
     def encode_rows(
-        self, conversations: Sequence[Conversation], *, supervise: Literal["all", "last"]
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        supervise: Literal["all", "last"],
+        tools: Sequence[Tools | None] | None = None,
     ) -> Iterator[list[Encoded] | TemplateError]:
         """Yield for each conversation the sequences that `encode` makes of it, or the error that prevents it."""
+        tools = tools or [None] * len(conversations)
         for start in range(0, len(conversations), ROWS_PER_BATCH):
-            batch = conversations[start : start + ROWS_PER_BATCH]
-            rows = [self._render_turns(messages, supervise) for messages in batch]
+            stop = start + ROWS_PER_BATCH
+            batch = zip(conversations[start:stop], tools[start:stop], strict=True)
+            rows = [self._render_turns(messages, supervise, of_row) for messages, of_row in batch]
             turns = [turn for row in rows if not isinstance(row, TemplateError) for turn in row]
             ids = iter(self._tokenize_turns(turns))
             for row, result in enumerate(rows, start):
                 yield result if isinstance(result, TemplateError) else _join_turns(row, [next(ids) for _ in result])
 
-    def _render_turns(self, messages: Conversation, supervise: str) -> "list[_Turn] | TemplateError":
+    def _render_turns(
+        self, messages: Conversation, supervise: str, tools: Tools | None
+    ) -> "list[_Turn] | TemplateError":
         answers = [
             index
             for index, message in enumerate(messages)
@@ -117,12 +129,13 @@ class ConversationEncoder:
             )
         messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         try:
-            return [self._render_turn(messages[: at + 1]) for at in (answers if supervise == "all" else answers[-1:])]
+            chosen = answers if supervise == "all" else answers[-1:]
+            return [self._render_turn(messages[: at + 1], tools) for at in chosen]
         except TemplateError as error:
             return error
 
-    def _render_turn(self, messages: Conversation) -> "_Turn":
-        prompt, answer, rest = self.template.split_answer(messages)
+    def _render_turn(self, messages: Conversation, tools: Tools | None) -> "_Turn":
+        prompt, answer, rest = self.template.split_answer(messages, tools)
         end = self.control_tokens.search(rest)
         return _Turn(prompt, answer + (rest[: end.end()] if end else rest.rstrip() + self.template.eos_token))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import lathe
 from lathe.common import paths
+from lathe.common.dotted_keys import get_value
 from lathe.common.errors import InputError
 from lathe.common.json_files import read_json
 from lathe.config.yaml_files import read_yaml
@@ -43,13 +44,15 @@ def select_parameters(item: str) -> dict[str, dict[str, Any]]:
     """
     tree, presets = read_yaml(paths.PARAMS), read_yaml(paths.PRESETS)
     keys, tables = ["seed", "convert"], {"model": "models"}
-    if item != "base":
+    if item == "base":
+        keys.insert(1, "preprocess.chat_template_kwargs")
+    else:
         keys += ["preprocess", "training", "sft", tree["training"]["method"], "lora", "quantization"]
         tables["dataset"] = "datasets"
     if item == "merged":
         keys.append("merge")
     return {
-        paths.PARAMS.name: {key: tree[key] for key in keys},
+        paths.PARAMS.name: {key: get_value(tree, key) for key in keys},
         paths.PRESETS.name: {f"{table}.{tree[key]}": presets[table][tree[key]] for key, table in tables.items()},
     }
 

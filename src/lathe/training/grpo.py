@@ -295,12 +295,13 @@ def _set_end_of_answer(model: Any, tokenizer: Any) -> None:
 def encode_prompts(tokenizer: Any, examples: Sequence[dict[str, Any]]) -> list[RewardPrompt]:
     """Return the prompt before each conversation's last answer, and that answer as the reference."""
     template = ChatTemplate.of_tokenizer(tokenizer)
-    encoded = encode(tokenizer, [example["messages"] for example in examples], supervise="last")
+    tools = [example.get("tools") for example in examples]
+    encoded = encode(tokenizer, [example["messages"] for example in examples], supervise="last", tools=tools)
     prompts = []
     for sequence, example in zip(encoded, examples, strict=True):
         reference = str(example["messages"][-1]["content"])
         if example["messages"][-1].get("tool_calls"):
-            reference = template.split_answer(example["messages"]).answer
+            reference = template.split_answer(example["messages"], example.get("tools")).answer
         prompts.append(RewardPrompt(sequence.input_ids[: sequence.supervised.index(True)], reference, example))
     return prompts
 

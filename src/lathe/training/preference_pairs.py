@@ -28,8 +28,10 @@ def encode_pairs(tokenizer: Any, pairs: Pairs) -> tuple[list[Encoded], list[Enco
 
     Both begin with the same token ids: the prompt of inference. Raises TemplateError that names a row.
     """
-    chosen = encode(tokenizer, [pair["messages"] for pair in pairs], supervise="last")
-    rejected = encode(tokenizer, [[*pair["messages"][:-1], *pair["rejected"]] for pair in pairs], supervise="last")
+    tools = [pair.get("tools") for pair in pairs]
+    worse = [[*pair["messages"][:-1], *pair["rejected"]] for pair in pairs]
+    chosen = encode(tokenizer, [pair["messages"] for pair in pairs], supervise="last", tools=tools)
+    rejected = encode(tokenizer, worse, supervise="last", tools=tools)
     return chosen, rejected
 
 

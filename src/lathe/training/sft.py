@@ -32,7 +32,12 @@ def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
     packing, max_length = setup.params.sft.packing, training.max_length
     supervise = setup.params.preprocess.supervise
     sequences = {
-        split: encode(tokenizer, [example["messages"] for example in setup.splits[split]], supervise=supervise)
+        split: encode(
+            tokenizer,
+            [example["messages"] for example in setup.splits[split]],
+            supervise=supervise,
+            tools=[example.get("tools") for example in setup.splits[split]],
+        )
         for split in ("train", "validation")
     }
     is_padding_free = separate_rows(setup.model, training.attn_implementation, precision=setup.precision)

@@ -105,7 +105,7 @@ def train(
             code="sharding-4bit",
         )
     set_seed(params.seed)  # before the model and the adapter are made
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, params.preprocess.chat_template_kwargs)
     model = load_base(base, params.quantization, precision="fp32" if is_full else precision)
     if warning := describe_unusual_rate(training.learning_rate, weights=model.num_parameters(), tuning=training.tuning):
         logger.warning(warning)
@@ -156,6 +156,8 @@ def train(
                     save_full_model(model, base, adapter, state)
                 else:
                     _save_adapter(model, adapter, state)
+                if params.preprocess.chat_template_kwargs:  # the merge takes it in place of the base's
+                    (adapter / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
         for checkpoints in acquired:
             if checkpoints:
                 checkpoints.remove()
@@ -242,6 +244,7 @@ def _get_fingerprint_values(phase: _Phase, tensors: dict[str, str], precision: s
         "lora": params.lora.model_dump(),
         "quantization": params.quantization.model_dump(),
         "supervise": params.preprocess.supervise,
+        "chat_template_kwargs": params.preprocess.chat_template_kwargs,
         "seed": params.seed,
         "precision": precision,
         "liger": uses_liger(params.training.use_liger_kernel),

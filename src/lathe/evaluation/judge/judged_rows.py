@@ -59,17 +59,27 @@ class _VerdictRow(BaseModel):
 
 
 def collect_prompts(
-    generated: Path, artifacts: Sequence[str], rubric: str, settings: "Judge", identity: Mapping[str, str]
+    generated: Path,
+    artifacts: Sequence[str],
+    rubric: str,
+    settings: "Judge",
+    identity: Mapping[str, str],
+    *,
+    strip_thinking: bool = True,
 ) -> JudgedRows:
-    """Read the first `judge.max_rows` answers of each split of each artifact; equal ones share a prompt and a key."""
+    """Read the first `judge.max_rows` answers of each split of each artifact; equal ones share a prompt and a key.
+
+    With `strip_thinking`, what an answer says after its thought is judged.
+    """
     keys: dict[AnswerPlace, str] = {}
     prompts: dict[str, JudgePrompt] = {}
     for artifact in artifacts:
         for split in SPLITS:
             for number, row in enumerate(read_jsonl(generated / artifact / f"{split}.jsonl")[: settings.max_rows]):
-                prompt = compose_prompt(
-                    rubric, prompt=row["prompt"], reference=row["reference"], answer=row["completion"]
-                )
+                reference, answer = row["reference"], row["completion"]
+                if strip_thinking:
+                    reference, answer = row.get("reference_answer", reference), row.get("answer", answer)
+                prompt = compose_prompt(rubric, prompt=row["prompt"], reference=reference, answer=answer)
                 key = compute_verdict_key(prompt, identity, max_tokens=settings.max_tokens)
                 keys[AnswerPlace(artifact, split, number)] = key
                 prompts[key] = prompt

@@ -1,0 +1,327 @@
+"""Answer syntax: how a chat template writes thoughts and calls of tools in an answer, and how they are read from one.
+
+Nothing is known of any template: examples are rendered with it, and what stands around their parts are the markers. So
+it works for JSON between markers (Qwen, Hermes), bare JSON (Llama), a list (Mistral), a name before its arguments
+(DeepSeek, gpt-oss), an element per argument (Qwen3-Coder, GLM) and calls as in Python (LFM2).
+"""
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from os.path import commonprefix
+from typing import Any, NamedTuple, Protocol, Self
+
+from lathe.models.chat_template import EXAMPLE_TOOL, ChatTemplate, TemplateError, Tools
+from lathe.models.message_form import A_THOUGHT, ANSWER, QUESTION, THOUGHT, make_call
+
+# A call as it is compared: {"name": …, "arguments": {…}}.
+Call = dict[str, Any]
+
+_FIRST, _SECOND = "first_function", "second_function"
+_ARGUMENTS = {"first_key": "first value", "second_key": "other value"}
+_EXAMPLE_ID = re.compile(r"call_[12]|call0000[12]")
+_NAME = re.compile(r"[^\s<>{}()\[\]\"'=,:|]+")
+_DECODER = json.JSONDecoder()
+
+
+class _Read(NamedTuple):
+    name: str
+    arguments: dict[str, Any]
+    end: int
+
+
+class _Unit(Protocol):
+    """The part of a call that names function and arguments."""
+
+    def read(self, text: str, start: int, tools: Tools) -> _Read | None:
+        """Read one at `start`; None if there is none."""
+
+
+class Answer(NamedTuple):
+    """An answer in parts: its text, and the calls in it."""
+
+    content: str
+    calls: list[Call]
+
+
+@dataclass(frozen=True)
+class CallSyntax:
+    """What stands before the first call of an answer, between two (None: one at most), and after the last."""
+
+    unit: _Unit
+    opening: str
+    between: str | None
+    closing: str
+
+    def read(self, text: str, tools: Tools | None = None) -> Answer:
+        """Return the text of an answer, and its calls; what is not written as calls are is text.
+
+        `tools` say which arguments are text, where the template writes all values alike.
+        """
+        for found in _compile(self.opening, anchored=not self.opening.strip()).finditer(text):
+            if calls := self._read_calls(text, found.end(), tools or []):
+                return Answer(text[: found.start()].strip(), calls)
+        return Answer(text, [])
+
+    def _read_calls(self, text: str, start: int, tools: Tools) -> list[Call]:
+        calls: list[Call] = []
+        while unit := self.unit.read(text, start, tools):
+            calls.append({"name": unit.name, "arguments": unit.arguments})
+            following = self.between is not None and _compile(self.between).match(text, unit.end)
+            if following and following.end() < len(text) and self.unit.read(text, following.end(), tools):
+                start = following.end()
+                continue
+            end = _compile(self.closing).match(text, unit.end)
+            rest = text[end.end() if end else unit.end :].strip()
+            if rest and (not end or not self.closing.strip()):
+                return []  # JSON with more behind it is a text
+            return calls
+        return []
+
+
+@dataclass(frozen=True)
+class ThoughtSyntax:
+    """What stands before a thought, and between it and the answer."""
+
+    opening: str
+    closing: str
+
+    def strip(self, text: str, *, prompt: str = "") -> str:
+        """Return what an answer says after its thought: nothing, if the thought does not end."""
+        closing, opening = self.closing.strip(), self.opening.strip()
+        if closing in text:
+            return text.rpartition(closing)[2].strip()
+        is_open = text.lstrip().startswith(opening) if opening else prompt.rstrip().endswith("<think>")
+        return "" if is_open else text
+
+
+@lru_cache
+def find_call_syntax(template: ChatTemplate) -> CallSyntax | None:
+    """Return how the template writes calls; None if it writes none that can be told."""
+    one, two = _render_calls(template, 1), _render_calls(template, 2)
+    for kind in (_JsonUnit, _NamedUnit, _PythonUnit, _ElementUnit):
+        found = one and kind.find(one, 0, _FIRST)
+        if not found or not one:
+            continue
+        unit, start, end = found
+        between = None
+        if two and (first := kind.find(two, 0, _FIRST)) and (second := kind.find(two, first[2], _SECOND)):
+            between = two[first[2] : second[1]]
+        syntax = CallSyntax(unit, one[:start], between, one[end:])
+        if syntax.read(one).calls:
+            return syntax
+    return None
+
+
+@lru_cache
+def find_thought_syntax(template: ChatTemplate) -> ThoughtSyntax:
+    """Return how the template writes thoughts; that of most, if it writes none."""
+    message = {"role": "assistant", "content": ANSWER, THOUGHT: A_THOUGHT}
+    try:
+        answer = template.split_answer([QUESTION, message]).answer
+    except TemplateError:
+        return ThoughtSyntax("<think>", "</think>")
+    opening, _, rest = answer.partition(A_THOUGHT)
+    return ThoughtSyntax(opening, rest.partition(ANSWER)[0])
+
+
+def render_markers(template: ChatTemplate) -> str:
+    """Return a text with every marker that the template may write in an answer."""
+    thought = find_thought_syntax(template)
+    calls = [_render_calls(template, count) or "" for count in (1, 2)]
+    return "\n".join([thought.opening, thought.closing, *calls, template.answer_prefix])
+
+
+def list_calls(message: Mapping[str, Any]) -> list[Call]:
+    """Return the calls of a message as they are compared."""
+    return [
+        {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
+        for call in message.get("tool_calls", [])
+    ]
+
+
+def _render_calls(template: ChatTemplate, count: int) -> str | None:
+    calls = [make_call(name, _ARGUMENTS, number) for number, name in enumerate((_FIRST, _SECOND)[:count], start=1)]
+    tools = [_make_tool(_FIRST), _make_tool(_SECOND)] if template.writes_tools else None
+    message = {"role": "assistant", "content": "", "tool_calls": calls}
+    try:
+        return template.split_answer([QUESTION, message], tools).answer.removeprefix(template.answer_prefix)
+    except TemplateError:
+        return None
+
+
+def _make_tool(name: str) -> dict[str, Any]:
+    properties = {key: {"type": "string", "description": "What it is."} for key in _ARGUMENTS}
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {**EXAMPLE_TOOL["function"], "name": name, "parameters": parameters}}
+
+
+@lru_cache
+def _compile(marker: str, *, anchored: bool = False) -> re.Pattern[str]:
+    r"""Return a pattern of a marker, whatever its white space; `anchored` at the beginning of the text."""
+    pattern = r"\s*".join(_EXAMPLE_ID.sub(r"[\\w:.-]+", re.escape(part)) for part in marker.split())
+    return re.compile((r"\A" if anchored else "") + rf"\s*{pattern}\s*")
+
+
+def _decode(text: str, start: int) -> tuple[Any, int] | None:
+    try:
+        return _DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None
+
+
+@dataclass(frozen=True)
+class _JsonUnit:
+    """An object with the keys of name and arguments, perhaps within another one."""
+
+    name_key: str
+    arguments_key: str
+    outer: str | None
+
+    @classmethod
+    def find(cls, text: str, start: int, name: str) -> tuple[Self, int, int] | None:
+        for brace in re.finditer(r"\{", text[start:]):
+            place = start + brace.start()
+            if not (decoded := _decode(text, place)) or not isinstance(decoded[0], dict):
+                continue
+            value, end = decoded
+            for outer in (None, *(key for key, inner in value.items() if isinstance(inner, dict))):
+                inner = value if outer is None else value[outer]
+                keys = {json.dumps(of_key): key for key, of_key in inner.items()}
+                arguments = keys.get(json.dumps(_ARGUMENTS)) or keys.get(json.dumps(json.dumps(_ARGUMENTS)))
+                if (of_name := keys.get(json.dumps(name))) and arguments:
+                    return cls(of_name, arguments, outer), place, end
+        return None
+
+    def read(self, text: str, start: int, tools: Tools) -> _Read | None:
+        decoded = _decode(text, start)
+        value = decoded[0] if decoded else None
+        if self.outer is not None and isinstance(value, dict):
+            value = value.get(self.outer)
+        if not decoded or not isinstance(value, dict):
+            return None
+        name, arguments = value.get(self.name_key), value.get(self.arguments_key)
+        if isinstance(arguments, str) and (inner := _decode(arguments.strip(), 0)):
+            arguments = inner[0]
+        return _Read(name, arguments, decoded[1]) if isinstance(name, str) and isinstance(arguments, dict) else None
+
+
+@dataclass(frozen=True)
+class _NamedUnit:
+    """A name, a marker, and the arguments as JSON."""
+
+    marker: str
+
+    @classmethod
+    def find(cls, text: str, start: int, name: str) -> tuple[Self, int, int] | None:
+        begin = text.find(name, start)
+        for brace in re.finditer(r"\{", text[begin:]) if begin >= 0 else ():
+            decoded = _decode(text, begin + brace.start())
+            if decoded and decoded[0] == _ARGUMENTS:
+                return cls(text[begin + len(name) : begin + brace.start()]), begin, decoded[1]
+        return None
+
+    def read(self, text: str, start: int, tools: Tools) -> _Read | None:
+        name = _NAME.match(text, start)
+        marker = name and _compile(self.marker).match(text, name.end())
+        decoded = _decode(text, marker.end()) if marker else None
+        if not name or not decoded or not isinstance(decoded[0], dict):
+            return None
+        return _Read(name[0], decoded[0], decoded[1])
+
+
+@dataclass(frozen=True)
+class _PythonUnit:
+    """A call with keyword arguments, as in Python."""
+
+    @classmethod
+    def find(cls, text: str, start: int, name: str) -> tuple[Self, int, int] | None:
+        begin = text.find(f"{name}(", start)
+        read = cls().read(text, begin, []) if begin >= 0 else None
+        return (cls(), begin, read.end) if read and read.arguments == _ARGUMENTS else None
+
+    def read(self, text: str, start: int, tools: Tools) -> _Read | None:
+        if not re.compile(r"[\w.]+\(").match(text, start):
+            return None
+        for bracket in re.finditer(r"\)", text[start : start + 10_000]):
+            end = start + bracket.end()
+            try:
+                call = ast.parse(text[start:end], mode="eval").body
+                if not isinstance(call, ast.Call) or call.args:
+                    return None
+                arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                continue
+            return _Read(ast.unparse(call.func), arguments, end)
+        return None
+
+
+@dataclass(frozen=True)
+class _ElementUnit:
+    """A name, and each argument between markers of its own; all values are written as text."""
+
+    after_name: str
+    before_key: str
+    after_key: str
+    after_value: str
+
+    @classmethod
+    def find(cls, text: str, start: int, name: str) -> tuple[Self, int, int] | None:
+        begin = text.find(name, start)
+        place = begin + len(name)
+        gaps: list[str] = []
+        for part in [part for item in _ARGUMENTS.items() for part in item] if begin >= 0 else ():
+            at = text.find(part, place)
+            if at < 0:
+                return None
+            gaps.append(text[place:at])
+            place = at + len(part)
+        if len(gaps) != 4 or not all(gap.strip() for gap in gaps):
+            return None
+        before_first, after_key, between, _ = gaps
+        # What follows a value, whether another argument follows or not.
+        after_value = re.sub(r"\s*[<\[|]*\Z", "", commonprefix([between, text[place:]]))
+        before_key = between[len(after_value) :]
+        if not after_value.strip() or not before_first.endswith(before_key.lstrip()):
+            return None
+        after_name = before_first.removesuffix(before_key.lstrip())
+        return cls(after_name, before_key, after_key, after_value), begin, place + len(after_value)
+
+    def read(self, text: str, start: int, tools: Tools) -> _Read | None:
+        if not (name := _NAME.match(text, start)) or not (place := _compile(self.after_name).match(text, name.end())):
+            return None
+        end, arguments = place.end(), dict[str, Any]()
+        while key_start := _compile(self.before_key).match(text, end):
+            key_end = _compile(self.after_key).search(text, key_start.end())
+            value_end = key_end and text.find(self.after_value.strip(), key_end.end())
+            if not key_end or value_end is None or value_end < 0:
+                return None
+            key = text[key_start.end() : key_end.start()]
+            after_key = key_end.start() + len(key_end[0].rstrip()) if key_end else 0
+            value = text[after_key:value_end]
+            if "\n" in self.after_key or "\n" in self.after_value:
+                value = value.strip("\n")
+            arguments[key] = _read_value(value, _find_type(tools, name[0], key))
+            end = value_end + len(self.after_value.strip())
+        return _Read(name[0], arguments, end)
+
+
+def _find_type(tools: Tools, name: str, key: str) -> Any:
+    for tool in tools:
+        if tool["function"]["name"] == name:
+            schema = tool["function"].get("parameters", {}).get("properties", {}).get(key)
+            return schema.get("type") if isinstance(schema, dict) else None
+    return None
+
+
+def _read_value(text: str, kind: Any) -> Any:
+    """Return a value that is written as text: JSON, or as Python writes it, unless it is said to be text."""
+    if kind == "string":
+        return text
+    if text in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[text]
+    decoded = _decode(text.strip(), 0)
+    return decoded[0] if decoded and decoded[1] == len(text.strip()) else text
