@@ -83,9 +83,10 @@ def test_dotted_keys_are_walked_flattened_read_and_compared():
         (("seed",), 1),
         (("lora", "r"), 8),
         (("lora", "target_modules"), ["q"]),
+        (("lora", "none"), {}),
         (("gates", "a.b > 0"), True),
     ]
-    assert dotted_keys.flatten(TREE["lora"], "lora.") == {"lora.r": 8, "lora.target_modules": ["q"]}
+    assert dotted_keys.flatten(TREE["lora"], "lora.") == {"lora.r": 8, "lora.target_modules": ["q"], "lora.none": {}}
     assert dotted_keys.get_value(TREE, "lora.r") == 8
     assert dotted_keys.get_value(TREE, "lora.r.x") is dotted_keys.get_value(TREE, "none") is None
     assert dotted_keys.compare({"a": 1, "b": 2}, {"b": 3, "c": 4}) == {"a": (1, None), "b": (2, 3), "c": (None, 4)}

@@ -284,9 +284,52 @@ def test_marks_are_read_into_their_rows(tmp_path):
     for artifact in ("base", "merged"):
         write(tmp_path / "generated", artifact, answering(1, rows=3))
         write(tmp_path / "judged", artifact, [{"row": 2, "score": 40, "reason": "…"}])
-    read = read_answers(tmp_path / "generated", tmp_path / "judged", ["base", "merged"], "test")
+    read = read_answers(tmp_path / "generated", tmp_path / "judged", ["base", "merged"], "test", strip_thinking=True)
     assert [entry.get("judge") for entry in read["merged"]] == [None, None, 40]
-    assert "judge" not in read_answers(tmp_path / "generated", None, ["base"], "test")["base"][2]
+    assert "judge" not in read_answers(tmp_path / "generated", None, ["base"], "test", strip_thinking=True)["base"][2]
+
+
+def test_what_is_said_after_a_thought_is_scored_unless_thoughts_are_wanted(tmp_path):
+    thoughtful = {
+        "answer": "4",
+        "reference_answer": "4",
+        "completion": "<think>a</think>4",
+        "reference": "<think>b</think>4",
+    }
+    write(tmp_path, "base", [{**row, **thoughtful} for row in answering(1, rows=2)])
+    [row, _] = read_answers(tmp_path, None, ["base"], "test", strip_thinking=True)["base"]
+    assert (row["completion"], row["reference"]) == ("4", "4")
+    [row, _] = read_answers(tmp_path, None, ["base"], "test", strip_thinking=False)["base"]
+    assert row["completion"] == "<think>a</think>4"
+
+
+CALL = {"name": "f", "arguments": {"a": 1, "b": [True, "x"]}}
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected", "exact", "f1"),
+    [
+        ([CALL], [CALL], 1, 1),
+        ([{"arguments": {"b": [True, "x"], "a": 1.0}, "name": "f"}], [CALL], 1, 1),
+        ([{"name": "f", "arguments": {"a": True, "b": [True, "x"]}}], [CALL], 0, 0),
+        ([{"name": "f", "arguments": {"a": 1, "b": [1, "x"]}}], [CALL], 0, 0),
+        ([{"name": "f", "arguments": {"a": 1}}], [CALL], 0, 0),
+        ([{"name": "g", "arguments": CALL["arguments"]}], [CALL], 0, 0),
+        ([CALL, {"name": "g", "arguments": {}}], [{"name": "g", "arguments": {}}, CALL], 0, 1),
+        ([CALL, CALL], [CALL], 0, 2 / 3),
+        ([], [CALL], 0, 0),
+        ([CALL], [], 0, 0),
+        ([], [], 1, 1),
+        (None, [CALL], 0, 0),  # the chat template writes no calls
+    ],
+)
+def test_calls_are_scored_by_name_and_arguments(calls, expected, exact, f1):
+    definitions = define_scores(
+        ["tool_calls", "tool_calls_f1"], normalize="none", answer_pattern=None, bert_score_weight=0.4, judge_weight=None
+    )[:2]
+    row = {"calls": calls, "reference_calls": expected}
+    assert [definition.get_statistics(row) for definition in definitions] == [(exact, 1), (f1, 1)]
+    assert [definition.get_statistics({}) for definition in definitions] == [(0, 0)] * 2  # a row without tools
 
 
 def test_general_text_is_read_where_an_artifact_has_one(tmp_path):
@@ -299,10 +342,10 @@ def test_artifacts_that_answered_other_rows_are_refused(tmp_path):
     write(tmp_path, "base", answering(1, rows=3))
     write(tmp_path, "merged", answering(1, rows=2))
     with refused("different-rows", "merged/test.jsonl: ", "base"):
-        read_answers(tmp_path, None, ["base", "merged"], "test")
+        read_answers(tmp_path, None, ["base", "merged"], "test", strip_thinking=True)
     write(tmp_path, "base", [])
     with refused("empty-file", "base/test.jsonl: "):
-        read_answers(tmp_path, None, ["base"], "test")
+        read_answers(tmp_path, None, ["base"], "test", strip_thinking=True)
 
 
 def test_bert_score_is_put_into_every_row_and_rescaled_by_one_baseline_for_both_splits(tmp_path, monkeypatch):

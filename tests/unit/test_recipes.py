@@ -28,6 +28,7 @@ SHIPPED = {
     *(
         "smollm2-banking",
         "smollm2-clinc",
+        "smollm2-tools",
         "smollm2-dpo",
         "smollm2-grpo",
         "smollm2-gsm8k",

@@ -15,7 +15,8 @@ from rouge_score import rouge_scorer
 from lathe.config.params import Evaluate
 from lathe.evaluation import metrics, text_metrics
 
-ALL = [name for name in get_args(get_args(Evaluate.model_fields["metrics"].annotation)[0]) if name != "bert_score"]
+OF_ROWS = ("bert_score", "tool_calls", "tool_calls_f1")  # that need more than the two texts
+ALL = [name for name in get_args(get_args(Evaluate.model_fields["metrics"].annotation)[0]) if name not in OF_ROWS]
 WORDS = [
     "the",
     "cat",

@@ -18,12 +18,20 @@ from lathe.sources import fetch
 
 MARKERS = {
     "chatml": ["<|im_start|>", "<|im_end|>"],
+    "chatml-tools": ["<|im_start|>", "<|im_end|>"],
     "llama-3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "mistral": [],
     "gemma": ["<start_of_turn>", "<end_of_turn>"],
     "plain": [],
 }
-ENDS = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>", "mistral": "</s>", "gemma": "<end_of_turn>", "plain": "</s>"}
+ENDS = {
+    "chatml": "<|im_end|>",
+    "chatml-tools": "<|im_end|>",
+    "llama-3": "<|eot_id|>",
+    "mistral": "</s>",
+    "gemma": "<end_of_turn>",
+    "plain": "</s>",
+}
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

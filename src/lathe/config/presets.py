@@ -34,8 +34,8 @@ class ModelWithTemplate(Section):
 
     template: Name | None = Field(
         None,
-        description="chat template to use instead of the model's own: chatml, llama-3, mistral, gemma, plain, "
-        "or a file under models/local",
+        description="chat template to use instead of the model's own: chatml, chatml-tools, llama-3, mistral, gemma, "
+        "plain, or a file under models/local",
     )
 
 

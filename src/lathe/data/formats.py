@@ -1,20 +1,28 @@
 """Dataset formats: how the columns of a record become chat messages."""
 
 import re
-import string
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
-from lathe.data.messages import (
-    Message,
-    check_order,
-    make_pair,
-    parse_conversation,
-    parse_messages,
-    parse_transcript,
+from lathe.data.format_columns import (
+    FORMATS,
+    HISTORY,
+    PARALLEL,
+    REJECTED,
+    TOOLS,
+    WANTED,
+    Format,
+    add_system_message,
+    check_pair,
+    choose_system_column,
+    names_columns,
+    select_present,
 )
+from lathe.data.messages import Message, check_order, make_pair, parse_conversation, parse_messages
+from lathe.data.preference_formats import OpenAIPreferenceFormat, PreferenceFormat
+from lathe.data.prompt_columns import PromptColumns
 from lathe.data.read_files import describe_value
 from lathe.data.row_checks import IGNORED, RowFault, TextValidator, format_names, is_empty, note_unused
 from lathe.data.tools import Tool, check_calls, get_parallel, parse_tools
@@ -23,26 +31,6 @@ from lathe.models.unicode_form import UnicodeRule
 
 if TYPE_CHECKING:
     from lathe.config.presets import DatasetPreset
-
-# The columns that a format is detected by, and reads unless the preset names others.
-FORMATS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "question_answer": ("question", "answer"),
-    "preference": ("chosen", "rejected"),
-    "openai_preference": ("input", "preferred_output", "non_preferred_output"),
-    "classification": ("text", "label"),
-}
-
-ALPACA_INPUT = "input"  # optional, and may be empty
-SYSTEM = "system"  # optional, in every format; a list of messages may begin with its own system message
-REJECTED = "rejected"  # optional beside a list of messages: a worse alternative to the last of them
-TOOLS = ("tools", "functions")  # optional, in every format: definitions of tools
-PARALLEL = "parallel_tool_calls"  # optional: false where a turn has one call at most
-HISTORY = "history"  # optional beside a prompt and an answer: earlier turns, as LLaMA-Factory has them
-WANTED = "label"  # optional beside an answer, true or false, as TRL's unpaired preferences have it
 
 
 class RecordConverter:
@@ -74,10 +62,10 @@ class RecordConverter:
         self.required = self.format.required
         self.description = {"format": form, **self.format.description}
         if WANTED not in self.required:
-            self.description |= _select_present(names, wanted=WANTED)
-        self.check_text, self.is_named = check_text, _names_columns(preset)
+            self.description |= select_present(names, wanted=WANTED)
+        self.check_text, self.is_named = check_text, names_columns(preset)
         self.tool_columns = (preset.tools,) if preset.tools else () if self.is_named else TOOLS
-        self.description |= _select_present(names, tools=next((key for key in self.tool_columns if key in names), None))
+        self.description |= select_present(names, tools=next((key for key in self.tool_columns if key in names), None))
         self.read = frozenset(
             {*self.required, *self.format.optional, *self.tool_columns, WANTED, *(() if self.is_named else (PARALLEL,))}
         )
@@ -199,27 +187,17 @@ def _detect_format(names: list[str], file: str) -> str:
     )
 
 
-class _Format:
-    """What all formats have: `optional` are the columns that are read beside the required ones."""
-
-    optional: tuple[str | None, ...] = ()
-
-    def get_request(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Return the part of a record that holds the definitions of tools."""
-        return record
-
-
-class _MessagesFormat(_Format):
+class _MessagesFormat(Format):
     """One column with the whole conversation."""
 
     def __init__(self, check_text: TextValidator, preset: "DatasetPreset", form: str, names: list[str]) -> None:
-        self.check_text, self.system, self.sharegpt = check_text, _choose_system_column(preset), form == "sharegpt"
+        self.check_text, self.system, self.sharegpt = check_text, choose_system_column(preset), form == "sharegpt"
         self.column = preset.messages or FORMATS[form][0]
         self.required = (self.column,)
         self.optional = (REJECTED, self.system)
         self.description: dict[str, Any] = {
             "messages": self.column,
-            **_select_present(names, rejected=REJECTED, system=self.system),
+            **select_present(names, rejected=REJECTED, system=self.system),
         }
 
     def convert(self, record: dict[str, Any]) -> list[Message]:
@@ -228,8 +206,8 @@ class _MessagesFormat(_Format):
             if rejected[0]["role"] == "assistant":
                 rejected = [*messages[:-1], *rejected]
             check_order(rejected, REJECTED)
-            _check_pair(messages, self.column, rejected, REJECTED)
-        return _add_system_message(self.check_text, self.system, record, messages)
+            check_pair(messages, self.column, rejected, REJECTED)
+        return add_system_message(self.check_text, self.system, record, messages)
 
     def get_extra_fields(self, record: dict[str, Any]) -> dict[str, Any]:
         return {"rejected": rejected[-1:]} if (rejected := self._parse_rejected(record)) else {}
@@ -243,12 +221,12 @@ class _MessagesFormat(_Format):
         return parse_messages(self.check_text, value, REJECTED, sharegpt=self.sharegpt)
 
 
-class _PromptAnswerFormat(_Format):
+class _PromptAnswerFormat(Format):
     """A prompt and an answer, from columns of their own."""
 
     def __init__(self, check_text: TextValidator, preset: "DatasetPreset", form: str, names: list[str]) -> None:
-        self.check_text, self.system = check_text, _choose_system_column(preset)
-        self.prompt_columns = _PromptColumns(check_text, preset, form, names)
+        self.check_text, self.system = check_text, choose_system_column(preset)
+        self.prompt_columns = PromptColumns(check_text, preset, form, FORMATS[form][0], names)
         self.answer_column = preset.completion or FORMATS[form][1]
         self.check_answer: Callable[[Any, str], str] = check_text
         self.optional = (self.system, self.prompt_columns.input)
@@ -259,7 +237,7 @@ class _PromptAnswerFormat(_Format):
         self.description: dict[str, Any] = {
             **self.prompt_columns.description,
             "completion": self.answer_column,
-            **_select_present(names, system=self.system),
+            **select_present(names, system=self.system),
         }
         if form == "classification":
             self.check_answer = _LabelReader(check_text, preset.labels)
@@ -272,7 +250,7 @@ class _PromptAnswerFormat(_Format):
         if not self.is_named:
             messages = [*self._read_history(record), *messages]
             self._add_thought(record, messages[-1])
-        return _add_system_message(self.check_text, self.system, record, messages)
+        return add_system_message(self.check_text, self.system, record, messages)
 
     def get_extra_fields(self, record: dict[str, Any]) -> dict[str, Any]:
         return {}
@@ -299,149 +277,6 @@ class _PromptAnswerFormat(_Format):
             raise RowFault("thought", given[1], f"is given beside {given[0]}; expected one of them")
         if given:
             answer[THOUGHT] = self.check_text(record[given[0]], given[0])
-
-
-class _PreferenceFormat(_Format):
-    r"""A preference pair: a better and a worse answer to one prompt; `chosen` is the one that is trained on.
-
-    Both are texts, or both are lists of messages. A list that begins with an assistant message continues the prompt;
-    any other list is the whole conversation. Texts without a prompt are transcripts that begin with "\n\nHuman:".
-    """
-
-    def __init__(self, check_text: TextValidator, preset: "DatasetPreset", form: str, names: list[str]) -> None:
-        self.check_text, self.system = check_text, _choose_system_column(preset)
-        self.prompt_columns = _PromptColumns(check_text, preset, form, names) if preset.prompt_template else None
-        self.prompt = self.prompt_columns.field if self.prompt_columns else preset.prompt or "prompt"
-        self.chosen = preset.completion or FORMATS[form][0]
-        self.rejected = preset.rejected or FORMATS[form][1]
-        named = (preset.prompt,) if preset.prompt else ()
-        self.required = (*(self.prompt_columns.required if self.prompt_columns else named), self.chosen, self.rejected)
-        self.optional = (self.prompt, self.system)
-        self.description: dict[str, Any] = {
-            **(self.prompt_columns.description if self.prompt_columns else _select_present(names, prompt=self.prompt)),
-            "completion": self.chosen,
-            "rejected": self.rejected,
-            **_select_present(names, system=self.system),
-        }
-
-    def convert(self, record: dict[str, Any]) -> list[Message]:
-        chosen, rejected = self._parse_side(record, self.chosen), self._parse_side(record, self.rejected)
-        _check_pair(chosen, self.chosen, rejected, self.rejected)
-        return _add_system_message(self.check_text, self.system, record, chosen)
-
-    def get_extra_fields(self, record: dict[str, Any]) -> dict[str, Any]:
-        return {"rejected": self._parse_side(record, self.rejected)[-1:]}
-
-    def _parse_side(self, record: dict[str, Any], column: str) -> list[Message]:
-        value = record[column]
-        if isinstance(record[self.chosen], list) != isinstance(value, list):
-            raise RowFault(
-                "not_alike",
-                column,
-                f"is {describe_value(value)} but {self.chosen} is {describe_value(record[self.chosen])}; expected both "
-                "alike",
-            )
-        prompt = self._parse_prompt(record)
-        if isinstance(value, list):
-            messages = parse_messages(self.check_text, value, column)
-            if messages and messages[0]["role"] == "assistant" and prompt:
-                messages = [*prompt, *messages]
-            elif prompt and not _contains_prompt(messages, prompt):
-                raise RowFault(
-                    "different_prompts",
-                    column,
-                    f"does not hold the {self.prompt}; expected a conversation that begins with it",
-                )
-        elif prompt:
-            answer = self.check_text(value, column)
-            if not answer.strip():
-                raise RowFault("empty_answer", column, "is empty; expected text")
-            messages = [*prompt, {"role": "assistant", "content": answer}]
-        else:
-            messages = parse_transcript(self.check_text(value, column), column)
-        check_order(messages, column)
-        return messages
-
-    def _parse_prompt(self, record: dict[str, Any]) -> list[Message]:
-        field = self.prompt
-        value: Any = self.prompt_columns.read(record) if self.prompt_columns else record.get(field)
-        if value is None and field not in self.required:
-            return []
-        if isinstance(value, list):
-            return parse_messages(self.check_text, value, field)
-        prompt = self.check_text(value, field)
-        if not prompt.strip():
-            raise RowFault("empty_prompt", field, "is empty; expected text")
-        return [{"role": "user", "content": prompt}]
-
-
-class _OpenAIPreferenceFormat(_Format):
-    """OpenAI's preference pairs: the request in `input`, a better and a worse answer to it as lists of messages."""
-
-    def __init__(self, check_text: TextValidator, preset: "DatasetPreset", form: str, names: list[str]) -> None:
-        self.check_text = check_text
-        self.required = FORMATS[form]
-        self.request, self.chosen, self.rejected = FORMATS[form]
-        self.description: dict[str, Any] = {
-            "prompt": self.request,
-            "completion": self.chosen,
-            "rejected": self.rejected,
-        }
-
-    def get_request(self, record: dict[str, Any]) -> dict[str, Any]:
-        request: dict[str, Any] = record[self.request]
-        return request
-
-    def convert(self, record: dict[str, Any]) -> list[Message]:
-        request = record[self.request]
-        if not isinstance(request, dict) or "messages" not in request:
-            raise RowFault(
-                "not_an_object", self.request, f"is {describe_value(request)}; expected an object with messages"
-            )
-        note_unused(self.check_text, request, ("messages", *TOOLS, PARALLEL), self.request)
-        chosen, rejected = (self._parse_side(record, column) for column in (self.chosen, self.rejected))
-        _check_pair(chosen, self.chosen, rejected, self.rejected)
-        return chosen
-
-    def get_extra_fields(self, record: dict[str, Any]) -> dict[str, Any]:
-        return {"rejected": self._parse_side(record, self.rejected)[-1:]}
-
-    def _parse_side(self, record: dict[str, Any], column: str) -> list[Message]:
-        prompt = parse_messages(self.check_text, record[self.request]["messages"], f"{self.request}.messages")
-        messages = [*prompt, *parse_messages(self.check_text, record[column], column)]
-        check_order(messages, column, start=-len(prompt))
-        return messages
-
-
-class _PromptColumns:
-    """The columns of a prompt: one column, a template of several, or Alpaca's instruction and input."""
-
-    def __init__(self, check_text: TextValidator, preset: "DatasetPreset", form: str, names: list[str]) -> None:
-        self.check_text = check_text
-        self.column = preset.prompt or FORMATS[form][0]
-        self.parts = _parse_template(preset.prompt_template) if preset.prompt_template else None
-        self.input = ALPACA_INPUT if form == "alpaca" and not preset.prompt_template else None
-        self.field = "prompt_template" if self.parts else self.column
-        self.required: tuple[str, ...] = (self.column,)
-        self.description: dict[str, Any] = {"prompt": self.column}
-        if preset.prompt_template and self.parts:
-            self.required = tuple(dict.fromkeys(column for _, column in self.parts if column))
-            self.description = {"prompt_template": preset.prompt_template}
-        elif self.input in names:
-            self.description["input"] = self.input
-
-    def read(self, record: dict[str, Any]) -> str:
-        """Return the prompt's text; raises RowFault if a column is not text."""
-        if self.parts:
-            parts = (
-                literal + (self.check_text(record[column], column) if column else "") for literal, column in self.parts
-            )
-            return "".join(parts).rstrip()  # an empty last column leaves blank lines at the end
-        prompt_text = self.check_text(record[self.column], self.column)
-        more = record.get(self.input) if self.input else None
-        if self.input and more is not None and self.check_text(more, self.input).strip():
-            return f"{prompt_text}\n\n{more}"
-        return prompt_text
 
 
 class _LabelReader:
@@ -478,31 +313,17 @@ class _LabelReader:
 
 _FORMAT_CLASSES: dict[
     str,
-    type[_MessagesFormat] | type[_PromptAnswerFormat] | type[_PreferenceFormat] | type[_OpenAIPreferenceFormat],
+    type[_MessagesFormat] | type[_PromptAnswerFormat] | type[PreferenceFormat] | type[OpenAIPreferenceFormat],
 ] = {
     "messages": _MessagesFormat,
     "sharegpt": _MessagesFormat,
     "alpaca": _PromptAnswerFormat,
     "prompt_completion": _PromptAnswerFormat,
     "question_answer": _PromptAnswerFormat,
-    "preference": _PreferenceFormat,
-    "openai_preference": _OpenAIPreferenceFormat,
+    "preference": PreferenceFormat,
+    "openai_preference": OpenAIPreferenceFormat,
     "classification": _PromptAnswerFormat,
 }
-
-
-def _check_pair(chosen: list[Message], chosen_field: str, rejected: list[Message], field: str) -> None:
-    """Raise RowFault unless two conversations differ in the last message and nowhere else."""
-    if chosen[:-1] != rejected[:-1]:
-        problem = f"answers another conversation than {chosen_field}; expected the same up to the last message"
-        raise RowFault("different_prompts", field, problem)
-    if _get_compared_parts(chosen) == _get_compared_parts(rejected):
-        raise RowFault("same_answers", field, f"is equal to {chosen_field}; expected another answer")
-
-
-def _get_compared_parts(messages: list[Message]) -> tuple[str, Any, Any]:
-    """Return what is compared of the last message: its text without surrounding white space, calls and thought."""
-    return messages[-1]["content"].strip(), messages[-1].get("tool_calls"), messages[-1].get(THOUGHT)
 
 
 def _parse_integer(value: Any) -> int | None:
@@ -511,64 +332,3 @@ def _parse_integer(value: Any) -> int | None:
     if isinstance(value, str) and re.fullmatch(r"-?\d{1,9}", value.strip(), re.ASCII):
         return int(value)
     return None
-
-
-def _add_system_message(
-    check_text: TextValidator, column: str | None, record: dict[str, Any], messages: list[Message]
-) -> list[Message]:
-    content = record.get(column) if column else None
-    if column is None or content is None or not check_text(content, column).strip():
-        return messages
-    if messages[0]["role"] == "system":
-        raise RowFault(
-            "two_system_messages",
-            column,
-            "is given, but the messages begin with a system message too; expected one of them",
-        )
-    return [{"role": "system", "content": content}, *messages]
-
-
-def _choose_system_column(preset: "DatasetPreset") -> str | None:
-    # If the preset names columns, no others are read.
-    return None if _names_columns(preset) else SYSTEM
-
-
-def _names_columns(preset: "DatasetPreset") -> bool:
-    return bool(preset.prompt or preset.completion or preset.prompt_template)
-
-
-def _select_present(names: list[str], **columns: str | None) -> dict[str, str]:
-    """Return the optional columns that the first record has."""
-    return {key: column for key, column in columns.items() if column in names and column}
-
-
-def _contains_prompt(messages: list[Message], prompt: list[Message]) -> bool:
-    """Return whether the conversation begins with the prompt, or has its text as one of the user's messages."""
-    if len(prompt) == 1:
-        return any(
-            message["role"] == "user" and message["content"].strip() == prompt[0]["content"].strip()
-            for message in messages
-        )
-    return messages[: len(prompt)] == prompt
-
-
-def _parse_template(template: str) -> list[tuple[str, str | None]]:
-    """Return the parts of a prompt template: (literal text, name of the column that follows it or None)."""
-    remedy = "write {column} for a column and {{ or }} for a brace"
-    try:
-        parsed = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise InputError(
-            f"presets.yaml: prompt_template {template!r}: {error}; {remedy}", code="invalid-template"
-        ) from None
-    for _, column, format_spec, conversion in parsed:
-        if column is not None and (not column or format_spec or conversion):
-            raise InputError(
-                f"presets.yaml: prompt_template {template!r}: a field must be only a name; {remedy}",
-                code="invalid-template",
-            )
-    if not any(column for _, column, _, _ in parsed):
-        raise InputError(
-            f"presets.yaml: prompt_template {template!r}: names no column; {remedy}", code="invalid-template"
-        )
-    return [(literal, column) for literal, column, _, _ in parsed]

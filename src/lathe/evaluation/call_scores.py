@@ -39,7 +39,7 @@ def are_equal(first: Any, second: Any) -> bool:
         return first.keys() == second.keys() and all(are_equal(first[key], second[key]) for key in first)
     if isinstance(first, list) and isinstance(second, list):
         return len(first) == len(second) and all(map(are_equal, first, second))
-    return type(first) is type(second) and first == second or _are_equal_numbers(first, second)
+    return (type(first) is type(second) and first == second) or _are_equal_numbers(first, second)
 
 
 def _are_equal_numbers(first: Any, second: Any) -> bool:

@@ -1,17 +1,22 @@
 """Chat with a GGUF in the terminal, answers streamed token by token."""
 
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 from lathe.common.errors import InputError
+from lathe.data.row_checks import RowFault, TextValidator
+from lathe.data.tools import Tool, parse_tools
 from lathe.inference.generate import Generator
-from lathe.models.chat_template import Conversation
+from lathe.models.chat_template import Conversation, Tools
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
 
 History = list[dict[str, str]]
+AnswerTo = Callable[[Conversation], Iterator[str]]
 
 
 def chat(
@@ -22,29 +27,53 @@ def chat(
     n_ctx: int,
     threads: int,
     system: str | None = None,
+    tools: Tools | None = None,
     source: TextIO | None = None,
     out: TextIO | None = None,
 ) -> None:
     """Chat with the model in `gguf`: answer `prompt` once, or read requests until the input ends.
 
     Requests come from `source` (standard input by default), answers go to `out` (standard output by default).
-    `system` is a system message put before the conversation; without one the template's own default is used.
+    `system` is a system message put before the conversation; without one the template's own default is used. `tools`
+    are definitions of functions, which the template writes; calls of them are printed as the model writes them.
     Decoding is greedy, by the code that is used for scoring, so that an answer here is the answer that was scored.
     Raises InputError if the file is no usable model or a single prompt does not fit into `n_ctx` tokens.
     """
     out = out or sys.stdout
     beginning: History = [{"role": "system", "content": system}] if system else []
     with Generator(gguf, n_parallel=1, n_ctx=n_ctx, threads=threads) as generator:
+        if tools and not generator.chat_template.writes_tools:
+            raise InputError(
+                f"{gguf}: its chat template writes no tools; leave --tools out", code="template-ignores-tools"
+            )
+        answer = partial(_stream_answer, generator, max_new_tokens=max_new_tokens, tools=tools)
         if prompt is not None:
-            _print_answer(_stream_answer(generator, [*beginning, _user_message(prompt)], max_new_tokens), out)
+            _print_answer(answer([*beginning, _user_message(prompt)]), out)
         else:
-            _converse(generator, beginning, max_new_tokens, source or sys.stdin, out)
+            _converse(generator.model.path.name, answer, beginning, source or sys.stdin, out)
 
 
-def _converse(generator: Generator, beginning: History, max_new_tokens: int, source: TextIO, out: TextIO) -> None:
+def read_tools(file: Path) -> list[Tool]:
+    """Read the definitions of functions in a JSON file. Raises InputError where there are none."""
+    try:
+        tools = parse_tools(TextValidator(re.compile("(?!)")), file.read_text(encoding="utf-8"), "tools")
+    except FileNotFoundError:
+        raise InputError(
+            f"--tools {file}: no such file; give a JSON file with a list of functions", code="missing-file"
+        ) from None
+    except (RowFault, UnicodeDecodeError) as error:
+        raise InputError(f"--tools {file}: {error}", code="invalid-tools") from None
+    if not tools:
+        raise InputError(
+            f"--tools {file}: holds no function; give a list of {{name, parameters}}", code="invalid-tools"
+        )
+    return tools
+
+
+def _converse(name: str, answer_to: AnswerTo, beginning: History, source: TextIO, out: TextIO) -> None:
     interactive = source.isatty()
     if interactive:
-        out.write(f"{generator.model.path.name}: {HELP}\n")
+        out.write(f"{name}: {HELP}\n")
     history = list(beginning)
     while (request := _read_request(source, out, interactive=interactive)) not in (None, "/exit"):
         if request == "/reset":
@@ -52,7 +81,7 @@ def _converse(generator: Generator, beginning: History, max_new_tokens: int, sou
         elif request:
             history.append(_user_message(request))
             try:
-                answer = _print_answer(_stream_answer(generator, history, max_new_tokens), out)
+                answer = _print_answer(answer_to(history), out)
             except InputError as error:
                 history.pop()
                 out.write(f"{error}; or /reset\n")
@@ -77,8 +106,10 @@ def _read_request(source: TextIO, out: TextIO, *, interactive: bool) -> str | No
         return None
 
 
-def _stream_answer(generator: Generator, messages: Conversation, max_new_tokens: int) -> Iterator[str]:
-    prompt = generator.chat_template.render(messages, add_generation_prompt=True)
+def _stream_answer(
+    generator: Generator, messages: Conversation, *, max_new_tokens: int, tools: Tools | None
+) -> Iterator[str]:
+    prompt = generator.chat_template.render(messages, add_generation_prompt=True, tools=tools)
     return generator.stream(prompt, max_new_tokens=max_new_tokens)
 
 

@@ -3,13 +3,15 @@
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
 from lathe.gguf.llama_library import load_library
 from lathe.gguf.llama_model import LlamaModel
+from lathe.inference.generate import find_marker_tokens
+from lathe.inference.serve_tools import answer_with_calls, format_prompt
 from lathe.models.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ def serve(gguf: Path, *, port: int, api_key: str | None, n_ctx: int, threads: in
     if not 0 <= port <= 65535:
         raise InputError(f"--port {port}: no port; must be from 0 (any free one) to 65535", code="invalid-port")
     with LlamaModel(gguf, vocab_only=True) as model:
-        template = model.chat_template
+        handler = _make_chat_handler(model.chat_template, find_marker_tokens(model))
     with socket.socket() as listener:
         # As servers do: a port whose last connections are still closing is free.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -39,7 +41,7 @@ def serve(gguf: Path, *, port: int, api_key: str | None, n_ctx: int, threads: in
                 f"--port {port}: not to be had ({os.strerror(error.errno or 0)}); name another one, or 0 for any",
                 code="port-not-free",
             ) from None
-        app = _make_application(gguf, template, api_key, n_ctx, threads)
+        app = _make_application(gguf, handler, api_key, n_ctx, threads)
         if api_key is None:
             logger.warning(
                 "LATHE_API_KEY is not set: every program on this machine, web pages in a browser too, may ask the model"
@@ -47,22 +49,22 @@ def serve(gguf: Path, *, port: int, api_key: str | None, n_ctx: int, threads: in
         _run(app, listener, f"{gguf.name} at http://{HOST}:{listener.getsockname()[1]}/v1")
 
 
-def _make_chat_format(template: ChatTemplate) -> Callable[..., Any]:
-    """Return a chat format of llama-cpp-python that renders requests with the template of training."""
-    from llama_cpp.llama_chat_format import ChatFormatterResponse
+def _make_chat_handler(template: ChatTemplate, markers: Mapping[int, bytes]) -> Callable[..., Any]:
+    """Return a chat handler of llama-cpp-python that renders requests with the template of training."""
+    from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to_chat_completion_handler
 
     def format_request(*, messages: list[dict[str, Any]], tools: Any = None, **_: Any) -> Any:
-        prompt = template.render(messages, add_generation_prompt=True, tools=tools)
+        prompt = format_prompt(template, messages, tools)
         # `added_special`: nothing is added before the prompt. As in training, there is exactly one BOS.
         has_bos = not template.adds_bos or prompt.startswith(template.bos_token)
         return ChatFormatterResponse(prompt=prompt, added_special=has_bos)
 
-    return format_request
+    return answer_with_calls(chat_formatter_to_chat_completion_handler(format_request), template, markers)
 
 
-def _make_application(gguf: Path, template: ChatTemplate, api_key: str | None, n_ctx: int, threads: int) -> Any:
+def _make_application(gguf: Path, handler: Callable[..., Any], api_key: str | None, n_ctx: int, threads: int) -> Any:
     load_library()
-    from llama_cpp.llama_chat_format import register_chat_format
+    from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
     from llama_cpp.server import types
 
     # Before the application is imported, which reads them.
@@ -71,7 +73,7 @@ def _make_application(gguf: Path, template: ChatTemplate, api_key: str | None, n
         request.model_fields["repeat_penalty"].default = 1.0
         request.model_fields["model"].default = gguf.stem  # named in the answer, in place of the file's path
         request.model_rebuild(force=True)
-    register_chat_format(CHAT_FORMAT)(_make_chat_format(template))
+    LlamaChatCompletionHandlerRegistry().register_chat_completion_handler(CHAT_FORMAT, handler, overwrite=True)
     from llama_cpp.server.app import create_app
     from llama_cpp.server.settings import ModelSettings, ServerSettings
 

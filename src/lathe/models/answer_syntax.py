@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from os.path import commonprefix
 from typing import Any, NamedTuple, Protocol, Self
 
 from lathe.models.chat_template import EXAMPLE_TOOL, ChatTemplate, TemplateError, Tools
@@ -283,7 +282,7 @@ class _ElementUnit:
             return None
         before_first, after_key, between, _ = gaps
         # What follows a value, whether another argument follows or not.
-        after_value = re.sub(r"\s*[<\[|]*\Z", "", commonprefix([between, text[place:]]))
+        after_value = re.sub(r"\s*[<\[|]*\Z", "", _find_common_start(between, text[place:]))
         before_key = between[len(after_value) :]
         if not after_value.strip() or not before_first.endswith(before_key.lstrip()):
             return None
@@ -307,6 +306,14 @@ class _ElementUnit:
             arguments[key] = _read_value(value, _find_type(tools, name[0], key))
             end = value_end + len(self.after_value.strip())
         return _Read(name[0], arguments, end)
+
+
+def _find_common_start(first: str, second: str) -> str:
+    count = next(
+        (at for at, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),
+        min(len(first), len(second)),
+    )
+    return first[:count]
 
 
 def _find_type(tools: Tools, name: str, key: str) -> Any:

@@ -79,6 +79,8 @@ def build_modelfile(file: str, template: ChatTemplate, *, n_ctx: int) -> str:
     translated = translate_template(template)
     if translated:
         lines += [f"# The chat template {translated.name}, of training, in Go; without tool calls."]
+        if template.writes_tools:
+            lines += ["# That of training writes tools, which are not in it: Ollama will offer the model none."]
         lines += [f'TEMPLATE """{translated.text}"""']
         if translated.system:
             lines += ["# What the template of training writes where a request has no system message.",

@@ -24,12 +24,14 @@ from lathe.reports.values import Value
 
 HERE = Path(__file__).parent
 
-SHARES = {"exact_match", "token_f1", "json_valid", "json_fields", "stop_rate"}
+SHARES = {"exact_match", "token_f1", "json_valid", "json_fields", "tool_calls", "tool_calls_f1", "stop_rate"}
 NAMES = {
     "exact_match": "exact match",
     "token_f1": "token F1",
     "json_valid": "valid JSON",
     "json_fields": "JSON fields F1",
+    "tool_calls": "tool calls",
+    "tool_calls_f1": "tool calls F1",
     "rouge_1": "ROUGE-1",
     "rouge_2": "ROUGE-2",
     "rouge_l": "ROUGE-L",

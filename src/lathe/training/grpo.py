@@ -21,8 +21,10 @@ from lathe.common.errors import InputError
 from lathe.config.training_params import Reward
 from lathe.evaluation.answer_checks import REWARDS
 from lathe.models.adapter import unwrap
+from lathe.models.answer_syntax import ThoughtSyntax, find_thought_syntax
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.loss_mask import Encoded, encode
+from lathe.models.message_form import split_thought
 from lathe.training import distributed
 from lathe.training.base_trainer import BaseTrainer
 from lathe.training.best_weights import BestWeights
@@ -43,15 +45,17 @@ class RewardPrompt:
     prompt_ids: list[int]
     reference: str
     example: dict[str, Any]
+    prompt: str = ""
 
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """An entry of `grpo.rewards` with a unique name."""
+    """An entry of `grpo.rewards` with a unique name; one of the user's own sees the thought of an answer too."""
 
     name: str
     weight: float
     function: RewardFunction
+    sees_thought: bool = False
 
 
 def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
@@ -62,6 +66,7 @@ def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
     grpo, training, tokenizer = setup.params.grpo, setup.params.training, setup.tokenizer
     pad_rows(setup.model, training.attn_implementation)
     _set_end_of_answer(setup.model, tokenizer)
+    template = ChatTemplate.of_tokenizer(tokenizer)
     prompts = {split: encode_prompts(tokenizer, setup.splits[split]) for split in ("train", "validation")}
     rewards = weight_rewards(grpo.rewards, setup.functions)
     arguments = GRPOConfig(
@@ -90,7 +95,8 @@ def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
     return RewardTrainer(
         prompts=prompts,
         rewards=rewards,
-        answer_prefix=ChatTemplate.of_tokenizer(tokenizer).answer_prefix,
+        answer_prefix=template.answer_prefix,
+        thought=find_thought_syntax(template),
         precision=setup.precision,
         sequences=[Encoded(row, prompt.prompt_ids, []) for row, prompt in enumerate(prompts["train"])],
         learning_rate_key="grpo.learning_rate",
@@ -114,6 +120,7 @@ def weight_rewards(rewards: Sequence[Reward], functions: Mapping[str, RewardFunc
             name if (count := names[: index + 1].count(name)) == 1 else f"{name}_{count}",
             reward.weight,
             functions[reward.function] if reward.function else _get_built_in(reward),
+            sees_thought=bool(reward.function),
         )
         for index, (reward, name) in enumerate(zip(rewards, names, strict=True))
     ]
@@ -133,9 +140,10 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
         prompts: dict[str, list[RewardPrompt]],
         rewards: list[WeightedReward],
         answer_prefix: str,
+        thought: ThoughtSyntax,
         **arguments: Any,
     ) -> None:
-        self.prompts, self.rewards, self.answer_prefix = prompts, rewards, answer_prefix
+        self.prompts, self.rewards, self.answer_prefix, self.thought = prompts, rewards, answer_prefix, thought
         super().__init__(reward_funcs=[self._make_reward_function(reward) for reward in rewards], **arguments)
         self.add_callback(_EvaluateFirstCallback(self))
 
@@ -246,7 +254,10 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
         return compute_rewards
 
     def _compute_reward(self, reward: WeightedReward, text: str, prompt: RewardPrompt) -> float:
-        return reward.function(text.removeprefix(self.answer_prefix), prompt.reference, prompt.example)
+        text = text.removeprefix(self.answer_prefix)
+        if not reward.sees_thought:
+            text = self.thought.strip(text, prompt=prompt.prompt)
+        return reward.function(text, prompt.reference, prompt.example)
 
     def _save_extra_state(self, checkpoint: Path) -> None:
         super()._save_extra_state(checkpoint)
@@ -299,10 +310,12 @@ def encode_prompts(tokenizer: Any, examples: Sequence[dict[str, Any]]) -> list[R
     encoded = encode(tokenizer, [example["messages"] for example in examples], supervise="last", tools=tools)
     prompts = []
     for sequence, example in zip(encoded, examples, strict=True):
-        reference = str(example["messages"][-1]["content"])
+        prompt, answer, _ = template.split_answer(example["messages"], example.get("tools"))
+        reference = split_thought(example["messages"][-1])[1]
         if example["messages"][-1].get("tool_calls"):
-            reference = template.split_answer(example["messages"], example.get("tools")).answer
-        prompts.append(RewardPrompt(sequence.input_ids[: sequence.supervised.index(True)], reference, example))
+            reference = find_thought_syntax(template).strip(answer.removeprefix(template.answer_prefix), prompt=prompt)
+        ids = sequence.input_ids[: sequence.supervised.index(True)]
+        prompts.append(RewardPrompt(ids, reference, example, prompt))
     return prompts
 
 

@@ -10,7 +10,7 @@ from lathe.common.text import did_you_mean
 
 _FOLDER = Path(__file__).parent
 
-BUILTIN = ("chatml", "llama-3", "mistral", "gemma", "plain")
+BUILTIN = ("chatml", "chatml-tools", "llama-3", "mistral", "gemma", "plain")
 
 # What looks like a token of its own in a rendered template; whether the vocabulary has it is checked.
 MARKER = re.compile(r"<\|[^<>|\s][^<>\n]{0,60}?\|>|<(?:start|end)_of_turn>")
