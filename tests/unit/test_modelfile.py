@@ -1,7 +1,9 @@
 """The template in the Modelfile, read as Go reads it, writes what the template of training writes."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -42,8 +44,9 @@ class Go:
         self.body = self._block()
         assert self.at == len(self.tokens)
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
-        return "".join(self._run(self.body, {}, list(messages), None))
+    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str:
+        root = {"Messages": [_as_go(message) for message in messages], "Tools": [_as_go(tool) for tool in tools]}
+        return "".join(self._run(self.body, {}, root))
 
     def _block(self) -> list:
         nodes: list = []
@@ -55,8 +58,8 @@ class Go:
             self.at += 1
             if action is None:
                 nodes.append(("text", token))
-            elif action == "range .Messages":
-                nodes.append(("range", self._block()))
+            elif action.startswith("range "):
+                nodes.append(("range", action.removeprefix("range "), self._block()))
                 self._end()
             elif action.startswith("if "):
                 nodes.append(self._if(action))
@@ -66,46 +69,64 @@ class Go:
         return nodes
 
     def _if(self, action: str) -> tuple:
-        match = re.fullmatch(r'(?:else )?if eq \.Role "(\w+)"', action)
-        assert match, action
+        condition = action.removeprefix("else ").removeprefix("if ")
         then: list = self._block()
         otherwise: list = []
         following = self.tokens[self.at][2:-2].strip()
         if following.startswith("else"):
             self.at += 1
             otherwise = self._block() if following == "else" else [self._if(following)]
-        return ("if", match[1], then, otherwise)
+        return ("if", condition, then, otherwise)
 
     def _end(self) -> None:
         assert self.tokens[self.at] == "{{ end }}"
         self.at += 1
 
-    def _run(self, nodes: list, variables: dict[str, str], messages: list, dot: dict[str, str] | None) -> Iterator[str]:
+    def _run(self, nodes: list, variables: dict[str, Any], dot: dict[str, Any]) -> Iterator[str]:
         for kind, *rest in nodes:
             if kind == "text":
                 yield rest[0]
             elif kind == "range":
-                for message in messages:
-                    yield from self._run(rest[0], variables, messages, message)
+                match = re.fullmatch(r"(?:(\$\w+), \$_ := )?(\.\w+)", rest[0])
+                assert match, rest[0]
+                for index, item in enumerate(self._value(match[2], variables, dot)):
+                    inner = {**variables, match[1]: index} if match[1] else variables
+                    yield from self._run(rest[1], inner, item)
             elif kind == "if":
-                assert dot
-                yield from self._run(rest[1] if dot["role"] == rest[0] else rest[2], variables, messages, dot)
+                yield from self._run(rest[1] if self._holds(rest[0], variables, dot) else rest[2], variables, dot)
             elif match := re.fullmatch(r"(\$\w+) :?= (.+)", rest[0]):
                 variables[match[1]] = self._value(match[2], variables, dot)
             else:
                 yield self._value(rest[0], variables, dot)
 
-    def _value(self, expression: str, variables: dict[str, str], dot: dict[str, str] | None) -> str:
+    def _holds(self, condition: str, variables: dict[str, Any], dot: dict[str, Any]) -> bool:
+        if match := re.fullmatch(r'(eq|ne) (\.\w+) "(\w+)"', condition):
+            return (self._value(match[2], variables, dot) == match[3]) == (match[1] == "eq")
+        values = condition.removeprefix("or ").split()
+        return any(self._value(value, variables, dot) for value in values)
+
+    def _value(self, expression: str, variables: dict[str, Any], dot: dict[str, Any]) -> Any:
         if expression.startswith("$"):
             return variables[expression]
-        if expression in (".Role", ".Content"):
-            assert dot
-            return dot[expression[1:].lower()]
+        if re.fullmatch(r"(\.\w+)+", expression):
+            value: Any = dot
+            for key in expression[1:].split("."):
+                value = value[key]
+            return value if isinstance(value, str | list) else value["text"]
         if match := re.fullmatch(r'printf "(.*)" \.Content', expression):
-            assert dot
-            return match[1].replace("\\n", "\n") % dot["content"]
+            return match[1].replace("\\n", "\n") % dot["Content"]
         assert expression == '""', expression
         return ""
+
+
+def _as_go(item: dict[str, Any]) -> dict[str, Any]:
+    """Return a message, a tool or a call with the names of Ollama's fields; JSON as Python writes it."""
+    if "role" in item:
+        calls = [_as_go(call) for call in item.get("tool_calls", [])]
+        return {"Role": item["role"], "Content": item["content"], "ToolCalls": calls}
+    function = item["function"]
+    arguments = json.dumps(function.get("arguments"), ensure_ascii=False)
+    return {"Function": {"Name": function["name"], "Arguments": arguments, "text": json.dumps(function)}}
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -115,13 +136,41 @@ def test_a_builtin_template_is_recognised_and_writes_the_same_in_go(name, bos, a
     template = ChatTemplate(BUILTIN[name], bos, "</s>", adds_bos and bool(bos))
     translated = translate_template(template)
     assert translated
-    assert translated.name == ("chatml" if name in ("chatml-tools", "the tiny model's") else name)
+    assert translated.name == ("chatml" if name == "the tiny model's" else name)
     assert translated.system is None
     for conversation in CONVERSATIONS:
         expected = template.render(conversation, add_generation_prompt=True)
         if template.adds_bos:  # Ollama puts it there
             expected = expected.removeprefix(bos)
         assert Go(translated.text).render(conversation) == expected
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+CALLS = [{"type": "function", "function": {"name": name, "arguments": {"a": "x"}}} for name in ("f", "g")]
+WITH_CALLS = [
+    TURNS[0],
+    {"role": "assistant", "content": "", "tool_calls": CALLS[:1]},
+    {"role": "tool", "content": "3 degrees"},
+    {"role": "assistant", "content": "And now:", "tool_calls": CALLS},
+    {"role": "tool", "content": "4 degrees"},
+]
+
+
+@pytest.mark.parametrize("system", [[], [SYSTEM]])
+def test_tools_and_calls_are_written_in_go_as_in_training(system):
+    template = ChatTemplate(read_template("chatml-tools"), "", "<|im_end|>", adds_bos=False)
+    translated = translate_template(template)
+    assert translated
+    conversation = [*system, *WITH_CALLS]
+    expected = template.render(conversation, tools=[TOOL, TOOL], add_generation_prompt=True)
+    assert Go(translated.text).render(conversation, [TOOL, TOOL]) == expected
+    assert "Ollama writes the JSON of tools" in build_modelfile("Q8_0.gguf", template, n_ctx=64)
+
+
+def test_a_template_whose_tools_are_not_in_the_modelfile_says_so():
+    text = read_template("chatml-tools").replace("You may call", "You can call")
+    modelfile = build_modelfile("Q8_0.gguf", ChatTemplate(text, "", "<|im_end|>", adds_bos=False), n_ctx=64)
+    assert "chat template chatml, of training, in Go; without tools, which that of training writes." in modelfile
 
 
 def test_a_system_message_that_the_template_writes_unasked_becomes_the_modelfile_s():

@@ -8,13 +8,23 @@ that one. Any other is left to Ollama, which knows some templates itself. https:
 import re
 from dataclasses import dataclass, replace
 
-from lathe.models.chat_template import ChatTemplate, TemplateError
+from lathe.models.chat_template import EXAMPLE_TOOL, ChatTemplate, TemplateError
+from lathe.models.message_form import EXAMPLE_CALL
 from lathe.models.templates import builtin_templates
 
 # The built-in templates as Go has them, without BOS; EOS is the end token. White space around a message, which
 # two of the Jinja templates strip, is kept: Go cannot.
 _SYSTEM_FIRST = '{{ if eq .Role "system" }}{{ $system = printf "%s\\n\\n" .Content }}{{ else if eq .Role "user" }}'
 _GO = {
+    "chatml-tools": '{{ $system := "" }}{{ range .Messages }}{{ if eq .Role "system" }}{{ $system = .Content }}'
+    "{{ end }}{{ end }}{{ if or $system .Tools }}<|im_start|>system\n{{ $system }}{{ if .Tools }}{{ if $system }}\n\n"
+    "{{ end }}You may call these functions, each call as JSON between <tool_call> tags:\n<tools>{{ range .Tools }}\n"
+    "{{ .Function }}{{ end }}\n</tools>{{ end }}<|im_end|>\n{{ end }}{{ range .Messages }}"
+    '{{ if eq .Role "tool" }}<|im_start|>user\n<tool_response>\n{{ .Content }}\n</tool_response><|im_end|>\n'
+    '{{ else if ne .Role "system" }}<|im_start|>{{ .Role }}\n{{ $text := .Content }}{{ $text }}'
+    "{{ range $index, $_ := .ToolCalls }}{{ if or $text $index }}\n{{ end }}<tool_call>\n"
+    '{"name": "{{ .Function.Name }}", "arguments": {{ .Function.Arguments }}}\n</tool_call>{{ end }}<|im_end|>\n'
+    "{{ end }}{{ end }}<|im_start|>assistant\n",
     "chatml": "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
     "<|im_start|>assistant\n",
     "llama-3": "{{ range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n"
@@ -31,6 +41,7 @@ _GO = {
     "{{ end }}{{ end }}Assistant:\n",
 }
 
+_WITH_TOOLS = "chatml-tools"
 _SYSTEM = {"role": "system", "content": "Answer in one word."}
 _TURNS = (
     {"role": "user", "content": "Is it 1 or 2?"},
@@ -78,9 +89,9 @@ def build_modelfile(file: str, template: ChatTemplate, *, n_ctx: int) -> str:
     lines = ["# Made by the stage `card`: ollama create NAME -f Modelfile", f"FROM ./{file}"]
     translated = translate_template(template)
     if translated:
-        lines += [f"# The chat template {translated.name}, of training, in Go; without tool calls."]
-        if template.writes_tools:
-            lines += ["# That of training writes tools, which are not in it: Ollama will offer the model none."]
+        lines += [
+            f"# The chat template {translated.name}, of training, in Go; {_describe_tools(translated, template)}."
+        ]
         lines += [f'TEMPLATE """{translated.text}"""']
         if translated.system:
             lines += ["# What the template of training writes where a request has no system message.",
@@ -100,6 +111,12 @@ def build_modelfile(file: str, template: ChatTemplate, *, n_ctx: int) -> str:
         f"PARAMETER num_ctx {n_ctx}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _describe_tools(translated: GoTemplate, template: ChatTemplate) -> str:
+    if translated.name == _WITH_TOOLS:
+        return "Ollama writes the JSON of tools without spaces, and its keys in an order of its own"
+    return "without tools, which that of training writes" if template.writes_tools else "without tool calls"
 
 
 def _find_default_system(template: ChatTemplate, builtin: ChatTemplate) -> str | None:
@@ -126,4 +143,14 @@ def _find_default_system(template: ChatTemplate, builtin: ChatTemplate) -> str |
             conversation = ({"role": "system", "content": default}, *conversation)
         if text != builtin.render(conversation, add_generation_prompt=True):
             return None
-    return default
+    return default if not builtin.writes_tools or _write_tools_alike(template, builtin) else None
+
+
+def _write_tools_alike(template: ChatTemplate, builtin: ChatTemplate) -> bool:
+    result = {"role": "tool", "content": "a result", "tool_call_id": "call_1", "name": "first_function"}
+    conversation = [*EXAMPLE_CALL, result]
+    try:
+        text = template.render(conversation, tools=[EXAMPLE_TOOL], add_generation_prompt=True)
+    except TemplateError:
+        return False
+    return text == builtin.render(conversation, tools=[EXAMPLE_TOOL], add_generation_prompt=True)
