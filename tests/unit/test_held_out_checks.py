@@ -152,6 +152,20 @@ def test_prose_that_is_to_be_repeated_word_for_word_is_warned_of(report_on, answ
         assert all(part in f"{text}; {remedy}" for part in parts)
 
 
+@pytest.mark.parametrize(("primary", "code"), [("exact_match", None), ("tool_calls", "no-tools")])
+def test_scores_of_calls_without_a_row_that_has_tools_are_said_or_refused(report_on, primary, code):
+    report = report_on(["on"])
+    params = scoring(metrics=["exact_match", "tool_calls"], primary_metric=primary, gates=None)
+    [(found, text, remedy)] = texts_of(report, params)
+    assert found == code
+    assert "lists tool_calls, and no held-out row has tools" in text
+    assert "column tools" in remedy
+    for split in report["splits"]:
+        if "references" in split:
+            split["references"]["tool_rows"] = 1
+    assert texts_of(report, params) == []
+
+
 # Where it is said.
 
 

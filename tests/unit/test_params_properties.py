@@ -78,6 +78,9 @@ PRESETS = YAML(typ="safe").load(paths.PRESETS.read_text())
 
 def allowed(value: Any, kind: str, bounds: str) -> bool:
     """Whether the documentation allows the value; written from its words, not from the code that validates."""
+    if kind.endswith(" by text"):  # a map, whose keys are names of a template's variables
+        names = isinstance(value, dict) and all(re.fullmatch(r"[A-Za-z_]\w*", key) for key in value)
+        return names and all(allowed(inner, kind.removesuffix(" by text"), bounds) for inner in value.values())
     if literals := re.findall(r"`(.*?)`", kind):
         named = [{"true": True, "false": False, "null": None}.get(name, name) for name in literals]
         if any(value is name or (isinstance(name, str) and value == name) for name in named):

@@ -14,7 +14,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 OptionName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
-OptionValue = bool | int | float | str | list[str]
+OptionValue = (
+    bool | int | Annotated[float, Field(allow_inf_nan=False)] | Name | Annotated[list[Name], Field(min_length=1)]
+)
 Auto = Literal["auto"]
 Split = Literal["train", "validation", "test"]
 

@@ -44,6 +44,7 @@ def find_misfits(report: Mapping[str, Any], params: Params) -> Iterator[Misfit]:
     yield from _check_context(splits, params.generate)
     yield from _check_truncation(splits, params)
     yield from _check_metric(splits, params.evaluate)
+    yield from _check_tools(splits, params.evaluate)
 
 
 def _check_answers(splits: Mapping[str, Any], generate: Generate) -> Iterator[Misfit]:
@@ -120,6 +121,18 @@ def _check_metric(splits: Mapping[str, Any], evaluate: Evaluate) -> Iterator[Mis
         "repeats word for word: every artifact would score about 0",
         f"set evaluate.primary_metric to {better or 'rouge_l or token_f1'}{added} (json_fields is for JSON, "
         "exact_match for labels and other short answers), or evaluate.answer_pattern to the part that counts",
+    )
+
+
+def _check_tools(splits: Mapping[str, Any], evaluate: Evaluate) -> Iterator[Misfit]:
+    """Look for scores of calls where no row has tools: they would be null."""
+    listed = [metric for metric in evaluate.metrics if metric.startswith("tool_calls")]
+    if not listed or any(split["references"].get("tool_rows") for split in splits.values()):
+        return
+    yield Misfit(
+        f"evaluate.metrics lists {' and '.join(listed)}, and no held-out row has tools: there would be no score",
+        "take them off the list, or choose a dataset with a column tools",
+        "no-tools" if evaluate.primary_metric in listed else None,
     )
 
 

@@ -286,12 +286,14 @@ def _compute_token_statistics(tokenized: TokenizedSplit) -> dict[str, Any]:
 def _describe_references(tokenized: TokenizedSplit) -> dict[str, Any]:
     """Return lengths and kind of a held-out split's references: what the checks before a training need."""
     prompts = tokenized.get_lengths("conversation") - tokenized.get_lengths("reference")
+    with_tools = int(tokenized.get_lengths("tools").sum())
     return {
         "tokens": _compute_quantiles(tokenized.get_lengths("reference")),
         "prompt_tokens": _compute_quantiles(prompts),
         "conversation_tokens": _compute_quantiles(tokenized.get_lengths("conversation")),
         "words": _compute_quantiles(tokenized.get_lengths("words")),
         "json_rows": int(tokenized.get_lengths("json").sum()),
+        **({"tool_rows": with_tools} if with_tools else {}),
     }
 
 

@@ -58,6 +58,7 @@ class TokenLengths(NamedTuple):
     rejected: int = 0  # of the prompt with the rejected answer, in a preference pair
     words: int = 0  # words of the last answer, not tokens
     json: int = 0  # 1 if the last answer is a JSON object or array
+    tools: int = 0  # 1 if tools may be called
 
     @property
     def longest(self) -> int:
@@ -231,7 +232,7 @@ class _ShareTokenizer:
             dialogue = _get_dialogue(example["messages"])
             self.scripts.setdefault(detect_writing_system(dialogue), Occurrences()).add(get_place)
             words.append(hash_words(dialogue))
-            lengths.append(result._replace(**_describe_answer(example["messages"][-1])))
+            lengths.append(result._replace(**_describe_answer(example)))
             positions.append(position)
         kept = numpy.array(positions, dtype=numpy.int64)
         self.kept.append(numbers[kept])
@@ -336,10 +337,12 @@ def _count_last_answer(supervised: Sequence[bool]) -> int:
     return next((index for index, flag in enumerate(reversed(supervised)) if not flag), len(supervised))
 
 
-def _describe_answer(message: Mapping[str, Any]) -> dict[str, int]:
-    """Return the number of words of an answer, and whether it is a JSON object or array, as a tool call is."""
-    text = str(message["content"])
-    return {"words": len(hash_words(text)), "json": int(bool(message.get("tool_calls")) or _is_json(text))}
+def _describe_answer(example: Mapping[str, Any]) -> dict[str, int]:
+    """Return the words of an answer, whether it is a JSON object or array, as a call is, and whether it may call."""
+    message = example["messages"][-1]
+    text, calls = str(message["content"]), bool(message.get("tool_calls"))
+    may_call = calls or bool(example.get("tools"))
+    return {"words": len(hash_words(text)), "json": int(calls or _is_json(text)), "tools": int(may_call)}
 
 
 def _is_json(text: str) -> bool:
