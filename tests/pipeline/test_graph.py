@@ -46,7 +46,7 @@ def test_each_stage_depends_on_exactly_the_library_modules_that_its_script_impor
 
 
 # Of the library modules that a stage depends on: an edit of any line of them re-runs it.
-MOST_LINES = {"card": 1100, "imatrix": 1050, "convert": 1050, "quantize": 750, "convert_adapter": 600}
+MOST_LINES = {"card": 1450, "imatrix": 1250, "convert": 1250, "quantize": 750, "convert_adapter": 600}
 
 
 @pytest.mark.parametrize(("name", "most"), MOST_LINES.items())
@@ -94,7 +94,8 @@ def test_a_training_depends_on_the_parameters_of_its_own_method_alone(checkout):
             [stage] = [stage for stage in repo.index.stages if stage.name == "train"]
         return {name for dep in stage.params for name in dep.params if dep.def_path == "params.yaml"}
 
-    common = {"seed", "training", "sft", "lora", "quantization", "preprocess.supervise"}
+    common = {"seed", "training", "sft", "lora", "quantization"}
+    common |= {"preprocess.supervise", "preprocess.chat_template_kwargs"}
     assert tracked("sft") == common
     assert tracked("dpo") == common | {"dpo"}
     assert tracked("grpo") == common | {"grpo"}

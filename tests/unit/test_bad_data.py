@@ -157,9 +157,9 @@ BAD_ROWS: list[tuple[dict[str, Any], Any, str, str | None]] = [
     ),
     (
         {},
-        chat(USER, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}),
+        chat(USER, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{"}}),
         "tool_call",
-        "messages[1].function_call",
+        "messages[1].function_call[0].arguments",
     ),
     (
         {},
@@ -187,9 +187,9 @@ BAD_ROWS: list[tuple[dict[str, Any], Any, str, str | None]] = [
     ),
     (
         {},
-        {**chat(USER, ANSWER), "tools": [{"name": "f"}]},
+        {**chat(USER, ANSWER), "tools": [{"name": ""}]},
         "tools",
-        "tools",
+        "tools[0].name",
     ),
     (
         {},

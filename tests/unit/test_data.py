@@ -41,6 +41,7 @@ class Preset:
     completion: str | None = None
     prompt_template: str | None = None
     rejected: str | None = None
+    tools: str | None = None
     labels: list[str] | None = None
     system_prompt: str | None = None
     encoding: str | None = None

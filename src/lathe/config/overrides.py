@@ -97,7 +97,10 @@ def compare_with_params(config: Config) -> dict[str, tuple[Any, Any]]:
     """Return the keys whose values are not those of params.yaml, with its value and that of the configuration."""
     now = dotted_keys.flatten(read_yaml(paths.PARAMS))
     # Without what is null: the rewards of params.yaml name no options that they do not use.
-    return dotted_keys.compare(now, dotted_keys.flatten(config.params.model_dump(exclude_none=True)))
+    then = dotted_keys.flatten(config.params.model_dump(exclude_none=True))
+    # An empty map is a section of nulls, or says nothing.
+    now, then = ({key: value for key, value in values.items() if value != {}} for values in (now, then))
+    return dotted_keys.compare(now, then)
 
 
 def read_key(override: str) -> str:

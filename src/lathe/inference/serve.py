@@ -73,6 +73,10 @@ def _make_application(gguf: Path, handler: Callable[..., Any], api_key: str | No
         request.model_fields["repeat_penalty"].default = 1.0
         request.model_fields["model"].default = gguf.stem  # named in the answer, in place of the file's path
         request.model_rebuild(force=True)
+    # Messages and tools are read as rows of a dataset are; OpenAI's null as the content beside calls would be refused.
+    for field, annotation in (("messages", list[dict[str, Any]]), ("tools", list[dict[str, Any]] | None)):
+        types.CreateChatCompletionRequest.model_fields[field].annotation = annotation
+    types.CreateChatCompletionRequest.model_rebuild(force=True)
     LlamaChatCompletionHandlerRegistry().register_chat_completion_handler(CHAT_FORMAT, handler, overwrite=True)
     from llama_cpp.server.app import create_app
     from llama_cpp.server.settings import ModelSettings, ServerSettings
