@@ -1,9 +1,10 @@
 """Score every artifact's answers with intervals and differences, and evaluate the gates on validation.
 
-reads   data/generated/, metrics/generate/, models/encoder/ where evaluate.metrics lists bert_score,
+reads   data/generated/, metrics/generate/, data/processed/ (of which dataset of a mixture a row is), models/encoder/
+        where evaluate.metrics lists bert_score,
         params.yaml: seed, evaluate, bert_score, judge.enabled, quantize.types
 writes  metrics/evaluate/{validation,test,gates}.json, metrics/evaluate/summary.json (the columns of `dvc exp show`),
-        metrics/evaluate/scores.csv (for the plots),
+        metrics/evaluate/scores.csv (for the plots), metrics/evaluate/datasets.json (each dataset of a mixture alone),
         data/scored/<ARTIFACT>/{validation,test}.jsonl (rows with their own scores, worst first)
 removes files of quantization types that are no longer listed
 """
@@ -27,8 +28,10 @@ def main(config: Config) -> None:
         add_bert_score,
         define_scores,
         evaluate,
+        evaluate_datasets,
         make_plot_rows,
         read_answers,
+        read_dataset_names,
         read_general_text,
         score_rows,
     )
@@ -57,6 +60,12 @@ def main(config: Config) -> None:
     general, bytes_of = read_general_text(paths.DATA_GENERATED, names), _read_file_sizes(names)
     resampling = Resampling(settings.bootstrap_samples, config.params.seed)
     reports = {split: evaluate(answers[split], general, bytes_of, scores, resampling) for split in SPLITS}
+    by_dataset = {
+        split: evaluate_datasets(
+            answers[split], read_dataset_names(paths.DATA_PROCESSED / f"{split}.jsonl"), bytes_of, scores, resampling
+        )
+        for split in SPLITS
+    }
     outcomes = [evaluate_gate(parse_gate(gate), reports["validation"], types) for gate in settings.gates or []]
 
     with paths.replace_folder(paths.DATA_SCORED) as folder:
@@ -67,6 +76,7 @@ def main(config: Config) -> None:
                 write_jsonl(rows, folder / artifact / f"{split}.jsonl")
     for split, report in reports.items():
         json_files.write_json(paths.METRICS / f"evaluate/{split}.json", metric_files.wrap_in_list(report))
+    json_files.write_json(paths.METRICS / "evaluate/datasets.json", metric_files.wrap_in_list(by_dataset))
     gates = make_metrics(outcomes)
     json_files.write_json(paths.METRICS / "evaluate/gates.json", metric_files.wrap_in_list(gates))
     summary = summarize(reports["validation"], types, settings.primary_metric, passed=gates["passed"])

@@ -45,7 +45,9 @@ def _fetch(config: Config, item: str, folder: Path) -> fetch.Origin | None:
 
 
 def _measure(folder: Path) -> dict[str, int]:
-    sizes = [file.stat().st_size for file in folder.iterdir() if file.is_file()]
+    sizes = [
+        file.stat().st_size for file in folder.rglob("*") if file.is_file()
+    ]  # a mixture has a folder for each part
     return {"files": len(sizes), "bytes": sum(sizes)}
 
 

@@ -326,7 +326,8 @@ def free_memory_bytes() -> int:
 
 
 def _is_from_hub(preset: Any) -> bool:
-    return bool(preset.source == "hub")
+    parts = getattr(preset, "datasets", None) or {"": preset}  # of a mixture
+    return any(part.source == "hub" for part in parts.values())
 
 
 def find_model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:

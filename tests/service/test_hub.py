@@ -607,6 +607,21 @@ def test_the_files_of_a_configuration_are_linked_under_the_names_of_their_splits
     )
 
 
+def test_with_a_limit_no_more_files_are_downloaded_than_hold_the_rows(user: User) -> None:
+    shards = {
+        f"data/train-{part:05d}-of-00012.parquet": parquet(
+            [{"question": f"{part} {number}", "answer": "1"} for number in range(4000)]
+        )
+        for part in range(12)
+    }
+    user.hub.add("dataset", DATASET, shards)
+    done = user.fetch("dataset", train_split="train", limits={"train": 100})
+    assert "5 of 12 files hold enough rows for the limit" in done.stderr
+    downloaded = {path for path in shards if user.hub.asked(f"resolve/.*{path}")}
+    assert sorted(int(path.partition("-")[2][:5]) for path in downloaded) == [0, 2, 4, 7, 9]
+    assert len(names(user.file("data/raw"))) == 5
+
+
 def test_a_file_with_no_split_in_its_name_is_the_training_split(user: User) -> None:
     infos = b'{"owner--rows": {"description": "", "splits": {"train": {"name": "train", "num_examples": 40}}}}'
     files = {"databricks-rows-15k.jsonl": jsonl(ROWS), "README.md": b"# Rows", "dataset_infos.json": infos}

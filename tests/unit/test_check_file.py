@@ -214,7 +214,7 @@ def test_the_preset_names_what_a_file_does_not_tell(tmp_path):
     [
         ("Straße, schön und Käse", "cp1252", "cp1252"),
         ("ЗАГОЛОВОК;ОТВЕТ", "cp1251", "cp1251"),
-        ("日本語のテキスト", "shift_jis", None),
+        ("日本語のテキスト", "shift_jis", "cp932"),
         ("x", "latin-1", None),
     ],
 )
@@ -292,7 +292,7 @@ def test_a_path_without_data_is_refused(tmp_path, run):
     with refused("no-such-file", "none.jsonl", kept=False):
         run(tmp_path / "none.jsonl")
     (tmp_path / "rows.xlsx").write_bytes(b"PK")
-    with refused("no-data-files", "rows.xlsx", "*.csv", kept=False):
+    with refused("convert-first", "rows.xlsx", "csv", kept=False):
         run(tmp_path / "rows.xlsx")
 
 

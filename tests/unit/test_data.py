@@ -46,6 +46,7 @@ class Preset:
     system_prompt: str | None = None
     encoding: str | None = None
     delimiter: str | None = None
+    rows_key: str | None = None
     limits: dict[str, int] | None = None
 
 
@@ -606,9 +607,9 @@ BAD_FILES = [
     ),
     (
         "data.json",
-        b'{"prompt": "q", "completion": "a"}\n{"prompt": "r", "completion": "b"}',
+        b'{"prompt": "q",\n"completion": "a"}\n{"prompt": "r",\n"completion": "b"}',
         "not-json",
-        "data.json:2",
+        "data.json:3",
     ),
     (
         "data.json",
@@ -638,7 +639,7 @@ BAD_FILES = [
         "data.jsonl",
     ),
     (
-        "data.txt",
+        "data.md",
         b"text",
         "not-a-data-file",
         "data.txt",

@@ -397,3 +397,30 @@ def test_ten_thousand_rows_are_scored_in_seconds():
     # 10,000 rows: a standard error of 0.004.
     assert exact["high"] - exact["low"] == pytest.approx(2 * 1.96 * math.sqrt(0.8 * 0.2 / 10_000), rel=0.1)
     assert np.isfinite(exact["low"])
+
+
+def test_each_dataset_of_a_mixture_has_scores_of_its_own_rows_alone():
+    from lathe.evaluation.evaluate import Resampling, define_scores, evaluate_datasets
+
+    def row(reference: str, answer: str, *, reason: str | None = "stop") -> dict:
+        return {
+            "prompt": "p" if reason else "",
+            "reference": reference,
+            "completion": answer,
+            "finish_reason": reason,
+            "nll": 2.0,
+            "reference_tokens": 4,
+            "kl": None,
+        }
+
+    answers = {"base": [row("a", "a"), row("b", "x"), row("a text", "", reason=None), row("c", "c")]}
+    scores = define_scores(
+        ["exact_match", "bleu"], normalize="none", answer_pattern=None, bert_score_weight=0.5, judge_weight=None
+    )
+    names = ["one", "two", "texts", "one", "two"]  # more than were answered
+    report = evaluate_datasets(answers, names, {"base": 7}, scores, Resampling(100, 1))
+    assert {name: of["base"]["exact_match"] for name, of in report.items()} == {"one": 1.0, "two": 0.0, "texts": None}
+    assert report["texts"]["base"]["stop_rate"] is report["texts"]["base"]["bleu"] is None
+    assert report["texts"]["base"]["perplexity"] == round(math.exp(0.5), 4)
+    assert evaluate_datasets(answers, ["one"] * 9, {"base": 7}, scores, Resampling(100, 1)) == {}
+    assert evaluate_datasets(answers, [], {"base": 7}, scores, Resampling(100, 1)) == {}

@@ -33,6 +33,7 @@ SHIPPED = {
         "smollm2-grpo",
         "smollm2-gsm8k",
         "smollm2-judged",
+        "smollm2-mixture",
         "smollm2-russian",
     ),
 }

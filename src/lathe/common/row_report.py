@@ -28,6 +28,10 @@ def log_rows(report: dict[str, Any], *, file: str) -> None:
     if unused := report.get("unused"):
         logger.info("not used: %s", ", ".join(f"{entry['name']} ({entry['rows']} rows)" for entry in unused))
     logger.info("%s", summarize_rows(report))
+    for part in report.get("datasets", []):  # of a mixture
+        held_out = f"{part['validation']} validation and {part['test']} test rows"
+        shown = "%s: %d training rows (%.1f %% of all), %s"
+        logger.info(shown, part["dataset"], part["train"], 100 * (part["share_of_train"] or 0), held_out)
     for fault in list_faults(report):
         logger.info("%s", fault)
     rows, reasons = report["rows"]["read"], count_reasons(report)
@@ -56,7 +60,8 @@ def summarize_rows(report: dict[str, Any]) -> str:
     cut = f" ({rows['truncated']} of them truncated)" if rows["truncated"] else ""
     reasons = ", ".join(f"{count} {name_reason(reason)}" for reason, count in sort_reasons(count_reasons(report)))
     dropped = f"{rows['dropped']} dropped ({reasons})" if rows["dropped"] else "none dropped"
-    return f"{rows['read']} rows: {rows['kept']} kept{cut}, {dropped}"
+    unread = f" of {rows['read'] + rows['not_read']}" if rows.get("not_read") else ""
+    return f"{rows['read']}{unread} rows: {rows['kept']} kept{cut}, {dropped}"
 
 
 def list_unusual_forms(report: dict[str, Any]) -> list[str]:

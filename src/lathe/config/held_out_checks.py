@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lathe.common.numbers import round_up
+from lathe.config.gates import parse_gate
 from lathe.config.params import Evaluate, Generate, Params
 
 # Median number of words above which a reference is prose, that no model repeats word for word.
 PROSE_WORDS = 20
+
+# What is measured of documents, which nobody asks for an answer.
+SCORES_OF_DOCUMENTS = ("perplexity", "general_perplexity", "kl", "bytes")
 
 # A quantile of the report above a limit means that more than this share of the rows is above it.
 SHARES = {"min": "all", "p50": "more than half", "p90": "more than 10 %", "p99": "more than 1 %"}
@@ -40,11 +44,56 @@ def find_misfits(report: Mapping[str, Any], params: Params) -> Iterator[Misfit]:
     splits = {split["split"]: split for split in report["splits"] if "references" in split and split["kept"]}
     if not splits:
         return
+    yield from _check_method(report, params)
+    yield from _check_documents(splits, params)
     yield from _check_answers(splits, params.generate)
     yield from _check_context(splits, params.generate)
     yield from _check_truncation(splits, params)
     yield from _check_metric(splits, params.evaluate)
     yield from _check_tools(splits, params.evaluate)
+
+
+def _check_method(report: Mapping[str, Any], params: Params) -> Iterator[Misfit]:
+    """Refuse a training from prompts on documents, which have none."""
+    method = params.training.method
+    if method != "sft" and any(columns.get("format") == "text" for columns in report.get("columns", [])):
+        yield Misfit(
+            f"rows are documents (format text), and training.method is {method}, which needs prompts",
+            "set training.method to sft, or leave the documents out",
+            "documents-without-prompts",
+        )
+
+
+def _check_documents(splits: Mapping[str, Any], params: Params) -> Iterator[Misfit]:
+    """Refuse what documents cannot have: answers that are scored, compared or judged."""
+    found = {name: split["references"].get("documents", 0) for name, split in splits.items()}
+    if not any(found.values()):
+        return
+    if params.judge.enabled:
+        yield Misfit(
+            "held-out rows are documents (format text), which have no answers, and judge.enabled is true",
+            "set judge.enabled to false",
+            "documents-without-answers",
+        )
+    if any(documents < splits[name]["kept"] for name, documents in found.items()):
+        return
+    scores = {"evaluate.primary_metric": [params.evaluate.primary_metric]} | {
+        f"the gate {gate!r}": [score for _, score in parse_gate(gate).scores] for gate in params.evaluate.gates or []
+    }
+    for where, names in scores.items():
+        if any(name not in SCORES_OF_DOCUMENTS for name in names):
+            shown = ", ".join(name for name in names if name not in SCORES_OF_DOCUMENTS)
+            yield Misfit(
+                f"all held-out rows are documents (format text), which have no answers, and {where} needs {shown}",
+                f"choose one of {', '.join(SCORES_OF_DOCUMENTS)}",
+                "documents-without-answers",
+            )
+    if params.generate.few_shot:
+        yield Misfit(
+            f"all held-out rows are documents (format text), and generate.few_shot is {params.generate.few_shot}",
+            "set generate.few_shot to 0",
+            "documents-without-prompts",
+        )
 
 
 def _check_answers(splits: Mapping[str, Any], generate: Generate) -> Iterator[Misfit]:

@@ -16,14 +16,18 @@ from lathe.config.params import Params
 from lathe.config.presets import (
     BuiltinDataset,
     BuiltinModel,
+    BuiltinPart,
     DatasetPreset,
     EncoderPreset,
     HubDataset,
     HubEncoder,
     HubModel,
+    HubPart,
     LocalDataset,
     LocalEncoder,
     LocalModel,
+    LocalPart,
+    MixtureDataset,
     ModelPreset,
     PackageEncoder,
     PackageModel,
@@ -38,8 +42,9 @@ CODES = {"extra_forbidden": "unknown-key", "missing": "missing-key"}
 KINDS: dict[str, dict[str, type[Section]]] = {
     "models": {"builtin": BuiltinModel, "local": LocalModel, "hub": HubModel, "package": PackageModel},
     "encoders": {"local": LocalEncoder, "hub": HubEncoder, "package": PackageEncoder},
-    "datasets": {"builtin": BuiltinDataset, "local": LocalDataset, "hub": HubDataset},
+    "datasets": {"builtin": BuiltinDataset, "local": LocalDataset, "hub": HubDataset, "mixture": MixtureDataset},
 }
+PARTS: dict[str, type[Section]] = {"builtin": BuiltinPart, "local": LocalPart, "hub": HubPart}  # of a mixture
 
 
 class Config(Section):
@@ -136,7 +141,7 @@ def _write_line(path: tuple[Any, ...], problems: list[Any], model: type[Section]
             return f"{file}: {key} is {shorten_value(given)}; must be one of {', '.join(known)}{near and f'; {near}'}"
         case "union_tag_not_found" | "union_tag_invalid":
             source = given.get("source") if isinstance(given, dict) else given
-            known = list(KINDS[str(path[0])])
+            known = list(KINDS[str(path[0])] if len(path) == 2 else PARTS)
             return f"{file}: {key}.source is {shorten_value(source)}; must be one of {', '.join(known)}"
         case "value_error" if not path:  # of several keys, which it names
             return f"{file}: {problem['msg'].removeprefix('Value error, ')}"
@@ -170,7 +175,8 @@ def _list_keys(model: type[Section], parent: tuple[Any, ...], tree: Any) -> list
     if model is Presets:
         for step in parent:
             tree = tree[step]
-        return list(KINDS[parent[0]][tree["source"]].model_fields)
+        kinds = KINDS[parent[0]] if len(parent) == 2 else PARTS
+        return list(kinds[tree["source"]].model_fields) if "source" in tree else []
     section = model
     for step in parent:
         # An index selects an entry of a list; all entries have the same keys.

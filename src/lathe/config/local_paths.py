@@ -8,7 +8,7 @@ from typing import Any
 from lathe.common import paths
 from lathe.common.progress import Progress
 from lathe.config.load import Config
-from lathe.config.presets import LocalDataset, LocalEncoder, LocalModel
+from lathe.config.presets import LocalDataset, LocalEncoder, LocalModel, MixtureDataset
 
 # What `fetch` brings, by its names for them.
 ITEMS = ("model", "dataset", "encoder")
@@ -19,7 +19,8 @@ def list_local_paths(config: Config, item: str) -> list[str]:
     preset = getattr(config, item)
     if item == "encoder" and "bert_score" not in config.params.evaluate.metrics:
         return []
-    named = [preset.path] if isinstance(preset, LocalModel | LocalDataset | LocalEncoder) else []
+    presets = list(preset.datasets.values()) if isinstance(preset, MixtureDataset) else [preset]
+    named = [each.path for each in presets if isinstance(each, LocalModel | LocalDataset | LocalEncoder)]
     template = getattr(preset, "template", None)
     if template and (paths.ROOT / template).is_file():  # and not the name of a built-in one
         named.append(template)

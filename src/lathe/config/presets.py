@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lathe.config.base import REPOSITORY, Name, Positive, Section, Split
+from lathe.config.base import REPOSITORY, Name, Positive, PositiveFloat, Section, Split
 
 Format = Literal[
     "messages",
@@ -16,6 +16,7 @@ Format = Literal[
     "preference",
     "openai_preference",
     "classification",
+    "text",
 ]
 
 GGUF_SUFFIX = ".gguf"
@@ -129,7 +130,7 @@ class ColumnMapping(Section):
     )
     messages: Name | None = Field(None, description="column with a list of {role, content} or {from, value}")
     prompt: Name | None = Field(None, description="column with the prompt")
-    completion: Name | None = Field(None, description="column with the answer, or with the label")
+    completion: Name | None = Field(None, description="column with the answer, the label, or the raw text")
     prompt_template: Name | None = Field(None, description="text of the prompt, with {column} fields")
     rejected: Name | None = Field(None, description="column with the worse answer of a preference pair")
     tools: Name | None = Field(
@@ -144,6 +145,11 @@ class ColumnMapping(Section):
     )
     delimiter: Literal[",", ";", "\t", "|"] | None = Field(
         None, description="what separates the columns of CSV files; if left out, their first rows tell it"
+    )
+    rows_key: Name | None = Field(
+        None,
+        description="key of a JSON file's object that holds the list of rows, such as `data` or `result.items`; if "
+        "left out, its only list of objects",
     )
     limits: dict[Split, Positive] | None = Field(None, description="number of rows of a split to keep at most")
 
@@ -164,22 +170,29 @@ class ColumnMapping(Section):
         ):
             if value and (format_ or formats[0]) not in formats:
                 raise ValueError(f"{key} does not go with the format {format_}; it belongs to {' and '.join(formats)}")
+        if format_ == "text" and (self.messages or self.prompt or self.prompt_template or self.system_prompt):
+            raise ValueError("the format text has no prompt and no system message; name its column in completion")
         if parts and format_ in ("messages", "sharegpt"):
             raise ValueError(f"the format {format_} is read from one column; name it in messages, and nothing else")
         return self
 
 
 class BuiltinDataset(ColumnMapping):
-    """The household commands that the pipeline makes itself."""
+    """The household commands that the pipeline makes itself, or the paragraphs that come with it."""
 
     source: Literal["builtin"]
+    content: Literal["commands", "paragraphs"] = Field(
+        "commands",
+        description="commands and their answers, or 127 short paragraphs of general text as documents (default "
+        "commands)",
+    )
     errors: bool = Field(
         True, description="whether some commands cannot be carried out, and are answered with the reason (default true)"
     )
 
 
 class LocalDataset(ColumnMapping):
-    """A file or folder of your own: JSONL, JSON, CSV, Parquet or Arrow; the first three also with gzip."""
+    """A file or folder of your own: JSONL, JSON, CSV, TSV, Parquet or Arrow; text files also with gzip."""
 
     source: Literal["local"]
     path: Name = Field(description="file or folder under data/local")
@@ -208,7 +221,65 @@ class HubDataset(HubRepository, ColumnMapping):
         return value
 
 
-DatasetPreset = Annotated[BuiltinDataset | LocalDataset | HubDataset, Field(discriminator="source")]
+class InMixture(Section):
+    """How much of a dataset is in a mixture: its share or number of training rows; with neither, all of them."""
+
+    weight: PositiveFloat | None = Field(
+        None, description="share of the training rows, in proportion to the weights of the others"
+    )
+    rows: Positive | None = Field(None, description="number of training rows, at most")
+    split: Split | None = Field(
+        None,
+        description="the only split that its rows go into, such as train: then none of them is held out; if left out, "
+        "each has its own",
+    )
+
+
+class BuiltinPart(InMixture, BuiltinDataset):
+    """The built-in dataset in a mixture."""
+
+
+class LocalPart(InMixture, LocalDataset):
+    """A dataset of your own in a mixture."""
+
+
+class HubPart(InMixture, HubDataset):
+    """A dataset of the Hub in a mixture."""
+
+
+MixturePart = Annotated[BuiltinPart | LocalPart | HubPart, Field(discriminator="source")]
+
+
+class MixtureDataset(Section):
+    """Several datasets, each as an entry of its own would have it, mixed in the training split."""
+
+    source: Literal["mixture"]
+    datasets: Annotated[dict[Name, MixturePart], Field(min_length=2)] = Field(
+        description="the datasets by name, each with its keys, and weight or rows, and split"
+    )
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> "MixtureDataset":
+        for name, part in self.datasets.items():
+            if not re.fullmatch(PRESET_NAME, name):
+                raise ValueError(f"{name!r} names a dataset of the mixture; write letters, digits, - and _")
+            if part.weight and part.rows:
+                raise ValueError(f"{name} has weight and rows; keep one of them")
+            if part.split in ("validation", "test") and (part.weight or part.rows):
+                raise ValueError(
+                    f"{name} has no training rows to choose (split: {part.split}); leave weight and rows out"
+                )
+        trained = [part for part in self.datasets.values() if part.split in (None, "train")]
+        if not trained:
+            raise ValueError("no dataset gives training rows; leave split out of one of them")
+        weighted = [bool(part.weight) for part in trained]
+        if any(weighted) and not all(weighted):
+            raise ValueError("some datasets have a weight and others none; give one to each, or rows instead")
+        return self
+
+
+SingleDataset = BuiltinDataset | LocalDataset | HubDataset
+DatasetPreset = Annotated[BuiltinDataset | LocalDataset | HubDataset | MixtureDataset, Field(discriminator="source")]
 
 
 class Presets(Section):

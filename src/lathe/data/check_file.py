@@ -21,7 +21,7 @@ from lathe.data.text_files import COMMA
 
 if TYPE_CHECKING:
     from lathe.config.params import Preprocess
-    from lathe.config.presets import DatasetPreset
+    from lathe.config.presets import SingleDataset
 
 CHARACTERS_PER_TOKEN = 4  # of English text, roughly; more tokens in most other languages
 QUANTILES = {"p50": 0.5, "p95": 0.95, "max": 1.0}
@@ -30,7 +30,7 @@ ROWS_PER_UPDATE = 1000
 NO_CONTROL_TOKENS = re.compile("(?!)")  # those of the model are not known here
 
 
-def check_file(source: Path, preset: "DatasetPreset", *, seed: int, settings: "Preprocess") -> dict[str, Any]:
+def check_file(source: Path, preset: "SingleDataset", *, seed: int, settings: "Preprocess") -> dict[str, Any]:
     """Return what is found in a dataset's file or folder, as JSON values.
 
     Raises InputError if a file cannot be read, or the columns of no format are in it.
@@ -55,7 +55,8 @@ def check_file(source: Path, preset: "DatasetPreset", *, seed: int, settings: "P
                 digests = compute_digests(example.value, seed)
                 add_system_prompt(example.value["messages"], preset.system_prompt)
                 *prompt, answer = example.value["messages"]
-                characters["prompt"].append(sum(map(_count_characters, prompt)))
+                if prompt:
+                    characters["prompt"].append(sum(map(_count_characters, prompt)))
                 characters["answer"].append(_count_characters(answer))
                 writer.add(example.place, example.value, digests, SPLITS.index(example.split))
         usable = len(characters["answer"])
@@ -111,7 +112,7 @@ def _assign_splits(
     writer: Any,
     files: Mapping[str, Mapping[str, Any]],
     settings: "Preprocess",
-    preset: "DatasetPreset",
+    preset: "SingleDataset",
     refusals: list[str],
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Return the rows of each split, and those that are removed by reason; add a refusal if there are too few rows."""
@@ -145,7 +146,10 @@ def _describe_text(file: Path, facts: Mapping[str, Any]) -> dict[str, str]:
     if suffixes.endswith((".parquet", ".arrow")):
         return {}
     encoding = facts.get("encoding") or ("UTF-8 with a byte order mark" if has_byte_order_mark(file) else "UTF-8")
-    return {"encoding": encoding, **({"delimiter": facts.get("delimiter", COMMA)} if suffixes.endswith(".csv") else {})}
+    return {
+        "encoding": encoding,
+        **({"delimiter": facts.get("delimiter", COMMA)} if suffixes.endswith((".csv", ".tsv")) else {}),
+    }
 
 
 def _compute_quantiles(lengths: Iterable[int]) -> dict[str, int]:

@@ -85,7 +85,10 @@ def _format_files(found: Mapping[str, Any]) -> Iterator[str]:
         facts = [file["format"], *([file["encoding"]] if "encoding" in file else [])]
         if "delimiter" in file:
             facts.append(f"columns separated by {DELIMITERS.get(file['delimiter'], repr(file['delimiter']))}")
-        yield f"file        {file['file']}: {file['split']}, {_count_rows(file['rows'])}, {', '.join(facts)}"
+        rows = _count_rows(file["rows"])
+        if file.get("not_read"):
+            rows += f" of {file['rows'] + file['not_read']} (chosen among these: limits)"
+        yield f"file        {file['file']}: {file['split']}, {rows}, {', '.join(facts)}"
 
 
 def _count_rows(count: int) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lathe.data.example_store import DIGEST_BYTES, ExampleDigests, ExampleReader, StoredExamples
 from lathe.data.occurrences import MAX_SHOWN, Occurrences
+from lathe.models.document import is_document
 from lathe.models.message_form import THOUGHT
 
 RowNumbers = NDArray[numpy.int64]
@@ -25,7 +26,7 @@ def compute_digests(example: Mapping[str, Any], seed: int) -> ExampleDigests:
 
     Texts that differ only in white space or Unicode normal form have equal digests. The first half of the content's
     digest depends on the messages alone. Rows are ordered by digest, so a different rejected answer does not change the
-    order in which the messages are trained on.
+    order in which the messages are trained on. A document has no prompt: its own digest takes its place.
     """
     messages = example["messages"]
     others = {key: value for key, value in example.items() if key not in ("messages", "tools")}
@@ -41,7 +42,7 @@ def compute_digests(example: Mapping[str, Any], seed: int) -> ExampleDigests:
         content.update(json.dumps(others, sort_keys=True).encode())
         half = DIGEST_BYTES // 2
         digest = digest[:half] + content.digest()[half:]
-    return ExampleDigests(digest, prompt.digest())
+    return ExampleDigests(digest, digest if is_document(messages) else prompt.digest())
 
 
 def _canonicalize_message(message: Mapping[str, Any]) -> str:

@@ -40,9 +40,10 @@ class ExampleWriter:
         self.lengths = array("q")
         self.digests = bytearray()
         self.splits = bytearray()
+        self.datasets = bytearray()
 
-    def add(self, place: str, example: dict[str, Any], digests: ExampleDigests, split: int) -> None:
-        """Append one example of the split with this number (its index in SPLITS)."""
+    def add(self, place: str, example: dict[str, Any], digests: ExampleDigests, split: int, dataset: int = 0) -> None:
+        """Append one example of the split with this number (its index in SPLITS), and of a dataset of a mixture."""
         prefix, text = place.encode("utf-8", "surrogateescape") + b"\0", line(example)
         self.output.write(prefix)
         self.output.write(text)
@@ -52,6 +53,7 @@ class ExampleWriter:
         self.digests += digests.content
         self.digests += digests.prompt
         self.splits.append(split)
+        self.datasets.append(dataset)
         self.position += len(prefix) + len(text)
 
     def __enter__(self) -> "ExampleWriter":
@@ -72,6 +74,7 @@ class ExampleWriter:
             content=digests[:, :2],
             prompt=digests[:, 2:],
             splits=numpy.frombuffer(self.splits, dtype=numpy.uint8),
+            datasets=numpy.frombuffer(self.datasets, dtype=numpy.uint8),
         )
 
 
@@ -89,6 +92,7 @@ class StoredExamples:
     content: NDArray[numpy.uint64]
     prompt: NDArray[numpy.uint64]
     splits: NDArray[numpy.uint8]
+    datasets: NDArray[numpy.uint8]
 
     def open_reader(self) -> "ExampleReader":
         """Open the file for reading."""

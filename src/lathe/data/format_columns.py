@@ -7,7 +7,7 @@ from lathe.data.row_checks import RowFault, TextValidator
 from lathe.models.message_form import THOUGHT
 
 if TYPE_CHECKING:
-    from lathe.config.presets import DatasetPreset
+    from lathe.config.presets import SingleDataset
 
 # The columns that a format is detected by, and reads unless the preset names others.
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -20,6 +20,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "openai_preference": ("input", "preferred_output", "non_preferred_output"),
     "classification": ("text", "label"),
 }
+TEXT = "text"  # format and column of raw texts, which nothing but a single column of this name tells
 
 SYSTEM = "system"  # optional, in every format; a list of messages may begin with its own system message
 REJECTED = "rejected"  # optional beside a list of messages: a worse alternative to the last of them
@@ -69,12 +70,12 @@ def add_system_message(
     return [{"role": "system", "content": content}, *messages]
 
 
-def choose_system_column(preset: "DatasetPreset") -> str | None:
+def choose_system_column(preset: "SingleDataset") -> str | None:
     """Return the column of system messages; None if the preset names columns, as no others are read then."""
     return None if names_columns(preset) else SYSTEM
 
 
-def names_columns(preset: "DatasetPreset") -> bool:
+def names_columns(preset: "SingleDataset") -> bool:
     """Return whether the preset names the columns of prompt or answer."""
     return bool(preset.prompt or preset.completion or preset.prompt_template)
 

@@ -11,6 +11,7 @@ from lathe.data.format_columns import (
     HISTORY,
     PARALLEL,
     REJECTED,
+    TEXT,
     TOOLS,
     WANTED,
     Format,
@@ -26,11 +27,12 @@ from lathe.data.prompt_columns import PromptColumns
 from lathe.data.read_files import describe_value
 from lathe.data.row_checks import IGNORED, RowFault, TextValidator, format_names, is_empty, note_unused
 from lathe.data.tools import Tool, check_calls, get_parallel, parse_tools
+from lathe.models.document import DOCUMENT
 from lathe.models.message_form import THOUGHT, THOUGHT_KEYS
 from lathe.models.unicode_form import UnicodeRule
 
 if TYPE_CHECKING:
-    from lathe.config.presets import DatasetPreset
+    from lathe.config.presets import SingleDataset
 
 
 class RecordConverter:
@@ -42,7 +44,7 @@ class RecordConverter:
 
     def __init__(
         self,
-        preset: "DatasetPreset",
+        preset: "SingleDataset",
         names: Iterable[str],
         file: str,
         control_tokens: re.Pattern[str],
@@ -149,7 +151,7 @@ class RecordConverter:
                 )
 
 
-def _get_preset_format(preset: "DatasetPreset") -> str | None:
+def _get_preset_format(preset: "SingleDataset") -> str | None:
     if preset.format:
         return preset.format
     if preset.messages:
@@ -170,6 +172,8 @@ def _get_preset_format(preset: "DatasetPreset") -> str | None:
 
 
 def _detect_format(names: list[str], file: str) -> str:
+    if names == [TEXT]:
+        return TEXT
     fitting = [form for form, columns in FORMATS.items() if set(columns) <= set(names)]
     if len(fitting) == 1:
         return fitting[0]
@@ -190,7 +194,7 @@ def _detect_format(names: list[str], file: str) -> str:
 class _MessagesFormat(Format):
     """One column with the whole conversation."""
 
-    def __init__(self, check_text: TextValidator, preset: "DatasetPreset", form: str, names: list[str]) -> None:
+    def __init__(self, check_text: TextValidator, preset: "SingleDataset", form: str, names: list[str]) -> None:
         self.check_text, self.system, self.sharegpt = check_text, choose_system_column(preset), form == "sharegpt"
         self.column = preset.messages or FORMATS[form][0]
         self.required = (self.column,)
@@ -221,10 +225,28 @@ class _MessagesFormat(Format):
         return parse_messages(self.check_text, value, REJECTED, sharegpt=self.sharegpt)
 
 
+class _TextFormat(Format):
+    """One column with a raw text."""
+
+    def __init__(self, check_text: TextValidator, preset: "SingleDataset", form: str, names: list[str]) -> None:
+        self.check_text, self.column = check_text, preset.completion or form
+        self.required = (self.column,)
+        self.description: dict[str, Any] = {"document": self.column}
+
+    def convert(self, record: dict[str, Any]) -> list[Message]:
+        text = self.check_text(record[self.column], self.column)
+        if not text.strip():
+            raise RowFault("empty_document", self.column, "is empty; expected text")
+        return [{"role": DOCUMENT, "content": text}]
+
+    def get_extra_fields(self, record: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+
 class _PromptAnswerFormat(Format):
     """A prompt and an answer, from columns of their own."""
 
-    def __init__(self, check_text: TextValidator, preset: "DatasetPreset", form: str, names: list[str]) -> None:
+    def __init__(self, check_text: TextValidator, preset: "SingleDataset", form: str, names: list[str]) -> None:
         self.check_text, self.system = check_text, choose_system_column(preset)
         self.prompt_columns = PromptColumns(check_text, preset, form, FORMATS[form][0], names)
         self.answer_column = preset.completion or FORMATS[form][1]
@@ -313,7 +335,11 @@ class _LabelReader:
 
 _FORMAT_CLASSES: dict[
     str,
-    type[_MessagesFormat] | type[_PromptAnswerFormat] | type[PreferenceFormat] | type[OpenAIPreferenceFormat],
+    type[_MessagesFormat]
+    | type[_PromptAnswerFormat]
+    | type[PreferenceFormat]
+    | type[OpenAIPreferenceFormat]
+    | type[_TextFormat],
 ] = {
     "messages": _MessagesFormat,
     "sharegpt": _MessagesFormat,
@@ -323,6 +349,7 @@ _FORMAT_CLASSES: dict[
     "preference": PreferenceFormat,
     "openai_preference": OpenAIPreferenceFormat,
     "classification": _PromptAnswerFormat,
+    "text": _TextFormat,
 }
 
 

@@ -18,7 +18,7 @@ from lathe.data.read_files import describe_value
 from lathe.data.row_checks import RowFault, TextValidator, note_unused
 
 if TYPE_CHECKING:
-    from lathe.config.presets import DatasetPreset
+    from lathe.config.presets import SingleDataset
 
 
 class PreferenceFormat(Format):
@@ -28,7 +28,7 @@ class PreferenceFormat(Format):
     any other list is the whole conversation. Texts without a prompt are transcripts that begin with "\n\nHuman:".
     """
 
-    def __init__(self, check_text: TextValidator, preset: "DatasetPreset", form: str, names: list[str]) -> None:
+    def __init__(self, check_text: TextValidator, preset: "SingleDataset", form: str, names: list[str]) -> None:
         self.check_text, self.system = check_text, choose_system_column(preset)
         self.prompt_columns = (
             PromptColumns(check_text, preset, form, FORMATS[form][0], names) if preset.prompt_template else None
@@ -102,7 +102,7 @@ class PreferenceFormat(Format):
 class OpenAIPreferenceFormat(Format):
     """OpenAI's preference pairs: the request in `input`, a better and a worse answer to it as lists of messages."""
 
-    def __init__(self, check_text: TextValidator, preset: "DatasetPreset", form: str, names: list[str]) -> None:
+    def __init__(self, check_text: TextValidator, preset: "SingleDataset", form: str, names: list[str]) -> None:
         self.check_text = check_text
         self.required = FORMATS[form]
         self.request, self.chosen, self.rejected = FORMATS[form]

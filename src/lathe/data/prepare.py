@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
+from lathe.data.mixture import list_datasets
 from lathe.data.read_examples import ExampleFiles, add_system_prompt
 from lathe.data.read_files import Fault
 from lathe.data.split_files import SPLITS
 
 if TYPE_CHECKING:
     from lathe.config.params import Preprocess
-    from lathe.config.presets import DatasetPreset
+    from lathe.config.presets import DatasetPreset, SingleDataset
     from lathe.data.example_store import StoredExamples
     from lathe.data.report import Account
+    from lathe.data.splits import Splits
     from lathe.data.tokenization import TokenizationRules
     from lathe.models.chat_template import ChatTemplate
 
@@ -52,7 +54,8 @@ def prepare(
 
     Examples are `{"messages": [{"role", "content"}, ...]}`, with `rejected` beside them if they come from preference
     pairs, and `tools` if the row has definitions of functions. Each of them, with either answer, has at most
-    `max_length` tokens.
+    `max_length` tokens; a document is kept whole. The datasets of a mixture are in folders of their names, and their
+    examples have the name as `dataset`.
 
     - An unusable row is dropped and counted as a fault.
     - Duplicates, prompts of another split and rows over a limit of the preset are removed and counted; they are no
@@ -68,7 +71,6 @@ def prepare(
     UnusableRowsError for an empty split and a share above its limit.
     """
     from lathe.data.report import Account
-    from lathe.data.splits import assign_splits
     from lathe.data.tokenization import TokenizationRules
     from lathe.models.chat_template import ChatTemplate
     from lathe.models.special_tokens import compile_control_tokens
@@ -78,23 +80,22 @@ def prepare(
     scratch.mkdir()
     account = Account(settings)
     form = find_unicode_form(tokenizer)
-    examples = ExampleFiles(
-        raw,
-        preset,
-        compile_control_tokens(tokenizer),
-        UnicodeRule(form, settings.normalize_unicode) if form else None,
-    )
+    datasets = list_datasets(preset)
+    sources = [
+        ExampleFiles(
+            raw / name,
+            dataset,
+            compile_control_tokens(tokenizer),
+            UnicodeRule(form, settings.normalize_unicode) if form else None,
+            name,
+        )
+        for name, dataset in datasets.items()
+    ]
     template = ChatTemplate.of_tokenizer(tokenizer)
-    stored = _read_examples(examples, preset, seed, scratch / "examples", account, template)
+    stored = _read_examples(sources, seed, scratch / "examples", account, template)
     try:
         account.check_records()
-        account.splits = assign_splits(
-            stored,
-            source_splits=account.get_source_splits(),
-            validation_fraction=settings.validation_fraction,
-            test_fraction=settings.test_fraction,
-            limits={str(name): limit for name, limit in (preset.limits or {}).items()},
-        )
+        account.splits = _assign_splits(stored, datasets, account)
         rules = TokenizationRules(tokenizer, max_length, settings.supervise, settings.too_long)
         _write_splits(stored, rules, out, account, processes)
         with stored.open_reader() as reader:
@@ -108,9 +109,24 @@ def prepare(
     return PreparedDataset(report, account.make_tables())
 
 
+def _assign_splits(stored: "StoredExamples", datasets: "dict[str, SingleDataset]", account: "Account") -> "Splits":
+    from lathe.data.mixture import assign_mixed_splits
+    from lathe.data.splits import assign_splits
+
+    settings = account.settings
+    fractions: dict[str, Any] = {
+        "validation_fraction": settings.validation_fraction,
+        "test_fraction": settings.test_fraction,
+    }
+    if list(datasets) != [""]:
+        present = {name: account.get_source_splits(name) for name in datasets}
+        return assign_mixed_splits(stored, datasets, source_splits=present, **fractions)
+    limits = {str(name): limit for name, limit in (datasets[""].limits or {}).items()}
+    return assign_splits(stored, source_splits=account.get_source_splits(), limits=limits, **fractions)
+
+
 def _read_examples(
-    examples: ExampleFiles,
-    preset: "DatasetPreset",
+    sources: list[ExampleFiles],
     seed: int,
     store_file: Path,
     account: "Account",
@@ -121,23 +137,30 @@ def _read_examples(
     from lathe.data.example_store import ExampleWriter
 
     with ExampleWriter(store_file) as writer, Progress("reading") as progress:
-        for count, example in enumerate(examples, start=1):
-            if count % ROWS_PER_UPDATE == 0:
-                progress.add(ROWS_PER_UPDATE)
-            if isinstance(example.value, Fault):
-                account.add_fault(example.split, example.place, example.value)
-                continue
-            if "tools" in example.value and not template.writes_tools:
-                raise InputError(
-                    f"{example.place}: the row has tools, and the model's chat template writes none; choose a model or "
-                    "a template that does (template: chatml-tools in the model's preset), or take the column out",
-                    code="template-ignores-tools",
-                )
-            # Digests come before the system prompt is added, so that it moves no example to another split.
-            digests = compute_digests(example.value, seed)
-            add_system_prompt(example.value["messages"], preset.system_prompt)
-            writer.add(example.place, example.value, digests, SPLITS.index(example.split))
-    account.files, account.columns, account.unused = examples.files, examples.columns, examples.unused
+        count = 0
+        for number, examples in enumerate(sources):
+            for example in examples:
+                count += 1
+                if count % ROWS_PER_UPDATE == 0:
+                    progress.add(ROWS_PER_UPDATE)
+                if isinstance(example.value, Fault):
+                    account.add_fault(example.split, example.place, example.value)
+                    continue
+                if "tools" in example.value and not template.writes_tools:
+                    raise InputError(
+                        f"{example.place}: the row has tools, and the model's chat template writes none; choose a "
+                        "model or a template that does (template: chatml-tools in the model's preset), or take the "
+                        "column out",
+                        code="template-ignores-tools",
+                    )
+                # Digests come before the system prompt is added, so that it moves no example to another split; nor does
+                # the name of its dataset.
+                digests = compute_digests(example.value, seed)
+                add_system_prompt(example.value["messages"], examples.preset.system_prompt)
+                if examples.name:
+                    example.value["dataset"] = examples.name
+                writer.add(example.place, example.value, digests, SPLITS.index(example.split), number)
+            account.add_dataset(examples)
     return writer.get_stored()
 
 

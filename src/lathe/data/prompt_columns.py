@@ -7,7 +7,7 @@ from lathe.common.errors import InputError
 from lathe.data.row_checks import TextValidator
 
 if TYPE_CHECKING:
-    from lathe.config.presets import DatasetPreset
+    from lathe.config.presets import SingleDataset
 
 ALPACA_INPUT = "input"  # optional, and may be empty
 
@@ -16,7 +16,7 @@ class PromptColumns:
     """The columns of a prompt: one column, a template of several, or Alpaca's instruction and input."""
 
     def __init__(
-        self, check_text: TextValidator, preset: "DatasetPreset", form: str, column: str, names: list[str]
+        self, check_text: TextValidator, preset: "SingleDataset", form: str, column: str, names: list[str]
     ) -> None:
         self.check_text = check_text
         self.column = preset.prompt or column

@@ -2,20 +2,23 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
+from lathe.data.exports import RecordReader
 from lathe.data.formats import RecordConverter
+from lathe.data.part_of_file import choose_parts, count_rows_to_read
 from lathe.data.read_files import Fault, find_text_form, read_records
 from lathe.data.row_checks import RowFault
 from lathe.data.split_files import find_split_files, get_suffix
 from lathe.data.text_files import TextForm, describe_form
+from lathe.models.document import DOCUMENT
 from lathe.models.unicode_form import UnicodeRule
 
 if TYPE_CHECKING:
-    from lathe.config.presets import DatasetPreset
+    from lathe.config.presets import SingleDataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +40,21 @@ class ExampleFiles:
     def __init__(
         self,
         folder: Path,
-        preset: "DatasetPreset",
+        preset: "SingleDataset",
         control_tokens: re.Pattern[str],
         unicode_rule: UnicodeRule | None = None,
+        name: str = "",
     ) -> None:
-        """Find the files. Raises InputError if there are none, or none to train on."""
+        """Find the files; `name` is that of the dataset in a mixture, and begins each place then.
+
+        Raises InputError if there are none, or none to train on.
+        """
         self.preset, self.control_tokens, self.unicode_rule = preset, control_tokens, unicode_rule
+        self.name, self.prefix = name, f"{name}/" if name else ""
         self.paths = find_split_files(folder)
-        if "train" not in self.paths:
+        if only := getattr(preset, "split", None):
+            self.paths = {only: self.paths.get(only) or self.paths.get("train", [])}
+        elif "train" not in self.paths:
             raise InputError(
                 f"{next(iter(self.paths.values()))[0].name}: there is no train split beside it; name the training file "
                 "train.*",
@@ -58,14 +68,21 @@ class ExampleFiles:
     def __iter__(self) -> Iterator[ReadExample]:
         """Yield every record. Raises InputError if a file cannot be read, or lacks a column."""
         converter: RecordConverter | None = None
-        form = TextForm(self.preset.encoding, self.preset.delimiter)
+        reader: RecordReader | None = None
+        form = TextForm(self.preset.encoding, self.preset.delimiter, self.preset.rows_key)
         for split, shards in self.paths.items():
+            form = replace(form, is_one_document=len(shards) > 1)
+            parts = choose_parts(shards, count_rows_to_read(_list_limits(self.preset), split, self.paths))
             for file in shards:
+                part = parts.get(file)
                 names: dict[str, None] = {}
                 count = 0
-                for record in read_records(file, form):
+                for record in read_records(file, form, part):
                     count += 1
                     value: dict[str, Any] | Fault = record.value
+                    if not isinstance(value, Fault):
+                        reader = reader or RecordReader(self.preset, value, file.name)
+                        value = reader.read(value)
                     if not isinstance(value, Fault):
                         names.update(dict.fromkeys(value))
                         converter = converter or RecordConverter(
@@ -76,23 +93,30 @@ class ExampleFiles:
                             value = {"messages": messages, **converter.get_extra_fields(value)}
                         except RowFault as error:
                             value = error.fault
-                    yield ReadExample(split, record.place, value)
+                    yield ReadExample(split, self.prefix + record.place, value)
                 if converter and names:
                     converter.require_columns(names, file.name)
                 text = find_text_form(file, form)
-                self.files[file.name] = {
+                self.files[self.prefix + file.name] = {
+                    **({"dataset": self.name} if self.name else {}),
                     "split": split,
                     "format": (get_suffix(file) or "")[1:],
                     "rows": count,
+                    **({"not_read": part.left_out} if part else {}),
                     **(describe_form(*text) if text else {}),
                 }
                 self.names.update(names)
-        if converter:
-            self.columns = {**converter.description, "detected": converter.detected}
+        if converter and reader:
+            self.columns = {**reader.description, **converter.description, "detected": converter.detected}
             self.unused = dict(sorted(converter.unused.items()))
+
+
+def _list_limits(preset: "SingleDataset") -> dict[Any, int]:
+    rows = getattr(preset, "rows", None)  # of training, in a mixture
+    return {**(preset.limits or {}), **({"train": rows} if rows else {})}
 
 
 def add_system_prompt(messages: list[dict[str, Any]], system_prompt: str | None) -> None:
     """Put the preset's system message before a conversation that has none."""
-    if system_prompt and messages[0]["role"] != "system":
+    if system_prompt and messages[0]["role"] not in ("system", DOCUMENT):
         messages.insert(0, {"role": "system", "content": system_prompt})

@@ -6,7 +6,7 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from lathe.common.errors import InputError
 from lathe.common.git_lfs import refuse_pointer
 from lathe.common.text import summarize_error
 from lathe.data.arrow_features import get_label_names, make_decoders
+from lathe.data.json_rows import begins_an_array, find_rows
+from lathe.data.part_of_file import Part
 from lathe.data.split_files import get_suffix
 from lathe.data.text_files import (
     BY_CONTENT,
@@ -29,6 +31,8 @@ from lathe.data.text_files import (
 )
 
 ROWS_PER_BATCH = 1000  # rows of an Arrow or Parquet file that are Python objects at a time
+
+PART_BUFFER_BYTES = 1 << 20  # read of a column at a time, where only some rows of a Parquet file are wanted
 
 ARROW_FILE = b"ARROW1"
 ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
@@ -61,8 +65,10 @@ class RepeatedKey:
     key: str
 
 
-def read_records(file: Path, form: TextForm = BY_CONTENT) -> Iterator[RawRecord]:
+def read_records(file: Path, form: TextForm = BY_CONTENT, part: Part | None = None) -> Iterator[RawRecord]:
     """Yield the records of a data file with one of `split_files.SUFFIXES`; a text file is read in its `form`.
+
+    With a `part`, only these rows become records.
 
     The value of a record that cannot be read is its Fault. Files are streamed, except for a JSON array. Raises
     InputError if the file itself cannot be read: not UTF-8, truncated, empty, a quote that is never closed.
@@ -70,7 +76,7 @@ def read_records(file: Path, form: TextForm = BY_CONTENT) -> Iterator[RawRecord]
     number = 0
     refuse_pointer(file, file.name)
     try:
-        for row in _READERS[get_suffix(file) or ""](file, form):
+        for row in _READERS[get_suffix(file) or ""](file, form, part):
             number += 1
             yield row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -88,7 +94,7 @@ def find_text_form(file: Path, form: TextForm = BY_CONTENT) -> tuple[str, str | 
     if suffix in (".parquet", ".arrow"):
         return None
     encoding = find_encoding(file, form)
-    return encoding, find_delimiter(file, encoding, form) if suffix == ".csv" else None
+    return encoding, find_delimiter(file, encoding, form) if suffix in (".csv", ".tsv") else None
 
 
 def has_byte_order_mark(file: Path) -> bool:
@@ -97,13 +103,21 @@ def has_byte_order_mark(file: Path) -> bool:
         return source.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
-def _read_jsonl(file: Path, form: TextForm) -> Iterator[RawRecord]:
+def _read_jsonl(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
+    first = True
     for number, line in enumerate(iterate_lines(file, find_encoding(file, form)), start=1):
         text = line.rstrip("\r\n")
         if not text.strip():
             continue
+        if part and not part.holds(number - 1):
+            part.left_out += 1
+            continue
+        if first and begins_an_array(text, _load):
+            yield from _read_json(file, form, None)
+            return
+        first = False
         try:
-            value = json.loads(text, object_pairs_hook=_make_object)
+            value = _load(text)
         except (ValueError, RecursionError) as error:
             value = Fault(
                 "malformed_json",
@@ -113,7 +127,7 @@ def _read_jsonl(file: Path, form: TextForm) -> Iterator[RawRecord]:
         yield RawRecord(f"{file.name}:{number}", _require_object(value))
 
 
-def _read_json(file: Path, form: TextForm) -> Iterator[RawRecord]:
+def _read_json(file: Path, form: TextForm, _: Part | None) -> Iterator[RawRecord]:
     encoding = find_encoding(file, form)
     if encoding == UTF_8:
         with open_file(file) as source:
@@ -123,9 +137,12 @@ def _read_json(file: Path, form: TextForm) -> Iterator[RawRecord]:
     if not text.strip():
         return
     try:
-        values = json.loads(text, object_pairs_hook=_make_object)
+        values = _load(text)
     except json.JSONDecodeError as error:
-        remedy = "rename it to .jsonl" if error.msg == "Extra data" else "is the file truncated?"
+        if error.msg == "Extra data" and error.lineno == 2 and text.lstrip().startswith("{"):
+            yield from _read_jsonl(file, form, None)
+            return
+        remedy = f"`jq -c . {file.name} > {file.stem}.jsonl`" if error.msg == "Extra data" else "is the file truncated?"
         raise InputError(
             f"{file.name}:{error.lineno}: not a JSON array: {_describe_json_error(error)}; {remedy}", code="not-json"
         ) from None
@@ -133,6 +150,8 @@ def _read_json(file: Path, form: TextForm) -> Iterator[RawRecord]:
         raise InputError(
             f"{file.name}: not a JSON array: {_describe_json_error(error)}; correct the file", code="not-json"
         ) from None
+    if isinstance(values, dict):
+        values = find_rows(values, form.rows_key, file.name)
     if not isinstance(values, list):
         raise InputError(
             f"{file.name}:1: holds {describe_value(values)}; expected an array of objects, or one object per line in a "
@@ -143,7 +162,29 @@ def _read_json(file: Path, form: TextForm) -> Iterator[RawRecord]:
         yield RawRecord(f"{file.name} row {number}", _require_object(value))
 
 
-def _read_csv(file: Path, form: TextForm) -> Iterator[RawRecord]:
+def _read_text(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
+    """Read raw texts: the whole file as one document, or what stands between blank lines."""
+    lines: list[str] = []
+    start = 1
+
+    def make_record() -> Iterator[RawRecord]:
+        if part and not part.holds(start - 1):
+            part.left_out += 1
+        else:
+            yield RawRecord(f"{file.name}:{start}", {"text": "".join(lines).strip("\r\n")})
+
+    for number, line in enumerate(iterate_lines(file, find_encoding(file, form)), start=1):
+        if line.strip() or (form.is_one_document and lines):
+            start = start if lines else number
+            lines.append(line.replace("\r\n", "\n"))
+        elif lines:
+            yield from make_record()
+            lines.clear()
+    if lines:
+        yield from make_record()
+
+
+def _read_csv(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 kB
     encoding = find_encoding(file, form)
     delimiter = find_delimiter(file, encoding, form)
@@ -161,6 +202,8 @@ def _read_csv(file: Path, form: TextForm) -> Iterator[RawRecord]:
             continue
         if header is None:
             header = _check_header(fields, file, line)
+        elif part and not part.holds(line - 1):
+            part.left_out += 1
         elif len(fields) != len(header):
             problem = f"has {len(fields)} fields; expected {len(header)} as in the header"
             yield RawRecord(f"{file.name}:{line}", Fault("wrong_field_count", None, problem))
@@ -168,24 +211,35 @@ def _read_csv(file: Path, form: TextForm) -> Iterator[RawRecord]:
             yield RawRecord(f"{file.name}:{line}", dict(zip(header, fields, strict=True)))
 
 
-def _read_parquet(file: Path, _: TextForm) -> Iterator[RawRecord]:
+def _read_parquet(file: Path, _: TextForm, part: Part | None) -> Iterator[RawRecord]:
     import pyarrow.parquet
 
-    def batches() -> Iterator[Any]:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            yield from table.iter_batches(batch_size=ROWS_PER_BATCH)
+    def batches() -> Iterator[tuple[int, Any]]:
+        with pyarrow.parquet.ParquetFile(file, buffer_size=PART_BUFFER_BYTES if part else 0) as table:
+            if part is None:
+                yield from _count_starts(table.iter_batches(batch_size=ROWS_PER_BATCH))
+                return
+            start = 0
+            for group in range(table.num_row_groups):
+                end = start + table.metadata.row_group(group).num_rows
+                if wanted := part.select(start, end):
+                    for number, batch in _count_starts(table.iter_batches(ROWS_PER_BATCH, row_groups=[group])):
+                        yield start + number, batch
+                        if start + number + batch.num_rows >= wanted[-1][1]:
+                            break
+                start = end
 
-    return _read_batches(file, "Parquet", batches)
+    return _read_batches(file, "Parquet", batches, part)
 
 
-def _read_arrow(file: Path, _: TextForm) -> Iterator[RawRecord]:
+def _read_arrow(file: Path, _: TextForm, part: Part | None) -> Iterator[RawRecord]:
     """Read both forms of Arrow's IPC: the file, and the stream that `datasets.save_to_disk` writes."""
     import pyarrow
 
     def batches() -> Iterator[Any]:
         with file.open("rb") as start:
             is_file = start.read(len(ARROW_FILE)) == ARROW_FILE
-        with pyarrow.OSFile(str(file)) as source:
+        with pyarrow.memory_map(str(file)) if part else pyarrow.OSFile(str(file)) as source:
             if is_file:
                 table = pyarrow.ipc.open_file(source)
                 for index in range(table.num_record_batches):
@@ -197,26 +251,41 @@ def _read_arrow(file: Path, _: TextForm) -> Iterator[RawRecord]:
             if source.read() != ARROW_STREAM_END:
                 raise pyarrow.ArrowInvalid("the end mark of the stream is missing")
 
-    return _read_batches(file, "Arrow", batches)
+    return _read_batches(file, "Arrow", lambda: _count_starts(batches()), part)
 
 
-def _read_batches(file: Path, form: str, batches: Callable[[], Iterator[Any]]) -> Iterator[RawRecord]:
+def _count_starts(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Yield each batch after the number of its first row."""
+    start = 0
+    for batch in batches:
+        yield start, batch
+        start += batch.num_rows
+
+
+def _read_batches(
+    file: Path, form: str, batches: Callable[[], Iterator[tuple[int, Any]]], part: Part | None
+) -> Iterator[RawRecord]:
     import pyarrow
 
     number = 0
     try:
-        for batch in batches():
+        for first, batch in batches():
+            number = first
             _check_header(batch.schema.names, file, None)
             labels, decoders = get_label_names(batch.schema), make_decoders(batch.schema)
-            for start in range(0, batch.num_rows, ROWS_PER_BATCH):
-                for value in batch.slice(start, ROWS_PER_BATCH).to_pylist():
-                    number += 1
-                    for column, names in labels.items():
-                        if isinstance(value[column], int):
-                            value[column] = names[value[column]] if 0 <= value[column] < len(names) else None
-                    for column, decode in decoders.items():
-                        value[column] = decode(value[column])
-                    yield RawRecord(f"{file.name} row {number}", value)
+            for start, stop in (
+                part.select(first, first + batch.num_rows) if part else [(first, first + batch.num_rows)]
+            ):
+                number = start
+                for begin in range(start, stop, ROWS_PER_BATCH):
+                    for value in batch.slice(begin - first, min(ROWS_PER_BATCH, stop - begin)).to_pylist():
+                        number += 1
+                        for column, names in labels.items():
+                            if isinstance(value[column], int):
+                                value[column] = names[value[column]] if 0 <= value[column] < len(names) else None
+                        for column, decode in decoders.items():
+                            value[column] = decode(value[column])
+                        yield RawRecord(f"{file.name} row {number}", value)
     except UnicodeDecodeError:
         raise InputError(
             f"{file.name} after row {number}: a text is not UTF-8; write the file again", code="not-utf-8"
@@ -226,18 +295,28 @@ def _read_batches(file: Path, form: str, batches: Callable[[], Iterator[Any]]) -
             f"{file.name} after row {number}: not a complete {form} file: {summarize_error(error)}; is it truncated?",
             code="truncated-file",
         ) from None
+    if part:
+        part.left_out = part.total - sum(stop - start for start, stop in part.ranges)
 
 
-_READERS: dict[str, Callable[[Path, TextForm], Iterator[RawRecord]]] = {
+_READERS: dict[str, Callable[[Path, TextForm, Part | None], Iterator[RawRecord]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
     ".jsonl.gz": _read_jsonl,
     ".json.gz": _read_json,
     ".csv.gz": _read_csv,
+    ".tsv.gz": _read_csv,
+    ".txt": _read_text,
+    ".txt.gz": _read_text,
 }
+
+
+def _load(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_make_object)
 
 
 def _require_object(value: Any) -> dict[str, Any] | Fault:

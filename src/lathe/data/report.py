@@ -1,6 +1,7 @@
 """Preprocessing report: what happened to every row, the limits on that, and the numbers for metrics and plots."""
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from lathe.common.errors import InputError
 from lathe.data.example_store import ExampleReader
+from lathe.data.mixture import count_by_dataset
 from lathe.data.near_duplicates import (
     MIN_SHARED_FRACTION,
     NGRAM_WORDS,
@@ -23,6 +25,7 @@ from lathe.data.tokenization import TokenizedSplit
 
 if TYPE_CHECKING:
     from lathe.config.params import Preprocess
+    from lathe.data.read_examples import ExampleFiles
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
@@ -40,8 +43,8 @@ class Account:
     def __init__(self, settings: "Preprocess") -> None:
         self.settings = settings
         self.files: dict[str, dict[str, Any]] = {}
-        self.columns: dict[str, Any] = {}
-        self.unused: dict[str, int] = {}  # rows by the columns, and keys of messages, that nothing reads
+        self.columns: list[dict[str, Any]] = []
+        self.unused: Counter[str] = Counter()  # rows by the columns, and keys of messages, that nothing reads
         self.faults: dict[str, FaultsByReason] = {name: {} for name in SPLITS}
         self.splits = Splits(rows={}, removed={})
         self.tokenized: dict[str, TokenizedSplit] = {}
@@ -52,9 +55,20 @@ class Account:
         """Return the number of rows in the files of a split, or of all splits."""
         return sum(file["rows"] for file in self.files.values() if split in (None, file["split"]))
 
-    def get_source_splits(self) -> set[str]:
-        """Return the splits that the source has files for."""
-        return {file["split"] for file in self.files.values()}
+    def _count_not_read(self) -> dict[str, int]:
+        """Return how many rows a limit left unread, if it did."""
+        rows = sum(file.get("not_read", 0) for file in self.files.values())
+        return {"not_read": rows} if rows else {}
+
+    def get_source_splits(self, dataset: str = "") -> set[str]:
+        """Return the splits that the source, or a dataset of a mixture, has files for."""
+        return {file["split"] for file in self.files.values() if file.get("dataset", "") == dataset}
+
+    def add_dataset(self, examples: "ExampleFiles") -> None:
+        """Take note of the files and columns of a dataset whose records have been read."""
+        self.files |= examples.files
+        self.unused.update(examples.unused)
+        self.columns.append({**({"dataset": examples.name} if examples.name else {}), **examples.columns})
 
     def add_fault(self, split: str, place: str, fault: Fault) -> None:
         """Count a record that did not become an example."""
@@ -146,16 +160,18 @@ class Account:
         return {
             "rows": {
                 "read": self.count_rows(),
+                **self._count_not_read(),
                 "kept": sum(split["kept"] for split in splits),
                 "dropped": sum(sum(split["dropped"].values()) for split in splits),
                 "truncated": sum(split["truncated"]["rows"] for split in splits),
                 "nearly_in_another_split": sum(rows for rows, _, _ in self.near_duplicates.values()),
             },
             "supervised_tokens": next(split["supervised_tokens"] for split in splits if split["split"] == "train"),
-            "columns": [self.columns],
+            "columns": self.columns,
             **self._report_unused(),
             "files": [{"file": name, **facts} for name, facts in self.files.items()],
             "splits": splits,
+            **self._report_datasets(reader),
             "overlap": [{"splits": pair, "rows": rows} for pair, rows in sorted(self.splits.overlap.items())],
             "near_overlap": [self._report_near_duplicates(pair, reader) for pair in sorted(self.near_duplicates)],
             "examples": [
@@ -168,13 +184,35 @@ class Account:
             ],
         }
 
+    def _report_datasets(self, reader: ExampleReader) -> dict[str, Any]:
+        """Return how many rows each dataset of a mixture has in each split, and its share of the training rows."""
+        names = [columns["dataset"] for columns in self.columns if "dataset" in columns]
+        if not names:
+            return {}
+        counts = {split: count_by_dataset(reader.stored, self.tokenized[split].rows, names) for split in SPLITS}
+        total = sum(counts["train"].values())
+        read = {name: sum(file["rows"] for file in self.files.values() if file["dataset"] == name) for name in names}
+        kept = {name: {split: counts[split][name] for split in SPLITS} for name in names}
+        return {
+            "datasets": [
+                {
+                    "dataset": name,
+                    "read": read[name],
+                    **kept[name],
+                    "dropped": read[name] - sum(kept[name].values()),
+                    "share_of_train": round(kept[name]["train"] / total, 4) if total else None,
+                }
+                for name in names
+            ]
+        }
+
     def make_partial_report(self, reader: ExampleReader) -> dict[str, Any]:
         """Return as much of the report as is known where the stage fails; a row that is not dropped yet is kept."""
         splits = [self._report_known_split(name) for name in SPLITS]
         return {
             "rows": {name: sum(split[name] for split in splits) for name in ("read", "kept", "truncated")}
-            | {"dropped": sum(sum(split["dropped"].values()) for split in splits)},
-            "columns": [self.columns],
+            | {"dropped": sum(sum(split["dropped"].values()) for split in splits), **self._count_not_read()},
+            "columns": self.columns,
             **self._report_unused(),
             "files": [{"file": name, **facts} for name, facts in self.files.items()],
             "splits": splits,
@@ -294,6 +332,7 @@ def _describe_references(tokenized: TokenizedSplit) -> dict[str, Any]:
         "words": _compute_quantiles(tokenized.get_lengths("words")),
         "json_rows": int(tokenized.get_lengths("json").sum()),
         **({"tool_rows": with_tools} if with_tools else {}),
+        **({"documents": documents} if (documents := int(tokenized.get_lengths("document").sum())) else {}),
     }
 
 

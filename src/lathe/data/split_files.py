@@ -14,7 +14,44 @@ SPLIT_NAMES = {
 }
 _SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".jsonl.gz", ".json.gz", ".csv.gz")
+SUFFIXES = (
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+    ".jsonl.gz",
+    ".json.gz",
+    ".csv.gz",
+    ".tsv.gz",
+    ".txt",
+    ".txt.gz",
+)
+# Raw texts. Beside files of other forms they are notes, such as a licence, and no data.
+TEXT_SUFFIXES = (".txt", ".txt.gz")
+
+# What else rows are kept in, and how they get out of it.
+_SPREADSHEET = "save the sheet as CSV in UTF-8, or `soffice --headless --convert-to csv {file}`"
+_CONVERSIONS = {
+    ".xlsx": _SPREADSHEET,
+    ".xlsm": _SPREADSHEET,
+    ".xls": _SPREADSHEET,
+    ".ods": _SPREADSHEET,
+    ".ndjson": "`mv {file} {stem}.jsonl`",
+    ".feather": "`mv {file} {stem}.arrow`",
+    ".orc": "`python -c \"import pandas; pandas.read_orc('{file}').to_parquet('{stem}.parquet')\"`",
+    ".pkl": "`python -c \"import pandas; pandas.read_pickle('{file}').to_parquet('{stem}.parquet')\"`, if you trust it",
+    ".sqlite": "`sqlite3 -json {file} 'SELECT * FROM TABLE' > {stem}.json`",
+    ".db": "`sqlite3 -json {file} 'SELECT * FROM TABLE' > {stem}.json`",
+    ".zip": "`unzip {file}`, and give its folder",
+    ".tar": "`tar xf {file}`, and give its folder",
+    ".tgz": "`tar xf {file}`, and give its folder",
+    ".tar.gz": "`tar xf {file}`, and give its folder",
+    ".zst": "`zstd -d {file}`",
+    ".xz": "`xz -d {file}`",
+    ".bz2": "`bzip2 -d {file}`",
+}
 
 # JSON files that `datasets.save_to_disk` writes beside its Arrow files; they hold no rows.
 _ARROW_COMPANIONS = ("dataset_info.json", "state.json", "dataset_dict.json")
@@ -35,9 +72,10 @@ def find_data_files(source: Path) -> dict[str, Path]:
     """Return the data files of a file or folder by the name that each gets in a flat folder; skips other files.
 
     A folder may hold folders named for the splits: `train/rows.jsonl` becomes `train-rows.jsonl`. Raises InputError if
-    two files would get the same name.
+    two files would get the same name, and for a file of rows that must be converted first, such as a spreadsheet.
     """
     if source.is_file():
+        _refuse_other_container(source)
         return {source.name: source} if get_suffix(source) else {}
     files = {file.name: file for file in _list_data_files(source)}
     for folder in sorted(path for path in source.iterdir() if path.is_dir() and path.name.lower() in _SPLIT_OF):
@@ -103,7 +141,12 @@ def find_split_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _list_data_files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and get_suffix(file))
+    present = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    for file in present:
+        _refuse_other_container(file)
+    files = [file for file in present if get_suffix(file)]
+    if any(get_suffix(file) not in TEXT_SUFFIXES for file in files):
+        files = [file for file in files if get_suffix(file) not in TEXT_SUFFIXES]
     from_datasets = any(folder.glob("*.arrow")) or any(folder.glob("*/*.arrow"))
     return [file for file in files if not (from_datasets and file.name in _ARROW_COMPANIONS)]
 
@@ -111,3 +154,14 @@ def _list_data_files(folder: Path) -> list[Path]:
 def _parse_split_name(file: Path) -> str | None:
     word = re.split(r"[-_.]", file.name.lower(), maxsplit=1)[0]
     return word if word in _SPLIT_OF else None
+
+
+def _refuse_other_container(file: Path) -> None:
+    name = file.name.lower()
+    for suffix, conversion in _CONVERSIONS.items():
+        if name.endswith(suffix):
+            command = conversion.format(file=file.name, stem=file.name[: -len(suffix)])
+            raise InputError(
+                f"{file.name}: rows are not read from {suffix} files; convert it: {command}; then remove it",
+                code="convert-first",
+            )

@@ -31,14 +31,19 @@ def assign_splits(
     stored: StoredExamples,
     *,
     source_splits: Collection[str],
+    numbers: RowNumbers | None = None,
+    taken: Collection[str] = ("test", "validation"),
+    shown: str = "the dataset",
     validation_fraction: float,
     test_fraction: float,
     limits: dict[str, int],
 ) -> Splits:
     """Return the three splits without duplicates, and without a prompt that is in two of them.
 
-    - A split that is not in `source_splits` is taken from train: the prompts with the smallest digests, `*_fraction`
-      of all distinct prompts, at least one.
+    With `numbers`, only these rows are looked at. `shown` names the dataset in messages.
+
+    - A split that is in `taken` and not in `source_splits` is taken from train: the prompts with the smallest digests,
+      `*_fraction` of all distinct prompts, at least one.
     - Of equal examples one is kept.
     - A prompt of two splits is kept in test rather than in validation, and in validation rather than in train.
     - A split over its limit keeps the rows with the smallest digests.
@@ -50,17 +55,26 @@ def assign_splits(
     with stored.open_reader() as reader:
         for number, name in enumerate(SPLITS):
             if name in source_splits:
-                numbers = numpy.flatnonzero(stored.splits == number)
-                splits.rows[name] = remove_duplicates(numbers, stored, reader, splits.removed[name])
+                mine = numpy.flatnonzero(stored.splits == number)
+                mine = mine if numbers is None else numpy.intersect1d(mine, numbers, assume_unique=True)
+                splits.rows[name] = remove_duplicates(mine, stored, reader, splits.removed[name])
         _remove_overlap(splits, prompts, reader)
-        _take_from_train(splits, prompts, {"test": test_fraction, "validation": validation_fraction})
+        fractions = {"test": test_fraction, "validation": validation_fraction}
+        _take_from_train(splits, prompts, {name: fractions[name] for name in taken}, shown)
         for name, limit in limits.items():
+            if name not in splits.rows:
+                continue
             over = splits.rows[name][limit:]
             if len(over):
                 first = [(reader.read_place(row), f"the split keeps {limit} rows") for row in over[:MAX_SHOWN]]
                 splits.removed[name]["over_limit"] = RemovedRows(len(over), first)
             splits.rows[name] = splits.rows[name][:limit]
     return splits
+
+
+def remove_overlap(splits: Splits, stored: StoredExamples, reader: ExampleReader) -> None:
+    """Remove the prompts that are in two of the splits from one of them, and count them."""
+    _remove_overlap(splits, rank_digests(stored.prompt), reader)
 
 
 def _remove_overlap(splits: Splits, prompts: RowNumbers, reader: ExampleReader) -> None:
@@ -83,13 +97,15 @@ def _remove_overlap(splits: Splits, prompts: RowNumbers, reader: ExampleReader) 
             ]
             splits.removed[name]["in_other_split"] = RemovedRows(int(shared.sum()), first)
             for other, count in zip(*numpy.unique(split_of[owners[shared]], return_counts=True), strict=True):
-                splits.overlap[f"{name}_in_{SPLITS[other]}"] = int(count)
+                splits.overlap[f"{name}_in_{SPLITS[other]}"] += int(count)
         rows = splits.rows[name] = rows[~shared]
         owner[prompts[rows[::-1]]] = rows[::-1]  # reversed: of several rows with one prompt, the first is its owner
         split_of[rows] = SPLITS.index(name)
 
 
-def _take_from_train(splits: Splits, prompts: RowNumbers, fractions: dict[str, float]) -> None:
+def _take_from_train(splits: Splits, prompts: RowNumbers, fractions: dict[str, float], shown: str) -> None:
+    if "train" not in splits.rows:
+        return
     train = splits.rows["train"]
     distinct = numpy.unique(prompts[train])
     counts = {
@@ -98,7 +114,7 @@ def _take_from_train(splits: Splits, prompts: RowNumbers, fractions: dict[str, f
     if counts and len(distinct) < 1 + sum(counts.values()):
         names = " and ".join(counts)
         raise InputError(
-            f"the dataset has {len(distinct)} different prompts, too few to take {names} from; "
+            f"{shown} has {len(distinct)} different prompts, too few to take {names} from; "
             f"add rows, or a file for {names}",
             code="too-few-prompts",
         )

@@ -17,18 +17,23 @@ UTF_8 = "utf-8"
 SAMPLE_BYTES = 1 << 16
 SAMPLE_ROWS = 50
 
-COMMA = ","
-DELIMITERS = {COMMA: "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+COMMA, TAB = ",", "\t"
+DELIMITERS = {COMMA: "commas", ";": "semicolons", TAB: "tabs", "|": "vertical bars"}
 # Excel's own first line, which names the delimiter.
 SEPARATOR_LINE = "sep="
 
 
 @dataclass(frozen=True, slots=True)
 class TextForm:
-    """Encoding of a text file, by Python's name, and delimiter of its columns; None: told by its content."""
+    """How a text file is read: encoding, by Python's name, delimiter of CSV, and key of a JSON object's rows.
+
+    None: told by its content. A file of raw text is one document, or holds documents that blank lines separate.
+    """
 
     encoding: str | None = None
     delimiter: str | None = None
+    rows_key: str | None = None
+    is_one_document: bool = False
 
 
 BY_CONTENT = TextForm()
@@ -55,6 +60,8 @@ def find_encoding(file: Path, form: TextForm = BY_CONTENT) -> str:
             ) from None
     with open_file(file) as source:
         sample = source.read(SAMPLE_BYTES)
+    if b"\0" in sample and (wide := guess_encoding(sample)):  # UTF-16 of ASCII letters is UTF-8 with NUL characters
+        return wide
     try:
         codecs.getincrementaldecoder(UTF_8)().decode(sample)
     except UnicodeDecodeError:
@@ -80,6 +87,8 @@ def find_delimiter(file: Path, encoding: str, form: TextForm = BY_CONTENT) -> st
                 code="bad-delimiter",
             )
         return named
+    if file.name.lower().removesuffix(".gz").endswith(".tsv"):
+        return TAB
     columns = {delimiter: _count_columns(lines, delimiter) for delimiter in DELIMITERS}
     if columns[COMMA] > 1:
         return COMMA

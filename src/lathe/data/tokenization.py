@@ -32,6 +32,7 @@ from lathe.data.truncation import Messages, TruncatedSide, truncate_conversation
 from lathe.data.worker_processes import MAX_PROCESSES, ReportRows, run_in_processes
 from lathe.data.writing_systems import detect_writing_system
 from lathe.models.chat_template import TemplateError, Tools
+from lathe.models.document import is_document
 from lathe.models.loss_mask import ConversationEncoder, Encoded
 
 ROWS_PER_PROCESS = 512  # fewer rows are not worth a process of their own
@@ -56,6 +57,7 @@ class TokenLengths(NamedTuple):
     reference: int  # of the last answer with its end, which generated ones are compared with if the row is held out
     conversation: int  # of the sequence that ends with it, which takes as much of the context
     rejected: int = 0  # of the prompt with the rejected answer, in a preference pair
+    document: int = 0  # 1 if the example is a raw text, which training cuts into sequences of at most max_length
     words: int = 0  # words of the last answer, not tokens
     json: int = 0  # 1 if the last answer is a JSON object or array
     tools: int = 0  # 1 if tools may be called
@@ -232,7 +234,7 @@ class _ShareTokenizer:
             dialogue = _get_dialogue(example["messages"])
             self.scripts.setdefault(detect_writing_system(dialogue), Occurrences()).add(get_place)
             words.append(hash_words(dialogue))
-            lengths.append(result._replace(**_describe_answer(example)))
+            lengths.append(result._replace(**({} if result.document else _describe_answer(example))))
             positions.append(position)
         kept = numpy.array(positions, dtype=numpy.int64)
         self.kept.append(numbers[kept])
@@ -303,8 +305,13 @@ class _ShareTokenizer:
         self, conversations: Sequence[Messages], tools: Sequence[Tools | None]
     ) -> Iterator[TokenLengths | Fault]:
         encoded = self.encoder.encode_rows(conversations, supervise=self.rules.supervise, tools=tools)
-        for result in encoded:
-            yield Fault("template", None, str(result)) if isinstance(result, TemplateError) else _count_tokens(result)
+        for messages, result in zip(conversations, encoded, strict=True):
+            if isinstance(result, TemplateError):
+                yield Fault("template", None, str(result))
+            elif is_document(messages):
+                yield _count_document(result[0], self.rules.max_length)
+            else:
+                yield _count_tokens(result)
 
     def make_result(self) -> TokenizedSplit:
         return TokenizedSplit(
@@ -329,6 +336,23 @@ def _count_tokens(sequences: Sequence[Encoded]) -> TokenLengths:
         sequences=len(counts),
         reference=_count_last_answer(sequences[-1].supervised),
         conversation=len(sequences[-1].input_ids),
+    )
+
+
+def _count_document(sequence: Encoded, max_length: int) -> TokenLengths:
+    """Return the lengths of a raw text: `total` and `conversation` are those of its longest piece."""
+    tokens = len(sequence.input_ids)
+    longest = min(tokens, max_length)
+    return TokenLengths(
+        prompt=0,
+        answer=longest,
+        total=longest,
+        supervised=sequence.supervised.count(True),
+        tokens=tokens,
+        sequences=-(-tokens // max_length),
+        reference=1,
+        conversation=longest,
+        document=1,
     )
 
 

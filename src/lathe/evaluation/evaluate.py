@@ -15,7 +15,7 @@ import numpy as np
 
 from lathe.common import paths
 from lathe.common.errors import InputError
-from lathe.common.jsonl import read_jsonl
+from lathe.common.jsonl import iterate_jsonl, read_jsonl
 from lathe.config.params import BertScore
 from lathe.evaluation import bootstrap, permutation_test, text_metrics
 from lathe.evaluation.call_scores import compute_call_f1, match_calls, score_calls
@@ -66,10 +66,10 @@ def add_bert_score(splits: Sequence[AnswersByArtifact], settings: BertScore, *, 
 
     assert settings.model
     encoder = bert_score.Encoder(paths.MODEL_ENCODER, num_layers=settings.num_layers, max_length=settings.max_length)
-    rows = [row for answers in splits for answer_rows in answers.values() for row in answer_rows]
+    rows = [row for answers in splits for answer_rows in answers.values() for row in answer_rows if _is_answered(row)]
     pairs = {(row["completion"], row["reference"]) for row in rows}
     # One baseline for both splits, so that their scores can be compared.
-    references = [row["reference"] for answers in splits for row in answers["base"]]
+    references = [row["reference"] for answers in splits for row in answers["base"] if _is_answered(row)]
     unrelated = bert_score.draw_unrelated_pairs(references, seed) if settings.baseline == "shuffled" else []
     scored = bert_score.compute_scores({*pairs, *unrelated}, encoder, batch_size=settings.batch_size, cache=cache)
     baseline = 0.0
@@ -133,25 +133,32 @@ def define_scores(
     }
     statistics["tool_calls"] = lambda row: score_calls(row, score=match_calls)
     statistics["tool_calls_f1"] = lambda row: score_calls(row, score=compute_call_f1)
-    statistics["bert_score"] = lambda row: (row["bert_score"], 1.0)
+    statistics["bert_score"] = _get_bert_score_statistics
     scores = [_define_score(name, statistics[name]) for name in metrics]
     if judge_weight is not None:
         scores.append(_define_score("judge", _get_judge_statistics))
     if "bert_score" in metrics:
         formula = make_combined(bert_score_weight, judge_weight)
         scores.append(
-            ScoreDefinition("combined", lambda row: (row["bert_score"], 1.0, *_get_judge_statistics(row)), formula)
+            ScoreDefinition(
+                "combined", lambda row: (*_get_bert_score_statistics(row), *_get_judge_statistics(row)), formula
+            )
         )
     scores += [
         _define_score("perplexity", lambda row: (_replace_none(row["nll"]), row["reference_tokens"])),
         _define_score("kl", _get_kl_statistics),
-        _define_score("stop_rate", lambda row: (row["finish_reason"] == "stop", 1.0)),
+        _define_score("stop_rate", lambda row: (row["finish_reason"] == "stop", float(_is_answered(row)))),
     ]
     return scores
 
 
 def _define_score(name: str, get_statistics: Callable[[AnswerRow], text_metrics.Statistics]) -> ScoreDefinition:
-    return ScoreDefinition(name, get_statistics, functools.partial(compute_metric, name))
+    return ScoreDefinition(name, get_statistics, functools.partial(_compute_score, name))
+
+
+def _compute_score(name: str, sums: Array) -> Array:
+    """Return the metric's value; NaN where nothing was summed, as no row was answered."""
+    return np.where((sums == 0).all(axis=-1), np.nan, compute_metric(name, sums))
 
 
 GENERAL_PERPLEXITY = _define_score("general_perplexity", lambda row: (_replace_none(row["nll"]), row["tokens"]))
@@ -190,6 +197,42 @@ def evaluate(
             "deltas": sorted(deltas[artifact], key=lambda delta: COMPARED_WITH.index(delta["to"])),
         }
         for artifact, values in report.items()
+    }
+
+
+def read_dataset_names(processed: Path) -> list[str]:
+    """Return the name of the dataset of each row of a processed split of a mixture; [] without one."""
+    names = [row.get("dataset") for row in iterate_jsonl(processed)]
+    return [str(name) for name in names] if all(names) else []
+
+
+def evaluate_datasets(
+    answers: AnswersByArtifact,
+    names: Sequence[str],
+    bytes_of: Mapping[str, int],
+    scores: Sequence[ScoreDefinition],
+    resampling: Resampling,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the report on the rows of each dataset alone, by its name; nothing where one dataset has all of them.
+
+    `names` are those of the split's rows, of which the first were answered.
+    """
+    asked = list(names[: len(next(iter(answers.values())))])
+    distinct = list(dict.fromkeys(asked))
+    if len(distinct) < 2:
+        return {}
+    return {
+        name: evaluate(
+            {
+                artifact: [row for row, of in zip(rows, asked, strict=True) if of == name]
+                for artifact, rows in answers.items()
+            },
+            {},
+            bytes_of,
+            scores,
+            resampling,
+        )
+        for name in distinct
     }
 
 
@@ -314,7 +357,17 @@ def _cache_pair_statistics(
 ) -> Callable[[AnswerRow], text_metrics.Statistics]:
     # Many artifacts give the same answer to a prompt.
     cached = functools.cache(compute)
-    return lambda row: cached(row["completion"], row["reference"])
+    without_answer = tuple(0.0 for _ in compute("", ""))
+    return lambda row: cached(row["completion"], row["reference"]) if _is_answered(row) else without_answer
+
+
+def _is_answered(row: AnswerRow) -> bool:
+    """Tell whether a row was answered; a document is not, and counts for its likelihood alone."""
+    return row["finish_reason"] is not None
+
+
+def _get_bert_score_statistics(row: AnswerRow) -> text_metrics.Statistics:
+    return (row["bert_score"], 1.0) if _is_answered(row) else (0.0, 0.0)
 
 
 def _get_judge_statistics(row: AnswerRow) -> text_metrics.Statistics:

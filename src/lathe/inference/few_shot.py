@@ -10,6 +10,7 @@ from lathe.inference.generate import Generator
 from lathe.inference.held_out import Example, HeldOutPrompt, HeldOutRun, render_prompt
 from lathe.inference.row_file import RowFile
 from lathe.models.chat_template import Message
+from lathe.models.document import is_document
 
 logger = logging.getLogger(__name__)
 
@@ -18,9 +19,11 @@ def draw_examples(train: Iterable[Example], count: int, *, seed: int) -> list[Ex
     """Draw `count` rows of the training split (all, if it has fewer) by the seed; no more are held in memory.
 
     A smaller count gives the first of a larger one. System messages are left out: each request has its own.
+    Documents are no examples.
     """
     draw = random.Random(seed)
-    keyed = ((draw.random(), number, row) for number, row in enumerate(train))
+    asked = (row for row in train if not is_document(row["messages"]))
+    keyed = ((draw.random(), number, row) for number, row in enumerate(asked))
     drawn = [row for _, _, row in heapq.nsmallest(count, keyed)]
     return [
         {**row, "messages": [message for message in row["messages"] if message["role"] != "system"]} for row in drawn
@@ -55,13 +58,13 @@ def store_prompts(
     generator, count = run.generator, len(examples)
 
     def render(row: Example, count: int) -> HeldOutPrompt:
-        whole = insert_examples(examples[:count], row)
+        whole = row if is_document(row["messages"]) else insert_examples(examples[:count], row)
         return render_prompt(generator.chat_template, whole["messages"], whole.get("tools"))
 
     def render_rows(rows: Iterable[Example], count: int) -> Iterator[HeldOutPrompt]:
         for row in rows:
             prompt = render(row, count)
-            if count and not _has_room(generator, prompt, max_new_tokens):
+            if count and not prompt.is_document and not _has_room(generator, prompt, max_new_tokens):
                 raise _NoRoomError(row)
             yield prompt
 

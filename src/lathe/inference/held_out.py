@@ -37,6 +37,11 @@ class HeldOutPrompt(NamedTuple):
     tools: Tools | None = None
     calls: list[Call] | None = None
 
+    @property
+    def is_document(self) -> bool:
+        """Whether it is a raw text, which no prompt stands before."""
+        return not self.prompt
+
 
 def render_prompt(template: ChatTemplate, conversation: Conversation, tools: Tools | None = None) -> HeldOutPrompt:
     """Render a conversation whose last message is the reference."""
@@ -73,20 +78,26 @@ class HeldOutRun:
     def measure_split(self, name: str, prompts: RowFile, out: Path, *, max_new_tokens: int) -> dict[str, Any]:
         """Let the model answer each prompt of a split, greedily, and compare with the references.
 
-        Writes to `out`, in the order of `prompts`: {prompt, reference, completion, finish_reason, tokens, nll,
-        reference_tokens, kl}, and what `read_answer` returns. Returns the split's perplexity of the references, mean KL
-        divergence per token of them (None without `against`), stop rate and number of rows.
+        A document is not answered: all of it is scored. Writes to `out`, in the order of `prompts`: {prompt, reference,
+        completion, finish_reason, tokens, nll, reference_tokens, kl}, and what `read_answer` returns. Returns the
+        split's perplexity of the references, mean KL divergence per token of them (None without `against`), stop rate
+        and number of rows.
         """
         answers, references = f"{name}/answers", f"{name}/references"
         began = time.perf_counter()
-        for number, result in likelihood.answer_and_score(
+        self._score_documents(prompts, references)
+        asked = [number for number, row in enumerate(_read_prompts(prompts)) if not row.is_document]
+        answered, scored = self.journal.list_finished(answers), self.journal.list_finished(references)
+        results = likelihood.answer_and_score(
             self.generator,
-            lambda: ((row.prompt, row.answer) for row in _read_prompts(prompts)),
+            lambda: ((row.prompt, row.answer) for row in _read_prompts(prompts) if not row.is_document),
             max_new_tokens=max_new_tokens,
             against=self.against,
-            answered=self.journal.list_finished(answers),
-            scored=self.journal.list_finished(references),
-        ):
+            answered={index for index, number in enumerate(asked) if number in answered},
+            scored={index for index, number in enumerate(asked) if number in scored},
+        )
+        for index, result in results if asked else ():
+            number = asked[index]
             if isinstance(result, Completion):
                 self.tokens += result.tokens
             self.journal.add(answers if isinstance(result, Completion) else references, number, vars(result))
@@ -112,10 +123,24 @@ class HeldOutRun:
         )
         return _compute_perplexity(math.fsum(row["nll"] for row in rows), sum(row["tokens"] for row in rows))
 
+    def _score_documents(self, prompts: RowFile, references: str) -> None:
+        finished = self.journal.list_finished(references)
+        numbers = [number for number, row in enumerate(_read_prompts(prompts)) if row.is_document]
+        results = likelihood.score_texts(
+            self.generator,
+            lambda: (row.reference for row in _read_prompts(prompts) if row.is_document),
+            against=self.against,
+            finished={index for index, number in enumerate(numbers) if number in finished},
+            task="documents",
+        )
+        for index, likely in results if numbers else ():
+            self.journal.add(references, numbers[index], vars(likely))
+
     def _join_rows(self, prompts: RowFile, answers: str, references: str) -> Iterator[dict[str, Any]]:
         template = self.generator.chat_template
         for number, row in enumerate(_read_prompts(prompts)):
-            completion, likely = self.journal.read_row(answers, number), self.journal.read_row(references, number)
+            likely = self.journal.read_row(references, number)
+            completion = _NO_ANSWER if row.is_document else self.journal.read_row(answers, number)
             yield {
                 "prompt": row.prompt,
                 "reference": row.reference,
@@ -125,8 +150,11 @@ class HeldOutRun:
                 "nll": likely["nll"],
                 "reference_tokens": likely["tokens"],
                 "kl": likely["kl"],
-                **read_answer(template, row, completion["text"]),
+                **({} if row.is_document else read_answer(template, row, completion["text"])),
             }
+
+
+_NO_ANSWER: dict[str, Any] = {"text": "", "finish_reason": None, "tokens": 0}
 
 
 def read_answer(template: ChatTemplate, row: HeldOutPrompt, text: str) -> dict[str, Any]:
@@ -156,6 +184,7 @@ def _read_prompts(prompts: RowFile) -> Iterator[HeldOutPrompt]:
 @dataclass
 class _SplitTotals:
     rows: int = 0
+    answers: int = 0
     stopped: int = 0
     tokens: int = 0
     nll: float = 0.0
@@ -164,6 +193,7 @@ class _SplitTotals:
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Count a row in; return it with its numbers rounded."""
         self.rows += 1
+        self.answers += row["finish_reason"] is not None
         self.stopped += row["finish_reason"] == "stop"
         self.tokens += row["reference_tokens"]
         self.nll += row["nll"]
@@ -175,7 +205,7 @@ class _SplitTotals:
         return {
             "perplexity": _compute_perplexity(self.nll, self.tokens),
             "kl": None if self.kl is None else _round_significant(self.kl / self.tokens),
-            "stop_rate": round(self.stopped / self.rows, 4),
+            "stop_rate": round(self.stopped / self.answers, 4) if self.answers else None,
             "rows": self.rows,
         }
 

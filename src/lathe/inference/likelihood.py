@@ -107,7 +107,12 @@ def answer_and_score(
 
 
 def score_texts(
-    generator: Generator, texts: Callable[[], Iterable[str]], *, finished: Container[int] = ()
+    generator: Generator,
+    texts: Callable[[], Iterable[str]],
+    *,
+    against: Generator | None = None,
+    finished: Container[int] = (),
+    task: str = "general text",
 ) -> Iterator[tuple[int, Likelihood]]:
     """Yield the number of each text, from 0, and its likelihood alone, without any chat template.
 
@@ -129,7 +134,7 @@ def score_texts(
                 if len(piece) > 1
             ]
 
-    yield from _score("general text", tokenize_texts, generator, None, finished)
+    yield from _score(task, tokenize_texts, generator, against, finished)
 
 
 @dataclass(frozen=True, slots=True)

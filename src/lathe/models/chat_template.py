@@ -15,6 +15,7 @@ import jinja2
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lathe.common.errors import InputError
+from lathe.models.document import is_document
 from lathe.models.message_form import (
     ANSWER,
     QUESTION,
@@ -105,6 +106,8 @@ class ChatTemplate:
         any. A template that asks for the date gets a fixed one. `tools` are definitions in OpenAI's form. Raises
         TemplateError if the template refuses the messages.
         """
+        if is_document(messages):
+            return str(messages[0]["content"])
         if not all(map(_is_text_message, messages)):
             messages = self.form.adapt(messages)
         return self._render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
@@ -158,6 +161,8 @@ class ChatTemplate:
         writes none. What follows the answer begins with the end token, possibly after white space. Raises TemplateError
         if the answer is not written right after the prompt, or not as it is.
         """
+        if is_document(messages):
+            return SplitAnswer("", self.render(messages), self.eos_token)
         prompt = self.render(messages[:-1], add_generation_prompt=True, tools=tools)
         text = self.render(messages, tools=tools)
         last = messages[-1]

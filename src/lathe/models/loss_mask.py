@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any, Literal, Self
 
 from lathe.models.chat_template import ChatTemplate, Conversation, TemplateError, Tools
+from lathe.models.document import is_document
 from lathe.models.special_tokens import compile_control_tokens
 from lathe.models.token_segments import (
     compile_segment_starts,
@@ -57,6 +58,8 @@ def encode(
 
     A template may write more than the answer after its generation prompt: Qwen3's writes an empty `<think>` block
     into the last turn. It is supervised, because the model has to write it; see `ChatTemplate.answer_prefix`.
+
+    All of a document is supervised, with the EOS that is put after it.
 
     A sequence begins with exactly one BOS if the template writes one or the tokenizer adds one to plain text.
     """
@@ -117,6 +120,8 @@ class ConversationEncoder:
     def _render_turns(
         self, messages: Conversation, supervise: str, tools: Tools | None
     ) -> "list[_Turn] | TemplateError":
+        if is_document(messages):
+            return [_Turn("", self.template.render(messages) + self.template.eos_token)]
         answers = [
             index
             for index, message in enumerate(messages)

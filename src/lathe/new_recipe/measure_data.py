@@ -14,7 +14,7 @@ from lathe.common.json_files import read_json_object
 from lathe.common.jsonl import write_jsonl
 from lathe.config.held_out_checks import PROSE_WORDS
 from lathe.config.load import Config
-from lathe.config.presets import BuiltinDataset, DatasetPreset, HubDataset
+from lathe.config.presets import BuiltinDataset, HubDataset, MixtureDataset, SingleDataset
 from lathe.data.check_file import check_file
 from lathe.data.read_examples import ExampleFiles, add_system_prompt
 from lathe.data.read_files import Fault
@@ -59,6 +59,12 @@ class DataFacts:
 def measure_data(config: Config) -> DataFacts:
     """Read the selected dataset, if it is on this machine. Raises InputError where it cannot be read."""
     preset = config.dataset
+    if isinstance(preset, MixtureDataset):
+        raise InputError(
+            f"{config.params.dataset}: is a mixture, for which no values are chosen; make the recipe for one of its "
+            "datasets, and set `dataset` in it afterwards",
+            code="mixture",
+        )
     with tempfile.TemporaryDirectory() as folder:
         source = _find_source(config, Path(folder))
         if source is None:
@@ -77,6 +83,7 @@ def measure_data(config: Config) -> DataFacts:
 def _find_source(config: Config, folder: Path) -> Path | None:
     """Return the file or folder with the dataset's files; None for one of the Hub that `fetch` has not brought."""
     preset = config.dataset
+    assert not isinstance(preset, MixtureDataset)
     if isinstance(preset, BuiltinDataset):
         from lathe.sources.builtin import household_commands
 
@@ -104,7 +111,7 @@ def is_fetched(kind: str, name: str, folder: Path) -> bool:
     return bool(origin) and bool(origin[0].get("name") == name)
 
 
-def _read_rows(raw: Path, preset: DatasetPreset, found: dict[str, Any]) -> DataFacts:
+def _read_rows(raw: Path, preset: SingleDataset, found: dict[str, Any]) -> DataFacts:
     rows: list[int] = []
     answers: list[int] = []
     words: list[int] = []

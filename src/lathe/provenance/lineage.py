@@ -96,4 +96,10 @@ def hash_folder(files: Mapping[str, str]) -> str:
 def _read_origin(name: str, item: str) -> dict[str, str]:
     [origin] = read_json(paths.METRICS / f"fetch/{item}.json")["origin"]
     keys = ("name", "source", "id", "revision", "commit", "package", "version", "gguf", "sha256", "quantization")
-    return {f"lathe.{name}.{key}": origin[key] for key in keys if origin.get(key)}
+    of_parts = {
+        f"lathe.{name}.{part['name']}.{key}": part[key]
+        for part in origin.get("datasets", [])  # of a mixture
+        for key in keys[1:]
+        if part.get(key)
+    }
+    return {f"lathe.{name}.{key}": origin[key] for key in keys if origin.get(key)} | of_parts

@@ -40,7 +40,9 @@ def is_unrelated_change(stage: Mapping[str, Any], dep: str) -> bool:
 def find_untracked(config: Config, items: Mapping[str, Any] | None = None) -> list[str]:
     """Return the local paths of the selected presets that neither DVC nor Git tracks: no cache can restore them."""
     chosen = items or {"model": config.model, "dataset": config.dataset, "encoder": config.encoder}
-    local = [preset.path for preset in chosen.values() if preset is not None and preset.source == "local"]
+    given = [preset for preset in chosen.values() if preset is not None]
+    single = [each for preset in given for each in getattr(preset, "datasets", {"": preset}).values()]
+    local = [preset.path for preset in single if preset.source == "local"]
     return [path for path in dict.fromkeys(local) if (paths.ROOT / path).exists() and not _is_tracked(path)]
 
 

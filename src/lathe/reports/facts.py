@@ -369,7 +369,9 @@ def _sample_rows(root: Path, artifacts: Sequence[str], requests: list[str], seed
     if not answered:
         return []
     rows = min(len(answers) for answers in answered.values())
-    chosen = sorted(random.Random(seed).sample(range(rows), min(SAMPLED_ROWS, rows)))
+    first = next(iter(answered.values()))
+    asked = [row for row in range(rows) if first[row]["finish_reason"] is not None]  # and no document
+    chosen = sorted(random.Random(seed).sample(asked, min(SAMPLED_ROWS, len(asked))))
     return [_build_sample(row, answered, requests) for row in chosen]
 
 
@@ -417,7 +419,8 @@ def _read_worst(root: Path, artifacts: Sequence[str]) -> dict[str, list[Value]]:
     for name in artifacts:
         rows = read_value(root, f"data/scored/{name}/validation.jsonl")
         if rows:
-            wrong = (row for row in rows if row.content["completion"] != row.content["reference"])
+            asked = (row for row in rows if row.content["finish_reason"] is not None)  # and no document
+            wrong = (row for row in asked if row.content["completion"] != row.content["reference"])
             found[name] = list(itertools.islice(wrong, WORST_ROWS))
     return found
 

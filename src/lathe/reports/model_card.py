@@ -101,8 +101,9 @@ def _build_front_matter(facts: CardFacts, params: Params) -> dict[str, Any]:
     front: dict[str, Any] = {}
     if facts.model.get("id"):
         front |= {"base_model": facts.model["id"], "base_model_relation": "quantized"}
-    if facts.dataset.get("id"):
-        front["datasets"] = [facts.dataset["id"]]
+    sources = [facts.dataset, *facts.dataset.get("datasets", [])]  # the parts of a mixture
+    if ids := [source["id"] for source in sources if source.get("id")]:
+        front["datasets"] = ids
     tuning = "full" if params.training.tuning == "full" else "qlora" if params.quantization.load_in_4bit else "lora"
     return {
         **front,
@@ -121,7 +122,9 @@ def _describe_source(fetched: Mapping[str, Any], digest: str) -> dict[str, str]:
     details = f" ({source})" if not fetched.get("id") else f", commit {fetched.get('commit')}"
     if fetched.get("gguf"):
         details += f", from `{fetched['gguf']}` ({fetched['quantization']}, SHA-256 {fetched['sha256']})"
-    return {"shown": shown, "origin": f"{shown}{details}, digest {digest}"}
+    parts = [_describe_source(part, part["sha256"])["origin"] for part in fetched.get("datasets", [])]
+    of_parts = f"; of {'; '.join(parts)}" if parts else ""
+    return {"shown": shown, "origin": f"{shown}{details}, digest {digest}{of_parts}"}
 
 
 def _build_row(

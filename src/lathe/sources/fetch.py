@@ -1,5 +1,6 @@
 """Sources of base models, datasets and encoders: built in, local files, the Hugging Face Hub, Python packages."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -20,11 +21,13 @@ from lathe.config.presets import (
     LocalDataset,
     LocalEncoder,
     LocalModel,
+    MixtureDataset,
     ModelPreset,
     ModelWithTemplate,
     PackageEncoder,
     PackageModel,
 )
+from lathe.data.part_of_file import count_rows_to_read
 from lathe.data.split_files import require_data_files
 from lathe.models import model_folder
 from lathe.models.templates.install_template import install_template
@@ -87,14 +90,22 @@ def fetch_encoder(preset: EncoderPreset, folder: Path) -> Origin:
 def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
     """Fill the empty `folder` with the dataset's files, unchanged; those of a folder `train/` are named `train-*`.
 
-    Files of the Hub are named for the splits they are used as; a slice of a split, or a format that `preprocess` does
-    not read, becomes Parquet. Raises InputError if a local path is missing, outside of data/local, or without a data
-    file, and if the Hub cannot or will not give it.
+    Each dataset of a mixture gets a folder of its name. Files of the Hub are named for the splits they are used as; a
+    slice of a split, or a format that `preprocess` does not read, becomes Parquet. Raises InputError if a local path is
+    missing, outside of data/local, or without a data file, and if the Hub cannot or will not give it.
     """
     match preset:
+        case MixtureDataset():
+            return {
+                "datasets": [_fetch_part(name, part, folder / name, seed) for name, part in preset.datasets.items()]
+            }
         case BuiltinDataset():
             from lathe.common.jsonl import write_jsonl
             from lathe.sources.builtin import household_commands
+
+            if preset.content == "paragraphs":
+                shutil.copyfile(Path(household_commands.__file__).with_name("paragraphs.txt"), folder / "train.txt")
+                return {}
 
             for split, rows in household_commands.make_rows(seed, errors=preset.errors).items():
                 write_jsonl(rows, folder / f"{split}.jsonl")
@@ -110,15 +121,31 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
 
             repository = Repository("dataset", preset.id, preset.revision)
             layout = Layout(repository, preset.config)
-            for split, wanted in (
-                ("train", preset.train_split),
-                ("validation", preset.validation_split),
-                ("test", preset.test_split),
-            ):
-                if wanted:
-                    layout.place(split, wanted, folder)
+            named = {
+                "train": preset.train_split,
+                "validation": preset.validation_split,
+                "test": preset.test_split,
+            }
+            present = {split: wanted for split, wanted in named.items() if wanted}
+            for split, wanted in present.items():
+                layout.place(split, wanted, folder, count_rows_to_read(preset.limits, split, present))
             return {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
     return {}
+
+
+def _fetch_part(name: str, preset: DatasetPreset, folder: Path, seed: int) -> Origin:
+    """Fetch a dataset of a mixture into a folder of its own; return its origin, with a digest of its files."""
+    folder.mkdir()
+    origin = fetch_dataset(preset, folder, seed=seed)
+    return {"name": name, "source": preset.source, **origin, "sha256": _hash_files(folder)}
+
+
+def _hash_files(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        with file.open("rb") as source:
+            digest.update(f"{file.name}\0{hashlib.file_digest(source, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _place_model(source: Path, shown: str, folder: Path, origin: Origin) -> None:

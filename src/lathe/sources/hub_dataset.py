@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import shutil
 import sys
@@ -17,6 +18,8 @@ from datasets.exceptions import DatasetsError
 from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean, summarize_error
+from lathe.data.part_of_file import count_rows
+from lathe.data.split_files import get_suffix
 from lathe.sources.hub import Repository
 
 logger = logging.getLogger(__name__)
@@ -56,9 +59,10 @@ class Layout:
                 str(split): [str(Path(file).relative_to(folder)) for file in files] for split, files in found
             }
 
-    def place(self, split: str, wanted: str, folder: Path) -> None:
+    def place(self, split: str, wanted: str, folder: Path, rows: int | None = None) -> None:
         """Put the repository's split `wanted` into `folder`, named as `split`.
 
+        Where it is in many files, and only so many `rows` are to be read, no more files are downloaded than hold them.
         Its files are linked. A slice, or a format that `preprocess` does not read, is converted to one Parquet file:
         the same bytes for the same rows. Raises InputError if there is no such split, or if it cannot be read.
         """
@@ -69,7 +73,7 @@ class Layout:
                 f"{did_you_mean(name, list(self.splits))}",
                 code="no-such-split",
             )
-        files = self.repository.files(self.splits[name])
+        files = self._download(self.splits[name], None if bracket else rows)
         suffix = READ_UNCHANGED[self._kind]
         if bracket or self._options or not suffix or any(Path(path).suffix != suffix for path in files):
             self._convert(split, wanted, list(files.values()), folder)
@@ -77,6 +81,22 @@ class Layout:
         for number, file in enumerate(files.values()):
             shard = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
             paths.link(file, folder / f"{split}{shard}{suffix}")
+
+    def _download(self, names: list[str], rows: int | None) -> dict[str, Path]:
+        """Return files of a split by name: all, or some from evenly over the list that hold so many rows."""
+        if rows is None or len(names) == 1:
+            return self.repository.files(names)
+        found = self.repository.files(names[:1])
+        while (count := sum(map(_count_rows, found.values()))) < rows and len(found) < len(names):
+            wanted = min(len(names), max(len(found) + 1, math.ceil(rows * len(found) / max(count, 1))))
+            more = {names[len(names) * number // wanted] for number in range(wanted)} - found.keys()
+            rest = [name for name in names if name not in found]
+            found |= self.repository.files([name for name in names if name in more] or rest[:1])
+        if len(found) < len(names):
+            logger.info(
+                "%s: %d of %d files hold enough rows for the limit", self.repository.name, len(found), len(names)
+            )
+        return {name: found[name] for name in names if name in found}
 
     def _load_builder(self, folder: Path, config: str | None) -> datasets.DatasetBuilder:
         name = self.repository.name
@@ -148,6 +168,11 @@ class Layout:
                     f"presets.yaml: {split}_split is {wanted!r}, but {self.repository.name} cannot give it: {problem}",
                     code="unreadable-split",
                 ) from None
+
+
+def _count_rows(file: Path) -> int:
+    """Return the rows of a file; 0 if that cannot be told."""
+    return count_rows(file) if get_suffix(file) else 0
 
 
 def _build_conversion_card(files: list[str]) -> str:

@@ -13,6 +13,19 @@ from lathe.training.loss import IGNORE_INDEX
 from lathe.training.row_attention import build_attention_arguments
 
 
+def cut_documents(sequences: Sequence[Encoded], max_length: int) -> list[Encoded]:
+    """Return the sequences with those over `max_length` tokens, which only documents are, cut into pieces of it.
+
+    Every token is in exactly one piece.
+    """
+    return [
+        Encoded(sequence.row, sequence.input_ids[start:stop], sequence.supervised[start:stop])
+        for sequence in sequences
+        for start in range(0, len(sequence.input_ids), max_length)
+        for stop in [start + max_length]
+    ]
+
+
 def build_dataset(sequences: Sequence[Encoded]) -> Dataset:
     """Return one entry per sequence: `input_ids`, `labels` (IGNORE_INDEX if not supervised), `seq_lengths` (tokens).
 

@@ -14,7 +14,13 @@ from lathe.training import distributed
 from lathe.training.base_trainer import BaseTrainer
 from lathe.training.best_weights import BestWeights
 from lathe.training.dataset_padding import PaddingLastSampler, pad_dataset
-from lathe.training.packing import PaddedCollator, PaddingFreeCollator, build_dataset, build_packed_dataset
+from lathe.training.packing import (
+    PaddedCollator,
+    PaddingFreeCollator,
+    build_dataset,
+    build_packed_dataset,
+    cut_documents,
+)
 from lathe.training.resume import ResumableTrainer
 from lathe.training.row_attention import separate_rows
 from lathe.training.trainer_setup import TrainerSetup
@@ -32,11 +38,14 @@ def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
     packing, max_length = setup.params.sft.packing, training.max_length
     supervise = setup.params.preprocess.supervise
     sequences = {
-        split: encode(
-            tokenizer,
-            [example["messages"] for example in setup.splits[split]],
-            supervise=supervise,
-            tools=[example.get("tools") for example in setup.splits[split]],
+        split: cut_documents(
+            encode(
+                tokenizer,
+                [example["messages"] for example in setup.splits[split]],
+                supervise=supervise,
+                tools=[example.get("tools") for example in setup.splits[split]],
+            ),
+            max_length,
         )
         for split in ("train", "validation")
     }

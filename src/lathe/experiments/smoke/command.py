@@ -25,6 +25,7 @@ from lathe.common.workspace_lock import refuse_beside_holder
 from lathe.config.held_out_checks import find_misfits
 from lathe.config.load import Config, load
 from lathe.config.overrides import apply_overrides, check_keys, expand_sweep
+from lathe.config.presets import MixtureDataset
 from lathe.config.yaml_files import read_yaml
 from lathe.experiments.recipes import load_recipe
 from lathe.experiments.smoke import checkout_copy, small_values
@@ -133,9 +134,11 @@ def _limit_rows(folder: Path, config: Config) -> None:
     """Write the presets.yaml of the copy with a few rows of the selected dataset; it is fetched before as it is."""
     file = folder / paths.PRESETS.name
     tree, params = read_yaml(file), config.params
-    tree["datasets"][params.dataset]["limits"] = small_values.choose_limits(
-        config.dataset.limits, params.preprocess.max_dropped_fraction
-    )
+    entry, chosen = tree["datasets"][params.dataset], config.dataset
+    parts = chosen.datasets if isinstance(chosen, MixtureDataset) else {"": chosen}
+    for name, dataset in parts.items():
+        limited = entry["datasets"][name] if name else entry
+        limited["limits"] = small_values.choose_limits(dataset.limits, params.preprocess.max_dropped_fraction)
     file.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
