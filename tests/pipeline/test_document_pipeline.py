@@ -46,7 +46,7 @@ def test_documents_go_through_every_stage_and_their_perplexity_falls(small_check
     checkout = small_checkout
     select_texts(checkout)
     checkout.run("dvc", "repro")
-    assert checkout.json("metrics/fetch/dataset.json")["origin"]["files"] == len(TEXTS)
+    assert checkout.json("metrics/fetch/dataset.json")["origin"][0]["files"] == len(TEXTS)
     for split in ("validation", "test"):
         report = checkout.json(f"metrics/evaluate/{split}.json")
         base, merged, quantized = (report[name] for name in ("base", "merged", "Q8_0"))

@@ -88,12 +88,6 @@ def _check_documents(splits: Mapping[str, Any], params: Params) -> Iterator[Misf
                 f"choose one of {', '.join(SCORES_OF_DOCUMENTS)}",
                 "documents-without-answers",
             )
-    if params.generate.few_shot:
-        yield Misfit(
-            f"all held-out rows are documents (format text), and generate.few_shot is {params.generate.few_shot}",
-            "set generate.few_shot to 0",
-            "documents-without-prompts",
-        )
 
 
 def _check_answers(splits: Mapping[str, Any], generate: Generate) -> Iterator[Misfit]:
