@@ -81,6 +81,22 @@ def test_a_recipe_loads_and_its_values_fit(root, capsys, kind, metric):
     assert "guess" not in printed
 
 
+def test_rows_with_tools_are_scored_by_their_calls_and_take_the_room_of_the_definitions(root):
+    tool = {
+        "name": "f",
+        "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "d" * 100}}},
+    }
+    call = {"name": "f", "arguments": {"a": "x"}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    rows = [{"messages": [{"role": "user", "content": f"Ask {n}"}, answer], "tools": [tool]} for n in range(300)]
+    (root / "data/local/short.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    create(dataset="short")
+    values = recipes.load_recipe("mine").recipe.overrides
+    assert values["evaluate.metrics"] == ["tool_calls", "tool_calls_f1", "exact_match"]
+    assert values["evaluate.primary_metric"] == "tool_calls"
+    assert values["training.max_length"] >= 128
+
+
 def test_nothing_is_written_where_something_is_refused(root):
     create()
     before = (root / "experiments/mine.yaml").read_text()

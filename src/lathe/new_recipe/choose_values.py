@@ -37,6 +37,7 @@ METRICS: dict[str, list[str]] = {
     "json": ["exact_match", "json_valid", "json_fields"],
     "short": ["exact_match", "token_f1"],
     "prose": ["rouge_l", "token_f1"],
+    "calls": ["tool_calls", "tool_calls_f1", "exact_match"],
 }
 
 

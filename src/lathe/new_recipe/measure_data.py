@@ -21,7 +21,7 @@ from lathe.data.read_files import Fault
 from lathe.data.split_files import require_data_files
 from lathe.inference.generation_sizes import HELD_OUT
 
-AnswerKind = Literal["json", "short", "prose"]
+AnswerKind = Literal["json", "short", "prose", "calls"]
 
 SAMPLE_ROWS = 200  # whose texts a tokenizer counts
 NO_CONTROL_TOKENS = re.compile("(?!)")  # those of the model make no difference to lengths
@@ -53,7 +53,8 @@ class DataFacts:
 
     def describe_answers(self) -> str:
         """Return the kind of the answers in words."""
-        return {"json": "answers are JSON", "short": "answers are short", "prose": "answers are prose"}[self.kind]
+        shown = {"json": "are JSON", "short": "are short", "prose": "are prose", "calls": "call tools"}
+        return f"answers {shown[self.kind]}"
 
 
 def measure_data(config: Config) -> DataFacts:
@@ -116,7 +117,7 @@ def _read_rows(raw: Path, preset: SingleDataset, found: dict[str, Any]) -> DataF
     answers: list[int] = []
     words: list[int] = []
     sample: list[list[dict[str, Any]]] = []
-    json_answers = pairs = 0
+    json_answers = pairs = with_tools = 0
     files = ExampleFiles(raw, preset, NO_CONTROL_TOKENS)
     for example in files:
         if isinstance(example.value, Fault):
@@ -124,8 +125,10 @@ def _read_rows(raw: Path, preset: SingleDataset, found: dict[str, Any]) -> DataF
         messages = example.value["messages"]
         add_system_prompt(messages, preset.system_prompt)
         texts = [str(message.get("content") or "") for message in messages]
-        answer = texts[-1]
-        rows.append(sum(map(len, texts)))
+        answer = texts[-1] + "".join(map(json.dumps, messages[-1].get("tool_calls", [])))
+        tools = json.dumps(example.value["tools"]) if "tools" in example.value else ""
+        with_tools += bool(tools)
+        rows.append(sum(map(len, texts)) - len(texts[-1]) + len(answer) + len(tools))
         answers.append(len(answer))
         words.append(len(answer.split()))
         json_answers += _is_json(answer)
@@ -135,6 +138,8 @@ def _read_rows(raw: Path, preset: SingleDataset, found: dict[str, Any]) -> DataF
     kind: AnswerKind = "prose" if statistics.median(words or [0]) > PROSE_WORDS else "short"
     if 2 * json_answers > len(rows):
         kind = "json"
+    if 2 * with_tools > len(rows):
+        kind = "calls"
     return DataFacts(
         known=True,
         kind=kind,
