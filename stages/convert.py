@@ -19,18 +19,15 @@ def main(config: Config, item: str) -> None:
     from lathe.gguf import tokenizer_parity
     from lathe.gguf.convert import convert
     from lathe.models.chat_template import ChatTemplate
-    from lathe.models.template_options import set_options
     from lathe.models.tokenizer import load_tokenizer
     from lathe.provenance import lineage
 
     model = paths.ROOT / "models" / item
     target = paths.GGUF / f"{item}-f16.gguf"
     chosen = config.params.convert.llama_cpp_dir
-    tokenizer = load_tokenizer(model)
-    if item == "base":  # the merged model has the template of training already
-        options = config.params.preprocess.chat_template_kwargs
-        tokenizer.chat_template = set_options(tokenizer.chat_template, options)
-    template = ChatTemplate.of_tokenizer(tokenizer)
+    # The merged model has the template of training already.
+    options = config.params.preprocess.chat_template_kwargs if item == "base" else {}
+    template = ChatTemplate.of_tokenizer(load_tokenizer(model, options))
     rows = read_jsonl(paths.DATA_PROCESSED / "validation.jsonl")
     chats = [template.render(row["messages"], tools=row.get("tools")) for row in rows]
     with paths.replace_file(target) as partial:
@@ -39,7 +36,7 @@ def main(config: Config, item: str) -> None:
             partial,
             outtype="f16",
             llama_cpp=paths.ROOT / chosen if chosen else paths.LLAMA_CPP,
-            metadata={**lineage.build_metadata(item), "tokenizer.chat_template": template.text},
+            metadata=lineage.build_metadata(item) | ({"tokenizer.chat_template": template.text} if options else {}),
         )
         texts = [*tokenizer_parity.SAMPLE_TEXTS, *chats]
         compared = tokenizer_parity.check_tokens(model, partial, texts, chat_template=template.text)
