@@ -1,11 +1,13 @@
 # ruff: noqa: F811 - fixtures are imported, then named as arguments
 import io
+import json
 from typing import Any
 
 import pytest
 from gguf_models import Made, tiny  # noqa: F401 - fixture
+from refusals import refused
 
-from lathe.inference.chat import chat
+from lathe.inference.chat import chat, read_tools
 from lathe.inference.generate import Generator
 
 OPTIONS: Any = {"max_new_tokens": 8, "n_ctx": 512, "threads": 1}
@@ -70,3 +72,33 @@ def test_a_system_message_stands_before_the_conversation(tiny: Made, system):
     out = io.StringIO()
     chat(tiny.gguf, prompt="lamp on", system=system, out=out, **OPTIONS)
     assert out.getvalue() != answer(tiny, "lamp on") + "\n"
+
+
+TOOL = {"name": "lamp", "parameters": {"type": "object", "properties": {}}}
+
+
+def test_a_model_whose_template_writes_no_tools_is_offered_none(tiny: Made):
+    with refused("template-ignores-tools", "random.gguf: its chat template writes no tools", "--tools"):
+        chat(tiny.gguf, prompt="lamp on", tools=[{"type": "function", "function": TOOL}], **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "part"),
+    [
+        (None, "missing-file", "no such file"),
+        ("{", "invalid-tools", "expected JSON"),
+        ("[]", "invalid-tools", "holds no function"),
+        ('[{"name": ""}]', "invalid-tools", "tools[0].name"),
+    ],
+)
+def test_a_file_of_tools_that_is_none_is_refused_in_one_line(tmp_path, text, code, part):
+    file = tmp_path / "tools.json"
+    if text is not None:
+        file.write_text(text)
+    with refused(code, "--tools ", "tools.json", part):
+        read_tools(file)
+
+
+def test_the_tools_of_a_file_have_the_form_of_rows(tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps([TOOL]))
+    assert read_tools(tmp_path / "tools.json") == [{"type": "function", "function": TOOL}]

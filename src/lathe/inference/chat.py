@@ -61,8 +61,12 @@ def read_tools(file: Path) -> list[Tool]:
         raise InputError(
             f"--tools {file}: no such file; give a JSON file with a list of functions", code="missing-file"
         ) from None
-    except (RowFault, UnicodeDecodeError) as error:
-        raise InputError(f"--tools {file}: {error}", code="invalid-tools") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--tools {file}: byte {error.start} is not UTF-8; save the file as UTF-8", code="not-utf-8"
+        ) from None
+    except RowFault as error:
+        raise InputError(f"--tools {file}: {error.fault}", code="invalid-tools") from None
     if not tools:
         raise InputError(
             f"--tools {file}: holds no function; give a list of {{name, parameters}}", code="invalid-tools"
