@@ -85,7 +85,8 @@ def test_every_token_is_listed_with_its_id(processed):
 def test_the_last_turn_alone_or_every_one_is_marked(processed):
     write(processed, [{"messages": ROWS[0] + ROWS[1]}])
     assert shown().count("«") == 2
-    assert shown(supervise="last").count("«") == 1
+    last = SimpleNamespace(supervise="last", chat_template_kwargs={})
+    assert shown(settings=last).count("«") == 1
 
 
 def test_rows_are_chosen_by_count_or_number(processed):

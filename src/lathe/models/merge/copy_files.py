@@ -10,6 +10,7 @@ from lathe.models.merge.read_adapter import TensorChange, get_module_name
 from lathe.models.model_folder import (
     Weights,
     get_text_value,
+    read_json,
     write_json,
 )
 
@@ -49,10 +50,18 @@ def copy_companion_files(base: Path, adapter: Path, out: Path) -> None:
         for name in CHAT_TEMPLATE_FILES:
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / CHAT_TEMPLATE_FOLDER, ignore_errors=True)
+    if templates and not has_tokenizer:
+        _drop_template(out / "tokenizer_config.json")  # llama.cpp's converter would take it
     if has_tokenizer:
         (out / "special_tokens_map.json").unlink(missing_ok=True)
     for source in (*tokenizer, *templates):
         _copy(source, out / source.relative_to(adapter))
+
+
+def _drop_template(file: Path) -> None:
+    """Take the chat template out of a copied tokenizer_config.json."""
+    if file.is_file() and "chat_template" in (config := read_json(file)):
+        write_json(file, {key: value for key, value in config.items() if key != "chat_template"})
 
 
 def _is_weight_file(relative: Path) -> bool:
