@@ -14,7 +14,7 @@ from lathe.classify.prepare import list_warnings, prepare
 from lathe.config.classifier_config import load_classifier
 from lathe.config.classifier_params import ClassifierParams
 from lathe.config.presets import LocalDataset
-from lathe.data.messages import RowFault
+from lathe.data.row_checks import RowFault
 
 
 def changed(**changes: Any) -> ClassifierParams:

@@ -38,6 +38,7 @@ def write(folder, changes):
         ({"training.tunin": "lora"}, "unknown-key", ["training.tunin", "did you mean 'tuning'?"]),
         ({"model.backbone": "minilmm"}, "unknown-preset", ["model.backbone is 'minilmm'", "did you mean 'minilm'?"]),
         ({"dataset": "nope-nope"}, "unknown-preset", ["dataset is 'nope-nope'"]),
+        ({"dataset": "commands-and-paragraphs"}, "mixture", ["a mixture", "one of its parts"]),
         ({"model.pooling": "max"}, "invalid-value", ["model.pooling is 'max'", "mean, last, cls"]),
         ({"model.dropout": 1.0}, "invalid-value", ["model.dropout is 1.0"]),
         ({"data.label_separator": ";"}, "invalid-value", ["label_separator goes with multi_label"]),

@@ -4,7 +4,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.text import shorten_value
-from lathe.data.messages import RowFault
+from lathe.data.row_checks import RowFault
 
 if TYPE_CHECKING:
     from lathe.config.classifier_params import Data

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +16,16 @@ from lathe.common.errors import InputError
 from lathe.common.jsonl import write_jsonl
 from lathe.data.duplicates import compute_digests
 from lathe.data.example_store import ExampleReader, ExampleWriter
-from lathe.data.formats import RecordConverter
-from lathe.data.messages import RowFault
 from lathe.data.occurrences import MAX_SHOWN
-from lathe.data.read_files import Fault, RawRecord, find_text_form, read_records
-from lathe.data.split_files import SPLITS, find_split_files, get_suffix
+from lathe.data.read_examples import ExampleFiles, ReadExample
+from lathe.data.read_files import Fault
+from lathe.data.row_checks import RowFault
+from lathe.data.split_files import SPLITS, find_split_files
 from lathe.data.splits import Splits, assign_splits
-from lathe.data.text_files import TextForm, describe_form
 
 if TYPE_CHECKING:
     from lathe.config.classifier_params import ClassifierParams, Data
-    from lathe.config.presets import DatasetPreset
+    from lathe.config.presets import SingleDataset
 
 NO_CONTROL_TOKEN = re.compile(r"(?!)")  # a classifier has no turns that a text could end
 
@@ -49,7 +49,7 @@ class DroppedRows:
         return sum(sum(counts.values()) for counts in self.counts.values())
 
 
-def prepare(raw: Path, preset: "DatasetPreset", out: Path, params: "ClassifierParams") -> dict[str, Any]:
+def prepare(raw: Path, preset: "SingleDataset", out: Path, params: "ClassifierParams") -> dict[str, Any]:
     """Read the files of `raw`, write `train.jsonl`, `validation.jsonl`, `test.jsonl` and `labels.json` into `out`.
 
     A row is `{"text", "labels"}`; a text of none of the classes has no label. Returns the report. The splits are as
@@ -60,15 +60,15 @@ def prepare(raw: Path, preset: "DatasetPreset", out: Path, params: "ClassifierPa
     scratch = out / ".scratch"
     scratch.mkdir()
     dropped, read = DroppedRows(), 0
-    files: dict[str, Any] = {}
+    files = ExampleFiles(raw, preset, NO_CONTROL_TOKEN, change=_encode_lists if params.data.multi_label else None)
     with ExampleWriter(scratch / "examples") as writer:
-        for split, record in _read_converted(raw, preset, params.data, files):
+        for example in _read_examples(files, params.data):
             read += 1
-            if isinstance(record.value, Fault):
-                dropped.add(split, record.place, record.value)
+            if isinstance(example.value, Fault):
+                dropped.add(example.split, example.place, example.value)
                 continue
-            digests = compute_digests(record.value, params.seed)
-            writer.add(record.place, record.value, digests, SPLITS.index(split))
+            digests = compute_digests(example.value, params.seed)
+            writer.add(example.place, example.value, digests, SPLITS.index(example.split))
     stored = writer.get_stored()
     _check_dropped(dropped, read, params.data.max_dropped_fraction)
     splits = assign_splits(
@@ -88,51 +88,29 @@ def prepare(raw: Path, preset: "DatasetPreset", out: Path, params: "ClassifierPa
     classes = collect_labels((row.labels for row in rows["train"]), multi_label=params.data.multi_label)
     _check_none_label(rows, params.data)
     classes.write(out)
-    return _make_report(rows, classes, splits, dropped, files, read)
+    return _make_report(rows, classes, splits, dropped, files.files, read)
 
 
-def _read_converted(
-    raw: Path, preset: "DatasetPreset", settings: "Data", files: dict[str, Any]
-) -> Iterator[tuple[str, RawRecord]]:
-    """Yield each row as a text and its labels, or its fault; `files` is filled with what is known of the files.
+def _read_examples(files: ExampleFiles, settings: "Data") -> Iterator[ReadExample]:
+    """Yield each row as a text and its labels, or its fault.
 
     What a text is and what a label, the preset says as for the main pipeline: prompt and answer.
     """
-    by_split = find_split_files(raw)
-    if "train" not in by_split:
-        raise InputError(
-            f"{next(iter(by_split.values()))[0].name}: there is no train split beside it; name the "
-            "training file train.*",
-            code="missing-split",
-        )
-    converter: RecordConverter | None = None
-    form = TextForm(preset.encoding, preset.delimiter)
-    for split, shards in by_split.items():
-        for file in shards:
-            count = 0
-            for record in read_records(file, form):
-                count += 1
-                if isinstance(record.value, Fault):
-                    yield split, record
-                    continue
-                columns = _encode_lists(record.value) if settings.multi_label else record.value
-                converter = converter or RecordConverter(preset, columns, file.name, NO_CONTROL_TOKEN)
-                try:
-                    *texts, answer = converter.convert(columns)
-                    found = parse_labels(answer["content"], settings, "label")
-                    text = "\n".join(message["content"] for message in texts if message["role"] != "system")
-                except RowFault as error:
-                    yield split, RawRecord(record.place, error.fault)
-                    continue
-                messages = [{"role": "user", "content": text}, {"role": "assistant", "content": json.dumps(found)}]
-                yield split, RawRecord(record.place, {"messages": messages})
-            form_of_file = find_text_form(file, form)
-            files[file.name] = {
-                "split": split,
-                "format": (get_suffix(file) or "")[1:],
-                "rows": count,
-                **(describe_form(*form_of_file) if form_of_file else {}),
-            }
+    for example in files:
+        if isinstance(example.value, Fault):
+            yield example
+            continue
+        *texts, answer = example.value["messages"]
+        try:
+            if not texts or not isinstance(answer["content"], str):
+                raise RowFault("no_label", None, "has no text with a label; name both columns in the dataset's preset")
+            found = parse_labels(answer["content"], settings, "label")
+        except RowFault as error:
+            yield replace(example, value=error.fault)
+            continue
+        text = "\n".join(str(message["content"]) for message in texts if message["role"] != "system")
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": json.dumps(found)}]
+        yield replace(example, value={"messages": messages})
 
 
 def _encode_lists(record: dict[str, Any]) -> dict[str, Any]:
