@@ -86,7 +86,8 @@ class ExampleFiles:
                     value: dict[str, Any] | Fault = record.value
                     if not isinstance(value, Fault):
                         reader = reader or RecordReader(self.preset, value, file.name)
-                        value = reader.read(value)
+                        if reader.changes_records:
+                            value = reader.read(value)
                     if self.change and not isinstance(value, Fault):
                         value = self.change(value)
                     if not isinstance(value, Fault):
