@@ -1,6 +1,7 @@
 """Bring the selected base model, the dataset and the encoder of BERTScore into the pipeline.
 
-reads   params.yaml: model, dataset, seed; their entries in presets.yaml; models/local/, data/local/, the hub;
+reads   params.yaml: model, dataset, seed, preprocess.added_tokens; their entries in presets.yaml; models/local/,
+        data/local/, the hub;
         for the encoder params.yaml: bert_score.model, evaluate.metrics; presets.yaml: encoders
 writes  models/base/, data/raw/, models/encoder/ (a note where evaluate.metrics does not list bert_score),
         metrics/fetch/{model,dataset,encoder}.json
@@ -14,7 +15,7 @@ import _path  # noqa: F401
 from lathe import stage
 from lathe.common import json_files, paths
 from lathe.config.load import Config
-from lathe.models import check_base
+from lathe.models import added_tokens, check_base
 from lathe.sources import fetch
 
 TARGETS = {"model": paths.MODEL_BASE, "dataset": paths.DATA_RAW, "encoder": paths.MODEL_ENCODER}
@@ -32,7 +33,9 @@ def _fetch(config: Config, item: str, folder: Path) -> fetch.Origin | None:
     params = config.params
     if item == "model":
         origin = fetch.fetch_model(config.model, folder, seed=params.seed)
+        added_tokens.add_tokens(folder, params.preprocess.added_tokens, f"model {params.model}")
         check_base.check_base(folder, f"model {params.model}")
+        _check_conversion(config, folder)
         return {"name": params.model, "source": config.model.source, **origin}
     if item == "dataset":
         origin = fetch.fetch_dataset(config.dataset, folder, seed=params.seed)
@@ -42,6 +45,21 @@ def _fetch(config: Config, item: str, folder: Path) -> fetch.Origin | None:
         return None
     origin = fetch.fetch_encoder(config.encoder, folder)
     return {"name": params.bert_score.model, "source": config.encoder.source, **origin}
+
+
+def _check_conversion(config: Config, folder: Path) -> None:
+    """Ask llama.cpp's converter and vocabulary what `convert` would ask hours later; rows are compared when there are.
+
+    Without a converter nothing is asked.
+    """
+    from lathe.gguf import install_converter, tokenizer_parity
+    from lathe.gguf.vocabulary import get_vocabulary
+
+    settings, shown = config.params.convert, f"model {config.params.model}"
+    llama_cpp, state = install_converter.find_converter(paths.ROOT, settings.llama_cpp_dir)
+    if state != "missing":
+        vocabulary = get_vocabulary(folder, llama_cpp=llama_cpp, shown=shown)
+        tokenizer_parity.compare_tokenizers(folder, vocabulary, [], samples=settings.tokenizer_parity, shown=shown)
 
 
 def _measure(folder: Path) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """Train a LoRA adapter on the frozen base, 4-bit or 16-bit, or all its weights, by SFT, DPO or GRPO.
 
 reads   models/base/, data/processed/, rewards/, metrics/estimate/batch_sizes.json (where one is auto),
-        params.yaml: seed, training, sft, dpo, grpo, lora, quantization, preprocess.{supervise,chat_template_kwargs}
-writes  models/adapter/, metrics/train/ (curves, last values, freeze_proof.json), metrics/speed/
+        params.yaml: seed, training, sft, dpo, grpo, lora, quantization,
+        preprocess.{supervise,chat_template_kwargs,added_tokens}
+writes  models/adapter/, metrics/train/ (curves, last values, freeze_proof.json, answers.json), metrics/speed/
 
 training.launcher sets the number of processes; of several machines only the first, where DVC runs, writes.
 After an interruption it resumes from its last checkpoint in .scratch/train/ when it is run again.
@@ -51,6 +52,9 @@ def main(config: Config, machine_rank: int | None) -> Throughput:
         # A list, of which DVC makes no columns.
         digests = [{"tensor": name, "sha256": digest} for name, digest in trained.frozen.items()]
         json_files.write_json(paths.METRICS / "train/freeze_proof.json", {**proof, "sha256": digests})
+        # What `convert` holds the GGUF against.
+        measured = [trained.answers.describe()] if trained.answers else []
+        json_files.write_json(paths.METRICS / "train/answers.json", {"answers": measured})
     distributed.leave()
     return trained.throughput
 

@@ -32,6 +32,7 @@ from lathe.doctor_checks import (
 )
 from lathe.doctor_device import check_device, check_threads
 from lathe.doctor_generation import check_answers, check_held_out
+from lathe.doctor_model import check_base_model
 
 if TYPE_CHECKING:
     from lathe.config.load import Config
@@ -92,6 +93,7 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
         findings += _run_check("tracking", lambda: check_tracking(config[0], here))
         findings += _run_check("held-out", lambda: check_held_out(config[0], here.root))
         findings += _run_check("answers", lambda: check_answers(config[0], here.root))
+        findings += _run_check("base", lambda: check_base_model(config[0], here.root))
         findings += _run_check("memory", lambda: check_model(config[0], here))
     return findings
 

@@ -144,11 +144,13 @@ def estimate_disk(model: Path | Mapping[str, Any], params: Params) -> dict[str, 
     training, each with the trained weights in float32 and the optimizer's states: those that are kept, and one that is
     being written.
     """
+    from lathe.models.experts import count_weights_beside
+
     with _ignore_warnings():
         config = _load_config(model)
         base = _make_meta_model(config, "bf16")
         weights, head = base.num_parameters(), base.get_output_embeddings()
-        full = params.training.tuning == "full"
+        projector, full = count_weights_beside(base), params.training.tuning == "full"
         trained = weights if full else _count_trained(_add_meta_adapter(base, params.lora))
     vocabulary = config.get_text_config().vocab_size
     output = head.weight.numel() if head is not None else 0
@@ -161,6 +163,7 @@ def estimate_disk(model: Path | Mapping[str, Any], params: Params) -> dict[str, 
         "models/adapter": trained * (stored if full else 4),
         "models/merged": weights * (stored if params.merge.dtype == "auto" else 2),
         "models/gguf/adapter": 0 if full else trained * 2,
+        "models/gguf/mmproj": 2 * projector,
         "models/gguf/base-f16.gguf": estimate_gguf_bytes("F16", weights, output, vocabulary),
         "models/gguf/merged-f16.gguf": estimate_gguf_bytes("F16", weights, output, vocabulary),
         **{
@@ -249,13 +252,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _make_meta_model(config: Any, precision: str) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from lathe.models.model_class import choose_model_class
     from lathe.models.precision import DTYPES
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=DTYPES[precision], trust_remote_code=False)
+            return choose_model_class(config).from_config(config, dtype=DTYPES[precision], trust_remote_code=False)
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise InputError(
             f"config.json: no causal language model: {' '.join(str(error).split())}", code="not-a-causal-model"

@@ -104,14 +104,27 @@ def test_an_adapter_s_folder_is_recognised():
         select_files(["adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"], "mine")
 
 
-def test_experts_that_the_merge_cannot_add_are_refused_before_training(tmp_path):
+def test_all_linear_layers_of_a_mixture_leave_experts_and_router_frozen_until_they_are_named(tmp_path):
+    import torch
     from gguf_models import make_qwen3_moe
     from toy import load_toy
 
-    from lathe.models.adapter import check_adapter
+    from lathe.models.adapter import add_adapter, check_adapter
+    from lathe.models.model_class import choose_model_class, read_model_config
+
+    def list_trained(**values: object) -> set[str]:
+        with torch.device("meta"):
+            config = read_model_config(tmp_path / "moe")
+            model = add_adapter(choose_model_class(config).from_config(config), lora.model_copy(update=values))
+        names = (name.partition(".lora_")[0] for name, weight in model.named_parameters() if weight.requires_grad)
+        return {name.partition("layers.0.")[2].replace(".base_layer", "") for name in names if "layers.0." in name}
 
     make_qwen3_moe(tmp_path / "moe")
     lora = load_toy().params.lora
-    with refused("experts-not-merged", "all-linear", "experts"):
-        check_adapter(tmp_path / "moe", lora.model_copy(update={"target_modules": "all-linear"}))
-    check_adapter(tmp_path / "moe", lora.model_copy(update={"target_modules": ["q_proj", "v_proj"]}))
+    check_adapter(tmp_path / "moe", lora.model_copy(update={"target_modules": "all-linear"}))
+    attention = {f"self_attn.{name}_proj" for name in "qkvo"}
+    assert list_trained(target_modules="all-linear") == attention
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert list_trained(target_modules="all-linear", target_parameters=experts) == {*attention, "mlp.experts"}
+    assert list_trained(target_modules="all-linear", target_parameters=["mlp.gate.weight"]) == {*attention, "mlp.gate"}
+    assert list_trained(target_modules="all-linear", target_parameters=experts, num_layers=1) == set()

@@ -26,6 +26,7 @@ LENIENT = Preprocess(
     too_long="drop",
     max_truncated_fraction=1.0,
     max_overlap_fraction=1.0,
+    added_tokens=[],
     supervise="all",
     chat_template_kwargs={},
 )

@@ -75,7 +75,6 @@ UNSUPPORTED, SHAPES = "adapter-unsupported", "shape-mismatch"
 ADAPTER_CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "another method": ({"peft_type": "IA3"}, UNSUPPORTED, 'peft_type "IA3"'),
     "no method": ({"peft_type": None}, UNSUPPORTED, "peft_type null"),
-    "LoRA on parameters": ({"target_parameters": ["experts.down_proj"]}, UNSUPPORTED, "target_parameters"),
     "transposed layers": ({"fan_in_fan_out": True}, UNSUPPORTED, "fan_in_fan_out true"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, UNSUPPORTED, 'init_lora_weights "pissa_niter_4"'),
     "LoftQ": ({"init_lora_weights": "loftq"}, UNSUPPORTED, 'init_lora_weights "loftq"'),

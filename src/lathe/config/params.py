@@ -58,6 +58,9 @@ class Preprocess(Section):
     max_overlap_fraction: Fraction = entry(
         "share of near duplicates of another split, in a held-out split, above which the stage fails"
     )
+    added_tokens: list[Name] = entry(
+        "tokens of your own, added to the model's vocabulary, such as <call>; their embeddings are trained"
+    )
     supervise: Literal["all", "last"] = entry(
         "assistant turns of a conversation that are supervised: all of them or the last"
     )
@@ -80,6 +83,9 @@ class Convert(Section):
     """Conversion of safetensors to GGUF, with llama.cpp's converter."""
 
     llama_cpp_dir: Name | None = entry("llama.cpp checkout to convert with; null: the one of `make setup`")
+    tokenizer_parity: Literal["rows", "strict"] = entry(
+        "texts whose token ids must be llama.cpp's: those of the rows, or with strict samples in many scripts too"
+    )
 
 
 class Quantize(Section):

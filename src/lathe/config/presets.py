@@ -45,6 +45,9 @@ class LocalModel(ModelWithTemplate):
 
     source: Literal["local"]
     path: Name = Field(description="folder, or GGUF file, under models/local")
+    adapter: Name | None = Field(
+        None, description="folder under models/local with a LoRA adapter that PEFT saved, to be merged into it first"
+    )
 
 
 class HubRepository(Section):

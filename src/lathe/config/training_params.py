@@ -227,6 +227,9 @@ class Lora(Section):
     target_modules: Name | Annotated[list[Name], Field(min_length=1)] = entry(
         "layers that get an update: a list of names, all-linear, or a regular expression"
     )
+    target_parameters: Annotated[list[Name], Field(min_length=1)] | None = entry(
+        "weights that get an update though no layer holds them: experts, such as mlp.experts.down_proj; null: none"
+    )
     num_layers: Positive | None = entry(
         "transformer blocks that get an update, counted from the last; null: all; fewer train faster, in less memory",
         "blocks",
@@ -236,6 +239,17 @@ class Lora(Section):
     )
     use_rslora: bool = entry("scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)")
     use_dora: bool = entry("train the magnitude of each weight column separately from its direction (DoRA)")
+
+    @model_validator(mode="after")
+    def _check_target_parameters(self) -> "Lora":
+        if self.target_parameters and (self.lora_dropout or self.use_dora):
+            key, value = ("use_dora", "true") if self.use_dora else ("lora_dropout", f"{self.lora_dropout:g}")
+            raise ValueError(
+                f"lora.{key} is {value} and lora.target_parameters names weights of experts, whose updates PEFT "
+                f"computes without it; set lora.{key} to {'false' if self.use_dora else 0}, or "
+                "lora.target_parameters to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_num_layers(self) -> "Lora":

@@ -21,6 +21,7 @@ from lathe.common.progress import Progress
 from lathe.gguf import header
 from lathe.gguf.imatrix_file import Importance
 from lathe.gguf.llama_library import read_ggml_types
+from lathe.models.model_class import choose_model_class, read_model_config
 from lathe.models.precision import DTYPES, resolve_precision
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,6 @@ def collect(model: Path, file: Path, rows: Sequence[Sequence[int]]) -> dict[str,
 
 def _load_model(folder: Path) -> Any:
     """Return the model, on the GPU if its weights fit there, else on the CPU."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -75,7 +75,7 @@ def _load_model(folder: Path) -> Any:
     on_gpu = torch.cuda.is_available() and weight_bytes < 0.8 * torch.cuda.mem_get_info()[0]
     if torch.cuda.is_available() and not on_gpu:
         logger.warning("the merged model does not fit the GPU's free memory; calibrating on the CPU, which is slow")
-    model = AutoModelForCausalLM.from_pretrained(
+    model = choose_model_class(read_model_config(folder)).from_pretrained(
         folder,
         dtype=DTYPES[resolve_precision("auto")],
         device_map={"": f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"},

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+ADD_END_TOKEN = "tokenizer.ggml.add_eos_token"
+
 
 def main() -> None:
     """Patch the writer and the tokenizer loader, then run the script as the main program."""
@@ -34,6 +36,10 @@ def _add_metadata(metadata: dict[str, str]) -> None:
         for key, value in metadata.items():
             self.remove_key(key)
             self.add_string(key, value)
+        # Programs that add the end token where the vocabulary asks for it would end a prompt with it.
+        if any(ADD_END_TOKEN in kept for kept in self.kv_data):
+            self.remove_key(ADD_END_TOKEN)
+            self.add_bool(ADD_END_TOKEN, False)
         write_header(self, path)
 
     GGUFWriter.write_header_to_file = write_header_with_metadata

@@ -1,6 +1,7 @@
 """LoRA adapter: target layers checked, and the adapter added to the frozen base."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,17 @@ import torch
 
 from lathe.common.errors import InputError
 from lathe.config.training_params import Lora
+from lathe.models.experts import (
+    exclude_modules,
+    find_experts,
+    list_expert_names,
+    list_state_space_names,
+    list_target_parameters,
+    refuse_names,
+)
+from lathe.models.model_class import choose_model_class, read_model_config
+
+ALL_LINEAR = "all-linear"
 
 
 def check_adapter(folder: Path, lora: Lora) -> None:
@@ -15,12 +27,11 @@ def check_adapter(folder: Path, lora: Lora) -> None:
 
     The model is made without its weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = read_model_config(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = choose_model_class(config).from_config(config, trust_remote_code=False)
     for name in _check_targets(model, lora):
         if isinstance(model.get_submodule(name), Conv1D):
             raise InputError(
@@ -28,22 +39,28 @@ def check_adapter(folder: Path, lora: Lora) -> None:
                 "of linear layers, or set training.tuning to full",
                 code="layer-conv1d",
             )
-    if any("expert" in name for name, _ in model.named_parameters()):
+    if find_experts(model):
         with torch.device("meta"):
             add_adapter(model, lora)
 
 
-def add_adapter(model: Any, lora: Lora) -> Any:
+def add_adapter(model: Any, lora: Lora, *, token_ids: Sequence[int] = ()) -> Any:
     """Freeze the base and add a new float32 adapter to the layers that `lora.target_modules` names.
 
-    With `lora.num_layers` only those of the last blocks: no gradient is then computed in the blocks before them.
+    With `lora.num_layers` only those of the last blocks: no gradient is then computed in the blocks before them. Of a
+    mixture of experts, experts get one where `lora.target_parameters` names their weights; the router gets none that is
+    not named. Of a model of text and images, the language model alone gets updates. The embeddings of the tokens
+    `token_ids`, and their rows of the head, are trained too.
     Raises InputError where a name or the expression matches no layer, or one that LoRA cannot update.
     """
     from peft import LoraConfig, get_peft_model
 
     targeted = _check_targets(model, lora)
     modules, blocks = lora.target_modules, _choose_blocks(model, lora)
-    if blocks and isinstance(modules, str):
+    excluded = exclude_modules(model, lora)
+    if isinstance(modules, str) and (
+        blocks or (modules == ALL_LINEAR and (excluded or find_experts(model) or list_state_space_names(model)))
+    ):
         modules = sorted({name.rpartition(".")[2] for name in targeted})
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -51,22 +68,39 @@ def add_adapter(model: Any, lora: Lora) -> Any:
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=modules,
+        target_parameters=list_target_parameters(model, lora) or None,
+        exclude_modules=excluded,
         layers_to_transform=blocks,
         modules_to_save=lora.modules_to_save,
+        trainable_token_indices=_choose_token_rows(model, lora, token_ids, targeted) or None,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
     # bitsandbytes' 4-bit layers hold bytes, which have no gradients anyway; this freezes the rest of the base.
     model.requires_grad_(False)
     adapted = get_peft_model(model, config)
-    if experts := adapted.peft_config["default"].target_parameters:
-        raise InputError(
-            f"lora.target_modules is {lora.target_modules!r}; in this mixture of experts PEFT updates {min(experts)}, "
-            "all experts together, which the merge cannot add; name layers beside the experts: q_proj, k_proj, v_proj, "
-            "o_proj",
-            code="experts-not-merged",
-        )
+    for name, parameter in adapted.named_parameters():
+        if "trainable_tokens_delta" in name:  # PEFT makes them in the type of the base
+            parameter.data = parameter.data.float()
     return adapted
+
+
+def _choose_token_rows(
+    model: Any, lora: Lora, token_ids: Sequence[int], targeted: Sequence[str]
+) -> dict[str, list[int]]:
+    """Return the rows to train of embeddings and head, by the module's name; a tied head follows its embeddings.
+
+    A module that is trained whole, or gets an update, has none.
+    """
+    rows: dict[str, list[int]] = {}
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = [embeddings] if head is None or head.weight is embeddings.weight else [embeddings, head]
+    for name, module in model.named_modules():
+        if token_ids and any(module is end for end in ends):
+            saved = any(f".{name}".endswith(f".{end}") for end in lora.modules_to_save or [])
+            if not saved and name not in targeted:
+                rows[name] = list(token_ids)
+    return rows
 
 
 def _choose_blocks(model: Any, lora: Lora) -> list[int] | None:
@@ -93,6 +127,8 @@ def _check_targets(model: Any, lora: Lora) -> list[str]:
 
     Raises InputError where PEFT would fail with a traceback, or would train other layers than were named.
     """
+    if isinstance(lora.target_modules, list):
+        refuse_names(model, lora.target_modules)
     modules = {name: module for name, module in model.named_modules() if name}
     leaves = sorted({name.rpartition(".")[2] for name, module in modules.items() if _can_be_updated(module)})
     remedy = f"this model's layers: {', '.join(leaves)}"
@@ -107,6 +143,7 @@ def _check_targets(model: Any, lora: Lora) -> list[str]:
                     code="layer-named-twice",
                 )
     targeted = _find_targets(model, lora)
+    list_target_parameters(model, lora)
     if not targeted:
         besides = " besides those in modules_to_save" if lora.modules_to_save else ""
         raise InputError(
@@ -141,18 +178,30 @@ def _find_targets(model: Any, lora: Lora) -> list[str]:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    wanted = lora.target_modules
-    if wanted == "all-linear":
-        head = model.get_output_embeddings()
+    def _matches(config: Any, name: str) -> bool:
+        # A module that is excluded gives an object, which is false.
+        return bool(check_target_module_exists(config, name))
+
+    wanted, excluded = lora.target_modules, exclude_modules(model, lora)
+    if wanted == ALL_LINEAR:
+        head, taken = model.get_output_embeddings(), list_expert_names(model) | list_state_space_names(model)
         wanted = [
             name
             for name, module in model.named_modules()
-            if _can_be_updated(module) and not isinstance(module, torch.nn.Embedding) and module is not head
+            if _can_be_updated(module)
+            and not isinstance(module, torch.nn.Embedding)
+            and module is not head
+            and name.rpartition(".")[2] not in taken
         ]
     blocks = _choose_blocks(model, lora)
-    config = LoraConfig(target_modules=wanted, layers_to_transform=blocks, modules_to_save=lora.modules_to_save)
+    config = LoraConfig(
+        target_modules=wanted,
+        exclude_modules=excluded,
+        layers_to_transform=blocks,
+        modules_to_save=lora.modules_to_save,
+    )
     try:
-        return [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
+        return [name for name, _ in model.named_modules() if name and _matches(config, name)]
     except re.error as error:
         raise InputError(
             f"lora.target_modules is {wanted!r}; not a regular expression: {error}", code="layer-expression"

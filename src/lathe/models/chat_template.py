@@ -85,9 +85,18 @@ class ChatTemplate:
             raise TemplateError(
                 "the tokenizer has no chat template; choose an instruction-tuned model", code="no-chat-template"
             )
+        text = tokenizer.chat_template
+        if isinstance(text, dict):  # several by name; llama.cpp's converter makes this one the file's
+            if "default" not in text:
+                raise TemplateError(
+                    f"the tokenizer has chat templates named {', '.join(text)}, none of them default; call one of them "
+                    "default in tokenizer_config.json",
+                    code="no-default-template",
+                )
+            text = text["default"]
         bos = tokenizer.bos_token_id
         return cls(
-            text=tokenizer.chat_template,
+            text=text,
             bos_token=tokenizer.bos_token or "",
             eos_token=tokenizer.eos_token or "",
             adds_bos=bos is not None and tokenizer("text")["input_ids"][0] == bos,

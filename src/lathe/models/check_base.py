@@ -5,6 +5,7 @@ from typing import Any
 
 from lathe.common.errors import InputError
 from lathe.models.loss_mask import encode
+from lathe.models.model_class import make_empty_model
 from lathe.models.tokenizer import load_tokenizer
 
 # Tokens at which llama.cpp ends a generation, whatever the model says (llama-vocab.cpp, special_eog_ids).
@@ -26,36 +27,24 @@ def check_base(folder: Path, shown: str) -> None:
     read.
     """
     model = _check_weights(folder, shown)
-    tokenizer = load_tokenizer(folder)
-    _check_chat(tokenizer, model.get_input_embeddings().num_embeddings, shown)
+    try:
+        tokenizer = load_tokenizer(folder)
+        _check_chat(tokenizer, model.get_input_embeddings().num_embeddings, shown)
+    except InputError as error:
+        text = str(error).removeprefix(f"{folder.name}: ").removeprefix("row 1: ").removeprefix(f"{shown}: ")
+        raise InputError(f"{shown}: {text}", code=error.code) from None
 
 
 def _check_weights(folder: Path, shown: str) -> Any:
     """Return the model on the meta device, after a look at which weights it would find."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            device_map="meta",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        model, found = make_empty_model(folder)
     except (ValueError, KeyError, OSError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(
             f"{shown}: transformers cannot load it: {' '.join(str(error).split())[:300]}; choose a causal language "
             "model whose files are whole",
             code="base-not-loaded",
         ) from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     unread = sorted(found["unexpected_keys"])
     if wrong := sorted(found["mismatched_keys"]):
         name, stored, wanted = wrong[0]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lathe.config.training_params import Quantization
+from lathe.models.model_class import choose_model_class, read_model_config
 from lathe.models.precision import DTYPES
 
 
@@ -14,12 +15,11 @@ def load_base(folder: Path, quantization: Quantization, *, precision: str) -> An
 
     For full tuning `precision` is fp32: updates are smaller than the rounding of bf16.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
+    model = choose_model_class(read_model_config(folder)).from_pretrained(
         folder,
         dtype=DTYPES[precision],
         quantization_config=_make_quantization_config(quantization, precision),

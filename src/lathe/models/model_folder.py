@@ -157,6 +157,12 @@ def check_length(folder: Path, max_length: int) -> None:
         )
 
 
+def get_text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the language model's part of a configuration."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
 def get_text_value(config: dict[str, Any], key: str) -> Any:
     """Return a value of the language model's configuration, which multimodal models have in `text_config`."""
     text = config.get("text_config")

@@ -42,7 +42,8 @@ def find_untracked(config: Config, items: Mapping[str, Any] | None = None) -> li
     chosen = items or {"model": config.model, "dataset": config.dataset, "encoder": config.encoder}
     given = [preset for preset in chosen.values() if preset is not None]
     single = [each for preset in given for each in getattr(preset, "datasets", {"": preset}).values()]
-    local = [preset.path for preset in single if preset.source == "local"]
+    presets = [preset for preset in single if preset.source == "local"]
+    local = [path for preset in presets for path in (preset.path, getattr(preset, "adapter", None)) if path]
     return [path for path in dict.fromkeys(local) if (paths.ROOT / path).exists() and not _is_tracked(path)]
 
 

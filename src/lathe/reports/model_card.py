@@ -42,6 +42,7 @@ def render_model_card(facts: CardFacts, params: Params, best: str) -> str:
     wanted = [*params.evaluate.metrics, "judge", "combined"]
     metrics = [name for name in wanted if any(scores.get(name) is not None for scores in facts.test.values())]
     splits = {split["split"]: split for split in facts.rows["splits"]}
+    compared: dict[str, Any] = next(iter(facts.rows.get("token_ids", [])), {})
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True, autoescape=False
     )
@@ -72,6 +73,8 @@ def render_model_card(facts: CardFacts, params: Params, best: str) -> str:
         supervised_tokens=f"{splits['train']['supervised_tokens']:,}",
         scripts=" and ".join(splits["train"]["scripts"]) or "no known",
         max_length=f"{params.training.max_length:,}",
+        differing_samples=", ".join(compared.get("differing_samples", [])),
+        rows_compared=f"{compared.get('rows_compared', 0):,}",
     )
     return text.rstrip("\n") + "\n"
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,15 @@ from lathe.data.part_of_file import count_rows_to_read
 from lathe.data.split_files import require_data_files
 from lathe.models import model_folder
 from lathe.models.templates.install_template import install_template
-from lathe.sources.model_files import fetch_hub_file, fetch_hub_files, select_files
+from lathe.sources.model_files import (
+    choose_weight_files,
+    fetch_hub_file,
+    fetch_hub_files,
+    refuse_byte_order_mark,
+    select_files,
+)
+
+MAX_SHARD_SIZE_BYTES = 5_000_000_000  # of a base with its adapter
 
 # What is known of a source besides its files: for the Hub the repository, the wanted revision, and its commit; for a
 # package its name and version; for a GGUF file what `gguf_model.write_model` returns.
@@ -53,7 +62,11 @@ def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> Origin:
             tiny_model.build(folder, seed)
         case LocalModel() | PackageModel():
             source, shown, origin = _find_on_this_machine(preset)
-            _place_model(source, shown, folder, origin)
+            if isinstance(preset, LocalModel) and preset.adapter:
+                origin["adapter"] = preset.adapter
+                _merge_adapter(source, shown, preset.adapter, folder, origin)
+            else:
+                _place_model(source, shown, folder, origin)
         case HubModel():
             from lathe.sources.hub import Repository
 
@@ -164,6 +177,17 @@ def _place_model(source: Path, shown: str, folder: Path, origin: Origin) -> None
     origin |= gguf_model.write_model(source, folder)
 
 
+def _merge_adapter(source: Path, shown: str, adapter: str, folder: Path, origin: Origin) -> None:
+    """Fill the empty `folder` with a model and an adapter of it as one model, to go on from there."""
+    from lathe.models.merge.merge import merge
+
+    found = _find_local(adapter, paths.MODELS_LOCAL)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".base.") as name:
+        base = Path(name)
+        _place_model(source, shown, base, origin)
+        merge(base, found, folder, dtype="auto", max_shard_size_bytes=MAX_SHARD_SIZE_BYTES)
+
+
 def _find_on_this_machine(
     preset: LocalModel | LocalEncoder | PackageModel | PackageEncoder,
 ) -> tuple[Path, str, Origin]:
@@ -203,9 +227,19 @@ def _select_files(source: Path, shown: str) -> dict[str, Path]:
         raise InputError(
             f"{shown}: is a file; give the folder that holds config.json and the safetensors", code="not-a-folder"
         )
+    for file in sorted(source.iterdir()):
+        if file.is_symlink() and not file.exists():
+            raise InputError(
+                f"{shown}/{file.name}: is a link to {file.readlink()}, where nothing is; put the file there, or remove "
+                "the link",
+                code="broken-link",
+            )
     names = select_files([file.name for file in source.iterdir() if file.is_file()], shown)
+    names = choose_weight_files(names, source, shown)
     for name in names:
         refuse_pointer(source / name, f"{shown}/{name}")
+        if name.endswith(".json"):
+            refuse_byte_order_mark(source / name, f"{shown}/{name}")
     # The headers show what would fail an hour later, in `train`, `merge` or `evaluate`.
     model_folder.read_config(source)
     model_folder.open_model(source)

@@ -23,6 +23,9 @@ PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     "*.tiktoken",
     "LICENSE*",
     "NOTICE*",
@@ -34,12 +37,9 @@ def fetch_hub_files(repository: "Repository") -> dict[str, Path]:
     """Download and verify the files to take of a repository; return their paths in the Hub's cache, by name."""
     names = select_files([path for path in repository.paths if "/" not in path], repository.name)
     model_folder.read_config(repository.files(["config.json"])["config.json"].parent)
-    if model_folder.INDEX_FILE in names:
-        names = _select_indexed(
-            names, repository.files([model_folder.INDEX_FILE])[model_folder.INDEX_FILE], repository.name
-        )
-    elif model_folder.SINGLE_FILE in names:
-        names = [name for name in names if not name.endswith(".safetensors") or name == model_folder.SINGLE_FILE]
+    index = model_folder.INDEX_FILE
+    folder = repository.files([index])[index].parent if index in names else Path()
+    names = choose_weight_files(names, folder, repository.name)
     files = repository.files(names)
     model_folder.open_model(files["config.json"].parent)
     return files
@@ -63,8 +63,8 @@ def select_files(names: list[str], shown: str) -> list[str]:
     """Return the names to take of those in a model's folder; raises InputError if the model is incomplete."""
     if "adapter_config.json" in names and "config.json" not in names:
         raise InputError(
-            f"{shown}: is an adapter of PEFT (adapter_config.json), not a model; merge it into its base with PEFT's "
-            "merge_and_unload, and give the folder that save_pretrained writes",
+            f"{shown}: is an adapter of PEFT (adapter_config.json), not a model; put its base under models/local too, "
+            "name the base's folder as path and this one as adapter in the preset",
             code="adapter-as-base",
         )
     for name in ("config.json", "tokenizer_config.json"):
@@ -84,8 +84,38 @@ def select_files(names: list[str], shown: str) -> list[str]:
     return sorted(name for name in wanted if not name.endswith((*model_folder.PICKLES, ".py")))
 
 
+def choose_weight_files(names: list[str], folder: Path, shown: str) -> list[str]:
+    """Return the names without weights that are there a second time; the index, if there is one, is in `folder`.
+
+    Some repositories have them in another layout too (`consolidated.safetensors`). Raises InputError where it cannot be
+    told which of two sets is meant: transformers would read one, and llama.cpp's converter both.
+    """
+    single, index = model_folder.SINGLE_FILE in names, model_folder.INDEX_FILE in names
+    if single and index:
+        indexed = set(model_folder.read_json(folder / model_folder.INDEX_FILE)["weight_map"].values())
+        if indexed != {model_folder.SINGLE_FILE}:
+            raise InputError(
+                f"{shown}: holds two sets of weights, {model_folder.SINGLE_FILE} and the files that "
+                f"{model_folder.INDEX_FILE} names; remove one of the two",
+                code="weights-twice",
+            )
+    if index:
+        return _select_indexed(names, folder / model_folder.INDEX_FILE, shown)
+    if single:
+        return [name for name in names if not name.endswith(".safetensors") or name == model_folder.SINGLE_FILE]
+    return names
+
+
+def refuse_byte_order_mark(file: Path, shown: str) -> None:
+    """Raise InputError if a JSON file begins with a byte-order mark, which transformers and tokenizers do not read."""
+    with file.open("rb") as content:
+        if content.read(3) == b"\xef\xbb\xbf":
+            raise InputError(
+                f"{shown}: begins with a byte-order mark; save it as UTF-8 without one", code="byte-order-mark"
+            )
+
+
 def _select_indexed(names: list[str], index: Path, shown: str) -> list[str]:
-    # Some repositories have the weights a second time, in another layout (`consolidated.safetensors`).
     shards = set(model_folder.read_json(index)["weight_map"].values())
     if lacking := sorted(shards - set(names)):
         raise InputError(

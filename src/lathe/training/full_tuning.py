@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from lathe.common.errors import InputError
+from lathe.models.file_names import convert_to_file_names
 from lathe.models.model_folder import INDEX_FILE, TUNING_FILE, Weights, open_model
 from lathe.models.precision import FLOATS
 
@@ -22,14 +23,12 @@ def map_to_base_names(
     has renamed, split or stacked are converted back. Raises InputError where the base lacks a tensor of the model: it
     would be trained and lost.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     state = dict(model.state_dict() if state is None else state)
     for first, second in model.all_tied_weights_keys.items():  # a gathered state has each weight once
         for missing, present in ((first, second), (second, first)):
             if present in state:
                 state.setdefault(missing, state[present])
-    converted = revert_weight_conversion(model, state)
+    converted = convert_to_file_names(model, state, base.tensors)
     in_base = {name: tensor for name, tensor in converted.items() if name in base.tensors}
     storages = {tensor.data_ptr() for tensor in in_base.values()}
     for name, tensor in converted.items():

@@ -213,7 +213,8 @@ def _keeps_rows_apart(model: Any) -> bool:
             batch = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             with torch.no_grad():
                 logits.append(model(**batch, use_cache=False).logits[0, 5:].float())
-    except (NotImplementedError, TypeError):  # no such arguments, or another kind of attention
+    # No such arguments, another kind of attention, or a recurrence that needs a package to keep rows apart.
+    except (NotImplementedError, TypeError, ValueError, ImportError):
         return False
     finally:
         model.train(training)

@@ -68,6 +68,7 @@ def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
                 max_length=max_length,
                 dataset_kwargs={"skip_prepare_dataset": True},
                 remove_unused_columns=False,  # the collator needs them all
+                router_aux_loss_coef=0.0,  # a router that is frozen needs no balance, and the loss here has none
             )
         ),
         train_dataset=pad_dataset(train, processes * get_number(training.per_device_train_batch_size)),

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers import PrinterCallback, set_seed
 from transformers.utils import is_liger_kernel_available
 
@@ -23,6 +24,7 @@ from lathe.config.base import Auto
 from lathe.config.params import Params
 from lathe.models.adapter import add_adapter, check_adapter
 from lathe.models.loading import load_base
+from lathe.models.measured_answers import AnswerLikelihood, choose_answers
 from lathe.models.model_folder import open_model
 from lathe.models.precision import resolve_precision
 from lathe.models.tokenizer import load_tokenizer
@@ -33,6 +35,7 @@ from lathe.training.dvclive_curves import Curves
 from lathe.training.freeze_proof import hash_tensors
 from lathe.training.full_tuning import map_to_base_names, save_full_model
 from lathe.training.fused_lora import add_updates_in_products
+from lathe.training.measure_answers import measure_answers
 from lathe.training.preference_pairs import check_pairs
 from lathe.training.resume import ResumableTrainer
 from lathe.training.reward_functions import RewardFunction, get_source_file
@@ -53,6 +56,7 @@ class TrainingResult:
 
     frozen: dict[str, str]  # name of every frozen tensor -> SHA-256 of its bytes, the same before and after
     trained_tensors: int
+    answers: AnswerLikelihood | None  # of held-out rows; None where the tensors are on several GPUs
     throughput: dict[str, float]  # of the last phase, such as {"tokens_per_second": 812.5}
 
 
@@ -112,7 +116,8 @@ def train(
     if is_full:
         map_to_base_names(model, open_model(base))  # raises if it could not be saved, before hours of training
     else:
-        model = add_adapter(model, params.lora)
+        added = tokenizer.convert_tokens_to_ids(params.preprocess.added_tokens)
+        model = add_adapter(model, params.lora, token_ids=added)
         if model.device.type == "cuda" and not launch.is_sharded():
             add_updates_in_products(model)
     frozen = hash_tensors(model)
@@ -149,6 +154,10 @@ def train(
         after = hash_tensors(model)
         if moved := [name for name, digest in frozen.items() if after[name] != digest]:
             raise RuntimeError(f"training moved {len(moved)} tensors that are frozen, {moved[0]} first")
+        answers = None
+        if not launch.is_sharded():
+            chosen = choose_answers(tokenizer, examples["validation"])
+            answers = measure_answers(model, chosen, precision=precision)
         state = get_state_to_save(model)
         if launch.is_main():
             with raise_disk_errors():
@@ -162,7 +171,9 @@ def train(
             if checkpoints:
                 checkpoints.remove()
     trained_tensors = sum(parameter.requires_grad for parameter in model.parameters())
-    return TrainingResult(frozen=frozen, trained_tensors=trained_tensors, throughput=meter.measure_overall())
+    return TrainingResult(
+        frozen=frozen, trained_tensors=trained_tensors, answers=answers, throughput=meter.measure_overall()
+    )
 
 
 def describe_unusual_rate(rate: float, *, weights: int, tuning: Literal["lora", "full"]) -> str | None:
@@ -198,6 +209,9 @@ def _disable_input_casts(model: Any, precision: str) -> AbstractContextManager[A
     """Leave the input of an adapter in bf16: PEFT would cast it to float32, and autocast back."""
     if precision != "bf16" or not isinstance(model, PeftModel):
         return nullcontext()
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):  # which lacks what PEFT's function sets
+            module.cast_input_dtype_enabled = True
     context: AbstractContextManager[Any] = disable_input_dtype_casting(model)
     return context
 
@@ -245,6 +259,7 @@ def _get_fingerprint_values(phase: _Phase, tensors: dict[str, str], precision: s
         "quantization": params.quantization.model_dump(),
         "supervise": params.preprocess.supervise,
         "chat_template_kwargs": params.preprocess.chat_template_kwargs,
+        "added_tokens": params.preprocess.added_tokens,
         "seed": params.seed,
         "precision": precision,
         "liger": uses_liger(params.training.use_liger_kernel),

@@ -214,6 +214,25 @@ CALLED = (
         "which layers PEFT will put an update on",
     ),
     UpstreamName(
+        "peft.utils.transformers_weight_conversion",
+        "convert_peft_config_for_transformers",
+        "(peft_config, model, conversions)",
+        "which names of layers PEFT takes for experts",
+    ),
+    UpstreamName("peft.tuners.lora.layer", "ParamWrapper", "", "the update of a weight without a layer of its own"),
+    UpstreamName(
+        "transformers.models.auto.modeling_auto",
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        "",
+        "kinds of models with a class for text alone",
+    ),
+    UpstreamName(
+        "transformers.models.auto.modeling_auto",
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        "",
+        "kinds of models of text and images",
+    ),
+    UpstreamName(
         "accelerate.commands.config.config_args", "load_config_from_file", "(config_file)", "reads a launcher's file"
     ),
     UpstreamName("accelerate.commands.launch", "launch_command", "(args)", "starts the worker processes"),

@@ -5,8 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lathe.models.merge.plan import HEADS, MergedTensor
-from lathe.models.merge.read_adapter import TensorChange, get_module_name
+from lathe.models.merge.plan import MergedTensor
+from lathe.models.merge.read_adapter import HEADS, TensorChange, get_module_name
 from lathe.models.model_folder import (
     Weights,
     get_text_value,

@@ -49,6 +49,8 @@ def merge_rows(
                 column_scale=magnitude / _compute_column_norms(start, factors) if by_column else None,
             )
     addend = reshape_to_rows(adapter.read(change.addend).float()) * change.scaling if change.addend else None
+    if change.update:
+        addend = reshape_to_rows(change.update())
     token_rows = adapter.read(change.token_rows) if change.token_rows else None
     indices = torch.tensor(change.token_indices, dtype=torch.long)
 

@@ -4,7 +4,8 @@ The base is read one tensor at a time in the precision it is stored in, the adap
 rows at a time, and the sum is cast once and written to the file. Quantized weights are never used, even if the
 adapter was trained on a quantized base. The meaning of an adapter's tensors (names, scaling, DoRA, tied embeddings)
 follows PEFT 0.21, `peft/tuners/lora/{layer,variants}.py` and `peft/utils/save_and_load.py`; PEFT and transformers are
-not imported. Fully tuned weights replace the base's.
+imported only where the base's files name or store a weight in another way than the model. Fully tuned weights
+replace the base's.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from lathe.common.errors import InputError
+from lathe.models.merge.converted_changes import needs_conversion, read_converted_changes
 from lathe.models.merge.copy_files import copy_companion_files, write_merged_config
 from lathe.models.merge.plan import OUTPUT_DTYPES, plan_adapter_merge, plan_full_merge
 from lathe.models.merge.read_adapter import read_adapter_config, read_changes
@@ -49,7 +51,12 @@ def merge(base: Path, adapter: Path, out: Path, *, dtype: str, max_shard_size_by
     if left is None:
         adapter_config = read_adapter_config(adapter, str(base_config.get("model_type")))
         adapter_weights = open_adapter(adapter)
-        changes = read_changes(adapter_weights, adapter_config)
+        if adapter_config.get("target_parameters"):
+            changes = read_converted_changes(base, base_weights, adapter_weights, adapter_config)
+        else:
+            changes = read_changes(adapter_weights, adapter_config)
+            if needs_conversion(base_weights, changes):
+                changes = read_converted_changes(base, base_weights, adapter_weights, adapter_config)
         targets = plan_adapter_merge(base_weights, base_config, adapter_weights, adapter_config, changes, dtype)
     else:
         adapter_weights = open_model(adapter)

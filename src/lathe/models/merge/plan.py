@@ -8,14 +8,11 @@ from typing import Any
 import torch
 
 from lathe.common.errors import InputError
-from lathe.models.merge.read_adapter import TensorChange, get_module_name, list_adapter_tensors
+from lathe.models.merge.read_adapter import HEADS, TensorChange, get_module_name, list_adapter_tensors
 from lathe.models.model_folder import ITEMSIZES, StoredTensor, Weights, get_text_value
 from lathe.models.precision import FLOATS
 
 OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16"}
-
-# Input embeddings and the output head that a causal language model of transformers ties to them.
-HEADS = {"embed_tokens": "lm_head", "wte": "lm_head", "word_embeddings": "lm_head", "embed_in": "embed_out"}
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lathe.common.errors import InputError
 from lathe.models.model_folder import ADAPTER_FILE, Weights, read_json
@@ -23,8 +25,11 @@ KNOWN_ADAPTER_KEYS = {
     *("init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha"),
     *("lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type"),
     *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config"),
-    *("target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora"),
+    *("target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_dora", "use_rslora"),
 }
+# Input embeddings and the output head that a causal language model of transformers ties to them.
+HEADS = {"embed_tokens": "lm_head", "wte": "lm_head", "word_embeddings": "lm_head", "embed_in": "embed_out"}
+
 # Initializations that do not change the base; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA alter its weights.
 KNOWN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -39,8 +44,6 @@ def read_adapter_config(adapter: Path, model_type: str) -> dict[str, Any]:
 
     if config.get("peft_type") != "LORA":
         refuse("peft_type", "is not supported, only LORA is")
-    if config.get("target_parameters"):
-        refuse("target_parameters", "(LoRA on single parameters, as of experts) is not supported")
     if config.get("fan_in_fan_out") or model_type in CONV1D_MODELS:
         refuse("fan_in_fan_out", f"with model_type {model_type!r}: transposed (Conv1D) layers are not supported")
     if config.get("init_lora_weights", True) not in KNOWN_INITS:
@@ -78,6 +81,9 @@ class TensorChange:
     token_rows: str | None = None
     token_indices: tuple[int, ...] = ()
     addend: str | None = None
+    # The update in float32, where the base stores the weight in another way than the model has it; and its factors.
+    update: Callable[[], torch.Tensor] | None = None
+    factors: tuple[str, ...] = ()
 
 
 def read_changes(adapter: Weights, config: dict[str, Any]) -> dict[str, TensorChange]:
@@ -252,4 +258,5 @@ def _get_token_indices(module: str, config: dict[str, Any]) -> list[int]:
 def list_adapter_tensors(change: TensorChange) -> list[str]:
     """Return the names of the adapter's tensors that a change uses."""
     names = [change.replacement, *(change.low_rank or ()), change.magnitude, change.token_rows, change.addend]
+    names += change.factors
     return [name for name in names if name]

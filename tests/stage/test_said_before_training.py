@@ -1,0 +1,259 @@
+"""What a later stage would refuse because of model or tokenizer is said by the first one: a table of causes."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import preloaded
+import pytest
+from base_models import make
+from pydantic import ValidationError
+from refusals import refused
+from safetensors.torch import load_file, save_file
+from shared import made_once
+from toy import load_toy
+
+from lathe.common import paths
+from lathe.config.presets import LocalModel
+from lathe.config.training_params import Lora
+from lathe.gguf import tokenizer_parity
+from lathe.gguf.vocabulary import get_vocabulary
+from lathe.models.adapter import check_adapter
+from lathe.models.check_base import check_base
+from lathe.sources import fetch
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_once(tmp_path_factory, "whole", lambda folder: make("LlamaForCausalLM", folder))
+
+
+@pytest.fixture
+def model(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model under models/local of a checkout of its own, to be damaged."""
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "MODELS_LOCAL", tmp_path / "models/local")
+    monkeypatch.setattr(paths, "SCRATCH", tmp_path / ".scratch")
+    folder = tmp_path / "models/local/mine"
+    shutil.copytree(whole, folder)
+    return folder
+
+
+def run_fetch(model: Path, **preset: str) -> Path:
+    """Do what the stage fetch does with a model, and return the folder that it fills."""
+    base = paths.ROOT / "models/base"
+    shutil.rmtree(base, ignore_errors=True)
+    base.mkdir(parents=True)
+    fetch.fetch_model(LocalModel(source="local", path=f"models/local/{model.name}", **preset), base, seed=1)
+    check_base(base, "model mine")
+    # The converter runs with this checkout's code.
+    with preloaded.forking(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "ROOT", Path(__file__).parents[2])
+        vocabulary = get_vocabulary(base, llama_cpp=paths.LLAMA_CPP, shown="model mine")
+    tokenizer_parity.compare_tokenizers(base, vocabulary, [], samples="rows", shown="model mine")
+    return base
+
+
+def edit(file: Path, **values: Any) -> None:
+    content = {**json.loads(file.read_text(encoding="utf-8")), **values}
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def edit_weights(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(model / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def lose_head(model: Path) -> None:
+    edit_weights(model, lambda tensors: tensors.pop("lm_head.weight"))
+
+
+def cut_weights(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def add_second_weights(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors, model / "model-00001-of-00001.safetensors", {"format": "pt"})
+    weight_map = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def lose_shard(model: Path) -> None:
+    add_second_weights(model)
+    (model / "model.safetensors").unlink()
+    (model / "model-00001-of-00001.safetensors").unlink()
+    (model / "model-00001-of-00002.safetensors").touch()
+
+
+def pickle_weights(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def become_pointer(model: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (model / "model.safetensors").write_text(text)
+
+
+def link_to_nowhere(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    os.symlink("/nowhere/tokenizer.json", model / "tokenizer.json")
+
+
+def add_byte_order_mark(model: Path) -> None:
+    file = model / "tokenizer_config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+
+
+def become_adapter(model: Path) -> None:
+    (model / "config.json").rename(model / "adapter_config.json")
+
+
+def write_template(text: str) -> Callable[[Path], None]:
+    def write(model: Path) -> None:
+        (model / "chat_template.jinja").write_text(text)
+
+    return write
+
+
+def end_answers_otherwise(model: Path) -> None:
+    file = model / "chat_template.jinja"
+    file.write_text(file.read_text().replace("<|im_end|>", "<|im_start|>"))
+
+
+def divide_words(model: Path) -> None:
+    file = model / "tokenizer.json"
+    content = json.loads(file.read_text())
+    split = {"type": "Split", "pattern": {"String": "e"}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    file.write_text(json.dumps(content))
+    edit(model / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+
+
+def shrink_embeddings(model: Path) -> None:
+    def cut(tensors: dict[str, Any]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:50257].clone()
+
+    edit_weights(model, cut)
+    edit(model / "config.json", vocab_size=50257)
+
+
+CAUSES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "an architecture that transformers does not know": (
+        "base-not-loaded",
+        lambda model: edit(model / "config.json", model_type="no_such"),
+    ),
+    "an architecture that the converter does not know": (
+        "conversion-refused",
+        lambda model: edit(model / "config.json", architectures=["NoSuchForCausalLM"]),
+    ),
+    "a vocabulary that the converter does not know": ("conversion-refused", divide_words),
+    "a head that is not there": ("weights-incomplete", lose_head),
+    "weights of another shape": (
+        "weights-of-other-shape",
+        lambda model: edit(model / "config.json", intermediate_size=64),
+    ),
+    "quantized weights": (
+        "weights-quantized",
+        lambda model: edit(model / "config.json", quantization_config={"quant_method": "mxfp4"}),
+    ),
+    "weights that were cut short": ("safetensors-invalid", cut_weights),
+    "two sets of weights": ("weights-twice", add_second_weights),
+    "a shard that is missing": ("incomplete-model", lose_shard),
+    "pickled weights": ("pickled-weights", pickle_weights),
+    "a pointer of Git LFS": ("lfs-pointer", become_pointer),
+    "a link to nowhere": ("broken-link", link_to_nowhere),
+    "a byte-order mark": ("byte-order-mark", add_byte_order_mark),
+    "an adapter": ("adapter-as-base", become_adapter),
+    "no configuration": ("incomplete-model", lambda model: (model / "config.json").unlink()),
+    "no chat template": ("no-chat-template", lambda model: (model / "chat_template.jinja").unlink()),
+    "a template that is no Jinja": ("template-syntax", write_template("{% for %}")),
+    "a template that does not write the answer": (
+        "answer-not-written",
+        write_template("{% for m in messages %}{{ m.role }}{% endfor %}"),
+    ),
+    "answers that never end": ("answers-never-end", end_answers_otherwise),
+    "tokens without embeddings": ("token-without-embedding", shrink_embeddings),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_fetch_says_what_a_later_stage_would_refuse(model: Path, cause: str) -> None:
+    code, damage = CAUSES[cause]
+    damage(model)
+    with refused(code, "mine", kept=False) as caught:
+        run_fetch(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_model_passes_all_of_it(model):
+    assert (run_fetch(model) / "model.safetensors").samefile(model / "model.safetensors")
+
+
+def test_of_templates_by_name_the_default_is_taken_and_none_is_refused(model):
+    text = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").unlink()
+    named = [{"name": "default", "template": text}, {"name": "rag", "template": "{{ messages }}"}]
+    edit(model / "tokenizer_config.json", chat_template=named)
+    run_fetch(model)
+    edit(model / "tokenizer_config.json", chat_template=named[1:])
+    with refused("no-default-template", "rag", kept=False):
+        run_fetch(model)
+
+
+def test_a_base_with_an_adapter_of_it_is_taken_as_one_model(model):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), LoraConfig(target_modules=["q_proj"])
+    )
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    adapted.save_pretrained(paths.MODELS_LOCAL / "update")
+    base = load_file(run_fetch(model, adapter="models/local/update") / "model.safetensors")
+    before = load_file(model / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], base[name])}
+    assert changed == {f"model.layers.{number}.self_attn.q_proj.weight" for number in (0, 1)}
+    expected = adapted.merge_and_unload().state_dict()
+    for name in changed:
+        assert torch.allclose(base[name].float(), expected[name], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"lora_dropout": 0.1}, "lora.lora_dropout is 0.1"),
+        ({"use_dora": True}, "lora.use_dora is true"),
+    ],
+)
+def test_what_updates_of_experts_cannot_have_is_said_as_the_parameters_are_read(values, part):
+    lora = {**load_toy().params.lora.model_dump(), "target_parameters": ["mlp.experts.down_proj"], **values}
+    with pytest.raises(ValidationError, match=part):
+        Lora(**lora)
+
+
+@pytest.mark.parametrize(
+    ("values", "code"),
+    [
+        ({"target_modules": ["q_proj", "no_such"]}, "layer-unknown"),
+        ({"target_modules": ["q_proj", "gate_proj"]}, "layer-names-experts"),
+        ({"target_modules": ["q_proj"], "target_parameters": ["mlp.no_such"]}, "parameter-unknown"),
+        ({"num_layers": 9}, "blocks-too-many"),
+    ],
+)
+def test_an_update_that_fits_no_layer_is_refused_before_the_model_is_loaded(tmp_path, values, code):
+    make("Qwen3MoeForCausalLM", tmp_path / "moe")
+    for file in (tmp_path / "moe").glob("*.safetensors"):
+        file.unlink()  # no weight is read
+    with refused(code, "lora."):
+        check_adapter(tmp_path / "moe", load_toy().params.lora.model_copy(update=values))
