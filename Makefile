@@ -4,11 +4,11 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock unit deps repro experiments chat serve report remote-check ci-lock ci-summary lint format test \
+.PHONY: help setup lock unit deps repro classify experiments chat serve report remote-check ci-lock ci-summary lint format test \
 	test-all \
 	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention \
 	bench-experiments \
-	bench-tracking docs docs-serve docs-check clean
+	bench-tracking bench-classify docs docs-serve docs-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -21,8 +21,10 @@ setup: ## make .venv and what belongs to it; PYTHON=python3.12, EXTRAS="mlflow w
 
 # What these need beside the default pipeline.
 bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention bench-experiments bench-tracking \
+	bench-classify \
 	docs docs-serve docs-check format lint lock unit test test-all: EXTRAS += dev
 bench-cuda: EXTRAS += gpu
+classify: EXTRAS += classify
 serve: EXTRAS += serve
 
 lock: setup ## rewrite requirements.lock after an edit of pyproject.toml
@@ -30,6 +32,9 @@ lock: setup ## rewrite requirements.lock after an edit of pyproject.toml
 
 repro: setup ## run the whole pipeline: base model and data in, measured GGUF files out
 	@python -m lathe repro
+
+classify: setup ## run the classifier's pipeline: texts and labels in, a measured classifier and its ONNX file out
+	@python -m lathe repro classify/dvc.yaml
 
 experiments: setup ## list the recipes, with the scores of those that have been run
 	@python -m lathe experiments
@@ -56,6 +61,7 @@ lint: setup ## ruff and mypy, and hadolint where it is installed
 	ruff check .
 	ruff format --check .
 	mypy
+	mypy classify/stages
 	@if command -v hadolint >/dev/null; then hadolint Dockerfile Dockerfile.cuda; fi
 
 format: setup ## rewrite the code as ruff wants it
@@ -74,7 +80,7 @@ test: lint docs-check ## lint, documentation and all tests but the long ones
 test-all: lint docs-check ## every test
 	pytest
 
-bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-attention bench-experiments bench-tracking ## every benchmark
+bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-attention bench-experiments bench-tracking bench-classify ## every benchmark
 
 bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B parameters
 	python benchmarks/merge.py
@@ -106,6 +112,9 @@ bench-experiments: setup ## what `dvc exp show` takes with fifty experiments, an
 
 bench-tracking: setup ## seconds of the training stage while it is mirrored, to a server and to one that hangs
 	python benchmarks/tracking.py
+
+bench-classify: setup ## an epoch with kept features and without, and 1,000 texts by torch, ONNX Runtime and scikit-learn
+	python benchmarks/classify.py
 
 docs: setup ## rewrite docs/params.md, schemas/, the pictures in docs/, and the tables of results
 	python -m lathe schema > docs/params.md

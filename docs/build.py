@@ -146,7 +146,8 @@ def _stages() -> tuple[dict[str, list[str]], networkx.DiGraph]:
     """Return what each script is run for, and the graph of scripts without the arrows that others imply."""
     with Repo(str(ROOT)) as repo:
         graph = repo.index.graph
-        stages = {stage: Path(stage.cmd.split()[2]).stem for stage in repo.index.stages if stage.cmd}
+        main = [stage for stage in repo.index.stages if stage.cmd and Path(stage.path).parent == ROOT]
+        stages = {stage: Path(stage.cmd.split()[2]).stem for stage in main}
     items: dict[str, list[str]] = {}
     for stage, script in stages.items():
         items.setdefault(script, []).extend(stage.cmd.split()[3:])

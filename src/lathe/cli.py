@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lathe import __version__, commands, completion
+from lathe import __version__, classifier_commands, commands, completion
 from lathe.common import entry_point, paths
 from lathe.config.base import SPLITS
 
@@ -38,6 +38,7 @@ EXAMPLES = {
     "chat": 'lathe chat --prompt "Turn on the attic lamp."',
     "serve": "lathe serve --port 8001",
     "infer": "lathe infer --file prompts.jsonl --out answers.jsonl",
+    "classify": 'lathe classify "open the kitchen blinds"',
     "remote-check": "lathe remote-check --remote ycloud",
     "push-runs": "lathe push-runs --remote ycloud",
     "mirror": "lathe mirror my-experiment --mlflow",
@@ -295,6 +296,19 @@ def _add_model_commands(table: Any) -> None:
         "--out", type=Path, metavar="FILE", help="where the answers go (default: standard output)"
     ).complete = completion.FILE
     command.set_defaults(run=lambda args: commands.answer_file(args.file, args.gguf, args.out))
+
+    command = table.add_parser("classify", help="name the labels of texts with the classifier of `make classify`")
+    command.add_argument("texts", nargs="*", metavar="TEXT", help="a text")
+    command.add_argument(
+        "--file",
+        type=Path,
+        metavar="FILE",
+        help="a text a line, or JSONL, CSV or Parquet with a column text; - is standard input",
+    ).complete = completion.FILE
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="where the labels go (default: standard output)"
+    ).complete = completion.FILE
+    command.set_defaults(run=classifier_commands.classify)
 
 
 def _add_remote_commands(table: Any) -> None:

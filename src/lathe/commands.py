@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lathe import classifier_commands
 from lathe.common import metric_files, paths
 from lathe.common.errors import InputError
 from lathe.common.json_files import read_json
@@ -18,6 +19,7 @@ from lathe.common.text import did_you_mean
 from lathe.config import artifacts
 from lathe.config.load import Config, load
 from lathe.config.overrides import apply_overrides
+from lathe.config.pipelines import CLASSIFIER
 from lathe.config.yaml_files import read_yaml
 
 if TYPE_CHECKING:
@@ -45,11 +47,11 @@ def init_repository(args: argparse.Namespace) -> None:
 def run_doctor(args: argparse.Namespace) -> None:
     """Check what a run with these overrides, and those of a recipe, needs; exit 1 if something fails."""
     from lathe import doctor
-    from lathe.experiments.recipes import load_recipe
+    from lathe.experiments.recipes import load_main_recipe
 
     def load_with_overrides() -> Config:
         return apply_overrides(
-            load_recipe(args.recipe).build_overrides(args.overrides) if args.recipe else args.overrides
+            load_main_recipe(args.recipe).build_overrides(args.overrides) if args.recipe else args.overrides
         )
 
     sys.exit(doctor.run(load_with_overrides, as_json=args.json))
@@ -87,7 +89,8 @@ def run_experiment(args: argparse.Namespace) -> None:
     with run_summary.printed_at_the_end():
         code = run_recipe.run(args.name, args.overrides, options)
     if code == 0 and not (args.queue or args.print_command):
-        run_summary.print_summary((args.experiment or args.name) if args.temp else WORKSPACE)
+        name = (args.experiment or args.name) if args.temp else WORKSPACE
+        classifier_commands.print_summary(name, of_classifier=run_recipe.is_of_classifier(args.name))
     sys.exit(code)
 
 
@@ -110,8 +113,8 @@ def run_pipeline(targets: list[str]) -> None:
         os.chdir(paths.ROOT)
         with run_summary.printed_at_the_end():
             code = run_dvc(["repro", *targets])
-        if code == 0 and not targets:
-            run_summary.print_summary(WORKSPACE)
+        if code == 0 and targets in ([], CLASSIFIER.target):
+            classifier_commands.print_summary(WORKSPACE, of_classifier=bool(targets))
         sys.exit(code)
 
 

@@ -16,7 +16,7 @@ EXPERIMENTS = {"bash": "_lathe_experiments", "zsh": "_lathe_experiments", "fish"
 LIST_RECIPES = """\
 folder=$PWD
 while [ -n "$folder" ] && [ ! -f "$folder/dvc.yaml" ]; do folder=${folder%/*}; done
-for file in $(command ls "$folder/experiments" 2>/dev/null); do
+for file in $(command ls "$folder/experiments" "$folder/classify/experiments" 2>/dev/null); do
   case $file in *.yaml) echo "${file%.yaml}";; esac
 done"""
 LIST_EXPERIMENTS = "git for-each-ref --format='%(refname:lstrip=4)' refs/exps 2>/dev/null; echo workspace"

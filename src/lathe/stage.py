@@ -6,10 +6,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lathe.common import json_files, launch, metric_files, operating_system, paths, workspace_lock
 from lathe.common.entry_point import guard
 from lathe.common.errors import InputError
+from lathe.config.classifier_config import ClassifierConfig, load_classifier
 from lathe.config.held_out_checks import find_misfits
 from lathe.config.load import Config, load
 from lathe.config.params import Convert, Params
@@ -66,13 +68,48 @@ def run_items(main: Callable[[Config, str], Throughput | None], items: Callable[
     def run_chosen() -> None:
         config = _load_config(name)
         known = items(config)
-        for item in chosen:
-            if item not in known:
-                raise InputError(f"{name} {item}: no such item; known: {', '.join(known)}", code="unknown-item")
+        check_items(name, chosen, known)
         if name == "fetch":
             warn_of_untracked(config, chosen or known)
         for item in chosen or known:
             _run_timed(name, item, lambda item=item: main(config, item), known)  # type: ignore[misc]
+
+    guard(run_chosen)
+
+
+def check_items(name: str, chosen: Sequence[str], known: Sequence[str]) -> None:
+    """Raise InputError for an item that the stage does not have."""
+    for item in chosen:
+        if item not in known:
+            raise InputError(f"{name} {item}: no such item; known: {', '.join(known)}", code="unknown-item")
+
+
+def run_classifier(main: Callable[[ClassifierConfig], Throughput | None]) -> None:
+    """Run a stage of the classifier's pipeline, classify/dvc.yaml, which has parameters and metrics of its own."""
+    name, parser = _make_parser(main)
+    parser.parse_args()
+
+    def run_stage() -> None:
+        workspace_lock.refuse_beside_holder(name)
+        config = load_classifier()
+        _run_timed(name, None, lambda: main(config), folder=paths.CLASSIFIER_METRICS)
+
+    guard(run_stage)
+
+
+def run_classifier_items(main: Callable[[ClassifierConfig, str], Throughput | None], items: Sequence[str]) -> None:
+    """Run a stage of the classifier's pipeline once per item named on the command line; without one, for all."""
+    name, parser = _make_parser(main)
+    parser.add_argument("items", nargs="*", metavar="ITEM", help="what to run it for (default: all)")
+    chosen = parser.parse_args().items
+
+    def run_chosen() -> None:
+        workspace_lock.refuse_beside_holder(name)
+        config = load_classifier()
+        check_items(name, chosen, items)
+        for item in chosen or items:
+            folder = paths.CLASSIFIER_METRICS
+            _run_timed(name, item, lambda item=item: main(config, item), items, folder=folder)  # type: ignore[misc]
 
     guard(run_chosen)
 
@@ -131,21 +168,28 @@ def _make_parser(main: Callable[..., object]) -> tuple[str, argparse.ArgumentPar
     assert module.__file__ is not None
     name = os.path.splitext(os.path.basename(module.__file__))[0]
     parser = argparse.ArgumentParser(
-        prog=f"python stages/{name}.py",
+        prog=f"python {os.path.relpath(module.__file__, paths.ROOT)}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return name, parser
 
 
-def _run_timed(name: str, item: str | None, action: Callable[[], Throughput | None], items: Sequence[str] = ()) -> None:
+def _run_timed(
+    name: str,
+    item: str | None,
+    action: Callable[[], Throughput | None],
+    items: Sequence[str] = (),
+    folder: Path = paths.METRICS,
+) -> None:
     started = time.perf_counter()
     throughput = action() or {}
     if launch.is_worker():
         if launch.is_main():
             launch.report_throughput({"peak_memory_bytes": operating_system.get_peak_memory_bytes(), **throughput})
         return
-    metric_files.write_timings(name, item, seconds=time.perf_counter() - started, throughput=throughput, items=items)
+    seconds = time.perf_counter() - started
+    metric_files.write_timings(name, item, seconds=seconds, throughput=throughput, items=items, folder=folder)
     if name == LAST_STAGE and "DVC_STAGE" in os.environ:
         from lathe.reports import run_summary
 

@@ -13,14 +13,21 @@ from dvc.repo import Repo
 
 from lathe.common import paths, stage_dependencies
 from lathe.common.code_closure import code_closure, is_code
-from lathe.config import params, training_params
+from lathe.config import classifier_params, params, training_params
+from lathe.config.base import section_of
 
 
 @pytest.fixture(scope="module")
-def stages():
-    """Every stage of dvc.yaml as DVC resolves it."""
+def all_stages():
+    """Every stage of every dvc.yaml as DVC resolves it."""
     with Repo(str(paths.ROOT)) as repo:
         return [stage for stage in repo.index.stages if stage.cmd]
+
+
+@pytest.fixture(scope="module")
+def stages(all_stages):
+    """Those of the main pipeline."""
+    return [stage for stage in all_stages if Path(stage.path).parent == paths.ROOT]
 
 
 def group(stage) -> str:
@@ -28,21 +35,18 @@ def group(stage) -> str:
 
 
 def script(stage) -> Path:
-    return paths.ROOT / stage.cmd.split()[2]
+    return Path(stage.path).parent / stage.cmd.split()[2]
 
 
-def test_each_stage_depends_on_exactly_the_library_modules_that_its_script_imports(stages):
-    for name in {group(stage) for stage in stages}:
-        for stage in stages:
-            if group(stage) != name:
-                continue
-            listed: set[Path] = set()
-            for dep in stage.deps:
-                path = paths.ROOT / str(dep.def_path)
-                listed |= set(path.rglob("*")) if path.is_dir() else {path}
-            code = {path for path in listed if is_code(path) and "src" in path.relative_to(paths.ROOT).parts}
-            assert code == set(code_closure(script(stage))), f"{name}: run `make deps`"
-            assert script(stage) in listed, f"{name} does not depend on its own script"
+def test_each_stage_depends_on_exactly_the_library_modules_that_its_script_imports(all_stages):
+    for stage in all_stages:
+        listed: set[Path] = set()
+        for dep in stage.deps:
+            path = (Path(stage.path).parent / str(dep.def_path)).resolve()
+            listed |= set(path.rglob("*")) if path.is_dir() else {path}
+        code = {path for path in listed if is_code(path) and "src" in path.relative_to(paths.ROOT).parts}
+        assert code == set(code_closure(script(stage))), f"{stage.addressing}: run `make deps`"
+        assert script(stage) in listed, f"{stage.addressing} does not depend on its own script"
 
 
 # Of the library modules that a stage depends on: an edit of any line of them re-runs it.
@@ -63,15 +67,37 @@ def test_an_edit_of_the_hubs_code_runs_fetch_alone():
 
 
 def test_dvc_yaml_is_as_make_deps_writes_it():
-    text = stage_dependencies.DVC_YAML.read_text()
-    assert stage_dependencies.with_dependencies(text) == text
-    fewer = "\n".join(line for line in text.splitlines() if "src/lathe/gguf" not in line) + "\n"
-    assert stage_dependencies.with_dependencies(fewer) == text
+    for file in stage_dependencies.DVC_YAMLS:
+        text = file.read_text()
+        assert stage_dependencies.with_dependencies(text, file.parent) == text
+        fewer = "\n".join(line for line in text.splitlines() if "src/lathe/models" not in line) + "\n"
+        assert fewer != text
+        assert stage_dependencies.with_dependencies(fewer, file.parent) == text
 
 
-def test_each_stage_has_a_script_and_each_script_a_stage(stages):
-    scripts = {file for file in (paths.ROOT / "stages").glob("*.py") if not file.name.startswith("_")}
-    assert {script(stage) for stage in stages} == scripts
+def test_each_stage_has_a_script_and_each_script_a_stage(all_stages):
+    folders = (paths.ROOT / "stages", paths.CLASSIFIER / "stages")
+    scripts = {file for folder in folders for file in folder.glob("*.py") if not file.name.startswith("_")}
+    assert {script(stage) for stage in all_stages} == scripts
+
+
+def test_the_main_pipeline_and_the_classifiers_share_no_stage_and_no_output(all_stages, stages):
+    others = [stage for stage in all_stages if stage not in stages]
+    assert others
+    made = {out.fs_path for stage in stages for out in stage.outs}
+    made_there = {out.fs_path for stage in others for out in stage.outs}
+    assert not made & made_there
+    assert not {dep.fs_path for stage in others for dep in stage.deps} & made
+    assert not {dep.fs_path for stage in stages for dep in stage.deps} & made_there
+
+
+def test_each_parameter_of_the_classifier_is_tracked_by_a_stage():
+    text = (paths.CLASSIFIER / "dvc.yaml").read_text()
+    for name, field in classifier_params.ClassifierParams.model_fields.items():
+        section = section_of(field.annotation)
+        for key in [name] if section is None else [f"{name}.{key}" for key in section.model_fields]:
+            marks = (f"- {key}\n", f"${{{key}", f"- {key.partition('.')[0]}\n")
+            assert any(mark in text for mark in marks), key
 
 
 # Where a run is shown changes nothing of it: what a stage tracked here would run it again.
@@ -91,7 +117,8 @@ def test_a_training_depends_on_the_parameters_of_its_own_method_alone(checkout):
     def tracked(method: str) -> set[str]:
         checkout.set({"training.method": method})
         with Repo(str(checkout.root)) as repo:
-            [stage] = [stage for stage in repo.index.stages if stage.name == "train"]
+            main = [stage for stage in repo.index.stages if Path(stage.path).parent == checkout.root]
+            [stage] = [stage for stage in main if stage.name == "train"]
         return {name for dep in stage.params for name in dep.params if dep.def_path == "params.yaml"}
 
     common = {"seed", "training", "sft", "lora", "quantization"}
@@ -101,8 +128,8 @@ def test_a_training_depends_on_the_parameters_of_its_own_method_alone(checkout):
     assert tracked("grpo") == common | {"grpo"}
 
 
-def test_metrics_and_plots_stay_in_git_and_everything_else_in_the_cache(stages):
-    for stage in stages:
+def test_metrics_and_plots_stay_in_git_and_everything_else_in_the_cache(all_stages):
+    for stage in all_stages:
         for out in stage.outs:
             path = str(out.def_path)
             if out.__class__.__name__ == "ParamsDependency":
@@ -110,11 +137,11 @@ def test_metrics_and_plots_stay_in_git_and_everything_else_in_the_cache(stages):
             assert out.use_cache == (not path.startswith("metrics/")), path
 
 
-def test_dvcs_run_cache_keeps_the_runs_of_every_stage_but_the_judges(stages):
+def test_dvcs_run_cache_keeps_the_runs_of_every_stage_but_the_judges(all_stages):
     """What it refuses: outputs that persist, and files in Git that are neither metric nor plot (`Stage.run` of DVC)."""
     refused = [
         stage.name
-        for stage in stages
+        for stage in all_stages
         if stage.is_callback
         or stage.always_changed
         or any(out.persist or not (out.use_cache or out.is_metric or out.is_plot) for out in stage.outs)
@@ -122,7 +149,10 @@ def test_dvcs_run_cache_keeps_the_runs_of_every_stage_but_the_judges(stages):
     assert refused == ["judge"]
 
 
-@pytest.mark.parametrize("file", sorted((paths.ROOT / "stages").glob("[a-z]*.py")), ids=lambda file: file.stem)
+SCRIPTS = sorted(file for place in ("stages", "classify/stages") for file in (paths.ROOT / place).glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.relative_to(paths.ROOT).with_suffix("").as_posix())
 def test_help_of_each_stage_says_what_it_reads_and_writes(file):
     done = subprocess.run([sys.executable, str(file), "--help"], capture_output=True, text=True, check=True)
     assert "\nreads " in done.stdout

@@ -24,7 +24,7 @@ FLOORS = [
     {"data", "gguf"},
     {"sources", "provenance", "inference"},
     {"evaluation"},
-    {"training", "experiments", "reports"},
+    {"training", "classify", "experiments", "reports"},
     {"estimate", "fit_batch", "stage", "out_of_memory"},
     {
         "doctor",
@@ -35,6 +35,7 @@ FLOORS = [
         "adopt",
         "new_recipe",
         "completion",
+        "classifier_commands",
         "commands",
         "cli",
         "__main__",
@@ -42,6 +43,8 @@ FLOORS = [
 ]
 # Beside one another on the same floor: allowed in this direction alone.
 NEIGHBOURS = {
+    ("classify", "training"),
+    ("experiments", "classify"),
     ("out_of_memory", "estimate"),
     ("fit_batch", "estimate"),
     ("doctor", "doctor_checks"),
@@ -57,6 +60,8 @@ NEIGHBOURS = {
     ("commands", "new_recipe"),
     ("new_recipe", "doctor_checks"),
     ("cli", "commands"),
+    ("cli", "classifier_commands"),
+    ("commands", "classifier_commands"),
     ("cli", "completion"),
     ("__main__", "doctor"),
     ("__main__", "cli"),

@@ -16,6 +16,8 @@ FILES = [
     *((paths.ROOT / f"{kind}.yaml", kind) for kind in ("params", "presets")),
     *((file, "recipe") for file in sorted(RECIPES.glob("*.yaml"))),
     *((file, "base") for file in sorted((RECIPES / "base").glob("*.yaml"))),
+    (paths.CLASSIFIER_PARAMS, "classifier-params"),
+    *((file, "classifier-recipe") for file in sorted((paths.CLASSIFIER / "experiments").glob("*.yaml"))),
 ]
 
 
@@ -49,6 +51,9 @@ def test_a_file_that_ships_meets_its_schema(file, kind):
         ("recipe", {"description": "a", "hypothesis": "b", "expect": "c", "overrides": {"lora.r": "8"}}),
         ("recipe", {"overrides": {"lora.r": 8}}),
         ("base", {"overrides": {}}),
+        ("classifier-recipe", {"description": "a", "overrides": {"lora.lora_dropout": 2}}),
+        ("classifier-recipe", {"description": "a", "overrides": {"training.method": "sft"}}),
+        ("classifier-params", {"seed": 1}),
     ],
 )
 def test_a_schema_refuses_what_lathe_refuses(kind, tree):

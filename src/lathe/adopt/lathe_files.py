@@ -18,11 +18,13 @@ from lathe.common.git import run_git, try_git
 # Files and folders for work on Lathe itself, and what its own runs left.
 LEFT_OUT = (
     *(".ci/", ".github/", ".pre-commit-config.yaml", "benchmarks/", "tests/", "metrics/", "dvc.lock"),
+    *("classify/metrics/", "classify/dvc.lock"),
     *("CHANGELOG.md", "CONTRIBUTING.md", "README.md", "SECURITY.md"),
     *("mkdocs.yml", "docs/build.py", "docs/style.css"),
     # The series for learners: its figures are those of the committed parameters.
     *(f"experiments/{name}.yaml" for name in ("baseline", "more-context", "adapter-capacity", "dropout")),
     "experiments/full-fine-tune.yaml",
+    "classify/experiments/classify-",
 )
 
 # Targets of the Makefile that need them.

@@ -3,8 +3,12 @@
 # The extra of pyproject.toml that a package which is imported where it is needed comes with.
 EXTRAS = {
     "mlflow": "mlflow",
+    "onnx": "classify",
+    "onnxruntime": "classify",
+    "onnxscript": "classify",
     "optuna": "search",
     "psycopg": "search",
+    "sklearn": "classify",
     "sqlalchemy": "search",
     "sse_starlette": "serve",
     "starlette_context": "serve",

@@ -33,16 +33,23 @@ def write_csv(target: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_timings(
-    stage: str, item: str | None, *, seconds: float, throughput: dict[str, float], items: Sequence[str] = ()
+    stage: str,
+    item: str | None,
+    *,
+    seconds: float,
+    throughput: dict[str, float],
+    items: Sequence[str] = (),
+    folder: Path = paths.METRICS,
 ) -> None:
     """Write what varies from run to run: timings are no output of a stage, so that they never make it look changed.
 
     A stage that runs once for each of `items` has one file with their sum, and a list with the figures of each.
+    `folder` is that of the pipeline's metrics.
     """
     content: dict[str, Any] = {"seconds": round(seconds, 2), "peak_memory_bytes": get_peak_memory_bytes(), **throughput}
     if (gpu_bytes := get_peak_gpu_memory_bytes()) is not None:
         content["peak_gpu_memory_bytes"] = gpu_bytes
-    target = paths.METRICS / "timings" / f"{stage}.json"
+    target = folder / "timings" / f"{stage}.json"
     timing = _add_to_items(target, {"item": item, **content}, items) if item else content
     write_json(target, wrap_in_list(timing))
 

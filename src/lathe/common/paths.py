@@ -32,6 +32,9 @@ GGUF = ROOT / "models/gguf"
 
 REWARDS = ROOT / "rewards"
 METRICS = ROOT / "metrics"
+CLASSIFIER = ROOT / "classify"  # the pipeline of the classifier, with folders of its own
+CLASSIFIER_PARAMS = CLASSIFIER / "params.yaml"
+CLASSIFIER_METRICS = CLASSIFIER / "metrics"
 LLAMA_CPP = MAIN / ".llama.cpp"
 SCRATCH = MAIN / ".scratch"  # what outlives a stage that was killed; known to neither Git nor DVC
 

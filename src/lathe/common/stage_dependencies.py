@@ -1,4 +1,4 @@
-"""Stage dependencies: the library modules that dvc.yaml lists for each stage, written from the code closure.
+"""Stage dependencies: the library modules that each dvc.yaml lists for each stage, written from the code closure.
 
 `python -m lathe.common.stage_dependencies` (`make deps`) rewrites the lists; a test holds them equal to the closure.
 """
@@ -11,38 +11,42 @@ from pathlib import Path
 from lathe.common import paths
 from lathe.common.code_closure import SOURCE, code_closure, is_code
 
-DVC_YAML = paths.ROOT / "dvc.yaml"
+DVC_YAMLS = (paths.ROOT / "dvc.yaml", paths.CLASSIFIER / "dvc.yaml")
 
 _STAGE = re.compile(r"^  (?P<name>\w+):$")
 _SCRIPT = re.compile(r"^(?P<indent>\s+)- (?P<path>stages/\w+\.py)$")
-_MODULE = re.compile(r"^\s+- src/lathe/\S*$")
+_MODULE = re.compile(r"^\s+- (\.\./)*src/lathe/\S*$")
 
 
 def main() -> None:
-    """Rewrite the lists in dvc.yaml, and name the stages whose list has changed."""
-    before = DVC_YAML.read_text(encoding="utf-8")
-    after = with_dependencies(before)
-    if after == before:
-        sys.stdout.write("dvc.yaml lists what each stage imports\n")
-        return
-    with paths.replace_file(DVC_YAML) as partial:
-        partial.write_text(after, encoding="utf-8")
-    changed = [name for name, text in stages_of(after).items() if stages_of(before).get(name) != text]
-    sys.stdout.write(f"dvc.yaml: rewrote the modules of {', '.join(changed)}\n")
+    """Rewrite the lists in every dvc.yaml, and name the stages whose list has changed."""
+    for file in DVC_YAMLS:
+        shown = file.relative_to(paths.ROOT).as_posix()
+        before = file.read_text(encoding="utf-8")
+        after = with_dependencies(before, file.parent)
+        if after == before:
+            sys.stdout.write(f"{shown} lists what each stage imports\n")
+            continue
+        with paths.replace_file(file) as partial:
+            partial.write_text(after, encoding="utf-8")
+        changed = [name for name, text in stages_of(after).items() if stages_of(before).get(name) != text]
+        sys.stdout.write(f"{shown}: rewrote the modules of {', '.join(changed)}\n")
 
 
-def with_dependencies(text: str) -> str:
+def with_dependencies(text: str, folder: Path = paths.ROOT) -> str:
     """Return the text of a dvc.yaml with the library modules of every stage as the closure of its script has them.
 
-    They follow the entry of the script itself, in place of all entries below src/lathe; the other lines stay.
+    They follow the entry of the script itself, in place of all entries below src/lathe; the other lines stay. `folder`
+    is that of the file, from which its paths start.
     """
+    to_root = "../" * len(folder.relative_to(paths.ROOT).parts)
     lines: list[str] = []
     for line in text.splitlines():
         if _MODULE.match(line):
             continue
         lines.append(line)
         if script := _SCRIPT.match(line):
-            lines += [f"{script['indent']}- {path}" for path in dependencies(paths.ROOT / script["path"])]
+            lines += [f"{script['indent']}- {to_root}{path}" for path in dependencies(folder / script["path"])]
     return "\n".join(lines) + "\n"
 
 

@@ -62,14 +62,10 @@ def load(params_file: Path = paths.PARAMS, presets_file: Path = paths.PRESETS) -
     Raises InputError with one line per problem, all problems of both files at once.
     """
     tree, presets_tree = read_yaml(params_file), read_yaml(presets_file)
-    problems = _validate(Params, tree, params_file.name) + _validate(Presets, presets_tree, presets_file.name)
+    problems = validate_tree(Params, tree, params_file.name) + validate_tree(Presets, presets_tree, presets_file.name)
     for key, table in (("model", "models"), ("bert_score.model", "encoders"), ("dataset", "datasets")):
-        problems += _check_preset(tree, presets_tree, key, table, params_file.name, presets_file.name)
-    if problems:
-        codes = [code for code, _ in problems]
-        # A misspelt key is also a missing one.
-        code = "unknown-key" if "unknown-key" in codes else codes[0]
-        raise InputError("\n".join(line for _, line in problems), code=code)
+        problems += check_preset(tree, presets_tree, key, table, params_file.name, presets_file.name)
+    refuse_problems(problems)
     params, presets = Params.model_validate(tree), Presets.model_validate(presets_tree)
     encoder = params.bert_score.model
     return Config(
@@ -80,24 +76,24 @@ def load(params_file: Path = paths.PARAMS, presets_file: Path = paths.PRESETS) -
     )
 
 
-def check_value(key: str, value: Any, tree: dict[str, Any], where: str) -> list[str]:
+def check_value(key: str, value: Any, tree: dict[str, Any], where: str, section: type[Section] = Params) -> list[str]:
     """Return the problems of one key's `value` in a tree of parameters; rules between keys are left out.
 
-    `where` begins each message: the file, and the line if it is known.
+    `where` begins each message: the file, and the line if it is known. `section` is the class of the whole tree.
     """
     *parents, last = key.split(".")
-    changed = section = dict(tree)
+    changed = part = dict(tree)
     for parent in parents:
-        inner = section.get(parent)
+        inner = part.get(parent)
         if not isinstance(inner, dict):
-            return [f"{where}: {key} is not a known key; {did_you_mean(parent, list(section))}"]
-        section[parent] = section = dict(inner)
-    section[last] = value
+            return [f"{where}: {key} is not a known key; {did_you_mean(parent, list(part))}"]
+        part[parent] = part = dict(inner)
+    part[last] = value
     try:
-        Params.model_validate(changed)
+        section.model_validate(changed)
     except ValidationError as error:
         problems = [problem for problem in error.errors() if problem["loc"][: len(parents) + 1] == (*parents, last)]
-        return [line for _, line in _describe(problems, Params, changed, where)]
+        return [line for _, line in _describe(problems, section, changed, where)]
     return []
 
 
@@ -105,7 +101,18 @@ def check_value(key: str, value: Any, tree: dict[str, Any], where: str) -> list[
 Problem = tuple[str, str]
 
 
-def _validate(model: type[Section], tree: Any, file: str) -> list[Problem]:
+def refuse_problems(problems: Sequence[Problem]) -> None:
+    """Raise InputError with a line for each problem, if there is one."""
+    if not problems:
+        return
+    codes = [code for code, _ in problems]
+    # A misspelt key is also a missing one.
+    code = "unknown-key" if "unknown-key" in codes else codes[0]
+    raise InputError("\n".join(line for _, line in problems), code=code)
+
+
+def validate_tree(model: type[Section], tree: Any, file: str) -> list[Problem]:
+    """Return the problems of a file's content."""
     try:
         TypeAdapter(model).validate_python(tree)
     except ValidationError as error:
@@ -185,7 +192,8 @@ def _list_keys(model: type[Section], parent: tuple[Any, ...], tree: Any) -> list
     return list(section.model_fields)
 
 
-def _check_preset(tree: Any, presets: Any, key: str, table: str, params_name: str, presets_name: str) -> list[Problem]:
+def check_preset(tree: Any, presets: Any, key: str, table: str, params_name: str, presets_name: str) -> list[Problem]:
+    """Return the problem of a key that must name an entry of a table in presets.yaml, if it has one."""
     name = get_value(tree, key)
     known = presets.get(table) if isinstance(presets, dict) else None
     if not isinstance(name, str) or not isinstance(known, dict) or name in known:

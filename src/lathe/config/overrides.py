@@ -11,56 +11,60 @@ from lathe.common import dotted_keys, dvc_api, paths
 from lathe.common.errors import InputError
 from lathe.common.text import suggest_name
 from lathe.config.base import Section
-from lathe.config.load import Config, load
+from lathe.config.load import load
 from lathe.config.params import Params
+from lathe.config.pipelines import MAIN, Pipeline
 from lathe.config.yaml_files import read_yaml
 
 # Words that Hydra's grammar does not read as text unless they are quoted.
 RESERVED_WORDS = {"null", "true", "false", "inf", "nan"}
 
 
-def apply_overrides(overrides: Sequence[str]) -> Config:
-    """Return the configuration with these overrides of params.yaml; no file changes.
+def apply_overrides(overrides: Sequence[str], pipeline: Pipeline = MAIN) -> Any:
+    """Return the configuration of a pipeline with these overrides of its params.yaml; no file changes.
 
     Raises InputError if one cannot be read or makes the parameters invalid.
     """
     if not overrides:
-        return load()
-    check_keys(overrides)
+        return pipeline.read(pipeline.params) if pipeline.folder else load()
+    check_keys(overrides, pipeline)
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / paths.PARAMS.name
-        copy.write_text(paths.PARAMS.read_text(encoding="utf-8"), encoding="utf-8")
+        copy = Path(folder) / pipeline.params_name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(pipeline.params.read_text(encoding="utf-8"), encoding="utf-8")
         try:
             dvc_api.apply_overrides(copy, overrides)
         except dvc_api.OverrideError as error:
             raise _refuse(overrides, error) from None
-        return load(copy)
+        return pipeline.read(copy)
 
 
-def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
+def expand_sweep(overrides: Sequence[str], pipeline: Pipeline = MAIN) -> list[list[str]]:
     """Return the overrides of each run of a sweep, in DVC's order: four for `a=1,2 b=3,4`, one without commas."""
-    check_keys(overrides)
+    check_keys(overrides, pipeline)
     try:
         return dvc_api.expand_sweep(overrides, paths.PARAMS.name)
     except dvc_api.OverrideError as error:
         raise _refuse(overrides, error) from None
 
 
-def check_keys(overrides: Sequence[str]) -> None:
+def check_keys(overrides: Sequence[str], pipeline: Pipeline = MAIN) -> None:
     """Refuse overrides of what is no key of params.yaml, all of them at once. Raises InputError."""
-    known = list_keys()
-    problems = [problem for override in overrides for problem in _find_problem(override, known)]
+    known = list_keys(pipeline.section)
+    problems = [problem for override in overrides for problem in _find_problem(override, known, pipeline)]
     if problems:
         codes = [code for code, _ in problems]
         code = "unknown-key" if "unknown-key" in codes else codes[0]
         raise InputError("\n".join(line for _, line in problems), code=code)
 
 
-def _find_problem(override: str, known: list[str]) -> list[tuple[str, str]]:
+def _find_problem(override: str, known: list[str], pipeline: Pipeline) -> list[tuple[str, str]]:
     """Return what is wrong with the key of one override, as code and line."""
     key, equals, value = override.partition("=")
     if override.startswith("~"):
-        line = f"-S {override}: removes a key; {paths.PARAMS.name} has every key; write -S {read_key(override)}=VALUE"
+        line = (
+            f"-S {override}: removes a key; {pipeline.params_name} has every key; write -S {read_key(override)}=VALUE"
+        )
         return [("unreadable-override", line)]
     key = read_key(override)
     if not equals:
@@ -71,7 +75,7 @@ def _find_problem(override: str, known: list[str]) -> list[tuple[str, str]]:
     if key in known or is_part or (leaves and value.lstrip().startswith("{")):
         return []
     remedy = f"it is a section; name its keys, such as {leaves[0]}" if leaves else _suggest_key(key, known)
-    return [("unknown-key", f"-S {override}: {key} is not a key of {paths.PARAMS.name}; {remedy}")]
+    return [("unknown-key", f"-S {override}: {key} is not a key of {pipeline.params_name}; {remedy}")]
 
 
 def _suggest_key(key: str, known: list[str]) -> str:
@@ -93,9 +97,9 @@ def list_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
     return keys
 
 
-def compare_with_params(config: Config) -> dict[str, tuple[Any, Any]]:
+def compare_with_params(config: Any, pipeline: Pipeline = MAIN) -> dict[str, tuple[Any, Any]]:
     """Return the keys whose values are not those of params.yaml, with its value and that of the configuration."""
-    now = dotted_keys.flatten(read_yaml(paths.PARAMS))
+    now = dotted_keys.flatten(read_yaml(pipeline.params))
     # Without what is null: the rewards of params.yaml name no options that they do not use.
     then = dotted_keys.flatten(config.params.model_dump(exclude_none=True))
     # An empty map is a section of nulls, or says nothing.

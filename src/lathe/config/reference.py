@@ -9,12 +9,13 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from lathe.config.base import Section, section_of
+from lathe.config.classifier_params import ClassifierParams
 from lathe.config.load import KINDS
 from lathe.config.params import Params
 
 
 def render_page() -> str:
-    """Return a page with one table per section of params.yaml, then the entries of presets.yaml."""
+    """Return a page with one table per section of params.yaml, then the entries of presets.yaml, then classify/."""
     blocks = [
         "# Parameters",
         "Made by `lathe schema`. Every key must be in `params.yaml`; there are no defaults in the code.",
@@ -25,6 +26,8 @@ def render_page() -> str:
     for title, preset in _list_presets():
         fields = {name: field for name, field in preset.model_fields.items() if name != "source"}
         blocks += [f"## {title}", preset.__doc__ or "", *([_render_table(fields)] if fields else [])]
+    blocks += ["# Parameters of the classifier", "Keys of `classify/params.yaml`, of which every one must be there."]
+    blocks += ["## Top level", *_render_section("classify: ", ClassifierParams)]
     return "\n\n".join(blocks) + "\n"
 
 

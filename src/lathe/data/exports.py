@@ -39,6 +39,8 @@ class RecordReader:
         columns = (preset.messages, preset.prompt, preset.completion, preset.rejected)
         self.paths = [column for column in columns if column and "." in column and column not in first]
         self.json_texts = preset.messages or ("messages" if "messages" in first else "conversations")
+        # Most records are read as they are.
+        self.changes_records = bool(self.is_chatgpt or self.paths or isinstance(first.get(self.json_texts), str))
 
     def read(self, record: dict[str, Any]) -> dict[str, Any] | Fault:
         """Return the record as its format reads it, or its fault."""

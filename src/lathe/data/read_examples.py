@@ -1,7 +1,7 @@
 """Examples of a dataset's files: each record as validated chat messages, or why it cannot be used."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,12 +44,16 @@ class ExampleFiles:
         control_tokens: re.Pattern[str],
         unicode_rule: UnicodeRule | None = None,
         name: str = "",
+        change: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         """Find the files; `name` is that of the dataset in a mixture, and begins each place then.
+
+        `change` makes of each record the one that is converted.
 
         Raises InputError if there are none, or none to train on.
         """
         self.preset, self.control_tokens, self.unicode_rule = preset, control_tokens, unicode_rule
+        self.change = change
         self.name, self.prefix = name, f"{name}/" if name else ""
         self.paths = find_split_files(folder)
         if only := getattr(preset, "split", None):
@@ -82,7 +86,10 @@ class ExampleFiles:
                     value: dict[str, Any] | Fault = record.value
                     if not isinstance(value, Fault):
                         reader = reader or RecordReader(self.preset, value, file.name)
-                        value = reader.read(value)
+                        if reader.changes_records:
+                            value = reader.read(value)
+                    if self.change and not isinstance(value, Fault):
+                        value = self.change(value)
                     if not isinstance(value, Fault):
                         names.update(dict.fromkeys(value))
                         converter = converter or RecordConverter(

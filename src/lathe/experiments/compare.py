@@ -11,16 +11,27 @@ from dataclasses import asdict
 from typing import Any
 
 from lathe.common.text import format_table
+from lathe.experiments.classifier_comparison import compare_classifiers, concerns_classifier
 from lathe.experiments.comparison import ComparedRun, Comparison, SeedGroup, compare, format_number
+from lathe.provenance.revisions import find_revision
 
 
 def run(names: Sequence[str], *, split: str, artifact: str | None, as_json: bool) -> None:
     """Compare and print."""
-    comparison = compare(names, split=split, artifact=artifact)
+    comparison = compare_either(names, split=split, artifact=artifact)
     if as_json:
         sys.stdout.write(json.dumps(asdict(comparison), indent=2, ensure_ascii=False) + "\n")
     else:
         sys.stdout.write("\n".join(_format_comparison(comparison)) + "\n")
+
+
+def compare_either(names: Sequence[str], *, split: str, artifact: str | None) -> Comparison:
+    """Compare by the pipeline in which the revisions differ; see `compare` and `compare_classifiers`."""
+    if artifact is None and len(set(names)) == len(names) > 1:
+        revisions = [find_revision(name) for name in names]
+        if concerns_classifier(revisions):
+            return compare_classifiers(revisions, split=split)
+    return compare(names, split=split, artifact=artifact)
 
 
 def _format_comparison(comparison: Comparison) -> Iterator[str]:

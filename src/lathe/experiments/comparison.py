@@ -109,8 +109,8 @@ def compare(names: Sequence[str], *, split: str, artifact: str | None) -> Compar
             differences, warning = _test_differences(repo, revisions[0], sides[0], revision, side, split)
             result.differences += differences
             result.warnings += warning
-    result.settings = _group_seeds(revisions, sides)
-    result.verdict = _conclude(result)
+    result.settings = group_seeds(revisions, sides)
+    result.verdict = conclude(result)
     return result
 
 
@@ -324,7 +324,7 @@ def _read_answers(repo: DvcRepository, revision: Revision, artifact: str, split:
 # Several seeds of the same parameters
 
 
-def _group_seeds(revisions: Sequence[Revision], sides: Sequence[ComparedRun]) -> list[SeedGroup]:
+def group_seeds(revisions: Sequence[Revision], sides: Sequence[ComparedRun]) -> list[SeedGroup]:
     """Return the revisions grouped by all but the seed; no group if none has several seeds, or one a seed twice."""
     groups: dict[str, list[ComparedRun]] = {}
     for revision, side in zip(revisions, sides, strict=True):
@@ -352,7 +352,8 @@ def _summarize_seeds(group: Sequence[ComparedRun]) -> SeedGroup:
 # Conclusion
 
 
-def _conclude(result: Comparison) -> str:
+def conclude(result: Comparison) -> str:
+    """Return the comparison in a sentence."""
     if len(result.settings) > 1:
         first, *others = result.settings
         p_values = {other.names[0]: _test_welch(result, first, other) for other in others}

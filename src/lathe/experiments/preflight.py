@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from lathe.common import dotted_keys, paths
 from lathe.common.dvc_api import open_repository
 from lathe.common.git import list_paths
-from lathe.provenance.revisions import WORKSPACE, Revision
+from lathe.config.pipelines import MAIN, Pipeline
+from lathe.provenance.revisions import WORKSPACE, ClassifierRevision, Revision
 
 SHOWN = 10  # files
 SHOWN_CHANGES = 15  # keys
@@ -85,9 +86,10 @@ def _format_value(value: object) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
 
 
-def changed_parameters() -> dict[str, tuple[object, object]]:
-    """Return the keys of params.yaml that are not as in the last commit, with both values."""
-    then, now = Revision("HEAD", "HEAD"), Revision(WORKSPACE, None)
+def changed_parameters(pipeline: Pipeline = MAIN) -> dict[str, tuple[object, object]]:
+    """Return the keys of a pipeline's params.yaml that are not as in the last commit, with both values."""
+    kind = Revision if pipeline is MAIN else ClassifierRevision
+    then, now = kind("HEAD", "HEAD"), kind(WORKSPACE, None)
     changes = dotted_keys.compare(dotted_keys.flatten(then.parameters), dotted_keys.flatten(now.parameters))
     # The selected presets are among a revision's parameters, but not in params.yaml.
     return {key: values for key, values in changes.items() if key.split(".")[0] not in ("models", "datasets")}

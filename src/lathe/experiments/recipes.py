@@ -19,6 +19,7 @@ from lathe.common.text import did_you_mean
 from lathe.config.base import Name, Section
 from lathe.config.overrides import apply_overrides, format_override, list_keys, read_key
 from lathe.config.params import Params
+from lathe.config.pipelines import CLASSIFIER, MAIN, Pipeline
 from lathe.config.yaml_files import find_line, read_yaml
 
 FOLDER = paths.ROOT / "experiments"
@@ -59,6 +60,7 @@ class NamedRecipe:
 
     name: str
     recipe: Recipe
+    pipeline: Pipeline = MAIN
 
     def build_overrides(self, further: Sequence[str]) -> list[str]:
         """Return the recipe's overrides and `further` ones as for `-S`; a further one replaces the recipe's own."""
@@ -81,25 +83,42 @@ class Override:
         return f"{self.file}:{self.line}"
 
 
-def list_recipes() -> list[str]:
-    """Return the names of all recipes, sorted."""
-    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+def list_recipes(pipeline: Pipeline = MAIN) -> list[str]:
+    """Return the names of all recipes of a pipeline, sorted."""
+    return sorted(file.stem for file in _get_folder(pipeline).glob("*.yaml"))
+
+
+def _get_folder(pipeline: Pipeline) -> Path:
+    return FOLDER if pipeline is MAIN else pipeline.recipes
 
 
 def load_recipe(name: str) -> NamedRecipe:
-    """Read the recipe of that name and validate it against params.yaml as it is.
+    """Read the recipe of that name, of either pipeline, and validate it against params.yaml as it is.
 
     Raises InputError, one line per problem with file and line, or if there is no such recipe.
     """
-    if name not in list_recipes():
+    if name in list_recipes():
+        return NamedRecipe(name, read_recipe(FOLDER / f"{name}.yaml"))
+    if name in list_recipes(CLASSIFIER):
+        return NamedRecipe(name, read_recipe(_get_folder(CLASSIFIER) / f"{name}.yaml", CLASSIFIER), CLASSIFIER)
+    known = [*list_recipes(), *list_recipes(CLASSIFIER)]
+    raise InputError(f"{name}: no such recipe in {FOLDER.name}/; {did_you_mean(name, known)}", code="unknown-recipe")
+
+
+def load_main_recipe(name: str) -> NamedRecipe:
+    """Read the recipe of that name as `load_recipe`; raises InputError if it is one of the classifier's pipeline."""
+    recipe = load_recipe(name)
+    if recipe.pipeline is not MAIN:
         raise InputError(
-            f"{name}: no such recipe in {FOLDER.name}/; {did_you_mean(name, list_recipes())}", code="unknown-recipe"
+            f"{name}: is a recipe of the classifier's pipeline, for which this command is not; run it: "
+            f"`lathe run {name}`",
+            code="classifier-recipe",
         )
-    return NamedRecipe(name, read_recipe(FOLDER / f"{name}.yaml"))
+    return recipe
 
 
-def read_recipe(file: Path) -> Recipe:
-    """Read a recipe with what it extends and validate it against params.yaml; see `load_recipe`."""
+def read_recipe(file: Path, pipeline: Pipeline = MAIN) -> Recipe:
+    """Read a recipe with what it extends and validate it against its pipeline's params.yaml; see `load_recipe`."""
     shown = _show(file)
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", file.stem):
         raise InputError(
@@ -107,7 +126,9 @@ def read_recipe(file: Path) -> Recipe:
             code="recipe-name",
         )
     recipe, overrides = _read_overrides(file, Recipe, ())
-    problems = list(_find_unknown_keys(overrides)) or _find_refusals(overrides, shown if recipe.extends else None)
+    problems = list(_find_unknown_keys(overrides, pipeline)) or _find_refusals(
+        overrides, shown if recipe.extends else None, pipeline
+    )
     if problems:
         raise InputError("\n".join(problems), code="recipe-overrides")
     return recipe.model_copy(update={"overrides": {key: override.value for key, override in overrides.items()}})
@@ -191,44 +212,51 @@ def _describe(problem: Any, kind: type[Section], tree: Any, shown: str, marked: 
     return f"{shown}:{line}: {key} is {problem['input']!r}; must be {rule}"
 
 
-def _find_unknown_keys(overrides: Mapping[str, Override]) -> Iterator[str]:
-    known = list_keys()
+def _find_unknown_keys(overrides: Mapping[str, Override], pipeline: Pipeline) -> Iterator[str]:
+    known = list_keys(pipeline.section)
     for key, override in overrides.items():
         if key in known:
             continue
         inner = next((leaf for leaf in known if leaf.startswith(f"{key}.")), None)
         remedy = f"it is a section; name its keys, such as {inner}" if inner else did_you_mean(key, known)
-        yield f"{override.place}: overrides: {key} is not a key of params.yaml; {remedy}"
+        yield f"{override.place}: overrides: {key} is not a key of {pipeline.params_name}; {remedy}"
 
 
-def _find_refusals(overrides: Mapping[str, Override], recipe: str | None) -> list[str]:
+def _find_refusals(overrides: Mapping[str, Override], recipe: str | None, pipeline: Pipeline) -> list[str]:
     """Return why params.yaml would not take the overrides, or which of those in the file `recipe` change nothing."""
     try:
-        config = apply_overrides([format_override(key, override.value) for key, override in overrides.items()])
+        written = [format_override(key, override.value) for key, override in overrides.items()]
+        config = apply_overrides(written, pipeline)
     except InputError as error:
-        return [_locate(line, overrides) for line in str(error).splitlines()]
+        return [_locate(line, overrides, pipeline) for line in str(error).splitlines()]
     own = {key: override for key, override in overrides.items() if override.file == recipe}
-    return list(_find_unused(own, config.params))
+    return list(_find_unused(own, _list_unused_sections(config.params)))
 
 
-def _find_unused(overrides: Mapping[str, Override], params: Params) -> Iterator[str]:
-    """Yield a line for each value that changes nothing, because another one turns its whole section off."""
+def _list_unused_sections(params: Params | Any) -> dict[str, str | bool]:
+    """Return the sections that another value turns off, with that value."""
     training = params.training
-    off = {
+    if not isinstance(params, Params):
+        return {"lora": training.tuning != "lora" and f"training.tuning is {training.tuning!r}"}
+    return {
         "dpo": training.method != "dpo" and f"training.method is {training.method!r}",
         "grpo": training.method != "grpo" and f"training.method is {training.method!r}",
         "lora": training.tuning == "full" and "training.tuning is 'full'",
         "judge": not params.judge.enabled and "judge.enabled is false",
         "bert_score": "bert_score" not in params.evaluate.metrics and "evaluate.metrics does not list bert_score",
     }
+
+
+def _find_unused(overrides: Mapping[str, Override], off: Mapping[str, str | bool]) -> Iterator[str]:
+    """Yield a line for each value that changes nothing, because another one turns its whole section off."""
     for key, override in overrides.items():
         if (why := off.get(key.partition(".")[0])) and key != "judge.enabled":
             yield f"{override.place}: overrides: {key} changes nothing, as {why}; set that, or remove this line"
 
 
-def _locate(message: str, overrides: Mapping[str, Override]) -> str:
+def _locate(message: str, overrides: Mapping[str, Override], pipeline: Pipeline) -> str:
     """Put the place of the override that is meant before a message of params.yaml's own rules."""
-    rule = message.removeprefix(f"{paths.PARAMS.name}: ")
+    rule = message.removeprefix(f"{pipeline.params_name}: ")
     mentioned = [key for key in overrides if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", rule)]
     if not mentioned:
         return message  # params.yaml itself is wrong

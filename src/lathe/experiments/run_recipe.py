@@ -16,8 +16,8 @@ from lathe.common.errors import InputError
 from lathe.common.git import find_head, run_git
 from lathe.common.text import summarize_error
 from lathe.common.workspace_lock import hold_workspace, refuse_beside_holder
-from lathe.config.load import Config
 from lathe.config.overrides import apply_overrides, check_keys, compare_with_params, expand_sweep, read_key
+from lathe.config.pipelines import CLASSIFIER, MAIN, Pipeline
 from lathe.experiments import preflight
 from lathe.experiments.dvc_command import run_dvc
 from lathe.experiments.interrupted import refuse_detached_head
@@ -58,32 +58,40 @@ def run(recipe: str, further: Sequence[str], options: Options) -> int:
             "--queue and --temp: take one of them; queued experiments are temporary ones, started later",
             code="exclusive-options",
         )
-    check_keys(further)
-    overrides = load_recipe(recipe).build_overrides(further)
+    loaded = load_recipe(recipe)
+    pipeline = loaded.pipeline
+    check_keys(further, pipeline)
+    overrides = loaded.build_overrides(further)
     name = options.name or recipe
-    runs = expand_sweep(overrides)
+    runs = expand_sweep(overrides, pipeline)
     if len(runs) > 1 and not options.queue:
         raise InputError(
             f"-S {' '.join(further)}: that is a sweep of {len(runs)} runs; add --queue", code="sweep-without-queue"
         )
-    configs = [apply_overrides(run_overrides) for run_overrides in runs]
+    configs = [apply_overrides(run_overrides, pipeline) for run_overrides in runs]
     separate = ["--queue"] * options.queue + ["--temp"] * options.temp
-    command = ["exp", "run", "--name", name, *separate, *(word for override in overrides for word in ("-S", override))]
+    sets = [word for override in overrides for word in ("-S", pipeline.name_override(override))]
+    command = ["exp", "run", *pipeline.target, "--name", name, *separate, *sets]
     if options.print_command:
         sys.stdout.write(f"dvc {shlex.join(command)}\n")
         return 0
     with _keep_others_out(f"lathe run {recipe}", options):
         refuse_detached_head()
         if not options.keep:
-            _refuse_left_over(recipe, {read_key(override) for override in overrides})
+            _refuse_left_over(recipe, {read_key(override) for override in overrides}, pipeline)
         names = [name] if len(runs) == 1 else [f"{name}-{number}" for number in range(1, len(runs) + 1)]
         _free_names(names, queue=options.queue, force=options.force)
-        lines = list(describe_changes(configs))
+        lines = list(describe_changes(configs, pipeline))
         if not options.in_workspace:
             lines += preflight.find_changes().describe(parameters=options.keep)
         sys.stderr.write(f"{name}: {'; '.join(lines[:1])}\n" + "".join(f"{line}\n" for line in lines[1:]))
         os.chdir(paths.ROOT)
         return run_dvc(command)
+
+
+def is_of_classifier(recipe: str) -> bool:
+    """Tell whether a recipe is one of the classifier's pipeline."""
+    return load_recipe(recipe).pipeline is not MAIN
 
 
 @contextmanager
@@ -99,28 +107,32 @@ def _keep_others_out(command: str, options: Options) -> Iterator[None]:
             yield
 
 
-def describe_changes(configs: Sequence[Config]) -> Iterator[str]:
+def describe_changes(configs: Sequence[Any], pipeline: Pipeline = MAIN) -> Iterator[str]:
     """Yield how many keys of params.yaml the runs change, and a line for each with its value there and in the runs."""
     changes: dict[str, list[Any]] = {}
     for config in configs:
-        for key, (then, now) in compare_with_params(config).items():
+        for key, (then, now) in compare_with_params(config, pipeline).items():
             values = changes.setdefault(key, [then])
             if now not in values[1:]:
                 values.append(now)
     if not changes:
-        yield "every value is as in params.yaml"
+        yield f"every value is as in {pipeline.params_name}"
         return
-    yield f"{len(changes)} {'value is' if len(changes) == 1 else 'values are'} not as in params.yaml:"
+    yield f"{len(changes)} {'value is' if len(changes) == 1 else 'values are'} not as in {pipeline.params_name}:"
     yield from preflight.format_changes(changes)
 
 
 def list_results() -> Iterator[str]:
-    """Yield each recipe with its description, and below it its experiments: validation score, interval, commit."""
+    """Yield each recipe with its description, and below it its experiments: validation score, interval, commit.
+
+    Of the classifier's recipes the description alone: `lathe compare` shows their scores.
+    """
     from lathe.experiments.results import read_experiments
 
     known = read_experiments()
-    width = max((len(name) for name in list_recipes()), default=0)
-    for name in list_recipes():
+    names = [*list_recipes(), *list_recipes(CLASSIFIER)]
+    width = max(map(len, names), default=0)
+    for name in names:
         try:
             text = load_recipe(name).recipe.description
         except InputError as error:
@@ -178,14 +190,15 @@ def _list_queue() -> list[str]:
         return repo.queued_experiments()
 
 
-def _refuse_left_over(recipe: str, overridden: Set[str]) -> None:
+def _refuse_left_over(recipe: str, overridden: Set[str], pipeline: Pipeline) -> None:
     """Raise InputError if params.yaml is not as committed in keys that the run does not set."""
-    changes = {key: values for key, values in preflight.changed_parameters().items() if key not in overridden}
+    changes = {key: values for key, values in preflight.changed_parameters(pipeline).items() if key not in overridden}
     if changes:
         keys = "1 key" if len(changes) == 1 else f"{len(changes)} keys"
         lines = "\n".join(preflight.format_changes(changes, shown=len(changes)))
         raise InputError(
-            f"{recipe}: params.yaml is not as committed in {keys} that the recipe does not set; run with --keep to "
-            f"keep that, or `lathe reset` first, which brings the committed values and outputs back:\n{lines}",
+            f"{recipe}: {pipeline.params_name} is not as committed in {keys} that the recipe does not set; run with "
+            f"--keep to keep that, or `lathe reset` first, which brings the committed values and outputs back:\n"
+            f"{lines}",
             code="left-over-parameters",
         )

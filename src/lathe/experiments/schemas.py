@@ -12,6 +12,8 @@ from pydantic import BaseModel
 
 from lathe.common import paths
 from lathe.common.paths import replace_file
+from lathe.config.base import Section
+from lathe.config.classifier_params import ClassifierParams
 from lathe.config.params import Params
 from lathe.config.presets import Presets
 from lathe.experiments.recipes import Base, Recipe, list_keys
@@ -19,7 +21,16 @@ from lathe.experiments.recipes import Base, Recipe, list_keys
 FOLDER = paths.ROOT / "schemas"
 
 # Each kind of file with its class; a base is what recipes extend.
-KINDS: dict[str, type[BaseModel]] = {"params": Params, "presets": Presets, "recipe": Recipe, "base": Base}
+KINDS: dict[str, type[BaseModel]] = {
+    "params": Params,
+    "presets": Presets,
+    "recipe": Recipe,
+    "base": Base,
+    "classifier-params": ClassifierParams,
+    "classifier-recipe": Recipe,
+}
+# Those with overrides, and the parameters that these are of.
+WITH_OVERRIDES: dict[str, type[Section]] = {"recipe": Params, "base": Params, "classifier-recipe": ClassifierParams}
 
 
 def main() -> None:
@@ -45,11 +56,11 @@ def build_schema(kind: str) -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **KINDS[kind].model_json_schema(),
     }
-    if kind in ("recipe", "base"):
-        parameters = Params.model_json_schema()
+    if section := WITH_OVERRIDES.get(kind):
+        parameters = section.model_json_schema()
         schema["properties"]["overrides"] = {
             **schema["properties"]["overrides"],
-            "properties": {key: _find_property(parameters, key) for key in list_keys()},
+            "properties": {key: _find_property(parameters, key) for key in list_keys(section)},
             "additionalProperties": False,
         }
         used = json.dumps(schema)

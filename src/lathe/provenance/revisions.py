@@ -57,11 +57,8 @@ class Revision:
     @cached_property
     def parameters(self) -> dict[str, Any]:
         """params.yaml, and the two presets that it selects as `models` and `datasets`."""
-        tree, presets = (YAML(typ="safe").load(self._require_text(file.name)) for file in (paths.PARAMS, paths.PRESETS))
-        selected = {
-            table: presets[table].get(tree[key]) for key, table in (("model", "models"), ("dataset", "datasets"))
-        }
-        return {**tree, **selected}
+        tree = YAML(typ="safe").load(self._require_text(paths.PARAMS.name))
+        return self.select_presets(tree, tree["model"])
 
     @cached_property
     def stages(self) -> dict[str, Any]:
@@ -90,6 +87,14 @@ class Revision:
         commit = read_line("rev-parse", "--verify", "--quiet", name)
         return Revision(name, commit) if commit else None
 
+    def select_presets(self, tree: dict[str, Any], model: str) -> dict[str, Any]:
+        """Return parameters with the presets that they select; `model` is the name of one under models."""
+        presets = YAML(typ="safe").load(self._require_text(paths.PRESETS.name))
+        selected = {
+            table: presets[table].get(name) for name, table in ((model, "models"), (tree["dataset"], "datasets"))
+        }
+        return {**tree, **selected}
+
     def _require_text(self, path: str) -> str:
         text = self.read_text(path)
         if text is None:
@@ -97,6 +102,22 @@ class Revision:
                 f"{self.name}: holds no {path}; name a commit or an experiment of this pipeline", code="no-pipeline"
             )
         return text
+
+
+class ClassifierRevision(Revision):
+    """The same of the classifier's pipeline, which has a params.yaml and a dvc.lock of its own."""
+
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """classify/params.yaml, and the two presets that it selects as `models` and `datasets`."""
+        tree = YAML(typ="safe").load(self._require_text("classify/params.yaml"))
+        return self.select_presets(tree, tree["model"]["backbone"])
+
+    @cached_property
+    def stages(self) -> dict[str, Any]:
+        """The stages of classify/dvc.lock by their names; none where it has not been run."""
+        text = self.read_text("classify/dvc.lock")
+        return read_locked_stages(text) if text else {}
 
 
 def find_revision(name: str) -> Revision:

@@ -10,7 +10,7 @@ from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.workspace_lock import hold_workspace
 from lathe.config import overrides
-from lathe.config.load import load
+from lathe.config.pipelines import CLASSIFIER, MAIN
 from lathe.config.yaml_files import read_yaml
 from lathe.experiments.search import environment, results, run_search, search_file, storage
 from lathe.experiments.search.study import REASON, Study
@@ -31,15 +31,18 @@ def run(args: argparse.Namespace) -> None:
     for option, number in (("--n-trials", args.n_trials), ("--timeout", args.timeout), ("--jobs", args.jobs)):
         if number is not None and not number > 0:
             raise InputError(f"{option} {number:g}: must be above 0", code="option-out-of-range")
+    file = args.file.resolve()
+    pipeline = CLASSIFIER if file.is_relative_to(paths.CLASSIFIER) else MAIN
     models = list(read_yaml(paths.PRESETS)["models"])
-    given = environment.read_environment(os.environ, load().params.model_dump(), models)
+    # The variables are those of the set-up for language models.
+    variables = os.environ if pipeline is MAIN else {}
+    given = environment.read_environment(variables, pipeline.read(pipeline.params).params.model_dump(), models)
     # The command line wins over the environment.
     overridden = set(map(overrides.read_key, args.overrides))
     fixed = [*(text for text in given.overrides if overrides.read_key(text) not in overridden), *args.overrides]
-    params = overrides.apply_overrides(fixed).params
-    file = args.file.resolve()
+    params = overrides.apply_overrides(fixed, pipeline).params
     name = str(file.relative_to(paths.ROOT) if file.is_relative_to(paths.ROOT) else file)
-    chosen = search_file.read_plan(file, params.model_dump(), name)
+    chosen = search_file.read_plan(file, params.model_dump(), name, pipeline.section)
     unsearched = [key for key in map(overrides.read_key, fixed) if key in chosen.space]
     if fixed:
         added = f" (not searched: {', '.join(unsearched)})" if unsearched else ""
@@ -60,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
             chosen,
             params,
             fixed=fixed,
+            pipeline=pipeline,
             environment_variables=given.variables,
             n_trials=args.n_trials or given.n_trials or chosen.n_trials,
             jobs=args.jobs,

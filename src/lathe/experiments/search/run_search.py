@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe.common import dotted_keys, paths
@@ -18,7 +19,9 @@ from lathe.common.git import read_line
 from lathe.common.progress import Progress
 from lathe.config import overrides
 from lathe.config.artifacts import UNQUANTIZED
+from lathe.config.classifier_params import ClassifierParams
 from lathe.config.params import Params
+from lathe.config.pipelines import MAIN, Pipeline
 from lathe.experiments import preflight
 from lathe.experiments.search import environment, storage, trial
 from lathe.experiments.search.search_file import Plan
@@ -38,6 +41,7 @@ KILLS = 3  # times that a trial may be killed under this driver before it counts
 # What in the repository determines a trial's scores, besides the parameters.
 DETERMINING = (
     *("dvc.yaml", "presets.yaml", "requirements-converter.txt", "stages", "src/lathe", "rewards", "data", "models"),
+    *("classify/dvc.yaml", "classify/stages"),
     *("experiments/accelerate", "experiments/rubrics"),
 )
 
@@ -69,6 +73,7 @@ class Driver:
     head: str
     snapshot: str
     start: "Callable[[trial.Order, str | None], subprocess.Popen[bytes]]"
+    pipeline: Pipeline = MAIN
     running: list[Running] = field(default_factory=list)
 
     def run(self) -> None:
@@ -114,10 +119,11 @@ class Driver:
             number=taken.number,
             sampler=plan.sampler,
             message=trial.build_message(plan.study, taken),
-            overrides=[*self.fixed, *(overrides.format_override(key, value) for key, value in values.items())],
+            overrides=[self.pipeline.name_override(text) for text in self._list_overrides(values)],
             head=self.head,
             snapshot=self.snapshot,
             driver=os.getpid(),
+            targets=self.pipeline.target,
         )
         if self._record_scores(taken, order):  # finished before the driver that started it was killed
             return True
@@ -126,6 +132,9 @@ class Driver:
         logger.info("trial %d: %s", taken.number, ", ".join(f"{key}={value}" for key, value in values.items()))
         self.running.append(Running(taken, order, gpu, self.start(order, gpu)))
         return True
+
+    def _list_overrides(self, values: dict[str, Any]) -> list[str]:
+        return [*self.fixed, *(overrides.format_override(key, value) for key, value in values.items())]
 
     def _finish_process(self, running: Running) -> bool:
         """Record the result of a process that has ended; return whether its trial has ended too."""
@@ -152,7 +161,7 @@ class Driver:
         if revision is None:
             return False
         try:
-            report = revision.read_json("metrics/evaluate/validation.json") or {}
+            report = revision.read_json(str(Path(self.pipeline.folder) / "metrics/evaluate/validation.json")) or {}
             types = [name for name in report if name not in UNQUANTIZED]
             scores = [objective.read_score(report, types) for objective in self.study.plan.objectives]
         except ValueError as error:
@@ -187,7 +196,7 @@ def start_trial(order: trial.Order, gpu: str | None) -> "subprocess.Popen[bytes]
         )
 
 
-def describe_setting(plan: Plan, params: Params, fixed: list[str], snapshot: str) -> dict[str, Any]:
+def describe_setting(plan: Plan, params: Params | ClassifierParams, fixed: list[str], snapshot: str) -> dict[str, Any]:
     """Return what all trials of a study have in common, so that their scores can be compared."""
     leaves = dotted_keys.flatten(params.model_dump())
     return {
@@ -216,9 +225,10 @@ def list_gpus() -> list[str]:
 
 def search(
     plan: Plan,
-    params: Params,
+    params: Params | ClassifierParams,
     *,
     fixed: list[str],
+    pipeline: Pipeline,
     environment_variables: dict[str, str],
     n_trials: int,
     jobs: int,
@@ -248,7 +258,7 @@ def search(
         "study %s in %s: %d of %d trials done", plan.study, storage.hide_password(url), study.count_finished(), n_trials
     )
     trial.remove_stale_checkouts()
-    driver = Driver(study, n_trials, jobs, timeout_seconds, devices, fixed, head, snapshot, start_trial)
+    driver = Driver(study, n_trials, jobs, timeout_seconds, devices, fixed, head, snapshot, start_trial, pipeline)
     with _handle_signals(plan.study):
         try:
             driver.run()
@@ -257,7 +267,7 @@ def search(
     return study
 
 
-def open_study(plan: Plan, params: Params, url: str | None) -> Study:
+def open_study(plan: Plan, params: Params | ClassifierParams, url: str | None) -> Study:
     """Open the study of a search file, or create it."""
     return Study(plan, storage.open_storage(url, plan.study), params.model_dump(), is_local=url is None)
 

@@ -13,10 +13,12 @@ from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.config import gates
 from lathe.config.base import Name, Positive, PositiveFloat, Section
+from lathe.config.classifier_params import ClassifierParams
 from lathe.config.load import check_value
 from lathe.config.params import Params
 from lathe.config.yaml_files import find_line, read_yaml
 
+CLASSIFIER_SCORES = ("accuracy", "macro_f1", "calibration_error")
 LARGEST_GRID = 100_000  # points; the order of all is drawn at once
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
@@ -122,8 +124,11 @@ class Plan(Section):
             )
         return self.model_copy(update={"space": space})
 
-    def check(self, params: Params, where: str) -> None:
+    def check(self, params: Params | ClassifierParams, where: str) -> None:
         """Raise InputError if an objective is none of the scores that a trial has."""
+        if isinstance(params, ClassifierParams):
+            self._check_classifier_scores(params, where)
+            return
         type_lists = [params.quantize.types]
         if isinstance(searched := self.space.get("quantize.types"), Categorical):
             type_lists = searched.choices
@@ -138,9 +143,24 @@ class Plan(Section):
                         f"{where}: objectives: {objective.metric} names {rule}", code="unknown-objective"
                     ) from None
 
+    def _check_classifier_scores(self, params: ClassifierParams, where: str) -> None:
+        known = [*CLASSIFIER_SCORES]
+        known += ["micro_f1"] if params.data.multi_label else []
+        known += ["in_scope_accuracy", "none_recall"] if params.data.none_label else []
+        for objective in self.objectives:
+            name, _, score = objective.metric.partition(".")
+            if name != "classifier" or score not in known:
+                raise InputError(
+                    f"{where}: objectives: {objective.metric} is no score of the classifier; write "
+                    f"classifier.NAME with one of {', '.join(known)}",
+                    code="unknown-objective",
+                )
 
-def read_plan(file: Path, params: Mapping[str, Any], name: str) -> Plan:
+
+def read_plan(file: Path, params: Mapping[str, Any], name: str, section: type[Section] = Params) -> Plan:
     """Read a search file, which messages call `name`, and validate it against the current parameters.
+
+    `section` is the class of the parameters.
 
     Raises InputError with one line per problem: file, line, key, value, rule and remedy.
     """
@@ -158,7 +178,7 @@ def read_plan(file: Path, params: Mapping[str, Any], name: str) -> Plan:
     problems = [
         problem
         for key, dimension in plan.space.items()
-        for problem in _check_dimension(key, dimension, params, _locate(name, marked, ("space", key)))
+        for problem in _check_dimension(key, dimension, params, _locate(name, marked, ("space", key)), section)
     ]
     if plan.sampler == "grid" and not problems:
         problems = list(_check_grid(plan, name, marked))
@@ -168,10 +188,10 @@ def read_plan(file: Path, params: Mapping[str, Any], name: str) -> Plan:
 
 
 def _check_dimension(
-    key: str, dimension: Float | Int | Categorical, params: Mapping[str, Any], where: str
+    key: str, dimension: Float | Int | Categorical, params: Mapping[str, Any], where: str, section: type[Section]
 ) -> list[str]:
     values = dimension.choices if isinstance(dimension, Categorical) else [dimension.low, dimension.high]
-    problems = [problem for value in values for problem in check_value(key, value, dict(params), where)]
+    problems = [problem for value in values for problem in check_value(key, value, dict(params), where, section)]
     if problems:
         return problems
     if isinstance(dimension, Categorical):

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,8 @@ class Order:
     """What a trial's process runs.
 
     `message` distinguishes its experiment from others of its name. `head` and `snapshot` are commits: the base of the
-    experiment, and the workspace; `driver` is the id of the process that started it.
+    experiment, and the workspace; `driver` is the id of the process that started it, `targets` what is run: nothing for
+    the main pipeline.
     """
 
     study: str
@@ -44,6 +45,7 @@ class Order:
     head: str
     snapshot: str
     driver: int
+    targets: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -168,7 +170,7 @@ def _create_checkout(order: Order, checkout: Path) -> None:
 def _run_experiment(order: Order, checkout: Path) -> int:
     os.chdir(checkout)
     sets = [part for override in order.overrides for part in ("--set-param", override)]
-    code = run_command(["exp", "run", "--name", order.name, "--message", order.message, *sets])
+    code = run_command(["exp", "run", *order.targets, "--name", order.name, "--message", order.message, *sets])
     if code == 0:
         [made] = [experiment for experiment in list_experiments(checkout) if experiment.name == order.name]
         run_git("push", "--quiet", "origin", f"{made.ref}:{made.ref}", root=checkout)

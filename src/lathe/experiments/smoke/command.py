@@ -27,7 +27,7 @@ from lathe.config.load import Config, load
 from lathe.config.overrides import apply_overrides, check_keys, expand_sweep
 from lathe.config.presets import MixtureDataset
 from lathe.config.yaml_files import read_yaml
-from lathe.experiments.recipes import load_recipe
+from lathe.experiments.recipes import load_main_recipe
 from lathe.experiments.smoke import checkout_copy, small_values
 from lathe.experiments.smoke.stage_processes import StageProcesses
 
@@ -46,7 +46,7 @@ def run(recipe: str | None, further: Sequence[str]) -> int:
     command works in the checkout: its parameters may be that command's, and so are memory and devices.
     """
     check_keys(further)
-    overrides = load_recipe(recipe).build_overrides(further) if recipe else list(further)
+    overrides = load_main_recipe(recipe).build_overrides(further) if recipe else list(further)
     if len(runs := expand_sweep(overrides)) > 1:
         raise InputError(
             f"-S {' '.join(further)}: that is a sweep of {len(runs)} runs; give each key one value",
