@@ -135,6 +135,7 @@ def test_layers_that_remember_all_rows_are_trained_with_padding(tmp_path, caplog
     assert "does not keep rows apart without padding" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"])
 def test_the_part_that_reads_images_becomes_a_gguf_of_its_own(tmp_path, name):
     make(name, tmp_path / "base")
