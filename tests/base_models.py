@@ -203,7 +203,7 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
                 },
             },
             "vision_config": {
-                "depth": 1,
+                "depth": 4,
                 "hidden_size": 32,
                 "intermediate_size": 64,
                 "num_heads": 2,
