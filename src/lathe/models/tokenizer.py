@@ -15,6 +15,7 @@ def load_tokenizer(folder: Path, options: Mapping[str, Any] | None = None) -> An
     """
     from transformers import AutoTokenizer
 
+    from lathe.models.chat_template import ChatTemplate
     from lathe.models.template_options import set_options
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -25,5 +26,5 @@ def load_tokenizer(folder: Path, options: Mapping[str, Any] | None = None) -> An
             code="no-chat-template",
         )
     if options:
-        tokenizer.chat_template = set_options(tokenizer.chat_template, options)
+        tokenizer.chat_template = set_options(ChatTemplate.of_tokenizer(tokenizer).text, options)
     return tokenizer
