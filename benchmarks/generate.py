@@ -35,6 +35,7 @@ from typing import Any
 
 import machine
 
+from lathe.commands import choose_generation_sizes
 from lathe.common import paths
 from lathe.common.jsonl import iterate_jsonl, write_jsonl
 from lathe.config.load import load
@@ -109,7 +110,7 @@ def main() -> None:
 
 def _workloads(conversations: Sequence[Any], shared_rows: int, folder: Path) -> Iterator[_Workload]:
     file, merged = paths.GGUF / "merged-f16.gguf", paths.MODEL_MERGED
-    longest = load().params.generate.max_new_tokens
+    longest = choose_generation_sizes().max_new_tokens
     requests = [conversation[:-1] for conversation in conversations]
     yield _Workload("test split", file, merged, requests, longest, {LLAMA: 2.0, TRANSFORMERS: 4.0})
 
@@ -176,9 +177,9 @@ def _run(workload: _Workload, rounds: int) -> _Timed:
     return timed
 
 
-def _settings() -> dict[str, int]:
-    settings = load().params.generate
-    return {"n_parallel": settings.n_parallel, "n_ctx": settings.n_ctx, "threads": os.cpu_count() or 1}
+def _settings() -> dict[str, Any]:
+    n_ctx = max(choose_generation_sizes().n_ctx, 2 * SYSTEM_TOKENS)
+    return {"n_parallel": load().params.generate.n_parallel, "n_ctx": n_ctx, "threads": os.cpu_count() or 1}
 
 
 def _ways(generator: Generator, workload: _Workload) -> Ways:

@@ -333,7 +333,7 @@ def start_chat(gguf: Path | None, prompt: str | None, tools: Path | None) -> Non
     from lathe.inference.chat import chat, read_tools
 
     offered = read_tools(tools) if tools else None
-    sizes = _choose_sizes()
+    sizes = choose_generation_sizes()
     chat(
         gguf or _find_best_gguf(),
         prompt=prompt,
@@ -348,7 +348,7 @@ def start_server(gguf: Path | None, port: int) -> None:
     """Serve `gguf`, by default the artifact that scored best on validation."""
     from lathe.inference.serve import serve
 
-    sizes = _choose_sizes()
+    sizes = choose_generation_sizes()
     api_key = os.environ.get("LATHE_API_KEY") or None
     serve(gguf or _find_best_gguf(), port=port, api_key=api_key, n_ctx=sizes.n_ctx, threads=os.cpu_count() or 1)
 
@@ -362,7 +362,7 @@ def answer_file(file: Path, gguf: Path | None, out: Path | None) -> None:
         raise InputError(
             f"--file {file}: no such file; give JSON Lines, each with a prompt or messages", code="missing-file"
         )
-    settings, sizes = load().params.generate, _choose_sizes()
+    settings, sizes = load().params.generate, choose_generation_sizes()
     with ExitStack() as stack:
         generator = stack.enter_context(
             Generator(
@@ -386,7 +386,7 @@ def run_search(args: argparse.Namespace) -> None:
     command.run(args)
 
 
-def _choose_sizes() -> "GenerationSizes":
+def choose_generation_sizes() -> "GenerationSizes":
     """Return the sizes of params.yaml; those that are auto by the lengths that the stage preprocess has measured."""
     from lathe.inference.generation_sizes import choose_sizes
 
