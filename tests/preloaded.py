@@ -10,6 +10,7 @@ itself. Tests of starting, of signals and of what is killed do without: `Checkou
 import atexit
 import gc
 import importlib
+import io
 import json
 import os
 import random
@@ -25,7 +26,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 from unittest import mock
 
 from filelock import FileLock
@@ -50,7 +51,10 @@ READ_ONCE = (
     *("TZ", "WORLD_SIZE", "XDG_"),
 )
 # Those that the child takes over, and those that say again what HF_HUB_OFFLINE says.
-TAKEN_OVER = ("PYTHONPATH", "PYTHONUTF8", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+TAKEN_OVER = (
+    *("PYTHONPATH", "PYTHONUTF8", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"),
+    *("HF_TOKEN", "OMP_NUM_THREADS", "RANK", "WORLD_SIZE"),
+)
 
 folder = Path()  # of this run: with the `python3` that asks to be forked, and the socket that it asks over
 _environment: dict[str, str] = {}
@@ -229,6 +233,11 @@ class Server:
             sys.executable = str(self.folder / "python3")  # what the child starts is forked too
             importlib.import_module("numpy").random.seed()
             random.seed()
+            if threads := os.environ.get("OMP_NUM_THREADS"):
+                importlib.import_module("torch").set_num_threads(int(threads))
+            if request["unbuffered"]:
+                for stream in (sys.stdout, sys.stderr):
+                    cast(io.TextIOWrapper, stream).reconfigure(write_through=True)
             code = _run(request["arguments"])
         finally:
             os._exit(code)
@@ -245,7 +254,7 @@ def _receive(connection: socket.socket, length: int) -> bytes:
 
 
 def _run(arguments: list[str]) -> int:
-    """Run a script or a module as the interpreter does, and return the exit code."""
+    """Run a script, a module or a program (-c) as the interpreter does, and return the exit code."""
     sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     main = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = __builtins__
@@ -256,6 +265,10 @@ def _run(arguments: list[str]) -> int:
             sys.argv = arguments[1:]
             sys.path.insert(0, os.getcwd())
             vars(runpy)["_run_module_as_main"](arguments[1])
+        elif arguments[0] == "-c":
+            sys.argv = ["-c", *arguments[2:]]
+            sys.path.insert(0, "")
+            exec(compile(arguments[1], "<string>", "exec"), main.__dict__)
         else:
             sys.argv = arguments
             script = Path(arguments[0])

@@ -19,10 +19,12 @@ def main() -> None:
     python, folder, *arguments = sys.argv[1:]
     connection = socket.socket(socket.AF_UNIX)
     try:
-        if not arguments or not (arguments[0] == "-m" or os.path.isfile(arguments[0])):
+        unbuffered = arguments[:1] == ["-u"]
+        words = arguments[unbuffered:]
+        if not words or not (words[0] in ("-m", "-c") or os.path.isfile(words[0])):
             raise ValueError("an option of Python, or no script")
         connection.connect(os.path.join(folder, "socket"))
-        child = ask(connection, arguments)
+        child = ask(connection, words, unbuffered)
     except (OSError, ValueError):
         os.execv(python, [python, *arguments])
     for number in FORWARDED:
@@ -41,12 +43,18 @@ def forward(child: int, number: int) -> None:
         os.kill(child, number)
 
 
-def ask(connection: socket.socket, arguments: "list[str]") -> int:
+def ask(connection: socket.socket, arguments: "list[str]", unbuffered: bool) -> int:
     """Send the request, and return the number of the child; ValueError where it is refused."""
     umask = os.umask(0)
     os.umask(umask)
     environment = dict(os.environ)
-    request = {"arguments": arguments, "folder": os.getcwd(), "environment": environment, "umask": umask}
+    request = {
+        "arguments": arguments,
+        "unbuffered": unbuffered,
+        "folder": os.getcwd(),
+        "environment": environment,
+        "umask": umask,
+    }
     content = json.dumps(request).encode()
     socket.send_fds(connection, [len(content).to_bytes(4, "big")], [0, 1, 2])
     connection.sendall(content)

@@ -52,7 +52,7 @@ def queue_to_its_end(checkout: Checkout, names: list[str], jobs: int, seconds: f
     last = time.monotonic() + seconds
     while time.monotonic() < last:
         status = checkout.run("dvc", "queue", "status").stdout
-        if "Running" not in status and "Queued" not in status:
+        if len(re.findall(r"Success|Failed", status)) >= len(names):  # one may be between the queue and its worker
             break
         time.sleep(1)
     logs = "".join(checkout.run("dvc", "queue", "logs", name).stdout for name in names)

@@ -2,7 +2,6 @@
 """A GGUF file as base model goes through every stage, and is named wherever the results say where they come from."""
 
 import hashlib
-import sys
 from pathlib import Path
 
 from conftest import FEW, Checkout, add_small_inputs
@@ -43,13 +42,15 @@ def test_a_gguf_file_goes_through_every_stage(
     rows = {"training.per_device_train_batch_size": "auto", "training.gradient_accumulation_steps": 4}
     checkout.set({**FEW, **rows, "training.per_device_eval_batch_size": "auto"})
 
-    before = checkout.run(sys.executable, "-c", ESTIMATE, env={"PYTHONPATH": "src"}).stdout
+    before = checkout.run("python3", "-c", ESTIMATE, env={"PYTHONPATH": "src"}).stdout
     assert before.startswith("memory ok"), before
     assert not (checkout.root / "models/base").exists()
 
     checkout.run("dvc", "repro")
     assert list(checkout.json("metrics/evaluate/test.json")) == ["base", "base_few_shot", "merged", "Q8_0"]
     assert checkout.json("metrics/merge/report.json")["tensors_changed"] > 0
+    for artifact in ("base", "merged"):
+        assert checkout.json(f"metrics/convert/{artifact}.json")["tokens_compared"] > 800
     digest = hashlib.sha256(own.read_bytes()).hexdigest()
     [origin] = checkout.json("metrics/fetch/model.json")["origin"]
     assert (origin["gguf"], origin["sha256"], origin["source"]) == ("own.gguf", digest, "local")

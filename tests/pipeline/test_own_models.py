@@ -24,11 +24,8 @@ def run_all_stages(checkout: Checkout, model: Path, overrides: dict[str, str] | 
     assert checkout.json("metrics/merge/report.json")["tensors_changed"] > 0
 
 
-@pytest.mark.parametrize(
-    "make",
-    [make_qwen3, pytest.param(make_llama3, marks=pytest.mark.slow)],
-    ids=["qwen3", "llama3"],
-)
+@pytest.mark.slow  # a model with Qwen's vocabulary goes through every stage in test_from_gguf.py
+@pytest.mark.parametrize("make", [make_qwen3, make_llama3], ids=["qwen3", "llama3"])
 def test_a_model_with_a_real_vocabulary_goes_through_every_stage(
     checkout: Checkout, tmp_path: Path, make: Callable[[Path], None]
 ) -> None:

@@ -14,7 +14,16 @@ from lathe.models.precision import has_native_bf16
 ELSEWHERE = {"LC_ALL": "C", "TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "7", "USER": "somebody", "LANGUAGE": "de"}
 
 
-def test_another_folder_locale_time_zone_and_user_change_no_byte(
+def test_another_folder_and_user_change_no_byte(reproduced: Checkout, small_model: Path, tmp_path: Path) -> None:
+    other = make_checkout(tmp_path / "another clone, übersetzt")
+    add_small_inputs(other, small_model)
+    other.environment.update(USER="somebody", LANGUAGE="de")
+    other.run("dvc", "repro")
+    assert output_hashes(other) == output_hashes(reproduced)
+
+
+@pytest.mark.slow
+def test_another_locale_time_zone_and_hash_seed_change_no_byte(
     reproduced: Checkout, small_model: Path, tmp_path: Path
 ) -> None:
     # In processes of their own, as a user has them: those of `reproduced` were forked from one (tests/preloaded.py).

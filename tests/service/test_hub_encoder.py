@@ -77,7 +77,7 @@ def test_an_encoder_is_downloaded_once_without_pickles_or_code(
     assert again.returncode == 0, again.stderr
     assert checkout.json("metrics/fetch/encoder.json") == {"origin": [origin]}
     assert not hub.requests
-    scored = checkout.run(sys.executable, "-c", PROGRAM, env={"PYTHONPATH": "src"})
+    scored = checkout.run("python3", "-c", PROGRAM, env={"PYTHONPATH": "src"})
     assert re.fullmatch(r"\{\('a b', 'b a'\): 0\.\d+\}\n", scored.stdout), scored.stdout
 
 

@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 def report(checkout: Checkout, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run the command with the checkout's own code."""
     environment = {"PYTHONPATH": str(checkout.root / "src")}
-    return checkout.run(sys.executable, "-m", "lathe", "report", *options, check=check, env=environment)
+    return checkout.run("python3", "-m", "lathe", "report", *options, check=check, env=environment)
 
 
 @pytest.fixture(scope="module")

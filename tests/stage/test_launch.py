@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import psutil
 import pytest
 import torch
@@ -50,8 +51,9 @@ class Work:
         work = self.folder / "work.json"
         work.write_text(json.dumps({"base": str(self.base), "trainings": trainings, **how}))
         environment = {**os.environ, "PYTHONPATH": str(paths.ROOT / "src"), "OMP_NUM_THREADS": "1"}
+        preloaded.start()
         return subprocess.run(
-            [sys.executable, str(PROGRAM), str(work)],
+            [str(preloaded.folder / "python3"), str(PROGRAM), str(work)],
             cwd=paths.ROOT,
             env=environment,
             capture_output=True,

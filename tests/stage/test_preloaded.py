@@ -58,11 +58,25 @@ def imported(folder: Checkout, **variables: str) -> bool:
 
 def test_it_is_forked_and_others_import_for_themselves(folder: Checkout) -> None:
     assert imported(folder)
-    assert imported(folder, PYTHONUTF8="1", HF_DATASETS_OFFLINE="1", ANOTHER="1")
-    for name, value in {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "3", "LC_ALL": "C", "RANK": "1"}.items():
+    assert imported(folder, PYTHONUTF8="1", HF_DATASETS_OFFLINE="1", ANOTHER="1", RANK="1", OMP_NUM_THREADS="1")
+    for name, value in {"HF_HUB_OFFLINE": "0", "OMP_PROC_BIND": "true", "LC_ALL": "C"}.items():
         assert not imported(folder, **{name: value}), name
     assert not imported(folder.without_preloading())
-    assert folder.run("python3", "-c", "import sys; print('torch' in sys.modules)").stdout == "False\n"
+    assert folder.run("python3", "-s", "-c", "import sys; print('torch' in sys.modules)").stdout == "False\n"
+
+
+def test_a_forked_process_has_the_threads_of_its_environment(folder: Checkout) -> None:
+    program = "import torch; print(torch.get_num_threads())"
+    assert folder.run("python3", "-c", program, env={"OMP_NUM_THREADS": "1"}).stdout == "1\n"
+    assert folder.run("python3", "-c", program, env={"OMP_NUM_THREADS": "3"}).stdout == "3\n"
+
+
+@pytest.mark.parametrize("option", [[], ["-u"]])
+def test_a_program_is_run_as_by_python(folder: Checkout, option: list[str]) -> None:
+    program = "import os, sys\nprint(__name__, sys.argv, sys.path[0], end='')\nif '-x' in sys.argv:\n    os._exit(3)\n"
+    for arguments in (["an argument"], ["-x"]):
+        forked, own = run_both(folder, *option, "-c", program, *arguments)
+        assert forked == own
 
 
 @pytest.mark.parametrize("kind", ["script", "module"])

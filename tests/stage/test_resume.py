@@ -353,7 +353,9 @@ def killed_and_resumed(prepared: Checkout, finished: Checkout, root: Path, comma
     assert not list((checkout.root / ".scratch/train").iterdir())
 
 
-@pytest.mark.parametrize("command", MODES, ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [MODES[0], *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])], ids=" ".join
+)
 def test_killed_at_a_random_step_and_run_again_it_ends_the_same(prepared, finished, tmp_path, command):
     killed_and_resumed(prepared, finished, tmp_path / "lathe", command, seed=random.randrange(1000))
 

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -164,7 +163,7 @@ def test_a_base_model_gets_its_template_at_fetch_and_inspect_shows_it(small_chec
         f"{name}-part-0.jsonl.gz" for name in ("test", "train", "validation")
     ]
     checkout.environment["PYTHONPATH"] = str(checkout.root / "src")
-    printed = checkout.run(sys.executable, "-m", "lathe", "inspect", "--split", "test", "--row", "2").stdout
+    printed = checkout.run("python3", "-m", "lathe", "inspect", "--split", "test", "--row", "2").stdout
     assert "Assistant:\n«on<|im_end|>»" in printed
-    refused = checkout.run(sys.executable, "-m", "lathe", "inspect", "--rows", "0", check=False)
+    refused = checkout.run("python3", "-m", "lathe", "inspect", "--rows", "0", check=False)
     assert (refused.returncode, refused.stderr) == (2, "error: --rows 0: must be at least 1; rows are counted from 1\n")

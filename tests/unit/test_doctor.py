@@ -332,38 +332,45 @@ def test_a_model_that_training_would_refuse_is_a_fail(qwen, content, lora, said)
 
 HUB = """
 import logging, os, sys
+from pathlib import Path
 from types import SimpleNamespace
 from lathe import doctor
 from lathe.common import paths
 from toy import load_toy
 model = SimpleNamespace(source="hub", id="org/name", revision="main", file=None)
 config = load_toy().model_copy(update={"model": model})
-for finding in doctor.check_model(config, doctor.Circumstances(paths.ROOT, os.environ)):
-    print(finding.check, finding.status, finding.text)
+def print_findings():
+    for finding in doctor.check_model(config, doctor.Circumstances(paths.ROOT, os.environ)):
+        print(finding.check, finding.status, finding.text)
+print_findings()
+folder = Path(sys.argv[1]) / "hub/models--org--name"
+snapshot = folder / "snapshots" / ("0123456789abcdef" * 3)[:40]
+snapshot.mkdir(parents=True)
+(folder / "refs").mkdir()
+(folder / "refs/main").write_text(snapshot.name)
+(snapshot / "config.json").write_text(sys.argv[2])
+print("cached")
+print_findings()
 """
 
 
 @pytest.mark.heavy
 def test_a_model_of_a_hub_is_estimated_from_the_hubs_cache_alone(tmp_path):
-    def looked_at() -> str:
-        environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-        environment.pop("HF_HUB_CACHE", None)
-        done = subprocess.run(
-            [sys.executable, "-c", HUB], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        return done.stdout
-
-    before = looked_at()
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, str(tmp_path), json.dumps(QWEN)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, after = done.stdout.split("cached\n")
     assert before.startswith(
         "memory warning cannot be estimated: config.json of org/name is neither in the hub's cache"
     )
-    folder = tmp_path / "hub/models--org--name"
-    snapshot = folder / "snapshots" / ("0123456789abcdef" * 3)[:40]
-    snapshot.mkdir(parents=True)
-    (folder / "refs").mkdir()
-    (folder / "refs/main").write_text(snapshot.name)
-    (snapshot / "config.json").write_text(json.dumps(QWEN))
-    assert "weights 538 MB" in looked_at()
+    assert "weights 538 MB" in after
 
 
 def test_one_check_that_breaks_stops_no_other(tmp_path):
@@ -401,7 +408,7 @@ def test_the_command_answers_with_its_exit_code(checkout):
     checkout.environment |= {"PYTHONPATH": str(checkout.root / "src"), "HF_TOKEN": "hf_s3cr3t"}
 
     def consulted(*arguments: str) -> tuple[int, dict[str, list[str]], str]:
-        done = checkout.run(sys.executable, "-m", "lathe", "doctor", *arguments, check=False)
+        done = checkout.run("python3", "-m", "lathe", "doctor", *arguments, check=False)
         assert "\033" not in done.stdout
         assert "s3cr3t" not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -424,7 +431,7 @@ def test_the_command_answers_with_its_exit_code(checkout):
     assert (code, bad["parameters"]) == (2, ["fail", "fail"]), text
     assert bad["converter"] == ["ok"]
 
-    done = checkout.run(sys.executable, "-m", "lathe", "doctor", "--json", check=False)
+    done = checkout.run("python3", "-m", "lathe", "doctor", "--json", check=False)
     assert [(found["status"], found["check"]) for found in json.loads(done.stdout)] == [
         tuple(line.split()[:2]) for line in text.splitlines()
     ]
