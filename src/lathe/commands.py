@@ -15,7 +15,7 @@ from lathe import classifier_commands
 from lathe.common import metric_files, paths
 from lathe.common.errors import InputError
 from lathe.common.json_files import read_json
-from lathe.common.text import did_you_mean
+from lathe.common.text import did_you_mean, make_one_line
 from lathe.config import artifacts
 from lathe.config.load import Config, load
 from lathe.config.overrides import apply_overrides
@@ -69,7 +69,7 @@ def list_experiments() -> None:
     from lathe.experiments.run_recipe import list_results
 
     for line in list_results():
-        sys.stdout.write(f"{line}\n")
+        sys.stdout.write(f"{make_one_line(line)}\n")
 
 
 def run_experiment(args: argparse.Namespace) -> None:

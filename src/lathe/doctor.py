@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.text import make_one_line
 from lathe.doctor_checks import (
     Circumstances,
     Finding,
@@ -126,7 +127,8 @@ def format_findings(findings: Sequence[Finding], *, coloured: bool) -> Iterator[
         status = f"{finding.status:<8}"
         if coloured:
             status = f"\033[{COLOURS[finding.status]}m{status}\033[0m"
-        yield f"{status} {finding.check:<{width}}  {finding.text}{finding.remedy and '; ' + finding.remedy}\n"
+        text = make_one_line(f"{finding.text}{finding.remedy and '; ' + finding.remedy}")
+        yield f"{status} {finding.check:<{width}}  {text}\n"
 
 
 def _run_check(name: str, check: Callable[[], Findings]) -> list[Finding]:

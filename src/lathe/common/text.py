@@ -1,8 +1,22 @@
 """Text for messages: near names, values and sizes in readable form."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+# Control characters but tab and newline, line separators, marks that turn the direction of text, halves of surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def make_printable(text: str) -> str:
+    """Return a text of whatever origin with what would control a terminal as escapes, which JSON knows too."""
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def make_one_line(text: str) -> str:
+    """Return a text on one printable line, so that it cannot pass for another line of what it stands in."""
+    return make_printable(text).replace("\n", "\\n")
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.text import make_printable
 
 if TYPE_CHECKING:
     from lathe.config.params import Preprocess
@@ -48,7 +48,7 @@ def show_examples(split: str, *, rows: int, row: int | None, ids: bool, settings
         if "rejected" in example:
             rejected = [[*example["messages"][:-1], *example["rejected"]]]
             (worse,) = encode(tokenizer, rejected, supervise="last", tools=tools)
-            answer = _escape_control_characters(_describe_answer(tokenizer, worse, example["rejected"][0]))
+            answer = make_printable(_describe_answer(tokenizer, worse, example["rejected"][0]))
             out.write(f"rejected answer, {sum(worse.supervised)} tokens: {answer}\n")
             if ids:
                 out.write(_format_tokens(tokenizer, _select_answer(worse), ("", "")))
@@ -95,7 +95,7 @@ def _format_text(tokenizer: Any, sequence: Any, marks: tuple[str, str]) -> str:
         stop += len(list(run))
         # Decoded from the beginning each time: SentencePiece drops a space at the start of what it decodes.
         decoded = _decode(tokenizer, sequence.input_ids[:stop])
-        piece = _escape_control_characters(decoded[len(before) :])
+        piece = make_printable(decoded[len(before) :])
         parts.append(marks[0] + piece + marks[1] if supervised else piece)
         before = decoded
     return "".join(parts) + "\n"
@@ -114,11 +114,3 @@ def _format_tokens(tokenizer: Any, sequence: Any, marks: tuple[str, str]) -> str
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _escape_control_characters(text: str) -> str:
-    """Return the text with control characters as escapes, so that no data can control the terminal."""
-    return "".join(
-        repr(character)[1:-1] if unicodedata.category(character) == "Cc" and character not in "\n\t" else character
-        for character in text
-    )

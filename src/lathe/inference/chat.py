@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lathe.common.errors import InputError
+from lathe.common.text import make_one_line, make_printable
 from lathe.data.row_checks import RowFault, TextValidator
 from lathe.data.tools import Tool, parse_tools
 from lathe.inference.generate import Generator
@@ -77,7 +78,7 @@ def read_tools(file: Path) -> list[Tool]:
 def _converse(name: str, answer_to: AnswerTo, beginning: History, source: TextIO, out: TextIO) -> None:
     interactive = source.isatty()
     if interactive:
-        out.write(f"{name}: {HELP}\n")
+        out.write(f"{make_one_line(name)}: {HELP}\n")
     history = list(beginning)
     while (request := _read_request(source, out, interactive=interactive)) not in (None, "/exit"):
         if request == "/reset":
@@ -88,7 +89,7 @@ def _converse(name: str, answer_to: AnswerTo, beginning: History, source: TextIO
                 answer = _print_answer(answer_to(history), out)
             except InputError as error:
                 history.pop()
-                out.write(f"{error}; or /reset\n")
+                out.write(make_printable(f"{error}; or /reset\n"))
             else:
                 history.append({"role": "assistant", "content": answer})
 
@@ -123,7 +124,7 @@ def _print_answer(pieces: Iterator[str], out: TextIO) -> str:
     try:
         for piece in pieces:
             written.append(piece)
-            out.write(piece)
+            out.write(make_printable(piece))
             out.flush()
     except KeyboardInterrupt:
         out.write(" …")

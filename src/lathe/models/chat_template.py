@@ -12,9 +12,9 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Self
 
 import jinja2
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lathe.common.errors import InputError
+from lathe.models import bounded_jinja
 from lathe.models.document import is_document
 from lathe.models.message_form import (
     ANSWER,
@@ -124,30 +124,32 @@ class ChatTemplate:
     def _render(
         self, messages: Conversation, *, add_generation_prompt: bool = False, tools: Tools | None = None
     ) -> str:
+        context = {
+            "messages": messages,
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+        }
         try:
             template, variables = _compile(self.text)
-            # As transformers' render_jinja_template, without the copies that it makes of everything.
-            context = {
-                **variables,
-                "messages": messages,
-                "tools": tools or None,
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-                "bos_token": self.bos_token,
-                "eos_token": self.eos_token,
-            }
-            return "".join(template.root_render_func(template.new_context(context, shared=True)))
+            rendered = bounded_jinja.render(template, {**variables, **context})
+            rendered.encode()  # half a surrogate pair has no form in UTF-8
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(
                 f"the chat template's line {error.lineno} is not valid Jinja: {_join_lines(error)}",
                 code="template-syntax",
             ) from None
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+        except bounded_jinja.TemplateLimitError as error:
+            raise TemplateError(f"the chat template: {error}; use another", code="template-limit") from None
+        except Exception as error:  # a template is a program: it may fail in any way
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise TemplateError(
                 f"the chat template refuses the roles [{roles}]: {_join_lines(error)}; give conversations in its form",
                 code="template-refuses",
             ) from None
+        return rendered
 
     @cached_property
     def form(self) -> MessageForm:
@@ -271,10 +273,9 @@ class ChatTemplate:
 
 @lru_cache
 def _compile(text: str) -> tuple[jinja2.Template, dict[str, Any]]:
-    """Return the template as transformers compiles it, and its variables besides the conversation."""
-    template = _compile_jinja_template(text)
-    template.environment.globals["strftime_now"] = FIXED_DATE.strftime
-    return template, dict(template.globals)
+    """Return the template, and its variables besides the conversation."""
+    template = bounded_jinja.compile_template(text)
+    return template, {**template.globals, "strftime_now": FIXED_DATE.strftime}
 
 
 def _is_text_message(message: Message) -> bool:
@@ -314,4 +315,4 @@ def _shorten(text: str) -> str:
 
 
 def _join_lines(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
