@@ -63,7 +63,9 @@ def run_items(main: Callable[[Config, str], Throughput | None], items: Callable[
     """
     name, parser = _make_parser(main)
     parser.add_argument("items", nargs="*", metavar="ITEM", help="what to run it for (default: all)")
-    chosen = parser.parse_args().items
+    parser.add_argument("--type", metavar="ITEM", help="the same, as DVC gives the item of a matrix")
+    arguments = parser.parse_args()
+    chosen = arguments.items + ([arguments.type] if arguments.type is not None else [])
 
     def run_chosen() -> None:
         config = _load_config(name)

@@ -101,7 +101,7 @@ def test_a_row_cannot_steer_the_terminal_and_its_rejected_answer_is_told_apart(p
     write(processed, [{"messages": chat, "rejected": [{"role": "assistant", "content": "worse\x07"}]}])
     text = shown()
     assert "a\\u001b[2Jb\\u000dc" in text
-    assert re.search(r"^rejected answer, \d+ tokens: worse\\x07$", text, re.MULTILINE)
+    assert re.search(r"^rejected answer, \d+ tokens: worse\\u0007$", text, re.MULTILINE)
     assert not {"\x1b", "\r", "\x07"} & set(text)
 
 

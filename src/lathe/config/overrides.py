@@ -67,6 +67,12 @@ def _find_problem(override: str, known: list[str], pipeline: Pipeline) -> list[t
         )
         return [("unreadable-override", line)]
     key = read_key(override)
+    if "${" in value:
+        line = (
+            f"-S {override}: DVC would fill in ${{…}}, from the environment too, and the value would be committed; "
+            "write the value itself"
+        )
+        return [("interpolation", line)]
     if not equals:
         return [("unreadable-override", f"-S {override}: has no value; write -S {key}=VALUE")]
     leaves = [leaf for leaf in known if leaf.startswith(f"{key}.")]

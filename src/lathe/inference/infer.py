@@ -93,6 +93,12 @@ def _read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(written.decode("utf-8-sig" if number == 1 else "utf-8"))
+                line(row)  # as it will be written: half a surrogate pair, as an escape, has no form in UTF-8
+            except UnicodeEncodeError:
+                raise InputError(
+                    f"{at}: holds half of a surrogate pair, which is no character; write the character itself",
+                    code="half-a-character",
+                ) from None
             except (ValueError, RecursionError):
                 raise InputError(f"{at}: not JSON in UTF-8; write one JSON object a line", code="not-json") from None
             if not isinstance(row, dict):

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+LONGEST_MARKER = 256  # characters of a special token before which a text is cut
+
 
 def count_prompt_ids(prompt: list[str], text: list[str], ids: dict[str, list[int]]) -> int | None:
     """Return how many ids the prompt has if the text begins with them, else None; both are given in segments."""
@@ -50,22 +52,26 @@ def compile_segment_starts(tokenizer: Any) -> re.Pattern[str]:
     if tokenizer.backend_tokenizer.encode_special_tokens:
         return re.compile("(?!)")
     added = [token for token in tokenizer.added_tokens_decoder.values() if token.content and not token.normalized]
-    texts = {token.content for token in added}
-    safe = sorted(
+    candidates = {
         token.content
         for token in added
         if token.special
+        and len(token.content) <= LONGEST_MARKER
         and not (token.single_word or token.lstrip or token.content[0].isspace())
-        and not any(_can_cover(other, token.content) for other in texts)
-    )
-    return re.compile("|".join(map(re.escape, safe)) or "(?!)")
+    }
+    safe = candidates - _find_covered(candidates, {token.content for token in added})
+    return re.compile("|".join(map(re.escape, sorted(safe))) or "(?!)")
 
 
-def _can_cover(other: str, token: str) -> bool:
-    """Return whether `other`, matched further left in a text, can take the first characters of `token`."""
-    start = other.find(token[0], 1)
-    while start > 0:
-        if token.startswith(other[start:]) or other.startswith(token, start):
-            return True
-        start = other.find(token[0], start + 1)
-    return False
+def _find_covered(tokens: set[str], texts: set[str]) -> set[str]:
+    """Return those of `tokens` whose first characters one of `texts`, matched further left in a text, can take.
+
+    That is: the end of such a text is the beginning of the token, or the token stands inside of it.
+    """
+    ends = {text[start:] for text in texts for start in range(max(1, len(text) - LONGEST_MARKER), len(text))}
+    covered = {token for token in tokens if any(token[:length] in ends for length in range(1, len(token) + 1))}
+    lengths = {len(token) for token in tokens}
+    for text in texts:
+        for length in lengths:
+            covered |= tokens & {text[start : start + length] for start in range(1, len(text) - length)}
+    return covered

@@ -5,6 +5,7 @@ writes: if it renders a few conversations as one of the built-in templates does,
 that one. Any other is left to Ollama, which knows some templates itself. https://docs.ollama.com/modelfile
 """
 
+import json
 import re
 from dataclasses import dataclass, replace
 
@@ -103,7 +104,7 @@ def build_modelfile(file: str, template: ChatTemplate, *, n_ctx: int) -> str:
         lines += [
             "# in the GGUF, if it knows it; compare `ollama show --template NAME` before you rely on the answers."
         ]
-    lines += [f'PARAMETER stop "{token}"' for token in find_stop_tokens(template)]
+    lines += map(_write_stop_token, find_stop_tokens(template))
     lines += [
         "# As the model was measured: the likeliest token, no penalty.",
         "PARAMETER temperature 0",
@@ -111,6 +112,13 @@ def build_modelfile(file: str, template: ChatTemplate, *, n_ctx: int) -> str:
         f"PARAMETER num_ctx {n_ctx}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _write_stop_token(token: str) -> str:
+    if token.isprintable() and '"' not in token:
+        return f'PARAMETER stop "{token}"'
+    # It would end the line, or the quotes, and what follows would be read as instructions.
+    return f"# A Modelfile cannot hold this stop token: {json.dumps(token)}"
 
 
 def _describe_tools(translated: GoTemplate, template: ChatTemplate) -> str:

@@ -20,6 +20,7 @@ from lathe.config.yaml_files import find_line, read_yaml
 
 CLASSIFIER_SCORES = ("accuracy", "macro_f1", "calibration_error")
 LARGEST_GRID = 100_000  # points; the order of all is drawn at once
+UNCOUNTED = 1e18  # points of one parameter, above which it does not matter how many
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -38,8 +39,14 @@ class Float(Section):
         """The values that a grid takes; None without steps."""
         if self.step is None:
             return None
-        # Rounded as the count is: 0.1 goes three times into 0.3.
-        return [self.low + index * self.step for index in range(int((self.high - self.low) / self.step + 1e-9) + 1)]
+        return [self.low + index * self.step for index in range(self.count_points())]
+
+    def count_points(self) -> int:
+        """Return how many values a grid takes; at most as many as can be counted."""
+        if self.step is None:
+            return 1
+        # Rounded: 0.1 goes three times into 0.3.
+        return int(min((self.high - self.low) / self.step + 1e-9, UNCOUNTED)) + 1
 
 
 class Int(Section):
@@ -56,6 +63,10 @@ class Int(Section):
         """The values that a grid takes; None if they are sampled by their logarithm."""
         return None if self.log else range(self.low, self.high + 1, self.step or 1)
 
+    def count_points(self) -> int:
+        """Return how many values a grid takes."""
+        return 1 if self.log else max(0, (self.high - self.low) // (self.step or 1) + 1)
+
 
 class Categorical(Section):
     """One of several values of whatever type the parameter has, lists included."""
@@ -67,6 +78,10 @@ class Categorical(Section):
     def points(self) -> Sequence[Any]:
         """The values that a grid takes."""
         return self.choices
+
+    def count_points(self) -> int:
+        """Return how many values a grid takes."""
+        return len(self.choices)
 
 
 Dimension = Annotated[Float | Int | Categorical, Field(discriminator="type")]
@@ -112,7 +127,7 @@ class Plan(Section):
     @property
     def grid_size(self) -> int:
         """How many points a grid has; parameters without steps count as one."""
-        return math.prod(len(dimension.points) for dimension in self.space.values() if dimension.points is not None)
+        return math.prod(dimension.count_points() for dimension in self.space.values())
 
     def fix_parameters(self, keys: Sequence[str]) -> "Plan":
         """Return the plan without some parameters, which overrides fix."""
