@@ -1,5 +1,6 @@
 """HTTP client of the judge: requests to one server, without redirects; errors are one line without secrets."""
 
+import asyncio
 import json
 import ssl
 import time
@@ -15,18 +16,20 @@ from lathe.common.redaction import hide_secrets
 from lathe.evaluation.judge.failures import HttpStatusError, MalformedError, UnavailableError
 
 _MAX_SHOWN_CHARACTERS = 300
+_MAX_RESPONSE_BYTES = 8 << 20  # unpacked; a verdict has some hundred
 
 
 class HttpSession:
     """Connections to the server at `address`.
 
     Redirects are not followed, so that a key is sent to no other address than the user's. Texts in `secrets` are
-    removed from everything that the server returns.
+    removed from everything that the server returns. A response may take twice `timeout_seconds` as a whole, and 8 MiB.
     """
 
     def __init__(self, address: str, *, certificates: ssl.SSLContext | None, timeout_seconds: float) -> None:
         self.address = address.rstrip("/")
         self.secrets: set[str] = set()
+        self._deadline_seconds = 2 * timeout_seconds
         self._client = httpx2.AsyncClient(
             verify=certificates or True,
             timeout=timeout_seconds,
@@ -53,7 +56,12 @@ class HttpSession:
         is not JSON, and InputError if a retry cannot help: certificates, redirects, an invalid address.
         """
         try:
-            response = await self._client.request(method, f"{self.address}{path}", headers=headers, **content)
+            async with asyncio.timeout(self._deadline_seconds):
+                response, body = await self._read(method, f"{self.address}{path}", headers, content)
+        except TimeoutError:
+            raise UnavailableError(
+                f"{self.address} has not ended its answer within {self._deadline_seconds:g} s", billed=True
+            ) from None
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise InputError(
@@ -70,7 +78,7 @@ class HttpSession:
             raise UnavailableError(
                 f"{self.address} closed the connection: {self._describe_error(error)}", billed=True
             ) from None
-        text = hide_secrets(response.text, self.secrets)
+        text = hide_secrets(body.decode(response.encoding or "utf-8", "replace"), self.secrets)
         if response.is_redirect:
             raise InputError(
                 f"{self.address} redirects ({response.status_code}), which is not followed: the key would go "
@@ -83,6 +91,18 @@ class HttpSession:
             return json.loads(text)
         except (ValueError, RecursionError):
             raise MalformedError(f"the server's response is not JSON: {_shorten(text)!r}") from None
+
+    async def _read(
+        self, method: str, address: str, headers: Mapping[str, str], content: Mapping[str, Any]
+    ) -> tuple[httpx2.Response, bytes]:
+        """Return a response and its body, read piece by piece: it may be small and unpack to gigabytes."""
+        body = bytearray()
+        async with self._client.stream(method, address, headers=headers, **content) as response:
+            async for piece in response.aiter_bytes():
+                body += piece
+                if len(body) > _MAX_RESPONSE_BYTES:
+                    raise MalformedError(f"the server's response is longer than {_MAX_RESPONSE_BYTES >> 20} MiB")
+        return response, bytes(body)
 
     def _describe_error(self, error: Exception) -> str:
         return _shorten(hide_secrets(str(error), self.secrets)) or type(error).__name__
@@ -127,5 +147,5 @@ def _parse_retry_after(headers: Mapping[str, str]) -> float | None:
         return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

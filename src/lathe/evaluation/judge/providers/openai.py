@@ -127,5 +127,6 @@ def _parse_answer(content: Any) -> JudgeAnswer:
 def sum_tokens(usage: Any, *keys: str) -> int | None:
     """Return the sum of the token counts under these keys; None if the first is missing."""
     values = [usage.get(key) if isinstance(usage, dict) else None for key in keys]
-    counts = [value for value in values if isinstance(value, int) and not isinstance(value, bool) and value >= 0]
+    # No server has counted a quadrillion; SQLite could not store many more.
+    counts = [value for value in values if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1e15]
     return sum(counts) if counts and values[0] == counts[0] else None
