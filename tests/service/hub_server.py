@@ -30,6 +30,7 @@ class Repository:
     gated: bool = False
     granted: bool = False  # to the account of the good token
     announced_sizes: dict[str, int] = field(default_factory=dict)
+    announced_hashes: dict[str, str] = field(default_factory=dict)
 
     def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
         """Add a commit of exactly these files, let `ref` point to it and return its hash."""
@@ -49,6 +50,7 @@ class Fault:
     cut_after: int | None = None  # bytes of the body, then the connection is closed
     stall_after: int | None = None  # bytes of the body, then nothing more comes
     corrupt: bool = False
+    endless: bool = False  # the body comes again and again
     times: int = 1_000
 
 
@@ -155,13 +157,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], fault: Fault | None = None) -> None:
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+        length = {} if fault and fault.endless else {"Content-Length": str(len(body))}
+        for name, value in (length | headers).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
         end = (fault.cut_after or fault.stall_after) if fault else None
         self.wfile.write(body[:end])
+        while fault and fault.endless and not self.hub.closing.is_set():
+            try:
+                self.wfile.write(body)
+            except OSError:
+                return
         if fault and fault.stall_after:
             self.hub.closing.wait(60)
         self.close_connection = bool(end)
@@ -252,7 +260,8 @@ def _information(repository: Repository, commit: str) -> dict[str, Any]:
 def _entries(repository: Repository, commit: str) -> Iterator[dict[str, Any]]:
     for path, data in sorted(repository.commits[commit].items()):
         size = repository.announced_sizes.get(path, len(data))
-        entry: dict[str, Any] = {"type": "file", "oid": digest(data), "size": size, "path": path}
+        named = repository.announced_hashes.get(path)
+        entry: dict[str, Any] = {"type": "file", "oid": named or digest(data), "size": size, "path": path}
         if is_large(path):
-            entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 134}
+            entry["lfs"] = {"oid": named or hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 134}
         yield entry

@@ -313,6 +313,33 @@ def test_what_comes_with_another_hash_is_refused_removed_and_downloaded_anew_by_
         shutil.rmtree(user.file("models/base"))
 
 
+@pytest.mark.parametrize("path", [None, "model.safetensors", "LICENSE"], ids=["commit", "large file", "small file"])
+def test_a_hash_that_is_a_path_is_refused_and_nothing_is_written_outside_of_the_cache(
+    user: User, tmp_path: Path, path: str | None
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    outside = "../" * 30 + str(victim)[1:]
+    repository = user.hub.add("model", MODEL, MODEL_FILES)
+    if path is None:
+        repository.commits[outside] = MODEL_FILES
+        repository.refs["main"] = outside
+    else:
+        repository.announced_hashes[path] = outside
+    assert "where a hash belongs; use another hub or repository" in user.refused()
+    assert victim.read_text() == "precious"
+    assert not victim.with_suffix(".incomplete").exists()
+    assert not user.file("models/base").exists()
+
+
+def test_a_file_without_end_takes_no_more_of_the_disk_than_was_announced(user: User) -> None:
+    user.hub.add("model", MODEL, {**MODEL_FILES, "model.safetensors": weights(11)})
+    user.hub.faults = [Fault(r"GET /[0-9a-f]{64}", endless=True)]
+    assert "model.safetensors came in another size than the hub announced" in user.refused()
+    assert not user.partials()
+    assert sum(file.stat().st_size for file in user.cache.rglob("*") if file.is_file()) < 1 << 20
+
+
 def test_a_file_damaged_in_the_cache_is_found_and_downloaded_anew(user: User) -> None:
     commit = user.hub.add("model", MODEL, MODEL_FILES).refs["main"]
     user.fetch("model", revision=commit)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 import httpx2
 from huggingface_hub import (
@@ -142,13 +142,29 @@ class Repository:
                 f"{self.name}: {strange[0]!r} would lie outside of its folder; use another repository",
                 code="unsafe-path",
             )
+        for file in files.values():
+            self._check_hash(file.lfs.sha256 if file.lfs else file.blob_id, SHA256 if file.lfs else COMMIT)
+            if not isinstance(file.size, int) or file.size < 0:
+                raise InputError(
+                    f"{self.name}: the hub says that {file.path!r} has {file.size!r} bytes; use another repository",
+                    code="unsafe-size",
+                )
         return files
+
+    def _check_hash(self, name: object, form: re.Pattern[str]) -> str:
+        """Return a hash that the hub names; it becomes the name of a file or folder, and so must be nothing else."""
+        if not isinstance(name, str) or not form.fullmatch(name):
+            raise InputError(
+                f"{self.name}: the hub names {name!r} where a hash belongs; use another hub or repository",
+                code="unsafe-hash",
+            )
+        return name
 
     def _resolve_revision(self) -> str:
         ref = self.folder / "refs" / (self.revision or constants.DEFAULT_REVISION)
         known = ref.read_text().strip() if ref.is_file() else None
         try:
-            commit = str(self._request_info(self.revision).sha)
+            commit = self._check_hash(self._request_info(self.revision).sha, COMMIT)
         except HubUnreachableError as unreachable:
             if not known:
                 raise
@@ -239,14 +255,15 @@ class Repository:
                 # A redirect to another host is followed without the Authorization header.
                 http_get(
                     url,
-                    target,
+                    cast(BinaryIO, _BoundedFile(target, file.size)),
                     resume_size=target.tell(),
                     headers=headers,
                     expected_size=file.size,
                     tqdm_class=progress,  # type: ignore[arg-type]
                 )
             except OSError as error:
-                if "Consistency check failed" not in str(error):  # its error for another size than the announced one
+                # The library's error for another size than the announced one, and that of what is longer.
+                if "Consistency check failed" not in str(error) and not isinstance(error, _TooLongError):
                     raise
                 partial.unlink()
                 raise InputError(
@@ -346,6 +363,25 @@ class Repository:
             "downloaded is kept",
             code="hub-failed",
         )
+
+
+class _TooLongError(OSError):
+    """More bytes come than were announced."""
+
+
+class _BoundedFile:
+    """A file that takes no more bytes than announced: a body without end would fill the disk."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+
+    def write(self, data: bytes) -> int:
+        if self._file.tell() + len(data) > self._size:
+            raise _TooLongError
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 class _FileBar:
