@@ -7,6 +7,7 @@ import pytest
 from gguf_models import Made, tiny  # noqa: F401 - fixture
 from refusals import refused
 
+from lathe.common.text import make_printable
 from lathe.inference.chat import chat, read_tools
 from lathe.inference.generate import Generator
 
@@ -27,21 +28,26 @@ def talk(made: Made, requests: str, out: io.StringIO | None = None) -> str:
     return out.getvalue()
 
 
+def shown(*answers: str) -> str:
+    """Return what is printed of answers, in which a random model writes control characters too."""
+    return "".join(f"{make_printable(text)}\n" for text in answers)
+
+
 def test_a_prompt_is_answered_once(tiny: Made, capsys):
     chat(tiny.gguf, prompt="lamp on", **OPTIONS)
-    assert capsys.readouterr().out == answer(tiny, "lamp on") + "\n"
+    assert capsys.readouterr().out == shown(answer(tiny, "lamp on"))
 
 
 def test_a_conversation_remembers_until_it_is_reset(tiny: Made):
     first = answer(tiny, "lamp on")
     second = answer(tiny, "lamp on", first, "and off")
     assert second != answer(tiny, "and off")
-    assert talk(tiny, "lamp on\nand off\n") == f"{first}\n{second}\n"
-    assert talk(tiny, "lamp on\n/reset\nand off\n") == f"{first}\n{answer(tiny, 'and off')}\n"
+    assert talk(tiny, "lamp on\nand off\n") == shown(first, second)
+    assert talk(tiny, "lamp on\n/reset\nand off\n") == shown(first, answer(tiny, "and off"))
 
 
 def test_exit_ends_and_empty_lines_are_passed_over(tiny: Made):
-    assert talk(tiny, "\n\nlamp on\n/exit\nand off\n") == answer(tiny, "lamp on") + "\n"
+    assert talk(tiny, "\n\nlamp on\n/exit\nand off\n") == shown(answer(tiny, "lamp on"))
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(tiny: Made):
@@ -56,22 +62,22 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(tiny: Made):
 
     said = talk(tiny, "lamp on\n/reset\nand off\n", Interrupting())
     stopped, after = said.split(" …\n")
-    assert answer(tiny, "lamp on").startswith(stopped)
-    assert after == answer(tiny, "and off") + "\n"
+    assert shown(answer(tiny, "lamp on")).startswith(stopped)
+    assert after == shown(answer(tiny, "and off"))
 
 
 def test_a_request_too_long_is_refused_and_forgotten(tiny: Made):
     said = talk(tiny, "please " * 600 + "\nlamp on\n")
     refusal, after = said.split("or /reset\n")
     assert "leave no room for an answer in a context of 512" in refusal
-    assert after == answer(tiny, "lamp on") + "\n"
+    assert after == shown(answer(tiny, "lamp on"))
 
 
 @pytest.mark.parametrize("system", ["be brief", "answer with JSON only"])
 def test_a_system_message_stands_before_the_conversation(tiny: Made, system):
     out = io.StringIO()
     chat(tiny.gguf, prompt="lamp on", system=system, out=out, **OPTIONS)
-    assert out.getvalue() != answer(tiny, "lamp on") + "\n"
+    assert out.getvalue() != shown(answer(tiny, "lamp on"))
 
 
 TOOL = {"name": "lamp", "parameters": {"type": "object", "properties": {}}}

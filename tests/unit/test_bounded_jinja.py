@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from lathe.models import bounded_jinja
+from lathe.common import bounded_jinja
 from lathe.models.chat_template import ChatTemplate, TemplateError
 
 MESSAGES = [{"role": "user", "content": "Switch on the lamp."}, {"role": "assistant", "content": "on"}]

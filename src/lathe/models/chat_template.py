@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Self
 
 import jinja2
 
+from lathe.common import bounded_jinja
 from lathe.common.errors import InputError
-from lathe.models import bounded_jinja
 from lathe.models.document import is_document
 from lathe.models.message_form import (
     ANSWER,

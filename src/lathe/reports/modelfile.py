@@ -90,21 +90,22 @@ def build_modelfile(file: str, template: ChatTemplate, *, n_ctx: int) -> str:
     lines = ["# Made by the stage `card`: ollama create NAME -f Modelfile", f"FROM ./{file}"]
     translated = translate_template(template)
     if translated:
-        lines += [
-            f"# The chat template {translated.name}, of training, in Go; {_describe_tools(translated, template)}."
-        ]
+        tools = _describe_tools(translated, template)
+        lines += [f"# The chat template {translated.name}, of training, in Go; {tools}."]
         lines += [f'TEMPLATE """{translated.text}"""']
         if translated.system:
             lines += ["# What the template of training writes where a request has no system message.",
                       f'SYSTEM """{translated.system}"""']  # fmt: skip
     else:
         lines += [
-            "# No TEMPLATE: the chat template of training is none that Lathe can write in Go. Ollama goes by the one"
+            "# No TEMPLATE: the chat template of training is none that Lathe can write in Go. Ollama goes by the one",
+            "# in the GGUF, if it knows it; compare `ollama show --template NAME` before you rely on the answers.",
         ]
+    for token in find_stop_tokens(template):  # one with a quote or a new line would add instructions
+        fits = token.isprintable() and '"' not in token
         lines += [
-            "# in the GGUF, if it knows it; compare `ollama show --template NAME` before you rely on the answers."
+            f'PARAMETER stop "{token}"' if fits else f"# No Modelfile can hold the stop token {json.dumps(token)}"
         ]
-    lines += map(_write_stop_token, find_stop_tokens(template))
     lines += [
         "# As the model was measured: the likeliest token, no penalty.",
         "PARAMETER temperature 0",
@@ -112,13 +113,6 @@ def build_modelfile(file: str, template: ChatTemplate, *, n_ctx: int) -> str:
         f"PARAMETER num_ctx {n_ctx}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _write_stop_token(token: str) -> str:
-    if token.isprintable() and '"' not in token:
-        return f'PARAMETER stop "{token}"'
-    # It would end the line, or the quotes, and what follows would be read as instructions.
-    return f"# A Modelfile cannot hold this stop token: {json.dumps(token)}"
 
 
 def _describe_tools(translated: GoTemplate, template: ChatTemplate) -> str:
