@@ -25,6 +25,9 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     checkout.set({"evaluate.gates": GATES, "evaluate.bootstrap_samples": 100, "quantize.types": TYPES})
     for artifact, right in ARTIFACTS.items():
         write_answers(checkout, artifact, right)
+    (checkout.root / "data/processed").mkdir(parents=True, exist_ok=True)
+    for split in ("validation", "test"):
+        write_jsonl([{"messages": []}] * 12, checkout.root / f"data/processed/{split}.jsonl")
     checkout.stage("evaluate")
     return checkout
 
