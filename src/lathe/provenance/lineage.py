@@ -45,7 +45,7 @@ def select_parameters(item: str) -> dict[str, dict[str, Any]]:
     tree, presets = read_yaml(paths.PARAMS), read_yaml(paths.PRESETS)
     keys, tables = ["seed", "convert"], {"model": "models"}
     if item == "base":
-        keys.insert(1, "preprocess.chat_template_kwargs")
+        keys += ["preprocess.added_tokens", "preprocess.chat_template_kwargs"]  # which change the base that is fetched
     else:
         keys += ["preprocess", "training", "sft", tree["training"]["method"], "lora", "quantization"]
         tables["dataset"] = "datasets"
