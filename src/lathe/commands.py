@@ -108,13 +108,14 @@ def run_pipeline(targets: list[str]) -> None:
     from lathe.provenance.revisions import WORKSPACE
     from lathe.reports import run_summary
 
+    of_classifier = targets == [f"{CLASSIFIER.folder}/dvc.yaml"]
     with hold_workspace("lathe repro"):
         check_configuration()
         os.chdir(paths.ROOT)
         with run_summary.printed_at_the_end():
-            code = run_dvc(["repro", *targets])
-        if code == 0 and targets in ([], CLASSIFIER.target):
-            classifier_commands.print_summary(WORKSPACE, of_classifier=bool(targets))
+            code = run_dvc([*CLASSIFIER.dvc_options, "repro"] if of_classifier else ["repro", *targets])
+        if code == 0 and (of_classifier or not targets):
+            classifier_commands.print_summary(WORKSPACE, of_classifier=of_classifier)
         sys.exit(code)
 
 

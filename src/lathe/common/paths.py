@@ -10,7 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 
 # The checkout that the user works in: temporary experiments run below its .dvc, without what Git ignores.
-MAIN = next((path.parent for path in ROOT.parents if path.name == ".dvc"), ROOT)
+# Those of the classifier run below the one in its folder.
+_DVC = next((path for path in ROOT.parents if path.name == ".dvc"), ROOT / ".dvc")
+MAIN = next((path for path in _DVC.parents if (path / "presets.yaml").exists()), ROOT)
 
 PARAMS = ROOT / "params.yaml"
 PRESETS = ROOT / "presets.yaml"

@@ -39,13 +39,11 @@ class Pipeline:
         return paths.ROOT / self.folder / "experiments"
 
     @property
-    def target(self) -> list[str]:
-        """What `dvc repro` and `dvc exp run` are told to run; nothing for the main one."""
-        return [f"{self.folder}/dvc.yaml"] if self.folder else []
-
-    def name_override(self, override: str) -> str:
-        """Return an override as `dvc exp run -S` takes it from the root."""
-        return f"{self.params_name}:{override}" if self.folder else override
+    def dvc_options(self) -> list[str]:
+        """The options of `dvc` before its command. The classifier's folder is a DVC repository of its own: with one for
+        both, `dvc exp apply` and `dvc checkout` would fail where one of the two pipelines has not been run.
+        """
+        return ["--cd", self.folder] if self.folder else []
 
 
 MAIN = Pipeline("", Params, lambda file: load.load(file))

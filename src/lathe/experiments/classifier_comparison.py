@@ -38,7 +38,7 @@ def compare_classifiers(revisions: Sequence[Revision], *, split: str) -> Compari
     sides = [_read_side(revision, split) for revision in found]
     result = Comparison(split, metric, sides, _list_changed_parameters(found))
     result.warnings += _warn(found, result.parameters)
-    with open_repository(paths.ROOT) as repo:
+    with open_repository(paths.CLASSIFIER) as repo:
         for other in found[1:]:
             differences, warning = _test_differences(repo, found[0], other, split)
             result.differences += differences

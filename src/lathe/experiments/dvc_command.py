@@ -44,7 +44,7 @@ def run_dvc(arguments: Sequence[str], root: Path = paths.ROOT) -> int:
         received.append(signal.SIGINT)
     if received:
         name = signal.Signals(received[0]).name
-        back = "; `lathe reset` brings the committed parameters and outputs back" if arguments[0] == "exp" else ""
+        back = "; `lathe reset` brings the committed parameters and outputs back" if "exp" in arguments[:3] else ""
         raise Interrupted(f"stopped by {name}; the same command goes on where it was{back}", received[0])
     return code
 

@@ -60,6 +60,13 @@ def run(recipe: str, further: Sequence[str], options: Options) -> int:
         )
     loaded = load_recipe(recipe)
     pipeline = loaded.pipeline
+    if pipeline is not MAIN and (options.temp or options.queue):
+        # DVC copies the Git repository for these, and would check out the classifier's outputs alone in the copy.
+        raise InputError(
+            f"{recipe}: a run of the classifier cannot be made in a copy, which would lack data/local and "
+            "models/local; leave --temp and --queue out",
+            code="classifier-in-a-copy",
+        )
     check_keys(further, pipeline)
     overrides = loaded.build_overrides(further)
     name = options.name or recipe
@@ -70,8 +77,8 @@ def run(recipe: str, further: Sequence[str], options: Options) -> int:
         )
     configs = [apply_overrides(run_overrides, pipeline) for run_overrides in runs]
     separate = ["--queue"] * options.queue + ["--temp"] * options.temp
-    sets = [word for override in overrides for word in ("-S", pipeline.name_override(override))]
-    command = ["exp", "run", *pipeline.target, "--name", name, *separate, *sets]
+    sets = [word for override in overrides for word in ("-S", override)]
+    command = [*pipeline.dvc_options, "exp", "run", "--name", name, *separate, *sets]
     if options.print_command:
         sys.stdout.write(f"dvc {shlex.join(command)}\n")
         return 0

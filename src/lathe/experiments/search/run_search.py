@@ -119,11 +119,11 @@ class Driver:
             number=taken.number,
             sampler=plan.sampler,
             message=trial.build_message(plan.study, taken),
-            overrides=[self.pipeline.name_override(text) for text in self._list_overrides(values)],
+            overrides=self._list_overrides(values),
             head=self.head,
             snapshot=self.snapshot,
             driver=os.getpid(),
-            targets=self.pipeline.target,
+            options=self.pipeline.dvc_options,
         )
         if self._record_scores(taken, order):  # finished before the driver that started it was killed
             return True

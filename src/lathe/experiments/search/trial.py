@@ -33,7 +33,7 @@ class Order:
     """What a trial's process runs.
 
     `message` distinguishes its experiment from others of its name. `head` and `snapshot` are commits: the base of the
-    experiment, and the workspace; `driver` is the id of the process that started it, `targets` what is run: nothing for
+    experiment, and the workspace; `driver` is the id of the process that started it, `options` those of `dvc`: none for
     the main pipeline.
     """
 
@@ -45,7 +45,7 @@ class Order:
     head: str
     snapshot: str
     driver: int
-    targets: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -158,19 +158,21 @@ def _create_checkout(order: Order, checkout: Path) -> None:
     run_git("clone", "--quiet", "--shared", "--no-checkout", *user, source, str(checkout))
     run_git("checkout", "--quiet", "--detach", order.head, root=checkout)
     run_git("read-tree", "--reset", "-u", order.snapshot, root=checkout)
-    with open_repository(paths.ROOT) as repo:
-        local, cache = repo.local_config, repo.cache_folder
-    update_local_config(checkout, local)
-    own = {"cache": {"dir": str(cache)}, "core": {"site_cache_dir": str(checkout / ".dvc/tmp/site")}}
-    update_local_config(checkout, own)
-    with open_repository(checkout) as repo:
-        repo.checkout()  # what is not in the cache is made by the run
+    for name in ["", *order.options[1:]]:
+        folder = checkout / name
+        with open_repository(paths.ROOT / name) as repo:
+            local, cache = repo.local_config, repo.cache_folder
+        update_local_config(folder, local)
+        own = {"cache": {"dir": str(cache)}, "core": {"site_cache_dir": str(folder / ".dvc/tmp/site")}}
+        update_local_config(folder, own)
+        with open_repository(folder) as repo:
+            repo.checkout()  # what is not in the cache is made by the run
 
 
 def _run_experiment(order: Order, checkout: Path) -> int:
     os.chdir(checkout)
     sets = [part for override in order.overrides for part in ("--set-param", override)]
-    code = run_command(["exp", "run", *order.targets, "--name", order.name, "--message", order.message, *sets])
+    code = run_command([*order.options, "exp", "run", "--name", order.name, "--message", order.message, *sets])
     if code == 0:
         [made] = [experiment for experiment in list_experiments(checkout) if experiment.name == order.name]
         run_git("push", "--quiet", "origin", f"{made.ref}:{made.ref}", root=checkout)
