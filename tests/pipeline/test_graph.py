@@ -20,8 +20,11 @@ from lathe.config.base import section_of
 @pytest.fixture(scope="module")
 def all_stages():
     """Every stage of every dvc.yaml as DVC resolves it."""
-    with Repo(str(paths.ROOT)) as repo:
-        return [stage for stage in repo.index.stages if stage.cmd]
+    found = []
+    for folder in (paths.ROOT, paths.CLASSIFIER):
+        with Repo(str(folder)) as repo:
+            found += [stage for stage in repo.index.stages if stage.cmd]
+    return found
 
 
 @pytest.fixture(scope="module")

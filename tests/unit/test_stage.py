@@ -76,11 +76,11 @@ def test_an_unknown_log_level_is_refused(monkeypatch, capsys):
 
 
 def test_a_training_without_the_converter_begins_with_a_warning(tmp_path, monkeypatch, caplog):
-    stage.warn_without_converter(Convert(llama_cpp_dir=None))
+    stage.warn_without_converter(Convert(llama_cpp_dir=None, tokenizer_parity="rows"))
     assert not caplog.records
     monkeypatch.setattr(paths, "LLAMA_CPP", tmp_path / ".llama.cpp")
-    stage.warn_without_converter(Convert(llama_cpp_dir=None))
-    stage.warn_without_converter(Convert(llama_cpp_dir=str(tmp_path)))
+    stage.warn_without_converter(Convert(llama_cpp_dir=None, tokenizer_parity="rows"))
+    stage.warn_without_converter(Convert(llama_cpp_dir=str(tmp_path), tokenizer_parity="rows"))
     missing, chosen = [record.getMessage() for record in caplog.records]
     assert str(tmp_path / ".llama.cpp") in missing
     assert "make setup" in missing

@@ -54,7 +54,7 @@ class Trained:
 
 
 @dataclass
-class _Progress:
+class _TrainingState:
     """Where a training is: the best epoch so far, and how long ago it was."""
 
     best: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -172,9 +172,9 @@ class _Run:
             "linear", optimizer, num_warmup_steps=warmup, num_training_steps=self.total_steps
         )
 
-    def train(self, curves: Curves, log: "_TrainLog") -> _Progress:
+    def train(self, curves: Curves, log: "_TrainLog") -> _TrainingState:
         """Run the epochs until the last, or until validation has not improved for too long."""
-        progress = _Progress()
+        progress = _TrainingState()
         with Progress("training", self.total_steps, unit="step", log_ends=True) as bar:
             for epoch in range(1, self.settings.epochs + 1):
                 self.model.train()
@@ -270,7 +270,7 @@ class _Run:
                 )
         return score_validation(logits, split.targets)
 
-    def _keep_best(self, progress: _Progress, epoch: int, scores: dict[str, float]) -> None:
+    def _keep_best(self, progress: _TrainingState, epoch: int, scores: dict[str, float]) -> None:
         value = scores[self.settings.metric_for_best_model]
         progress.last = scores
         lower = self.settings.metric_for_best_model == "loss"

@@ -33,12 +33,12 @@ class TemplateLimitError(jinja2.TemplateError):
     """A template that goes beyond the limits."""
 
 
-class _Budget(threading.local):
+class _Allowance(threading.local):
     steps = 0
     deadline = 0.0
 
 
-_budget = _Budget()
+_budget = _Allowance()
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):

@@ -39,17 +39,17 @@ def write_timings(
     seconds: float,
     throughput: dict[str, float],
     items: Sequence[str] = (),
-    folder: Path = paths.METRICS,
+    folder: Path | None = None,
 ) -> None:
     """Write what varies from run to run: timings are no output of a stage, so that they never make it look changed.
 
     A stage that runs once for each of `items` has one file with their sum, and a list with the figures of each.
-    `folder` is that of the pipeline's metrics.
+    `folder` is that of the pipeline's metrics, by default the main one's.
     """
     content: dict[str, Any] = {"seconds": round(seconds, 2), "peak_memory_bytes": get_peak_memory_bytes(), **throughput}
     if (gpu_bytes := get_peak_gpu_memory_bytes()) is not None:
         content["peak_gpu_memory_bytes"] = gpu_bytes
-    target = folder / "timings" / f"{stage}.json"
+    target = (folder or paths.METRICS) / "timings" / f"{stage}.json"
     timing = _add_to_items(target, {"item": item, **content}, items) if item else content
     write_json(target, wrap_in_list(timing))
 

@@ -56,7 +56,7 @@ class Features(Section):
     batch_size: Positive = entry("texts in one forward pass without gradients", "texts")
 
 
-class Training(Section):
+class ClassifierTraining(Section):
     """Training of the head, alone or with the backbone; a step is an optimizer step."""
 
     tuning: Literal["head", "lora", "full"] = entry(
@@ -85,7 +85,7 @@ class Training(Section):
     log_every_steps: Positive = entry("steps between two lines of train.log and points of the curve", "steps")
 
     @model_validator(mode="after")
-    def _check_freezing(self) -> "Training":
+    def _check_freezing(self) -> "ClassifierTraining":
         if self.freeze_backbone != (self.tuning == "head"):
             wanted = "true" if self.tuning == "head" else "false"
             raise ValueError(
@@ -95,7 +95,7 @@ class Training(Section):
         return self
 
 
-class Lora(Section):
+class ClassifierLora(Section):
     """The adapter in the backbone (training.tuning: lora), in all of its linear layers."""
 
     r: Positive = entry("rank of the update")
@@ -110,7 +110,7 @@ class Baselines(Section):
     features_c: PositiveFloat = entry("the same of the one on the frozen backbone's features")
 
 
-class Evaluate(Section):
+class ClassifierEvaluate(Section):
     """Evaluation: scores with intervals, calibration, and the threshold for none of the classes."""
 
     bootstrap_samples: Positive = entry("resamples of the rows for 95 % intervals", "resamples")
@@ -136,10 +136,10 @@ class ClassifierParams(Section):
     model: Model
     data: Data
     features: Features
-    training: Training
-    lora: Lora
+    training: ClassifierTraining
+    lora: ClassifierLora
     baselines: Baselines
-    evaluate: Evaluate
+    evaluate: ClassifierEvaluate
     export: Export
 
     @model_validator(mode="after")

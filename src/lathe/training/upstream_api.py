@@ -199,13 +199,6 @@ CALLED = (
         "(chat_template)",
         "syntax errors of a chat template, found before it is used",
     ),
-    UpstreamName(
-        "transformers.utils.chat_template_utils",
-        "render_jinja_template",
-        "(conversations, tools=None, documents=None, chat_template=None, return_assistant_tokens_mask=False, "
-        "continue_final_message=False, add_generation_prompt=False, **kwargs)",
-        "a chat rendered as transformers does, without a tokenizer",
-    ),
     UpstreamName("peft.helpers", "disable_input_dtype_casting", "(model, active=True)", "adapters take bf16 as it is"),
     UpstreamName(
         "peft.tuners.tuners_utils",
