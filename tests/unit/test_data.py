@@ -643,7 +643,7 @@ BAD_FILES = [
         "data.md",
         b"text",
         "not-a-data-file",
-        "data.txt",
+        "data.md",
     ),
     (
         "test.jsonl",

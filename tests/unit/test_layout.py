@@ -125,22 +125,28 @@ def test_no_module_is_longer_than_450_lines():
     assert {name: lines for name, lines in longest.items() if lines > 450} == {}
 
 
+COUNTED_SECONDS = 0.06  # of the counting below, on a core of one's own
+
+
 def test_validating_the_configuration_imports_no_heavy_library_and_is_quick():
     heavy = {"torch", "numpy", "transformers", "llama_cpp", "datasets", "dvc", "peft", "trl", "pandas"}
     program = (
         "import json, sys, time\n"
+        "begun = time.process_time()\n"
+        "sum(number * number for number in range(1_000_000))\n"
+        "counted = time.process_time() - begun\n"
         "from lathe.config.load import load\n"
         "load()\n"
-        "print(json.dumps([time.process_time(), sorted(sys.modules)]))"
+        "print(json.dumps([time.process_time() - counted, counted, sorted(sys.modules)]))"
     )
     seconds: list[float] = []
     while len(seconds) < 12 and (not seconds or min(seconds) >= 0.35):  # other work on the cores makes it more
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=paths.ROOT
         )
-        taken, modules = json.loads(done.stdout)
+        taken, counted, modules = json.loads(done.stdout)
         assert not heavy & set(modules)
-        seconds.append(taken)
+        seconds.append(taken / max(1.0, counted / COUNTED_SECONDS))  # a core that others slow down takes more for both
     assert min(seconds) < 0.35, seconds
 
 

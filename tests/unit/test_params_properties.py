@@ -89,6 +89,9 @@ def allowed(value: Any, kind: str, bounds: str) -> bool:
     return any(allowed_by_one(value, name.strip(), bounds) for name in kinds)
 
 
+MAY_BE_EMPTY = ("preprocess.added_tokens",)  # a list that says nothing when it is
+
+
 def allowed_by_one(value: Any, kind: str, bounds: str) -> bool:
     if kind.startswith("list of "):
         return isinstance(value, list) and bool(value) and all(allowed(item, kind[8:], "") for item in value)
@@ -161,7 +164,7 @@ def test_a_value_is_taken_exactly_where_the_documentation_allows_it(tmp_path, ke
     loaded = load_files(tmp_path, put(TREE, tuple(key.split(".")), value), PRESETS)
     fits = allowed(value, DOCUMENTED[key]["type"], DOCUMENTED[key]["range"])
     if isinstance(loaded, Config):
-        assert fits, f"{value!r} was taken"
+        assert fits or (value == [] and key in MAY_BE_EMPTY), f"{value!r} was taken"
         taken: Any = loaded.params
         for name in key.split("."):
             taken = getattr(taken, name)

@@ -140,7 +140,11 @@ def cut(file):
         (1, lambda folder: cut(folder / "model.safetensors"), "model.safetensors: not a whole safetensors file"),
         (1, lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors: not a whole"),
         (3, lambda folder: cut(folder / SHARDS[1]), f"{SHARDS[1]}: not a whole safetensors file"),
-        (3, lambda folder: (folder / SHARDS[2]).unlink(), f"holds no {SHARDS[2]}, which model.safetensors.index.json names"),
+        (
+            3,
+            lambda folder: (folder / SHARDS[2]).unlink(),
+            f"holds no {SHARDS[2]}, which model.safetensors.index.json names",
+        ),
         (1, lambda folder: (folder / "config.json").write_text('{"a": '), "config.json:1: not valid JSON"),
         (1, lambda folder: (folder / "config.json").write_text('{"quantization_config": {"bits": 4}}'), "is set, a"),
     ],
