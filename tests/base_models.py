@@ -64,6 +64,22 @@ def _moe(**more: Any) -> dict[str, Any]:
     return {**TEXT, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, **more}
 
 
+def _qwen3_vl(text: dict[str, Any]) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    return {
+        "text_config": {**text, "rope_parameters": rope},
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 16,
+        },
+    }
+
+
 KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "LlamaForCausalLM": ("dense", lambda: TEXT),
     "tied LlamaForCausalLM": ("dense", lambda: {**TEXT, "tie_word_embeddings": True}),
@@ -214,49 +230,11 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     ),
     "Qwen3VLForConditionalGeneration": (
         "wrapper",
-        lambda: {
-            "text_config": {
-                **TEXT,
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 5e6,
-                    "mrope_section": [3, 3, 2],
-                    "mrope_interleaved": True,
-                },
-            },
-            "vision_config": {
-                "depth": 2,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_heads": 2,
-                "out_hidden_size": 64,
-                "deepstack_visual_indexes": [0],
-                "num_position_embeddings": 16,
-            },
-        },
+        lambda: _qwen3_vl(TEXT),
     ),
     "Qwen3VLMoeForConditionalGeneration": (
         "wrapper",
-        lambda: {
-            "text_config": {
-                **_moe(),
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 5e6,
-                    "mrope_section": [3, 3, 2],
-                    "mrope_interleaved": True,
-                },
-            },
-            "vision_config": {
-                "depth": 2,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_heads": 2,
-                "out_hidden_size": 64,
-                "deepstack_visual_indexes": [0],
-                "num_position_embeddings": 16,
-            },
-        },
+        lambda: _qwen3_vl(_moe()),
     ),
     "Qwen3NextForCausalLM": (
         "hybrid",

@@ -15,7 +15,7 @@ from lathe import classifier_commands
 from lathe.common import metric_files, paths
 from lathe.common.errors import InputError
 from lathe.common.json_files import read_json
-from lathe.common.text import did_you_mean, make_one_line
+from lathe.common.text import did_you_mean, write_lines
 from lathe.config import artifacts
 from lathe.config.load import Config, load
 from lathe.config.overrides import apply_overrides
@@ -68,8 +68,7 @@ def list_experiments() -> None:
     """Print every recipe, and below it its experiments with their scores."""
     from lathe.experiments.run_recipe import list_results
 
-    for line in list_results():
-        sys.stdout.write(f"{make_one_line(line)}\n")
+    write_lines(list_results())
 
 
 def run_experiment(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from lathe.common import operating_system
 from lathe.common.dvc_api import find_link_types, read_config
 from lathe.common.errors import InputError
 from lathe.common.git import read_line, try_git
-from lathe.config.presets import GGUF_SUFFIX
+from lathe.config.presets import GGUF_SUFFIX, list_datasets
 from lathe.provenance import remotes
 
 if TYPE_CHECKING:
@@ -326,8 +326,7 @@ def free_memory_bytes() -> int:
 
 
 def _is_from_hub(preset: Any) -> bool:
-    parts = getattr(preset, "datasets", None) or {"": preset}  # of a mixture
-    return any(part.source == "hub" for part in parts.values())
+    return any(part.source == "hub" for part in list_datasets(preset).values())
 
 
 def find_model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:

@@ -120,8 +120,7 @@ def test_a_training_depends_on_the_parameters_of_its_own_method_alone(checkout):
     def tracked(method: str) -> set[str]:
         checkout.set({"training.method": method})
         with Repo(str(checkout.root)) as repo:
-            main = [stage for stage in repo.index.stages if Path(stage.path).parent == checkout.root]
-            [stage] = [stage for stage in main if stage.name == "train"]
+            [stage] = [stage for stage in repo.index.stages if stage.name == "train"]
         return {name for dep in stage.params for name in dep.params if dep.def_path == "params.yaml"}
 
     common = {"seed", "training", "sft", "lora", "quantization"}

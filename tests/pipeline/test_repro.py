@@ -133,7 +133,7 @@ def test_parameters_that_were_run_before_are_not_run_again(checkout):
     checkout.set({"training.learning_rate": SMALL["training.learning_rate"]})
     assert ran(checkout.run("dvc", "repro")) == ["judge"]
     assert output_hashes(checkout) == before
-    assert checkout.run("dvc", "status", "dvc.yaml").stdout == "Data and pipelines are up to date.\n"
+    assert checkout.run("dvc", "status").stdout == "Data and pipelines are up to date.\n"
     experiment = checkout.run("dvc", "exp", "run", "--temp", "--name", "again", "-S", "training.learning_rate=5e-5")
     assert ran(experiment) == ["judge"]
     assert "train" in cached(experiment)

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any
 
 import jinja2
@@ -38,7 +38,7 @@ class _Allowance(threading.local):
     deadline = 0.0
 
 
-_budget = _Allowance()
+_allowance = _Allowance()
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -91,7 +91,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return _check_length(super().call(__context, __obj, *args, **kwargs))
 
 
-@lru_cache
 def compile_template(text: str) -> jinja2.Template:
     """Compile a chat template with the options, filters and functions of transformers. Raises TemplateSyntaxError."""
     theirs = _compile_jinja_template("").environment
@@ -112,17 +111,17 @@ def compile_template(text: str) -> jinja2.Template:
 
 def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
     """Render within the limits. Raises TemplateLimitError beyond them, and whatever error the template itself has."""
-    _budget.steps, _budget.deadline = MAX_STEPS, time.monotonic() + MAX_SECONDS
+    _allowance.steps, _allowance.deadline = MAX_STEPS, time.monotonic() + MAX_SECONDS
     # As transformers' render_jinja_template, without the copies that it makes of everything.
     context = template.new_context(variables, shared=True)
     return _join(template.root_render_func(context))
 
 
 def _count_steps(count: int) -> None:
-    _budget.steps -= count
-    if _budget.steps < 0:
+    _allowance.steps -= count
+    if _allowance.steps < 0:
         raise TemplateLimitError(f"it takes more than {MAX_STEPS:,} steps for one conversation")
-    if time.monotonic() > _budget.deadline:
+    if time.monotonic() > _allowance.deadline:
         raise TemplateLimitError(f"it takes more than {MAX_SECONDS:.0f} s for one conversation")
 
 

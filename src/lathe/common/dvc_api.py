@@ -70,23 +70,14 @@ class DvcRepository:
         """Return the path of a hash in the cache, whether the cache has it or not."""
         return Path(self._repo.cache.local.oid_to_path(md5))
 
-    def _is_of_main(self, stage: Any) -> bool:
-        """Tell whether a stage is of the dvc.yaml at the root, or what `dvc add` tracks: of no other pipeline."""
-        from dvc.stage import PipelineStage
-
-        return not isinstance(stage, PipelineStage) or Path(stage.path).parent == self.root
-
-    def _list_main_stages(self) -> list[Any]:
-        return [stage for stage in self._repo.index.stages if self._is_of_main(stage)]
-
     def stage_names(self) -> set[str]:
-        """Return the names of the stages in the root's dvc.yaml, each item of a matrix as its own."""
+        """Return the names of the stages in dvc.yaml, each item of a matrix as its own."""
         from dvc.stage import PipelineStage
 
-        return {stage.name for stage in self._list_main_stages() if isinstance(stage, PipelineStage)}
+        return {stage.name for stage in self._repo.index.stages if isinstance(stage, PipelineStage)}
 
     def list_commands(self) -> list[StageCommand]:
-        """Return the stages of the root's dvc.yaml, each after those that it depends on."""
+        """Return the stages of dvc.yaml, each after those that it depends on."""
         from dvc.repo.reproduce import plan_repro
         from dvc.stage import PipelineStage
 
@@ -97,7 +88,7 @@ class DvcRepository:
                 Path(stage.wdir),
             )
             for stage in plan_repro(self._repo.index.graph)
-            if isinstance(stage, PipelineStage) and self._is_of_main(stage)
+            if isinstance(stage, PipelineStage)
         ]
 
     def reproduce_alone(self, name: str) -> int:
@@ -123,11 +114,11 @@ class DvcRepository:
 
     def dependencies(self) -> set[str]:
         """Return the paths that any stage depends on, as dvc.yaml has them."""
-        return {str(dep.def_path).rstrip("/") for stage in self._list_main_stages() for dep in stage.deps}
+        return {str(dep.def_path).rstrip("/") for stage in self._repo.index.stages for dep in stage.deps}
 
     def unpushed_outputs(self) -> set[str]:
         """Return the outputs with `push: false`, as dvc.yaml has them."""
-        return {out.def_path for stage in self._list_main_stages() for out in stage.outs if not out.can_push}
+        return {out.def_path for out in self._repo.index.outs if not out.can_push}
 
     def changed_sources(self) -> list[str]:
         """Return what `dvc add` tracks and whose contents have changed since."""
@@ -164,7 +155,7 @@ class DvcRepository:
         """Return the outputs of the stages in dvc.yaml that the cache keeps; not what `dvc add` tracks."""
         from dvc.stage import PipelineStage
 
-        stages = [stage for stage in self._list_main_stages() if isinstance(stage, PipelineStage)]
+        stages = [stage for stage in self._repo.index.stages if isinstance(stage, PipelineStage)]
         return {out.def_path for stage in stages for out in stage.outs if out.use_cache}
 
     def queued_experiments(self) -> list[str]:

@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 # Control characters but tab and newline, line separators, marks that turn the direction of text, halves of surrogates.
@@ -17,6 +18,11 @@ def make_printable(text: str) -> str:
 def make_one_line(text: str) -> str:
     """Return a text on one printable line, so that it cannot pass for another line of what it stands in."""
     return make_printable(text).replace("\n", "\\n")
+
+
+def write_lines(lines: Iterable[str]) -> None:
+    """Write lines to standard output, each on one printable line."""
+    sys.stdout.writelines(f"{make_one_line(line)}\n" for line in lines)
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

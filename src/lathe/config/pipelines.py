@@ -43,7 +43,12 @@ class Pipeline:
         """The options of `dvc` before its command. The classifier's folder is a DVC repository of its own: with one for
         both, `dvc exp apply` and `dvc checkout` would fail where one of the two pipelines has not been run.
         """
-        return ["--cd", self.folder] if self.folder else []
+        return build_dvc_options(self.folder)
+
+
+def build_dvc_options(folder: str) -> list[str]:
+    """Return the options of `dvc` for the pipeline of a folder; see `Pipeline.dvc_options`."""
+    return ["--cd", folder] if folder else []
 
 
 MAIN = Pipeline("", Params, lambda file: load.load(file))

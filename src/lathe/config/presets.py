@@ -285,6 +285,11 @@ SingleDataset = BuiltinDataset | LocalDataset | HubDataset
 DatasetPreset = Annotated[BuiltinDataset | LocalDataset | HubDataset | MixtureDataset, Field(discriminator="source")]
 
 
+def list_datasets(preset: Any) -> dict[str, Any]:
+    """Return the datasets of a mixture by name; of another preset, of a model too, itself under the name ""."""
+    return dict(preset.datasets) if isinstance(preset, MixtureDataset) else {"": preset}
+
+
 class Presets(Section):
     """All of `presets.yaml`: models, encoders and datasets by name."""
 

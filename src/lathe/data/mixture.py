@@ -17,13 +17,8 @@ from lathe.data.occurrences import MAX_SHOWN
 from lathe.data.split_files import SPLITS
 
 if TYPE_CHECKING:
-    from lathe.config.presets import DatasetPreset, SingleDataset
+    from lathe.config.presets import SingleDataset
     from lathe.data.splits import Splits
-
-
-def list_datasets(preset: "DatasetPreset") -> "dict[str, SingleDataset]":
-    """Return the datasets of a mixture by name; of another preset itself, under the name ""."""
-    return dict(getattr(preset, "datasets", None) or {"": preset})
 
 
 def assign_mixed_splits(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
-from lathe.data.mixture import list_datasets
+from lathe.config.presets import list_datasets
 from lathe.data.read_examples import ExampleFiles, add_system_prompt
 from lathe.data.read_files import Fault
 from lathe.data.split_files import SPLITS

@@ -9,7 +9,9 @@ from lathe.common.dvc_api import DvcRepository, open_repository
 from lathe.common.errors import InputError
 from lathe.common.git import read_line
 from lathe.common.jsonl import read_jsonl
+from lathe.config.pipelines import CLASSIFIER as PIPELINE
 from lathe.experiments.comparison import ComparedRun, Comparison, ScoreDifference, conclude, group_seeds
+from lathe.experiments.paired_answers import pair_answers
 from lathe.provenance.revisions import ClassifierRevision, Revision
 
 CLASSIFIER = "classifier"
@@ -158,38 +160,28 @@ def _test_differences(
     from lathe.classify.scores import compare_answers
 
     answers = [_read_answers(repo, revision, split) for revision in (first, other)]
-    for revision, rows in zip((first, other), answers, strict=True):
-        if rows is None:
-            problem = (
-                f"the predictions of {revision.name} are not in DVC's cache; `dvc fetch` or `dvc exp pull` brings them"
-            )
-            return [], [f"{problem}; without them nothing is tested"]
-    ours, theirs = (rows or {} for rows in answers)
-    common = [key for key in ours if key in theirs]
-    warnings = []
-    if len(common) < max(len(ours), len(theirs)):
-        counts = f"{first.name} answered {len(ours)} {split} texts and {other.name} {len(theirs)}"
-        outcome = "differences are of these" if common else "nothing can be tested"
-        warnings.append(f"{counts}, {len(common)} of them the same; {outcome}")
-    if not common:
-        return [], warnings
-    pairs = [ours[key] for key in common], [theirs[key] for key in common]
-    classes = sorted({name for rows in pairs for row in rows for key in ("labels", "predicted") for name in row[key]})
+    dvc = " ".join(["dvc", *PIPELINE.dvc_options])
+    pairs = pair_answers((first, other), answers, called="predictions", rows=f"{split} texts", dvc=dvc)
+    if not pairs.ours:
+        return [], pairs.warnings
+    both = pairs.ours + pairs.theirs
+    classes = sorted({name for row in both for key in ("labels", "predicted") for name in row[key]})
     settings = first.parameters["evaluate"]
     differences = compare_answers(
-        *pairs,
+        pairs.ours,
+        pairs.theirs,
         classes,
         bins=settings["calibration_bins"],
         samples=settings["bootstrap_samples"],
         seed=first.parameters["seed"],
     )
-    same = sum(ours[key]["predicted"] == theirs[key]["predicted"] for key in common)
+    same = sum(our["predicted"] == their["predicted"] for our, their in zip(pairs.ours, pairs.theirs, strict=True))
     return [
         ScoreDifference(
-            other.name, name, one["value"] or 0.0, one["low"], one["high"], one["p"] or 0.0, len(common), same
+            other.name, name, one["value"] or 0.0, one["low"], one["high"], one["p"] or 0.0, len(pairs.ours), same
         )
         for name, one in differences.items()
-    ], warnings
+    ], pairs.warnings
 
 
 def _read_answers(repo: DvcRepository, revision: ClassifierRevision, split: str) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lathe.common.text import format_table, make_one_line
+from lathe.common.text import format_table, write_lines
 from lathe.experiments.classifier_comparison import compare_classifiers, concerns_classifier
 from lathe.experiments.comparison import ComparedRun, Comparison, SeedGroup, compare, format_number
 from lathe.provenance.revisions import find_revision
@@ -22,7 +22,7 @@ def run(names: Sequence[str], *, split: str, artifact: str | None, as_json: bool
     if as_json:
         sys.stdout.write(json.dumps(asdict(comparison), indent=2, ensure_ascii=False) + "\n")
     else:
-        sys.stdout.write("\n".join(map(make_one_line, _format_comparison(comparison))) + "\n")
+        write_lines(_format_comparison(comparison))
 
 
 def compare_either(names: Sequence[str], *, split: str, artifact: str | None) -> Comparison:

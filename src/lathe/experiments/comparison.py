@@ -16,6 +16,7 @@ from lathe.config.artifacts import UNQUANTIZED
 from lathe.evaluation.metrics import LOWER_IS_BETTER, orient_score
 from lathe.experiments.changed_code import has_stale_timings, list_changed_code, list_scripts
 from lathe.experiments.p_values import adjust_p_values
+from lathe.experiments.paired_answers import pair_answers
 from lathe.provenance.revisions import Revision, find_revision, list_experiments
 
 if TYPE_CHECKING:
@@ -258,21 +259,9 @@ def _test_differences(
         _read_answers(repo, revision, side.artifact, split)
         for revision, side in ((first, first_side), (other, other_side))
     ]
-    for revision, rows in zip((first, other), answers_of, strict=True):
-        if rows is None:
-            problem = (
-                f"the answers of {revision.name} are not in DVC's cache; `dvc fetch` or `dvc exp pull` brings them"
-            )
-            return [], [f"{problem}; without them nothing is tested"]
-    ours, theirs = (rows or {} for rows in answers_of)
-    common = [key for key in ours if key in theirs]
-    warnings = []
-    if len(common) < max(len(ours), len(theirs)):
-        counts = f"{first.name} answered {len(ours)} {split} rows and {other.name} {len(theirs)}"
-        outcome = "differences are of these" if common else "nothing can be tested"
-        warnings.append(f"{counts}, {len(common)} of them the same; {outcome}")
-    if not common:
-        return [], warnings
+    pairs = pair_answers((first, other), answers_of, called="answers", rows=f"{split} rows", dvc="dvc")
+    if not pairs.ours:
+        return [], pairs.warnings
     settings, judge = first.parameters["evaluate"], first.parameters["judge"]
     scores = define_scores(
         [name for name in settings["metrics"] if name in other_side.scores],
@@ -282,7 +271,7 @@ def _test_differences(
         judge_weight=settings["judge_weight"] if judge["enabled"] and "judge" in other_side.scores else None,
     )
     # `evaluate` compares every artifact of a report with the one named base.
-    answers = {"base": [ours[key] for key in common], "other": [theirs[key] for key in common]}
+    answers = {"base": pairs.ours, "other": pairs.theirs}
     report = evaluate(
         answers,
         {},
@@ -290,13 +279,14 @@ def _test_differences(
         scores,
         Resampling(settings["bootstrap_samples"], first.parameters["seed"]),
     )
-    same = sum(ours[key]["completion"] == theirs[key]["completion"] for key in common)
+    same = sum(our["completion"] == their["completion"] for our, their in zip(pairs.ours, pairs.theirs, strict=True))
+    rows = len(pairs.ours)
     return [
         ScoreDifference(
-            other.name, delta["metric"], delta["delta"], delta["low"], delta["high"], delta["p"], len(common), same
+            other.name, delta["metric"], delta["delta"], delta["low"], delta["high"], delta["p"], rows, same
         )
         for delta in report["other"]["deltas"]
-    ], warnings
+    ], pairs.warnings
 
 
 def _read_answers(repo: DvcRepository, revision: Revision, artifact: str, split: str) -> dict[str, "AnswerRow"] | None:

@@ -5,7 +5,6 @@ too, and changed contents of what `dvc add` tracks. What Git does not track is m
 """
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from lathe.common import dotted_keys, paths
 from lathe.common.dvc_api import open_repository
 from lathe.common.git import list_paths
-from lathe.common.text import make_one_line
+from lathe.common.text import write_lines
 from lathe.config.pipelines import MAIN, Pipeline
 from lathe.provenance.revisions import WORKSPACE, ClassifierRevision, Revision
 
@@ -55,7 +54,7 @@ def run() -> int:
     """Print what would be included and what would be left out; return the exit code, 1 if a stage may miss a file."""
     changes = find_changes()
     lines = list(changes.describe()) or ["nothing: queued and temporary experiments are made of the last commit"]
-    sys.stdout.write("\n".join(map(make_one_line, lines)) + "\n")
+    write_lines(lines)
     return 1 if changes.missed else 0
 
 

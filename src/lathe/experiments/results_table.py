@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lathe.common.text import format_table, make_one_line, readable_bytes, readable_seconds
+from lathe.common.text import format_table, readable_bytes, readable_seconds, write_lines
 from lathe.evaluation.metrics import orient_score
 from lathe.experiments.results import RunResult, read_results
 
@@ -36,7 +36,7 @@ def run(*, sort: str | None, as_json: bool) -> None:
         sys.stdout.write(json.dumps([asdict(result) for result in results], indent=2, ensure_ascii=False) + "\n")
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    sys.stdout.writelines(f"{make_one_line(line)}\n" for line in format_results(results, width=width))
+    write_lines(format_results(results, width=width))
 
 
 def format_results(results: Sequence[RunResult], *, width: int | None) -> Iterator[str]:

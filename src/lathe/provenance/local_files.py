@@ -14,6 +14,7 @@ from lathe.common.errors import InputError
 from lathe.common.git import list_paths
 from lathe.config.load import Config, load
 from lathe.config.local_paths import ITEMS, list_local_files
+from lathe.config.presets import list_datasets
 
 FOLDERS = ("data/local", "models/local")
 LISTS = Path("metrics/local_files")  # that the stages write, one for each of ITEMS
@@ -41,7 +42,7 @@ def find_untracked(config: Config, items: Mapping[str, Any] | None = None) -> li
     """Return the local paths of the selected presets that neither DVC nor Git tracks: no cache can restore them."""
     chosen = items or {"model": config.model, "dataset": config.dataset, "encoder": config.encoder}
     given = [preset for preset in chosen.values() if preset is not None]
-    single = [each for preset in given for each in getattr(preset, "datasets", {"": preset}).values()]
+    single = [each for preset in given for each in list_datasets(preset).values()]
     presets = [preset for preset in single if preset.source == "local"]
     local = [path for preset in presets for path in (preset.path, getattr(preset, "adapter", None)) if path]
     return [path for path in dict.fromkeys(local) if (paths.ROOT / path).exists() and not _is_tracked(path)]

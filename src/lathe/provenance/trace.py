@@ -18,7 +18,7 @@ from lathe.common.dvc_api import open_repository
 from lathe.common.errors import InputError
 from lathe.common.git import try_git
 from lathe.common.progress import Progress
-from lathe.common.text import make_one_line
+from lathe.common.text import write_lines
 from lathe.config.yaml_files import read_yaml
 from lathe.gguf import header
 from lathe.gguf.tensor_types import list_file_types
@@ -86,7 +86,7 @@ def run(file: Path, *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(asdict(traced), indent=2, ensure_ascii=False) + "\n")
     else:
-        sys.stdout.write("\n".join(map(make_one_line, _format_trace(traced))) + "\n")
+        write_lines(_format_trace(traced))
 
 
 def trace(file: Path) -> Trace:

@@ -10,7 +10,7 @@ from typing import Any
 from lathe.common import paths
 from lathe.common.dvc_api import DvcRepository, open_repository
 from lathe.common.progress import Progress
-from lathe.common.text import make_one_line
+from lathe.common.text import write_lines
 from lathe.provenance.dvc_lock import read_current_stages, read_listing
 from lathe.provenance.lineage import hash_folder, hash_path, list_files
 
@@ -30,8 +30,7 @@ class OutputProblem:
 def run() -> int:
     """Verify the workspace and print what differs, a line each. Returns the exit code: 1 if anything does."""
     problems, outputs, size = verify()
-    for problem in problems:
-        sys.stdout.write(f"{make_one_line(str(problem))}\n")
+    write_lines(map(str, problems))
     count = f"{len(problems)} of them" if problems else "nothing"
     sys.stdout.write(f"{outputs} outputs, {size:,} bytes read: {count} differs from dvc.lock\n")
     sys.stdout.write("(whether dvc.lock is what params.yaml, data and code would now make: `dvc status`)\n")

@@ -123,7 +123,7 @@ class Driver:
             head=self.head,
             snapshot=self.snapshot,
             driver=os.getpid(),
-            options=self.pipeline.dvc_options,
+            folder=self.pipeline.folder,
         )
         if self._record_scores(taken, order):  # finished before the driver that started it was killed
             return True

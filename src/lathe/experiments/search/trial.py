@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from lathe.common import operating_system, paths
 from lathe.common.dvc_api import open_repository, run_command, update_local_config
 from lathe.common.errors import InputError
 from lathe.common.git import find_head, read_line, run_git
+from lathe.config.pipelines import build_dvc_options
 from lathe.provenance.revisions import Revision, list_experiments
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ class Order:
     """What a trial's process runs.
 
     `message` distinguishes its experiment from others of its name. `head` and `snapshot` are commits: the base of the
-    experiment, and the workspace; `driver` is the id of the process that started it, `options` those of `dvc`: none for
-    the main pipeline.
+    experiment, and the workspace; `driver` is the id of the process that started it, `folder` that of
+    the pipeline: empty for the main one.
     """
 
     study: str
@@ -45,7 +46,7 @@ class Order:
     head: str
     snapshot: str
     driver: int
-    options: list[str] = field(default_factory=list)
+    folder: str = ""
 
     @property
     def name(self) -> str:
@@ -158,7 +159,7 @@ def _create_checkout(order: Order, checkout: Path) -> None:
     run_git("clone", "--quiet", "--shared", "--no-checkout", *user, source, str(checkout))
     run_git("checkout", "--quiet", "--detach", order.head, root=checkout)
     run_git("read-tree", "--reset", "-u", order.snapshot, root=checkout)
-    for name in ["", *order.options[1:]]:
+    for name in dict.fromkeys(["", order.folder]):
         folder = checkout / name
         with open_repository(paths.ROOT / name) as repo:
             local, cache = repo.local_config, repo.cache_folder
@@ -172,7 +173,9 @@ def _create_checkout(order: Order, checkout: Path) -> None:
 def _run_experiment(order: Order, checkout: Path) -> int:
     os.chdir(checkout)
     sets = [part for override in order.overrides for part in ("--set-param", override)]
-    code = run_command([*order.options, "exp", "run", "--name", order.name, "--message", order.message, *sets])
+    code = run_command(
+        [*build_dvc_options(order.folder), "exp", "run", "--name", order.name, "--message", order.message, *sets]
+    )
     if code == 0:
         [made] = [experiment for experiment in list_experiments(checkout) if experiment.name == order.name]
         run_git("push", "--quiet", "origin", f"{made.ref}:{made.ref}", root=checkout)
