@@ -104,19 +104,18 @@ def convert(folder: Path, out: Path, **options: Any) -> Path:
     return out
 
 
-def make_llama(folder: Path, finish: Callable[[Any], None]) -> None:
-    """Fill a new folder with a small Llama of rows of 256 weights, changed by `finish`."""
+def make_llama(folder: Path, finish: Callable[[Any], None], **shape: int) -> None:
+    """Fill a new folder with a small Llama of rows of 256 weights unless `shape` says otherwise, changed by `finish`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir()
     tokenizer = sentencepiece_tokenizer(folder, CHAT_TEMPLATE)
     torch.manual_seed(1)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, **shape}
     config = LlamaConfig(
+        **sizes,
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

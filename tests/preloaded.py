@@ -55,6 +55,9 @@ TAKEN_OVER = (
     *("PYTHONPATH", "PYTHONUTF8", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"),
     *("HF_TOKEN", "OMP_NUM_THREADS", "RANK", "WORLD_SIZE"),
 )
+# Those of the hub's client, which the child imports again where they differ. What transformers has imported of the
+# client stays as it was, offline: Lathe gives it folders alone.
+OF_THE_HUB = ("HF_HOME", "HF_ENDPOINT", "HF_HUB_")
 
 folder = Path()  # of this run: with the `python3` that asks to be forked, and the socket that it asks over
 _environment: dict[str, str] = {}
@@ -188,10 +191,24 @@ class Server:
             return False
         others = {*TAKEN_OVER, *self.set_by_imports}
         mine, theirs = (
-            {key: value for key, value in each.items() if key.startswith(READ_ONCE) and key not in others}
+            {
+                key: value
+                for key, value in each.items()
+                if key.startswith(READ_ONCE) and not key.startswith(OF_THE_HUB) and key not in others
+            }
             for each in (self.environment, environment)
         )
         return mine == theirs
+
+    def _forget_client_of_hub(self, environment: dict[str, str]) -> None:
+        """Have the hub's client imported again, if its variables are not those it was imported with."""
+        mine, theirs = (
+            {key: value for key, value in each.items() if key.startswith(OF_THE_HUB)}
+            for each in (self.environment, environment)
+        )
+        if mine != theirs:
+            for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+                del sys.modules[name]
 
     def _forget(self, connection: socket.socket) -> None:
         """A client, or a process that runs tests, is gone."""
@@ -230,6 +247,7 @@ class Server:
             os.chdir(request["folder"])
             os.environ.clear()
             os.environ.update({**self.set_by_imports, **request["environment"]})
+            self._forget_client_of_hub(request["environment"])
             sys.executable = str(self.folder / "python3")  # what the child starts is forked too
             importlib.import_module("numpy").random.seed()
             random.seed()

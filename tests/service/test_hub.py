@@ -27,10 +27,9 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import SMALL, Checkout, make_checkout
-from gguf_models import Made, make_llama3, make_qwen3, tiny  # noqa: F401 - a fixture
+from gguf_models import Made, make_llama, make_llama3, make_qwen3, tiny  # noqa: F401 - a fixture
 from hub_server import GOOD_TOKEN, Fault, Hub
 from ruamel.yaml import YAML
-from trainers.materials import make_model
 
 from lathe.config import artifacts
 from lathe.experiments import recipes
@@ -42,12 +41,11 @@ CHUNK = 10 * 1024 * 1024  # what the client writes at a time: less than this of 
 
 
 def make_model_files() -> dict[str, bytes]:
-    """The files of a random Qwen3 of a few hundred weights, by their names."""
-    shape = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8}
-    shape |= {"num_attention_heads": 1, "num_key_value_heads": 1}
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(shape, Path(folder))
-        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    """The files of a random Llama of a few thousand weights with a SentencePiece vocabulary, by their names."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "model"
+        make_llama(folder, lambda model: None, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+        return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 REAL_FILES = make_model_files()
@@ -238,9 +236,12 @@ def test_a_branch_or_tag_is_resolved_and_the_line_that_pins_it_is_printed(user: 
 
 def test_of_a_sharded_model_the_files_of_its_index_are_taken(user: User) -> None:
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    index = json.dumps({"metadata": {}, "weight_map": {"a": shards[0], "b": shards[1]}}).encode()
+    names_of_tensors = [*safetensors.torch.load(REAL_FILES["model.safetensors"]), "a"]
+    weight_map = {**dict.fromkeys(names_of_tensors, shards[0]), "b": shards[1]}
+    index = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+    second = safetensors.torch.save({"b": torch.zeros(1000)})
     files = {name: data for name, data in MODEL_FILES.items() if name != "model.safetensors"}
-    files |= {"model.safetensors.index.json": index, shards[0]: weights(0.1, "a"), shards[1]: weights(0.1, "b")}
+    files |= {"model.safetensors.index.json": index, shards[0]: weights(0.1, "a"), shards[1]: second}
     user.hub.add("model", MODEL, files | {"consolidated.safetensors": b"twice"})
     user.fetch("model")
     assert names(user.file("models/base")) == sorted(files)

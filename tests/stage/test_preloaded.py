@@ -59,10 +59,20 @@ def imported(folder: Checkout, **variables: str) -> bool:
 def test_it_is_forked_and_others_import_for_themselves(folder: Checkout) -> None:
     assert imported(folder)
     assert imported(folder, PYTHONUTF8="1", HF_DATASETS_OFFLINE="1", ANOTHER="1", RANK="1", OMP_NUM_THREADS="1")
-    for name, value in {"HF_HUB_OFFLINE": "0", "OMP_PROC_BIND": "true", "LC_ALL": "C"}.items():
+    for name, value in {"HF_DATASETS_CACHE": "/nowhere", "OMP_PROC_BIND": "true", "LC_ALL": "C"}.items():
         assert not imported(folder, **{name: value}), name
     assert not imported(folder.without_preloading())
     assert folder.run("python3", "-s", "-c", "import sys; print('torch' in sys.modules)").stdout == "False\n"
+
+
+def test_the_client_of_the_hub_is_imported_again_where_its_variables_differ(folder: Checkout, tmp_path: Path) -> None:
+    program = "import sys; from huggingface_hub import constants as c; print('torch' in sys.modules, c.HF_HUB_OFFLINE, "
+    program += "c.ENDPOINT, c.HF_HUB_CACHE)"
+    variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(tmp_path / "home")}
+    forked = folder.run("python3", "-c", program, env=variables).stdout
+    assert forked == f"True False http://127.0.0.1:1 {tmp_path}/home/hub\n"
+    own = folder.without_preloading().run("python3", "-c", program, env=variables).stdout
+    assert own == forked.replace("True", "False", 1)
 
 
 def test_a_forked_process_has_the_threads_of_its_environment(folder: Checkout) -> None:
