@@ -105,7 +105,7 @@ def convert(folder: Path, out: Path, **options: Any) -> Path:
 
 
 def make_llama(folder: Path, finish: Callable[[Any], None], **shape: int) -> None:
-    """Fill a new folder with a small Llama of rows of 256 weights unless `shape` says otherwise, changed by `finish`."""
+    """Fill a new folder with a small Llama of rows of 256 weights, unless `shape` differs, changed by `finish`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
