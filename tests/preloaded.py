@@ -69,18 +69,22 @@ _started: list["subprocess.Popen[bytes]"] = []
 
 
 def set_up(run: Path) -> None:
-    """Write the `python3` of this run into its folder; nothing is started yet."""
+    """Write the `python3` and the `dvc` of this run into its folder; nothing is started yet."""
     global folder
     folder = run / "preloaded"
     folder.mkdir(exist_ok=True)
     _environment.update({key: value for key, value in os.environ.items() if key not in TAKEN_OVER})
     _environment["HF_HUB_OFFLINE"] = "1"
-    partial = folder / f".python3.{os.getpid()}"
     # Not Python itself behind #!: its path may hold spaces, and the script is its second argument.
-    command = f"'{sys.executable}' -I -S '{CLIENT}' '{sys.executable}' '{folder}'"
+    _write_program("python3", f"'{sys.executable}' -I -S '{CLIENT}' '{sys.executable}' '{folder}'")
+    _write_program("dvc", f"'{sys.executable}' '{CLIENT.with_name('fast_dvc.py')}'")
+
+
+def _write_program(name: str, command: str) -> None:
+    partial = folder / f".{name}.{os.getpid()}"
     partial.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     partial.chmod(0o755)
-    partial.replace(folder / "python3")
+    partial.replace(folder / name)
 
 
 def start() -> None:
