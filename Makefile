@@ -78,7 +78,7 @@ test: lint docs-check ## lint, documentation and all tests but the long ones
 	pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: lint docs-check ## every test
-	pytest
+	LATHE_ALL_TESTS=1 pytest
 
 bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-attention bench-experiments bench-tracking bench-classify ## every benchmark
 

@@ -25,6 +25,7 @@ VOCABULARIES = (
     *("aquila", "deepseek-coder", "deepseek-llm", "falcon", "gpt-2", "llama-bpe", "llama-spm", "phi-3"),
     *("qwen2", "qwen35", "starcoder"),
 )
+LARGE = ("aquila", "llama-bpe", "qwen35")  # byte pairs as qwen2's, which is tried in the quick run
 # Those of which transformers alone gives other ids.
 NOT_BY_TRANSFORMERS = {"aquila", "deepseek-coder", "deepseek-llm", "falcon", "llama-spm", "starcoder"}
 TEXTS = [*tokenizer_parity.SAMPLE_TEXTS, *gguf_model.make_texts(2000)]
@@ -55,7 +56,9 @@ def describe_vocabulary(file: Path) -> dict[str, Any]:
         }
 
 
-@pytest.mark.parametrize("name", VOCABULARIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in VOCABULARIES]
+)
 def test_the_ids_of_a_real_vocabulary_are_those_of_llama_cpp(tmp_path: Path, name: str) -> None:
     file = paths.LLAMA_CPP / f"models/ggml-vocab-{name}.gguf"
     with parse_once():
@@ -74,7 +77,7 @@ def test_the_ids_of_a_real_vocabulary_are_those_of_llama_cpp(tmp_path: Path, nam
         assert saved.decode(saved("Straße, 12 <x>", add_special_tokens=False)["input_ids"]).strip() == "Straße, 12 <x>"
 
 
-@pytest.mark.parametrize("name", ["tiny", "qwen", pytest.param("llama3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen", "llama3"))])
 def test_a_model_comes_back_from_its_gguf(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
     made: Made = request.getfixturevalue(name)
     origin = write_model(made.gguf, tmp_path / "base")

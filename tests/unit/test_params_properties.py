@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ CHECKED_FURTHER = {
     "judge.base_url",
     "tracking.mlflow.tracking_uri",
 }
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MORE = 3 if os.environ.get("LATHE_ALL_TESTS") else 1  # times as many examples, as `make test-all` tries
+QUICK = settings(max_examples=15 * MORE, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def documented() -> dict[str, dict[str, str]]:
@@ -175,7 +177,7 @@ def test_a_value_is_taken_exactly_where_the_documentation_allows_it(tmp_path, ke
 
 
 @given(data=st.data())
-@settings(QUICK, max_examples=300)
+@settings(QUICK, max_examples=100 * MORE)
 def test_any_part_of_either_file_may_be_anything(tmp_path, data):
     trees = {"params": TREE, "presets": PRESETS}
     for name in data.draw(st.lists(st.sampled_from(sorted(trees)), min_size=1, max_size=3)):
@@ -186,14 +188,14 @@ def test_any_part_of_either_file_may_be_anything(tmp_path, data):
 
 
 @given(tree=VALUES, presets=VALUES)
-@settings(QUICK, max_examples=200)
+@settings(QUICK, max_examples=100 * MORE)
 def test_a_whole_file_of_something_else_is_refused(tmp_path, tree, presets):
     assert isinstance(load_files(tmp_path, tree, PRESETS), list)
     assert isinstance(load_files(tmp_path, TREE, presets), list)
 
 
 @given(content=st.binary(max_size=200))
-@settings(QUICK, max_examples=200)
+@settings(QUICK, max_examples=100 * MORE)
 def test_bytes_that_are_no_parameters_are_refused(tmp_path, content):
     (tmp_path / "params.yaml").write_bytes(content)
     with pytest.raises(InputError):
