@@ -14,6 +14,7 @@ from lathe.config.presets import LocalDataset
 from lathe.data.formats import RecordConverter
 from lathe.data.messages import RowFault
 from lathe.data.prepare import prepare
+from lathe.data.read_examples import ExampleFiles
 from lathe.data.read_files import read_records
 from lathe.models.loss_mask import encode
 from lathe.models.unicode_form import UnicodeRule, find_unicode_form
@@ -286,3 +287,37 @@ def test_preprocess_counts_the_rows_that_it_drops(tmp_path):
         assert written.count("\n") == kept
         assert "\u2126" not in written
         assert ("not_normalized" in json.dumps(prepared.report)) != normalizes
+
+
+def read_examples(folder: Path, *rows: dict[str, Any]) -> tuple[ExampleFiles, list[Any]]:
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    files = ExampleFiles(folder, LocalDataset(source="local", path="data/local/x"), CONTROL)
+    return files, [example.value for example in files]
+
+
+def test_the_format_is_found_by_the_columns_of_the_first_rows_not_of_the_first_alone(tmp_path):
+    rows = [{"output": "lost"}, *[{"instruction": f"ask {number}", "output": "yes"} for number in range(3)]]
+    files, values = read_examples(tmp_path / "alpaca", *rows)
+    assert files.columns["format"] == "alpaca"
+    assert files.files["train.jsonl"]["rows"] == 4
+    assert (values[0].reason, values[0].field) == ("missing_column", "instruction")
+    assert [value["messages"][0]["content"] for value in values[1:]] == ["ask 0", "ask 1", "ask 2"]
+
+
+def test_where_the_first_rows_fit_several_formats_the_first_row_decides(tmp_path):
+    files, values = read_examples(tmp_path / "mixed", chat("hi"), {"prompt": "ask", "completion": "yes"})
+    assert files.columns["format"] == "messages"
+    assert (values[1].reason, values[1].field) == ("missing_column", "messages")
+
+
+def test_rows_that_cannot_be_read_do_not_decide_the_format(tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    lines = ["{broken"] * 150 + [json.dumps({"question": "who?", "answer": "me"})]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files = ExampleFiles(folder, LocalDataset(source="local", path="data/local/x"), CONTROL)
+    values = [example.value for example in files]
+    assert len(values) == 151
+    assert values[-1]["messages"][0]["content"] == "who?"
+    assert files.columns["format"] == "question_answer"

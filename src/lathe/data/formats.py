@@ -50,7 +50,7 @@ class RecordConverter:
         control_tokens: re.Pattern[str],
         unicode_rule: UnicodeRule | None = None,
     ) -> None:
-        """Choose the format by the preset, else by the column `names` of the first record in `file`.
+        """Choose the format by the preset, else by the column `names` of the first records in `file`.
 
         Texts that hold one of the `control_tokens`, or do not follow the `unicode_rule`, will be refused. Raises
         InputError if no format fits, or several do.

@@ -1,15 +1,16 @@
 """Examples of a dataset's files: each record as validated chat messages, or why it cannot be used."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
 from lathe.data.exports import RecordReader
 from lathe.data.formats import RecordConverter
-from lathe.data.part_of_file import choose_parts, count_rows_to_read
+from lathe.data.part_of_file import Part, choose_parts, count_rows_to_read
 from lathe.data.read_files import Fault, find_text_form, read_records
 from lathe.data.row_checks import RowFault
 from lathe.data.split_files import find_split_files, get_suffix
@@ -19,6 +20,10 @@ from lathe.models.unicode_form import UnicodeRule
 
 if TYPE_CHECKING:
     from lathe.config.presets import SingleDataset
+
+ROWS_LOOKED_AT = 100  # a column that the first rows lack may be one of the format's
+
+Row = dict[str, Any] | Fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class ExampleFiles:
                 "train.*",
                 code="missing-split",
             )
+        self.reader: RecordReader | None = None
         self.files: dict[str, dict[str, Any]] = {}
         self.columns: dict[str, Any] = {}
         self.names: dict[str, None] = {}
@@ -72,7 +78,7 @@ class ExampleFiles:
     def __iter__(self) -> Iterator[ReadExample]:
         """Yield every record. Raises InputError if a file cannot be read, or lacks a column."""
         converter: RecordConverter | None = None
-        reader: RecordReader | None = None
+        self.reader = None
         form = TextForm(self.preset.encoding, self.preset.delimiter, self.preset.rows_key)
         for split, shards in self.paths.items():
             form = replace(form, is_one_document=len(shards) > 1)
@@ -81,26 +87,23 @@ class ExampleFiles:
                 part = parts.get(file)
                 names: dict[str, None] = {}
                 count = 0
-                for record in read_records(file, form, part):
+                rows = self._read_rows(file, form, part)
+                if converter is None:
+                    first = list(islice(rows, ROWS_LOOKED_AT))
+                    converter = self._choose_converter([row for _, row in first if not isinstance(row, Fault)], file)
+                    rows = chain(first, rows)
+                for place, value in rows:
                     count += 1
-                    value: dict[str, Any] | Fault = record.value
-                    if not isinstance(value, Fault):
-                        reader = reader or RecordReader(self.preset, value, file.name)
-                        if reader.changes_records:
-                            value = reader.read(value)
-                    if self.change and not isinstance(value, Fault):
-                        value = self.change(value)
                     if not isinstance(value, Fault):
                         names.update(dict.fromkeys(value))
-                        converter = converter or RecordConverter(
-                            self.preset, names, file.name, self.control_tokens, self.unicode_rule
-                        )
+                        converter = converter or self._choose_converter([value], file)
+                        assert converter
                         try:
                             messages = converter.convert(value)
                             value = {"messages": messages, **converter.get_extra_fields(value)}
                         except RowFault as error:
                             value = error.fault
-                    yield ReadExample(split, self.prefix + record.place, value)
+                    yield ReadExample(split, self.prefix + place, value)
                 if converter and names:
                     converter.require_columns(names, file.name)
                 text = find_text_form(file, form)
@@ -113,9 +116,36 @@ class ExampleFiles:
                     **(describe_form(*text) if text else {}),
                 }
                 self.names.update(names)
-        if converter and reader:
-            self.columns = {**reader.description, **converter.description, "detected": converter.detected}
+        if converter and self.reader:
+            self.columns = {**self.reader.description, **converter.description, "detected": converter.detected}
             self.unused = dict(sorted(converter.unused.items()))
+
+    def _read_rows(self, file: Path, form: TextForm, part: Part | None) -> Iterator[tuple[str, Row]]:
+        """Yield the place and the columns of every row, or why it has none."""
+        for record in read_records(file, form, part):
+            value: Row = record.value
+            if not isinstance(value, Fault):
+                self.reader = self.reader or RecordReader(self.preset, value, file.name)
+                if self.reader.changes_records:
+                    value = self.reader.read(value)
+            if self.change and not isinstance(value, Fault):
+                value = self.change(value)
+            yield record.place, value
+
+    def _choose_converter(self, rows: list[dict[str, Any]], file: Path) -> RecordConverter | None:
+        """Choose the format by the columns that any of the rows has; by those of the first if several formats fit."""
+        if not rows:
+            return None
+
+        def choose(names: Iterable[str]) -> RecordConverter:
+            return RecordConverter(self.preset, names, file.name, self.control_tokens, self.unicode_rule)
+
+        try:
+            return choose(dict.fromkeys(name for row in rows for name in row))
+        except InputError as error:
+            if error.code != "ambiguous-format":
+                raise
+            return choose(rows[0])
 
 
 def _list_limits(preset: "SingleDataset") -> dict[Any, int]:
