@@ -1,6 +1,7 @@
 # ruff: noqa: F811 - fixtures are imported, then named as arguments
 """The server answers as the chat does, to those who have the key, on this machine alone."""
 
+import json
 import os
 import re
 import socket
@@ -146,3 +147,120 @@ def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path):
     )
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*a\.gguf: llama\.cpp cannot load it .*\n", done.stderr)
+
+
+def post(address: str, path: str, body: object, key: str = "the key", **headers: str) -> httpx2.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    root = address.removesuffix("/v1")
+    sent = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", **headers}
+    return httpx2.post(f"{root}{path}", content=content, headers=sent, timeout=60)
+
+
+def chat_with(**more: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": "lamp on"}], "max_tokens": 4, **more}
+
+
+def schema_of(schema: object) -> dict[str, object]:
+    return chat_with(response_format={"type": "json_object", "schema": schema})
+
+
+def nest(part: dict[str, object], depth: int, key: str = "items", **more: object) -> dict[str, object]:
+    for _ in range(depth):
+        part = {"type": "array", key: part, **more}
+    return part
+
+
+EXPONENTIAL = {
+    "$ref": "#/$defs/r0",
+    "$defs": {
+        **{f"r{n}": {"anyOf": [{"$ref": f"#/$defs/r{n + 1}"}, {"$ref": f"#/$defs/r{n + 1}"}]} for n in range(40)},
+        "r40": {"const": ""},
+    },
+}
+HOSTILE = {
+    "a grammar": (chat_with(grammar='root ::= root "a" | "a"'), 400, "grammar: is not supported"),
+    "a schema of itself": (schema_of({"$ref": "#"}), 400, "expected #/$defs/NAME"),
+    "a schema in a circle": (
+        schema_of({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}]}}}),
+        400,
+        "refers to itself",
+    ),
+    "a schema elsewhere": (schema_of({"$ref": "file:///etc/passwd"}), 400, "expected #/$defs/NAME"),
+    "an exponential schema": (schema_of(EXPONENTIAL), 400, "more than"),
+    "nested repetitions": (schema_of(nest({"type": "null"}, 3, maxItems=1000)), 400, "maxItems 1000"),
+    "a pattern": (schema_of({"type": "string", "pattern": "^(a{1000}){1000}$"}), 400, "`pattern`"),
+    "a deep schema": (schema_of(nest({"type": "null"}, 60)), 400, "more than 32 deep"),
+    "a deep request": (chat_with(user=nest({}, 200)), 400, "more than 100 deep"),
+    "a schema of a called tool": (
+        chat_with(
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#"}}}],
+            tool_choice={"type": "function", "function": {"name": "f"}},
+        ),
+        400,
+        "expected #/$defs/NAME",
+    ),
+    "a bias on a token that is none": (chat_with(logit_bias={"999999999": 1}), 400, "is no token"),
+    "a bias below nothing": (chat_with(logit_bias={"-1": 1}), 400, "is no token"),
+    "many stops": (chat_with(stop=["x"] * 10_000), 400, "at most 16"),
+    "many probabilities": (chat_with(logprobs=True, top_logprobs=10**9), 400, "at most 20"),
+    "many answers": (chat_with(n=10_000), 400, "one answer"),
+    "no JSON": (b"{", 400, "no JSON"),
+    "JSON without end": (b"[" * 500_000, 400, "no JSON"),
+    "no object": (b"[1]", 400, "expected an object"),
+    "no messages": ({}, 400, "messages"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_request_that_would_end_or_hold_the_server_is_refused_and_the_next_is_answered(guarded, name):
+    body, status, part = HOSTILE[name]
+    answer = post(guarded[0], "/v1/chat/completions", body)
+    assert (answer.status_code, part in answer.text) == (status, True), answer.text
+    assert ask(guarded[0], "the key", "lamp on", max_tokens=2).status_code == 200
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_an_answer_is_held_to_a_schema_with_references(guarded, nested):
+    schema = {
+        "type": "object",
+        "properties": {"on": {"$ref": "#/$defs/flag"}, "off": {"$ref": "#/$defs/flag"}},
+        "required": ["on", "off"],
+        "$defs": {"flag": {"type": "boolean"}},
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    wanted = wanted if nested else {"type": "json_object", "schema": schema}
+    answer = post(guarded[0], "/v1/chat/completions", chat_with(response_format=wanted, max_tokens=200)).json()
+    content = json.loads(answer["choices"][0]["message"]["content"])
+    assert sorted(content) == ["off", "on"]
+    assert {type(value) for value in content.values()} == {bool}
+
+
+def test_other_addresses_of_the_engine_are_not_there(guarded):
+    for path in ("/extras/detokenize", "/extras/tokenize", "/v1/embeddings", "/docs", "/openapi.json"):
+        assert post(guarded[0], path, {"tokens": [999999999], "input": "x"}).status_code == 404
+    assert httpx2.get(f"{guarded[0]}/chat/completions").status_code == 405
+
+
+def test_a_large_body_is_refused_before_it_is_read_and_with_a_wrong_key_not_read_at_all(guarded):
+    host, port = guarded[0].removeprefix("http://").removesuffix("/v1").split(":")
+    for key, status in (("the key", "413"), ("another", "401")):
+        with socket.create_connection((host, int(port)), 10) as connection:
+            connection.sendall(
+                f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\n"
+                "Content-Type: application/json\r\nContent-Length: 60000000\r\n\r\n".encode()
+            )
+            assert connection.recv(1000).decode().startswith(f"HTTP/1.1 {status}")  # nothing of the body was sent
+    chunks = (b"x" * 100_000 for _ in range(600))
+    with pytest.raises(httpx2.HTTPError):  # the connection is closed while it sends
+        httpx2.post(
+            f"{guarded[0]}/chat/completions", content=chunks, headers={"Authorization": "Bearer the key"}, timeout=60
+        ).raise_for_status()
+    assert ask(guarded[0], "the key", "lamp on", max_tokens=2).status_code == 200
+
+
+def test_pages_of_other_origins_and_names_of_other_hosts_are_refused(tiny, guarded):
+    assert post(guarded[0], "/v1/chat/completions", chat_with(), Host="evil.example").status_code == 403
+    assert post(guarded[0], "/v1/chat/completions", chat_with(), Host="localhost:1").status_code == 200
+    with serving(tiny.gguf, None) as (address, _):
+        assert post(address, "/v1/chat/completions", chat_with(), Origin="https://evil.example").status_code == 403
+        assert post(address, "/v1/chat/completions", chat_with(), Origin="http://localhost:3000").status_code == 200

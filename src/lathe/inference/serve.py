@@ -11,6 +11,7 @@ from lathe.common.errors import InputError
 from lathe.gguf.llama_library import load_library
 from lathe.gguf.llama_model import LlamaModel
 from lathe.inference.generate import find_marker_tokens
+from lathe.inference.serve_limits import RequestLimits
 from lathe.inference.serve_tools import answer_with_calls, format_prompt
 from lathe.models.chat_template import ChatTemplate
 
@@ -18,19 +19,24 @@ logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 CHAT_FORMAT = "lathe"
+# A body may have so many bytes: a token of text takes up to 16, written as \\uXXXX up to 64.
+BYTES_OF_A_BODY = 1_000_000
+BYTES_PER_TOKEN = 64
+CONNECTIONS = 64
 
 
 def serve(gguf: Path, *, port: int, api_key: str | None, n_ctx: int, threads: int) -> None:
     """Serve the model in `gguf` on 127.0.0.1 until Ctrl-C; port 0 takes a free one, which the log names.
 
-    With `api_key`, requests without it are refused (401). A request that does not set sampling is answered as the
+    With `api_key`, requests without it are refused (401); requests that could end or block the process are refused
+    too, as `RequestLimits` says. A request that does not set sampling is answered as the
     model was measured: greedily and without a penalty on repetition. Requests are answered one at a time; one and its
     answer may take `n_ctx` tokens. Raises InputError if the file is no usable model, or the port is taken.
     """
     if not 0 <= port <= 65535:
         raise InputError(f"--port {port}: no port; must be from 0 (any free one) to 65535", code="invalid-port")
     with LlamaModel(gguf, vocab_only=True) as model:
-        handler = _make_chat_handler(model.chat_template, find_marker_tokens(model))
+        handler, n_vocab = _make_chat_handler(model.chat_template, find_marker_tokens(model)), model.n_vocab
     with socket.socket() as listener:
         # As servers do: a port whose last connections are still closing is free.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -41,11 +47,14 @@ def serve(gguf: Path, *, port: int, api_key: str | None, n_ctx: int, threads: in
                 f"--port {port}: not to be had ({os.strerror(error.errno or 0)}); name another one, or 0 for any",
                 code="port-not-free",
             ) from None
-        app = _make_application(gguf, handler, api_key, n_ctx, threads)
+        app = RequestLimits(
+            _make_application(gguf, handler, n_ctx, threads),
+            api_key=api_key,
+            most_bytes=BYTES_OF_A_BODY + BYTES_PER_TOKEN * n_ctx,
+            n_vocab=n_vocab,
+        )
         if api_key is None:
-            logger.warning(
-                "LATHE_API_KEY is not set: every program on this machine, web pages in a browser too, may ask the model"
-            )
+            logger.warning("LATHE_API_KEY is not set: every program on this machine may ask the model")
         _run(app, listener, f"{gguf.name} at http://{HOST}:{listener.getsockname()[1]}/v1")
 
 
@@ -62,7 +71,7 @@ def _make_chat_handler(template: ChatTemplate, markers: Mapping[int, bytes]) -> 
     return answer_with_calls(chat_formatter_to_chat_completion_handler(format_request), template, markers)
 
 
-def _make_application(gguf: Path, handler: Callable[..., Any], api_key: str | None, n_ctx: int, threads: int) -> Any:
+def _make_application(gguf: Path, handler: Callable[..., Any], n_ctx: int, threads: int) -> Any:
     load_library()
     from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
     from llama_cpp.server import types
@@ -82,7 +91,7 @@ def _make_application(gguf: Path, handler: Callable[..., Any], api_key: str | No
     from llama_cpp.server.settings import ModelSettings, ServerSettings
 
     # Without validation, which would also take MODEL, SEED, API_KEY, … from the environment.
-    server = ServerSettings.model_construct(host=HOST, api_key=api_key)
+    server = ServerSettings.model_construct(host=HOST, api_key=None)
     model = ModelSettings.model_construct(
         model=str(gguf),
         model_alias=gguf.stem,
@@ -104,4 +113,6 @@ def _run(app: Any, listener: socket.socket, what: str) -> None:
             await super().startup(sockets)
             logger.info("serving %s; Ctrl-C ends it", what)
 
-    Server(uvicorn.Config(app, log_level="warning", lifespan="off")).run(sockets=[listener])
+    Server(uvicorn.Config(app, log_level="warning", lifespan="off", limit_concurrency=CONNECTIONS)).run(
+        sockets=[listener]
+    )
