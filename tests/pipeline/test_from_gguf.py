@@ -4,6 +4,7 @@
 import hashlib
 from pathlib import Path
 
+import pytest
 from conftest import FEW, Checkout, add_small_inputs
 from gguf_models import METADATA, Made, convert, qwen, rewrite, tiny  # noqa: F401 - fixtures
 from ruamel.yaml import YAML
@@ -29,6 +30,7 @@ def choose(checkout: Checkout, **preset: str) -> None:
     checkout.set({"model": "own"})
 
 
+@pytest.mark.slow  # the default pipeline does so too, with few steps after the quick tests
 def test_a_gguf_file_goes_through_every_stage(
     checkout: Checkout, small_model: Path, tmp_path: Path, qwen: Made
 ) -> None:

@@ -127,7 +127,7 @@ def test_an_item_killed_at_any_moment_ends_the_same_when_run_again(
     assert left == []
 
 
-@pytest.mark.parametrize("victim", ["dvc", "the stage"])
+@pytest.mark.parametrize("victim", ["dvc", pytest.param("the stage", marks=pytest.mark.slow)])
 def test_a_killed_conversion_leaves_no_process_and_ends_the_same_when_run_again(
     reproduced: Checkout, tmp_path: Path, victim: str
 ) -> None:

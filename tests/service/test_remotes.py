@@ -402,6 +402,7 @@ def test_an_experiment_goes_from_clone_to_clone_with_its_data(first, server, tmp
     assert second.json(name) == working.json(name) != first.json(name)
 
 
+@pytest.mark.slow
 def test_what_one_clone_has_run_is_not_run_in_another_that_has_no_lock_of_it(first, tmp_path):
     first.run("python", "-m", "lathe", "push-runs", env={"PYTHONPATH": str(first.root / "src")})
     second = clone_of(first, tmp_path / "second")

@@ -205,7 +205,7 @@ def kill_launcher(process: "subprocess.Popen[str]") -> None:
 @pytest.mark.parametrize(
     "kill",
     [
-        kill_everything,
+        pytest.param(kill_everything, marks=pytest.mark.slow),
         pytest.param(lambda process: process.kill(), id="kill_dvc", marks=pytest.mark.slow),
         pytest.param(kill_launcher, marks=pytest.mark.slow),
     ],

@@ -158,7 +158,7 @@ def _trained(base: Path, adapter: Path) -> Any:
         ("tiny", "dora on a 4-bit base"),
         ("tiny", "embeddings updated"),
         ("tiny", "full"),
-        ("qwen3", "both saved, 4-bit base"),
+        pytest.param("qwen3", "both saved, 4-bit base", marks=pytest.mark.slow),
     ],
 )
 def test_the_merged_gguf_answers_as_the_trained_model(bases, tmp_path, base, kind):
