@@ -47,6 +47,7 @@ class Distance:
     mean: float
     percentile_99: float
     same_first: float
+    median: float
 
 
 def main() -> None:
@@ -77,7 +78,13 @@ def distance(reference: Iterable[Logits], model: Iterable[Logits]) -> Distance:
         divergences.append((p.exp() * (p - q)).sum(-1))
         same.append(p.argmax(-1) == q.argmax(-1))
     nats = torch.cat(divergences)
-    return Distance(len(nats), float(nats.mean()), float(nats.quantile(0.99)), float(torch.cat(same).double().mean()))
+    return Distance(
+        len(nats),
+        float(nats.mean()),
+        float(nats.quantile(0.99)),
+        float(torch.cat(same).double().mean()),
+        float(nats.median()),
+    )
 
 
 def of_transformers(model: Any, rows: Sequence[Encoded]) -> Iterator[Logits]:

@@ -89,7 +89,15 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "OlmoeForCausalLM": ("experts", lambda: {**TEXT, "num_experts": 4, "num_experts_per_tok": 2}),
     "GptOssForCausalLM": (
         "experts",
-        lambda: {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32},
+        # Heads as wide as the real ones: llama.cpp rounds where YaRN begins and ends, which narrow ones notice.
+        lambda: {
+            **TEXT,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 32,
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
+        },
     ),
     "GraniteMoeForCausalLM": ("experts", lambda: {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "DeepseekV3ForCausalLM": (
@@ -146,6 +154,7 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
                 "hidden_size_per_layer_input": 16,
                 "num_kv_shared_layers": 0,
                 "global_head_dim": 32,
+                "final_logit_softcapping": 30.0,  # llama.cpp takes this, whatever the file says
             },
             "vision_config": VISION,
             "audio_config": None,
