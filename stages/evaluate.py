@@ -1,6 +1,6 @@
 """Score every artifact's answers with intervals and differences, and evaluate the gates on validation.
 
-reads   data/generated/, metrics/generate/, data/processed/ (of which dataset of a mixture a row is), models/encoder/
+reads   data/generated/, metrics/generate/, data/processed/ (a row's dataset of a mixture, and cluster), models/encoder/
         where evaluate.metrics lists bert_score,
         params.yaml: seed, evaluate, bert_score, judge.enabled, quantize.types
 writes  metrics/evaluate/{validation,test,gates}.json, metrics/evaluate/summary.json (the columns of `dvc exp show`),
@@ -23,6 +23,7 @@ SPLITS = ("validation", "test")
 
 def main(config: Config) -> None:
     from lathe.common.jsonl import write_jsonl
+    from lathe.evaluation.clusters import add_clusters
     from lathe.evaluation.evaluate import (
         Resampling,
         add_bert_score,
@@ -46,6 +47,9 @@ def main(config: Config) -> None:
         split: read_answers(paths.DATA_GENERATED, judged, names, split, strip_thinking=settings.strip_thinking)
         for split in SPLITS
     }
+    if settings.cluster_by:
+        for split in SPLITS:
+            add_clusters(answers[split], paths.DATA_PROCESSED / f"{split}.jsonl")
     if "bert_score" in settings.metrics:
         cache = paths.SCRATCH / "bert_score"
         add_bert_score(list(answers.values()), config.params.bert_score, seed=config.params.seed, cache=cache)

@@ -245,6 +245,10 @@ class Evaluate(Section):
     bootstrap_samples: Annotated[int, Field(ge=100)] = entry(
         "resamples of the rows for 95 % intervals and significance", "resamples"
     )
+    cluster_by: Name | None = entry(
+        "column of the dataset that says which rows belong together, such as source, and are resampled together; "
+        "null: every row is its own"
+    )
     bert_score_weight: Fraction = entry("weight of bert_score in the score combined")
     judge_weight: Fraction = entry("weight of judge / 100 in the score combined, if the judge is enabled")
     gates: Annotated[list[Name], Field(min_length=1)] | None = entry(

@@ -19,6 +19,8 @@ from lathe.common.jsonl import iterate_jsonl, read_jsonl
 from lathe.config.params import BertScore
 from lathe.evaluation import bootstrap, permutation_test, text_metrics
 from lathe.evaluation.call_scores import compute_call_f1, match_calls, score_calls
+from lathe.evaluation.clusters import number_clusters, sum_clusters
+from lathe.evaluation.detectable import find_detectable_difference
 from lathe.evaluation.metrics import LOWER_IS_BETTER, Array, compute_metric, make_combined, orient_score
 
 # What artifacts are compared with: base, for the effect of training; merged, for that of quantization.
@@ -174,7 +176,8 @@ def evaluate(
     """Return the report: for each artifact every score, the file's `bytes`, and the lists `intervals` and `deltas`.
 
     A score that does not apply is None. Intervals and deltas are lists because DVC shows everything else as columns.
-    `general` holds the rows of general text, of the artifacts that have any; `bytes_of` the file sizes.
+    `general` holds the rows of general text, of the artifacts that have any; `bytes_of` the file sizes. The
+    `detectable` of a delta is the smallest true difference that these rows would have shown with a power of 80 %.
     """
     report: dict[str, dict[str, Any]] = {artifact: {} for artifact in answers}
     intervals: dict[str, list[dict[str, Any]]] = {artifact: [] for artifact in answers}
@@ -287,19 +290,26 @@ def make_plot_rows(reports: Mapping[str, Mapping[str, Mapping[str, Any]]], prima
 
 
 class _ArtifactScores:
-    """One artifact's scores: on its rows, on resamples of them, and with each row left out."""
+    """One artifact's scores: on its rows, on resamples of them, and with each row left out.
+
+    Where rows have clusters, these are resampled and left out as a whole.
+    """
 
     def __init__(
         self, rows: Sequence[AnswerRow], definitions: Sequence[ScoreDefinition], resampling: Resampling
     ) -> None:
         self.definitions, self.resampling = definitions, resampling
         tables = [definition.compute_statistics(rows) for definition in definitions]
+        self.counted = {
+            definition.name: _are_counts(table) for definition, table in zip(definitions, tables, strict=True)
+        }
         ends = np.cumsum([table.shape[1] for table in tables])
         self.columns = {
             definition.name: slice(end - table.shape[1], end)
             for definition, table, end in zip(definitions, tables, ends, strict=True)
         }
-        self.statistics = np.hstack(tables)
+        self.statistics = sum_clusters(np.hstack(tables), number_clusters(rows))
+        self.is_clustered = len(self.statistics) < len(rows)
         self.sums = self.statistics.sum(axis=0)
         resampled = bootstrap.resample_sums(self.statistics, resampling.samples, resampling.seed)
         left_out = bootstrap.jackknife_sums(self.statistics)
@@ -331,15 +341,32 @@ class _ArtifactScores:
             delta = observed - other.values[name]
             if not math.isfinite(delta):
                 continue
-            ends = bootstrap.compute_interval(
-                delta, self.resampled[name] - other.resampled[name], self.left_out[name] - other.left_out[name]
-            )
+            resampled = self.resampled[name] - other.resampled[name]
+            ends = bootstrap.compute_interval(delta, resampled, self.left_out[name] - other.left_out[name])
             low, high = (None, None) if ends is None else map(_round_score, ends)
             p = permutation_test.compute_p_value(delta, ours[name] - theirs[name])
+            units = len(self.statistics)
+            smallest = find_detectable_difference(resampled, units, counts=self.counted[name] and other.counted[name])
             deltas.append(
-                {"to": to, "metric": name, "delta": _round_score(delta), "low": low, "high": high, "p": round(p, 4)}
+                {
+                    "to": to,
+                    "metric": name,
+                    "delta": _round_score(delta),
+                    "low": low,
+                    "high": high,
+                    "p": round(p, 4),
+                    "detectable": _round_score(smallest),
+                    **({"clusters": units} if self.is_clustered else {}),
+                }
             )
         return deltas
+
+
+def _are_counts(statistics: Array) -> bool:
+    """Tell whether every row that counts is right or wrong, so that the score is a share of rows."""
+    if statistics.shape[1] != 2:
+        return False
+    return bool(np.isin(statistics, (0.0, 1.0)).all() and (statistics[:, 0] <= statistics[:, 1]).all())
 
 
 def _list_comparisons(artifacts: Sequence[str]) -> list[tuple[str, str]]:
