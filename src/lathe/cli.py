@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lathe import __version__, classifier_commands, commands, completion
+from lathe import __version__, classifier_commands, commands, completion, publish_commands
 from lathe.common import entry_point, paths
 from lathe.config.base import SPLITS
 
@@ -35,6 +35,7 @@ EXAMPLES = {
     "report": "lathe report --out report.html",
     "trace": "lathe trace models/gguf/Q4_K_M.gguf",
     "verify": "lathe verify",
+    "judge-agreement": "lathe judge-agreement marks.csv",
     "chat": 'lathe chat --prompt "Turn on the attic lamp."',
     "serve": "lathe serve --port 8001",
     "infer": "lathe infer --file prompts.jsonl --out answers.jsonl",
@@ -266,7 +267,13 @@ def _add_result_commands(table: Any) -> None:
     command.set_defaults(run=lambda args: commands.trace_file(args.gguf, as_json=args.json))
 
     command = table.add_parser("verify", help="read every output again and compare it with dvc.lock")
-    command.set_defaults(run=lambda args: commands.verify_outputs())
+    command.set_defaults(run=publish_commands.verify_outputs)
+
+    command = table.add_parser("judge-agreement", help="say how far the judge agrees with marks that people gave")
+    command.add_argument(
+        "file", type=Path, metavar="FILE", help="CSV or JSONL with artifact, split, row and mark"
+    ).complete = completion.FILE
+    command.set_defaults(run=publish_commands.compare_judge_with_people)
 
 
 def _add_model_commands(table: Any) -> None:

@@ -243,3 +243,29 @@ def test_bert_score_of_a_local_encoder_reaches_report_rows_and_gates(checkout: C
     refused = checkout.stage("evaluate", check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: bert_score.model: ")
+
+
+def test_pairs_of_a_judge_that_prefers_the_first_answer_make_win_rates_and_a_warning(checkout: Checkout) -> None:
+    checkout.set({"judge.enabled": True, "judge.mode": "pairwise"})
+    for artifact in ARTIFACTS:
+        for split in ("validation", "test"):
+            lines: list[dict[str, object]] = [{"row": 0, "tie": True, "reason": "the answers are equal"}]
+            for row in range(1, 12):
+                own = {"row": row, "length_difference": 3, "score": 90, "reason": "the first"}
+                lines += [own | {"first": "own"}, own | {"first": "other"}]
+            (checkout.root / "data/judged" / artifact).mkdir(parents=True, exist_ok=True)
+            write_jsonl(lines, checkout.root / "data/judged" / artifact / f"{split}.jsonl")
+    done = checkout.stage("evaluate")
+    assert "prefers whichever answer comes first (position bias +1.00" in done.stderr
+    pairs = checkout.json("metrics/evaluate/pairwise.json")
+    merged = pairs["test"]["merged"]
+    assert merged["position_bias"]["value"] == 1
+    assert merged["win_rate"]["value"] == 0.5
+    assert (merged["rows"], merged["ties"], merged["same_answers"], merged["consistent"]) == (12, 12, 1, 0)
+    report = checkout.json("metrics/evaluate/test.json")
+    assert report["merged"]["win_rate"] == 0.5
+    assert "judge" not in report["merged"]
+    checkout.set({"evaluate.primary_metric": "judge"})
+    refused = checkout.stage("evaluate", check=False)
+    assert refused.returncode == 2
+    assert "judge.mode to score" in refused.stderr

@@ -36,6 +36,7 @@ FLOORS = [
         "new_recipe",
         "completion",
         "classifier_commands",
+        "publish_commands",
         "commands",
         "cli",
         "__main__",
@@ -63,6 +64,7 @@ NEIGHBOURS = {
     ("cli", "classifier_commands"),
     ("commands", "classifier_commands"),
     ("cli", "completion"),
+    ("cli", "publish_commands"),
     ("__main__", "doctor"),
     ("__main__", "cli"),
 }

@@ -177,6 +177,13 @@ class Judge(Section):
     """Judge: a language model that scores the answers from 0 to 100."""
 
     enabled: bool = entry("score the answers with a judge")
+    mode: Literal["score", "pairwise"] = entry(
+        "score: each answer from 0 to 100; pairwise: which of two answers is better, in both orders"
+    )
+    against: Name = entry(
+        "in the mode pairwise, what every answer is compared with: an artifact such as base or merged, or the same "
+        "artifact of an experiment, by its name"
+    )
     provider: Literal["openai", "gemini", "gigachat", "gguf"] = entry(
         "openai: any server of its protocol; Google Gemini; Sber GigaChat; gguf: a file on this machine"
     )
@@ -195,6 +202,11 @@ class Judge(Section):
     max_cost: PositiveFloat | None = entry("highest cost of one run, in the currency of the prices; null: no limit")
     input_price: NonNegativeFloat = entry("price of a million input tokens")
     output_price: NonNegativeFloat = entry("price of a million output tokens")
+
+    @property
+    def score(self) -> str:
+        """The name of the score that the verdicts make."""
+        return "win_rate" if self.mode == "pairwise" else "judge"
 
     @field_validator("base_url")
     @classmethod
@@ -330,7 +342,7 @@ class Params(Section):
     @property
     def scores(self) -> list[str]:
         """All scores of an artifact, in the order of the report of the stage evaluate."""
-        judge = ["judge"] if self.judge.enabled else []
+        judge = [self.judge.score] if self.judge.enabled else []
         combined = ["combined"] if "bert_score" in self.evaluate.metrics else []
         return [*self.evaluate.metrics, *judge, *combined, *MEASURED]
 

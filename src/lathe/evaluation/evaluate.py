@@ -22,6 +22,7 @@ from lathe.evaluation.call_scores import compute_call_f1, match_calls, score_cal
 from lathe.evaluation.clusters import number_clusters, sum_clusters
 from lathe.evaluation.detectable import find_detectable_difference
 from lathe.evaluation.metrics import LOWER_IS_BETTER, Array, compute_metric, make_combined, orient_score
+from lathe.evaluation.pairwise import read_pairs
 
 # What artifacts are compared with: base, for the effect of training; merged, for that of quantization.
 COMPARED_WITH = ("base", "merged")
@@ -84,12 +85,19 @@ def add_bert_score(splits: Sequence[AnswersByArtifact], settings: BertScore, *, 
 
 
 def read_answers(
-    generated: Path, judged: Path | None, artifacts: Sequence[str], split: str, *, strip_thinking: bool
+    generated: Path,
+    judged: Path | None,
+    artifacts: Sequence[str],
+    split: str,
+    *,
+    strip_thinking: bool,
+    pairwise: bool = False,
 ) -> AnswersByArtifact:
     """Read `<artifact>/<split>.jsonl` of both folders; the judge's scores become `judge` of the rows.
 
-    With `strip_thinking`, completion and reference are what is said after a thought. Raises InputError if the artifacts
-    did not answer the same rows.
+    With `pairwise` they are 100 for an answer that wins against the other one and 0 for one that loses, and `pair` of a
+    row is what `read_pairs` knows of it. With `strip_thinking`, completion and reference are what is said after a
+    thought. Raises InputError if the artifacts did not answer the same rows.
     """
     answers: AnswersByArtifact = {}
     for artifact in artifacts:
@@ -100,7 +108,10 @@ def read_answers(
             )
         if strip_thinking:
             rows = [strip_thought(row) for row in rows]
-        if judged is not None:
+        if judged is not None and pairwise:
+            for number, pair in read_pairs(judged / artifact / f"{split}.jsonl").items():
+                rows[number] |= {"judge": 100 * pair["preference"], "pair": pair}
+        elif judged is not None:
             for verdict in read_jsonl(judged / artifact / f"{split}.jsonl"):
                 rows[verdict["row"]]["judge"] = verdict["score"]
         answers[artifact] = rows
@@ -127,8 +138,12 @@ def define_scores(
     answer_pattern: str | None,
     bert_score_weight: float,
     judge_weight: float | None,
+    judge_score: str = "judge",
 ) -> list[ScoreDefinition]:
-    """Return the scores that are computed from rows, in the order of the report; `judge_weight` None: no judge."""
+    """Return the scores that are computed from rows, in the order of the report; `judge_weight` None: no judge.
+
+    `judge_score` is `judge`, from 0 to 100, or `win_rate`, from 0 to 1.
+    """
     text_statistics = text_metrics.select_statistics(metrics, normalize=normalize, answer_pattern=answer_pattern)
     statistics: dict[str, Callable[[AnswerRow], text_metrics.Statistics]] = {
         name: _cache_pair_statistics(of_pair) for name, of_pair in text_statistics.items()
@@ -138,7 +153,7 @@ def define_scores(
     statistics["bert_score"] = _get_bert_score_statistics
     scores = [_define_score(name, statistics[name]) for name in metrics]
     if judge_weight is not None:
-        scores.append(_define_score("judge", _get_judge_statistics))
+        scores.append(_define_score(judge_score, JUDGE_STATISTICS[judge_score]))
     if "bert_score" in metrics:
         formula = make_combined(bert_score_weight, judge_weight)
         scores.append(
@@ -400,6 +415,14 @@ def _get_bert_score_statistics(row: AnswerRow) -> text_metrics.Statistics:
 def _get_judge_statistics(row: AnswerRow) -> text_metrics.Statistics:
     score = row.get("judge")
     return (0.0, 0.0) if score is None else (score, 1.0)
+
+
+def _get_win_rate_statistics(row: AnswerRow) -> text_metrics.Statistics:
+    score, rows = _get_judge_statistics(row)
+    return score / 100, rows
+
+
+JUDGE_STATISTICS = {"judge": _get_judge_statistics, "win_rate": _get_win_rate_statistics}
 
 
 def _get_kl_statistics(row: AnswerRow) -> text_metrics.Statistics:

@@ -267,12 +267,14 @@ def _test_differences(
     if not pairs.ours:
         return [], pairs.warnings
     settings, judge = first.parameters["evaluate"], first.parameters["judge"]
+    judge_score = "win_rate" if judge.get("mode") == "pairwise" else "judge"
     scores = define_scores(
         [name for name in settings["metrics"] if name in other_side.scores],
         normalize=settings["normalize"],
         answer_pattern=settings["answer_pattern"],
         bert_score_weight=settings["bert_score_weight"],
-        judge_weight=settings["judge_weight"] if judge["enabled"] and "judge" in other_side.scores else None,
+        judge_weight=settings["judge_weight"] if judge["enabled"] and judge_score in other_side.scores else None,
+        judge_score=judge_score,
     )
     # `evaluate` compares every artifact of a report with the one named base.
     answers = {"base": pairs.ours, "other": pairs.theirs}
@@ -316,6 +318,8 @@ def _read_answers(
         counts[conversation] += 1
         own = scores_of[number]
         scores = {name: own[name] for name in ("bert_score", "judge") if name in own}
+        if own.get("win_rate") is not None:
+            scores["judge"] = 100 * own["win_rate"]
         if clustered and CLUSTER in examples[number]:
             scores[CLUSTER] = examples[number][CLUSTER]
         rows[f"{counts[conversation]} {conversation}"] = row | scores

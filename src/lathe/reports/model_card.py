@@ -39,7 +39,7 @@ class CardFacts:
 
 def render_model_card(facts: CardFacts, params: Params, best: str) -> str:
     """Return the card in Markdown, with the front matter of a Hugging Face model card; `best` is the file to run."""
-    wanted = [*params.evaluate.metrics, "judge", "combined"]
+    wanted = [*params.evaluate.metrics, "judge", "win_rate", "combined"]
     metrics = [name for name in wanted if any(scores.get(name) is not None for scores in facts.test.values())]
     splits = {split["split"]: split for split in facts.rows["splits"]}
     compared: dict[str, Any] = next(iter(facts.rows.get("token_ids", [])), {})
