@@ -269,3 +269,23 @@ def test_pairs_of_a_judge_that_prefers_the_first_answer_make_win_rates_and_a_war
     refused = checkout.stage("evaluate", check=False)
     assert refused.returncode == 2
     assert "judge.mode to score" in refused.stderr
+
+
+def test_rows_that_belong_together_are_resampled_together_and_told_in_the_metric_files(checkout: Checkout) -> None:
+    for split in ("validation", "test"):
+        rows = [{"messages": [], "cluster": f"document {number // 4}"} for number in range(12)]
+        write_jsonl(rows, checkout.root / f"data/processed/{split}.jsonl")
+    before = checkout.json("metrics/evaluate/test.json")
+    checkout.set({"evaluate.cluster_by": "source"})
+    checkout.stage("evaluate")
+    after = checkout.json("metrics/evaluate/test.json")
+    for artifact in ARTIFACTS:
+        assert after[artifact]["exact_match"] == before[artifact]["exact_match"]
+    [delta] = [
+        delta for delta in after["Q4_1"]["deltas"] if (delta["to"], delta["metric"]) == ("merged", "exact_match")
+    ]
+    assert delta["clusters"] == 3
+    assert delta["detectable"] > 0
+    assert all("clusters" not in delta for delta in before["Q4_1"]["deltas"])
+    shown = checkout.run("dvc", "metrics", "show", "--json").stdout
+    assert "detectable" not in json.dumps(list(json.loads(shown)[""]["data"]["metrics/evaluate/test.json"]["data"]))
