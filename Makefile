@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: help setup lock unit deps repro classify experiments chat serve report remote-check ci-lock ci-summary lint format test \
 	test-all \
 	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention \
-	bench-experiments \
+	bench-experiments bench-intervals \
 	bench-tracking bench-classify docs docs-serve docs-check clean
 
 help: ## list the targets
@@ -21,7 +21,7 @@ setup: ## make .venv and what belongs to it; PYTHON=python3.12, EXTRAS="mlflow w
 
 # What these need beside the default pipeline.
 bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention bench-experiments bench-tracking \
-	bench-classify \
+	bench-classify bench-intervals \
 	docs docs-serve docs-check format lint lock unit test test-all: EXTRAS += dev
 bench-cuda: EXTRAS += gpu
 classify: EXTRAS += classify
@@ -80,7 +80,7 @@ test: lint docs-check ## lint, documentation and all tests but the long ones
 test-all: lint docs-check ## every test
 	LATHE_ALL_TESTS=1 pytest
 
-bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-attention bench-experiments bench-tracking bench-classify ## every benchmark
+bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-attention bench-experiments bench-tracking bench-classify bench-intervals ## every benchmark
 
 bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B parameters
 	python benchmarks/merge.py
@@ -109,6 +109,9 @@ bench-attention: setup ## speed of decoding on the CPU with llama.cpp's FlashAtt
 
 bench-experiments: setup ## what `dvc exp show` takes with fifty experiments, and `dvc repro` with nothing to do
 	python benchmarks/experiments.py
+
+bench-intervals: setup ## coverage of intervals, false alarms and power, on simulated data sets
+	python benchmarks/intervals.py
 
 bench-tracking: setup ## seconds of the training stage while it is mirrored, to a server and to one that hangs
 	python benchmarks/tracking.py

@@ -10,30 +10,22 @@ import _path  # noqa: F401
 
 from lathe import stage
 from lathe.common import paths
-from lathe.common.json_files import read_json
-from lathe.common.metric_files import unwrap_list
 from lathe.config.load import Config
 
 
 def main(config: Config) -> None:
     from lathe.evaluation.best_artifact import choose_best_artifact
     from lathe.gguf.llama_model import LlamaModel
-    from lathe.reports.model_card import CardFacts, read_license, render_model_card
+    from lathe.reports.model_card import read_card_facts, read_license, render_model_card
     from lathe.reports.modelfile import build_modelfile
 
     types = config.params.quantize.types
     with LlamaModel(paths.GGUF / "merged-f16.gguf", vocab_only=True) as merged:
         metadata, template = merged.metadata, merged.chat_template
-    facts = CardFacts(
-        model=read_json(paths.METRICS / "fetch/model.json")["origin"][0],
-        dataset=read_json(paths.METRICS / "fetch/dataset.json")["origin"][0],
-        rows=read_json(paths.METRICS / "preprocess/report.json"),
-        validation=unwrap_list(read_json(paths.METRICS / "evaluate/validation.json")),
-        test=unwrap_list(read_json(paths.METRICS / "evaluate/test.json")),
-        quantized={name: read_json(paths.METRICS / f"quantize/{name}.json") for name in types},
+    facts = read_card_facts(
+        types,
         lineage={key.removeprefix("lathe."): text for key, text in metadata.items() if key.startswith("lathe.")},
-        license=read_license(paths.MODEL_BASE),
-        n_ctx=read_json(paths.METRICS / "generate/merged.json")["sizes"][0]["n_ctx"],
+        licence=read_license(paths.MODEL_BASE),
     )
     chosen = choose_best_artifact(facts.validation, types, config.params.evaluate.primary_metric)
     card = render_model_card(facts, config.params, chosen)

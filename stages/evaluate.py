@@ -1,10 +1,12 @@
 """Score every artifact's answers with intervals and differences, and evaluate the gates on validation.
 
-reads   data/generated/, metrics/generate/, data/processed/ (of which dataset of a mixture a row is), models/encoder/
+reads   data/generated/, metrics/generate/, data/processed/ (a row's dataset of a mixture, and cluster), models/encoder/
         where evaluate.metrics lists bert_score,
-        params.yaml: seed, evaluate, bert_score, judge.enabled, quantize.types
+        params.yaml: seed, evaluate, bert_score, judge.enabled, judge.mode,
+        quantize.types
 writes  metrics/evaluate/{validation,test,gates}.json, metrics/evaluate/summary.json (the columns of `dvc exp show`),
         metrics/evaluate/scores.csv (for the plots), metrics/evaluate/datasets.json (each dataset of a mixture alone),
+        metrics/evaluate/pairwise.json (win rates and position bias of a pairwise judge),
         data/scored/<ARTIFACT>/{validation,test}.jsonl (rows with their own scores, worst first)
 removes files of quantization types that are no longer listed
 """
@@ -23,6 +25,7 @@ SPLITS = ("validation", "test")
 
 def main(config: Config) -> None:
     from lathe.common.jsonl import write_jsonl
+    from lathe.evaluation.clusters import add_clusters
     from lathe.evaluation.evaluate import (
         Resampling,
         add_bert_score,
@@ -35,6 +38,7 @@ def main(config: Config) -> None:
         read_general_text,
         score_rows,
     )
+    from lathe.evaluation.pairwise import summarize_pairs, warn_of_bias
     from lathe.evaluation.summary import summarize
 
     settings, types = config.params.evaluate, config.params.quantize.types
@@ -43,9 +47,19 @@ def main(config: Config) -> None:
         artifacts.remove_unlisted_types(folder, types)
     judged = paths.DATA_JUDGED if config.params.judge.enabled else None
     answers = {
-        split: read_answers(paths.DATA_GENERATED, judged, names, split, strip_thinking=settings.strip_thinking)
+        split: read_answers(
+            paths.DATA_GENERATED,
+            judged,
+            names,
+            split,
+            strip_thinking=settings.strip_thinking,
+            pairwise=config.params.judge.mode == "pairwise",
+        )
         for split in SPLITS
     }
+    if settings.cluster_by:
+        for split in SPLITS:
+            add_clusters(answers[split], paths.DATA_PROCESSED / f"{split}.jsonl")
     if "bert_score" in settings.metrics:
         cache = paths.SCRATCH / "bert_score"
         add_bert_score(list(answers.values()), config.params.bert_score, seed=config.params.seed, cache=cache)
@@ -56,6 +70,7 @@ def main(config: Config) -> None:
         answer_pattern=settings.answer_pattern,
         bert_score_weight=settings.bert_score_weight,
         judge_weight=settings.judge_weight if config.params.judge.enabled else None,
+        judge_score=config.params.judge.score,
     )
     general, bytes_of = read_general_text(paths.DATA_GENERATED, names), _read_file_sizes(names)
     resampling = Resampling(settings.bootstrap_samples, config.params.seed)
@@ -66,6 +81,12 @@ def main(config: Config) -> None:
         )
         for split in SPLITS
     }
+    pairwise = {
+        split: summarize_pairs(rows, samples=resampling.samples, seed=resampling.seed)
+        for split, rows in answers.items()
+    }
+    for split, summaries in pairwise.items():
+        warn_of_bias(summaries, split)
     outcomes = [evaluate_gate(parse_gate(gate), reports["validation"], types) for gate in settings.gates or []]
 
     with paths.replace_folder(paths.DATA_SCORED) as folder:
@@ -77,6 +98,7 @@ def main(config: Config) -> None:
     for split, report in reports.items():
         json_files.write_json(paths.METRICS / f"evaluate/{split}.json", metric_files.wrap_in_list(report))
     json_files.write_json(paths.METRICS / "evaluate/datasets.json", metric_files.wrap_in_list(by_dataset))
+    json_files.write_json(paths.METRICS / "evaluate/pairwise.json", metric_files.wrap_in_list(pairwise))
     gates = make_metrics(outcomes)
     json_files.write_json(paths.METRICS / "evaluate/gates.json", metric_files.wrap_in_list(gates))
     summary = summarize(reports["validation"], types, settings.primary_metric, passed=gates["passed"])

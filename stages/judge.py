@@ -1,4 +1,4 @@
-"""Let a language model score the answers from 0 to 100 by a rubric; each verdict is paid for once and kept.
+"""Let a language model score or compare the answers by a rubric; each verdict is paid for once and kept.
 
 reads   data/generated/, the file judge.rubric, params.yaml: judge, evaluate.strip_thinking, quantize.types; an API key
         from the environment
@@ -47,14 +47,7 @@ def main(config: Config) -> Throughput:
 
     rubric = judged_rows.read_rubric(paths.ROOT / settings.rubric)
     identity = identify_judge(settings, paths.ROOT)
-    rows = judged_rows.collect_prompts(
-        paths.DATA_GENERATED,
-        names,
-        rubric,
-        settings,
-        identity,
-        strip_thinking=config.params.evaluate.strip_thinking,
-    )
+    rows, commit = _collect_rows(config, names, rubric, identity)
     with VerdictCache(paths.SCRATCH / "judge/verdicts.sqlite") as cache:
         cache.add_tracked(judged_rows.read_verdicts(paths.DATA_JUDGED))
         speeds = _request_missing(rows, settings, cache)
@@ -62,9 +55,29 @@ def main(config: Config) -> Throughput:
     with paths.replace_folder(paths.DATA_JUDGED) as folder:
         judged_rows.write_verdicts(folder, rows, verdicts)
         description = judged_rows.describe_judge(rows, rubric, settings, identity)
+        if commit:
+            description["against_commit"] = commit
         json_files.write_json(folder / judged_rows.JUDGE_FILE, description)
     json_files.write_json(paths.METRICS / "judge.json", judged_rows.count_verdicts(rows, verdicts.values()))
     return speeds
+
+
+def _collect_rows(
+    config: Config, names: list[str], rubric: str, identity: dict[str, str]
+) -> "tuple[JudgedRows, str | None]":
+    """Return what is judged, and the commit of the experiment that it is compared with, if there is one."""
+    from lathe.evaluation.judge.judged_pairs import collect_pairs, read_other_answers
+    from lathe.evaluation.judge.judged_rows import collect_prompts
+
+    settings, strip_thinking = config.params.judge, config.params.evaluate.strip_thinking
+    if settings.mode == "score":
+        rows = collect_prompts(paths.DATA_GENERATED, names, rubric, settings, identity, strip_thinking=strip_thinking)
+        return rows, None
+    others = read_other_answers(paths.DATA_GENERATED, names, settings.against)
+    pairs = collect_pairs(
+        paths.DATA_GENERATED, names, rubric, settings, identity, others, strip_thinking=strip_thinking
+    )
+    return pairs, others.commit
 
 
 def _request_missing(rows: "JudgedRows", settings: Judge, cache: "VerdictCache") -> Throughput:

@@ -1,7 +1,7 @@
 """Turn raw rows into validated chat messages, split into train, validation and test.
 
-reads   data/raw/, models/base/ (tokenizer), params.yaml: seed, preprocess, training.max_length, convert; the dataset's
-        preset
+reads   data/raw/, models/base/ (tokenizer), params.yaml: seed, preprocess, training.max_length, convert,
+        evaluate.cluster_by; the dataset's preset
 writes  data/processed/{train,validation,test}.jsonl, metrics/preprocess/{report.json,lengths.csv,rows.csv};
         where it fails .scratch/preprocess/report.json, as DVC removes the outputs of a stage that failed
 """
@@ -41,6 +41,7 @@ def main(config: Config) -> stage.Throughput:
                 seed=params.seed,
                 max_length=params.training.max_length,
                 settings=params.preprocess,
+                cluster_by=params.evaluate.cluster_by,
             )
             token_ids = _compare_token_ids(config, tokenizer, folder)
     except UnusableRowsError as error:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lathe import __version__, classifier_commands, commands, completion
+from lathe import __version__, classifier_commands, commands, completion, publish_commands
 from lathe.common import entry_point, paths
 from lathe.config.base import SPLITS
 
@@ -35,6 +35,9 @@ EXAMPLES = {
     "report": "lathe report --out report.html",
     "trace": "lathe trace models/gguf/Q4_K_M.gguf",
     "verify": "lathe verify",
+    "publish": "lathe publish me/support-GGUF --files Q4_K_M adapter --sign ~/lathe.key",
+    "sign-key": "lathe sign-key ~/lathe.key",
+    "judge-agreement": "lathe judge-agreement marks.csv",
     "chat": 'lathe chat --prompt "Turn on the attic lamp."',
     "serve": "lathe serve --port 8001",
     "infer": "lathe infer --file prompts.jsonl --out answers.jsonl",
@@ -265,8 +268,24 @@ def _add_result_commands(table: Any) -> None:
     command.add_argument("--json", action="store_true", help="print it as JSON")
     command.set_defaults(run=lambda args: commands.trace_file(args.gguf, as_json=args.json))
 
-    command = table.add_parser("verify", help="read every output again and compare it with dvc.lock")
-    command.set_defaults(run=lambda args: commands.verify_outputs())
+    command = table.add_parser("verify", help="compare every output with dvc.lock, or a release with its signature")
+    command.add_argument(
+        "path",
+        nargs="?",
+        type=Path,
+        metavar="PATH",
+        help="a downloaded release, or a file of it",
+    ).complete = completion.FILE
+    command.add_argument(
+        "--key", type=Path, metavar="FILE", help="public key of its publisher"
+    ).complete = completion.FILE
+    command.set_defaults(run=publish_commands.verify_outputs)
+
+    command = table.add_parser("judge-agreement", help="say how far the judge agrees with marks that people gave")
+    command.add_argument(
+        "file", type=Path, metavar="FILE", help="CSV or JSONL with artifact, split, row and mark"
+    ).complete = completion.FILE
+    command.set_defaults(run=publish_commands.compare_judge_with_people)
 
 
 def _add_model_commands(table: Any) -> None:
@@ -312,6 +331,26 @@ def _add_model_commands(table: Any) -> None:
 
 
 def _add_remote_commands(table: Any) -> None:
+    command = table.add_parser(
+        "publish", help="lay out a repository for the Hugging Face Hub, and upload it with --yes"
+    )
+    command.add_argument("repository", metavar="OWNER/NAME", help="where to")
+    command.add_argument(
+        "--files",
+        nargs="+",
+        metavar="NAME",
+        help="types, merged, adapter, adapter-gguf (default: all types, and the adapter)",
+    )
+    command.add_argument("--sign", type=Path, metavar="KEY", help="private key to sign with").complete = completion.FILE
+    command.add_argument("--yes", action="store_true", help="upload; without it nothing is sent")
+    command.add_argument("--public", action="store_true", help="for everyone to see (default: private)")
+    command.add_argument("--despite-gates", action="store_true", help="even if a gate fails")
+    command.set_defaults(run=publish_commands.publish)
+
+    command = table.add_parser("sign-key", help="make a key to sign releases with, and its public half")
+    command.add_argument("file", type=Path, metavar="FILE", help="outside of the repository")
+    command.set_defaults(run=publish_commands.make_signing_key)
+
     command = table.add_parser("remote-check", help="write to a DVC remote, read it back and delete it")
     command.add_argument("--remote", metavar="NAME", help="which (default: the one that `dvc push` takes)")
     command.set_defaults(run=lambda args: commands.check_remote(args.remote))

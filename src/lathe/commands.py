@@ -297,13 +297,6 @@ def trace_file(gguf: Path, *, as_json: bool) -> None:
     trace.run(gguf, as_json=as_json)
 
 
-def verify_outputs() -> None:
-    """Compare every output with dvc.lock, and exit with the result."""
-    from lathe.provenance import verify
-
-    sys.exit(verify.run())
-
-
 def check_remote(remote: str | None) -> None:
     """Try a DVC remote and print what was done."""
     from lathe.provenance import remotes

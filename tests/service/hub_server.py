@@ -1,10 +1,12 @@
 """A model hub on 127.0.0.1 that the real client talks to, with the faults that a real one has.
 
-It speaks what `huggingface_hub` needs: repository information, paged listings, `resolve` with HEAD and GET, ETags, a
+It takes uploads too: repositories are created, large files sent by LFS and checked, the others with the commit. It
+speaks what `huggingface_hub` needs: repository information, paged listings, `resolve` with HEAD and GET, ETags, a
 redirect on the same host for small files, and for large ones a redirect to a second server under another host name, as
 a CDN, that serves ranges.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -17,6 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 PAGE = 4  # entries in one page of a listing
 GOOD_TOKEN = "hf_this_token_may_read_everything"
+WRITING_TOKEN = "hf_this_token_may_write_too"
 
 
 @dataclass
@@ -31,6 +34,8 @@ class Repository:
     granted: bool = False  # to the account of the good token
     announced_sizes: dict[str, int] = field(default_factory=dict)
     announced_hashes: dict[str, str] = field(default_factory=dict)
+    private: bool = False
+    card: dict[str, Any] = field(default_factory=dict)  # the metadata of its README
 
     def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
         """Add a commit of exactly these files, let `ref` point to it and return its hash."""
@@ -126,6 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     server_kind: str
     protocol_version = "HTTP/1.1"
+    body = b""
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -135,6 +141,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    def do_POST(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self.do_POST()
 
     def _answer(self) -> None:
         line = f"{self.command} {self.path}"
@@ -175,6 +188,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = bool(end)
 
     def _cdn(self) -> tuple[int, bytes, dict[str, str]]:
+        if self.command == "PUT":
+            name = urlsplit(self.path).path.strip("/")
+            if hashlib.sha256(self.body).hexdigest() != name:
+                raise _RefusedError(400, None, "The content has another hash")
+            self.hub.blobs[name] = self.body
+            return 200, b"", {}
         body = self.hub.blobs[urlsplit(self.path).path.strip("/")]
         if asked := self.headers.get("Range"):
             start = int(asked.removeprefix("bytes=").partition("-")[0])
@@ -184,8 +203,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _hub(self) -> tuple[int, bytes, dict[str, str]]:
         url = urlsplit(self.path)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token and token != GOOD_TOKEN:
-            raise _RefusedError(401, None, "Invalid credentials in Authorization header")
+        if token and token not in (GOOD_TOKEN, WRITING_TOKEN):
+            raise _RefusedError(401, None, f"Invalid credentials in Authorization header: {token}")
+        if self.command == "POST":
+            return self._write(url.path, token)
         if match := re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/revision/([^/]+))?", url.path):
             repository, commit = self._find(match[1], match[2], match[3], token)
             return 200, json.dumps(_information(repository, commit)).encode(), {"Content-Type": "application/json"}
@@ -199,6 +220,63 @@ class _Handler(BaseHTTPRequestHandler):
             body = repository.commits[commit][unquote(match[4])]
             return 200, body, {"X-Repo-Commit": commit, "ETag": f'"{digest(body)}"'}
         raise _RefusedError(404, None, "Not found")
+
+    def _write(self, path: str, token: str) -> tuple[int, bytes, dict[str, str]]:
+        """Answer the requests of an upload, with their bodies in JSON."""
+        if match := re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+)/paths-info/([^/]+)", path):
+            repository, commit = self._find(match[1], match[2], match[3], token)
+            wanted = set(parse_qs(self.body.decode())["paths"])
+            return _as_json([entry for entry in _entries(repository, commit) if entry["path"] in wanted])
+        if token != WRITING_TOKEN:
+            raise _RefusedError(403, None, "You don't have the rights to write there")
+        if path == "/api/validate-yaml":
+            return _as_json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            asked = json.loads(self.body)
+            name = f"{asked['organization']}/{asked['name']}"
+            url = {"url": f"{self.hub.endpoint}/{name}"}
+            if ("model", name) in self.hub.repositories:
+                return 409, json.dumps({"error": "You already created this model repo", **url}).encode(), {}
+            self.hub.add("model", name, {".gitattributes": b"*.gguf filter=lfs\n"})
+            self.hub.repositories["model", name].private = asked.get("visibility") == "private"
+            return _as_json(url)
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            self._find("model", match[1], "main", token)
+            files = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if is_large(file["path"]) else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(self.body)["files"]
+            ]
+            return _as_json({"files": files})
+        if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            return _as_json(
+                {"transfer": "basic", "objects": list(map(self._offer_upload, json.loads(self.body)["objects"]))}
+            )
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            return self._commit(*self._find("model", match[1], "main", token))
+        raise _RefusedError(404, None, "Not found")
+
+    def _offer_upload(self, asked: dict[str, Any]) -> dict[str, Any]:
+        if asked["oid"] in self.hub.blobs:
+            return asked
+        return {**asked, "actions": {"upload": {"href": f"{self.hub.cdn}/{asked['oid']}?signature=secret"}}}
+
+    def _commit(self, repository: Repository, parent: str) -> tuple[int, bytes, dict[str, str]]:
+        files = dict(repository.commits[parent])
+        for line in map(json.loads, self.body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                if value["oid"] not in self.hub.blobs:
+                    raise _RefusedError(400, None, f"{value['path']}: no such LFS object")
+                files[value["path"]] = self.hub.blobs[value["oid"]]
+        sha = repository.commit(files)
+        url = f"{self.hub.endpoint}/{repository.name}/commit/{sha}"
+        return _as_json({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
     def _find(self, kind: str, name: str, revision: str | None, token: str) -> tuple[Repository, str]:
         repository = self.hub.repositories.get((kind, name))
@@ -239,6 +317,10 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, json.dumps(entries[start : start + PAGE]).encode(), headers
 
 
+def _as_json(content: Any) -> tuple[int, bytes, dict[str, str]]:
+    return 200, json.dumps(content).encode(), {"Content-Type": "application/json"}
+
+
 def _information(repository: Repository, commit: str) -> dict[str, Any]:
     return {
         "_id": "0" * 24,
@@ -247,7 +329,8 @@ def _information(repository: Repository, commit: str) -> dict[str, Any]:
         "sha": commit,
         "lastModified": "2025-01-01T00:00:00.000Z",
         "createdAt": "2025-01-01T00:00:00.000Z",
-        "private": False,
+        "private": repository.private,
+        "cardData": repository.card,
         "gated": "manual" if repository.gated else False,
         "disabled": False,
         "downloads": 0,

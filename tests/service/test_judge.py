@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -683,3 +684,72 @@ def test_dvc_keeps_verdicts_while_it_runs_the_stage_again_and_an_empty_folder_is
     shutil.rmtree(checkout.root / "data/judged")
     checkout.run("dvc", "checkout", "--quiet", "data/judged")
     assert [file.name for file in (checkout.root / "data/judged").iterdir()] == ["unused.txt"]
+
+
+def set_pairs(checkout: Checkout, rows: int = 6) -> None:
+    """Give base and merged answers to the same rows, of which merged has twice as many right."""
+    for artifact in ("base", "base_few_shot", "merged", "Q8_0"):
+        right = {"base": 3, "merged": 1}.get(artifact, 2)  # every third, every row, every second
+        for split in ("validation", "test"):
+            lines = [
+                {"prompt": f"ask {split} {n}", "reference": "on", "completion": "on" if n % right == 0 else f"off {n}"}
+                for n in range(rows)
+            ]
+            file = checkout.root / f"data/generated/{artifact}/{split}.jsonl"
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    checkout.set({"judge.mode": "pairwise", "judge.against": "base"})
+
+
+def compare_answers(text: str) -> str:
+    """The verdict of an honest judge on a pair."""
+    row = json.loads(re.search(r"^DATA.*\n(.*)\nDATA", text, re.MULTILINE)[1])  # type: ignore[index]
+    first, second = (row[side] == row["reference"] for side in ("first", "second"))
+    return json.dumps({"score": 50 + 50 * (first - second), "reason": "by the reference"})
+
+
+def test_pairs_are_judged_in_both_orders_kept_and_not_asked_for_again(checkout, server):
+    set_pairs(checkout)
+    server.answer = compare_answers
+    checkout.stage("judge")
+    lines = [json.loads(line) for line in judged(checkout)["merged/test.jsonl"].splitlines()]
+    # Of six rows base has the first and the fourth right, as merged has: equal answers are a tie.
+    assert [line["row"] for line in lines if line.get("tie")] == [0, 3]
+    assert [(line["row"], line["first"], line["score"]) for line in lines if "first" in line][:4] == [
+        (1, "own", 100),
+        (1, "other", 0),
+        (2, "own", 100),
+        (2, "other", 0),
+    ]
+    facts = checkout.json("data/judged/judge.json")
+    assert (facts["mode"], facts["against"]) == ("pairwise", "base")
+    assert checkout.json("metrics/judge.json")["rows"] == 48
+    asked = len(server.verdicts_asked)
+    first = judged(checkout)
+    shutil.rmtree(checkout.root / ".scratch")
+    checkout.stage("judge")
+    assert len(server.verdicts_asked) == asked
+    assert judged(checkout) == first
+
+
+def test_a_pairwise_run_over_its_budget_keeps_what_was_bought_and_goes_on(checkout, server):
+    set_pairs(checkout)
+    server.answer = compare_answers
+    checkout.set({"judge.max_requests": 5, "judge.concurrency": 1})
+    done = checkout.stage("judge", check=False)
+    assert done.returncode == 2
+    assert "judge.max_requests" in done.stderr
+    assert len(server.verdicts_asked) == 5
+    checkout.set({"judge.max_requests": 2000})
+    checkout.stage("judge")
+    texts = [json.dumps(asked.body["messages"]) for asked in server.verdicts_asked]
+    assert len(texts) == len(set(texts)), "none is asked twice"
+
+
+def test_a_small_gguf_compares_pairs_by_the_grammar(checkout, gguf_file):
+    set_pairs(checkout, rows=2)
+    checkout.set({"judge.provider": "gguf", "judge.base_url": None, "judge.model": str(gguf_file)})
+    checkout.set({"judge.max_tokens": 1000})
+    checkout.stage("judge")
+    lines = [json.loads(line) for line in judged(checkout)["merged/validation.jsonl"].splitlines()]
+    assert all(line.get("tie") or 0 <= line["score"] <= 100 for line in lines)
+    assert {line.get("first") for line in lines} == {None, "own", "other"}

@@ -243,3 +243,49 @@ def test_bert_score_of_a_local_encoder_reaches_report_rows_and_gates(checkout: C
     refused = checkout.stage("evaluate", check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: bert_score.model: ")
+
+
+def test_pairs_of_a_judge_that_prefers_the_first_answer_make_win_rates_and_a_warning(checkout: Checkout) -> None:
+    checkout.set({"judge.enabled": True, "judge.mode": "pairwise"})
+    for artifact in ARTIFACTS:
+        for split in ("validation", "test"):
+            lines: list[dict[str, object]] = [{"row": 0, "tie": True, "reason": "the answers are equal"}]
+            for row in range(1, 12):
+                own = {"row": row, "length_difference": 3, "score": 90, "reason": "the first"}
+                lines += [own | {"first": "own"}, own | {"first": "other"}]
+            (checkout.root / "data/judged" / artifact).mkdir(parents=True, exist_ok=True)
+            write_jsonl(lines, checkout.root / "data/judged" / artifact / f"{split}.jsonl")
+    done = checkout.stage("evaluate")
+    assert "prefers whichever answer comes first (position bias +1.00" in done.stderr
+    pairs = checkout.json("metrics/evaluate/pairwise.json")
+    merged = pairs["test"]["merged"]
+    assert merged["position_bias"]["value"] == 1
+    assert merged["win_rate"]["value"] == 0.5
+    assert (merged["rows"], merged["ties"], merged["same_answers"], merged["consistent"]) == (12, 12, 1, 0)
+    report = checkout.json("metrics/evaluate/test.json")
+    assert report["merged"]["win_rate"] == 0.5
+    assert "judge" not in report["merged"]
+    checkout.set({"evaluate.primary_metric": "judge"})
+    refused = checkout.stage("evaluate", check=False)
+    assert refused.returncode == 2
+    assert "judge.mode to score" in refused.stderr
+
+
+def test_rows_that_belong_together_are_resampled_together_and_told_in_the_metric_files(checkout: Checkout) -> None:
+    for split in ("validation", "test"):
+        rows = [{"messages": [], "cluster": f"document {number // 4}"} for number in range(12)]
+        write_jsonl(rows, checkout.root / f"data/processed/{split}.jsonl")
+    before = checkout.json("metrics/evaluate/test.json")
+    checkout.set({"evaluate.cluster_by": "source"})
+    checkout.stage("evaluate")
+    after = checkout.json("metrics/evaluate/test.json")
+    for artifact in ARTIFACTS:
+        assert after[artifact]["exact_match"] == before[artifact]["exact_match"]
+    [delta] = [
+        delta for delta in after["Q4_1"]["deltas"] if (delta["to"], delta["metric"]) == ("merged", "exact_match")
+    ]
+    assert delta["clusters"] == 3
+    assert delta["detectable"] > 0
+    assert all("clusters" not in delta for delta in before["Q4_1"]["deltas"])
+    shown = checkout.run("dvc", "metrics", "show", "--json").stdout
+    assert "detectable" not in json.dumps(list(json.loads(shown)[""]["data"]["metrics/evaluate/test.json"]["data"]))

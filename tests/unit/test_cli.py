@@ -42,7 +42,8 @@ def test_an_override_is_read_as_dvc_reads_it_and_changes_no_file(capsys):
 
 def test_config_of_a_stage_is_what_dvc_tracks_for_it(capsys):
     tree = printed(capsys, stage_name="preprocess")
-    assert set(tree) == {"seed", "preprocess", "training", "convert", "datasets"}
+    assert set(tree) == {"seed", "preprocess", "training", "convert", "evaluate", "datasets"}
+    assert set(tree["evaluate"]) == {"cluster_by"}
     assert "tokenizer_parity" in tree["convert"]
     assert tree["training"] == {"max_length": 1024}
 

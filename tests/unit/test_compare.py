@@ -4,6 +4,7 @@ In a repository with commits and experiments as the pipeline leaves them, answer
 """
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from experiment_repository import ROWS, Repository, copy_repository
 from refusals import refused
 
 from lathe.common import paths
+from lathe.evaluation.judge.judged_pairs import read_other_answers
 from lathe.experiments import compare, comparison
 from lathe.provenance import revisions
 
@@ -58,7 +60,8 @@ def test_a_difference_that_chance_may_have_made_is_not_called_one(repository):
     repository.run("one", some(20))
     repository.run("two", some(21), {"lora.lora_dropout": 0.1})
     assert (
-        "two is not shown to differ from one (+0.025, p 1, 39 of 40 answers the same)" in compared("one", "two").verdict
+        "two is not shown to differ from one (+0.025, p 1, 39 of 40 answers the same, a difference of 0.19 would show)"
+        in compared("one", "two").verdict
     )
 
 
@@ -303,3 +306,14 @@ def test_a_name_of_experiments_on_several_commits_is_refused_unless_one_is_of_th
     repository.git("commit", "--quiet", "--allow-empty", "--message", "a third")
     with refused("ambiguous-experiment", "one: several experiments have this name", kept=False):
         revisions.find_revision("one")
+
+
+def test_the_answers_of_another_experiment_can_be_judged_against(repository, tmp_path):
+    commit = repository.run("one", some(10))
+    others = read_other_answers(tmp_path, ["base", "merged", "Q8_0", "Q2_K"], "one")
+    assert others.commit == commit
+    assert {artifact for artifact, _ in others.rows} == {"base", "merged", "Q8_0"}
+    assert [row["completion"] for row in others.rows["merged", "test"]][9:11] == ["answer 9", "?"]
+    shutil.rmtree(repository.root / ".dvc/cache")
+    with refused("answers-not-cached", "judge.against is 'one'", "dvc exp pull"):
+        read_other_answers(tmp_path, ["base", "merged"], "one")

@@ -100,13 +100,20 @@ class Outcome:
 def run(raw, tokenizer, tmp_path):
     """Prepare the folder `raw` with a preset and lenient settings; keywords change one of them."""
 
-    def prepare_raw(preset=None, *, max_length=1000, seed=42, **changes):
+    def prepare_raw(preset=None, *, max_length=1000, seed=42, cluster_by=None, **changes):
         out = tmp_path / "processed"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         settings = LENIENT.model_copy(update=changes)
         prepared = prepare(
-            raw, preset or Preset(), out, tokenizer=tokenizer, seed=seed, max_length=max_length, settings=settings
+            raw,
+            preset or Preset(),
+            out,
+            tokenizer=tokenizer,
+            seed=seed,
+            max_length=max_length,
+            settings=settings,
+            cluster_by=cluster_by,
         )
         assert sorted(file.name for file in out.iterdir()) == ["test.jsonl", "train.jsonl", "validation.jsonl"]
         splits = {name: read_jsonl(out / f"{name}.jsonl") for name in ("train", "validation", "test")}
@@ -1035,3 +1042,20 @@ def test_rows_that_differ_in_their_tool_calls_alone_are_no_duplicates(raw, run, 
     assert dropped(prepared) == {"duplicate": 1}
     assert len(prepared.splits["train"]) == 2
     assert all(row["messages"][1]["tool_calls"] for row in prepared.splits["train"])
+
+
+def test_rows_keep_what_they_are_clustered_by_and_no_row_moves_to_another_split(raw, run):
+    rows = [{**row, "source": [None, "book", 7, ["a"]][n % 4]} for n, row in enumerate(pairs(40))]
+    write_jsonl(rows, raw / "train.jsonl")
+    plain, clustered = run(), run(cluster_by="source")
+    for split, examples in clustered.splits.items():
+        assert [{"messages": row["messages"]} for row in examples] == plain.splits[split]
+        for row in examples:
+            number = int(row["messages"][0]["content"].split()[1])
+            assert row.get("cluster") == [None, "book", "7", '["a"]'][number % 4]
+
+
+def test_a_column_to_cluster_by_that_no_file_has_is_refused_with_the_near_one(raw, run):
+    write_jsonl([{**row, "source": "book"} for row in pairs(20)], raw / "train.jsonl")
+    with refused("no-such-column", "evaluate.cluster_by", "'sourc'", "did you mean 'source'?"):
+        run(cluster_by="sourc")

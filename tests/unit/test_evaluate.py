@@ -124,6 +124,7 @@ def test_each_artifact_is_compared_with_base_and_merged_on_the_same_rows(answers
         "low": 0.0,
         "high": 0.0,
         "p": 1.0,
+        "detectable": 0.3665,
     }
 
 
@@ -180,6 +181,7 @@ def test_one_row_has_a_score_and_no_interval():
         "low": None,
         "high": None,
         "p": 1.0,
+        "detectable": None,
     }
 
 

@@ -309,7 +309,7 @@ def run(root: Path, *arguments: str, **environment: str) -> subprocess.Completed
         (
             ["--extras", "mlfow"],
             None,
-            "EXTRAS=mlfow: no such extra; must be of classify, dev, gpu, judge, mlflow, search, serve, wandb",
+            "EXTRAS=mlfow: no such extra; must be of classify, dev, gpu, judge, mlflow, search, serve, sign, wandb",
         ),
         ([], "", "git: not on the PATH"),
         ([], "git", "cc and gcc and clang: not on the PATH"),

@@ -136,6 +136,20 @@ def test_what_the_judge_said_stands_beside_the_worst_rows(run, tmp_path):
     assert "Something else is asked of the house." in rendered(tmp_path / "judged")
 
 
+def test_pairs_are_shown_with_their_win_rates_and_without_any_there_is_no_such_part(run):
+    assert "Pairwise judge" not in rendered(run)
+    interval = {"value": 0.62, "low": 0.55, "high": 0.7}
+    counted = {"rows": 40, "same_answers": 4, "wins": 20, "ties": 10, "losses": 10, "consistent": 0.9}
+    rates = {"win_rate": interval, "length_controlled_win_rate": interval, "position_bias": {**interval, "low": None}}
+    content = {
+        "validation": {},
+        "test": {"merged": {**counted, **rates}, "base": {**counted, **rates, "position_bias": None}},
+    }
+    report_run.write_json(run / "metrics/evaluate/pairwise.json", [content])
+    assert "Pairwise judge" in rendered(run)
+    assert 'data-source="metrics/evaluate/pairwise.json#/0/test/merged/win_rate/value"' in rendered(run)
+
+
 def test_metrics_that_are_not_those_of_the_lock_are_named(run):
     assert gathered(run).stale == []
     file = run / "metrics/evaluate/test.json"

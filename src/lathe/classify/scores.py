@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lathe.evaluation.bootstrap import Array, compute_interval, jackknife_sums, resample_sums
+from lathe.evaluation.detectable import find_detectable_difference
 from lathe.evaluation.permutation_test import compute_p_value, permute_sums
 
 Answer = Mapping[str, Any]
@@ -136,13 +137,15 @@ def compare_answers(
         if name not in other.formulas:
             continue
         observed = float(formula(other_sums) - formula(sums))
-        one = _score(
-            np.asarray(observed),
-            formula(other_resampled) - formula(resampled),
-            formula(other_left_out) - formula(left_out),
-        )
+        drawn = formula(other_resampled) - formula(resampled)
+        one = _score(np.asarray(observed), drawn, formula(other_left_out) - formula(left_out))
         permuted = formula(other_sums + changes) - formula(sums - changes)
-        differences[name] = {**one.as_dict(), "p": round(compute_p_value(observed, permuted), DIGITS)}
+        smallest = find_detectable_difference(drawn, len(first.rows), counts=name == "accuracy")
+        differences[name] = {
+            **one.as_dict(),
+            "p": round(compute_p_value(observed, permuted), DIGITS),
+            "detectable": None if smallest is None else round(smallest, DIGITS),
+        }
     return differences
 
 

@@ -2,12 +2,14 @@
 
 # The extra of pyproject.toml that a package which is imported where it is needed comes with.
 EXTRAS = {
+    "cryptography": "sign",
     "mlflow": "mlflow",
     "onnx": "classify",
     "onnxruntime": "classify",
     "onnxscript": "classify",
     "optuna": "search",
     "psycopg": "search",
+    "securesystemslib": "sign",
     "sklearn": "classify",
     "sqlalchemy": "search",
     "sse_starlette": "serve",

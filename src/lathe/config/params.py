@@ -177,6 +177,13 @@ class Judge(Section):
     """Judge: a language model that scores the answers from 0 to 100."""
 
     enabled: bool = entry("score the answers with a judge")
+    mode: Literal["score", "pairwise"] = entry(
+        "score: each answer from 0 to 100; pairwise: which of two answers is better, in both orders"
+    )
+    against: Name = entry(
+        "in the mode pairwise, what every answer is compared with: an artifact such as base or merged, or the same "
+        "artifact of an experiment, by its name"
+    )
     provider: Literal["openai", "gemini", "gigachat", "gguf"] = entry(
         "openai: any server of its protocol; Google Gemini; Sber GigaChat; gguf: a file on this machine"
     )
@@ -195,6 +202,11 @@ class Judge(Section):
     max_cost: PositiveFloat | None = entry("highest cost of one run, in the currency of the prices; null: no limit")
     input_price: NonNegativeFloat = entry("price of a million input tokens")
     output_price: NonNegativeFloat = entry("price of a million output tokens")
+
+    @property
+    def score(self) -> str:
+        """The name of the score that the verdicts make."""
+        return "win_rate" if self.mode == "pairwise" else "judge"
 
     @field_validator("base_url")
     @classmethod
@@ -244,6 +256,10 @@ class Evaluate(Section):
     general_text: Name = entry("text file in paragraphs, whose perplexity before and after training shows forgetting")
     bootstrap_samples: Annotated[int, Field(ge=100)] = entry(
         "resamples of the rows for 95 % intervals and significance", "resamples"
+    )
+    cluster_by: Name | None = entry(
+        "column of the dataset that says which rows belong together, such as source, and are resampled together; "
+        "null: every row is its own"
     )
     bert_score_weight: Fraction = entry("weight of bert_score in the score combined")
     judge_weight: Fraction = entry("weight of judge / 100 in the score combined, if the judge is enabled")
@@ -326,7 +342,7 @@ class Params(Section):
     @property
     def scores(self) -> list[str]:
         """All scores of an artifact, in the order of the report of the stage evaluate."""
-        judge = ["judge"] if self.judge.enabled else []
+        judge = [self.judge.score] if self.judge.enabled else []
         combined = ["combined"] if "bert_score" in self.evaluate.metrics else []
         return [*self.evaluate.metrics, *judge, *combined, *MEASURED]
 

@@ -30,7 +30,9 @@ MEASURED = ("perplexity", "kl", "stop_rate", "general_perplexity", "bytes")
 def suggest_remedy(score: str, computed: list[str]) -> str:
     """Return what to change so that the score is computed, or the name that may have been meant."""
     if score == "judge":
-        return "set judge.enabled to true"
+        return "set judge.enabled to true, and judge.mode to score"
+    if score == "win_rate":
+        return "set judge.enabled to true, and judge.mode to pairwise"
     if score in ("combined", "bert_score"):
         return "add bert_score to evaluate.metrics"
     return "add it to evaluate.metrics" if score in get_args(Metric) else did_you_mean(score, computed)

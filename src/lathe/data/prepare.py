@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
+from lathe.common.text import did_you_mean
 from lathe.config.presets import list_datasets
 from lathe.data.read_examples import ExampleFiles, add_system_prompt
 from lathe.data.read_files import Fault
@@ -48,6 +49,7 @@ def prepare(
     seed: int,
     max_length: int,
     settings: "Preprocess",
+    cluster_by: str | None = None,
     processes: int | None = None,
 ) -> PreparedDataset:
     """Read the files of the folder `raw`, and write `train.jsonl`, `validation.jsonl` and `test.jsonl` into `out`.
@@ -55,7 +57,8 @@ def prepare(
     Examples are `{"messages": [{"role", "content"}, ...]}`, with `rejected` beside them if they come from preference
     pairs, and `tools` if the row has definitions of functions. Each of them, with either answer, has at most
     `max_length` tokens; a document is kept whole. The datasets of a mixture are in folders of their names, and their
-    examples have the name as `dataset`.
+    examples have the name as `dataset`. With `cluster_by`, a column of the files, its value is the `cluster` of an
+    example.
 
     - An unusable row is dropped and counted as a fault.
     - Duplicates, prompts of another split and rows over a limit of the preset are removed and counted; they are no
@@ -67,7 +70,8 @@ def prepare(
     input, on how it is divided into shards, or on the number of `processes` (None: one per core). Until the end they
     are in a scratch folder in `out`; memory holds a few hundred bytes of each.
 
-    Raises InputError for a file that cannot be read, missing columns, and tools that the template ignores, and
+    Raises InputError for a file that cannot be read, missing columns (that of `cluster_by` too, where no file has
+    it), and tools that the template ignores, and
     UnusableRowsError for an empty split and a share above its limit.
     """
     from lathe.data.report import Account
@@ -88,11 +92,14 @@ def prepare(
             compile_control_tokens(tokenizer),
             UnicodeRule(form, settings.normalize_unicode) if form else None,
             name,
+            cluster_by=cluster_by,
         )
         for name, dataset in datasets.items()
     ]
     template = ChatTemplate.of_tokenizer(tokenizer)
     stored = _read_examples(sources, seed, scratch / "examples", account, template)
+    if cluster_by:
+        _require_column(sources, cluster_by)
     try:
         account.check_records()
         account.splits = _assign_splits(stored, datasets, account)
@@ -107,6 +114,15 @@ def prepare(
         raise UnusableRowsError(str(error), code=error.code, report=known) from error
     shutil.rmtree(scratch)
     return PreparedDataset(report, account.make_tables())
+
+
+def _require_column(sources: list[ExampleFiles], cluster_by: str) -> None:
+    names = list(dict.fromkeys(name for examples in sources for name in examples.names))
+    if cluster_by not in names:
+        raise InputError(
+            f"evaluate.cluster_by is {cluster_by!r}: the dataset has no such column; {did_you_mean(cluster_by, names)}",
+            code="no-such-column",
+        )
 
 
 def _assign_splits(stored: "StoredExamples", datasets: "dict[str, SingleDataset]", account: "Account") -> "Splits":
@@ -159,6 +175,8 @@ def _read_examples(
                 add_system_prompt(example.value["messages"], examples.preset.system_prompt)
                 if examples.name:
                     example.value["dataset"] = examples.name
+                if example.cluster is not None:
+                    example.value["cluster"] = example.cluster
                 writer.add(example.place, example.value, digests, SPLITS.index(example.split), number)
             account.add_dataset(examples)
     return writer.get_stored()

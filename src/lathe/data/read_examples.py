@@ -1,5 +1,6 @@
 """Examples of a dataset's files: each record as validated chat messages, or why it cannot be used."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -28,11 +29,15 @@ Row = dict[str, Any] | Fault
 
 @dataclass(frozen=True, slots=True)
 class ReadExample:
-    """A record's split and place in the user's file (`train.jsonl:12`), and the example or the fault it became."""
+    """A record's split and place in the user's file (`train.jsonl:12`), and the example or the fault it became.
+
+    `cluster` names what the record belongs to, by the field that rows are clustered by; None without one.
+    """
 
     split: str
     place: str
     value: dict[str, Any] | Fault
+    cluster: str | None = None
 
 
 class ExampleFiles:
@@ -50,15 +55,17 @@ class ExampleFiles:
         unicode_rule: UnicodeRule | None = None,
         name: str = "",
         change: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        cluster_by: str | None = None,
     ) -> None:
         """Find the files; `name` is that of the dataset in a mixture, and begins each place then.
 
-        `change` makes of each record the one that is converted.
+        `change` makes of each record the one that is converted. `cluster_by` is the column whose value is the
+        `cluster` of an example.
 
         Raises InputError if there are none, or none to train on.
         """
         self.preset, self.control_tokens, self.unicode_rule = preset, control_tokens, unicode_rule
-        self.change = change
+        self.change, self.cluster_by = change, cluster_by
         self.name, self.prefix = name, f"{name}/" if name else ""
         self.paths = find_split_files(folder)
         if only := getattr(preset, "split", None):
@@ -94,8 +101,10 @@ class ExampleFiles:
                     rows = chain(first, rows)
                 for place, value in rows:
                     count += 1
+                    cluster: str | None = None
                     if not isinstance(value, Fault):
                         names.update(dict.fromkeys(value))
+                        cluster = _name_cluster(value.get(self.cluster_by)) if self.cluster_by else None
                         converter = converter or self._choose_converter([value], file)
                         assert converter
                         try:
@@ -103,7 +112,7 @@ class ExampleFiles:
                             value = {"messages": messages, **converter.get_extra_fields(value)}
                         except RowFault as error:
                             value = error.fault
-                    yield ReadExample(split, self.prefix + place, value)
+                    yield ReadExample(split, self.prefix + place, value, cluster)
                 if converter and names:
                     converter.require_columns(names, file.name)
                 text = find_text_form(file, form)
@@ -146,6 +155,13 @@ class ExampleFiles:
             if error.code != "ambiguous-format":
                 raise
             return choose(rows[0])
+
+
+def _name_cluster(value: Any) -> str | None:
+    """Return a column's value as a text; None for an empty one, whose row is a cluster of its own."""
+    if value is None or value == "":
+        return None
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _list_limits(preset: "SingleDataset") -> dict[Any, int]:

@@ -20,7 +20,7 @@ TIE_TOLERANCE = 1e-9  # relative difference up to which two values count as equa
 
 def resample_sums(statistics: Array, samples: int, seed: int) -> Array:
     """Return the sums of row statistics over resamples of the rows with replacement, (rows, k) -> (samples, k)."""
-    return np.concatenate([counts @ statistics for counts in _draw_counts(len(statistics), samples, seed)])
+    return np.concatenate([counts @ statistics for counts in draw_counts(len(statistics), samples, seed)])
 
 
 def jackknife_sums(statistics: Array) -> Array:
@@ -52,7 +52,7 @@ def compute_interval(observed: float, resampled: Array, left_out: Array) -> tupl
     return float(low), float(high)
 
 
-def _draw_counts(rows: int, samples: int, seed: int) -> Iterator[Array]:
+def draw_counts(rows: int, samples: int, seed: int) -> Iterator[Array]:
     """Yield how often each row is drawn in each resample, in arrays (batch, rows) of `samples` resamples in total."""
     generator = np.random.default_rng(seed)
     for count in split_samples(samples, rows):

@@ -19,7 +19,10 @@ from lathe.common.jsonl import iterate_jsonl, read_jsonl
 from lathe.config.params import BertScore
 from lathe.evaluation import bootstrap, permutation_test, text_metrics
 from lathe.evaluation.call_scores import compute_call_f1, match_calls, score_calls
+from lathe.evaluation.clusters import number_clusters, sum_clusters
+from lathe.evaluation.detectable import find_detectable_difference
 from lathe.evaluation.metrics import LOWER_IS_BETTER, Array, compute_metric, make_combined, orient_score
+from lathe.evaluation.pairwise import read_pairs
 
 # What artifacts are compared with: base, for the effect of training; merged, for that of quantization.
 COMPARED_WITH = ("base", "merged")
@@ -82,12 +85,19 @@ def add_bert_score(splits: Sequence[AnswersByArtifact], settings: BertScore, *, 
 
 
 def read_answers(
-    generated: Path, judged: Path | None, artifacts: Sequence[str], split: str, *, strip_thinking: bool
+    generated: Path,
+    judged: Path | None,
+    artifacts: Sequence[str],
+    split: str,
+    *,
+    strip_thinking: bool,
+    pairwise: bool = False,
 ) -> AnswersByArtifact:
     """Read `<artifact>/<split>.jsonl` of both folders; the judge's scores become `judge` of the rows.
 
-    With `strip_thinking`, completion and reference are what is said after a thought. Raises InputError if the artifacts
-    did not answer the same rows.
+    With `pairwise` they are 100 for an answer that wins against the other one and 0 for one that loses, and `pair` of a
+    row is what `read_pairs` knows of it. With `strip_thinking`, completion and reference are what is said after a
+    thought. Raises InputError if the artifacts did not answer the same rows.
     """
     answers: AnswersByArtifact = {}
     for artifact in artifacts:
@@ -98,7 +108,10 @@ def read_answers(
             )
         if strip_thinking:
             rows = [strip_thought(row) for row in rows]
-        if judged is not None:
+        if judged is not None and pairwise:
+            for number, pair in read_pairs(judged / artifact / f"{split}.jsonl").items():
+                rows[number] |= {"judge": 100 * pair["preference"], "pair": pair}
+        elif judged is not None:
             for verdict in read_jsonl(judged / artifact / f"{split}.jsonl"):
                 rows[verdict["row"]]["judge"] = verdict["score"]
         answers[artifact] = rows
@@ -125,8 +138,12 @@ def define_scores(
     answer_pattern: str | None,
     bert_score_weight: float,
     judge_weight: float | None,
+    judge_score: str = "judge",
 ) -> list[ScoreDefinition]:
-    """Return the scores that are computed from rows, in the order of the report; `judge_weight` None: no judge."""
+    """Return the scores that are computed from rows, in the order of the report; `judge_weight` None: no judge.
+
+    `judge_score` is `judge`, from 0 to 100, or `win_rate`, from 0 to 1.
+    """
     text_statistics = text_metrics.select_statistics(metrics, normalize=normalize, answer_pattern=answer_pattern)
     statistics: dict[str, Callable[[AnswerRow], text_metrics.Statistics]] = {
         name: _cache_pair_statistics(of_pair) for name, of_pair in text_statistics.items()
@@ -136,7 +153,7 @@ def define_scores(
     statistics["bert_score"] = _get_bert_score_statistics
     scores = [_define_score(name, statistics[name]) for name in metrics]
     if judge_weight is not None:
-        scores.append(_define_score("judge", _get_judge_statistics))
+        scores.append(_define_score(judge_score, JUDGE_STATISTICS[judge_score]))
     if "bert_score" in metrics:
         formula = make_combined(bert_score_weight, judge_weight)
         scores.append(
@@ -174,7 +191,8 @@ def evaluate(
     """Return the report: for each artifact every score, the file's `bytes`, and the lists `intervals` and `deltas`.
 
     A score that does not apply is None. Intervals and deltas are lists because DVC shows everything else as columns.
-    `general` holds the rows of general text, of the artifacts that have any; `bytes_of` the file sizes.
+    `general` holds the rows of general text, of the artifacts that have any; `bytes_of` the file sizes. The
+    `detectable` of a delta is the smallest true difference that these rows would have shown with a power of 80 %.
     """
     report: dict[str, dict[str, Any]] = {artifact: {} for artifact in answers}
     intervals: dict[str, list[dict[str, Any]]] = {artifact: [] for artifact in answers}
@@ -287,19 +305,26 @@ def make_plot_rows(reports: Mapping[str, Mapping[str, Mapping[str, Any]]], prima
 
 
 class _ArtifactScores:
-    """One artifact's scores: on its rows, on resamples of them, and with each row left out."""
+    """One artifact's scores: on its rows, on resamples of them, and with each row left out.
+
+    Where rows have clusters, these are resampled and left out as a whole.
+    """
 
     def __init__(
         self, rows: Sequence[AnswerRow], definitions: Sequence[ScoreDefinition], resampling: Resampling
     ) -> None:
         self.definitions, self.resampling = definitions, resampling
         tables = [definition.compute_statistics(rows) for definition in definitions]
+        self.counted = {
+            definition.name: _are_counts(table) for definition, table in zip(definitions, tables, strict=True)
+        }
         ends = np.cumsum([table.shape[1] for table in tables])
         self.columns = {
             definition.name: slice(end - table.shape[1], end)
             for definition, table, end in zip(definitions, tables, ends, strict=True)
         }
-        self.statistics = np.hstack(tables)
+        self.statistics = sum_clusters(np.hstack(tables), number_clusters(rows))
+        self.is_clustered = len(self.statistics) < len(rows)
         self.sums = self.statistics.sum(axis=0)
         resampled = bootstrap.resample_sums(self.statistics, resampling.samples, resampling.seed)
         left_out = bootstrap.jackknife_sums(self.statistics)
@@ -331,15 +356,32 @@ class _ArtifactScores:
             delta = observed - other.values[name]
             if not math.isfinite(delta):
                 continue
-            ends = bootstrap.compute_interval(
-                delta, self.resampled[name] - other.resampled[name], self.left_out[name] - other.left_out[name]
-            )
+            resampled = self.resampled[name] - other.resampled[name]
+            ends = bootstrap.compute_interval(delta, resampled, self.left_out[name] - other.left_out[name])
             low, high = (None, None) if ends is None else map(_round_score, ends)
             p = permutation_test.compute_p_value(delta, ours[name] - theirs[name])
+            units = len(self.statistics)
+            smallest = find_detectable_difference(resampled, units, counts=self.counted[name] and other.counted[name])
             deltas.append(
-                {"to": to, "metric": name, "delta": _round_score(delta), "low": low, "high": high, "p": round(p, 4)}
+                {
+                    "to": to,
+                    "metric": name,
+                    "delta": _round_score(delta),
+                    "low": low,
+                    "high": high,
+                    "p": round(p, 4),
+                    "detectable": _round_score(smallest),
+                    **({"clusters": units} if self.is_clustered else {}),
+                }
             )
         return deltas
+
+
+def _are_counts(statistics: Array) -> bool:
+    """Tell whether every row that counts is right or wrong, so that the score is a share of rows."""
+    if statistics.shape[1] != 2:
+        return False
+    return bool(np.isin(statistics, (0.0, 1.0)).all() and (statistics[:, 0] <= statistics[:, 1]).all())
 
 
 def _list_comparisons(artifacts: Sequence[str]) -> list[tuple[str, str]]:
@@ -373,6 +415,14 @@ def _get_bert_score_statistics(row: AnswerRow) -> text_metrics.Statistics:
 def _get_judge_statistics(row: AnswerRow) -> text_metrics.Statistics:
     score = row.get("judge")
     return (0.0, 0.0) if score is None else (score, 1.0)
+
+
+def _get_win_rate_statistics(row: AnswerRow) -> text_metrics.Statistics:
+    score, rows = _get_judge_statistics(row)
+    return score / 100, rows
+
+
+JUDGE_STATISTICS = {"judge": _get_judge_statistics, "win_rate": _get_win_rate_statistics}
 
 
 def _get_kl_statistics(row: AnswerRow) -> text_metrics.Statistics:

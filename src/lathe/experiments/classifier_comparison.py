@@ -178,7 +178,15 @@ def _test_differences(
     same = sum(our["predicted"] == their["predicted"] for our, their in zip(pairs.ours, pairs.theirs, strict=True))
     return [
         ScoreDifference(
-            other.name, name, one["value"] or 0.0, one["low"], one["high"], one["p"] or 0.0, len(pairs.ours), same
+            other.name,
+            name,
+            one["value"] or 0.0,
+            one["low"],
+            one["high"],
+            one["p"] or 0.0,
+            len(pairs.ours),
+            same,
+            one["detectable"],
         )
         for name, one in differences.items()
     ], pairs.warnings

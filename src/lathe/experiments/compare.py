@@ -48,10 +48,13 @@ def _format_comparison(comparison: Comparison) -> Iterator[str]:
     yield from format_table(rows)
     if comparison.differences:
         yield ""
-        rows = [[f"difference to {names[0]}", "", "95 % interval", "p", "rows"]]
+        rows = [[f"difference to {names[0]}", "", "95 % interval", "p", "detectable", "rows"]]
         for one in comparison.differences:
             interval = "" if one.low is None else f"[{one.low:+.4g}, {one.high:+.4g}]"
-            rows.append([f"{one.name} {one.metric}", f"{one.delta:+.4g}", interval, f"{one.p:.3g}", str(one.rows)])
+            told = "" if one.detectable is None else f"{one.detectable:.3g}"
+            rows.append(
+                [f"{one.name} {one.metric}", f"{one.delta:+.4g}", interval, f"{one.p:.3g}", told, str(one.rows)]
+            )
         yield from format_table(rows)
     if comparison.settings:
         yield ""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lathe.evaluation.evaluate import AnswerRow
 
 SIGNIFICANT = 0.05
+TESTED = ("metric", "delta", "low", "high", "p", "detectable")  # keys of a delta in a report
 
 # Keys that must change together: 4-bit weights cannot be trained.
 CHANGED_TOGETHER = ({"training.tuning", "quantization.load_in_4bit"},)
@@ -45,7 +46,8 @@ class ComparedRun:
 class ScoreDifference:
     """The difference of one score to the first revision's, on the rows that both answered; `p` is not adjusted.
 
-    Of these rows `same_answers` have an identical answer in both.
+    Of these rows `same_answers` have an identical answer in both. `detectable` is the smallest true difference that
+    they would have shown with a power of 80 %; None if it is not known.
     """
 
     name: str
@@ -56,6 +58,7 @@ class ScoreDifference:
     p: float
     rows: int
     same_answers: int
+    detectable: float | None = None
 
 
 @dataclass
@@ -255,20 +258,23 @@ def _test_differences(
 ) -> tuple[list[ScoreDifference], list[str]]:
     from lathe.evaluation.evaluate import Resampling, define_scores, evaluate
 
+    clustered = first.parameters["evaluate"].get("cluster_by") is not None
     answers_of = [
-        _read_answers(repo, revision, side.artifact, split)
+        _read_answers(repo, revision, side.artifact, split, clustered=clustered)
         for revision, side in ((first, first_side), (other, other_side))
     ]
     pairs = pair_answers((first, other), answers_of, called="answers", rows=f"{split} rows", dvc="dvc")
     if not pairs.ours:
         return [], pairs.warnings
     settings, judge = first.parameters["evaluate"], first.parameters["judge"]
+    judge_score = "win_rate" if judge.get("mode") == "pairwise" else "judge"
     scores = define_scores(
         [name for name in settings["metrics"] if name in other_side.scores],
         normalize=settings["normalize"],
         answer_pattern=settings["answer_pattern"],
         bert_score_weight=settings["bert_score_weight"],
-        judge_weight=settings["judge_weight"] if judge["enabled"] and "judge" in other_side.scores else None,
+        judge_weight=settings["judge_weight"] if judge["enabled"] and judge_score in other_side.scores else None,
+        judge_score=judge_score,
     )
     # `evaluate` compares every artifact of a report with the one named base.
     answers = {"base": pairs.ours, "other": pairs.theirs}
@@ -282,15 +288,20 @@ def _test_differences(
     same = sum(our["completion"] == their["completion"] for our, their in zip(pairs.ours, pairs.theirs, strict=True))
     rows = len(pairs.ours)
     return [
-        ScoreDifference(
-            other.name, delta["metric"], delta["delta"], delta["low"], delta["high"], delta["p"], rows, same
-        )
+        ScoreDifference(other.name, rows=rows, same_answers=same, **{key: delta[key] for key in TESTED})
         for delta in report["other"]["deltas"]
     ], pairs.warnings
 
 
-def _read_answers(repo: DvcRepository, revision: Revision, artifact: str, split: str) -> dict[str, "AnswerRow"] | None:
-    """Return a revision's answers by their prompts, with the scores of encoder and judge; None if one is not cached."""
+def _read_answers(
+    repo: DvcRepository, revision: Revision, artifact: str, split: str, *, clustered: bool
+) -> dict[str, "AnswerRow"] | None:
+    """Return a revision's answers by their prompts, with the scores of encoder and judge; None if one is not cached.
+
+    With `clustered` they have the clusters of their rows.
+    """
+    from lathe.evaluation.clusters import CLUSTER
+
     files = [
         revision.find_cached_file(repo, "data/processed", f"{split}.jsonl"),
         revision.find_cached_file(repo, f"data/generated/{artifact}", f"{split}.jsonl"),
@@ -307,6 +318,10 @@ def _read_answers(repo: DvcRepository, revision: Revision, artifact: str, split:
         counts[conversation] += 1
         own = scores_of[number]
         scores = {name: own[name] for name in ("bert_score", "judge") if name in own}
+        if own.get("win_rate") is not None:
+            scores["judge"] = 100 * own["win_rate"]
+        if clustered and CLUSTER in examples[number]:
+            scores[CLUSTER] = examples[number][CLUSTER]
         rows[f"{counts[conversation]} {conversation}"] = row | scores
     return rows
 
@@ -383,7 +398,8 @@ def _describe_outcome(
     if difference.delta == 0 and difference.p == 1:
         return f"{side.name} scores the same as {first.name} ({tested})"
     if p >= SIGNIFICANT:
-        return f"{side.name} is not shown to differ from {first.name} ({tested})"
+        told = "" if difference.detectable is None else f", a difference of {difference.detectable:.2g} would show"
+        return f"{side.name} is not shown to differ from {first.name} ({tested}{told})"
     better = (difference.delta > 0) != (result.metric in LOWER_IS_BETTER)
     return f"{side.name} is {'better' if better else 'worse'} than {first.name} ({tested})"
 

@@ -183,6 +183,7 @@ class ReportFacts:
     estimate: Value | None
     splits: dict[str, SplitScores]
     gates: Value | None
+    pairwise: Value | None
     measured: dict[str, Value]
     data: Value | None
     lengths: Value | None
@@ -272,6 +273,7 @@ def gather_facts(root: Path, *, seed: int, primary_metric: str) -> ReportFacts:
         estimate=read_value(root, "metrics/estimate/training.json"),
         splits=splits,
         gates=read_report(root, "metrics/evaluate/gates.json"),
+        pairwise=read_report(root, "metrics/evaluate/pairwise.json"),
         measured={name: value for name in artifacts if (value := read_value(root, f"metrics/generate/{name}.json"))},
         data=read_value(root, "metrics/preprocess/report.json"),
         lengths=read_value(root, "metrics/preprocess/lengths.csv"),

@@ -12,6 +12,9 @@ from typing import Any
 import jinja2
 import yaml
 
+from lathe.common import paths
+from lathe.common.json_files import read_json
+from lathe.common.metric_files import unwrap_list
 from lathe.config.params import Params
 from lathe.config.training_params import Lora
 
@@ -37,9 +40,24 @@ class CardFacts:
     n_ctx: int  # context that the answers were measured in (tokens)
 
 
+def read_card_facts(types: Sequence[str], *, lineage: Mapping[str, str], licence: Mapping[str, str]) -> CardFacts:
+    """Return the facts of this run, from the metrics of its stages; `types` are the quantization types."""
+    return CardFacts(
+        model=read_json(paths.METRICS / "fetch/model.json")["origin"][0],
+        dataset=read_json(paths.METRICS / "fetch/dataset.json")["origin"][0],
+        rows=read_json(paths.METRICS / "preprocess/report.json"),
+        validation=unwrap_list(read_json(paths.METRICS / "evaluate/validation.json")),
+        test=unwrap_list(read_json(paths.METRICS / "evaluate/test.json")),
+        quantized={name: read_json(paths.METRICS / f"quantize/{name}.json") for name in types},
+        lineage=lineage,
+        license=licence,
+        n_ctx=read_json(paths.METRICS / "generate/merged.json")["sizes"][0]["n_ctx"],
+    )
+
+
 def render_model_card(facts: CardFacts, params: Params, best: str) -> str:
     """Return the card in Markdown, with the front matter of a Hugging Face model card; `best` is the file to run."""
-    wanted = [*params.evaluate.metrics, "judge", "combined"]
+    wanted = [*params.evaluate.metrics, "judge", "win_rate", "combined"]
     metrics = [name for name in wanted if any(scores.get(name) is not None for scores in facts.test.values())]
     splits = {split["split"]: split for split in facts.rows["splits"]}
     compared: dict[str, Any] = next(iter(facts.rows.get("token_ids", [])), {})

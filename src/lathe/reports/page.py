@@ -24,7 +24,16 @@ from lathe.reports.values import Value
 
 HERE = Path(__file__).parent
 
-SHARES = {"exact_match", "token_f1", "json_valid", "json_fields", "tool_calls", "tool_calls_f1", "stop_rate"}
+SHARES = {
+    "exact_match",
+    "token_f1",
+    "json_valid",
+    "json_fields",
+    "tool_calls",
+    "tool_calls_f1",
+    "stop_rate",
+    "win_rate",
+}
 NAMES = {
     "exact_match": "exact match",
     "token_f1": "token F1",
@@ -44,6 +53,7 @@ NAMES = {
     "kl": "KL to f16",
     "general_perplexity": "perplexity, general text",
     "stop_rate": "stops by itself",
+    "win_rate": "win rate",
 }
 UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 TIMES = {"s": 1.0, "min": 60.0, "h": 3600.0}

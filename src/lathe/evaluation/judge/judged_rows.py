@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,22 +27,33 @@ JUDGE_FILE = "judge.json"
 
 @dataclass(frozen=True)
 class AnswerPlace:
-    """The place of an answer: a row, from 0, of `<artifact>/<split>.jsonl`."""
+    """The place of an answer: a row, from 0, of `<artifact>/<split>.jsonl`.
+
+    Of a pair, `first` says which answer the judge sees first: `own`, or the `other` that it is compared with.
+    """
 
     artifact: str
     split: str
     row: int
+    first: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.artifact}/{self.split} row {self.row}"
+        order = f", {self.first} answer first" if self.first else ""
+        return f"{self.artifact}/{self.split} row {self.row}{order}"
 
 
 @dataclass(frozen=True)
 class JudgedRows:
-    """The rows to judge: the verdict key of each of them, and each distinct prompt by that key."""
+    """The rows to judge: the verdict key of each of them, and each distinct prompt by that key.
+
+    Of pairs, `ties` are the places of equal answers, which no judge is asked about, and `length_differences` say by how
+    many characters each own answer is longer than the other.
+    """
 
     keys: Mapping[AnswerPlace, str]
     prompts: Mapping[str, JudgePrompt]
+    ties: Sequence[AnswerPlace] = ()
+    length_differences: Mapping[AnswerPlace, int] = field(default_factory=dict)
 
 
 class _VerdictRow(BaseModel):
@@ -110,20 +121,32 @@ def read_rubric(file: Path) -> str:
 
 
 def write_verdicts(folder: Path, rows: JudgedRows, verdicts: Mapping[str, StoredVerdict]) -> None:
-    """Write each row's verdict, with its key as `verdict`, to `<artifact>/<split>.jsonl`; deterministic."""
+    """Write each row's verdict, with its key as `verdict`, to `<artifact>/<split>.jsonl`; deterministic.
+
+    A pair has a line for each order, with `first` and `length_difference`, or one with `tie` for equal answers.
+    """
     files: dict[Path, list[dict[str, Any]]] = {}
     for place, key in rows.keys.items():
+        of_pair = (
+            {"first": place.first, "length_difference": rows.length_differences[replace(place, first=None)]}
+            if place.first
+            else {}
+        )
         file = folder / place.artifact / f"{place.split}.jsonl"
-        files.setdefault(file, []).append({"row": place.row, **asdict(verdicts[key]), "verdict": key})
+        files.setdefault(file, []).append({"row": place.row, **of_pair, **asdict(verdicts[key]), "verdict": key})
+    for place in rows.ties:
+        file = folder / place.artifact / f"{place.split}.jsonl"
+        files.setdefault(file, []).append({"row": place.row, "tie": True, "reason": "the answers are equal"})
     for file, lines in files.items():
         file.parent.mkdir(exist_ok=True)
-        write_jsonl(lines, file)
+        write_jsonl(sorted(lines, key=lambda line: int(line["row"])), file)
 
 
 def describe_judge(rows: JudgedRows, rubric: str, settings: "Judge", identity: Mapping[str, str]) -> dict[str, Any]:
     """Return the content of `judge.json`: what all verdicts have in common (judge, settings, instructions)."""
     return {
         **identity,
+        **({"mode": settings.mode, "against": settings.against} if settings.mode == "pairwise" else {}),
         "max_tokens": settings.max_tokens,
         "temperature": 0,
         "rubric_sha256": hashlib.sha256(rubric.encode()).hexdigest(),
@@ -135,7 +158,7 @@ def count_verdicts(rows: JudgedRows, verdicts: Iterable[StoredVerdict]) -> dict[
     """Return the metrics: rows, distinct verdicts, rows whose texts were cut, and tokens as far as reported."""
     used = list(verdicts)
     return {
-        "rows": len(rows.keys),
+        "rows": len({replace(place, first=None) for place in [*rows.keys, *rows.ties]}),
         "verdicts": len(used),
         "cut_rows": sum(rows.prompts[key].cut for key in rows.keys.values()),
         "input_tokens": sum(verdict.input_tokens or 0 for verdict in used),
@@ -151,6 +174,8 @@ def read_verdicts(folder: Path) -> Iterator[tuple[str, StoredVerdict]]:
     skipped = 0
     for file in sorted(folder.glob("*/*.jsonl")):
         for row in read_jsonl(file):
+            if row.get("tie"):
+                continue
             try:
                 judged = _VerdictRow.model_validate(row)
                 Verdict(score=judged.score, reason=judged.reason)
