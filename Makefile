@@ -4,7 +4,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock unit deps repro classify experiments chat serve report remote-check ci-lock ci-summary lint format test \
+.PHONY: help setup lock unit deps repro classify experiments chat serve studio studio-files report remote-check ci-lock ci-summary lint format test \
 	test-all \
 	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention \
 	bench-experiments \
@@ -25,7 +25,7 @@ bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cud
 	docs docs-serve docs-check format lint lock unit test test-all: EXTRAS += dev
 bench-cuda: EXTRAS += gpu
 classify: EXTRAS += classify
-serve: EXTRAS += serve
+serve studio: EXTRAS += serve search
 
 lock: setup ## rewrite requirements.lock after an edit of pyproject.toml
 	python tools/write_lock.py
@@ -44,6 +44,12 @@ chat: setup ## talk to the best GGUF; PROMPT="…" answers once
 
 serve: setup ## serve the best GGUF on 127.0.0.1 as OpenAI's API does; PORT=… for another port
 	@python -m lathe serve $(if $(PORT),--port "$$PORT")
+
+studio: setup ## start, watch and compare experiments in a browser; PORT=… for another port
+	@python -m lathe studio $(if $(PORT),--port "$$PORT")
+
+studio-files: ## copy the scripts of the studio's pages out of the npm packages in tools/studio/package.json
+	python3 tools/studio_files.py
 
 report: setup ## write metrics/report/index.html: one page with all that was measured
 	@python -m lathe report

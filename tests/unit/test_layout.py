@@ -34,6 +34,7 @@ FLOORS = [
         "doctor_model",
         "adopt",
         "new_recipe",
+        "studio",
         "completion",
         "classifier_commands",
         "commands",
@@ -63,6 +64,8 @@ NEIGHBOURS = {
     ("cli", "classifier_commands"),
     ("commands", "classifier_commands"),
     ("cli", "completion"),
+    ("cli", "studio"),
+    ("studio", "commands"),
     ("__main__", "doctor"),
     ("__main__", "cli"),
 }

@@ -2,12 +2,14 @@
 
 # The extra of pyproject.toml that a package which is imported where it is needed comes with.
 EXTRAS = {
+    "fastapi": "serve",
     "mlflow": "mlflow",
     "onnx": "classify",
     "onnxruntime": "classify",
     "onnxscript": "classify",
     "optuna": "search",
     "psycopg": "search",
+    "python_multipart": "serve",
     "sklearn": "classify",
     "sqlalchemy": "search",
     "sse_starlette": "serve",

@@ -256,7 +256,7 @@ def _test_differences(
     from lathe.evaluation.evaluate import Resampling, define_scores, evaluate
 
     answers_of = [
-        _read_answers(repo, revision, side.artifact, split)
+        read_answers(repo, revision, side.artifact, split)
         for revision, side in ((first, first_side), (other, other_side))
     ]
     pairs = pair_answers((first, other), answers_of, called="answers", rows=f"{split} rows", dvc="dvc")
@@ -289,7 +289,7 @@ def _test_differences(
     ], pairs.warnings
 
 
-def _read_answers(repo: DvcRepository, revision: Revision, artifact: str, split: str) -> dict[str, "AnswerRow"] | None:
+def read_answers(repo: DvcRepository, revision: Revision, artifact: str, split: str) -> dict[str, "AnswerRow"] | None:
     """Return a revision's answers by their prompts, with the scores of encoder and judge; None if one is not cached."""
     files = [
         revision.find_cached_file(repo, "data/processed", f"{split}.jsonl"),
