@@ -165,7 +165,7 @@ def _measure_cost(revision: Revision) -> dict[str, float | None]:
     known = {
         stem: timing for stem, timing in timings.items() if timing and not has_stale_timings(revision, stem, earlier)
     }
-    is_complete = len(known) == len(timings)
+    is_complete = bool(timings) and len(known) == len(timings)
     training = known.get("train")
     memory = [timing["peak_memory_bytes"] for timing in known.values()]
     on_gpu = [timing["peak_gpu_memory_bytes"] for timing in known.values() if "peak_gpu_memory_bytes" in timing]

@@ -26,7 +26,7 @@ STATUS = {
     "unknown-recipe": 404,
     "workspace-busy": 409,
 }
-HTTP_CODES = {404: "no-such-page", 405: "other-method"}
+HTTP_CODES = {404: "no-such-page", 405: "other-method", 408: "too-slow", 413: "too-large"}
 
 
 def create_application(session: Session) -> FastAPI:

@@ -165,9 +165,8 @@ def _arrange_scores(report: Mapping[str, Any], metric: str) -> dict[str, dict[st
     arranged: dict[str, dict[str, ScoreCell]] = {}
     for name in names:
         for artifact, scores in report.items():
-            ends: Mapping[str, Any] = next(
-                (entry for entry in scores.get("intervals", ()) if entry["metric"] == name), {}
-            )
+            of_metric = (entry for entry in scores.get("intervals", ()) if entry["metric"] == name)
+            ends: Mapping[str, Any] = next(of_metric, {})
             cell = ScoreCell(scores.get(name), ends.get("low"), ends.get("high"))
             arranged.setdefault(name, {})[artifact] = cell
     return arranged

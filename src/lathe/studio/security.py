@@ -17,6 +17,8 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
 
+from starlette.exceptions import HTTPException
+
 COOKIE = "lathe_studio"
 CSRF_HEADER = "x-csrf-token"
 LINK = "/open"  # the address that takes the one-time token
@@ -89,14 +91,6 @@ def list_hosts(port: int) -> frozenset[str]:
     return frozenset(f"{name}:{port}" for name in ("127.0.0.1", "localhost"))
 
 
-class TooLargeError(Exception):
-    """A request's body is longer than it may be."""
-
-
-class TooSlowError(Exception):
-    """A request's body did not come in time."""
-
-
 class Guard:
     """ASGI application around the studio's own that refuses what may not be answered."""
 
@@ -122,24 +116,15 @@ class Guard:
         if not (length.isascii() and length.isdigit()) or int(length) > limit:
             await _refuse(send, 413, "too-large", f"a request may have {limit:,} bytes; send less")
             return
-        started = False
 
         async def send_with_headers(message: dict[str, Any]) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 # A browser asks whether a file of the studio's own has changed; nothing else is kept.
                 kept = [(b"cache-control", b"no-cache")] if scope["path"].startswith("/static/") else []
                 message = {**message, "headers": _add_headers([*message["headers"], *kept])}
             await send(message)
 
-        try:
-            await self.app(scope, self._limit(receive, limit), send_with_headers)
-        except (TooLargeError, TooSlowError) as error:
-            if started:
-                raise
-            status, code = (413, "too-large") if isinstance(error, TooLargeError) else (408, "too-slow")
-            await _refuse(send, status, code, str(error))
+        await self.app(scope, self._limit(receive, limit), send_with_headers)
 
     def _is_from_here(self, headers: dict[str, str]) -> bool:
         if headers.get("host", "").lower() not in self.session.hosts:
@@ -187,12 +172,12 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), self.seconds_to_send)
             except TimeoutError:
-                raise TooSlowError(f"nothing came for {self.seconds_to_send:g} s; send it again") from None
+                raise HTTPException(408, f"nothing came for {self.seconds_to_send:g} s; send it again") from None
             if message["type"] == "http.request":
                 taken += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
             if taken > limit:
-                raise TooLargeError(f"a request may have {limit:,} bytes; send less")
+                raise HTTPException(413, f"a request may have {limit:,} bytes; send less")
             return message
 
         return receive_within_limits

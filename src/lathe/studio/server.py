@@ -34,7 +34,7 @@ def run(*, port: int, opens_browser: bool, largest_upload_bytes: int) -> None:
     bearer = os.environ.get(BEARER) or None
     if bearer is not None and len(bearer) < SHORTEST_BEARER:
         raise InputError(
-            f"{BEARER} has {len(bearer)} characters; give it at least {SHORTEST_BEARER}, as `openssl rand -hex 32` does",
+            f"{BEARER} has {len(bearer)} characters; give it {SHORTEST_BEARER} or more, as `openssl rand -hex 32` does",
             code="short-token",
         )
     with socket.socket() as listener:
@@ -66,6 +66,7 @@ def run(*, port: int, opens_browser: bool, largest_upload_bytes: int) -> None:
             access_log=False,  # it would hold the token
             lifespan="off",
             server_header=False,
+            proxy_headers=False,
             limit_concurrency=MOST_CONNECTIONS,
             timeout_graceful_shutdown=SECONDS_TO_CLOSE,
         )
