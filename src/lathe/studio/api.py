@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse
 
@@ -120,8 +121,12 @@ class SavedFile(BaseModel):
     path: str
 
 
+# For the description alone: the guard before the application is what refuses.
+_BEARER = HTTPBearer(auto_error=False, description="the token in LATHE_STUDIO_TOKEN; pages have their cookie")
+
 router = APIRouter(
     prefix="/api",
+    dependencies=[Depends(_BEARER)],
     responses={
         code: {"model": ApiRefusal, "description": meaning}
         for code, meaning in {
@@ -212,7 +217,7 @@ def list_running() -> list[RunningWork]:
 @router.get(
     "/running/{pid}/events",
     response_class=EventSourceResponse,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "object"}}}}},
 )
 async def follow_running(request: Request, pid: Annotated[int, Path(ge=0, le=2**31 - 1)]) -> EventSourceResponse:
     """Follow what runs: events `state` (as in /api/running) and `curves`, and `ended` when it is no longer there."""

@@ -257,7 +257,7 @@ def _list_size_points(facts: run_facts.RunFacts) -> list[dict[str, Any]]:
 def show_worst_answers(request: Request, name: Annotated[str, Query(max_length=200)]) -> Response:
     """Show the answers of a run's best file that scored worst."""
     artifact, answers = run_facts.read_worst_answers(name)
-    return render(request, "_answers", artifact=artifact, answers=answers, names=[name])
+    return render(request, "_answers", artifact=artifact, answers=answers, names=[artifact or name])
 
 
 @router.post("/run/action")

@@ -156,7 +156,8 @@ class Guard:
             return
         cookie = f"{COOKIE}={self.session.secret}; Path=/; HttpOnly; SameSite=Strict"
         # A page and no redirect: after a link that was clicked elsewhere a browser would keep a Strict cookie back.
-        page = b'<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0;url=/"><title>Lathe</title>'
+        page = b'<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0;url=/">'
+        page += b'<title>Lathe</title><link rel="icon" href="/static/icon.svg">'
         headers = [(b"content-type", b"text/html; charset=utf-8"), (b"set-cookie", cookie.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": _add_headers(headers)})
         await send({"type": "http.response.body", "body": page})

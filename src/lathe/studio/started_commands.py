@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -123,6 +124,10 @@ def read_command(identifier: str) -> StartedCommand:
 
 def cancel_command(command: StartedCommand) -> None:
     """End a command in good order, by SIGTERM: a training saves a checkpoint. Raises InputError if it has ended."""
+    deadline = time.monotonic() + SECONDS_TO_BEGIN
+    while command.state == "running" and command.pid is None and time.monotonic() < deadline:
+        time.sleep(0.05)  # it has just been started
+        command = read_command(command.identifier)
     process = _read(FOLDER / command.identifier / PROCESS)
     if command.state != "running" or command.pid is None:
         raise InputError(f"{command.text}: is not running; nothing to cancel", code="not-running")
