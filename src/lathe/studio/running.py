@@ -165,9 +165,8 @@ def read_training(stage: StageProcess, log: list[str]) -> dict[str, Any]:
     figures: dict[str, Any] = {name: curves[curve][-1][1] for curve, name in FIGURES.items() if curves.get(curve)}
     figures["step"] = max((points[-1][0] for points in curves.values() if points), default=None)
     figures["steps"] = read_steps(stage.root)
-    line = next((line for line in reversed(log) if '"step"' in line), "")
-    logged = _read_line(line)
-    if logged.get("step") == figures["step"]:
+    logged = _read_line(next((line for line in reversed(log) if '"seconds_left"' in line), ""))
+    if logged.get("step"):
         figures["seconds_left"] = logged.get("seconds_left")
         figures["steps"] = logged.get("of", figures["steps"])
     return figures

@@ -94,6 +94,9 @@ def start_command(words: Sequence[str]) -> StartedCommand:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    deadline = time.monotonic() + SECONDS_TO_BEGIN
+    while not (folder / PROCESS).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     return read_command(identifier)
 
 
@@ -114,7 +117,11 @@ def read_command(identifier: str) -> StartedCommand:
     if code is not None:
         state = "ended" if code == 0 else "failed"
     elif pid is not None:
-        is_alive = process.get("started") is not None and operating_system.get_start_time(pid) == process["started"]
+        # Between the end of the command and the note of its code it is the process beside it that still runs.
+        is_alive = any(
+            start is not None and operating_system.get_start_time(number) == start
+            for number, start in ((pid, process.get("started")), process.get("beside", (0, None)))
+        )
         state = "running" if is_alive else "lost"
     else:
         age = (datetime.now().astimezone() - datetime.fromisoformat(command["started"])).total_seconds()
@@ -124,10 +131,6 @@ def read_command(identifier: str) -> StartedCommand:
 
 def cancel_command(command: StartedCommand) -> None:
     """End a command in good order, by SIGTERM: a training saves a checkpoint. Raises InputError if it has ended."""
-    deadline = time.monotonic() + SECONDS_TO_BEGIN
-    while command.state == "running" and command.pid is None and time.monotonic() < deadline:
-        time.sleep(0.05)  # it has just been started
-        command = read_command(command.identifier)
     process = _read(FOLDER / command.identifier / PROCESS)
     if command.state != "running" or command.pid is None:
         raise InputError(f"{command.text}: is not running; nothing to cancel", code="not-running")
@@ -181,7 +184,8 @@ def _run_beside(folder: Path) -> None:
         process = subprocess.Popen(
             [*PROGRAMS[words[0]], *words[1:]], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
         )
-    note = {"pid": process.pid, "started": operating_system.get_start_time(process.pid)}
+    beside = os.getpid(), operating_system.get_start_time(os.getpid())
+    note = {"pid": process.pid, "started": operating_system.get_start_time(process.pid), "beside": beside}
     with paths.replace_file(folder / PROCESS) as partial:
         partial.write_text(json.dumps(note), encoding="utf-8")
     code = process.wait()

@@ -61,7 +61,7 @@ function specifyCurve(title, values) {
     mark: { type: "line", point: values.length < 40, tooltip: true, clip: true },
     encoding: {
       x: { field: "step", type: "quantitative", title: "step", axis: { tickMinStep: 1 } },
-      y: { field: "value", type: "quantitative", title: null, scale: { zero: false } },
+      y: { field: "value", type: "quantitative", title: null, scale: { zero: false }, axis: { format: "~s" } },
       ...(several ? { color: { field: "series", type: "nominal", title: null } } : {}),
     },
   };
@@ -125,6 +125,19 @@ function startAll(root) {
 
 document.addEventListener("DOMContentLoaded", () => startAll(document));
 document.addEventListener("htmx:afterSwap", (event) => startAll(event.target));
+
+// A log is read from its end, unless one has scrolled up.
+let followsLog = true;
+function followLog() {
+  const log = document.querySelector("#log");
+  if (log && followsLog) log.scrollTop = log.scrollHeight;
+}
+document.addEventListener("scroll", (event) => {
+  const log = event.target;
+  if (log.id === "log") followsLog = log.scrollTop + log.clientHeight > log.scrollHeight - 40;
+}, true);
+document.addEventListener("DOMContentLoaded", followLog);
+document.addEventListener("htmx:afterSettle", followLog);
 
 // Uploads: the file itself is the request's body, so that it is written as it comes.
 
