@@ -47,7 +47,7 @@ def list_files() -> list[LocalFile]:
     found = []
     if paths.DATA_LOCAL.is_dir():
         for file in sorted(paths.DATA_LOCAL.iterdir()):
-            if file.name.startswith(".") or file.suffix == ".dvc":
+            if file.name.startswith(".") or not (file.is_dir() or file.name.lower().endswith(SUFFIXES)):
                 continue
             path = file.relative_to(paths.ROOT).as_posix()
             size = (

@@ -50,8 +50,7 @@ def check_search(request: Request, form: Annotated[FormTexts, Depends(read_form)
     problems: list[str] = []
     command = None
     try:
-        plan = studies.check_search_text(form.get("text", ""))
-        command = _build(form, f"experiments/search/{plan.study}.yaml")
+        command = _build(form, _find_file(form)[0])
     except InputError as error:
         problems = str(error).splitlines()
     return render(request, "_check", problems=problems, command=command, changed=0)
@@ -60,16 +59,11 @@ def check_search(request: Request, form: Annotated[FormTexts, Depends(read_form)
 @router.post("/searches/start")
 def start_search(form: Annotated[FormTexts, Depends(read_form)]) -> Response:
     """Save the search file if it is new, and start the search."""
-    text = form.get("text", "").replace("\r\n", "\n")
-    file = form.get("file", "")
-    known = studies.list_search_files()
-    if file in known and (paths.ROOT / file).read_text(encoding="utf-8") == text:
-        studies.check_search_text(text)
-    else:
-        plan = studies.check_search_text(text)
-        _build(form, f"experiments/search/{plan.study}.yaml")  # refused before anything is written
-        file = studies.save_search_text(text)
-    return redirect(f"/commands/{starting.start_command(_build(form, file)).identifier}")
+    file, is_saved = _find_file(form)
+    words = _build(form, file)  # refused before anything is written
+    if not is_saved:
+        studies.save_search_text(_read_text(form))
+    return redirect(f"/commands/{starting.start_command(words).identifier}")
 
 
 @router.get("/searches/{study}")
@@ -104,6 +98,20 @@ def _describe(name: str) -> dict[str, Any]:
         "keys": keys,
         "is_running": any(trial["state"] == "running" for trial in study["trials"]),
     }
+
+
+def _find_file(form: FormTexts) -> tuple[str, bool]:
+    """Return the search file of the form, and whether it is there with this text. Raises InputError if it is invalid."""
+    text, file = _read_text(form), form.get("file", "")
+    plan = studies.check_search_text(text)
+    if file in studies.list_search_files() and (paths.ROOT / file).read_text(encoding="utf-8").strip() == text.strip():
+        return file, True
+    return f"experiments/search/{plan.study}.yaml", False
+
+
+def _read_text(form: FormTexts) -> str:
+    """Return the text of the search file: browsers send lines with other ends."""
+    return form.get("text", "").replace("\r\n", "\n")
 
 
 def _build(form: FormTexts, file: str) -> list[str]:
