@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: help setup lock unit deps repro classify experiments chat serve studio studio-files report remote-check ci-lock ci-summary lint format test \
 	test-all \
 	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention \
-	bench-experiments \
+	bench-experiments bench-studio \
 	bench-tracking bench-classify docs docs-serve docs-check clean
 
 help: ## list the targets
@@ -20,8 +20,8 @@ setup: ## make .venv and what belongs to it; PYTHON=python3.12, EXTRAS="mlflow w
 	"$$starter" tools/install.py --extras "$(EXTRAS)" $(if $(PYTHON),--python "$(PYTHON)") $(if $(CUDA),--cuda "$(CUDA)")
 
 # What these need beside the default pipeline.
-bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention bench-experiments bench-tracking \
-	bench-classify \
+bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention bench-experiments bench-studio \
+	bench-tracking bench-classify \
 	docs docs-serve docs-check format lint lock unit test test-all: EXTRAS += dev
 bench-cuda: EXTRAS += gpu
 classify: EXTRAS += classify
@@ -86,7 +86,7 @@ test: lint docs-check ## lint, documentation and all tests but the long ones
 test-all: lint docs-check ## every test
 	pytest
 
-bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-attention bench-experiments bench-tracking bench-classify ## every benchmark
+bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-attention bench-experiments bench-studio bench-tracking bench-classify ## every benchmark
 
 bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B parameters
 	python benchmarks/merge.py
@@ -115,6 +115,9 @@ bench-attention: setup ## speed of decoding on the CPU with llama.cpp's FlashAtt
 
 bench-experiments: setup ## what `dvc exp show` takes with fifty experiments, and `dvc repro` with nothing to do
 	python benchmarks/experiments.py
+
+bench-studio: setup ## seconds until the studio's overview shows 500 experiments, cold and warm
+	python benchmarks/studio.py
 
 bench-tracking: setup ## seconds of the training stage while it is mirrored, to a server and to one that hangs
 	python benchmarks/tracking.py

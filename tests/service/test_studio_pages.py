@@ -141,8 +141,7 @@ def reader(request: pytest.FixtureRequest, browser: Any, studio: Studio) -> Iter
 def test_a_page_has_no_serious_fault_of_access_complains_of_nothing_and_asks_no_other_host(reader, path):
     reader.complaints.clear()
     reader.go(path)
-    for folded in reader.page.locator("details:not([open]) > summary").all():
-        folded.click()
+    reader.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true })")
     assert reader.find_faults() == []
     wider = reader.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wider <= 0

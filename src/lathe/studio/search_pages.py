@@ -101,7 +101,7 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def _find_file(form: FormTexts) -> tuple[str, bool]:
-    """Return the search file of the form, and whether it is there with this text. Raises InputError if it is invalid."""
+    """Return the search file of the form, and whether it is there with this text. Raises InputError."""
     text, file = _read_text(form), form.get("file", "")
     plan = studies.check_search_text(text)
     if file in studies.list_search_files() and (paths.ROOT / file).read_text(encoding="utf-8").strip() == text.strip():
