@@ -22,7 +22,7 @@ from studio_server import TOKEN, Studio
 
 from lathe.config.yaml_files import read_yaml
 
-REQUEST = {
+REQUEST: dict[str, Any] = {
     "project_id": 123,
     "fine_tuning_params": {
         "use_llm_judge": True,
@@ -157,7 +157,7 @@ def test_a_fine_tuning_request_becomes_a_study_with_the_values_of_the_bases_reci
 )
 def test_a_fine_tuning_request_that_cannot_be_is_refused_and_writes_nothing(studio, change, said):
     files = sorted((studio.root / "experiments/search").iterdir())
-    wanted = {"project_id": 7, "fine_tuning_params": {**REQUEST["fine_tuning_params"], **change}}  # type: ignore[dict-item]
+    wanted = {"project_id": 7, "fine_tuning_params": {**REQUEST["fine_tuning_params"], **change}}
     answer = studio.api("POST", "/api/fine-tuning", wanted)
     assert answer.status == 422
     assert said in answer.json()["message"]
