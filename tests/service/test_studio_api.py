@@ -164,6 +164,81 @@ def test_a_fine_tuning_request_that_cannot_be_is_refused_and_writes_nothing(stud
     assert sorted((studio.root / "experiments/search").iterdir()) == files
 
 
+def test_a_study_is_shown_with_its_trials_as_far_as_they_are(studio):
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    file = studio.root / ".optuna/demo.journal"
+    file.parent.mkdir(exist_ok=True)
+    study = optuna.create_study(
+        study_name="demo", storage=JournalStorage(JournalFileBackend(str(file))), directions=["maximize", "minimize"]
+    )
+    study.set_user_attr("setting", {"objectives": {"Q8_0.exact_match": "maximize", "Q8_0.bytes": "minimize"}})
+    space = {"lora.r": optuna.distributions.IntDistribution(1, 64)}
+    for rank, scores in ((4, [0.5, 100.0]), (8, [0.7, 200.0]), (16, [0.6, 300.0]), (32, [0.9, 400.0])):
+        study.add_trial(optuna.trial.create_trial(params={"lora.r": rank}, distributions=space, values=scores))
+    failed = optuna.trial.TrialState.FAIL
+    reason = {"reason": "train: <b>out of memory</b>"}
+    study.add_trial(
+        optuna.trial.create_trial(params={"lora.r": 64}, distributions=space, state=failed, user_attrs=reason)
+    )
+    study.ask(space)
+    found = studio.api("GET", "/api/searches/demo").json()
+    assert found["metrics"] == ["Q8_0.exact_match", "Q8_0.bytes"]
+    assert [trial["state"] for trial in found["trials"]] == [*["complete"] * 4, "fail", "running"]
+    assert [trial["number"] for trial in found["trials"] if trial["best"]] == [0, 1, 3]
+    assert found["finished"] == 5
+    assert set(found["importance"]) == {"lora.r"}
+    text = studio.ask("GET", "/searches/demo").text
+    assert "out of memory" in text
+    assert "<b>" not in text
+    assert all(f'data-chart="{kind}"' in text for kind in ("history", "front", "bars"))
+    assert ">demo</a>" in studio.ask("GET", "/searches").text
+    assert studio.api("GET", "/api/searches/none").status == 404
+
+
+def test_a_search_file_is_checked_and_saved_before_it_is_started(studio):
+    text = (studio.root / "experiments/search/default.yaml").read_text().replace("Q4_K_M", "Q8_0")
+    (studio.root / "experiments/search/edited.yaml").write_text(text)
+    form = {"file": "experiments/search/edited.yaml", "n_trials": "5", "jobs": "1", "text": text}
+    shown = studio.ask("POST", "/searches/check", form).text
+    assert "lathe search experiments/search/edited.yaml --n-trials 5" in shown
+    other = {**form, "text": text.replace("study: learning", "study: mine").replace("\n", "\r\n")}
+    assert "lathe search experiments/search/mine.yaml --n-trials 5" in studio.ask("POST", "/searches/check", other).text
+    assert "must be from 5 to 100" in studio.ask("POST", "/searches/check", {**form, "n_trials": "4"}).text
+    refused = studio.ask("POST", "/searches/start", {**other, "n_trials": "4"})
+    assert "HX-Redirect" not in refused.text
+    assert "hx-redirect" not in refused.headers
+    assert not (studio.root / "experiments/search/mine.yaml").exists()
+    started = studio.ask("POST", "/searches/start", other)
+    identifier = started.headers["hx-redirect"].rpartition("/")[2]
+    assert studio.api("POST", f"/api/commands/{identifier}/cancel").status == 200
+    assert (studio.root / "experiments/search/mine.yaml").read_text() == text.replace("study: learning", "study: mine")
+    studio.wait(identifier, 60)
+
+
+def test_a_file_becomes_a_preset_and_dvc_keeps_it(studio, checkout):
+    rows = "".join(json.dumps({"ask": f"a{row}", "reply": "b"}) + "\n" for row in range(30)).encode()
+    assert studio.ask("PUT", "/api/data/kept.jsonl", rows).status == 201
+    before = (studio.root / "presets.yaml").read_text()
+    form = {"name": "kept", "path": "data/local/kept.jsonl", "prompt": "ask", "completion": "reply"}
+    assert "HX-Retarget" not in studio.ask("POST", "/data/preset", {**form, "name": "Kept!"}).headers
+    started = studio.ask("POST", "/data/preset", form)
+    assert studio.wait(started.headers["hx-redirect"].rpartition("/")[2], 60)["state"] == "ended"
+    assert (studio.root / "data/local/kept.jsonl.dvc").is_file()
+    after = (studio.root / "presets.yaml").read_text()
+    added = "  kept:\n    source: local\n    path: data/local/kept.jsonl\n    prompt: ask\n    completion: reply\n\n"
+    assert after == before.replace("\ndatasets:\n", f"\ndatasets:\n{added}")
+    shown = checkout.run(
+        *("python3", "-m", "lathe", "config", "datasets", "-S", "dataset=kept"),
+        env={"PYTHONPATH": str(checkout.root / "src")},
+    )
+    assert "completion: reply" in shown.stdout
+    assert "uncommitted-changes" in studio.api("POST", "/api/runs/better/actions", {"action": "apply"}).text
+
+
 def test_an_upload_is_checked_with_the_lines_of_its_faults(studio):
     rows = [{"prompt": f"p{row}", "completion": "a" if row != 3 else ""} for row in range(30)]
     body = "".join(json.dumps(row) + "\n" for row in rows).encode()

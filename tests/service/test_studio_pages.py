@@ -105,7 +105,8 @@ class Reader:
 
     def go(self, path: str) -> Any:
         self.page.goto(self.address + path)
-        self.page.wait_for_load_state("networkidle")
+        if not path.startswith("/new"):  # whose estimate takes seconds
+            self.page.wait_for_load_state("networkidle")
         return self.page
 
     def evaluate(self, script: str) -> Any:
@@ -157,6 +158,7 @@ def test_the_page_is_in_the_language_of_the_browser_and_in_another_when_it_is_ch
     other = "ru" if first == "Overview" else "en"
     page.select_option("#language", other)
     page.wait_for_selector(f'html[lang="{other}"]')
+    page.wait_for_load_state("networkidle")
     assert {first, page.locator("h1").inner_text()} == {"Overview", "Обзор"}
     page.select_option("#language", "en" if other == "ru" else "ru")
     page.wait_for_selector(f'html:not([lang="{other}"])')

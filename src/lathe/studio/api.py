@@ -278,8 +278,9 @@ def resume_command(identifier: Annotated[str, Path(max_length=60)]) -> CommandAn
 def start_search(wanted: SearchRequest) -> CommandAnswer:
     """Start a search, as `lathe search FILE --n-trials N`."""
     file = actions.resolve_inside(wanted.file, studies.FOLDER, suffixes=(".yaml",))
-    studies.check_search_text(file.read_text(encoding="utf-8"))
-    words = actions.build_search(wanted.file, wanted.n_trials, wanted.jobs, actions.write_overrides(wanted.values))
+    overrides = actions.write_overrides(wanted.values)
+    studies.check_search_text(file.read_text(encoding="utf-8"), overrides)
+    words = actions.build_search(wanted.file, wanted.n_trials, wanted.jobs, overrides)
     return CommandAnswer.of(starting.start_command(words))
 
 

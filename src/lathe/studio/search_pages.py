@@ -62,7 +62,7 @@ def start_search(form: Annotated[FormTexts, Depends(read_form)]) -> Response:
     file, is_saved = _find_file(form)
     words = _build(form, file)  # refused before anything is written
     if not is_saved:
-        studies.save_search_text(_read_text(form))
+        studies.save_search_text(_read_text(form), _read_overrides(form))
     return redirect(f"/commands/{starting.start_command(words).identifier}")
 
 
@@ -103,7 +103,7 @@ def _describe(name: str) -> dict[str, Any]:
 def _find_file(form: FormTexts) -> tuple[str, bool]:
     """Return the search file of the form, and whether it is there with this text. Raises InputError."""
     text, file = _read_text(form), form.get("file", "")
-    plan = studies.check_search_text(text)
+    plan = studies.check_search_text(text, _read_overrides(form))
     if file in studies.list_search_files() and (paths.ROOT / file).read_text(encoding="utf-8").strip() == text.strip():
         return file, True
     return f"experiments/search/{plan.study}.yaml", False
@@ -114,7 +114,8 @@ def _read_text(form: FormTexts) -> str:
     return form.get("text", "").replace("\r\n", "\n")
 
 
-def _build(form: FormTexts, file: str) -> list[str]:
+def _read_overrides(form: FormTexts) -> list[str]:
+    """Return what every trial has beside params.yaml."""
     values: dict[str, Any] = {}
     if model := form.get("model"):
         values["model"] = model
@@ -124,8 +125,12 @@ def _build(form: FormTexts, file: str) -> list[str]:
         values["judge.provider"] = form["provider"]
         if form.get("judge_model"):
             values["judge.model"] = form["judge_model"]
-    overrides = [format_override(key, value) for key, value in values.items()]
-    return actions.build_search(file, _read_number(form, "n_trials"), _read_number(form, "jobs"), overrides)
+    return [format_override(key, value) for key, value in values.items()]
+
+
+def _build(form: FormTexts, file: str) -> list[str]:
+    trials, jobs = (_read_number(form, key) for key in ("n_trials", "jobs"))
+    return actions.build_search(file, trials, jobs, _read_overrides(form))
 
 
 def _read_number(form: FormTexts, key: str) -> int:

@@ -1,8 +1,10 @@
 """Searches: studies read from Optuna's storage, search files, and requests as the replaced service took them."""
 
+import io
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,11 +121,14 @@ def _measure_importances(study: Any, scored: list[Any]) -> dict[str, float]:
     return dict(get_param_importances(study, target=target))
 
 
-def check_search_text(text: str) -> search_file.Plan:
-    """Return the plan of a search file's text. Raises InputError with a line for each problem."""
+def check_search_text(text: str, overrides: Sequence[str] = ()) -> search_file.Plan:
+    """Return the plan of a search file's text, whose trials run with `overrides`.
+
+    Raises InputError with a line for each problem.
+    """
     if len(text) > LONGEST_FILE:
         raise InputError(f"the search file has {len(text):,} characters; at most {LONGEST_FILE:,}", code="too-long")
-    params = load().params
+    params = overriding.apply_overrides(overrides).params
     scratch = paths.SCRATCH / "studio"
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -134,12 +139,12 @@ def check_search_text(text: str) -> search_file.Plan:
     return plan
 
 
-def save_search_text(text: str) -> str:
+def save_search_text(text: str, overrides: Sequence[str]) -> str:
     """Check a search file's text, write it into experiments/search by its study's name, and return its path.
 
     Raises InputError if it is not valid, or if there is another file of that name.
     """
-    plan = check_search_text(text)
+    plan = check_search_text(text, overrides)
     file = FOLDER / f"{plan.study}.yaml"
     if file.exists() and file.read_text(encoding="utf-8") != text:
         raise InputError(
@@ -168,10 +173,12 @@ def prepare_fine_tuning(request: FineTuningRequest) -> tuple[str, list[str]]:
         values |= {"dataset": project}
     if wanted.use_llm_judge:
         values |= _choose_judge(wanted.judge_model_id)
-        for objective in tree["objectives"]:
-            objective["metric"] = f"{objective['metric'].partition('.')[0]}.judge"
     given = [overriding.format_override(key, value) for key, value in values.items() if key not in searched]
-    overriding.apply_overrides(given)
+    types = overriding.apply_overrides(given).params.quantize.types
+    for objective in tree["objectives"]:
+        artifact, _, score = objective["metric"].partition(".")
+        artifact = artifact if artifact in types else "quantized"
+        objective["metric"] = f"{artifact}.{'judge' if wanted.use_llm_judge else score}"
     taken = {file.stem for file in FOLDER.glob("*.yaml")} | set(list_studies())
     number, study = 1, project
     while study in taken:
@@ -180,8 +187,11 @@ def prepare_fine_tuning(request: FineTuningRequest) -> tuple[str, list[str]]:
     tree["study"], tree["n_trials"] = study, wanted.n_trials
     file = FOLDER / f"{study}.yaml"
     command = build_search(file.relative_to(paths.ROOT).as_posix(), wanted.n_trials, 1, given)
+    out = io.StringIO()
+    YAML().dump(tree, out)
+    check_search_text(out.getvalue(), given)
     with paths.replace_file(file) as partial:
-        YAML().dump(tree, partial)
+        partial.write_text(out.getvalue(), encoding="utf-8")
     return study, command
 
 
