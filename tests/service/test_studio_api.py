@@ -2,8 +2,10 @@
 
 import json
 import shlex
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +239,43 @@ def test_a_file_becomes_a_preset_and_dvc_keeps_it(studio, checkout):
     )
     assert "completion: reply" in shown.stdout
     assert "uncommitted-changes" in studio.api("POST", "/api/runs/better/actions", {"action": "apply"}).text
+
+
+class _Judge(BaseHTTPRequestHandler):
+    """A judge of OpenAI's protocol with one opinion."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        message = {"role": "assistant", "content": json.dumps({"score": 87, "reason": "<b>nearly</b> right"})}
+        usage = {"prompt_tokens": 1_000_000, "completion_tokens": 100_000}
+        choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+        body = json.dumps({"model": "of-the-tests", "choices": choices, "usage": usage}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Stay quiet."""
+
+
+def test_a_trial_call_shows_the_verdict_with_its_cost_and_refusals_in_words(studio):
+    server = HTTPServer(("127.0.0.1", 0), _Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    form = {"prompt": "2 + 2?", "reference": "4", "answer": "five", "p:judge.provider": "openai"}
+    form |= {"p:judge.base_url": f"http://127.0.0.1:{server.server_port}/v1"}
+    form |= {"p:judge.input_price": "0.5", "p:judge.output_price": "2.0"}
+    text = studio.ask("POST", "/judge/trial", form).text
+    server.shutdown()
+    server.server_close()
+    assert ">87<" in text
+    assert "&lt;b&gt;nearly" in text
+    assert "0.700000" in text
+    refused = studio.ask("POST", "/judge/trial", form)
+    assert refused.headers["hx-retarget"] == "#refusal"
+    assert "judge openai" in refused.text
+    assert "Traceback" not in refused.text
 
 
 def test_an_upload_is_checked_with_the_lines_of_its_faults(studio):
