@@ -1,14 +1,19 @@
 """The studio's guard: who is answered, from where, and what is refused or survived."""
 
+import asyncio
 import os
 import re
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from conftest import Checkout, make_checkout
+from starlette.exceptions import HTTPException
 from studio_server import TOKEN, Studio
+
+from lathe.studio.security import COOKIE, Guard, Session, list_hosts
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +134,7 @@ def test_no_path_leaves_the_checkout(studio, path):
 
 
 def test_an_upload_that_is_too_large_is_refused_and_leaves_nothing(studio):
-    told = studio.ask("PUT", "/api/data/big.jsonl", b"x" * 1_200_000)
+    told = studio.ask("PUT", "/api/data/big.jsonl", headers={"Content-Length": "1200000"})
     assert told.status == 413
     with socket.create_connection(("127.0.0.1", studio.port), timeout=30) as sender:
         head = f"PUT /api/data/big.jsonl HTTP/1.1\r\nHost: 127.0.0.1:{studio.port}\r\nCookie: {studio.cookie}\r\n"
@@ -148,7 +153,7 @@ def test_an_upload_that_is_too_large_is_refused_and_leaves_nothing(studio):
 
 
 def test_another_request_may_not_be_as_large_as_an_upload(studio):
-    assert studio.ask("POST", "/new/check", b"x" * 2_100_000).status == 413
+    assert studio.ask("POST", "/new/check", headers={"Content-Length": "2100000"}).status == 413
     assert studio.ask("POST", "/new/check", b"x", {"Content-Length": "-5"}).status in (400, 413)
 
 
@@ -165,6 +170,42 @@ def test_two_hundred_slow_connections_keep_nobody_from_an_answer_and_are_closed(
     assert time.monotonic() - begun < 25
     for sender in slow:
         sender.close()
+
+
+def test_a_body_that_stands_still_is_given_up_and_a_stream_of_events_is_not():
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/events":
+            await asyncio.sleep(0.3)  # longer than a body may stand still
+            received = asyncio.ensure_future(receive())
+            await asyncio.sleep(0.3)
+            assert not received.done()
+            received.cancel()
+        else:
+            await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def wait(*_: Any) -> Any:
+        await asyncio.sleep(60)
+
+    session = Session(list_hosts(1), TOKEN)
+    guard = Guard(application, session, seconds_to_send=0.1)
+    headers = [(b"host", b"127.0.0.1:1"), (b"authorization", f"Bearer {TOKEN}".encode())]
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/api/events", "headers": headers, "query_string": b""}
+    asyncio.run(guard({**scope, "path": "/events", "headers": _with_cookie(session)}, wait, send))
+    assert sent[0]["status"] == 200
+    with pytest.raises(HTTPException) as caught:
+        asyncio.run(guard({**scope, "headers": [*headers, (b"content-length", b"5")]}, wait, send))
+    assert caught.value.status_code == 408
+
+
+def _with_cookie(session: Session) -> list[tuple[bytes, bytes]]:
+    return [(b"host", b"127.0.0.1:1"), (b"cookie", f"{COOKIE}={session.secret}".encode())]
 
 
 def test_the_token_of_the_link_is_in_no_log(studio):

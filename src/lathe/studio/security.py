@@ -124,7 +124,9 @@ class Guard:
                 message = {**message, "headers": _add_headers([*message["headers"], *kept])}
             await send(message)
 
-        await self.app(scope, self._limit(receive, limit), send_with_headers)
+        has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        # Without a body there is nothing to wait for but the end of the connection, which a stream of events does.
+        await self.app(scope, self._limit(receive, limit) if has_body else receive, send_with_headers)
 
     def _is_from_here(self, headers: dict[str, str]) -> bool:
         if headers.get("host", "").lower() not in self.session.hosts:
