@@ -4,10 +4,10 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock unit deps repro classify experiments chat serve report remote-check ci-lock ci-summary lint format test \
+.PHONY: help setup lock unit deps repro classify experiments chat serve studio studio-files report remote-check ci-lock ci-summary lint format test \
 	test-all \
 	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention \
-	bench-experiments bench-intervals \
+	bench-experiments bench-studio bench-intervals \
 	bench-tracking bench-classify docs docs-serve docs-check clean
 
 help: ## list the targets
@@ -20,12 +20,12 @@ setup: ## make .venv and what belongs to it; PYTHON=python3.12, EXTRAS="mlflow w
 	"$$starter" tools/install.py --extras "$(EXTRAS)" $(if $(PYTHON),--python "$(PYTHON)") $(if $(CUDA),--cuda "$(CUDA)")
 
 # What these need beside the default pipeline.
-bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention bench-experiments bench-tracking \
-	bench-classify bench-intervals \
+bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention bench-experiments bench-studio \
+	bench-tracking bench-classify bench-intervals \
 	docs docs-serve docs-check format lint lock unit test test-all: EXTRAS += dev
 bench-cuda: EXTRAS += gpu
 classify: EXTRAS += classify
-serve: EXTRAS += serve
+serve studio: EXTRAS += serve search
 
 lock: setup ## rewrite requirements.lock after an edit of pyproject.toml
 	python tools/write_lock.py
@@ -44,6 +44,12 @@ chat: setup ## talk to the best GGUF; PROMPT="…" answers once
 
 serve: setup ## serve the best GGUF on 127.0.0.1 as OpenAI's API does; PORT=… for another port
 	@python -m lathe serve $(if $(PORT),--port "$$PORT")
+
+studio: setup ## start, watch and compare experiments in a browser; PORT=… for another port
+	@python -m lathe studio $(if $(PORT),--port "$$PORT")
+
+studio-files: ## copy the scripts of the studio's pages out of the npm packages in tools/studio/package.json
+	python3 tools/studio_files.py
 
 report: setup ## write metrics/report/index.html: one page with all that was measured
 	@python -m lathe report
@@ -80,7 +86,7 @@ test: lint docs-check ## lint, documentation and all tests but the long ones
 test-all: lint docs-check ## every test
 	LATHE_ALL_TESTS=1 pytest
 
-bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-attention bench-experiments bench-tracking bench-classify bench-intervals ## every benchmark
+bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-attention bench-experiments bench-studio bench-tracking bench-classify bench-intervals ## every benchmark
 
 bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B parameters
 	python benchmarks/merge.py
@@ -112,6 +118,9 @@ bench-experiments: setup ## what `dvc exp show` takes with fifty experiments, an
 
 bench-intervals: setup ## coverage of intervals, false alarms and power, on simulated data sets
 	python benchmarks/intervals.py
+
+bench-studio: setup ## seconds until the studio's overview shows 500 experiments, cold and warm
+	python benchmarks/studio.py
 
 bench-tracking: setup ## seconds of the training stage while it is mirrored, to a server and to one that hangs
 	python benchmarks/tracking.py

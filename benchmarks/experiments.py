@@ -34,11 +34,11 @@ def main() -> None:
         clone = Path(name) / "lathe"
         _run(["git", "clone", "--quiet", str(ROOT), str(clone)], Path(name))
         for number in range(arguments.experiments):
-            _experiment(clone, number)
+            make_experiment(clone, number)
         show = [DVC, "exp", "show", "--csv"]
         rows = [(f"`dvc exp show`, {arguments.experiments} experiments for the first time", *_seconds(show, clone))]
         rows.append(("the same again", *_seconds(show, clone)))
-        _experiment(clone, arguments.experiments)
+        make_experiment(clone, arguments.experiments)
         rows.append(("the same with one that is new", *_seconds(show, clone)))
         (clone / ".dvc/cache").mkdir(exist_ok=True)
         _run(["cp", "-r", str(ROOT / ".dvc/cache/files"), str(clone / ".dvc/cache")], clone)
@@ -49,7 +49,7 @@ def main() -> None:
     sys.stdout.writelines(f"| {what} | {wall:.2f} | {processor:.2f} |\n" for what, wall, processor in rows)
 
 
-def _experiment(clone: Path, number: int) -> None:
+def make_experiment(clone: Path, number: int) -> None:
     """Commit the clone's parameters, lock and scores with another rate and score, as an experiment of its own."""
     rate = f"{1e-3 + number * 1e-5:.5f}"
     changes = {

@@ -40,6 +40,7 @@ EXAMPLES = {
     "judge-agreement": "lathe judge-agreement marks.csv",
     "chat": 'lathe chat --prompt "Turn on the attic lamp."',
     "serve": "lathe serve --port 8001",
+    "studio": "lathe studio --port 8080",
     "infer": "lathe infer --file prompts.jsonl --out answers.jsonl",
     "classify": 'lathe classify "open the kitchen blinds"',
     "remote-check": "lathe remote-check --remote ycloud",
@@ -302,6 +303,16 @@ def _add_model_commands(table: Any) -> None:
     )
     command.set_defaults(run=lambda args: commands.start_server(args.gguf, args.port))
 
+    command = table.add_parser("studio", help="start, watch and compare experiments in a browser, or over HTTP")
+    command.add_argument(
+        "--port", type=int, default=8080, metavar="N", help="port on 127.0.0.1 (default: 8080; 0: any)"
+    )
+    command.add_argument("--no-browser", action="store_true", help="print the link, and open no browser")
+    command.add_argument(
+        "--largest-upload", type=int, default=2000, metavar="MB", help="of a file that is sent (default: 2000)"
+    )
+    command.set_defaults(run=_start_studio)
+
     command = table.add_parser("infer", help="answer a file of prompts, many at a time, with the best GGUF")
     command.add_argument(
         "--file",
@@ -328,6 +339,13 @@ def _add_model_commands(table: Any) -> None:
         "--out", type=Path, metavar="FILE", help="where the labels go (default: standard output)"
     ).complete = completion.FILE
     command.set_defaults(run=classifier_commands.classify)
+
+
+def _start_studio(args: argparse.Namespace) -> None:
+    from lathe.studio import server
+
+    opens = not args.no_browser and sys.stdout.isatty()
+    server.run(port=args.port, opens_browser=opens, largest_upload_bytes=args.largest_upload * 1_000_000)
 
 
 def _add_remote_commands(table: Any) -> None:

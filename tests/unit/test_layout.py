@@ -35,6 +35,7 @@ FLOORS = [
         "adopt",
         "new_recipe",
         "publishing",
+        "studio",
         "completion",
         "classifier_commands",
         "publish_commands",
@@ -67,6 +68,8 @@ NEIGHBOURS = {
     ("commands", "classifier_commands"),
     ("cli", "completion"),
     ("cli", "publish_commands"),
+    ("cli", "studio"),
+    ("studio", "commands"),
     ("__main__", "doctor"),
     ("__main__", "cli"),
 }

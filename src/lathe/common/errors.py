@@ -3,6 +3,7 @@
 # The extra of pyproject.toml that a package which is imported where it is needed comes with.
 EXTRAS = {
     "cryptography": "sign",
+    "fastapi": "serve",
     "mlflow": "mlflow",
     "onnx": "classify",
     "onnxruntime": "classify",
@@ -10,6 +11,7 @@ EXTRAS = {
     "optuna": "search",
     "psycopg": "search",
     "securesystemslib": "sign",
+    "python_multipart": "serve",
     "sklearn": "classify",
     "sqlalchemy": "search",
     "sse_starlette": "serve",

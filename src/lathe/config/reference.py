@@ -53,15 +53,15 @@ def _render_section(name: str, section: type[Section]) -> Iterator[str]:
 
 def format_comment(field: FieldInfo) -> str:
     """Return the comment of a key in params.yaml: its meaning and, if it has one, its unit."""
-    unit = _read_unit(field)
+    unit = read_unit(field)
     return f"{field.description} ({unit})" if unit else field.description or ""
 
 
 def _render_table(fields: dict[str, FieldInfo]) -> str:
     lines = ["| key | type | unit | range | meaning |", "| --- | --- | --- | --- | --- |"]
     for name, field in fields.items():
-        kind = _describe_type(field.annotation)
-        bounds, unit = _describe_range(field), _read_unit(field) or ""
+        kind = describe_type(field.annotation)
+        bounds, unit = describe_range(field), read_unit(field) or ""
         lines.append(f"| `{name}` | {kind} | {unit} | {bounds} | {field.description} |".replace("  |", " |"))
     return "\n".join(lines)
 
@@ -70,30 +70,33 @@ def _find_section(field: FieldInfo) -> type[Section] | None:
     return None if typing.get_origin(field.annotation) is list else section_of(field.annotation)
 
 
-def _read_unit(field: FieldInfo) -> str | None:
+def read_unit(field: FieldInfo) -> str | None:
+    """Return the unit of a key; None if it has none."""
     extra = field.json_schema_extra
     return str(extra["unit"]) if isinstance(extra, dict) else None
 
 
-def _describe_type(kind: Any) -> str:
+def describe_type(kind: Any) -> str:
+    """Return a type in words, as Markdown."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        return _describe_type(arguments[0])
+        return describe_type(arguments[0])
     if origin in {typing.Union, types.UnionType}:
-        return " or ".join(_describe_type(argument) for argument in arguments)
+        return " or ".join(describe_type(argument) for argument in arguments)
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if section_of(kind):
         return "list, see below"
     if origin is list:
-        return f"list of {_describe_type(arguments[0])}"
+        return f"list of {describe_type(arguments[0])}"
     if origin is dict:
-        return f"{_describe_type(arguments[1])} by {_describe_type(arguments[0])}"
+        return f"{describe_type(arguments[1])} by {describe_type(arguments[0])}"
     names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", type(None): "`null`"}
     return names[kind]
 
 
-def _describe_range(field: FieldInfo) -> str:
+def describe_range(field: FieldInfo) -> str:
+    """Return the bounds of a key, such as `≥ 1, < 10`; empty if it has none."""
     # A union's members carry their bounds inside the annotation, a plain type beside it.
     bounds = [*field.metadata, *_collect_metadata(field.annotation)]
     signs = {Ge: ("≥", "ge"), Gt: (">", "gt"), Le: ("≤", "le"), Lt: ("<", "lt")}

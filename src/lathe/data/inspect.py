@@ -19,11 +19,21 @@ if TYPE_CHECKING:
 TERMINAL_MARKS, PLAIN_MARKS = ("\x1b[32m", "\x1b[0m"), ("«", "»")
 
 
-def show_examples(split: str, *, rows: int, row: int | None, ids: bool, settings: "Preprocess", out: TextIO) -> None:
+def show_examples(
+    split: str,
+    *,
+    rows: int,
+    row: int | None,
+    ids: bool,
+    settings: "Preprocess",
+    out: TextIO,
+    marks: tuple[str, str] | None = None,
+) -> None:
     """Print the first `rows` examples of a processed split, or the one with the number `row` (from 1), to `out`.
 
-    Supervised tokens are green on a terminal, and between « and » elsewhere or if NO_COLOR is set. With `ids`, each
-    token is printed on its own line after its id. Raises InputError if the examples or the model are missing.
+    Supervised tokens are green on a terminal, and between « and » elsewhere or if NO_COLOR is set; `marks` are others.
+    With `ids`, each token is printed on its own line after its id. Raises InputError if the examples or the model are
+    missing.
     """
     file = paths.DATA_PROCESSED / f"{split}.jsonl"
     examples = list(_read_examples(file, rows, row))
@@ -36,7 +46,8 @@ def show_examples(split: str, *, rows: int, row: int | None, ids: bool, settings
     from lathe.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(paths.MODEL_BASE, settings.chat_template_kwargs)
-    marks = TERMINAL_MARKS if out.isatty() and not os.environ.get("NO_COLOR") else PLAIN_MARKS
+    if marks is None:
+        marks = TERMINAL_MARKS if out.isatty() and not os.environ.get("NO_COLOR") else PLAIN_MARKS
     for number, example in examples:
         tools = [example.get("tools")]
         sequences = encode(tokenizer, [example["messages"]], supervise=settings.supervise, tools=tools)

@@ -168,7 +168,7 @@ def _measure_cost(revision: Revision) -> dict[str, float | None]:
     known = {
         stem: timing for stem, timing in timings.items() if timing and not has_stale_timings(revision, stem, earlier)
     }
-    is_complete = len(known) == len(timings)
+    is_complete = bool(timings) and len(known) == len(timings)
     training = known.get("train")
     memory = [timing["peak_memory_bytes"] for timing in known.values()]
     on_gpu = [timing["peak_gpu_memory_bytes"] for timing in known.values() if "peak_gpu_memory_bytes" in timing]
@@ -260,7 +260,7 @@ def _test_differences(
 
     clustered = first.parameters["evaluate"].get("cluster_by") is not None
     answers_of = [
-        _read_answers(repo, revision, side.artifact, split, clustered=clustered)
+        read_answers(repo, revision, side.artifact, split, clustered=clustered)
         for revision, side in ((first, first_side), (other, other_side))
     ]
     pairs = pair_answers((first, other), answers_of, called="answers", rows=f"{split} rows", dvc="dvc")
@@ -293,8 +293,8 @@ def _test_differences(
     ], pairs.warnings
 
 
-def _read_answers(
-    repo: DvcRepository, revision: Revision, artifact: str, split: str, *, clustered: bool
+def read_answers(
+    repo: DvcRepository, revision: Revision, artifact: str, split: str, *, clustered: bool = False
 ) -> dict[str, "AnswerRow"] | None:
     """Return a revision's answers by their prompts, with the scores of encoder and judge; None if one is not cached.
 

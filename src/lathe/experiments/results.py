@@ -50,11 +50,16 @@ def read_experiments() -> list[RunResult]:
 
 def read_results() -> list[RunResult]:
     """Return the workspace if it differs from the last commit, that commit, and the experiments, the newest first."""
+    return [*read_present(), *read_experiments()]
+
+
+def read_present() -> list[RunResult]:
+    """Return the workspace if it differs from the last commit, and that commit."""
     head = git.find_head()
     runs: list[Run] = [(_name_head(), head, None)] if head else []
     if head and git.run_git("status", "--porcelain", "--", PARAMS, "metrics/evaluate").strip():
         runs.insert(0, (WORKSPACE, None, head))
-    return [*_read_runs(runs), *read_experiments()]
+    return _read_runs(runs)
 
 
 def _read_runs(runs: Sequence[Run]) -> list[RunResult]:

@@ -368,7 +368,7 @@ def _format_trace(traced: Trace) -> Iterator[str]:
     if traced.differences:
         yield f"no longer matches in this workspace (compared with {against}):"
         for change in traced.differences:
-            yield f"  {change.kind:<12}{_format_change(change)}"
+            yield f"  {change.kind:<12}{format_change(change)}"
     else:
         yield f"nothing in this workspace differs (compared with {against})"
     if traced.missing:
@@ -403,7 +403,8 @@ def _format_origin(traced: Trace) -> Iterator[str]:
         yield f"            and {len(commits) - 1} later with another dvc.lock, the last {commits[0].commit[:10]}"
 
 
-def _format_change(change: WorkspaceChange) -> str:
+def format_change(change: WorkspaceChange) -> str:
+    """Return what differs now, on one line."""
     if change.kind in ("parameter", "preset"):
         then, now = (json.dumps(value, ensure_ascii=False) for value in (change.then, change.now))
         return f"{change.name}: {then} -> {now}"

@@ -1,0 +1,56 @@
+"""Commands whose result a page waits for: run beside the studio, within a time, their refusals passed on."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from lathe.common import paths
+from lathe.common.errors import InputError
+
+LONGEST_SECONDS = 300.0
+LONGEST_MESSAGE = 4000
+
+# Two models in memory at once are enough, and two estimates.
+_room = threading.BoundedSemaphore(2)
+
+
+def run_for_json(words: Sequence[str], request: Any = None, *, codes: tuple[int, ...] = (0, 1)) -> Any:
+    """Run `python -m` with these words and return the JSON that it prints.
+
+    Raises InputError with what it says where it ends with another code than `codes`, or takes too long.
+    """
+    if not _room.acquire(timeout=LONGEST_SECONDS):
+        raise InputError("two others are being worked on; try again when they have ended", code="busy")
+    environment = {name: text for name, text in os.environ.items() if name != "LATHE_STUDIO_TOKEN"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=paths.ROOT,
+            env=environment,
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=LONGEST_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"{words[0]} {words[1]}: took more than {LONGEST_SECONDS:g} s, and was ended; run it on a terminal",
+            code="timeout",
+        ) from None
+    finally:
+        _room.release()
+    if done.returncode in codes:
+        try:
+            return json.loads(done.stdout)
+        except ValueError:
+            pass
+    refusals = re.findall(r"^error: (.*)$", done.stderr, re.MULTILINE)
+    reason = "\n".join(refusals) or (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+    raise InputError(reason[:LONGEST_MESSAGE], code="command-failed")
