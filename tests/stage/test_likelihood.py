@@ -3,7 +3,7 @@ import itertools
 import math
 
 import pytest
-from gguf_models import Made, countdown, learnt, qwen, tiny  # noqa: F401 - fixtures
+from gguf_models import Made, convert, countdown, learnt, make_llama, qwen, tiny  # noqa: F401 - fixtures
 from refusals import refused
 
 from lathe.gguf.quantize import quantize
@@ -229,3 +229,11 @@ def test_a_prompt_whose_last_token_is_another_with_the_reference_is_answered_as_
         assert answers == generator.complete([prompt for prompt, _ in pairs], max_new_tokens=8)
         likely = [result for _, result in results if isinstance(result, likelihood.Likelihood)]
         assert likely == score_references(generator, pairs)
+
+
+@pytest.mark.parametrize("weight", [math.nan, 1e4])
+def test_a_model_that_diverged_is_told_in_a_line(tmp_path, weight):
+    make_llama(tmp_path / "model", lambda model: model.lm_head.weight.fill_(0).fill_diagonal_(weight))
+    gguf = convert(tmp_path / "model", tmp_path / "model.gguf")
+    with open_generator(gguf) as generator, refused("no-likelihood", "nats per token", "training.learning_rate"):
+        score_references(generator, [("a question", "an answer")])

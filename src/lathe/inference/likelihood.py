@@ -1,5 +1,6 @@
 """Likelihood of given texts under a GGUF, and KL divergence from another: what perplexity is computed from."""
 
+import math
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from lathe.inference.shared_prefix import SequenceStats, TokenSequence, count_co
 
 # Logits per block of computation: 4 MB, which fit into the processor's cache; 64 MB would be copied several times.
 _BLOCK = 1 << 20
+MOST_NATS = 700.0  # per token, whose perplexity is still a number
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,15 @@ def _score_sequence(
 
 
 def _summarize(losses: Sequence[float], divergences: Sequence[float]) -> Likelihood:
-    return Likelihood(sum(losses), len(losses), sum(divergences) / len(divergences) if divergences else None)
+    nll, kl = sum(losses), sum(divergences) / len(divergences) if divergences else None
+    if not (nll <= MOST_NATS * len(losses) and math.isfinite(kl or 0)):  # not a number fails too
+        raise InputError(
+            f"the model gives a text {nll / len(losses):.4g} nats per token: its weights or values are beyond what 16 "
+            "bits hold, as after a training that diverged; look at the losses in metrics/train, and lower "
+            "training.learning_rate or the number of steps",
+            code="no-likelihood",
+        )
+    return Likelihood(nll, len(losses), kl)
 
 
 def _compute_losses(logits: FloatRows, expected: Sequence[int]) -> list[float]:
