@@ -48,6 +48,7 @@ def select_parameters(item: str) -> dict[str, dict[str, Any]]:
         keys += ["preprocess.added_tokens", "preprocess.chat_template_kwargs"]  # which change the base that is fetched
     else:
         keys += ["preprocess", "training", "sft", tree["training"]["method"], "lora", "quantization"]
+        keys.append("evaluate.cluster_by")  # a column that preprocess keeps
         tables["dataset"] = "datasets"
     if item == "merged":
         keys.append("merge")
