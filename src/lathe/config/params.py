@@ -259,7 +259,7 @@ class Evaluate(Section):
     )
     cluster_by: Name | None = entry(
         "column of the dataset that says which rows belong together, such as source, and are resampled together; "
-        "null: every row is its own"
+        "null: every row is its own; preprocess keeps it, so a change trains again"
     )
     bert_score_weight: Fraction = entry("weight of bert_score in the score combined")
     judge_weight: Fraction = entry("weight of judge / 100 in the score combined, if the judge is enabled")
