@@ -17,6 +17,8 @@ from lathe.common import json_files
 from lathe.config.classifier_config import load_classifier
 from lathe.config.classifier_params import ClassifierParams
 
+pytestmark = pytest.mark.heavy
+
 SPLITS = ("train", "validation", "test")
 
 

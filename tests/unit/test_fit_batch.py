@@ -12,6 +12,8 @@ from lathe.fit_batch import choose_batch_sizes, find_largest, measure_row_memory
 from lathe.training.batch_sizes import BatchSizes, read_batch_sizes, set_batch_sizes
 from lathe.training.optimizer_steps import count_training_steps
 
+pytestmark = pytest.mark.heavy
+
 QWEN = {
     "model_type": "qwen3",
     "hidden_size": 256,

@@ -162,6 +162,7 @@ def test_the_rate_is_one_that_training_takes_for_usual(weights, tuning):
     assert describe_unusual_rate(rate, weights=weights, tuning=tuning) is None
 
 
+@pytest.mark.heavy
 def test_less_memory_gives_smaller_batches_and_then_a_smaller_form(toy_params):
     llama = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6}
     llama |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 32_000, "tie_word_embeddings": True}

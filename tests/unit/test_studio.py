@@ -36,6 +36,7 @@ def test_the_form_has_every_parameter_once_with_its_meaning():
     assert all(entry.meaning for entry in entries)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("recipe", list_recipes())
 def test_a_form_that_was_not_touched_changes_nothing(recipe):
     main, sections = parameter_form.build_entries(parameter_form.read_values(recipe))
