@@ -75,7 +75,7 @@ format: setup ## rewrite the code as ruff wants it
 	ruff format .
 
 unit: setup ## the quick tests: pure functions and refusals, in under 90 seconds on 2 cores
-	pytest tests/unit -m "not slow and not heavy" -n 2 --dist loadfile
+	pytest tests/unit -m "not slow and not heavy" -n 2 --dist worksteal
 
 deps: setup ## write the library modules of each stage into dvc.yaml, from what its script imports
 	@python -m lathe.common.stage_dependencies

@@ -57,6 +57,7 @@ def test_a_text_is_cut_before_tokens_that_lose_nothing_to_another(contents, text
     assert split_segments(starts(*contents), text) == parts
 
 
+@pytest.mark.heavy
 def test_many_special_tokens_take_little_time():
     began = time.process_time()
     pattern = starts(*(f"<|reserved_special_token_{number}|>" for number in range(20_000)))

@@ -286,6 +286,7 @@ def test_the_tables_of_the_plots_hold_every_row(bench):
             assert len(widths) <= 1
 
 
+@pytest.mark.heavy
 def test_the_report_is_the_same_whatever_the_number_of_processes(bench):
     rows = [chat(sentence(n, n % 60 + 1), sentence(-n, 5)) for n in range(300)]
     bench.put("train.jsonl", [*rows, *rows[:20], {"messages": None}])

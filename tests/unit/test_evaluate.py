@@ -380,6 +380,7 @@ def test_bert_score_is_put_into_every_row_and_rescaled_by_one_baseline_for_both_
         assert splits[0]["base"][9]["bert_score"] == expected
 
 
+@pytest.mark.heavy
 def test_ten_thousand_rows_are_scored_in_seconds():
     generator = random.Random(0)
     words = [f"word{number}" for number in range(300)]

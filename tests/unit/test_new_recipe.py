@@ -97,6 +97,7 @@ def test_rows_with_tools_are_scored_by_their_calls_and_take_the_room_of_the_defi
     assert values["training.max_length"] >= 128
 
 
+@pytest.mark.heavy
 def test_nothing_is_written_where_something_is_refused(root):
     create()
     before = (root / "experiments/mine.yaml").read_text()
