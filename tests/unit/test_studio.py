@@ -12,7 +12,16 @@ from lathe.common.errors import InputError
 from lathe.config.overrides import list_keys
 from lathe.experiments.recipes import list_recipes
 from lathe.experiments.results import RunResult
-from lathe.studio import actions, experiment_table, parameter_form, rendering, started_commands, studies, texts
+from lathe.studio import (
+    actions,
+    data_files,
+    experiment_table,
+    parameter_form,
+    rendering,
+    started_commands,
+    studies,
+    texts,
+)
 from lathe.studio.security import Session, list_hosts
 
 HERE = paths.ROOT / "src/lathe/studio"
@@ -202,3 +211,15 @@ def test_a_search_file_of_the_page_is_validated_by_the_rules_of_the_command():
     with pytest.raises(InputError) as caught:
         studies.check_search_text(text.replace("sampler: tpe", "sampler: tpx"))
     assert "sampler" in str(caught.value)
+
+
+def test_a_chat_is_with_models_and_not_with_adapters_or_parts_that_read_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "GGUF", tmp_path / "models/gguf")
+    monkeypatch.setattr(paths, "MODELS_LOCAL", tmp_path / "models/local")
+    names = ["gguf/Q8_0.gguf", "gguf/adapter/adapter-f16.gguf", "gguf/mmproj/mmproj-f16.gguf", "local/mine/x.gguf"]
+    for name in names:
+        (tmp_path / "models" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "models" / name).touch()
+    assert data_files.list_ggufs() == sorted(f"models/{name}" for name in names)
+    assert data_files.list_models() == ["models/gguf/Q8_0.gguf", "models/local/mine/x.gguf"]

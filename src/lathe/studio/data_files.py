@@ -148,6 +148,12 @@ def list_ggufs() -> list[str]:
     return sorted(file.relative_to(paths.ROOT).as_posix() for file in files if file.is_file())[:MOST_FILES]
 
 
+def list_models() -> list[str]:
+    """Return the GGUF files that answer: no adapter, and no part that reads images."""
+    parts = tuple(f"{(paths.GGUF / name).relative_to(paths.ROOT).as_posix()}/" for name in ("adapter", "mmproj"))
+    return [name for name in list_ggufs() if not name.startswith(parts)]
+
+
 def resolve_gguf(path: str) -> Path:
     """Return a GGUF file of the checkout's models. Raises InputError."""
     return resolve_inside(path, paths.ROOT / "models", suffixes=(".gguf",))

@@ -88,7 +88,7 @@ def show_rows(
 @router.get("/chat")
 def show_chat(request: Request) -> Response:
     """Show the form of a question to two models."""
-    return render(request, "chat", title="Chat", ggufs=data_files.list_ggufs())
+    return render(request, "chat", title="Chat", ggufs=data_files.list_models())
 
 
 @router.post("/chat")
