@@ -1,3 +1,4 @@
+# ruff: noqa: F811 - a fixture is imported, then named as an argument
 """`python -m lathe report` in a real checkout with a real experiment, and its page in headless Chromium."""
 
 import csv
@@ -7,18 +8,16 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
 import report_run
+from browser import browser  # noqa: F401 - a fixture
 from conftest import Checkout, copy_of, make_checkout
 
 from lathe.config.yaml_files import read_yaml
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 VIEWS = [(size, scheme) for size in (DESKTOP, PHONE) for scheme in ("light", "dark")]
@@ -55,19 +54,6 @@ def report(checkout: Checkout, *options: str, check: bool = True) -> subprocess.
     """Run the command with the checkout's own code."""
     environment = {"PYTHONPATH": str(checkout.root / "src")}
     return checkout.run("python3", "-m", "lathe", "report", *options, check=check, env=environment)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium."""
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed: `apt-get install chromium`")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class View:

@@ -1,9 +1,9 @@
+# ruff: noqa: F811 - a fixture is imported, then named as an argument
 """The studio's pages in headless Chromium, on a checkout whose pipeline has really run."""
 
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from browser import browser  # noqa: F401 - a fixture
 from conftest import Checkout, copy_of
 from studio_server import Studio
 
 from lathe.common import paths
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 AXE = (paths.ROOT / "tests/axe/axe.min.js").read_text(encoding="utf-8")
 
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
@@ -69,18 +69,6 @@ def studio(checkout: Checkout) -> Iterator[Studio]:
     with Studio(checkout.root) as studio:
         studio.open()
         yield studio
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed: `apt-get install chromium`")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Reader:

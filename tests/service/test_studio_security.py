@@ -96,6 +96,13 @@ def test_a_short_token_for_programs_is_refused(checkout):
     assert "LATHE_STUDIO_TOKEN has 5 characters" in done.stderr
 
 
+def test_a_number_that_is_no_port_is_refused(checkout):
+    environment = {"PYTHONPATH": str(checkout.root / "src")}
+    done = checkout.run("python3", "-m", "lathe", "studio", "--port", "99999", check=False, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == "error: --port 99999: no port; must be from 0 (any free one) to 65535\n"
+
+
 @pytest.mark.parametrize("path", ["/", "/new", "/data", "/static/studio.js", "/none", "/open?token=x"])
 def test_no_page_may_run_inline_scripts_or_ask_another_host(studio, path):
     policy = studio.ask("GET", path).headers["content-security-policy"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lathe.common.errors import InputError
+from lathe.common.listening import HOST, check_port, open_port
 from lathe.gguf.llama_library import load_library
 from lathe.gguf.llama_model import LlamaModel
 from lathe.inference.generate import find_marker_tokens
@@ -17,9 +17,8 @@ from lathe.models.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
 CHAT_FORMAT = "lathe"
-# A body may have so many bytes: a token of text takes up to 16, written as \\uXXXX up to 64.
+# A body may have so many bytes: a token of text takes up to 16, written as \uXXXX up to 64.
 BYTES_OF_A_BODY = 1_000_000
 BYTES_PER_TOKEN = 64
 CONNECTIONS = 64
@@ -33,20 +32,10 @@ def serve(gguf: Path, *, port: int, api_key: str | None, n_ctx: int, threads: in
     model was measured: greedily and without a penalty on repetition. Requests are answered one at a time; one and its
     answer may take `n_ctx` tokens. Raises InputError if the file is no usable model, or the port is taken.
     """
-    if not 0 <= port <= 65535:
-        raise InputError(f"--port {port}: no port; must be from 0 (any free one) to 65535", code="invalid-port")
+    check_port(port)  # before the file is read
     with LlamaModel(gguf, vocab_only=True) as model:
         handler, n_vocab = _make_chat_handler(model.chat_template, find_marker_tokens(model)), model.n_vocab
-    with socket.socket() as listener:
-        # As servers do: a port whose last connections are still closing is free.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-        except OSError as error:
-            raise InputError(
-                f"--port {port}: not to be had ({os.strerror(error.errno or 0)}); name another one, or 0 for any",
-                code="port-not-free",
-            ) from None
+    with open_port(port) as listener:
         app = RequestLimits(
             _make_application(gguf, handler, n_ctx, threads),
             api_key=api_key,

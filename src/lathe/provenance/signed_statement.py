@@ -78,7 +78,7 @@ def make_key(file: Path) -> Path:
 def make_statement(folder: Path, lineage: Mapping[str, str]) -> dict[str, Any]:
     """Return the statement on every file of a folder; `lineage` are the `lathe.*` keys of a GGUF in it."""
     subjects = [
-        {"name": name, "digest": {"sha256": _hash_file(file)}}
+        {"name": name, "digest": {"sha256": hash_file(file)}}
         for name, file in list_files(folder)
         if not name.startswith(NOT_SIGNED)
     ]
@@ -139,7 +139,7 @@ def _compare(found: Mapping[str, Path], signed: Mapping[str, str]) -> Iterator[s
             yield f"{name}: missing; download it again"
         elif name not in signed:
             yield f"{name}: the statement does not name it; it was added later, remove it"
-        elif (digest := _hash_file(found[name])) != signed[name]:
+        elif (digest := hash_file(found[name])) != signed[name]:
             yield f"{name}: changed (SHA-256 {digest}, signed {signed[name]}); download it again"
 
 
@@ -217,6 +217,7 @@ def _open_envelope(envelope: "Envelope", file: Path, key: Path) -> tuple[dict[st
     return statement, public.keyid
 
 
-def _hash_file(file: Path) -> str:
+def hash_file(file: Path) -> str:
+    """Return the SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,6 +9,7 @@ from typing import Any
 from lathe.common.errors import InputError
 from lathe.common.redaction import hide_secrets
 from lathe.common.text import summarize_error
+from lathe.provenance.signed_statement import hash_file
 from lathe.publishing.release import Release
 
 TOKEN_VARIABLE = "HF_TOKEN"
@@ -87,16 +88,11 @@ def _compare(api: Any, release: Release, commit: str) -> None:
     for name in release.files:
         entry, file = listed.get(name), release.folder / name
         there = None if entry is None else entry.lfs.sha256 if entry.lfs else entry.blob_id
-        if there != (_hash_large(file) if entry is not None and entry.lfs else _hash_blob(file)):
+        if there != (hash_file(file) if entry is not None and entry.lfs else _hash_blob(file)):
             raise InputError(
                 f"{release.repository}: {name} has another hash there ({there}) than here; upload it again",
                 code="wrong-hash",
             )
-
-
-def _hash_large(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _hash_blob(file: Path) -> str:

@@ -12,11 +12,19 @@ from typing import Any
 from lathe.common import paths
 from lathe.common.errors import InputError
 
+BEARER = "LATHE_STUDIO_TOKEN"  # variable with the token of programs
 LONGEST_SECONDS = 300.0
 LONGEST_MESSAGE = 4000
 
 # Two models in memory at once are enough, and two estimates.
 _room = threading.BoundedSemaphore(2)
+
+
+def make_environment() -> dict[str, str]:
+    """Return the environment of a process beside the studio: with this checkout's code, and without the token."""
+    environment = {name: text for name, text in os.environ.items() if name != BEARER}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    return environment
 
 
 def run_for_json(words: Sequence[str], request: Any = None, *, codes: tuple[int, ...] = (0, 1)) -> Any:
@@ -26,13 +34,11 @@ def run_for_json(words: Sequence[str], request: Any = None, *, codes: tuple[int,
     """
     if not _room.acquire(timeout=LONGEST_SECONDS):
         raise InputError("two others are being worked on; try again when they have ended", code="busy")
-    environment = {name: text for name, text in os.environ.items() if name != "LATHE_STUDIO_TOKEN"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.ROOT / "src"), os.environ.get("PYTHONPATH")]))
     try:
         done = subprocess.run(
             [sys.executable, "-m", *words],
             cwd=paths.ROOT,
-            env=environment,
+            env=make_environment(),
             input=json.dumps(request),
             capture_output=True,
             text=True,

@@ -13,12 +13,12 @@ import webbrowser
 from typing import Any
 
 from lathe.common.errors import InputError
+from lathe.common.listening import HOST, open_port
+from lathe.studio.child_process import BEARER
 from lathe.studio.security import LINK, Guard, Session, list_hosts
 
 logger = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
-BEARER = "LATHE_STUDIO_TOKEN"
 SHORTEST_BEARER = 16  # characters
 SECONDS_TO_ASK = 10.0  # from a connection to the last header of its first request
 MOST_CONNECTIONS = 512
@@ -37,15 +37,7 @@ def run(*, port: int, opens_browser: bool, largest_upload_bytes: int) -> None:
             f"{BEARER} has {len(bearer)} characters; give it {SHORTEST_BEARER} or more, as `openssl rand -hex 32` does",
             code="short-token",
         )
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-        except OSError as error:
-            raise InputError(
-                f"--port {port}: not to be had ({os.strerror(error.errno or 0)}); name another one, or 0 for any",
-                code="port-not-free",
-            ) from None
+    with open_port(port) as listener:
         port = listener.getsockname()[1]
         session = Session(list_hosts(port), bearer, largest_upload_bytes)
         link = f"http://{HOST}:{port}{LINK}?token={session.link_token}"

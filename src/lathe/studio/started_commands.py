@@ -23,6 +23,7 @@ from typing import Any, Literal
 from lathe.common import operating_system, paths
 from lathe.common.errors import InputError
 from lathe.common.text import make_printable
+from lathe.studio.child_process import make_environment
 
 FOLDER = paths.SCRATCH / "studio/commands"
 COMMAND, PROCESS, EXIT, LOG = "command.json", "process.json", "exit.json", "log.txt"
@@ -81,10 +82,9 @@ def start_command(words: Sequence[str]) -> StartedCommand:
     folder.mkdir(parents=True)
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     (folder / COMMAND).write_text(json.dumps({"words": list(words), "started": started}), encoding="utf-8")
-    environment = {name: text for name, text in os.environ.items() if name != "LATHE_STUDIO_TOKEN"}
+    environment = make_environment()
     # As in an activated environment: the stages are started as `python3`.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.ROOT / "src"), os.environ.get("PYTHONPATH")]))
     subprocess.Popen(
         [sys.executable, "-m", "lathe.studio.started_commands", str(folder)],
         cwd=paths.ROOT,
