@@ -1,6 +1,6 @@
-"""How far each model that the pipeline makes is from the one that was trained: KL divergence, token by token.
+"""How far each model that the pipeline makes is from the one that was trained: KL divergence, and whole answers.
 
-python benchmarks/faithful.py [--rows 64]
+python benchmarks/faithful.py [--rows 64] [--answers 200]
 
 Takes what the pipeline left in this checkout: models/base, models/adapter, models/merged, every models/gguf/*.gguf,
 and the first rows of data/processed/validation.jsonl. transformers computes in float32, on the weights that each model
@@ -9,7 +9,9 @@ llama.cpp computes as it does for `generate`. Counted are the supervised tokens 
 it.
 
 Prints a Markdown table: of each model against its reference, the mean of KL(reference || model) in nats per token and
-its 99th percentile, and the share of tokens at which both rank the same one first.
+its 99th percentile, and the share of tokens at which both rank the same one first. Then the greedy answers of
+transformers, with the merged weights, and of merged-f16.gguf to `--answers` held-out prompts (validation, then test):
+how many are the same, and of every other one where they part, and by how much transformers prefers its own token there.
 """
 
 import argparse
@@ -25,12 +27,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lathe.commands import choose_generation_sizes
 from lathe.common import paths
 from lathe.common.jsonl import read_jsonl
 from lathe.config import training_params
 from lathe.config.load import load
 from lathe.gguf.llama_model import LlamaModel
+from lathe.inference.generate import Generator
+from lathe.inference.generation_sizes import HELD_OUT
 from lathe.inference.kv_cache import KVCache
+from lathe.models.answer_split import split_answer
 from lathe.models.loading import load_base
 from lathe.models.loss_mask import Encoded, encode
 from lathe.models.model_folder import read_untrained_names
@@ -54,7 +60,9 @@ def main() -> None:
     """Run every model over the same rows, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=64, help="rows of the validation split to run over (default 64)")
-    count = parser.parse_args().rows
+    parser.add_argument("--answers", type=int, default=200, help="prompts to answer with both (default 200)")
+    chosen = parser.parse_args()
+    count = chosen.rows
     for folder in (paths.MODEL_BASE, paths.MODEL_ADAPTER, paths.MODEL_MERGED, paths.GGUF, paths.DATA_PROCESSED):
         if not folder.is_dir():
             raise SystemExit(f"error: {folder}: no such folder; run the pipeline first: make repro")
@@ -68,6 +76,7 @@ def main() -> None:
             f"{100 * distance.same_first:.1f} % |",
             flush=True,
         )
+    print("\n".join(("", *_describe_answers(chosen.answers))))
 
 
 def distance(reference: Iterable[Logits], model: Iterable[Logits]) -> Distance:
@@ -85,6 +94,32 @@ def distance(reference: Iterable[Logits], model: Iterable[Logits]) -> Distance:
         float(torch.cat(same).double().mean()),
         float(nats.median()),
     )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer of transformers: its tokens, and by how many nats each is likelier than the next best."""
+
+    token_ids: Sequence[int]
+    margins: Sequence[float]
+
+
+def answer_by_transformers(model: Any, tokenizer: Any, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Answer:
+    """Return the greedy answer to a prompt, without the token that ends it."""
+    made = model.generate(
+        torch.tensor([prompt_ids]),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best = torch.cat(made.logits).float().log_softmax(-1).topk(2).values
+    token_ids = made.sequences[0, len(prompt_ids) :].tolist()
+    if token_ids[-1] == tokenizer.eos_token_id:
+        token_ids.pop()
+    return Answer(token_ids, (best[:, 0] - best[:, 1]).tolist())
 
 
 def of_transformers(model: Any, rows: Sequence[Encoded]) -> Iterator[Logits]:
@@ -153,6 +188,38 @@ def _distances(rows: Sequence[Encoded]) -> Iterator[tuple[str, str, Distance]]:
     for file in sorted(paths.GGUF.glob("*.gguf"), key=lambda file: -file.stat().st_size):
         reference, logits = ("base", base) if file.name.startswith("base-") else ("merged", merged)
         yield file.name, reference, distance(logits, of_gguf(file, rows, threads=threads))
+
+
+def _describe_answers(count: int) -> Iterator[str]:
+    """Yield lines: how many answers of transformers and of the f16 GGUF are the same, and where any other parts."""
+    params, sizes = load().params, choose_generation_sizes()
+    files = [paths.DATA_PROCESSED / f"{split}.jsonl" for split in HELD_OUT]
+    rows = list(itertools.islice((row for file in files if file.is_file() for row in read_jsonl(file)), count))
+    tokenizer = load_tokenizer(paths.MODEL_MERGED)
+    in_16_bit = params.quantization.model_copy(update={"load_in_4bit": False})
+    model = load_base(paths.MODEL_MERGED, in_16_bit, precision="fp32").eval()
+    with Generator(
+        paths.GGUF / "merged-f16.gguf",
+        n_parallel=params.generate.n_parallel,
+        n_ctx=sizes.n_ctx,
+        threads=torch.get_num_threads(),
+    ) as generator:
+        prompts = [split_answer(generator.chat_template, row["messages"], row.get("tools")).prompt for row in rows]
+        shipped = generator.complete(prompts, max_new_tokens=sizes.max_new_tokens)
+        prompt_ids = [generator.tokenize(prompt) for prompt in prompts]
+    lines = []
+    for number, (ids, completion) in enumerate(zip(prompt_ids, shipped, strict=True), 1):
+        answer = answer_by_transformers(model, tokenizer, ids, max_new_tokens=sizes.max_new_tokens)
+        if tokenizer.decode(answer.token_ids, skip_special_tokens=True) == completion.text:
+            continue
+        lengths = range(1, len(answer.token_ids) + 1)
+        same = sum(completion.text.startswith(tokenizer.decode(answer.token_ids[:length])) for length in lengths)
+        lines.append(
+            f"row {number} parts at token {same + 1} of {len(answer.token_ids) + 1}, "
+            f"where transformers prefers its own by {answer.margins[same]:.4f} nats"
+        )
+    yield f"{len(rows) - len(lines)} of {len(rows)} greedy answers of merged-f16.gguf are those of transformers"
+    yield from lines
 
 
 def _adapted(quantization: training_params.Quantization) -> Any:

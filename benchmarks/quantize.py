@@ -35,13 +35,14 @@ from lathe.common.jsonl import read_jsonl
 from lathe.config.load import load
 from lathe.config.quantization_types import FILES_THAT_CANNOT_BE_MADE, FILES_THAT_NEED_IMATRIX
 from lathe.evaluation.text_metrics import exact_match
-from lathe.gguf.header import describe
+from lathe.gguf.description import describe_gguf
 from lathe.gguf.quantize import quantize
 from lathe.gguf.tensor_types import list_file_types
 from lathe.inference import likelihood
 from lathe.inference.general_text import read_paragraphs
 from lathe.inference.generate import Generator
 from lathe.inference.generation_sizes import HELD_OUT
+from lathe.models.answer_split import split_answer
 
 SAMPLES = 2000
 # Of these, llama.cpp makes files as large as of others, or larger than the original, from a dense f16 model.
@@ -103,7 +104,7 @@ def main() -> None:
     texts = [_split_first_word(text) for text in read_paragraphs(paths.ROOT / params.evaluate.general_text)]
     measured: list[Measured] = []
     with _opened(original) as reference, tempfile.TemporaryDirectory(dir=paths.GGUF) as folder:
-        pairs = [reference.chat_template.split_answer(row["messages"], row.get("tools"))[:2] for row in rows]
+        pairs = [split_answer(reference.chat_template, row["messages"], row.get("tools"))[:2] for row in rows]
         measure = partial(_measure, pairs=pairs, texts=texts, reference=reference)
         f16 = measure("F16", False, original, reference)
         for name, by_matrix in itertools.product(types, (False, True)):
@@ -148,7 +149,7 @@ def _measure(
     answers = generator.complete(
         [prompt for prompt, _ in pairs], max_new_tokens=choose_generation_sizes().max_new_tokens
     )
-    facts = describe(file)
+    facts = describe_gguf(file)
     return Measured(
         name,
         by_matrix,

@@ -137,6 +137,7 @@ def read_timings(revision: Revision) -> dict[str, dict[str, Any]]:
         "train",
         "merge",
         "convert",
+        "check_converted",
         "imatrix",
         "quantize",
         "generate",

@@ -26,10 +26,10 @@ def main(config: Config) -> stage.Throughput:
     model_folder.check_length(paths.MODEL_BASE, config.params.training.max_length)
 
     from lathe.data.prepare import UnusableRowsError, prepare
-    from lathe.models.tokenizer import load_tokenizer
+    from lathe.models.template_options import load_tokenizer_with_options
 
     params = config.params
-    tokenizer = load_tokenizer(paths.MODEL_BASE, params.preprocess.chat_template_kwargs)
+    tokenizer = load_tokenizer_with_options(paths.MODEL_BASE, params.preprocess.chat_template_kwargs)
     started = time.perf_counter()
     try:
         with paths.replace_folder(paths.DATA_PROCESSED) as folder:

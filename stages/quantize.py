@@ -15,7 +15,7 @@ from lathe.config.load import Config
 
 
 def main(config: Config, item: str) -> None:
-    from lathe.gguf.header import describe
+    from lathe.gguf.description import describe_gguf
     from lathe.gguf.quantize import quantize
 
     target = paths.GGUF / f"{item}.gguf"
@@ -33,7 +33,7 @@ def main(config: Config, item: str) -> None:
             tensor_types=settings.tensor_types or [],
         )
     json_files.write_json(
-        paths.METRICS / f"quantize/{item}.json", {"bits_per_weight": describe(target)["bits_per_weight"]}
+        paths.METRICS / f"quantize/{item}.json", {"bits_per_weight": describe_gguf(target)["bits_per_weight"]}
     )
 
 

@@ -162,7 +162,7 @@ def _add_experiment_commands(table: Any) -> None:
     command = table.add_parser("recipe", help="write a recipe whose values fit a model, a dataset and memory")
     inner = command.add_subparsers(required=True, metavar="COMMAND")
     command = inner.add_parser("new", help="write experiments/NAME.yaml, with the reason beside each value")
-    command.add_argument("name", metavar="NAME", help="of the recipe")
+    command.add_argument("name", nargs="?", metavar="NAME", help="of the recipe (default: MODEL-DATASET)")
     command.add_argument("--model", required=True, metavar="PRESET", help="a name under models in presets.yaml")
     command.add_argument("--dataset", required=True, metavar="PRESET", help="a name under datasets in presets.yaml")
     command.add_argument("--gpu", metavar="SIZE", help="memory to fit into, such as 24GB (default: what is here)")

@@ -61,7 +61,8 @@ def create_recipe(args: argparse.Namespace) -> None:
     """Write a recipe for a model and a dataset."""
     from lathe.new_recipe.write_recipe import create_recipe
 
-    create_recipe(args.name, args.model, args.dataset, gpu=args.gpu, method=args.method, force=args.force)
+    name = args.name or f"{args.model}-{args.dataset}"
+    create_recipe(name, args.model, args.dataset, gpu=args.gpu, method=args.method, force=args.force)
 
 
 def list_experiments() -> None:

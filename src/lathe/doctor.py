@@ -6,6 +6,7 @@ library is imported here, so that it can name the packages that are missing.
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -117,7 +118,9 @@ def check_local_files(config: "Config") -> Findings:
     from lathe.provenance.local_files import find_untracked
 
     for path in find_untracked(config):
-        yield Finding("local files", "warning", f"{path} is in no cache: it cannot be restored", f"`dvc add {path}`")
+        yield Finding(
+            "local files", "warning", f"{path} is in no cache: it cannot be restored", f"`dvc add {shlex.quote(path)}`"
+        )
 
 
 def format_findings(findings: Sequence[Finding], *, coloured: bool) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
@@ -403,7 +404,7 @@ def _check_s3_remote(
     shown: str, name: str, remote: Mapping[str, Any], environment: Mapping[str, str], *, is_default: bool
 ) -> Finding:
     if not remotes.has_credentials(remote, environment):
-        remedy = f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY before `dvc push -r {name}`"
+        remedy = f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY before `dvc push -r {shlex.quote(name)}`"
         return Finding("remotes", "warning" if is_default else "ok", f"{shown}: no credentials", remedy)
     try:
         remotes.connect(remotes.get_endpoint(remote))

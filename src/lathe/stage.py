@@ -4,6 +4,7 @@ import argparse
 import inspect
 import logging
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -161,7 +162,9 @@ def warn_of_untracked(config: Config, items: Sequence[str]) -> None:
     from lathe.provenance.local_files import find_untracked
 
     for path in find_untracked(config, {item: getattr(config, item) for item in items}):
-        _log.warning("%s: in no cache: it cannot be restored once it is changed or gone; `dvc add %s`", path, path)
+        _log.warning(
+            "%s: in no cache: it cannot be restored once it is changed or gone; `dvc add %s`", path, shlex.quote(path)
+        )
 
 
 def _make_parser(main: Callable[..., object]) -> tuple[str, argparse.ArgumentParser]:

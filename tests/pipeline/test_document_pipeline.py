@@ -86,7 +86,7 @@ def test_a_score_of_answers_is_refused_before_the_training(small_checkout: Check
 
 
 def test_a_mixture_is_fetched_mixed_and_scored_dataset_by_dataset(small_checkout: Checkout):
-    from lathe.gguf.header import describe
+    from lathe.gguf.description import describe_gguf
 
     checkout = small_checkout
     select_texts(checkout)
@@ -119,7 +119,7 @@ def test_a_mixture_is_fetched_mixed_and_scored_dataset_by_dataset(small_checkout
     assert scores["texts"]["merged"]["perplexity"] > 1
     whole = checkout.json("metrics/evaluate/validation.json")
     assert whole["merged"]["exact_match"] == scores["few"]["merged"]["exact_match"]
-    keys = describe(checkout.root / "models/gguf/Q8_0.gguf")["metadata"]
+    keys = describe_gguf(checkout.root / "models/gguf/Q8_0.gguf")["metadata"]
     assert keys["lathe.dataset.texts.source"] == "local"
     assert keys["lathe.dataset.few.sha256"] == origin["datasets"][0]["sha256"]
     card = (checkout.root / "models/gguf/README.md").read_text()

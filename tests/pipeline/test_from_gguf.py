@@ -9,7 +9,7 @@ from conftest import FEW, Checkout, add_small_inputs
 from gguf_models import METADATA, Made, convert, qwen, rewrite, tiny  # noqa: F401 - fixtures
 from ruamel.yaml import YAML
 
-from lathe.gguf import header
+from lathe.gguf.description import describe_gguf
 from lathe.gguf.quantize import quantize
 
 ESTIMATE = """
@@ -52,12 +52,12 @@ def test_a_gguf_file_goes_through_every_stage(
     assert list(checkout.json("metrics/evaluate/test.json")) == ["base", "base_few_shot", "merged", "Q8_0"]
     assert checkout.json("metrics/merge/report.json")["tensors_changed"] > 0
     for artifact in ("base", "merged"):
-        assert checkout.json(f"metrics/convert/{artifact}.json")["tokens_compared"] > 800
+        assert checkout.json(f"metrics/check_converted/{artifact}.json")["tokens_compared"] > 800
     digest = hashlib.sha256(own.read_bytes()).hexdigest()
     [origin] = checkout.json("metrics/fetch/model.json")["origin"]
     assert (origin["gguf"], origin["sha256"], origin["source"]) == ("own.gguf", digest, "local")
     for name in ("base-f16", "merged-f16", "Q8_0"):
-        metadata = header.describe(checkout.root / f"models/gguf/{name}.gguf")["metadata"]
+        metadata = describe_gguf(checkout.root / f"models/gguf/{name}.gguf")["metadata"]
         assert metadata["lathe.base.gguf"] == "own.gguf"
         assert metadata["lathe.base.sha256"] == digest
         assert metadata["lathe.base.quantization"] == origin["quantization"]

@@ -17,7 +17,7 @@ from lathe.common.metric_files import list_timing_stems
 ITEMS = [
     *("local_files@model", "local_files@dataset", "local_files_encoder"),
     *("fetch@model", "fetch@dataset", "fetch_encoder", "preprocess", "train", "merge"),
-    *("convert_base", "convert_merged"),
+    *("convert_base", "convert_merged", "check_converted_base", "check_converted_merged"),
     *("quantize@Q8_0", "quantize@Q4_K_M", "generate@base", "generate@merged", "generate_few_shot"),
     *("generate_quantized@Q8_0", "generate_quantized@Q4_K_M", "judge", "evaluate", "card"),
 ]

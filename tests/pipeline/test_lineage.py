@@ -15,7 +15,7 @@ from conftest import SMALL, Checkout, copy_of
 from dvc.repo import Repo
 
 from lathe.common import paths
-from lathe.gguf import header
+from lathe.gguf.description import describe_gguf
 from lathe.provenance import lineage, trace, verify
 
 
@@ -95,7 +95,7 @@ def flipped(content: bytes) -> bytes:
 
 def test_each_gguf_carries_the_digests_of_all_that_it_was_made_from(made):
     names = ("base-f16", "adapter/adapter-f16", "merged-f16", "Q8_0", "Q4_K_M")
-    base, adapter, *merged = (header.describe(made.root / f"models/gguf/{name}.gguf")["metadata"] for name in names)
+    base, adapter, *merged = (describe_gguf(made.root / f"models/gguf/{name}.gguf")["metadata"] for name in names)
     lock = locked(made)
     for metadata, item in [(base, "base"), (adapter, "adapter"), *((metadata, "merged") for metadata in merged)]:
         assert metadata["lathe.artifact"] == item
@@ -230,7 +230,7 @@ def test_two_runs_are_told_apart_though_their_weights_are_the_same(made, elsewhe
     )
     theirs = tmp_path / "theirs.gguf"
     shutil.copyfile(made.root / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}", theirs)
-    adapters = [header.describe(file)["metadata"]["lathe.adapter.digest"] for file in (elsewhere, theirs)]
+    adapters = [describe_gguf(file)["metadata"]["lathe.adapter.digest"] for file in (elsewhere, theirs)]
     assert adapters[0] == adapters[1]
 
     one, other = traced(made, elsewhere), traced(made, theirs)

@@ -11,7 +11,7 @@ from conftest import FEW, Checkout, add_small_inputs
 from gguf_models import make_llama3, make_qwen3, quantize_program  # noqa: F401 - a fixture
 
 from lathe.common import paths
-from lathe.gguf import header
+from lathe.gguf.description import describe_gguf
 from lathe.models.model_folder import INDEX_FILE
 
 
@@ -33,11 +33,11 @@ def test_a_model_with_a_real_vocabulary_goes_through_every_stage(
     make(tmp_path / "model")
     run_all_stages(checkout, tmp_path / "model")
     for artifact in ("base", "merged"):
-        compared = checkout.json(f"metrics/convert/{artifact}.json")["tokens_compared"]
+        compared = checkout.json(f"metrics/check_converted/{artifact}.json")["tokens_compared"]
         assert compared > 800
     own, used = (checkout.root / f"models/{name}/model.safetensors" for name in ("local/small", "base"))
     assert own.samefile(used), "the weights were copied"
-    described = header.describe(checkout.root / "models/gguf/Q8_0.gguf")
+    described = describe_gguf(checkout.root / "models/gguf/Q8_0.gguf")
     assert described["chat_template"] == (tmp_path / "model/chat_template.jinja").read_text()
 
 

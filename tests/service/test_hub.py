@@ -33,7 +33,7 @@ from ruamel.yaml import YAML
 
 from lathe.config import artifacts
 from lathe.experiments import recipes
-from lathe.gguf import header
+from lathe.gguf.description import describe_gguf
 
 MODEL = "owner/model"
 DATASET = "owner/rows"
@@ -770,7 +770,7 @@ def test_the_whole_pipeline_runs_on_a_model_and_a_dataset_of_the_hub(user: User,
     user.checkout.run("dvc", "repro", "--quiet")
     measured = user.checkout.json("metrics/evaluate/test.json")
     assert list(measured) == artifacts.list_artifacts(["Q8_0", "Q4_K_M"])
-    shipped = header.describe(user.checkout.root / "models/gguf/Q4_K_M.gguf")["metadata"]
+    shipped = describe_gguf(user.checkout.root / "models/gguf/Q4_K_M.gguf")["metadata"]
     for name, fetched in (("base", "model"), ("dataset", "dataset")):
         [origin] = user.checkout.json(f"metrics/fetch/{fetched}.json")["origin"]
         assert shipped[f"lathe.{name}.id"] == origin["id"]

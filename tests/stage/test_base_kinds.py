@@ -22,7 +22,8 @@ from toy import load_toy
 
 from lathe.common import paths
 from lathe.gguf import convert as converter
-from lathe.gguf import header, tokenizer_parity
+from lathe.gguf import tokenizer_parity
+from lathe.gguf.description import describe_gguf
 from lathe.gguf.llama_model import LlamaModel
 from lathe.gguf.quantize import quantize
 from lathe.models.added_tokens import add_tokens
@@ -144,7 +145,7 @@ def test_the_part_that_reads_images_becomes_a_gguf_of_its_own(tmp_path, name):
     projector = tmp_path / "mmproj.gguf"
     with preloaded.forking():
         converter.convert_projector(tmp_path / "base", projector, llama_cpp=paths.LLAMA_CPP, metadata={})
-    assert header.describe(projector)["metadata"]["general.architecture"] == "clip"
+    assert describe_gguf(projector)["metadata"]["general.architecture"] == "clip"
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from refusals import refused
 
 from lathe.common import paths
 from lathe.gguf import convert_adapter as adapters
-from lathe.gguf import header
+from lathe.gguf.description import describe_gguf
 from lathe.gguf.llama_library import load_library
 from lathe.gguf.llama_model import LlamaModel
 from lathe.models.merge import merge
@@ -99,7 +99,7 @@ def test_the_base_with_the_adapter_is_the_merged_model(tiny: Made, tmp_path, opt
     base = logits(tiny.gguf)
     assert divergence(merged, base) > 0.02
     assert divergence(merged, logits(tiny.gguf, file)) < 0.01 * divergence(merged, base)
-    facts = header.describe(file)["metadata"]
+    facts = describe_gguf(file)["metadata"]
     assert facts["general.type"] == "adapter"
     assert facts["lathe.x"] == "ü 1"
     again = to_gguf(adapter, tiny, tmp_path / "again.gguf")

@@ -94,7 +94,7 @@ def test_updates_smaller_than_16_bits_can_hold_are_not_lost(trained, small_model
 def test_the_pipeline_goes_on_to_the_gguf(reproduced: Checkout, tmp_path):
     checkout = copy_of(reproduced, tmp_path / "lathe")
     checkout.set({"training.tuning": "full", "quantization.load_in_4bit": False, "training.learning_rate": 0.001})
-    ran = checkout.run("dvc", "repro", "estimate", "convert_merged").stdout
+    ran = checkout.run("dvc", "repro", "estimate", "check_converted_merged").stdout
     for stage in ("estimate", "train", "merge", "convert_merged"):
         assert f"Running stage '{stage}'" in ran
     proof = checkout.json("metrics/train/freeze_proof.json")
@@ -103,5 +103,5 @@ def test_the_pipeline_goes_on_to_the_gguf(reproduced: Checkout, tmp_path):
     assert checkout.json("metrics/merge/report.json")["tensors_changed"] == len(tensors)
     memory = {each["part"]: each["bytes"] for each in checkout.json("metrics/estimate/training.json")["memory"]}
     assert memory["adapter"] == 4 * sum(tensor.numel() for tensor in tensors.values())
-    assert checkout.json("metrics/convert/merged.json")["tokens_compared"] > 0
+    assert checkout.json("metrics/check_converted/merged.json")["tokens_compared"] > 0
     assert json.loads((checkout.root / "models/adapter/tuning.json").read_text())["tuning"] == "full"

@@ -24,6 +24,7 @@ from lathe.inference import few_shot, held_out
 from lathe.inference.generate import Generator
 from lathe.inference.held_out import HeldOutRun
 from lathe.inference.journal import open_journal
+from lathe.models.answer_split import split_answer
 from lathe.models.chat_template import ChatTemplate
 from lathe.sources.builtin import household_commands
 
@@ -260,7 +261,7 @@ def test_as_many_examples_are_shown_as_leave_the_longest_request_its_room(learnt
 
 def shown(generator, examples, rows):
     template = generator.chat_template
-    return [template.split_answer(few_shot.insert_examples(examples, row)["messages"]).prompt for row in rows]
+    return [split_answer(template, few_shot.insert_examples(examples, row)["messages"]).prompt for row in rows]
 
 
 @pytest.fixture

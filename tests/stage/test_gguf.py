@@ -10,7 +10,8 @@ from gguf_models import METADATA, Made, convert, qwen, tiny  # noqa: F401 - fixt
 from refusals import refused
 
 from lathe.common import paths
-from lathe.gguf import header, run_converter, tokenizer_parity
+from lathe.gguf import run_converter, tokenizer_parity
+from lathe.gguf.description import describe_gguf
 
 
 def edit_json(path: Path, **changes: object) -> None:
@@ -29,10 +30,10 @@ def test_the_bytes_depend_neither_on_the_place_nor_on_the_hour(tiny: Made, tmp_p
 
 def test_metadata_is_added_and_replaces_what_the_converter_wrote(tiny: Made, tmp_path):
     named = convert(tiny.folder, tmp_path / "named.gguf", metadata={"lathe.x": "ü 1", "general.name": "Household"})
-    metadata = header.describe(named)["metadata"]
+    metadata = describe_gguf(named)["metadata"]
     assert metadata["lathe.x"] == "ü 1"
     assert metadata["general.name"] == "Household"
-    assert header.describe(tiny.gguf)["metadata"].items() >= METADATA.items()
+    assert describe_gguf(tiny.gguf)["metadata"].items() >= METADATA.items()
 
 
 def test_the_description_counts_parameters_as_the_model_does(tiny: Made):
@@ -44,7 +45,7 @@ def test_the_description_counts_parameters_as_the_model_does(tiny: Made):
             if "norm" not in name:
                 rows, columns = weights.get_slice(name).get_shape()
                 count += rows * columns
-    described = header.describe(tiny.gguf)
+    described = describe_gguf(tiny.gguf)
     assert described["parameters"] == count
     assert described["bytes"] == tiny.gguf.stat().st_size
     assert described["tensor_types"] == {"F16": 16, "F32": 5}
@@ -140,10 +141,10 @@ def test_a_wrong_argument_is_refused_before_anything_starts(tmp_path, change, co
 def test_a_file_that_is_no_gguf_or_was_cut_is_refused(tiny: Made, tmp_path):
     (tmp_path / "text").write_text("not a model at all")
     with refused("not-gguf", "text: "):
-        header.describe(tmp_path / "text")
+        describe_gguf(tmp_path / "text")
     (tmp_path / "cut").write_bytes(tiny.gguf.read_bytes()[:500])
     with refused("damaged-gguf", "cut: "):
-        header.describe(tmp_path / "cut")
+        describe_gguf(tmp_path / "cut")
     with refused("unreadable-gguf", str(tmp_path / "cut"), kept=False) as caught:
         tokenizer_parity.check_tokens(tiny.folder, tmp_path / "cut", ["lamp"])
     assert re.search(r"llama.cpp cannot load it \(.+\)", str(caught.value))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from lathe.common import paths
 from lathe.gguf import header, tokenizer_parity
+from lathe.gguf.description import describe_gguf
 from lathe.gguf.llama_model import LlamaModel
 from lathe.gguf.quantize import quantize
 from lathe.models import model_folder
@@ -62,7 +63,7 @@ def describe_vocabulary(file: Path) -> dict[str, Any]:
 def test_the_ids_of_a_real_vocabulary_are_those_of_llama_cpp(tmp_path: Path, name: str) -> None:
     file = paths.LLAMA_CPP / f"models/ggml-vocab-{name}.gguf"
     with parse_once():
-        save_tokenizer(file, tmp_path, header.describe(file)["metadata"])
+        save_tokenizer(file, tmp_path, describe_gguf(file)["metadata"])
         by_transformers = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     saved = AutoTokenizer.from_pretrained(tmp_path)
     with LlamaModel(file, vocab_only=True) as vocabulary:

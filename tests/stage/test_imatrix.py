@@ -10,6 +10,7 @@ from gguf_models import Made, convert, make_qwen3_moe, tiny  # noqa: F401 - fixt
 from refusals import refused
 
 from lathe.gguf import collect_imatrix, header, imatrix_file
+from lathe.gguf.description import describe_gguf
 from lathe.gguf.imatrix_file import Importance
 
 ROWS = [[1, *range(10 + n, 300, 7)] for n in range(3)] + [[1, 5, 9, 200, 33]]
@@ -100,7 +101,7 @@ def test_a_matrix_is_read_as_it_was_written_and_unused_experts_count_alike(tmp_p
         np.testing.assert_array_equal(read[name].counts, written[name].counts)
     assert read["blk.0.a.weight"].compute_means().tolist() == [0.5, 1, 1.5]
     assert read["blk.0.b_exps.weight"].compute_means().tolist() == [0.5, 1, 1, 1]
-    metadata = header.describe(tmp_path / "m.gguf")["metadata"]
+    metadata = describe_gguf(tmp_path / "m.gguf")["metadata"]
     assert metadata["general.type"] == "imatrix"
     assert metadata["imatrix.chunk_count"] == 7
 

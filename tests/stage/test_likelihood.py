@@ -9,6 +9,7 @@ from refusals import refused
 from lathe.gguf.quantize import quantize
 from lathe.inference import generate, likelihood
 from lathe.inference.generate import Generator
+from lathe.models.answer_split import split_answer
 from lathe.sources.builtin import household_commands
 
 END = 4  # `<|im_end|>`
@@ -21,7 +22,7 @@ def open_generator(path, n_parallel=8, n_ctx=512, threads=1):
 def requests(generator, count):
     """What the household commands ask, and what is to be answered, as the model's template writes them."""
     rows = household_commands.make_rows(1)["validation"][:count]
-    return [generator.chat_template.split_answer(row["messages"])[:2] for row in rows]
+    return [split_answer(generator.chat_template, row["messages"])[:2] for row in rows]
 
 
 def score_references(generator, pairs, **options):

@@ -13,8 +13,10 @@ from shared import made_once
 from lathe.common.errors import InputError
 from lathe.config.quantization_types import FILES_THAT_CANNOT_BE_MADE, FILES_THAT_NEED_IMATRIX, check_type
 from lathe.gguf import collect_imatrix, imatrix_file
-from lathe.gguf.header import describe, list_tensors
-from lathe.gguf.llama_library import collect_llama_log, load_library, read_ggml_types
+from lathe.gguf.description import describe_gguf
+from lathe.gguf.ggml_types import read_ggml_types
+from lathe.gguf.header import list_tensors
+from lathe.gguf.llama_library import collect_llama_log, load_library
 from lathe.gguf.llama_model import LlamaModel
 from lathe.gguf.quantize import quantize
 from lathe.gguf.tensor_types import list_file_types
@@ -25,10 +27,10 @@ def test_fewer_bits_make_a_smaller_file_and_keep_the_metadata(tiny: Made, tmp_pa
     bits = []
     for name in ("Q8_0", "Q4_1", "Q4_K_M", "Q2_K"):
         quantize(tiny.gguf, tmp_path / name, type=name, threads=2)
-        described = describe(tmp_path / name)
+        described = describe_gguf(tmp_path / name)
         bits.append(described["bits_per_weight"])
         assert described["metadata"].items() >= METADATA.items()
-        assert described["chat_template"] == describe(tiny.gguf)["chat_template"]
+        assert described["chat_template"] == describe_gguf(tiny.gguf)["chat_template"]
     assert bits == sorted(bits, reverse=True)
     assert bits[0] == pytest.approx(8.5, abs=0.1)
 
@@ -157,7 +159,7 @@ def test_every_type_of_the_library_makes_a_file_that_runs(name, uneven: Uneven, 
     else:
         quantize(uneven.gguf, out, type=name, threads=2)
     quantize(uneven.gguf, out, type=name, threads=2, importance=uneven.matrix)
-    bits = describe(out)["bits_per_weight"]
+    bits = describe_gguf(out)["bits_per_weight"]
     assert bits < 9 or name in ("F32", "F16", "BF16")
     [found] = logits(out, uneven.rows[:1])
     assert np.isfinite(found).all()

@@ -7,7 +7,8 @@ import shutil
 from gguf_models import Made, convert, qwen, tiny  # noqa: F401 - fixtures
 from refusals import refused
 
-from lathe.gguf import header, tokenizer_parity
+from lathe.gguf import tokenizer_parity
+from lathe.gguf.description import describe_gguf
 from lathe.gguf.llama_model import LlamaModel
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.templates import builtin_templates
@@ -37,7 +38,7 @@ def test_a_base_model_with_the_real_qwen_vocabulary_takes_chatml(qwen: Made, tmp
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "Hallo"}, {"role": "assistant", "content": "Привет 🙂"}]
     assert tokenizer_parity.check_tokens(folder, made, [ChatTemplate.of_tokenizer(tokenizer).render(chat)]) > 10
-    metadata = header.describe(made)["metadata"]
+    metadata = describe_gguf(made)["metadata"]
     assert metadata["tokenizer.ggml.eos_token_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     with LlamaModel(made, vocab_only=True) as vocabulary:
         assert vocabulary.chat_template.text == builtin_templates.read_template("chatml")
@@ -53,8 +54,8 @@ def test_a_sentencepiece_vocabulary_takes_what_its_pieces_allow(tiny: Made, tmp_
     assert install_template("plain", folder) == "</s>"
     made = convert(folder, tmp_path / "base.gguf")
     assert tokenizer_parity.check_tokens(folder, made, ["User:\nHallo\n\nAssistant:\nПривет</s>"]) > 10
-    assert header.describe(made)["metadata"]["tokenizer.ggml.eos_token_id"] == 2
-    assert header.describe(made)["chat_template"] == builtin_templates.read_template("plain")
+    assert describe_gguf(made)["metadata"]["tokenizer.ggml.eos_token_id"] == 2
+    assert describe_gguf(made)["chat_template"] == builtin_templates.read_template("plain")
     assert install_template("chatml", folder) == "<|im_end|>"
     assert tokenizer_parity.check_tokens(folder, convert(folder, made), []) > 10
 

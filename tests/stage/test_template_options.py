@@ -13,7 +13,7 @@ from lathe.gguf.llama_model import LlamaModel
 from lathe.inference.held_out import render_prompt
 from lathe.models.loss_mask import encode
 from lathe.models.merge.merge import merge
-from lathe.models.template_options import set_options
+from lathe.models.template_options import load_tokenizer_with_options, set_options
 from lathe.models.templates.builtin_templates import read_template
 from lathe.models.tokenizer import load_tokenizer
 from lathe.training.train import train
@@ -75,7 +75,9 @@ def check_merged(base: Path, folder: Path, expected: str) -> None:
     merged = load_tokenizer(folder / "merged")
     assert merged.chat_template == expected
     row = make_row(7)
-    [sequence] = encode(load_tokenizer(base, OPTIONS), [row["messages"]], supervise="last", tools=[row["tools"]])
+    [sequence] = encode(
+        load_tokenizer_with_options(base, OPTIONS), [row["messages"]], supervise="last", tools=[row["tools"]]
+    )
     with LlamaModel(convert(folder / "merged", folder / "merged.gguf"), vocab_only=True) as vocabulary:
         prompt = render_prompt(vocabulary.chat_template, row["messages"], row["tools"]).prompt
         assert "Be brief. " in prompt

@@ -19,7 +19,7 @@ from lathe.inference.held_out import read_answer, render_prompt
 from lathe.inference.serve_tools import answer_with_calls
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.loss_mask import encode
-from lathe.models.template_options import set_options
+from lathe.models.template_options import load_tokenizer_with_options, set_options
 from lathe.models.templates.builtin_templates import read_template
 from lathe.models.tokenizer import load_tokenizer
 
@@ -68,7 +68,7 @@ def test_the_prompt_has_the_ids_of_training_in_llama_cpp(request, model, row):
 
 def test_options_of_the_template_are_in_the_file_and_in_every_prompt(qwen, tmp_path):
     options = {"enable_thinking": False}
-    tokenizer = load_tokenizer(qwen.folder, options)
+    tokenizer = load_tokenizer_with_options(qwen.folder, options)
     text = tokenizer.chat_template
     assert text == set_options(load_tokenizer(qwen.folder).chat_template, options)
     file = convert(qwen.folder, tmp_path / "a.gguf", metadata={"tokenizer.chat_template": text})

@@ -5,7 +5,8 @@ import time
 import pytest
 
 from lathe.common import bounded_jinja
-from lathe.models.chat_template import ChatTemplate, TemplateError
+from lathe.models.chat_template import ChatTemplate
+from lathe.models.template_text import TemplateError
 
 MESSAGES = [{"role": "user", "content": "Switch on the lamp."}, {"role": "assistant", "content": "on"}]
 

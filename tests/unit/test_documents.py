@@ -13,6 +13,7 @@ from lathe.config.held_out_checks import find_misfits
 from lathe.config.presets import LocalDataset
 from lathe.data.check_file import check_file
 from lathe.data.prepare import prepare
+from lathe.models.answer_split import split_answer
 from lathe.models.document import DOCUMENT
 from lathe.models.loss_mask import encode
 
@@ -117,7 +118,7 @@ def test_the_text_is_rendered_without_a_template():
     template = ChatTemplate.of_tokenizer(byte_chat())
     messages = document("Some text.")["messages"]
     assert template.render(messages) == "Some text."
-    assert template.split_answer(messages) == ("", "Some text.", "<|im_end|>")
+    assert split_answer(template, messages) == ("", "Some text.", "<|im_end|>")
 
 
 @pytest.mark.parametrize(

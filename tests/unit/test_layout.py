@@ -11,7 +11,7 @@ import pytest
 from lathe.common import paths
 from lathe.common.code_closure import imported_modules, module_file
 from lathe.config.quantization_types import FILE_TYPES, TENSOR_TYPES
-from lathe.gguf.llama_library import read_ggml_types
+from lathe.gguf.ggml_types import read_ggml_types
 from lathe.gguf.tensor_types import list_file_types
 
 SOURCE = paths.ROOT / "src/lathe"

@@ -9,6 +9,7 @@ import pytest
 from refusals import refused
 from ruamel.yaml import YAML
 
+from lathe import cli
 from lathe.common import paths
 from lathe.config.load import load
 from lathe.experiments import recipes
@@ -95,6 +96,13 @@ def test_rows_with_tools_are_scored_by_their_calls_and_take_the_room_of_the_defi
     assert values["evaluate.metrics"] == ["tool_calls", "tool_calls_f1", "exact_match"]
     assert values["evaluate.primary_metric"] == "tool_calls"
     assert values["training.max_length"] >= 128
+
+
+def test_a_recipe_without_a_name_is_called_by_its_model_and_its_dataset(root):
+    words = ["recipe", "new", "--model", "small", "--dataset", "json", "--gpu", "8GB"]
+    arguments = cli.build_parser().parse_args(words)
+    arguments.run(arguments)
+    assert (root / "experiments/small-json.yaml").is_file()
 
 
 @pytest.mark.heavy

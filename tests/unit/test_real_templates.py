@@ -11,10 +11,12 @@ import pytest
 import trl
 from refusals import refused
 
+from lathe.models.answer_split import find_answer_prefix, split_answer
 from lathe.models.answer_syntax import find_call_syntax, find_thought_syntax, list_calls
-from lathe.models.chat_template import ChatTemplate, TemplateError
+from lathe.models.chat_template import ChatTemplate
 from lathe.models.loss_mask import encode
 from lathe.models.template_options import set_options
+from lathe.models.template_text import TemplateError
 
 FOLDERS = (Path(trl.__file__).parent / "chat_templates", Path(__file__).parents[1] / "templates")
 WRITES_TOOLS = ("qwen3", "qwen2_5", "llama3_1", "llama3_2", "gptoss", "glm4moe", "qwen3_6", "mistral-tools", "smollm3")
@@ -153,7 +155,7 @@ def test_the_learnt_part_is_the_answer_as_rendered_and_nothing_else(tokenizer, n
             encode(tokenizer, [messages], supervise="last", tools=[tools])
         return
     template = ChatTemplate.of_tokenizer(tokenizer)
-    prompt, written, _ = template.split_answer(messages, tools)
+    prompt, written, _ = split_answer(template, messages, tools)
     [row] = encode(tokenizer, [messages], supervise="last", tools=[tools])
     start = row.supervised.index(True)
     assert all(row.supervised[start:])
@@ -233,10 +235,10 @@ READ_BACK = [
 @pytest.mark.parametrize(("name", "calls", "text"), READ_BACK)
 def test_calls_are_read_back_as_they_were_written(name, calls, text):
     template = make_template(name)
-    written = template.split_answer([user(), answer(text, tool_calls=calls)], TOOLS).answer
+    written = split_answer(template, [user(), answer(text, tool_calls=calls)], TOOLS).answer
     syntax = find_call_syntax(template)
     assert syntax
-    found = syntax.read(written.removeprefix(template.answer_prefix), TOOLS)
+    found = syntax.read(written.removeprefix(find_answer_prefix(template)), TOOLS)
     assert found.calls == list_calls({"tool_calls": calls})
     assert text in found.content
 
@@ -279,20 +281,20 @@ def test_white_space_between_markers_does_not_count_and_more_after_bare_json_doe
 def test_what_is_said_after_a_thought_is_found(name):
     template = make_template(name)
     syntax = find_thought_syntax(template)
-    prompt, written, _ = template.split_answer(FORMS["thought"][0])
-    said = written.removeprefix(template.answer_prefix)
+    prompt, written, _ = split_answer(template, FORMS["thought"][0])
+    said = written.removeprefix(find_answer_prefix(template))
     assert syntax.strip(said, prompt=prompt) == "4"
     assert syntax.strip(said.partition(THOUGHT)[0] + "It is 4, as", prompt=prompt) == ""  # it never ended
-    plain_prompt, plain, _ = template.split_answer(FORMS["plain"][0])
-    assert syntax.strip(plain, prompt=plain_prompt).removeprefix(template.answer_prefix) == "Fine."
+    plain_prompt, plain, _ = split_answer(template, FORMS["plain"][0])
+    assert syntax.strip(plain, prompt=plain_prompt).removeprefix(find_answer_prefix(template)) == "Fine."
 
 
 @pytest.mark.parametrize("name", sorted(OPENS_THOUGHT))
 def test_an_answer_begins_within_the_thought_that_the_prompt_opens(name):
-    prompt, written, _ = make_template(name).split_answer(FORMS["thought"][0])
+    prompt, written, _ = split_answer(make_template(name), FORMS["thought"][0])
     assert prompt.endswith("<think>\n")
     assert written == f"{THOUGHT}\n</think>\n\n4"
-    assert make_template(name).split_answer(FORMS["plain"][0]).answer == "\n</think>\n\nFine."
+    assert split_answer(make_template(name), FORMS["plain"][0]).answer == "\n</think>\n\nFine."
 
 
 @pytest.mark.parametrize(
@@ -331,7 +333,7 @@ def test_an_option_that_no_template_reads_is_refused():
 
 def test_a_thought_where_the_template_is_told_to_write_none_is_refused():
     with pytest.raises(TemplateError, match="the answer has a thought"):
-        make_template("qwen3", enable_thinking=False).split_answer(FORMS["thought"][0])
+        split_answer(make_template("qwen3", enable_thinking=False), FORMS["thought"][0])
 
 
 def test_ids_are_made_short_where_a_template_demands_it_and_results_keep_theirs():

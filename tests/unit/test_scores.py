@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
 from lathe.config.params import Evaluate
-from lathe.evaluation import metrics, text_metrics
+from lathe.evaluation import metric_order, metrics, text_metrics
 
 OF_ROWS = ("bert_score", "tool_calls", "tool_calls_f1")  # that need more than the two texts
 ALL = [name for name in get_args(get_args(Evaluate.model_fields["metrics"].annotation)[0]) if name not in OF_ROWS]
@@ -234,8 +234,8 @@ def test_the_combined_score_of_0_8234_and_78_5_is_0_8004():
 
 
 def test_better_is_higher_but_for_perplexity_and_its_like_and_nearer_to_1_for_a_ratio_of_lengths():
-    assert metrics.orient_score("exact_match", 0.9) > metrics.orient_score("exact_match", 0.8)
+    assert metric_order.orient_score("exact_match", 0.9) > metric_order.orient_score("exact_match", 0.8)
     for metric in ("perplexity", "kl", "general_perplexity", "bytes"):
-        assert metrics.orient_score(metric, 1.1) > metrics.orient_score(metric, 1.2)
-    assert metrics.orient_score("length_ratio", 0.9) > metrics.orient_score("length_ratio", 1.2)
-    assert metrics.orient_score("rouge_l", None) < metrics.orient_score("rouge_l", 0.0)
+        assert metric_order.orient_score(metric, 1.1) > metric_order.orient_score(metric, 1.2)
+    assert metric_order.orient_score("length_ratio", 0.9) > metric_order.orient_score("length_ratio", 1.2)
+    assert metric_order.orient_score("rouge_l", None) < metric_order.orient_score("rouge_l", 0.0)

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from refusals import refused
 
-from lathe.models.chat_template import ChatTemplate, TemplateError
+from lathe.models.answer_split import find_answer_prefix, split_answer
+from lathe.models.chat_template import ChatTemplate
 from lathe.models.loss_mask import ConversationEncoder, encode
 from lathe.models.special_tokens import compile_control_tokens
+from lathe.models.template_text import TemplateError
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -346,7 +348,7 @@ def test_a_template_that_states_the_date_renders_the_same_every_day():
 
 
 def test_the_answer_prefix_is_what_the_template_writes_before_a_plain_answer():
-    prefixes = {style: _template(row[0]).answer_prefix for style, row in STYLES.items()}
+    prefixes = {style: find_answer_prefix(_template(row[0])) for style, row in STYLES.items()}
     assert prefixes.pop("qwen3") == "<think>\n\n</think>\n\n"
     assert set(prefixes.values()) == {""}
 
@@ -356,7 +358,7 @@ def test_prompt_answer_and_end_make_up_the_rendering(style):
     text, written, end, _ = STYLES[style]
     template = _template(text)
     chat = _chat("How many?", "Four.", "And now?", "five")
-    prompt, answer, rest = template.split_answer(chat)
+    prompt, answer, rest = split_answer(template, chat)
     assert prompt + answer + rest == template.render(chat)
     assert prompt == template.render(chat[:-1], add_generation_prompt=True)
     assert answer == written.format("five").rstrip()

@@ -8,7 +8,7 @@ from refusals import refused
 from shared import processor_seconds
 
 from lathe.common import paths
-from lathe.gguf import header
+from lathe.gguf.description import describe_gguf
 from lathe.provenance import lineage, trace
 
 COMMIT = "6b2f" * 10
@@ -79,7 +79,7 @@ def test_a_file_cut_short_is_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert header.describe(file)["parameters"] == 4096
+    assert describe_gguf(file)["parameters"] == 4096
     file.write_bytes(file.read_bytes()[:-8192])
     with refused("truncated-gguf", f"{file}: cut short"):
         trace.trace(file)

@@ -1,6 +1,7 @@
 """Text of a dataset's check: what `lathe data` prints, and the entry of presets.yaml for the file."""
 
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,11 @@ def _choose_path(source: Path) -> str:
 
 
 def _describe_move(source: Path, path: str) -> str:
-    return "" if source.absolute() == paths.ROOT / path else f" (put it at {path} first, then `dvc add {path}`)"
+    return (
+        ""
+        if source.absolute() == paths.ROOT / path
+        else f" (put it at {path} first, then `dvc add {shlex.quote(path)}`)"
+    )
 
 
 def _format_files(found: Mapping[str, Any]) -> Iterator[str]:

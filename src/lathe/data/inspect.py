@@ -43,9 +43,9 @@ def show_examples(
             code="missing-model",
         )
     from lathe.models.loss_mask import encode
-    from lathe.models.tokenizer import load_tokenizer
+    from lathe.models.template_options import load_tokenizer_with_options
 
-    tokenizer = load_tokenizer(paths.MODEL_BASE, settings.chat_template_kwargs)
+    tokenizer = load_tokenizer_with_options(paths.MODEL_BASE, settings.chat_template_kwargs)
     if marks is None:
         marks = TERMINAL_MARKS if out.isatty() and not os.environ.get("NO_COLOR") else PLAIN_MARKS
     for number, example in examples:

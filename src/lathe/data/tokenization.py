@@ -31,9 +31,10 @@ from lathe.data.read_files import Fault
 from lathe.data.truncation import Messages, TruncatedSide, truncate_conversation
 from lathe.data.worker_processes import MAX_PROCESSES, ReportRows, run_in_processes
 from lathe.data.writing_systems import detect_writing_system
-from lathe.models.chat_template import TemplateError, Tools
+from lathe.models.chat_template import Tools
 from lathe.models.document import is_document
 from lathe.models.loss_mask import ConversationEncoder, Encoded
+from lathe.models.template_text import TemplateError
 
 ROWS_PER_PROCESS = 512  # fewer rows are not worth a process of their own
 ROWS_PER_BATCH = 512  # in memory at a time, in each process

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lathe.evaluation.metrics import orient_score
+from lathe.evaluation.metric_order import orient_score
 
 
 def choose_best_artifact(report: Mapping[str, Mapping[str, Any]], candidates: Sequence[str], metric: str) -> str:

@@ -21,7 +21,8 @@ from lathe.evaluation import bootstrap, permutation_test, text_metrics
 from lathe.evaluation.call_scores import compute_call_f1, match_calls, score_calls
 from lathe.evaluation.clusters import number_clusters, sum_clusters
 from lathe.evaluation.detectable import find_detectable_difference
-from lathe.evaluation.metrics import LOWER_IS_BETTER, Array, compute_metric, make_combined, orient_score
+from lathe.evaluation.metric_order import LOWER_IS_BETTER, orient_score
+from lathe.evaluation.metrics import Array, compute_metric, make_combined
 from lathe.evaluation.pairwise import read_pairs
 
 # What artifacts are compared with: base, for the effect of training; merged, for that of quantization.

@@ -1,4 +1,4 @@
-"""Metrics: the formula of each metric as a function of sums over rows, and whether higher or lower is better.
+"""Metrics: the formula of each metric as a function of sums over rows.
 
 The score of many rows is a function of sums of a few numbers per row, even for corpus metrics such as BLEU. Resampling
 is therefore cheap and the same for all metrics: only the sums are computed again.
@@ -12,24 +12,10 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 BLEU_ORDER, CHRF_ORDER, CHRF_BETA = 4, 6, 2.0
 
-LOWER_IS_BETTER = frozenset({"perplexity", "kl", "general_perplexity", "bytes"})
-
 
 def compute_metric(metric: str, sums: Array) -> Array:
     """Return the metric's value for sums of row statistics, (..., k) -> (...); NaN if it is not defined."""
     return _FORMULAS.get(metric, _compute_ratio)(sums)
-
-
-def orient_score(metric: str, value: float | None) -> float:
-    """Return a number that is higher for a better value of the metric; -inf for None.
-
-    Lower is better for LOWER_IS_BETTER, closer to 1 for `length_ratio`, and higher for all others.
-    """
-    if value is None:
-        return -np.inf
-    if metric == "length_ratio":
-        return -abs(value - 1)
-    return -value if metric in LOWER_IS_BETTER else value
 
 
 def make_combined(bert_score_weight: float, judge_weight: float | None) -> Callable[[Array], Array]:

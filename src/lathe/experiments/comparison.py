@@ -13,7 +13,7 @@ from lathe.common.errors import InputError
 from lathe.common.jsonl import read_jsonl
 from lathe.common.text import did_you_mean
 from lathe.config.artifacts import UNQUANTIZED
-from lathe.evaluation.metrics import LOWER_IS_BETTER, orient_score
+from lathe.evaluation.metric_order import LOWER_IS_BETTER, orient_score
 from lathe.experiments.changed_code import has_stale_timings, list_changed_code, list_scripts
 from lathe.experiments.p_values import adjust_p_values
 from lathe.experiments.paired_answers import pair_answers

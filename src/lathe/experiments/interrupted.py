@@ -5,6 +5,7 @@ checkout that was detached on purpose, as CI does, is no fault.
 """
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +42,12 @@ class DetachedHead:
     @property
     def remedy(self) -> str:
         """What to type."""
+        branch = shlex.quote(self.branch)
         if self.stashed:
-            return f"`git switch --force {self.branch} && git stash pop --index`"
+            return f"`git switch --force {branch} && git stash pop --index`"
         if self.commit:
-            return f"`git switch {self.branch} && git merge {self.commit[:10]}`"
-        return f"`git switch {self.branch}`"
+            return f"`git switch {branch} && git merge {self.commit[:10]}`"
+        return f"`git switch {branch}`"
 
 
 def describe_detached_head(root: Path = paths.ROOT) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lathe.common.text import format_table, readable_bytes, readable_seconds, write_lines
-from lathe.evaluation.metrics import orient_score
+from lathe.evaluation.metric_order import orient_score
 from lathe.experiments.results import RunResult, read_results
 
 NARROWEST = 20  # columns for the changed keys, however narrow the terminal

@@ -20,7 +20,6 @@ from lathe.common.errors import InputError
 from lathe.common.progress import Progress
 from lathe.gguf import header
 from lathe.gguf.imatrix_file import Importance
-from lathe.gguf.llama_library import read_ggml_types
 from lathe.models.model_class import choose_model_class, read_model_config
 from lathe.models.precision import DTYPES, resolve_precision
 
@@ -158,7 +157,7 @@ class _TensorNames:
     def __init__(self, file: Path, tensors: Mapping[str, Any]) -> None:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-        architecture = header.describe(file)["metadata"]["general.architecture"]
+        architecture = header.read_metadata(file)["general.architecture"]
         numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
         blocks = [int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))]
         self._tensors = tensors
@@ -205,10 +204,12 @@ def _sum_squares(weight: torch.Tensor) -> Any:
 
 
 def _sum_stored_squares(file: Path, tensor: header.Tensor) -> Any:
-    kinds = {read_ggml_types()[name].number: dtype for name, dtype in (("F32", "<f4"), ("F16", "<f2"), ("BF16", "<u2"))}
+    from gguf import GGMLQuantizationType as Kind
+
+    kinds = {Kind.F32: "<f4", Kind.F16: "<f2", Kind.BF16: "<u2"}
     columns, rows, *experts = tensor.extents
     shape = (*experts, rows, columns) if experts else (1, rows, columns)
-    stored = np.memmap(file, kinds[tensor.kind], mode="r", offset=tensor.offset, shape=shape)
+    stored = np.memmap(file, kinds[Kind(tensor.kind)], mode="r", offset=tensor.offset, shape=shape)
     step = max(1, _CHUNK // columns)
     sums = np.zeros((shape[0], columns))
     for expert in range(shape[0]):

@@ -1,14 +1,11 @@
 """GGUF header: metadata and tensor descriptions read without llama.cpp."""
 
-import math
 import struct
-from collections import Counter
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lathe.common.errors import InputError
-from lathe.gguf.llama_library import read_ggml_types
 
 
 class Tensor(NamedTuple):
@@ -22,41 +19,12 @@ class Tensor(NamedTuple):
 
 def list_tensors(path: Path) -> list[Tensor]:
     """Return every tensor of a GGUF file, in file order; raises InputError if the file is not GGUF."""
-    return _read_header(path)[1]
+    return read_header(path)[1]
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Describe a GGUF file from its header alone.
-
-    `bytes`; `parameters`; `bits_per_weight` (of the tensors); `tensor_types`, type name -> number of tensors;
-    `metadata` without arrays; `chat_template` or None. Raises InputError if the file is not GGUF, damaged or cut short.
-    """
-    names = {kind.number: name for name, kind in read_ggml_types().items()}
-    metadata, tensors = _read_header(path)
-    parameters = tensor_bytes = 0
-    for tensor in tensors:
-        if tensor.kind not in names:
-            raise InputError(
-                f"{path}: its GGUF header is damaged (tensor type {tensor.kind}); make the file again",
-                code="damaged-gguf",
-            )
-        count, stored = math.prod(tensor.extents), read_ggml_types()[names[tensor.kind]]
-        parameters += count
-        tensor_bytes += count // stored.block_values * stored.block_bytes
-    if tensor_bytes > path.stat().st_size:
-        raise InputError(
-            f"{path}: cut short: {path.stat().st_size:,} bytes, and its tensors alone take {tensor_bytes:,}; "
-            "copy the file again",
-            code="truncated-gguf",
-        )
-    return {
-        "bytes": path.stat().st_size,
-        "parameters": parameters,
-        "bits_per_weight": round(8 * tensor_bytes / parameters, 4) if parameters else 0.0,
-        "tensor_types": dict(sorted(Counter(names[tensor.kind] for tensor in tensors).items())),
-        "chat_template": metadata.pop("tokenizer.chat_template", None),
-        "metadata": metadata,
-    }
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata of a GGUF file without arrays; raises InputError if the file is not GGUF."""
+    return read_header(path)[0]
 
 
 # The GGUF header, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; gguf-py's reader takes 7 s where
@@ -77,7 +45,7 @@ _SCALARS = {
 }
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
+def read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
     """Return metadata without arrays, and every tensor."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; name a GGUF file", code="no-such-file")

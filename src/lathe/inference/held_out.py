@@ -14,6 +14,7 @@ from lathe.inference import general_text, likelihood
 from lathe.inference.generate import Completion, Generator
 from lathe.inference.journal import Journal
 from lathe.inference.row_file import RowFile
+from lathe.models.answer_split import find_answer_prefix, split_answer
 from lathe.models.answer_syntax import Call, find_call_syntax, find_thought_syntax, list_calls
 from lathe.models.chat_template import ChatTemplate, Conversation, Tools
 from lathe.models.message_form import THOUGHT
@@ -45,10 +46,10 @@ class HeldOutPrompt(NamedTuple):
 
 def render_prompt(template: ChatTemplate, conversation: Conversation, tools: Tools | None = None) -> HeldOutPrompt:
     """Render a conversation whose last message is the reference."""
-    prompt, answer, _ = template.split_answer(conversation, tools)
+    prompt, answer, _ = split_answer(template, conversation, tools)
     last = conversation[-1]
     is_plain = not (last.get("tool_calls") or last.get(THOUGHT))
-    reference = str(last["content"]) if is_plain else answer.removeprefix(template.answer_prefix)
+    reference = str(last["content"]) if is_plain else answer.removeprefix(find_answer_prefix(template))
     calls = list_calls(last) if tools or last.get("tool_calls") else None
     return HeldOutPrompt(prompt, answer, reference, tools, calls)
 
@@ -144,7 +145,7 @@ class HeldOutRun:
             yield {
                 "prompt": row.prompt,
                 "reference": row.reference,
-                "completion": completion["text"].removeprefix(template.answer_prefix),
+                "completion": completion["text"].removeprefix(find_answer_prefix(template)),
                 "finish_reason": completion["finish_reason"],
                 "tokens": completion["tokens"],
                 "nll": likely["nll"],
@@ -165,7 +166,7 @@ def read_answer(template: ChatTemplate, row: HeldOutPrompt, text: str) -> dict[s
     """
     read: dict[str, Any] = {}
     thought = find_thought_syntax(template)
-    written = text.removeprefix(template.answer_prefix)
+    written = text.removeprefix(find_answer_prefix(template))
     reference = row.reference
     answers = thought.strip(written, prompt=row.prompt), thought.strip(reference)
     if answers != (written, reference):

@@ -17,7 +17,9 @@ from lathe.data.row_checks import RowFault, TextValidator, is_empty
 from lathe.data.tools import parse_tools
 from lathe.inference.generate import Completion, Generator
 from lathe.inference.row_file import RowFile
-from lathe.models.chat_template import Message, TemplateError
+from lathe.models.answer_split import find_answer_prefix
+from lathe.models.chat_template import Message
+from lathe.models.template_text import TemplateError
 
 STANDARD_INPUT = Path("-")
 
@@ -33,7 +35,7 @@ def infer(generator: Generator, file: Path, out: BinaryIO, *, max_new_tokens: in
     into a temporary file; each is written as soon as it and all before it are answered. Raises InputError that names
     file and line, before anything is written, if one cannot be answered.
     """
-    prefix = generator.chat_template.answer_prefix
+    prefix = find_answer_prefix(generator.chat_template)
     with tempfile.TemporaryFile() as temporary:
         requests = RowFile.write(_render_requests(file, generator), cast(BinaryIO, temporary))
         completions = generator.iterate_completions(

@@ -8,8 +8,10 @@ from typing import Any
 from lathe.data.messages import parse_messages
 from lathe.data.row_checks import RowFault, TextValidator
 from lathe.data.tools import parse_tools
+from lathe.models.answer_split import find_answer_prefix
 from lathe.models.answer_syntax import Call, find_call_syntax
-from lathe.models.chat_template import ChatTemplate, TemplateError
+from lathe.models.chat_template import ChatTemplate
+from lathe.models.template_text import TemplateError
 
 _ANY_TEXT = TextValidator(re.compile("(?!)"))  # as in a chat: what is sent is rendered
 
@@ -62,7 +64,7 @@ def _read_calls(whole: dict[str, Any], template: ChatTemplate, tools: list[dict[
     """Put the calls of an answer in the place of their text."""
     syntax = find_call_syntax(template)
     for choice in whole["choices"]:
-        text = (choice["message"].get("content") or "").removeprefix(template.answer_prefix)
+        text = (choice["message"].get("content") or "").removeprefix(find_answer_prefix(template))
         read = syntax.read(text, tools) if syntax else None
         if read and read.calls:
             calls = [_write_call(call, whole["id"], number) for number, call in enumerate(read.calls)]

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from lathe.common.errors import InputError
+from lathe.models.empty_model import make_empty_model
 from lathe.models.file_names import convert_to_file_names
-from lathe.models.model_class import make_empty_model
 from lathe.models.model_folder import Weights, open_model, read_json, write_json
 
 ROWS_DIVISOR = 8  # llama.cpp's converter pads the vocabulary of some models to it

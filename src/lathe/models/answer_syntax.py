@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, Self
 
-from lathe.models.chat_template import EXAMPLE_TOOL, ChatTemplate, TemplateError, Tools
+from lathe.models.answer_split import find_answer_prefix, split_answer
+from lathe.models.chat_template import EXAMPLE_TOOL, ChatTemplate, Tools
 from lathe.models.message_form import A_THOUGHT, ANSWER, QUESTION, THOUGHT, make_call
+from lathe.models.template_text import TemplateError
 
 # A call as it is compared: {"name": …, "arguments": {…}}.
 Call = dict[str, Any]
@@ -120,7 +122,7 @@ def find_thought_syntax(template: ChatTemplate) -> ThoughtSyntax:
     """Return how the template writes thoughts; that of most, if it writes none."""
     message = {"role": "assistant", "content": ANSWER, THOUGHT: A_THOUGHT}
     try:
-        answer = template.split_answer([QUESTION, message]).answer
+        answer = split_answer(template, [QUESTION, message]).answer
     except TemplateError:
         return ThoughtSyntax("<think>", "</think>")
     opening, _, rest = answer.partition(A_THOUGHT)
@@ -131,7 +133,7 @@ def render_markers(template: ChatTemplate) -> str:
     """Return a text with every marker that the template may write in an answer."""
     thought = find_thought_syntax(template)
     calls = [_render_calls(template, count) or "" for count in (1, 2)]
-    return "\n".join([thought.opening, thought.closing, *calls, template.answer_prefix])
+    return "\n".join([thought.opening, thought.closing, *calls, find_answer_prefix(template)])
 
 
 def list_calls(message: Mapping[str, Any]) -> list[Call]:
@@ -147,7 +149,7 @@ def _render_calls(template: ChatTemplate, count: int) -> str | None:
     tools = [_make_tool(_FIRST), _make_tool(_SECOND)] if template.writes_tools else None
     message = {"role": "assistant", "content": "", "tool_calls": calls}
     try:
-        return template.split_answer([QUESTION, message], tools).answer.removeprefix(template.answer_prefix)
+        return split_answer(template, [QUESTION, message], tools).answer.removeprefix(find_answer_prefix(template))
     except TemplateError:
         return None
 

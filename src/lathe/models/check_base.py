@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
+from lathe.models.empty_model import make_empty_model
 from lathe.models.loss_mask import encode
-from lathe.models.model_class import make_empty_model
 from lathe.models.tokenizer import load_tokenizer
 
 # Tokens at which llama.cpp ends a generation, whatever the model says (llama-vocab.cpp, special_eog_ids).

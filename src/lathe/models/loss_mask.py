@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, Self
 
-from lathe.models.chat_template import ChatTemplate, Conversation, TemplateError, Tools
+from lathe.models.answer_split import split_answer
+from lathe.models.chat_template import ChatTemplate, Conversation, Tools
 from lathe.models.document import is_document
 from lathe.models.special_tokens import compile_control_tokens
+from lathe.models.template_text import TemplateError
 from lathe.models.token_segments import (
     compile_segment_starts,
     concatenate,
@@ -57,7 +59,7 @@ def encode(
        supervised once, after the ids that inference would have.
 
     A template may write more than the answer after its generation prompt: Qwen3's writes an empty `<think>` block
-    into the last turn. It is supervised, because the model has to write it; see `ChatTemplate.answer_prefix`.
+    into the last turn. It is supervised, because the model has to write it; see `find_answer_prefix`.
 
     All of a document is supervised, with the EOS that is put after it.
 
@@ -140,7 +142,7 @@ class ConversationEncoder:
             return error
 
     def _render_turn(self, messages: Conversation, tools: Tools | None) -> "_Turn":
-        prompt, answer, rest = self.template.split_answer(messages, tools)
+        prompt, answer, rest = split_answer(self.template, messages, tools)
         end = self.control_tokens.search(rest)
         return _Turn(prompt, answer + (rest[: end.end()] if end else rest.rstrip() + self.template.eos_token))
 

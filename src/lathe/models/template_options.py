@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -9,11 +10,24 @@ from jinja2 import meta, nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lathe.common.errors import InputError
+from lathe.models.template_text import choose_template_text
+from lathe.models.tokenizer import load_tokenizer
 
 KEY = "preprocess.chat_template_kwargs"
 # What a template gets from whoever renders it.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "strftime_now"}
 _GIVEN |= {"raise_exception", "namespace", "range", "dict", "lipsum", "cycler", "joiner"}
+
+
+def load_tokenizer_with_options(folder: Path, options: Mapping[str, Any]) -> Any:
+    """Load a model folder's tokenizer; `options` (preprocess.chat_template_kwargs) are set in its chat template.
+
+    Raises InputError if there is no template, or it does not read an option.
+    """
+    tokenizer = load_tokenizer(folder)
+    if options:
+        tokenizer.chat_template = set_options(choose_template_text(tokenizer), options)
+    return tokenizer
 
 
 def set_options(text: str, options: Mapping[str, Any]) -> str:

@@ -1,22 +1,17 @@
 """Tokenizer of a model folder."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
 
 
-def load_tokenizer(folder: Path, options: Mapping[str, Any] | None = None) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """Load a model folder's tokenizer; its chat template is the one of training, evaluation and the GGUF.
 
-    `options` of the template (preprocess.chat_template_kwargs) are set in its text. Raises InputError if there is no
-    template, or it does not read an option.
+    Raises InputError if there is none.
     """
     from transformers import AutoTokenizer
-
-    from lathe.models.chat_template import ChatTemplate
-    from lathe.models.template_options import set_options
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template:
@@ -25,6 +20,4 @@ def load_tokenizer(folder: Path, options: Mapping[str, Any] | None = None) -> An
             "(template: chatml)",
             code="no-chat-template",
         )
-    if options:
-        tokenizer.chat_template = set_options(ChatTemplate.of_tokenizer(tokenizer).text, options)
     return tokenizer

@@ -8,6 +8,7 @@ equal bytes.
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,9 @@ def _read_private_key(file: Path) -> Any:
     try:
         return load_pem_private_key(file.read_bytes(), password.encode() if password else None)
     except OSError:
-        raise InputError(f"{file}: cannot be read; `lathe sign-key {file}` makes a key", code="no-such-key") from None
+        raise InputError(
+            f"{file}: cannot be read; `lathe sign-key {shlex.quote(str(file))}` makes a key", code="no-such-key"
+        ) from None
     except TypeError:
         what = f"is not encrypted; unset {PASSWORD_VARIABLE}" if password else f"is encrypted; set {PASSWORD_VARIABLE}"
         raise InputError(f"{file}: the key {what}", code="key-password") from None

@@ -20,7 +20,7 @@ from lathe.common.git import try_git
 from lathe.common.progress import Progress
 from lathe.common.text import write_lines
 from lathe.config.yaml_files import read_yaml
-from lathe.gguf import header
+from lathe.gguf.description import describe_gguf
 from lathe.gguf.tensor_types import list_file_types
 from lathe.provenance import lineage, local_files
 from lathe.provenance.dvc_lock import read_listing, read_locked_stages
@@ -91,7 +91,7 @@ def run(file: Path, *, as_json: bool) -> None:
 
 def trace(file: Path) -> Trace:
     """Trace a GGUF to its origin. Raises InputError if it is none, is damaged, or was not made by Lathe."""
-    described = header.describe(file)
+    described = describe_gguf(file)
     facts = {
         key.removeprefix("lathe."): value
         for key, value in described["metadata"].items()

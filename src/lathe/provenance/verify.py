@@ -1,6 +1,7 @@
 """Verification: every output of dvc.lock read and compared with its hash, byte by byte; no time stamp is trusted."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,9 +56,11 @@ def _compare_output(
     path, expected = paths.ROOT / out["path"], out["md5"]
     if not path.exists():
         if repo.cached_file(expected).exists():
-            yield OutputProblem(out["path"], "missing", f"`dvc checkout {out['path']}` puts it back")
+            yield OutputProblem(out["path"], "missing", f"`dvc checkout {shlex.quote(out['path'])}` puts it back")
         else:
-            yield OutputProblem(out["path"], "missing", f"`dvc pull {out['path']}` or `dvc repro` brings it")
+            yield OutputProblem(
+                out["path"], "missing", f"`dvc pull {shlex.quote(out['path'])}` or `dvc repro` brings it"
+            )
         return
     if not expected.endswith(".dir"):
         yield from _compare_file(repo, out["path"], path, expected, advance)
@@ -76,7 +79,7 @@ def _compare_output(
         yield OutputProblem(
             out["path"],
             "changed (which file: unknown, DVC's cache has no list of them)",
-            f"`dvc fetch {out['path']}`, then verify again",
+            f"`dvc fetch {shlex.quote(out['path'])}`, then verify again",
         )
 
 
@@ -85,7 +88,7 @@ def _compare_file(
 ) -> Iterator[OutputProblem]:
     cached = repo.cached_file(expected)
     if not path.exists():
-        yield OutputProblem(name, "missing", f"`dvc checkout {name}` puts it back")
+        yield OutputProblem(name, "missing", f"`dvc checkout {shlex.quote(name)}` puts it back")
     elif (actual := hash_path(path, advance)) != expected:
         problem = f"changed ({actual}, in dvc.lock {expected})"
         if not cached.exists():
@@ -93,7 +96,7 @@ def _compare_file(
         elif os.path.samefile(path, cached) or hash_path(cached, advance) != expected:
             yield OutputProblem(name, f"{problem}, in DVC's cache too", _suggest_removal(cached))
         else:
-            yield OutputProblem(name, problem, f"`dvc checkout --force {name}` puts it back")
+            yield OutputProblem(name, problem, f"`dvc checkout --force {shlex.quote(name)}` puts it back")
     elif cached.exists() and not os.path.samefile(path, cached) and hash_path(cached, advance) != expected:
         shown = str(cached.relative_to(paths.ROOT))
         yield OutputProblem(shown, f"damaged, DVC's copy of {name}", _suggest_removal(cached))

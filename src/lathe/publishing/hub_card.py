@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from lathe.config.params import Params
 from lathe.evaluation.best_artifact import choose_best_artifact
-from lathe.evaluation.metrics import LOWER_IS_BETTER
+from lathe.evaluation.metric_order import LOWER_IS_BETTER
 from lathe.provenance.signed_statement import STATEMENT_FILE
 from lathe.publishing.licences import SourceLicence
 

@@ -7,6 +7,7 @@ at the end of a GGUF's name. Ollama also reads the files `template`, `system` an
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from lathe.common.text import did_you_mean
 from lathe.config.artifacts import get_file_name
 from lathe.config.params import Params
 from lathe.evaluation.best_artifact import choose_best_artifact
-from lathe.gguf import header
+from lathe.gguf.description import describe_gguf
 from lathe.provenance.lineage import hash_path
 from lathe.provenance.signed_statement import STATEMENT_FILE, make_statement, sign_statement
 from lathe.publishing.hub_card import render_hub_card
@@ -105,7 +106,8 @@ def _choose_files(wanted: Sequence[str], params: Params) -> dict[str, Path]:
         if not file.exists():
             shown = file.relative_to(paths.ROOT)
             raise InputError(
-                f"{shown}: is not there; `make repro` or `dvc pull {shown}` brings {name}", code="missing-file"
+                f"{shown}: is not there; `make repro` or `dvc pull {shlex.quote(str(shown))}` brings {name}",
+                code="missing-file",
             )
     return chosen
 
@@ -136,7 +138,7 @@ def _read_lineage(chosen: Mapping[str, Path]) -> dict[str, str]:
     file = candidates[0] if candidates else paths.GGUF / "adapter/adapter-f16.gguf"
     if not file.exists():
         return {}
-    metadata = header.describe(file)["metadata"]
+    metadata = describe_gguf(file)["metadata"]
     return {key.removeprefix("lathe."): str(text) for key, text in metadata.items() if key.startswith("lathe.")}
 
 

@@ -9,8 +9,9 @@ import json
 import re
 from dataclasses import dataclass, replace
 
-from lathe.models.chat_template import EXAMPLE_TOOL, ChatTemplate, TemplateError
+from lathe.models.chat_template import EXAMPLE_TOOL, ChatTemplate
 from lathe.models.message_form import EXAMPLE_CALL
+from lathe.models.template_text import TemplateError
 from lathe.models.templates import builtin_templates
 
 # The built-in templates as Go has them, without BOS; EOS is the end token. White space around a message, which
@@ -81,7 +82,9 @@ def translate_template(template: ChatTemplate) -> GoTemplate | None:
 
 def find_stop_tokens(template: ChatTemplate) -> list[str]:
     """Return the tokens that end an answer: the marker that the template writes after one, and the end token."""
-    marker = builtin_templates.MARKER.match(template.split_answer(_TURNS[:2]).rest.lstrip())
+    written = template.render(_TURNS[:2])
+    _, _, rest = written.rpartition(_TURNS[1]["content"])
+    marker = builtin_templates.MARKER.match(rest.lstrip())
     return list(dict.fromkeys(token for token in (marker and marker[0], template.eos_token) if token))
 
 

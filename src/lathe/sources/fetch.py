@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -211,13 +212,16 @@ def _find_local(path: str, home: Path) -> Path:
     for part in (source, *source.parents[: len(source.relative_to(home).parts) - 1]):
         if part.is_symlink() and part.is_dir():
             shown = part.relative_to(paths.ROOT)
+            quoted = shlex.quote(str(shown))
             raise InputError(
                 f"{shown}: is a link to a folder, behind which DVC sees no change; link the files in it: "
-                f"`rm {shown} && cp -rs {part.resolve()} {shown}`",
+                f"`rm {quoted} && cp -rs {shlex.quote(str(part.resolve()))} {quoted}`",
                 code="linked-folder",
             )
     if not source.exists():
-        raise InputError(f"{path}: no such file or folder; put it there and run `dvc add {path}`", code="no-such-file")
+        raise InputError(
+            f"{path}: no such file or folder; put it there and run `dvc add {shlex.quote(path)}`", code="no-such-file"
+        )
     return source
 
 

@@ -21,7 +21,8 @@ import torch
 
 from lathe.common.errors import InputError
 from lathe.common.text import readable_bytes, summarize_error
-from lathe.gguf import header, tokenizer_parity
+from lathe.gguf import tokenizer_parity
+from lathe.gguf.description import describe_gguf
 from lathe.gguf.logits import compute_logits
 from lathe.sources.gguf_reading import parse_once
 from lathe.sources.gguf_rope import set_rope_scaling
@@ -104,7 +105,7 @@ def write_model(file: Path, folder: Path) -> dict[str, Any]:
     InputError in one line for what is no base model, what transformers cannot read, and what it reads otherwise than
     llama.cpp.
     """
-    described = header.describe(file)
+    described = describe_gguf(file)
     _check_kind(file, described)
     size = readable_bytes(described["parameters"] * 2)
     logger.info("%s: %s; in 16 bits it takes %s", file.name, _describe_quantization(described), size)
@@ -130,7 +131,7 @@ def write_model(file: Path, folder: Path) -> dict[str, Any]:
 
 def read_config(file: Path) -> dict[str, Any]:
     """Return the configuration of the model in a GGUF file, as config.json has it; raises InputError as above."""
-    described = header.describe(file)
+    described = describe_gguf(file)
     _check_kind(file, described)
     with parse_once(), _quiet():
         config = _read_config(file, described["metadata"])

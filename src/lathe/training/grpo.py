@@ -21,6 +21,7 @@ from lathe.common.errors import InputError
 from lathe.config.training_params import Reward
 from lathe.evaluation.answer_checks import REWARDS
 from lathe.models.adapter import unwrap
+from lathe.models.answer_split import find_answer_prefix, split_answer
 from lathe.models.answer_syntax import ThoughtSyntax, find_thought_syntax
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.loss_mask import Encoded, encode
@@ -95,7 +96,7 @@ def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
     return RewardTrainer(
         prompts=prompts,
         rewards=rewards,
-        answer_prefix=template.answer_prefix,
+        answer_prefix=find_answer_prefix(template),
         thought=find_thought_syntax(template),
         precision=setup.precision,
         sequences=[Encoded(row, prompt.prompt_ids, []) for row, prompt in enumerate(prompts["train"])],
@@ -310,10 +311,12 @@ def encode_prompts(tokenizer: Any, examples: Sequence[dict[str, Any]]) -> list[R
     encoded = encode(tokenizer, [example["messages"] for example in examples], supervise="last", tools=tools)
     prompts = []
     for sequence, example in zip(encoded, examples, strict=True):
-        prompt, answer, _ = template.split_answer(example["messages"], example.get("tools"))
+        prompt, answer, _ = split_answer(template, example["messages"], example.get("tools"))
         reference = split_thought(example["messages"][-1])[1]
         if example["messages"][-1].get("tool_calls"):
-            reference = find_thought_syntax(template).strip(answer.removeprefix(template.answer_prefix), prompt=prompt)
+            reference = find_thought_syntax(template).strip(
+                answer.removeprefix(find_answer_prefix(template)), prompt=prompt
+            )
         ids = sequence.input_ids[: sequence.supervised.index(True)]
         prompts.append(RewardPrompt(ids, reference, example, prompt))
     return prompts

@@ -27,7 +27,7 @@ from lathe.models.loading import load_base
 from lathe.models.measured_answers import AnswerLikelihood, choose_answers
 from lathe.models.model_folder import open_model
 from lathe.models.precision import resolve_precision
-from lathe.models.tokenizer import load_tokenizer
+from lathe.models.template_options import load_tokenizer_with_options
 from lathe.training import distributed, memory
 from lathe.training.best_weights import BestWeights
 from lathe.training.checkpoints import Checkpoints, acquire_checkpoints, raise_disk_errors
@@ -109,7 +109,7 @@ def train(
             code="sharding-4bit",
         )
     set_seed(params.seed)  # before the model and the adapter are made
-    tokenizer = load_tokenizer(base, params.preprocess.chat_template_kwargs)
+    tokenizer = load_tokenizer_with_options(base, params.preprocess.chat_template_kwargs)
     model = load_base(base, params.quantization, precision="fp32" if is_full else precision)
     if warning := describe_unusual_rate(training.learning_rate, weights=model.num_parameters(), tuning=training.tuning):
         logger.warning(warning)

@@ -84,7 +84,7 @@ def read_converted_changes(
     The model is made without its weights. Raises InputError where it cannot be made, and where a part of the adapter
     cannot be taken apart.
     """
-    from lathe.models.model_class import make_empty_model
+    from lathe.models.empty_model import make_empty_model
 
     try:
         model, _ = make_empty_model(folder)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 from lathe.common import paths
@@ -34,7 +35,9 @@ def read_template(template: str) -> str:
             code="template-outside",
         )
     if not file.is_file():
-        raise InputError(f"{template}: no such file; put it there and run `dvc add {template}`", code="missing-file")
+        raise InputError(
+            f"{template}: no such file; put it there and run `dvc add {shlex.quote(template)}`", code="missing-file"
+        )
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
