@@ -186,6 +186,21 @@ def test_a_reset_brings_back_what_a_run_changed_and_touches_nothing_else(checkou
     assert lathe(checkout, "reset").stdout.startswith("nothing to put back to commit ")
 
 
+def test_a_reset_removes_what_a_run_of_another_type_and_method_has_written(checkout):
+    root, before = checkout.root, state(checkout)
+    lathe(checkout, "run", "few", "-S", "quantize.types=[Q8_0,Q4_1]", "--name", "types", "--force")
+    assert not (root / "models/gguf/Q4_K_M.gguf").exists()
+    written = [root / "models/gguf/Q4_1.gguf", root / "metrics/quantize/Q4_1.json", root / "metrics/generate/Q4_1.json"]
+    assert all(file.is_file() for file in written)
+    rewards = root / "metrics/train/plots/metrics/eval/reward.tsv"  # as a killed training by rewards leaves it
+    rewards.write_text("step\treward\n")
+    assert "removed: data/generated/Q4_1, metrics/generate/Q4_1.json" in lathe(checkout, "reset", "--yes").stdout
+    assert not any(file.exists() for file in (*written, rewards))
+    assert (root / "models/gguf/Q4_K_M.gguf").is_file()
+    assert state(checkout) == before
+    assert "Data and pipelines are up to date" in checkout.run("dvc", "status").stdout
+
+
 def test_outputs_that_the_cache_has_lost_are_left_as_they_are_and_named(checkout, tmp_path):
     checkout = copy_of(checkout, tmp_path / "lathe")
     lathe(checkout, "run", "few", "-S", "evaluate.metrics=[exact_match,token_f1]", "--name", "lost")

@@ -151,12 +151,16 @@ class DvcRepository:
         """
         self._repo.checkout(targets=None if paths is None else list(paths), force=True, allow_missing=True)
 
-    def stage_outputs(self) -> set[str]:
-        """Return the outputs of the stages in dvc.yaml that the cache keeps; not what `dvc add` tracks."""
+    def list_committed_outputs(self) -> dict[str, bool]:
+        """Return the outputs of the stages that the last commit has, and of each whether the cache keeps it.
+
+        The stages follow from params.yaml as well: one for each type of quantization.
+        """
         from dvc.stage import PipelineStage
 
-        stages = [stage for stage in self._repo.index.stages if isinstance(stage, PipelineStage)]
-        return {out.def_path for stage in stages for out in stage.outs if out.use_cache}
+        with self._repo.switch("HEAD"):
+            stages = [stage for stage in self._repo.index.stages if isinstance(stage, PipelineStage)]
+            return {out.def_path: out.use_cache for stage in stages for out in stage.outs}
 
     def queued_experiments(self) -> list[str]:
         """Return the names of the experiments that wait in the queue or run from it."""

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from lathe.config.params import Preprocess
     from lathe.config.presets import SingleDataset
 
-CHARACTERS_PER_TOKEN = 4  # of English text, roughly; more tokens in most other languages
+# Roughly: of English text, and of characters beyond ASCII.
+CHARACTERS_PER_TOKEN, OTHER_CHARACTERS_PER_TOKEN = 4, 2
 QUANTILES = {"p50": 0.5, "p95": 0.95, "max": 1.0}
 ROWS_PER_UPDATE = 1000
 
@@ -40,6 +41,7 @@ def check_file(source: Path, preset: "SingleDataset", *, seed: int, settings: "P
 
     faults: dict[str, Occurrences[tuple[str, Fault]]] = {}
     characters: dict[str, list[int]] = {"prompt": [], "answer": []}
+    tokens: dict[str, list[int]] = {"prompt": [], "answer": []}
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw"
         files = _place_files(source, raw)
@@ -55,9 +57,11 @@ def check_file(source: Path, preset: "SingleDataset", *, seed: int, settings: "P
                 digests = compute_digests(example.value, seed)
                 add_system_prompt(example.value["messages"], preset.system_prompt)
                 *prompt, answer = example.value["messages"]
-                if prompt:
-                    characters["prompt"].append(sum(map(_count_characters, prompt)))
-                characters["answer"].append(_count_characters(answer))
+                for part, messages in (("prompt", prompt), ("answer", [answer])):
+                    if messages:
+                        text = "".join(map(_join_text, messages))
+                        characters[part].append(len(text))
+                        tokens[part].append(_estimate_tokens(text))
                 writer.add(example.place, example.value, digests, SPLITS.index(example.split))
         usable = len(characters["answer"])
         read = sum(facts["rows"] for facts in examples.files.values())
@@ -84,10 +88,7 @@ def check_file(source: Path, preset: "SingleDataset", *, seed: int, settings: "P
         "removed": removed,
         "splits": splits,
         "characters": {part: _compute_quantiles(lengths) for part, lengths in characters.items()},
-        "estimated_tokens": {
-            part: {name: -(-length // CHARACTERS_PER_TOKEN) for name, length in _compute_quantiles(lengths).items()}
-            for part, lengths in characters.items()
-        },
+        "estimated_tokens": {part: _compute_quantiles(lengths) for part, lengths in tokens.items()},
         "refusals": refusals,
     }
 
@@ -103,9 +104,14 @@ def _place_files(source: Path, raw: Path) -> dict[str, Path]:
     return files
 
 
-def _count_characters(message: Mapping[str, Any]) -> int:
+def _join_text(message: Mapping[str, Any]) -> str:
     calls = [call["function"] for call in message.get("tool_calls", [])]
-    return len(message["content"]) + len(str(calls) if calls else "")
+    return str(message["content"]) + (str(calls) if calls else "")
+
+
+def _estimate_tokens(text: str) -> int:
+    ascii_only = len(text) if text.isascii() else len(text.encode("ascii", "ignore"))
+    return math.ceil(ascii_only / CHARACTERS_PER_TOKEN + (len(text) - ascii_only) / OTHER_CHARACTERS_PER_TOKEN)
 
 
 def _assign_splits(

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from lathe.common import paths, row_report
-from lathe.data.check_file import CHARACTERS_PER_TOKEN
+from lathe.data.check_file import CHARACTERS_PER_TOKEN, OTHER_CHARACTERS_PER_TOKEN
 from lathe.data.text_files import DELIMITERS
 
 
@@ -45,7 +45,10 @@ def format_check(found: Mapping[str, Any], source: Path, preset: Mapping[str, An
     for part in ("prompt", "answer"):
         if found["characters"][part]:
             yield f"{part:<11} {_format_lengths(found, part)}"
-    yield f"tokens      estimated at {CHARACTERS_PER_TOKEN} characters each; preprocess counts by the tokenizer"
+    yield (
+        f"tokens      estimated at {CHARACTERS_PER_TOKEN} characters each, {OTHER_CHARACTERS_PER_TOKEN} beyond ASCII; "
+        "preprocess counts by the tokenizer"
+    )
     yield "not checked what needs the model: its control tokens in texts, its chat template, training.max_length"
     yield from (f"preprocess would stop: {refusal}" for refusal in found["refusals"])
     if preset:
