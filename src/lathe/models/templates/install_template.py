@@ -5,7 +5,8 @@ from typing import Any
 
 from lathe.common.errors import InputError
 from lathe.models.model_folder import read_json, write_json
-from lathe.models.templates.builtin_templates import MARKER, read_template
+from lathe.models.templates.builtin_templates import MARKER
+from lathe.models.templates.find_template import find_template
 
 QUESTION, ANSWER = "a question", "an answer"
 
@@ -21,7 +22,7 @@ def install_template(template: str, model: Path) -> str:
     """
     from transformers import AutoTokenizer
 
-    text = read_template(template)
+    text = find_template(template)
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     end = _find_end_token(template, text, tokenizer)
     for name in ("chat_template.json", "chat_template.jinja"):
