@@ -1,0 +1,141 @@
+"""Runs under Slurm: a real cluster of one node, from Debian's slurm-wlm and munge."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Checkout, copy_of
+from slurm_cluster import MISSING, SlurmCluster
+
+from lathe.common import paths
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: `apt-get install slurm-wlm munge`"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="the cluster's daemons run as root"),
+]
+# Long enough to be met in the middle; the last checkpoint is never the last step.
+LONGER = {"training.max_steps": 60, "training.save_steps": 7, "training.eval_steps": 20, "lora.lora_dropout": 0.1}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[SlurmCluster]:
+    """A cluster that runs."""
+    cluster = SlurmCluster(tmp_path / "slurm", cpus=2)
+    yield cluster
+    cluster.stop()
+
+
+def wait_for(condition: Callable[[], object], told: Callable[[], str], seconds: float = 400) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, told()
+        time.sleep(0.05)
+
+
+def test_an_array_that_is_requeued_and_cancelled_in_the_middle_makes_the_bytes_of_runs_that_nothing_stopped(
+    cluster: SlurmCluster, reproduced: Checkout, tmp_path: Path
+) -> None:
+    checkouts = {name: copy_of(reproduced, tmp_path / name).without_preloading() for name in ("sent", "here")}
+    for checkout in checkouts.values():
+        checkout.environment["PYTHONPATH"] = str(checkout.root / "src")
+        (checkout.root / ".venv").symlink_to(sys.prefix)
+        recipe = {"description": "Longer.", "overrides": LONGER}
+        (checkout.root / "experiments/longer.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        (checkout.root / ".git/info/exclude").write_text(".venv\n")
+        checkout.commit()
+    sent, here = checkouts["sent"], checkouts["here"]
+    sent.environment |= cluster.environment
+    logs = sent.root / ".scratch/remote/jobs"
+    ranks = ("-S", "lora.r=2,4")
+    start = [*command("run", "longer", "--slurm", *ranks), "--sbatch=--cpus-per-task=1", "--sbatch=--mem=0"]
+
+    def told() -> str:
+        return cluster.call("squeue") + "".join(file.read_text() for file in sorted(logs.glob("*.log")))
+
+    def count_checkpoints() -> int:
+        return len({file.parent for file in (sent.root / ".scratch").glob("*/checkpoint-*")})
+
+    def is_over() -> bool:
+        return not cluster.call("squeue", "--noheader", "--states=all", "--format=%T %K").count("COMPLETING") and not (
+            cluster.call("squeue", "--noheader")
+        )
+
+    # The first task is put back into the queue while it trains, and then all is cancelled while it trains.
+    number = submit(sent, start)
+    wait_for(count_checkpoints, told)
+    cluster.call("scontrol", "requeue", f"{number}_1")
+    wait_for(lambda: (logs / "longer-1.log").read_text().count("begins on") == 2, told)
+    wait_for(lambda: count_checkpoints() == 2 or "going on after step" in told(), told)
+    sent.run(*command("stop", "longer"))
+    wait_for(is_over, told)
+    assert "the same `lathe remote run` goes on" in sent.run(*command("status", "longer")).stdout
+    assert count_checkpoints()
+
+    submit(sent, start)
+    wait_for(is_over, told, 900)
+    assert sent.run(*command("status", "longer")).stdout.rstrip().endswith("done"), told()
+    assert "going on after step" in told()
+    assert not count_checkpoints()
+
+    for number, rank in enumerate((2, 4), 1):
+        here.run(sys.executable, "-m", "lathe", "run", "longer", "--name", f"longer-{number}", "-S", f"lora.r={rank}")
+        here.run("git", "reset", "--quiet", "--hard")
+        assert outputs(sent, f"longer-{number}") == outputs(here, f"longer-{number}")
+    assert outputs(sent, "longer-1") != outputs(sent, "longer-2")
+
+
+def submit(checkout: Checkout, start: list[str]) -> str:
+    """Submit the runs; return the number of the array."""
+    said = checkout.run(*start).stdout
+    assert said.startswith("longer is job "), said
+    return said.split()[3]
+
+
+def outputs(checkout: Checkout, experiment: str) -> dict[str, list[str]]:
+    """The hashes of an experiment's outputs, by stage."""
+    ref = checkout.run("git", "for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{experiment}").stdout.strip()
+    stages = yaml.safe_load(checkout.run("git", "show", f"{ref}:dvc.lock").stdout)["stages"]
+    return {name: [out["md5"] for out in stage["outs"]] for name, stage in stages.items()}
+
+
+def test_what_slurm_does_not_take_is_told_in_its_words(cluster: SlurmCluster, checkout: Checkout) -> None:
+    checkout.environment |= {**cluster.environment, "PYTHONPATH": str(checkout.root / "src")}
+    done = checkout.run(*command("run", "tiny", "--slurm", "--sbatch=--partition=none"), check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: sbatch: error: "), done.stderr
+    assert "partition" in done.stderr
+
+
+def test_out_of_time_a_job_saves_and_goes_back_into_the_queue(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """The template alone, around a `python` that notes what it is sent."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    program = tmp_path / ".venv/bin/python"
+    program.write_text(
+        f'#!/bin/sh\necho start "$@" >>{tmp_path}/noted\n[ ! -e {tmp_path}/saved ] || exit 0\n'
+        f"trap 'echo saved >{tmp_path}/saved; exit 143' TERM\nwhile :; do sleep 0.2; done\n"
+    )
+    program.chmod(0o755)
+    template = paths.ROOT / "experiments/remote/slurm.sbatch"
+    environment = {**os.environ, **cluster.environment}
+    options = ["--array=3", "--cpus-per-task=1", "--mem=0", f"--output={tmp_path}/log", "--signal=B:USR1@600"]
+    subprocess.run(
+        ["sbatch", *options, "--time=1", str(template), "jobs.json"], cwd=tmp_path, env=environment, check=True
+    )
+
+    def told() -> str:
+        return "".join(file.read_text() for file in (tmp_path / "log", tmp_path / "noted") if file.exists())
+
+    wait_for(lambda: told().count("start -m lathe remote job jobs.json --number 3") == 2, told)
+    assert (tmp_path / "saved").exists()
+    wait_for(lambda: not cluster.call("squeue", "--noheader"), told)
+
+
+def command(*words: str) -> list[str]:
+    """A command `lathe remote`."""
+    return [sys.executable, "-m", "lathe", "remote", *words]
