@@ -19,9 +19,19 @@ def add_commands(table: Any) -> None:
     command.add_argument("recipe", metavar="RECIPE", help="its name").complete = completion.RECIPES
     command.add_argument("-S", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as in dvc")
     command.add_argument("-n", "--name", metavar="NAME", help="of the experiment (default: the recipe's)")
-    where = command.add_mutually_exclusive_group(required=True)
+    where = command.add_mutually_exclusive_group()
     where.add_argument("--host", metavar="USER@MACHINE", help="by ssh, on this machine")
     where.add_argument("--slurm", action="store_true", help="by sbatch, on nodes that share this folder; takes sweeps")
+    command.add_argument("--gpus", metavar="KIND:N", help="of SkyPilot (without --host and --slurm), such as H100:1")
+    command.add_argument(
+        "--spot", action="store_true", help="of SkyPilot: cheaper, and may be taken away; goes on then"
+    )
+    command.add_argument(
+        "--infra", metavar="WHERE", help="of SkyPilot, such as aws/us-east-1 or k8s (default: cheapest)"
+    )
+    command.add_argument(
+        "--bucket", metavar="NAME", help="of SkyPilot, for unfinished work (default: the repository's)"
+    )
     command.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="of sbatch, such as --sbatch=--gres=gpu:1"
     )
@@ -67,7 +77,7 @@ def _add_host_options(command: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from lathe.remote import preparation, slurm_runs, ssh_runs
+    from lathe.remote import preparation, sky_runs, slurm_runs, ssh_runs
 
     if args.price_per_hour is not None and not 0 <= args.price_per_hour < float("inf"):
         raise InputError(f"--price-per-hour {args.price_per_hour}: must be 0 or more", code="option-out-of-range")
@@ -84,26 +94,34 @@ def _run(args: argparse.Namespace) -> None:
             "send it to a cluster by --slurm",
             code="sweep-on-one-machine",
         )
-    record = ssh_runs.start(jobs[0], args.host, args.folder, args.setup, args.dvc_remote)
-    write_lines([f"{name} runs on {args.host}; `lathe remote logs -f {name}` follows it"])
+    if args.host:
+        record = ssh_runs.start(jobs[0], args.host, args.folder, args.setup, args.dvc_remote)
+        write_lines([f"{name} runs on {args.host}; `lathe remote logs -f {name}` follows it"])
+        return
+    machine = sky_runs.Machine(args.gpus, args.spot, args.bucket, args.infra)
+    sky_runs.launch(jobs[0], machine, args.dvc_remote)
+    write_lines([f"{name} is sent to SkyPilot; `sky jobs queue` says how it is, `lathe remote fetch {name}` brings it"])
 
 
 def _refuse_foreign_options(args: argparse.Namespace) -> None:
     """Raise InputError if options of several kinds of machines are mixed."""
     kind = "--slurm" if args.slurm else "--host" if args.host else "SkyPilot"
     kinds = {"folder": "--host", "setup": "--host", "sbatch": "--slurm"}
+    kinds |= dict.fromkeys(("gpus", "spot", "infra", "bucket"), "SkyPilot")
     for option, belongs_to in kinds.items():
         if getattr(args, option) and belongs_to != kind:
             raise InputError(
                 f"--{option}: goes with {belongs_to}, not with {kind}; leave it out", code="foreign-option"
             )
+    if args.dvc_remote and args.slurm:
+        raise InputError("--dvc-remote: jobs of Slurm share this folder; leave it out", code="foreign-option")
 
 
 def _find_module(record: "Record") -> Any:
     """Return the module that knows the runs of a record: each has the same functions."""
-    from lathe.remote import slurm_runs, ssh_runs
+    from lathe.remote import sky_runs, slurm_runs, ssh_runs
 
-    return {"ssh": ssh_runs, "slurm": slurm_runs}[record.by]
+    return {"ssh": ssh_runs, "slurm": slurm_runs, "sky": sky_runs}[record.by]
 
 
 def _show_status(args: argparse.Namespace) -> None:

@@ -83,10 +83,10 @@ def test_an_array_that_is_requeued_and_cancelled_in_the_middle_makes_the_bytes_o
     assert "going on after step" in told()
     assert not count_checkpoints()
 
-    for number, rank in enumerate((2, 4), 1):
-        here.run(sys.executable, "-m", "lathe", "run", "longer", "--name", f"longer-{number}", "-S", f"lora.r={rank}")
+    for name, rank in (("longer-1", 2), ("longer-2", 4)):
+        here.run(sys.executable, "-m", "lathe", "run", "longer", "--name", name, "-S", f"lora.r={rank}")
         here.run("git", "reset", "--quiet", "--hard")
-        assert outputs(sent, f"longer-{number}") == outputs(here, f"longer-{number}")
+        assert outputs(sent, name) == outputs(here, name)
     assert outputs(sent, "longer-1") != outputs(sent, "longer-2")
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from lathe.common import metric_files, operating_system, paths
 from lathe.common.dvc_api import open_repository
 from lathe.common.errors import InputError
-from lathe.common.git import find_head, run_git, try_git
+from lathe.common.git import run_git, try_git
 from lathe.common.json_files import read_json
 from lathe.experiments import separate_checkout
 from lathe.experiments.dvc_command import run_dvc
@@ -129,17 +129,20 @@ def find_experiment(job: Job) -> Experiment | None:
 
 
 def describe_machine() -> str:
-    """Return the name of this machine with its GPUs, or its cores where it has none."""
-    name = os.environ.get(metric_files.MACHINE)
-    if name:
+    """Return the name of this machine with its GPUs, or its cores where it has none; of SkyPilot's, where it stands."""
+    if name := os.environ.get(metric_files.MACHINE):
         return name
+    name = socket.gethostname()
+    with suppress(ValueError, AttributeError):
+        cluster = json.loads(os.environ.get("SKYPILOT_CLUSTER_INFO", ""))
+        name = " ".join(str(cluster[key]) for key in ("cloud", "region", "zone") if cluster.get(key)) or name
     with suppress(OSError):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         listed = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
         kinds = {gpu.strip(): listed.count(gpu) for gpu in listed if gpu.strip()}
         if kinds:
-            return f"{socket.gethostname()}, {', '.join(f'{count} x {gpu}' for gpu, count in kinds.items())}"
-    return f"{socket.gethostname()}, {os.cpu_count()} cores"
+            return f"{name}, {', '.join(f'{count} x {gpu}' for gpu, count in kinds.items())}"
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def _run_experiment(job: Job) -> int:
@@ -207,10 +210,3 @@ def _push_while_running(job: Job) -> Iterator[None]:
     finally:
         ended.set()
         pusher.join()
-
-
-def require_head() -> str:
-    """Return the hash of HEAD. Raises InputError if there is no commit."""
-    if (head := find_head()) is None:
-        raise InputError("the repository has no commit; `git commit` first", code="no-commit")
-    return head

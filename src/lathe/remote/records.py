@@ -42,7 +42,7 @@ def read_record(name: str) -> Record:
         raise InputError(f"{name}: not started from here; {did_you_mean(name, known)}", code="no-remote-run")
     try:
         return _read(file)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError):
         raise InputError(f"{file}: damaged; remove it, and start the run again", code="damaged-record") from None
 
 
