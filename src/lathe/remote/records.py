@@ -39,7 +39,7 @@ def read_record(name: str) -> Record:
     """Return the record of a name. Raises InputError if nothing was started under it."""
     file = FOLDER / f"{name}.json"
     if name not in (known := list_names()):
-        raise InputError(f"{name}: not started from here; {did_you_mean(name, known)}", code="no-remote-run")
+        raise _make_unknown(name, known)
     try:
         return _read(file)
     except (ValueError, TypeError, KeyError):
@@ -59,5 +59,10 @@ def _read(file: Path) -> Record:
 def forget_record(name: str) -> None:
     """Remove a record. Raises InputError if there is none."""
     if name not in (known := list_names()):
-        raise InputError(f"{name}: not started from here; {did_you_mean(name, known)}", code="no-remote-run")
+        raise _make_unknown(name, known)
     (FOLDER / f"{name}.json").unlink()
+
+
+def _make_unknown(name: str, known: list[str]) -> InputError:
+    near = did_you_mean(name, known) if known else "nothing was; `lathe remote run` starts a run"
+    return InputError(f"{name}: not started from here; {near}", code="no-remote-run")
