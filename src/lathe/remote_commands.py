@@ -1,11 +1,13 @@
 """Commands `lathe remote …`: runs on other machines, by ssh, Slurm or SkyPilot."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe import completion
+from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.text import write_lines
 
@@ -41,6 +43,23 @@ def add_commands(table: Any) -> None:
     )
     command.set_defaults(run=_run)
 
+    command = table.add_parser("search", help="drive one search on several hosts by ssh, with a database between them")
+    command.add_argument(
+        "file",
+        nargs="?",
+        type=Path,
+        default=paths.ROOT / "experiments/search/default.yaml",
+        metavar="FILE",
+        help="what to search (default: experiments/search/default.yaml)",
+    ).complete = completion.FILE
+    command.add_argument("-S", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as in dvc")
+    command.add_argument("--hosts", required=True, metavar="A,B", help="as ssh knows them, such as me@box,me@den")
+    command.add_argument("--workers", type=int, metavar="N", help="trials at once, over all hosts (default: one each)")
+    command.add_argument("--n-trials", type=int, metavar="N", help="trials of the whole study (default: the file's)")
+    command.add_argument("--storage", metavar="URL", help="the database; or set LATHE_SEARCH_STORAGE, which ps hides")
+    _add_host_options(command)
+    command.set_defaults(run=_start_search)
+
     command = table.add_parser("status", help="say what has become of the runs that were started from here")
     command.add_argument("names", nargs="*", metavar="NAME", help="of which (default: all)")
     command.set_defaults(run=_show_status)
@@ -61,6 +80,14 @@ def add_commands(table: Any) -> None:
     command = table.add_parser("forget", help="remove the note of a run here; what is there stays")
     command.add_argument("name", metavar="NAME", help="of the experiment")
     command.set_defaults(run=_forget)
+
+    command = table.add_parser("worker", help="on a host of `remote search`: drive the study, deliver its trials")
+    command.add_argument("file", type=Path, metavar="FILE", help="what to search")
+    command.add_argument("-S", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as in dvc")
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at once (default: 1)")
+    command.add_argument("--n-trials", type=int, metavar="N", help="trials of the whole study (default: the file's)")
+    command.add_argument("--dvc-remote", metavar="NAME", help="of DVC, which gets their files (default: none)")
+    command.set_defaults(run=_work)
 
     command = table.add_parser("job", help="on the other machine: run a job, or go on with it")
     command.add_argument("file", type=Path, metavar="FILE", help="with jobs, which `remote run` writes")
@@ -117,6 +144,37 @@ def _refuse_foreign_options(args: argparse.Namespace) -> None:
         raise InputError("--dvc-remote: jobs of Slurm share this folder; leave it out", code="foreign-option")
 
 
+def _start_search(args: argparse.Namespace) -> None:
+    from lathe.experiments.search import storage
+    from lathe.remote import searches
+
+    hosts = [host for host in args.hosts.split(",") if host]
+    for option, number in (("--workers", args.workers), ("--n-trials", args.n_trials)):
+        if number is not None and number < 1:
+            raise InputError(f"{option} {number}: must be at least 1", code="option-out-of-range")
+    records = searches.start(
+        args.file,
+        args.overrides,
+        hosts,
+        workers=args.workers or len(hosts),
+        n_trials=args.n_trials,
+        url=args.storage or os.environ.get(storage.VARIABLE) or None,
+        folder=args.folder,
+        setup=args.setup,
+        remote=args.dvc_remote,
+    )
+    study = records[0].study
+    write_lines(
+        [f"{study} is searched on {', '.join(hosts)}; `lathe remote status {study}`, `lathe remote fetch {study}`"]
+    )
+
+
+def _work(args: argparse.Namespace) -> None:
+    from lathe.remote import searches
+
+    searches.work(args.file, args.overrides, jobs=args.jobs, n_trials=args.n_trials, remote=args.dvc_remote)
+
+
 def _find_module(record: "Record") -> Any:
     """Return the module that knows the runs of a record: each has the same functions."""
     from lathe.remote import sky_runs, slurm_runs, ssh_runs
@@ -125,9 +183,9 @@ def _find_module(record: "Record") -> Any:
 
 
 def _show_status(args: argparse.Namespace) -> None:
-    from lathe.remote.records import list_names, read_record
+    from lathe.remote.records import find_records, list_names
 
-    for record in map(read_record, args.names or list_names()):
+    for record in [record for name in args.names or list_names() for record in find_records(name)]:
         where = record.place.get("host") or f"{record.by} {record.place['job']}"
         try:
             state = _find_module(record).read_state(record)
@@ -147,18 +205,18 @@ def _show_logs(args: argparse.Namespace) -> None:
 
 
 def _stop(args: argparse.Namespace) -> None:
-    from lathe.remote.records import read_record
+    from lathe.remote.records import find_records
 
-    record = read_record(args.name)
-    _find_module(record).stop(record)
-    write_lines([f"{args.name}: told to stop; `lathe remote status {args.name}` says when it has"])
+    for record in find_records(args.name):
+        _find_module(record).stop(record)
+        write_lines([f"{record.name}: told to stop; `lathe remote status {record.name}` says when it has"])
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    from lathe.remote.records import read_record
+    from lathe.remote.records import find_records
 
-    record = read_record(args.name)
-    write_lines(_find_module(record).fetch(record))
+    for record in find_records(args.name):
+        write_lines(_find_module(record).fetch(record))
 
 
 def _forget(args: argparse.Namespace) -> None:

@@ -17,7 +17,8 @@ class SshServer:
     def __init__(self, folder: Path, name: str = "box") -> None:
         assert SSHD is not None
         self.folder, self.name = folder, name
-        folder.mkdir(mode=0o700)
+        (folder / "home").mkdir(parents=True, mode=0o700)
+        folder.chmod(0o700)
         for key in ("host_key", "user_key"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
         with socket.socket() as probe:
@@ -30,7 +31,7 @@ class SshServer:
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {folder}/host_key\nPidFile {folder}/pid\n"
             f"AuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"
             f"KbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\nSubsystem sftp internal-sftp\n"
-            f"MaxStartups 50\n"
+            f"MaxStartups 50\nSetEnv HOME={folder}/home\n"
         )
         (folder / "ssh_config").write_text(
             f"Host {name}\n  HostName 127.0.0.1\n  Port {self.port}\n  User {getpass.getuser()}\n"

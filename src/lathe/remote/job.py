@@ -171,14 +171,11 @@ def _run_experiment(job: Job) -> int:
 
 def deliver(job: Job, made: Experiment) -> None:
     """Push what the run made to the remotes of a job; again: only what is missing there."""
-    if job.remote:
-        with open_repository(paths.ROOT) as repo:
-            pushed = push_outputs(repo, made.commit, job.remote)
-        logger.info("%d files pushed to the remote %s", pushed, job.remote)
     if job.git_remote:
-        run_git("push", "--quiet", job.git_remote, f"{made.commit}:{job.ref}")
-        logger.info("%s: delivered to %s", job.name, job.git_remote)
+        push_experiment(made, job.remote, job.git_remote)
     elif job.remote:
+        with open_repository(paths.ROOT) as repo:
+            push_outputs(repo, made.commit, job.remote)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / job.bundle
             run_git("bundle", "create", "--quiet", str(file), job.ref, f"^{job.commit}")
@@ -186,6 +183,16 @@ def deliver(job: Job, made: Experiment) -> None:
                 storage = repo.remote(job.remote)
                 storage.write(storage.join(BUNDLES, job.bundle), file.read_bytes())
         logger.info("%s: delivered to the remote %s", job.name, job.remote)
+
+
+def push_experiment(made: Experiment, remote: str | None, git_remote: str = "origin") -> None:
+    """Push an experiment to a remote of Git, and before that its files to one of DVC, if there is one."""
+    if remote:
+        with open_repository(paths.ROOT) as repo:
+            pushed = push_outputs(repo, made.commit, remote)
+        logger.info("%d files pushed to the remote %s", pushed, remote)
+    run_git("push", "--quiet", "--force", git_remote, f"{made.commit}:{made.ref}")
+    logger.info("%s: delivered to %s", made.name, git_remote)
 
 
 @contextmanager

@@ -46,6 +46,15 @@ def read_record(name: str) -> Record:
         raise InputError(f"{file}: damaged; remove it, and start the run again", code="damaged-record") from None
 
 
+def find_records(name: str) -> list[Record]:
+    """Return the record of a name, or of each host that works on a study of it. Raises InputError if there is none."""
+    if name not in (known := list_names()):
+        of_study = [record for record in map(read_record, known) if record.study == name]
+        if of_study:
+            return of_study
+    return [read_record(name)]
+
+
 def list_names() -> list[str]:
     """Return the names under which something was started, sorted."""
     return sorted(file.stem for file in FOLDER.glob("*.json"))

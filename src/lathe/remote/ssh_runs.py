@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -18,7 +19,7 @@ from lathe.remote.records import Record, list_names, read_record, write_record
 
 logger = logging.getLogger(__name__)
 
-SETUP = 'make setup EXTRAS="judge search"'
+SETUP = 'make setup EXTRAS="judge search"'  # what a run or a search may need beside training
 RUN = 'exec python -m lathe remote job "{file}"'
 
 
@@ -81,10 +82,11 @@ def start_command(
     host.call("start", name, commit, job, setup or SETUP, command, variables=variables)
 
 
-def make_record(name: str, host: Host, jobs: list[Job], study: str | None = None) -> Record:
-    """Return the record of what was started on a host."""
+def make_record(name: str, host: Host, jobs: list[Job], study: str | None = None, remote: str | None = None) -> Record:
+    """Return the record of what was started on a host: jobs, or a driver of a study with its remote of DVC."""
     started = datetime.now().astimezone().isoformat(timespec="seconds")
-    return Record(name, "ssh", {"host": host.target, "folder": host.folder}, started, jobs, study)
+    place = {"host": host.target, "folder": host.folder} | ({"remote": remote} if remote else {})
+    return Record(name, "ssh", place, started, jobs, study)
 
 
 def open_host(record: Record) -> Host:
@@ -112,8 +114,9 @@ def fetch(record: Record) -> list[str]:
     """Bring the experiments of a record home, with their data; return a line for each."""
     host = open_host(record)
     if record.study is not None:
-        refs = host.list_refs(f"refs/exps/*/{record.study}-*")
-        jobs = dict.fromkeys(refs)
+        pattern = rf"refs/exps/\w+/\w+/{re.escape(record.study)}-\d+"
+        refs = [ref for ref in host.list_refs(f"refs/exps/*/{record.study}-*") if re.fullmatch(pattern, ref)]
+        jobs = dict.fromkeys(refs, record.place.get("remote"))
     else:
         jobs = {job.ref: job.remote for job in record.jobs}
         missing = [job.name for job in record.jobs if not host.list_refs(job.ref)]

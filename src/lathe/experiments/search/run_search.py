@@ -38,6 +38,8 @@ SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_BETWEEN_SEARCHES_FOR_WORK = 5.0  # after none was found: another driver may be killed
 KILLS = 3  # times that a trial may be killed under this driver before it counts as failed
 
+Deliver = Callable[[trial.Order], None]  # hands on the experiment of a trial that is done
+
 # What in the repository determines a trial's scores, besides the parameters.
 DETERMINING = (
     *("dvc.yaml", "presets.yaml", "requirements-converter.txt", "stages", "src/lathe", "rewards", "data", "models"),
@@ -74,6 +76,7 @@ class Driver:
     snapshot: str
     start: "Callable[[trial.Order, str | None], subprocess.Popen[bytes]]"
     pipeline: Pipeline = MAIN
+    deliver: Deliver | None = None
     running: list[Running] = field(default_factory=list)
 
     def run(self) -> None:
@@ -167,6 +170,8 @@ class Driver:
         except ValueError as error:
             self.study.fail(taken, str(error))
             return True
+        if self.deliver:
+            self.deliver(order)
         self.study.finish(taken, scores, str(revision.commit))
         shown = ", ".join(f"{o.metric} {score:g}" for o, score in zip(self.study.plan.objectives, scores, strict=True))
         logger.info("trial %d: %s", taken.number, shown)
@@ -234,8 +239,11 @@ def search(
     jobs: int,
     timeout_seconds: float | None,
     url: str | None,
+    deliver: Deliver | None = None,
 ) -> Study:
     """Run a search to its end and return its study; every trial has the overrides `fixed`.
+
+    `deliver` hands on the experiment of each trial before its scores are stored.
 
     Raises InputError if it cannot start, and Interrupted if a signal stopped it.
     """
@@ -258,7 +266,9 @@ def search(
         "study %s in %s: %d of %d trials done", plan.study, storage.hide_password(url), study.count_finished(), n_trials
     )
     trial.remove_stale_checkouts()
-    driver = Driver(study, n_trials, jobs, timeout_seconds, devices, fixed, head, snapshot, start_trial, pipeline)
+    driver = Driver(
+        study, n_trials, jobs, timeout_seconds, devices, fixed, head, snapshot, start_trial, pipeline, deliver
+    )
     with _handle_signals(plan.study):
         try:
             driver.run()
