@@ -11,6 +11,7 @@ from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.git import try_git
 from lathe.experiments.search import command, storage, trial
+from lathe.experiments.search.pruning import MARK
 from lathe.provenance.revisions import list_experiments
 from lathe.remote.job import push_experiment
 from lathe.remote.preparation import require_committed
@@ -85,7 +86,7 @@ def work(file: Path, overrides: list[str], *, jobs: int, n_trials: int | None, r
 
     def deliver(order: trial.Order) -> None:
         for experiment in list_experiments():
-            if (experiment.name, experiment.message) == (order.name, order.message):
+            if (experiment.name, experiment.message.partition(MARK)[0]) == (order.name, order.message):
                 push_experiment(experiment, remote)
 
     options = argparse.Namespace(

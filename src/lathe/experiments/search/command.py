@@ -16,7 +16,7 @@ from lathe.config import overrides
 from lathe.config.pipelines import CLASSIFIER, MAIN, Pipeline
 from lathe.config.yaml_files import read_yaml
 from lathe.experiments.search import environment, results, run_search, search_file, storage
-from lathe.experiments.search.study import REASON, Study
+from lathe.experiments.search.study import PRUNED, REASON, Study
 
 if TYPE_CHECKING:
     from lathe.experiments.search.run_search import Deliver
@@ -104,7 +104,9 @@ def prepare(given_file: Path, given_overrides: list[str]) -> Prepared:
 
 def _print_best(study: Study) -> None:
     reasons = [one.user_attrs[REASON] for one in study.trials() if REASON in one.user_attrs]
-    sys.stdout.write(f"{study.count_finished()} trials ended, {len(reasons)} of them failed\n")
+    pruned = sum(PRUNED in one.user_attrs for one in study.trials())
+    also = f", {pruned} pruned" if pruned else ""
+    sys.stdout.write(f"{study.count_finished()} trials ended, {len(reasons)} of them failed{also}\n")
     for one in results.find_best(study):
         scores = ", ".join(
             f"{metric} {score:g}" for metric, score in zip(study.plan.directions, one.values, strict=True)

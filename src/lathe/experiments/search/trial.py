@@ -72,6 +72,16 @@ def name_experiment(study: str, number: int) -> str:
     return f"{study}-{number}"
 
 
+def find_checkout(order: Order, pid: int) -> Path:
+    """Return the folder of the checkout in which a process runs a trial."""
+    return CHECKOUTS / f"{order.name}-{pid}"
+
+
+def build_ref(order: Order) -> str:
+    """Return Git's reference of a trial's experiment."""
+    return f"refs/exps/{order.head[:2]}/{order.head[2:]}/{order.name}"
+
+
 def build_message(study: str, trial: "optuna.Trial | optuna.trial.FrozenTrial") -> str:
     """Return the message of the commit of a trial's experiment, unique among studies of the same name."""
     return f"search {study}, trial {trial.number} of {trial.datetime_start}"
@@ -83,7 +93,7 @@ def main() -> int:
     order = Order(**json.loads(sys.argv[1]))
     if os.getppid() != order.driver:
         return 1  # it was killed before this process could register to end with it
-    checkout = CHECKOUTS / f"{order.name}-{os.getpid()}"
+    checkout = find_checkout(order, os.getpid())
     try:
         separate_checkout.create(checkout, order.head, order.snapshot, order.folder)
         return _run_experiment(order, checkout)
@@ -156,7 +166,8 @@ def _run_experiment(order: Order, checkout: Path) -> int:
     )
     if code == 0:
         [made] = [experiment for experiment in list_experiments(checkout) if experiment.name == order.name]
-        run_git("push", "--quiet", "origin", f"{made.ref}:{made.ref}", root=checkout)
+        # Over one that was pruned, if the driver was killed before the study had that.
+        run_git("push", "--quiet", "--force", "origin", f"{made.ref}:{made.ref}", root=checkout)
         _cache_for_exp_show(made.commit)
     return code
 
