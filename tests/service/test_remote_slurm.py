@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import Checkout, copy_of
 from slurm_cluster import MISSING, SlurmCluster
+from training_checkout import list_checkpoints, list_outputs, make_training_checkout
 
 from lathe.common import paths
 
@@ -19,8 +19,6 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: `apt-get install slurm-wlm munge`"),
     pytest.mark.skipif(os.geteuid() != 0, reason="the cluster's daemons run as root"),
 ]
-# Long enough to be met in the middle; the last checkpoint is never the last step.
-LONGER = {"training.max_steps": 60, "training.save_steps": 7, "training.eval_steps": 20, "lora.lora_dropout": 0.1}
 
 
 @pytest.fixture
@@ -39,55 +37,47 @@ def wait_for(condition: Callable[[], object], told: Callable[[], str], seconds: 
 
 
 def test_an_array_that_is_requeued_and_cancelled_in_the_middle_makes_the_bytes_of_runs_that_nothing_stopped(
-    cluster: SlurmCluster, reproduced: Checkout, tmp_path: Path
+    cluster: SlurmCluster, small_model: Path, tmp_path: Path
 ) -> None:
-    checkouts = {name: copy_of(reproduced, tmp_path / name).without_preloading() for name in ("sent", "here")}
-    for checkout in checkouts.values():
-        checkout.environment["PYTHONPATH"] = str(checkout.root / "src")
-        (checkout.root / ".venv").symlink_to(sys.prefix)
-        recipe = {"description": "Longer.", "overrides": LONGER}
-        (checkout.root / "experiments/longer.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-        (checkout.root / ".git/info/exclude").write_text(".venv\n")
-        checkout.commit()
-    sent, here = checkouts["sent"], checkouts["here"]
+    sent = make_training_checkout(tmp_path / "sent", small_model)
+    here = copy_of(sent, tmp_path / "here").without_preloading()
+    here.environment["PYTHONPATH"] = str(here.root / "src")
     sent.environment |= cluster.environment
+    (sent.root / ".venv").symlink_to(sys.prefix)
     logs = sent.root / ".scratch/remote/jobs"
-    ranks = ("-S", "lora.r=2,4")
-    start = [*command("run", "longer", "--slurm", *ranks), "--sbatch=--cpus-per-task=1", "--sbatch=--mem=0"]
+    start = command("run", "longer", "--slurm", "-S", "lora.r=2,4", "--sbatch=--cpus-per-task=1", "--sbatch=--mem=0")
 
     def told() -> str:
         return cluster.call("squeue") + "".join(file.read_text() for file in sorted(logs.glob("*.log")))
 
-    def count_checkpoints() -> int:
-        return len({file.parent for file in (sent.root / ".scratch").glob("*/checkpoint-*")})
-
     def is_over() -> bool:
-        return not cluster.call("squeue", "--noheader", "--states=all", "--format=%T %K").count("COMPLETING") and not (
-            cluster.call("squeue", "--noheader")
-        )
+        return not cluster.call("squeue", "--noheader")
 
-    # The first task is put back into the queue while it trains, and then all is cancelled while it trains.
+    # While they train, the first is put back into the queue, and later all is cancelled.
     number = submit(sent, start)
-    wait_for(count_checkpoints, told)
+    first = logs / "longer-1.log"
+    wait_for(lambda: first.exists() and '"step": 60, ' in first.read_text(), told)
     cluster.call("scontrol", "requeue", f"{number}_1")
-    wait_for(lambda: (logs / "longer-1.log").read_text().count("begins on") == 2, told)
-    wait_for(lambda: count_checkpoints() == 2 or "going on after step" in told(), told)
+    wait_for(lambda: first.read_text().count("going on after step") == 1, told)
     sent.run(*command("stop", "longer"))
     wait_for(is_over, told)
-    assert "the same `lathe remote run` goes on" in sent.run(*command("status", "longer")).stdout
-    assert count_checkpoints()
+    assert "goes on with the others" in sent.run(*command("status", "longer")).stdout
+    assert list_checkpoints(sent.root), told()
 
     submit(sent, start)
-    wait_for(is_over, told, 900)
+    wait_for(is_over, told)
     assert sent.run(*command("status", "longer")).stdout.rstrip().endswith("done"), told()
-    assert "going on after step" in told()
-    assert not count_checkpoints()
+    assert first.read_text().count("going on after step") == 2, told()
+    assert not list_checkpoints(sent.root)
 
     for name, rank in (("longer-1", 2), ("longer-2", 4)):
         here.run(sys.executable, "-m", "lathe", "run", "longer", "--name", name, "-S", f"lora.r={rank}")
         here.run("git", "reset", "--quiet", "--hard")
-        assert outputs(sent, name) == outputs(here, name)
-    assert outputs(sent, "longer-1") != outputs(sent, "longer-2")
+        assert list_outputs(sent, name) == list_outputs(here, name)
+    assert list_outputs(sent, "longer-1") != list_outputs(sent, "longer-2")
+    refused = sent.run(*start, check=False)
+    assert refused.returncode == 2
+    assert "longer-1, longer-2: has been run from this commit" in refused.stderr
 
 
 def submit(checkout: Checkout, start: list[str]) -> str:
@@ -95,13 +85,6 @@ def submit(checkout: Checkout, start: list[str]) -> str:
     said = checkout.run(*start).stdout
     assert said.startswith("longer is job "), said
     return said.split()[3]
-
-
-def outputs(checkout: Checkout, experiment: str) -> dict[str, list[str]]:
-    """The hashes of an experiment's outputs, by stage."""
-    ref = checkout.run("git", "for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{experiment}").stdout.strip()
-    stages = yaml.safe_load(checkout.run("git", "show", f"{ref}:dvc.lock").stdout)["stages"]
-    return {name: [out["md5"] for out in stage["outs"]] for name, stage in stages.items()}
 
 
 def test_what_slurm_does_not_take_is_told_in_its_words(cluster: SlurmCluster, checkout: Checkout) -> None:

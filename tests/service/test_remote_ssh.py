@@ -7,18 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
-from conftest import Checkout, copy_of, output_hashes
+from conftest import copy_of
 from refusals import refused
 from ssh_server import SSHD, SshServer
+from training_checkout import list_checkpoints, list_outputs, make_training_checkout
 
 from lathe.common import paths
 from lathe.remote import ssh_runs
 from lathe.remote.host import REMOTE, Host
 
 pytestmark = pytest.mark.skipif(SSHD is None, reason="sshd is not installed: `apt-get install openssh-server`")
-
-ENVIRONMENT = str(Path(sys.prefix))
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def host(server: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return ssh_runs.prepare("box", str(tmp_path / "host"))
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60, told: Callable[[], str] = str) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60, told: Callable[[], str] = str) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, told()
@@ -154,62 +152,66 @@ def test_nothing_at_the_address_is_told_in_one_line(host: Host, server: SshServe
 
 
 @pytest.mark.slow
-def test_a_run_by_ssh_that_was_stopped_and_cut_off_makes_the_same_bytes_as_one_here(
-    server: SshServer, reproduced: Checkout, tmp_path: Path
+def test_a_run_by_ssh_that_was_stopped_killed_and_cut_off_makes_the_same_bytes_as_one_here(
+    server: SshServer, small_model: Path, tmp_path: Path
 ) -> None:
-    checkout = copy_of(reproduced, tmp_path / "lathe").without_preloading()
-    checkout.environment |= {**server.environment, "PYTHONPATH": str(checkout.root / "src")}
-    (checkout.root / "experiments/again.yaml").write_text(
-        "description: Other resamples.\noverrides:\n  evaluate.bootstrap_samples: 300\n"
-    )
-    folder = tmp_path / "host"
-    setup = f"ln -sfn {ENVIRONMENT} .venv; ln -sfn {paths.LLAMA_CPP} .llama.cpp"
-    start = [*command("run", "again", "--host", "box", "--folder", str(folder), "--setup", setup)]
-    start += ["--price-per-hour", "3.6"]
+    import psutil
 
-    refused_run = checkout.run(*start, check=False)
-    assert refused_run.returncode == 2
-    assert "not in Git, though" not in refused_run.stderr
-    assert "again: no such recipe" not in refused_run.stderr
-    checkout.commit()
+    checkout = make_training_checkout(tmp_path / "lathe", small_model)
+    here = copy_of(checkout, tmp_path / "here").without_preloading()
+    here.environment["PYTHONPATH"] = str(here.root / "src")
+    checkout.environment |= server.environment
+    host = server.folder / "home/lathe/lathe"
+    setup = f"ln -sfn {sys.prefix} .venv; ln -sfn {paths.LLAMA_CPP} .llama.cpp"
+    start = command("run", "longer", "--host", "box", "--setup", setup, "--price-per-hour", "3.6")
+    log, ended = host / "runs/longer/log", host / "runs/longer/exit"
+
     checkout.set({"lora.r": 2})
     refused_run = checkout.run(*start, check=False)
     assert refused_run.returncode == 2
     assert "error: not committed: params.yaml; " in refused_run.stderr
+    assert not host.exists()
     checkout.run("git", "restore", "params.yaml")
 
     checkout.run(*start)
-    log = folder / "runs/again/log"
-    wait_for(lambda: "Running stage 'train'" in log.read_text(), 300, log.read_text)
-    checkout.run(*command("stop", "again"))
-    wait_for(lambda: (folder / "runs/again/exit").exists(), 120, log.read_text)
-    assert "stopped; the same `lathe remote run` goes on" in checkout.run(*command("status")).stdout
-    failed = checkout.run(*command("fetch", "again"), check=False)
+    wait_for(lambda: list_checkpoints(host / "checkout"), 300, lambda: log.read_text())
+    checkout.run(*command("stop", "longer"))
+    wait_for(ended.exists, 120, lambda: log.read_text())
+    assert "stopped; the same `lathe remote run` goes on" in checkout.run(*command("status")).stdout, log.read_text()
+    failed = checkout.run(*command("fetch", "longer"), check=False)
     assert failed.returncode == 2
-    assert "again: not done: stopped" in failed.stderr
+    assert "longer: not done: stopped" in failed.stderr
+    first = list_checkpoints(host / "checkout")[-1]
+
+    checkout.run(*start)
+    wait_for(lambda: list_checkpoints(host / "checkout")[-1:] > [first], 300, lambda: log.read_text())
+    runner = psutil.Process(int((host / "runs/longer/pid").read_text()))
+    for process in [runner, *runner.children(recursive=True)]:
+        process.kill()
+    assert "killed, or its host restarted" in checkout.run(*command("status", "longer")).stdout
 
     checkout.run(*start)
     server.stop()
-    wait_for(lambda: (folder / "runs/again/exit").exists(), 600, log.read_text)
+    wait_for(ended.exists, 300, lambda: log.read_text())
     server.start()
-    assert checkout.run(*command("status", "again")).stdout.rstrip().endswith("done"), log.read_text()
-    assert "Stage 'preprocess' is cached" in checkout.run(*command("logs", "again")).stdout
-    told = checkout.run(*command("fetch", "again")).stdout
-    assert told.startswith("again: ")
+    assert checkout.run(*command("status", "longer")).stdout.rstrip().endswith("done"), log.read_text()
+    assert "going on after step" in checkout.run(*command("logs", "longer")).stdout
+    told = checkout.run(*command("fetch", "longer")).stdout
+    assert told.startswith("longer: ")
 
-    lock = yaml.safe_load(checkout.run("git", "show", f"{told.split()[1].rstrip(',')}:dvc.lock").stdout)["stages"]
-    before = output_hashes(checkout)
-    changed = [name for name in before if [out["md5"] for out in lock[name]["outs"]] != before[name]]
-    assert changed == ["evaluate"]
-    checkout.run("dvc", "exp", "apply", "again")
-    checkout.run("dvc", "checkout", "--allow-missing")
-    assert output_hashes(checkout) != before
-    [timing] = json.loads((checkout.root / "metrics/timings/evaluate.json").read_text())
+    here.run(sys.executable, "-m", "lathe", "run", "longer")
+    assert list_outputs(checkout, "longer") == list_outputs(here, "longer")
+    checkout.run("dvc", "exp", "apply", "longer")
+    checkout.run("dvc", "checkout")
+    for file in sorted((here.root / "models/adapter").iterdir()):
+        assert (checkout.root / "models/adapter" / file.name).read_bytes() == file.read_bytes()
+    [timing] = json.loads((checkout.root / "metrics/timings/train.json").read_text())
     assert timing["cost"] == pytest.approx(timing["seconds"] / 1000, abs=1e-5)
     assert timing["machine"]
+    checkout.run("git", "reset", "--quiet", "--hard")
     again = checkout.run(*start, check=False)
     assert again.returncode == 2
-    assert "error: " in again.stderr
+    assert "longer: has been run from this commit" in again.stderr
 
 
 def command(*words: str) -> list[str]:
