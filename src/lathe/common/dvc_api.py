@@ -181,24 +181,28 @@ class DvcRepository:
 
     def list_sources(self) -> list[str]:
         """Return what `dvc add` tracks, by the paths of its .dvc files."""
-        return sorted(str(stage.relpath) for stage in self._repo.index.stages if stage.is_data_source)
+        sources = [stage for stage in self._repo.index.stages if stage.is_data_source]
+        return sorted(Path(stage.path).relative_to(self.root).as_posix() for stage in sources)
 
     def push_sources(self, name: str) -> int:
         """Upload what `dvc add` tracks, all of which must be in the cache; return how many files were not there."""
-        targets = [stage.addressing for stage in self._repo.index.stages if stage.is_data_source]
+        targets = [str(self.root / source) for source in self.list_sources()]
         return int(self._repo.push(targets=targets, remote=name)) if targets else 0
 
     def fetch_sources(self, name: str) -> int:
         """Download into the cache what `dvc add` tracks; return how many files were not there."""
-        targets = [stage.addressing for stage in self._repo.index.stages if stage.is_data_source]
+        targets = [str(self.root / source) for source in self.list_sources()]
         return int(self._repo.fetch(targets=targets, remote=name)) if targets else 0
 
     def fetch_files(self, hashes: Collection[str], name: str) -> tuple[int, int]:
-        """Download files by their hashes into the cache; return how many were downloaded and how many failed."""
+        """Download files by their hashes into the cache; return how many were downloaded and how many it lacks still.
+
+        DVC counts those that the remote does not have neither as the one nor as the other.
+        """
         from dvc_data.hashfile.hash_info import HashInfo
 
         pulled = self._repo.cloud.pull([HashInfo("md5", md5) for md5 in hashes], remote=name)
-        return len(pulled.transferred), len(pulled.failed)
+        return len(pulled.transferred), sum(not self.cached_file(md5).exists() for md5 in hashes)
 
     def push_files(self, hashes: Collection[str], name: str) -> tuple[int, int]:
         """Upload cached files by their hashes; return how many were uploaded and how many failed."""
