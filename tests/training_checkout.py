@@ -9,7 +9,7 @@ from conftest import SMALL, Checkout, make_checkout, write_splits
 from lathe.sources.builtin import household_commands
 
 # Dropout draws random numbers in each step; no checkpoint is of the last one.
-LONGER = {"training.max_steps": 400, "training.save_steps": 30, "training.eval_steps": 170, "lora.lora_dropout": 0.1}
+LONGER = {"training.max_steps": 300, "training.save_steps": 20, "training.eval_steps": 170, "lora.lora_dropout": 0.1}
 
 
 def make_training_checkout(root: Path, small_model: Path) -> Checkout:
@@ -20,11 +20,12 @@ def make_training_checkout(root: Path, small_model: Path) -> Checkout:
     rows = household_commands.make_rows(1)
     write_splits(root / "data/processed", {"train": rows["train"][:30], "validation": rows["validation"][:6]})
     shutil.copytree(small_model, root / "models/base")
-    stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
-    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"train": stages["train"]}}, sort_keys=False))
+    pipeline = yaml.safe_load((root / "dvc.yaml").read_text())
+    alone = {"stages": {"train": pipeline["stages"]["train"]}, "metrics": pipeline["metrics"]}
+    (root / "dvc.yaml").write_text(yaml.safe_dump(alone, sort_keys=False))
     (root / "dvc.lock").unlink()
     for folder in (root / "metrics").iterdir():
-        if folder.is_dir() and folder.name != "estimate":
+        if folder.is_dir() and folder.name not in ("estimate", "timings"):
             shutil.rmtree(folder)
     recipe = {"description": "Some seconds of training.", "overrides": LONGER}
     (root / "experiments/longer.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))

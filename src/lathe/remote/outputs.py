@@ -24,8 +24,8 @@ def fetch_outputs(repo: DvcRepository, commit: str, remote: str) -> int:
     fetched, failed_in_folders = repo.fetch_files(list_in_folders(repo, hashes), remote)
     if failed or failed_in_folders:
         raise InputError(
-            f"{remote}: {failed + failed_in_folders} files did not arrive, or are not there; the same command again goes "
-            "on",
+            f"{remote}: {failed + failed_in_folders} files did not arrive, or are not there; the same command "
+            "again goes on",
             code="incomplete-fetch",
         )
     return listings + fetched
