@@ -61,7 +61,8 @@ if flock --nonblock --exclusive 9; then # nobody works in the checkout: it gets 
 	git checkout --quiet --force -B lathe-remote "$commit" || end 2
 	git config user.name >/dev/null || git config user.name "$(id -un)"
 	git config user.email >/dev/null || git config user.email "$(id -un)@$(uname -n)"
-	printf '[cache]\n    dir = %s\n' "$folder/cache" >.dvc/config.local
+	# What else the host's user has written there, such as keys of a remote, stays.
+	grep -qsF "dir = $folder/cache" .dvc/config.local || printf '[cache]\n    dir = %s\n' "$folder/cache" >>.dvc/config.local
 	echo "setting up the environment"
 	sh "$run/setup.sh" 9>&- || { echo "error: the set-up failed; see above" >&2 && end 2; }
 	flock --shared 9
