@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lathe import __version__, classifier_commands, commands, completion, publish_commands
+from lathe import __version__, classifier_commands, commands, completion, publish_commands, remote_commands
 from lathe.common import entry_point, paths
 from lathe.config.base import SPLITS
 
@@ -45,6 +45,7 @@ EXAMPLES = {
     "classify": 'lathe classify "open the kitchen blinds"',
     "remote-check": "lathe remote-check --remote ycloud",
     "push-runs": "lathe push-runs --remote ycloud",
+    "remote": "lathe remote run qwen3-600m --host me@box",
     "mirror": "lathe mirror my-experiment --mlflow",
 }
 
@@ -372,6 +373,9 @@ def _add_remote_commands(table: Any) -> None:
     command = table.add_parser("remote-check", help="write to a DVC remote, read it back and delete it")
     command.add_argument("--remote", metavar="NAME", help="which (default: the one that `dvc push` takes)")
     command.set_defaults(run=lambda args: commands.check_remote(args.remote))
+
+    command = table.add_parser("remote", help="run recipes and searches on other machines: ssh, Slurm, SkyPilot")
+    remote_commands.add_commands(command.add_subparsers(required=True, metavar="COMMAND"))
 
     command = table.add_parser("push-runs", help="share the runs that DVC remembers, with all their files")
     command.add_argument("--remote", metavar="NAME", help="which (default: the one that `dvc push` takes)")

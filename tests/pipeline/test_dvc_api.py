@@ -268,3 +268,35 @@ def test_an_error_of_dvc_is_one_line(tmp_path):
     with refused("dvc", "dvc.yaml", kept=False) as caught, open_repository(tmp_path) as damaged:
         damaged.stage_names()
     assert "\n" not in str(caught.value)
+
+
+def test_sources_and_files_go_to_a_remote_that_no_file_names_and_come_from_it(root: Path, tmp_path: Path) -> None:
+    remote = {"remote": {"other": {"url": str(tmp_path / "other")}}}
+    clone = tmp_path / "clone"
+    with open_repository(root, remote) as repo:
+        assert repo.list_sources() == ["data/rows.txt.dvc"]
+        assert repo.push_sources("other") == 1
+        assert repo.push_sources("other") == 0
+        hashed = repo.hash_path("packed")
+        assert hashed is not None
+        folder, files = hashed
+        assert repo.push_files({folder, *files.values()}, "other") == (len(set(files.values())) + 1, 0)
+    run(root, "git", "clone", "--quiet", str(root), str(clone))
+    with open_repository(clone, remote) as repo:
+        assert repo.fetch_sources("other") == 1
+        assert repo.fetch_sources("other") == 0
+        assert repo.fetch_files({folder}, "other") == (1, 0)
+        assert repo.fetch_files(set(files.values()), "other") == (len(set(files.values())), 0)
+        repo.checkout([str(clone / "data/rows.txt")])
+        assert repo.fetch_files({"0" * 32}, "other")[1] == 1
+    assert (clone / "data/rows.txt").read_text() == "rows"
+
+
+def test_the_key_of_a_host_is_checked_only_while_it_is_asked_for() -> None:
+    from dvc_ssh import SSHFileSystem
+
+    settings = {"host": "box"}
+    with dvc_api.check_host_keys(["/etc/known"]):
+        inside = SSHFileSystem(**settings).fs_args
+    assert (inside["known_hosts"], inside["agent_forwarding"]) == (["/etc/known"], False)
+    assert "known_hosts" not in SSHFileSystem(**settings).fs_args

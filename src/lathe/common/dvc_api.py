@@ -183,6 +183,31 @@ class DvcRepository:
         pushed = self._repo.stage_cache.push(name)
         return [Path(self._repo.stage_cache.cache_dir, key[:2], key, run) for key, run in pushed]
 
+    def list_sources(self) -> list[str]:
+        """Return what `dvc add` tracks, by the paths of its .dvc files."""
+        sources = [stage for stage in self._repo.index.stages if stage.is_data_source]
+        return sorted(Path(stage.path).relative_to(self.root).as_posix() for stage in sources)
+
+    def push_sources(self, name: str) -> int:
+        """Upload what `dvc add` tracks, all of which must be in the cache; return how many files were not there."""
+        targets = [str(self.root / source) for source in self.list_sources()]
+        return int(self._repo.push(targets=targets, remote=name)) if targets else 0
+
+    def fetch_sources(self, name: str) -> int:
+        """Download into the cache what `dvc add` tracks; return how many files were not there."""
+        targets = [str(self.root / source) for source in self.list_sources()]
+        return int(self._repo.fetch(targets=targets, remote=name)) if targets else 0
+
+    def fetch_files(self, hashes: Collection[str], name: str) -> tuple[int, int]:
+        """Download files by their hashes into the cache; return how many were downloaded and how many it lacks still.
+
+        DVC counts those that the remote does not have neither as the one nor as the other.
+        """
+        from dvc_data.hashfile.hash_info import HashInfo
+
+        pulled = self._repo.cloud.pull([HashInfo("md5", md5) for md5 in hashes], remote=name)
+        return len(pulled.transferred), sum(not self.cached_file(md5).exists() for md5 in hashes)
+
     def push_files(self, hashes: Collection[str], name: str) -> tuple[int, int]:
         """Upload cached files by their hashes; return how many were uploaded and how many failed."""
         from dvc_data.hashfile.hash_info import HashInfo
@@ -235,12 +260,35 @@ class RemoteStorage:
 
 
 @contextmanager
-def open_repository(root: Path) -> Iterator[DvcRepository]:
-    """Open the DVC repository at `root`; DVC's own errors, also those of the block, become an InputError."""
+def open_repository(root: Path, config: Mapping[str, Any] | None = None) -> Iterator[DvcRepository]:
+    """Open the DVC repository at `root`; DVC's own errors, also those of the block, become an InputError.
+
+    `config` are settings by section over those of its files, such as a remote that they do not name.
+    """
     from dvc.repo import Repo
 
-    with translate_errors(), Repo(str(root)) as repo:
+    with translate_errors(), Repo(str(root), config=config) as repo:
         yield DvcRepository(repo)
+
+
+@contextmanager
+def check_host_keys(known_hosts: Sequence[str]) -> Iterator[None]:
+    """Let remotes over ssh refuse, during the block, a host whose key is not in one of these files.
+
+    By itself dvc-ssh accepts any key, and hands the host the user's agent.
+    """
+    from dvc_ssh import SSHFileSystem
+
+    original = SSHFileSystem._prepare_credentials
+
+    def prepare(self: Any, **config: Any) -> dict[str, Any]:
+        return {**original(self, **config), "known_hosts": list(known_hosts), "agent_forwarding": False}
+
+    SSHFileSystem._prepare_credentials = prepare
+    try:
+        yield
+    finally:
+        SSHFileSystem._prepare_credentials = original
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Metric files in `metrics/`: scores and counts of a stage, and separately its timings."""
 
 import csv
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 from lathe.common import paths
 from lathe.common.json_files import read_json, write_json
 from lathe.common.operating_system import get_peak_memory_bytes
+
+# Of a run on another machine: what that machine is, and what an hour of it costs, in whatever currency.
+MACHINE, PRICE = "LATHE_MACHINE", "LATHE_PRICE_PER_HOUR"
 
 
 def wrap_in_list(content: Any) -> list[Any]:
@@ -49,6 +53,7 @@ def write_timings(
     content: dict[str, Any] = {"seconds": round(seconds, 2), "peak_memory_bytes": get_peak_memory_bytes(), **throughput}
     if (gpu_bytes := get_peak_gpu_memory_bytes()) is not None:
         content["peak_gpu_memory_bytes"] = gpu_bytes
+    content |= _describe_machine(seconds)
     target = (folder or paths.METRICS) / "timings" / f"{stage}.json"
     timing = _add_to_items(target, {"item": item, **content}, items) if item else content
     write_json(target, wrap_in_list(timing))
@@ -63,11 +68,20 @@ def _add_to_items(target: Path, content: dict[str, Any], items: Sequence[str]) -
     before = unwrap_list(read_json(target))["items"] if target.exists() else []
     by_item = {old["item"]: old for old in before} | {content["item"]: content}
     listed = [by_item[item] for item in items if item in by_item]
-    return {
+    total: dict[str, Any] = {
         "seconds": round(sum(entry["seconds"] for entry in listed), 2),
         "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in listed),
-        "items": listed,
     }
+    if all("cost" in entry for entry in listed):
+        total["cost"] = round(sum(entry["cost"] for entry in listed), 6)
+    return {**total, "items": listed}
+
+
+def _describe_machine(seconds: float) -> dict[str, Any]:
+    """Return what the environment says of the machine of a run that was sent to it, and the cost of these seconds."""
+    machine, price = os.environ.get(MACHINE), os.environ.get(PRICE)
+    told: dict[str, Any] = {"machine": machine} if machine else {}
+    return told | ({"cost": round(seconds * float(price) / 3600, 6)} if price else {})
 
 
 def get_peak_gpu_memory_bytes() -> int | None:

@@ -16,7 +16,7 @@ from lathe.common.errors import InputError
 from lathe.common.git import find_head, run_git
 from lathe.common.json_files import write_json
 from lathe.experiments.search import trial
-from lathe.experiments.search.study import ENVIRONMENT, EXPERIMENT, REASON, SETTING, Study
+from lathe.experiments.search.study import ENVIRONMENT, EXPERIMENT, PRUNED, REASON, SETTING, Study
 from lathe.provenance.revisions import list_experiments
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def summarize(study: Study) -> dict[str, Any]:
                 "scores": dict(zip((o.metric for o in plan.objectives), one.values, strict=True)) if one.values else {},
                 "commit": one.user_attrs.get(EXPERIMENT),
                 "reason": one.user_attrs.get(REASON),
+                "pruned": one.user_attrs.get(PRUNED),
                 "seconds": one.duration.total_seconds() if one.duration else None,
             }
             for one in trials

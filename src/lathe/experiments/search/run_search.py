@@ -22,8 +22,8 @@ from lathe.config.artifacts import UNQUANTIZED
 from lathe.config.classifier_params import ClassifierParams
 from lathe.config.params import Params
 from lathe.config.pipelines import MAIN, Pipeline
-from lathe.experiments import preflight
-from lathe.experiments.search import environment, storage, trial
+from lathe.experiments import preflight, separate_checkout
+from lathe.experiments.search import environment, pruning, storage, trial
 from lathe.experiments.search.search_file import Plan
 from lathe.experiments.search.study import SECONDS_BETWEEN_BEATS, Study
 from lathe.provenance.revisions import list_experiments
@@ -37,6 +37,8 @@ LOGS = paths.SCRATCH / "search"
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_BETWEEN_SEARCHES_FOR_WORK = 5.0  # after none was found: another driver may be killed
 KILLS = 3  # times that a trial may be killed under this driver before it counts as failed
+
+Deliver = Callable[[trial.Order], None]  # hands on the experiment of a trial that is done
 
 # What in the repository determines a trial's scores, besides the parameters.
 DETERMINING = (
@@ -55,6 +57,7 @@ class Running:
     gpu: str | None
     process: "subprocess.Popen[bytes]"
     kills: int = 0
+    losses: pruning.Losses | None = None
 
 
 @dataclass
@@ -74,6 +77,7 @@ class Driver:
     snapshot: str
     start: "Callable[[trial.Order, str | None], subprocess.Popen[bytes]]"
     pipeline: Pipeline = MAIN
+    deliver: Deliver | None = None
     running: list[Running] = field(default_factory=list)
 
     def run(self) -> None:
@@ -85,6 +89,7 @@ class Driver:
                 now = time.monotonic()
                 exited = [running for running in self.running if running.process.poll() is not None]
                 ended = [self._finish_process(running) for running in exited]
+                ended += [self._prune_if_hopeless(running) for running in list(self.running)]
                 if now >= last_heartbeat + SECONDS_BETWEEN_BEATS:
                     last_heartbeat = now
                     self._send_heartbeat()
@@ -130,7 +135,32 @@ class Driver:
         free = [gpu for gpu in self.gpus if gpu not in {running.gpu for running in self.running}]
         gpu = free[0] if free else None
         logger.info("trial %d: %s", taken.number, ", ".join(f"{key}={value}" for key, value in values.items()))
-        self.running.append(Running(taken, order, gpu, self.start(order, gpu)))
+        self.running.append(self._begin(Running(taken, order, gpu, self.start(order, gpu))))
+        return True
+
+    def _begin(self, running: Running) -> Running:
+        if self.study.plan.pruner:
+            running.losses = pruning.follow_losses(running.order, running.process)
+        return running
+
+    def _prune_if_hopeless(self, running: Running) -> bool:
+        """End a trial whose evaluation loss falls behind; return whether it was."""
+        if running.losses is None or running.process.poll() is not None:
+            return False
+        found = self.study.find_hopeless_step(running.trial, running.losses.read())
+        if found is None:
+            return False
+        step, loss = found
+        checkout = trial.find_checkout(running.order, running.process.pid)
+        pruning.end_trial(running.process)
+        self.running.remove(running)
+        commit = pruning.record_pruned(running.order, checkout, step, loss)
+        if self.deliver:
+            self.deliver(running.order)
+        self.study.prune(running.trial, step, loss, commit)
+        separate_checkout.remove(checkout)
+        (LOGS / f"{running.order.name}.log").unlink(missing_ok=True)
+        logger.info("trial %d: pruned at step %d, evaluation loss %g", running.trial.number, step, loss)
         return True
 
     def _list_overrides(self, values: dict[str, Any]) -> list[str]:
@@ -148,6 +178,7 @@ class Driver:
             logger.warning("trial %d was killed: it is run again", running.trial.number)
             trial.remove_stale_checkouts()
             running.process, running.kills = self.start(running.order, running.gpu), running.kills + 1
+            self._begin(running)
             return False
         self.running.remove(running)
         reason = trial.explain_failure(log, code)
@@ -167,6 +198,8 @@ class Driver:
         except ValueError as error:
             self.study.fail(taken, str(error))
             return True
+        if self.deliver:
+            self.deliver(order)
         self.study.finish(taken, scores, str(revision.commit))
         shown = ", ".join(f"{o.metric} {score:g}" for o, score in zip(self.study.plan.objectives, scores, strict=True))
         logger.info("trial %d: %s", taken.number, shown)
@@ -234,8 +267,11 @@ def search(
     jobs: int,
     timeout_seconds: float | None,
     url: str | None,
+    deliver: Deliver | None = None,
 ) -> Study:
     """Run a search to its end and return its study; every trial has the overrides `fixed`.
+
+    `deliver` hands on the experiment of each trial before its scores are stored.
 
     Raises InputError if it cannot start, and Interrupted if a signal stopped it.
     """
@@ -258,7 +294,9 @@ def search(
         "study %s in %s: %d of %d trials done", plan.study, storage.hide_password(url), study.count_finished(), n_trials
     )
     trial.remove_stale_checkouts()
-    driver = Driver(study, n_trials, jobs, timeout_seconds, devices, fixed, head, snapshot, start_trial, pipeline)
+    driver = Driver(
+        study, n_trials, jobs, timeout_seconds, devices, fixed, head, snapshot, start_trial, pipeline, deliver
+    )
     with _handle_signals(plan.study):
         try:
             driver.run()
@@ -279,7 +317,8 @@ def _refuse_foreign_experiments(study: Study) -> None:
     taken = [
         experiment.name
         for experiment in list_experiments()
-        if re.fullmatch(rf"{re.escape(name)}-\d+", experiment.name) and experiment.message not in own
+        if re.fullmatch(rf"{re.escape(name)}-\d+", experiment.name)
+        and experiment.message.partition(pruning.MARK)[0] not in own
     ]
     if taken:
         raise InputError(

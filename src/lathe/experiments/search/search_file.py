@@ -107,8 +107,19 @@ class Objective(Section):
         return float(min(scores) if self.direction == "maximize" else max(scores))
 
 
+class Pruner(Section):
+    """Successive halving on evaluation loss.
+
+    Trials are compared after `min_steps`, `min_steps * reduction`, … optimizer steps, and of those so far the best one
+    in `reduction` goes on.
+    """
+
+    min_steps: Positive
+    reduction: Annotated[int, Field(ge=2)]
+
+
 class Plan(Section):
-    """The content of a search file; every key is required."""
+    """The content of a search file; every key but `pruner` is required."""
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
     sampler: Literal["tpe", "random", "grid"]
@@ -118,6 +129,7 @@ class Plan(Section):
     timeout_seconds: PositiveFloat | None
     objectives: Annotated[list[Objective], Field(min_length=1)]
     space: Annotated[dict[Name, Dimension], Field(min_length=1)]
+    pruner: Pruner | None = None
 
     @property
     def directions(self) -> dict[str, str]:
@@ -141,6 +153,8 @@ class Plan(Section):
 
     def check(self, params: Params | ClassifierParams, where: str) -> None:
         """Raise InputError if an objective is none of the scores that a trial has."""
+        if self.pruner:
+            self._check_pruner(params, where)
         if isinstance(params, ClassifierParams):
             self._check_classifier_scores(params, where)
             return
@@ -158,6 +172,17 @@ class Plan(Section):
                         f"{where}: objectives: {objective.metric} names {rule}", code="unknown-objective"
                     ) from None
 
+    def _check_pruner(self, params: Params | ClassifierParams, where: str) -> None:
+        reason = ""
+        if len(self.objectives) > 1:
+            reason = "there are several objectives, and one evaluation loss"
+        elif isinstance(params, ClassifierParams):
+            reason = "the classifier's pipeline has no curve of evaluation loss by optimizer steps"
+        elif params.training.method != "sft" or "training.method" in self.space:
+            reason = "losses of dpo and grpo do not compare trials; training.method must be sft"
+        if reason:
+            raise InputError(f"{where}: pruner: {reason}; leave it out", code="no-pruning")
+
     def _check_classifier_scores(self, params: ClassifierParams, where: str) -> None:
         known = [*CLASSIFIER_SCORES]
         known += ["micro_f1"] if params.data.multi_label else []
@@ -170,6 +195,9 @@ class Plan(Section):
                     f"classifier.NAME with one of {', '.join(known)}",
                     code="unknown-objective",
                 )
+
+
+TOP_LEVEL: dict[str, type[Section]] = {"objectives": Objective, "pruner": Pruner}  # sections that are not of `space`
 
 
 def read_plan(file: Path, params: Mapping[str, Any], name: str, section: type[Section] = Params) -> Plan:
@@ -245,7 +273,7 @@ def _describe_problem(problem: Any, tree: Any) -> str:
         case "extra_forbidden":
             kinds: dict[str, type[Section]] = {"float": Float, "int": Int, "categorical": Categorical}
             kind = next((step for step in problem["loc"] if step in kinds), None)
-            section = kinds[kind] if kind else Objective if path[0] == "objectives" else Plan
+            section = kinds[kind] if kind else TOP_LEVEL.get(str(path[0]), Plan)
             return f"{key} is not a known key; {did_you_mean(str(path[-1]), list(section.model_fields))}"
         case "missing":
             return f"{key} is missing; add it, as experiments/search/default.yaml has it"

@@ -32,7 +32,7 @@ SECONDS_UNTIL_GONE = 150.0  # without a heartbeat of an owner on another machine
 SECONDS_TO_CLAIM = 2.0  # until another machine's claim to the same trial is visible
 
 OWNER, SETTING, ENVIRONMENT = "owner", "setting", "environment"
-EXPERIMENT, REASON, SURPLUS = "experiment", "reason", "surplus"
+EXPERIMENT, REASON, SURPLUS, PRUNED = "experiment", "reason", "surplus", "pruned"
 
 
 class Study:
@@ -51,12 +51,14 @@ class Study:
             storage=storage,
             directions=[objective.direction for objective in plan.objectives],
             load_if_exists=True,
+            pruner=_create_pruner(plan),
         )
         self._lock = paths.SCRATCH / "search" / f"{plan.study}.lock"
         self._lock.parent.mkdir(parents=True, exist_ok=True)
         self._me = _identify_process(os.getpid())
         self._beats = 0
         self._mine: dict[int, optuna.Trial] = {}
+        self._reported: dict[int, int] = {}  # the last step of each trial whose loss the study has
         self._seen: dict[int, tuple[Any, float]] = {}  # of other drivers: owner, and since when
 
     @property
@@ -110,6 +112,33 @@ class Study:
     def fail(self, trial: "optuna.Trial", reason: str) -> None:
         """Record why a trial has no scores."""
         self._end_trial(trial, REASON, reason, None)
+
+    def find_hopeless_step(
+        self, trial: "optuna.Trial", losses: Sequence[tuple[int, float]]
+    ) -> tuple[int, float] | None:
+        """Report a trial's evaluation losses by optimizer steps; return step and loss where it is to be pruned."""
+        sign = -1.0 if self.plan.objectives[0].direction == "maximize" else 1.0  # which way the study is better
+        for step, loss in losses:
+            if step > self._reported.get(trial.number, -1):
+                self._reported[trial.number] = step
+                trial.report(sign * loss, step)
+                if trial.should_prune():
+                    return step, loss
+        return None
+
+    def prune(self, trial: "optuna.Trial", step: int, loss: float, commit: str) -> None:
+        """Record that a trial was pruned, where, and the commit of what it left. It has no scores."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        try:
+            trial.set_user_attr(EXPERIMENT, commit)
+            trial.set_user_attr(PRUNED, {"step": step, "evaluation_loss": loss})
+            # `Study.tell` would store the last reported loss as the trial's score.
+            self._storage.set_trial_state_values(self._find_id(trial.number), TrialState.PRUNED)
+        except UpdateFinishedTrialError:
+            logger.warning("trial %d was ended by another driver; its record is kept", trial.number)
+        self._mine.pop(trial.number, None)
 
     def send_heartbeat(self) -> list[int]:
         """Renew this driver's claim to its trials; return the numbers of those that another has taken over."""
@@ -166,9 +195,7 @@ class Study:
     def _take_over(self, frozen: "optuna.trial.FrozenTrial") -> "optuna.Trial | None":
         import optuna
 
-        study = self._storage.get_study_id_from_name(self.plan.study)
-        known = self._storage.get_trial_id_from_study_id_trial_number(study, frozen.number)
-        trial = optuna.trial.Trial(self._study, known)
+        trial = optuna.trial.Trial(self._study, self._find_id(frozen.number))
         if not self._claim(trial):
             return None
         if not self.is_local:
@@ -179,6 +206,11 @@ class Study:
         logger.info("trial %d was interrupted: it goes on with the same parameters", trial.number)
         self._mine[trial.number] = trial
         return trial
+
+    def _find_id(self, number: int) -> int:
+        """Return the storage's number of a trial."""
+        study = self._storage.get_study_id_from_name(self.plan.study)
+        return self._storage.get_trial_id_from_study_id_trial_number(study, number)
 
     def _claim(self, trial: "optuna.Trial") -> bool:
         """Write this driver's name and heartbeat to a trial; return False if the trial has ended meanwhile."""
@@ -200,6 +232,14 @@ class Study:
         assert held is not None
         with held:
             yield
+
+
+def _create_pruner(plan: Plan) -> "optuna.pruners.BasePruner":
+    from optuna.pruners import NopPruner, SuccessiveHalvingPruner
+
+    if plan.pruner is None:
+        return NopPruner()
+    return SuccessiveHalvingPruner(min_resource=plan.pruner.min_steps, reduction_factor=plan.pruner.reduction)
 
 
 def _identify_process(pid: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ in it. The finished experiment is pushed into the user's repository, completely 
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lathe.common import operating_system, paths
-from lathe.common.dvc_api import open_repository, run_command, update_local_config
+from lathe.common.dvc_api import open_repository, run_command
 from lathe.common.errors import InputError
-from lathe.common.git import find_head, read_line, run_git
+from lathe.common.git import find_head, run_git
 from lathe.config.pipelines import build_dvc_options
+from lathe.experiments import separate_checkout
 from lathe.provenance.revisions import Revision, list_experiments
 
 if TYPE_CHECKING:
@@ -72,6 +72,16 @@ def name_experiment(study: str, number: int) -> str:
     return f"{study}-{number}"
 
 
+def find_checkout(order: Order, pid: int) -> Path:
+    """Return the folder of the checkout in which a process runs a trial."""
+    return CHECKOUTS / f"{order.name}-{pid}"
+
+
+def build_ref(order: Order) -> str:
+    """Return Git's reference of a trial's experiment."""
+    return f"refs/exps/{order.head[:2]}/{order.head[2:]}/{order.name}"
+
+
 def build_message(study: str, trial: "optuna.Trial | optuna.trial.FrozenTrial") -> str:
     """Return the message of the commit of a trial's experiment, unique among studies of the same name."""
     return f"search {study}, trial {trial.number} of {trial.datetime_start}"
@@ -83,20 +93,17 @@ def main() -> int:
     order = Order(**json.loads(sys.argv[1]))
     if os.getppid() != order.driver:
         return 1  # it was killed before this process could register to end with it
-    checkout = CHECKOUTS / f"{order.name}-{os.getpid()}"
+    checkout = find_checkout(order, os.getpid())
     try:
-        _create_checkout(order, checkout)
+        separate_checkout.create(checkout, order.head, order.snapshot, order.folder)
         return _run_experiment(order, checkout)
     finally:
-        shutil.rmtree(checkout, ignore_errors=True)  # a stage that is still ending may write there
+        separate_checkout.remove(checkout)
 
 
 def remove_stale_checkouts() -> None:
     """Remove the checkouts of processes that have ended."""
-    for checkout in CHECKOUTS.glob("*-*"):
-        pid = checkout.name.rpartition("-")[2]
-        if not (pid.isdigit() and operating_system.is_running(int(pid))):
-            shutil.rmtree(checkout, ignore_errors=True)
+    separate_checkout.remove_stale(CHECKOUTS)
 
 
 def create_snapshot() -> tuple[str, str]:
@@ -151,25 +158,6 @@ def _list_changed_data() -> list[str]:
         return repo.changed_sources()
 
 
-def _create_checkout(order: Order, checkout: Path) -> None:
-    source = run_git("rev-parse", "--path-format=absolute", "--git-common-dir").decode().strip()
-    identity = {key: read_line("config", key) for key in ("user.name", "user.email")}
-    user = [f"--config={key}={value}" for key, value in identity.items() if value]
-    checkout.parent.mkdir(parents=True, exist_ok=True)
-    run_git("clone", "--quiet", "--shared", "--no-checkout", *user, source, str(checkout))
-    run_git("checkout", "--quiet", "--detach", order.head, root=checkout)
-    run_git("read-tree", "--reset", "-u", order.snapshot, root=checkout)
-    for name in dict.fromkeys(["", order.folder]):
-        folder = checkout / name
-        with open_repository(paths.ROOT / name) as repo:
-            local, cache = repo.local_config, repo.cache_folder
-        update_local_config(folder, local)
-        own = {"cache": {"dir": str(cache)}, "core": {"site_cache_dir": str(folder / ".dvc/tmp/site")}}
-        update_local_config(folder, own)
-        with open_repository(folder) as repo:
-            repo.checkout()  # what is not in the cache is made by the run
-
-
 def _run_experiment(order: Order, checkout: Path) -> int:
     os.chdir(checkout)
     sets = [part for override in order.overrides for part in ("--set-param", override)]
@@ -178,7 +166,8 @@ def _run_experiment(order: Order, checkout: Path) -> int:
     )
     if code == 0:
         [made] = [experiment for experiment in list_experiments(checkout) if experiment.name == order.name]
-        run_git("push", "--quiet", "origin", f"{made.ref}:{made.ref}", root=checkout)
+        # Over one that was pruned, if the driver was killed before the study had that.
+        run_git("push", "--quiet", "--force", "origin", f"{made.ref}:{made.ref}", root=checkout)
         _cache_for_exp_show(made.commit)
     return code
 
