@@ -4,6 +4,7 @@
 EXTRAS = {
     "cryptography": "sign",
     "fastapi": "serve",
+    "lm_eval": "benchmark",
     "mlflow": "mlflow",
     "onnx": "classify",
     "onnxruntime": "classify",
