@@ -46,7 +46,11 @@ def main(config: Config, item: str) -> Throughput:
     tasks = benchmark.load_tasks(settings)
     gguf, threads, generate = paths.GGUF / artifacts.get_file_name(item), os.cpu_count() or 1, config.params.generate
     fingerprint = compute_fingerprint(
-        {"benchmark": settings.model_dump(exclude={"cluster_by"}), "n_parallel": generate.n_parallel, "threads": threads},
+        {
+            "benchmark": settings.model_dump(exclude={"cluster_by"}),
+            "n_parallel": generate.n_parallel,
+            "threads": threads,
+        },
         files={"gguf": gguf},
         packages=PACKAGES,
         code=code_closure(paths.ROOT / "stages/benchmark.py"),
@@ -60,9 +64,7 @@ def main(config: Config, item: str) -> Throughput:
             n_gpu_layers=generate.n_gpu_layers,
         ) as generator:
             max_length = min(settings.max_length or generator.model.n_ctx_train, generator.model.n_ctx_train)
-            model = HarnessModel(
-                generator, journal, max_length=max_length, chooses_rows=generate.n_parallel == "auto"
-            )
+            model = HarnessModel(generator, journal, max_length=max_length, chooses_rows=generate.n_parallel == "auto")
             results = benchmark.run_tasks(model, tasks, settings)
         with paths.replace_folder(folder) as partial:
             described = {"asked": results.asked, "tasks": results.tasks, "groups": results.groups}

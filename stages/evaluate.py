@@ -92,6 +92,7 @@ def main(config: Config) -> None:
         warn_of_bias(summaries, split)
     benchmark = evaluate_benchmark(
         paths.DATA_BENCHMARK,
+        bytes_of,
         artifacts.list_benchmarked(types),
         cluster_by=config.params.benchmark.cluster_by,
         resampling=resampling,

@@ -5,7 +5,8 @@
     merged.mmlu.acc >= base.mmlu.acc - 0.02
 
 A side is a sum of numbers, ARTIFACT.SCORE and NUMBER * ARTIFACT.SCORE; ARTIFACT.TASK.SCORE is the score of a task of
-`benchmark.tasks`. `quantized` means every quantization type: all of them must pass. `lathe.evaluation.gate_results` evaluates gates on a report.
+`benchmark.tasks`. `quantized` means every quantization type: all of them must pass. `lathe.evaluation.gate_results`
+evaluates gates on a report.
 """
 
 import re

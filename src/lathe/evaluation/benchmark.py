@@ -149,13 +149,15 @@ def load_tasks(settings: Benchmark) -> list[Any]:
         except Exception as error:  # a task is a program with data from anywhere: it may fail in any way
             logger.debug("benchmark.tasks: %s", name, exc_info=error)
             raise InputError(
-                f"benchmark.tasks: {name}: cannot be loaded ({make_one_line(summarize_error(error))}); its data must be "
-                "on this machine or on a Hub that can be reached, and its file right",
+                f"benchmark.tasks: {name}: cannot be loaded ({make_one_line(summarize_error(error))}); its data must "
+                "be on this machine or on a Hub that can be reached, and its file right",
                 code="task-not-loaded",
             ) from error
         for task, loaded_task in found["tasks"].items():
             if getattr(loaded_task, "UNSAFE_CODE", False) or getattr(loaded_task, "MULTIMODAL", False):
-                why = "runs code that the model writes" if getattr(loaded_task, "UNSAFE_CODE", False) else "needs images"
+                why = (
+                    "runs code that the model writes" if getattr(loaded_task, "UNSAFE_CODE", False) else "needs images"
+                )
                 raise InputError(
                     f"benchmark.tasks: {name}: {task} {why}, which is not done here; take it off the list",
                     code="task-not-supported",
@@ -185,8 +187,8 @@ def run_tasks(model: "HarnessModel", tasks: Sequence[Any], settings: Benchmark) 
     except (ValueError, KeyError, AssertionError) as error:
         logger.debug("benchmark.tasks", exc_info=error)
         raise InputError(
-            f"benchmark.tasks: lm-evaluation-harness refuses them ({make_one_line(summarize_error(error))}); look at the "
-            "tasks' files, or take them off the list (LATHE_LOG_LEVEL=DEBUG shows where)",
+            f"benchmark.tasks: lm-evaluation-harness refuses them ({make_one_line(summarize_error(error))}); look at "
+            "the tasks' files, or take them off the list (LATHE_LOG_LEVEL=DEBUG shows where)",
             code="task-refused",
         ) from error
     return collect_results(results, tasks)

@@ -4,7 +4,7 @@ A score is a function of sums over documents, as those of held-out rows are, so 
 code. Scores that are no such function, such as an F1 over all documents, have a value alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,30 +19,44 @@ from lathe.evaluation.evaluate import AnswerRow, Resampling, ScoreDefinition, ev
 from lathe.evaluation.metrics import compute_metric
 from lathe.evaluation.text_metrics import Statistics
 
-# By artifact and task: `documents`, the scores, `lower_is_better` (names of scores), `intervals` and `deltas`.
+# By task and artifact: the scores, `documents`, `bytes`, `lower_is_better` (names), `intervals` and `deltas`.
 BenchmarkReport = dict[str, dict[str, dict[str, Any]]]
 
 _FORMULAS = {"perplexity": "perplexity", "weighted_perplexity": "perplexity"}  # all others are ratios of sums
+_NOT_SCORES = ("documents", "bytes", "lower_is_better", "intervals", "deltas")
 TASKS_FILE = "tasks.json"
 
+# Gives a file of an artifact's folder by its name, such as one in DVC's cache; None if it is not there.
+FindFile = Callable[[str], Path | None]
 
-def read_tasks(folder: Path) -> dict[str, dict[str, Any]]:
+
+def find_in(folder: Path) -> FindFile:
+    """Return what finds the files of a folder of data/benchmark."""
+    return lambda name: file if (file := folder / name).exists() else None
+
+
+def read_tasks(find: FindFile) -> dict[str, dict[str, Any]]:
     """Return the tasks and groups of an artifact by name, as the stage benchmark describes them; {} without any."""
-    file = folder / TASKS_FILE
-    if not file.exists():
+    file = find(TASKS_FILE)
+    if file is None:
         return {}
     content = read_json_object(file)
     return {**content["groups"], **content["tasks"]}
 
 
-def read_documents(folder: Path, task: Mapping[str, Any], name: str, *, cluster_by: str | None) -> list[AnswerRow]:
-    """Return the documents of a task, or of all tasks of a group, each with its `statistics`, and its `cluster`.
+def read_documents(
+    find: FindFile, task: Mapping[str, Any], name: str, *, cluster_by: str | None
+) -> list[AnswerRow] | None:
+    """Return the documents of a task, or of all tasks of a group, with `key`, `statistics`, and `cluster` if known.
 
-    In a group that weights its tasks alike, documents of small tasks weigh more.
+    In a group that weights its tasks alike, documents of small tasks weigh more. None if a file is not there.
     """
     rows: list[AnswerRow] = []
     for part in task.get("tasks", [name]):
-        own = read_jsonl(folder / f"{part}.jsonl")
+        file = find(f"{part}.jsonl")
+        if file is None:
+            return None
+        own = read_jsonl(file)
         rows += [_make_row(part, row, task, len(own), cluster_by) for row in own]
     return rows
 
@@ -63,42 +77,44 @@ def _make_row(
 
 
 def evaluate_benchmark(
-    folder: Path, artifacts: Sequence[str], *, cluster_by: str | None, resampling: Resampling
+    folder: Path,
+    bytes_of: Mapping[str, int],
+    artifacts: Sequence[str],
+    *,
+    cluster_by: str | None,
+    resampling: Resampling,
 ) -> BenchmarkReport:
     """Return the report of all tasks and groups; {} if none were measured.
 
     Raises InputError if the artifacts were not asked the same documents.
     """
-    tasks_of = {artifact: read_tasks(folder / artifact) for artifact in artifacts}
-    report: BenchmarkReport = {artifact: {} for artifact in artifacts}
+    finders = {artifact: find_in(folder / artifact) for artifact in artifacts}
+    tasks_of = {artifact: read_tasks(find) for artifact, find in finders.items()}
+    report: BenchmarkReport = {}
     for name, task in tasks_of[artifacts[0]].items():
-        for artifact in artifacts:
-            if name not in tasks_of[artifact]:
-                raise _make_difference_error(folder / artifact, name, artifacts[0])
-        rows = {
-            artifact: read_documents(folder / artifact, task, name, cluster_by=cluster_by) for artifact in artifacts
-        }
-        for artifact, own in rows.items():
-            if [row["key"] for row in own] != [row["key"] for row in rows[artifacts[0]]]:
-                raise _make_difference_error(folder / artifact, name, artifacts[0])
-        definitions = define_task_scores(task)
-        compared = evaluate(rows, {}, dict.fromkeys(artifacts, 0), definitions, resampling)
-        for artifact in artifacts:
-            described = tasks_of[artifact][name]
-            report[artifact][name] = {
+        rows: dict[str, list[AnswerRow]] = {}
+        for artifact, find in finders.items():
+            own = read_documents(find, task, name, cluster_by=cluster_by) if name in tasks_of[artifact] else None
+            if own is None or [row["key"] for row in own] != [row["key"] for row in rows.get(artifacts[0], own)]:
+                raise InputError(
+                    f"{folder / artifact}: has other documents of {name} than {artifacts[0]} has; run `dvc repro` "
+                    "again",
+                    code="different-rows",
+                )
+            rows[artifact] = own
+        compared = evaluate(rows, {}, bytes_of, define_task_scores(task), resampling)
+        report[name] = {
+            artifact: {
                 "documents": described["documents"],
                 **{key: score["value"] for key, score in described["scores"].items()},
+                "bytes": bytes_of[artifact],
                 "lower_is_better": [key for key, score in described["scores"].items() if score["lower_is_better"]],
                 "intervals": compared[artifact]["intervals"],
                 "deltas": compared[artifact]["deltas"],
             }
-    return report if tasks_of[artifacts[0]] else {}
-
-
-def _make_difference_error(folder: Path, name: str, first: str) -> InputError:
-    return InputError(
-        f"{folder}: has other documents of {name} than {first} has; run `dvc repro` again", code="different-rows"
-    )
+            for artifact, described in ((artifact, tasks[name]) for artifact, tasks in tasks_of.items())
+        }
+    return report
 
 
 def define_task_scores(task: Mapping[str, Any]) -> list[ScoreDefinition]:
@@ -117,18 +133,14 @@ def _get_statistics(score: str, row: AnswerRow) -> Statistics:
     return found
 
 
-def list_task_scores(report: BenchmarkReport) -> dict[str, dict[str, float | None]]:
+def list_task_scores(report: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, float | None]]:
     """Return the scores of every artifact as gates name them, `TASK.SCORE`."""
-    not_scores = ("documents", "lower_is_better", "intervals", "deltas")
-    return {
-        artifact: {
-            f"{name}.{key}": value
-            for name, task in tasks.items()
-            for key, value in task.items()
-            if key not in not_scores
-        }
-        for artifact, tasks in report.items()
-    }
+    scores: dict[str, dict[str, float | None]] = {}
+    for name, artifacts in report.items():
+        for artifact, task in artifacts.items():
+            own = {f"{name}.{key}": value for key, value in task.items() if key not in _NOT_SCORES}
+            scores.setdefault(artifact, {}).update(own)
+    return scores
 
 
 def add_task_scores(

@@ -226,8 +226,8 @@ class HarnessModel(TemplateLM):
         if count:
             self.cut += count
             logger.warning(
-                "%d prompts of tasks are longer than %d tokens (benchmark.max_length, or the model's context); they are "
-                "cut at their beginning",
+                "%d prompts of tasks are longer than %d tokens (benchmark.max_length, or the model's context); they "
+                "are cut at their beginning",
                 count,
                 self.max_length,
             )

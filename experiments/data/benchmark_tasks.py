@@ -1,6 +1,6 @@
-"""Write the documents of the three example tasks: what is in this folder was made by it.
+"""Write the documents of the three example tasks in experiments/benchmark, which were made by it.
 
-    python experiments/benchmark/make_data.py --banking77 test.csv --gsm8k test.jsonl
+    python experiments/data/benchmark_tasks.py --banking77 test.csv --gsm8k test.jsonl
 
 banking77.jsonl    questions of a bank's customers, each with the right one of four subjects (banking77, CC BY 4.0)
 gsm8k.jsonl        word problems with their solutions (GSM8K, MIT)
@@ -15,8 +15,9 @@ import json
 import random
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-GENERAL_TEXT = HERE.parents[1] / "data/general.txt"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "experiments/benchmark"
+GENERAL_TEXT = ROOT / "data/general.txt"
 DOCUMENTS, EXAMPLES, CHOICES, SEED = 200, 4, 4, 1
 
 
@@ -56,9 +57,9 @@ def write_with_examples(name: str, rows: list[dict[str, object]]) -> None:
 
 def write(name: str, rows: list[dict[str, object]]) -> None:
     """Write a file of documents."""
-    with (HERE / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+    with (FOLDER / f"{name}.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    print(f"{name}: {len(rows)}")  # noqa: T201
+    print(f"{name}: {len(rows)}")
 
 
 if __name__ == "__main__":
