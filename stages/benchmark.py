@@ -34,7 +34,9 @@ def main(config: Config, item: str) -> Throughput:
         json_files.write_json(paths.METRICS / f"benchmark/{item}.json", {"tasks": []})
         return {}
 
-    benchmark.check_benchmark(config.params)
+    os.chdir(paths.ROOT)  # which the paths in task files start from
+    tasks = benchmark.load_tasks(settings)  # refuses, before anything else is loaded
+
     from lathe.common.code_closure import code_closure
     from lathe.common.jsonl import write_jsonl
     from lathe.common.scratch import compute_fingerprint
@@ -42,8 +44,6 @@ def main(config: Config, item: str) -> Throughput:
     from lathe.inference.harness_model import HarnessModel
     from lathe.inference.journal import open_journal
 
-    os.chdir(paths.ROOT)  # which the paths in task files start from
-    tasks = benchmark.load_tasks(settings)
     gguf, threads, generate = paths.GGUF / artifacts.get_file_name(item), os.cpu_count() or 1, config.params.generate
     fingerprint = compute_fingerprint(
         {

@@ -102,8 +102,8 @@ def made(tmp_path_factory, learnt: Made) -> Checkout:
 
 def outputs(checkout: Checkout, artifact: str) -> dict[str, bytes]:
     files = sorted((checkout.root / "data/benchmark" / artifact).iterdir())
-    files.append(checkout.root / f"metrics/benchmark/{artifact}.json")
-    return {file.name: file.read_bytes() for file in files}
+    metrics = (checkout.root / f"metrics/benchmark/{artifact}.json").read_bytes()
+    return {"metrics": metrics, **{file.name: file.read_bytes() for file in files}}
 
 
 def refuse(checkout: Checkout, *words: str) -> None:

@@ -65,11 +65,7 @@ def check_benchmark(params: Params) -> None:
     settings = params.benchmark
     if not settings.tasks:
         return
-    if importlib.util.find_spec("lm_eval") is None:
-        missing = missing_extra(ModuleNotFoundError(name="lm_eval"))
-        assert missing
-        raise InputError(f"benchmark.tasks: {missing}", code="missing-extra")
-    known = _find_tasks(settings)
+    known = _find_tasks(settings).names
     for gate in params.evaluate.gates or []:
         for _, score in parse_gate(gate).scores:
             task, _, metric = score.rpartition(".")
@@ -86,40 +82,27 @@ def make_name(name: str) -> str:
     return re.sub(r"\W+", "_", name)
 
 
-def _find_tasks(settings: Benchmark) -> set[str]:
-    """Return the names of all tasks and groups that are measured. Raises InputError for unknown ones."""
-    manager = _open_manager(settings)
-    index = manager.task_index
-    found: set[str] = set()
-    waiting = list(settings.tasks)
-    while waiting:
-        name = waiting.pop()
-        entry = index.get(name)
-        if entry is None:
-            if name in settings.tasks:
-                raise InputError(
-                    f"benchmark.tasks: {name!r} is no task, group or tag of lm-evaluation-harness, nor in "
-                    f"{settings.include_path}; {_suggest(name, list(index))}",
-                    code="unknown-task",
-                )
-            continue  # written out in the group
-        if make_name(name) in found:
-            continue
-        found.add(make_name(name))
-        members = (entry.cfg or {}).get("task")
-        listed = members if isinstance(members, list) else []
-        waiting += sorted(entry.tags) if entry.kind.name == "TAG" else []
-        for member in listed:
-            waiting.append(member if isinstance(member, str) else member.get("group") or member.get("task"))
-    return found
-
-
 def _suggest(name: str, known: list[str]) -> str:
     near = did_you_mean(name, known)
     return near if near.startswith("did you mean") else "`lm_eval ls tasks` lists them"
 
 
-def _open_manager(settings: Benchmark) -> Any:
+@dataclass(frozen=True)
+class _KnownTasks:
+    """The harness's manager, and the names of all tasks and groups that are measured, as gates have them."""
+
+    manager: Any
+    names: set[str]
+
+
+def _find_tasks(settings: Benchmark) -> _KnownTasks:
+    """Find the tasks by their names.
+
+    Raises InputError for unknown ones, if there is no such folder, or if the harness is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        missing = missing_extra(ModuleNotFoundError(name="lm_eval"))
+        raise InputError(f"benchmark.tasks: {missing}", code="missing-extra")
     from lm_eval.tasks import TaskManager
 
     folder = paths.ROOT / settings.include_path
@@ -129,18 +112,53 @@ def _open_manager(settings: Benchmark) -> Any:
             "experiments/benchmark",
             code="missing-folder",
         )
-    return TaskManager(include_path=str(folder))
+    # The harness's own tasks, thousands of files, are read if the folder does not have all that is named.
+    for include_defaults in (False, True):
+        manager = TaskManager(include_path=str(folder), include_defaults=include_defaults)
+        names, unknown = _resolve(manager.task_index, settings.tasks)
+        if not unknown:
+            return _KnownTasks(manager, names)
+    if wrong := [name for name in settings.tasks if name in unknown]:
+        raise InputError(
+            f"benchmark.tasks: {wrong[0]!r} is no task, group or tag of lm-evaluation-harness, nor in "
+            f"{settings.include_path}; {_suggest(wrong[0], list(manager.task_index))}",
+            code="unknown-task",
+        )
+    return _KnownTasks(manager, names)
+
+
+def _resolve(index: Mapping[str, Any], tasks: Sequence[str]) -> tuple[set[str], set[str]]:
+    """Return the names of tasks and of those that belong to them, as gates have them; and those that are unknown."""
+    names: set[str] = set()
+    unknown: set[str] = set()
+    waiting = list(tasks)
+    while waiting:
+        name = waiting.pop()
+        entry = index.get(name)
+        if entry is None:
+            unknown.add(name)
+            continue
+        if make_name(name) in names:
+            continue
+        names.add(make_name(name))
+        members = (entry.cfg or {}).get("task")
+        waiting += entry.tags if entry.kind.name == "TAG" else []
+        waiting += [
+            member if isinstance(member, str) else str(member.get("group") or member.get("task"))
+            for member in (members if isinstance(members, list) else [])
+        ]
+    return names, unknown
 
 
 def load_tasks(settings: Benchmark) -> list[Any]:
     """Load the tasks and groups with their data, from the Hub or from local files.
 
-    Raises InputError for one that is unknown, cannot be loaded, runs code that a model wrote, or needs images or sound.
+    Raises InputError for one that is unknown, cannot be loaded, runs code that a model wrote, or needs images or sound,
+    and if the harness is not installed.
     """
     import datasets
 
-    _find_tasks(settings)
-    manager = _open_manager(settings)
+    manager = _find_tasks(settings).manager
     datasets.disable_progress_bars()
     loaded: list[Any] = []
     for name in settings.tasks:
