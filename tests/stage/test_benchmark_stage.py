@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Checkout, copy_of, make_checkout
@@ -18,7 +20,11 @@ from lathe.common import paths
 from lathe.common.jsonl import read_jsonl, write_jsonl
 from lathe.config.load import load
 from lathe.evaluation import benchmark
+from lathe.evaluation.benchmark import BenchmarkResults
 from lathe.gguf.quantize import quantize
+from lathe.inference.generate import Generator
+from lathe.inference.harness_model import HarnessModel
+from lathe.inference.journal import open_journal
 from lathe.sources.builtin import household_commands
 
 FOLDER = "experiments/own-tasks"
@@ -106,15 +112,26 @@ def outputs(checkout: Checkout, artifact: str) -> dict[str, bytes]:
     return {"metrics": metrics, **{file.name: file.read_bytes() for file in files}}
 
 
-def refuse(checkout: Checkout, *words: str) -> None:
-    """Run the stage, which must end with one line that has the words, and write nothing."""
-    done = checkout.stage("benchmark", "base", check=False)
-    assert done.returncode == 2, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
-    assert all(word in errors[0] for word in words), errors
-    assert "Traceback" not in done.stderr
-    assert not list((checkout.root / "data/benchmark").glob(".*"))
+@pytest.fixture
+def measure(made: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., BenchmarkResults]:
+    """Asks the base tasks in this process, with other values of the section benchmark."""
+    shutil.copytree(made.root / FOLDER, tmp_path / FOLDER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    chosen = load(made.root / "params.yaml", made.root / "presets.yaml").params.benchmark
+
+    def measure_base(**changes: Any) -> BenchmarkResults:
+        settings = chosen.model_copy(update=changes)
+        tasks = benchmark.load_tasks(settings)
+        gguf = made.root / "models/gguf/base-f16.gguf"
+        with (
+            open_journal(tmp_path / "journal", "a") as journal,
+            Generator(gguf, n_parallel=8, n_ctx=512, threads=1) as generator,
+        ):
+            model = HarnessModel(generator, journal, max_length=512, chooses_rows=False)
+            return benchmark.run_tasks(model, tasks, settings)
+
+    return measure_base
 
 
 def test_scores_are_those_of_the_harness_own_backend_on_the_weights(made: Checkout, learnt: Made, monkeypatch):
@@ -176,27 +193,22 @@ def test_without_tasks_there_is_a_note_and_the_harness_is_not_even_imported(made
         assert checkout.json(f"metrics/benchmark/{artifact}.json") == {"tasks": []}
 
 
-def test_the_chat_template_and_examples_change_the_prompts(made: Checkout, tmp_path):
-    checkout = copy_of(made, tmp_path / "lathe")
-    checkout.set({"benchmark.tasks": ["own_choice"], "benchmark.apply_chat_template": True, "benchmark.limit": 4})
-    checkout.stage("benchmark", "base")
-    rows = read_jsonl(checkout.root / "data/benchmark/base/own_choice.jsonl")
+def test_the_chat_template_and_examples_change_the_prompts(made: Checkout, measure):
     before = read_jsonl(made.root / "data/benchmark/base/own_choice.jsonl")[:4]
-    assert [row["doc_hash"] for row in rows] == [row["doc_hash"] for row in before]
-    assert all(row["responses"] != other["responses"] for row, other in zip(rows, before, strict=True))
+    for changes in ({"apply_chat_template": True}, {"system_instruction": "Say what it is."}):
+        rows = measure(tasks=["own_choice"], limit=4, **changes).rows["own_choice"]
+        assert [row["doc_hash"] for row in rows] == [row["doc_hash"] for row in before]
+        assert all(row["responses"] != other["responses"] for row, other in zip(rows, before, strict=True))
 
 
-def test_a_group_has_the_scores_of_its_tasks_together(made: Checkout, tmp_path):
-    checkout = copy_of(made, tmp_path / "lathe")
-    checkout.set({"benchmark.tasks": ["both_choices"], "benchmark.limit": 0.25})
-    checkout.stage("benchmark", "base")
-    measured = checkout.json("metrics/benchmark/base.json")
-    described = checkout.json("data/benchmark/base/tasks.json")
-    assert list(measured) == ["both_choices", "tasks", "cut"]
-    assert described["groups"]["both_choices"]["tasks"] == ["own_choice", "other_choice"]
-    assert described["groups"]["both_choices"]["documents"] == 12
-    values = [described["tasks"][name]["scores"]["acc"]["value"] for name in ("own_choice", "other_choice")]
-    assert measured["both_choices"]["acc"] == pytest.approx(sum(values) / 2, abs=1e-5)
+def test_a_group_has_the_scores_of_its_tasks_together(measure):
+    results = measure(tasks=["both_choices"], limit=0.25)
+    summary = results.summarize(cut=0)
+    assert list(summary) == ["both_choices", "tasks", "cut"]
+    assert results.groups["both_choices"]["tasks"] == ["own_choice", "other_choice"]
+    assert results.groups["both_choices"]["documents"] == 12
+    values = [results.tasks[name]["scores"]["acc"]["value"] for name in ("own_choice", "other_choice")]
+    assert summary["both_choices"]["acc"] == pytest.approx(sum(values) / 2, abs=1e-5)
 
 
 def test_killed_and_started_again_it_goes_on_from_what_was_answered(made: Checkout, tmp_path):
@@ -217,23 +229,36 @@ def test_killed_and_started_again_it_goes_on_from_what_was_answered(made: Checko
     assert not list(journals.iterdir())
 
 
-def test_what_cannot_be_measured_is_refused_in_a_line(made: Checkout, tmp_path):
-    checkout = copy_of(made, tmp_path / "lathe")
-    checkout.set({"benchmark.tasks": ["own_chioce"]})
-    refuse(checkout, "'own_chioce' is no task", FOLDER, "did you mean 'own_choice'?")
-    checkout.set({"benchmark.tasks": ["own_choice", "both_choices"]})
-    refuse(checkout, "lm-evaluation-harness refuses them", "own_choice")
-    checkout.set({"benchmark.tasks": ["own_answer"]})
-    file = checkout.root / FOLDER / "own_answer.yaml"
+def test_what_cannot_be_measured_is_refused(measure, tmp_path):
+    with refused("unknown-task", "'own_chioce' is no task", FOLDER, "did you mean 'own_choice'?"):
+        measure(tasks=["own_chioce"])
+    with refused("task-refused", "lm-evaluation-harness refuses them", "own_choice"):
+        measure(tasks=["own_choice", "both_choices"])
+    with refused("missing-folder", "benchmark.include_path: experiments/nowhere: no such folder"):
+        measure(include_path="experiments/nowhere")
+    file = tmp_path / FOLDER / "own_answer.yaml"
     whole = file.read_text()
     file.write_text(whole.replace("documents.jsonl", "nowhere.jsonl"))
-    refuse(checkout, "own_answer: cannot be loaded", "nowhere.jsonl")
+    with refused("task-not-loaded", "own_answer: cannot be loaded", "nowhere.jsonl", kept=False):
+        measure(tasks=["own_answer"])
     file.write_text(whole.replace("max_gen_toks: 12", "do_sample: true"))
-    refuse(checkout, "sampled answers", "do_sample to false")
+    with refused("generation-not-greedy", "sampled answers", "do_sample to false"):
+        measure(tasks=["own_answer"])
     file.write_text(whole + "unsafe_code: true\n")
-    refuse(checkout, "own_answer runs code that the model writes")
-    checkout.set({"benchmark.include_path": "experiments/nowhere"})
-    refuse(checkout, "benchmark.include_path: experiments/nowhere: no such folder")
+    with refused("task-not-supported", "own_answer runs code that the model writes"):
+        measure(tasks=["own_answer"])
+
+
+def test_a_refusal_is_one_line_and_nothing_is_written(made: Checkout, tmp_path):
+    checkout = copy_of(made, tmp_path / "lathe")
+    checkout.set({"benchmark.tasks": ["own_chioce"]})
+    before = outputs(checkout, "base")
+    done = checkout.stage("benchmark", "base", check=False)
+    assert done.returncode == 2, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == done.stderr.splitlines()[-1:]
+    assert "Traceback" not in done.stderr
+    assert outputs(checkout, "base") == before
+    assert not list((checkout.root / "data/benchmark").glob(".*"))
 
 
 def test_a_gate_on_a_task_that_is_not_measured_is_refused_before_the_training(made: Checkout, tmp_path):

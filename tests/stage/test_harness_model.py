@@ -16,7 +16,11 @@ from lathe.sources.builtin import household_commands
 
 MAX_LENGTH = 128
 # Of a log-likelihood: the GGUF is in f16, the backend computes in fp32.
-TOLERANCE = {"rel": 5e-3, "abs": 2e-2}
+RELATIVE, ABSOLUTE = 5e-3, 2e-2
+
+
+def near(expected: Any) -> Any:
+    return pytest.approx(expected, rel=RELATIVE, abs=ABSOLUTE)
 
 
 def ask(kind: str, arguments: list[Any]) -> list[Any]:
@@ -62,7 +66,7 @@ def test_log_likelihoods_are_those_of_the_harness_own_backend(made, request, jou
         questions = [question for question in questions if question.args[0]]  # what stands for no text is another token
     ours, theirs = model.loglikelihood(questions), backend.loglikelihood(questions, disable_tqdm=True)
     for question, (likely, is_greedy), (expected, expected_greedy) in zip(questions, ours, theirs, strict=True):
-        assert likely == pytest.approx(expected, **TOLERANCE), question.args
+        assert likely == near(expected), question.args
         assert is_greedy == expected_greedy, question.args
     assert model.cut == 0
 
@@ -82,7 +86,7 @@ def test_rolling_log_likelihoods_are_those_of_the_backend_for_texts_longer_than_
     model, backend = open_model(learnt.gguf, journal), open_backend(learnt.folder)
     assert len(model.tok_encode(text * 20)) > 3 * MAX_LENGTH
     ours = model.loglikelihood_rolling(texts)
-    assert ours == pytest.approx(backend.loglikelihood_rolling(texts, disable_tqdm=True), **TOLERANCE)
+    assert ours == near(backend.loglikelihood_rolling(texts, disable_tqdm=True))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,7 @@ def test_the_chat_template_is_that_of_the_backend(made, request, journal):
     questions = ask("loglikelihood", [(prompt, "on"), (prompt, '{"action":"on"}')])
     expected = backend.loglikelihood(questions, disable_tqdm=True)
     for (likely, greedy), (wanted, wanted_greedy) in zip(model.loglikelihood(questions), expected, strict=True):
-        assert likely == pytest.approx(wanted, **TOLERANCE)
+        assert likely == near(wanted)
         assert greedy == wanted_greedy
 
 
@@ -139,7 +143,7 @@ def test_what_does_not_fit_is_cut_at_its_beginning_as_by_the_backend_and_counted
     questions = ask("loglikelihood", [(long, " action is on"), ("short", " action is on")])
     ours = [likely for likely, _ in model.loglikelihood(questions)]
     expected = [likely for likely, _ in backend.loglikelihood(questions, disable_tqdm=True)]
-    assert ours == pytest.approx(expected, **TOLERANCE)
+    assert ours == near(expected)
     prompts = ask("generate_until", [(long, {"until": ["."], "max_gen_toks": 12})])
     assert model.generate_until(prompts) == backend.generate_until(prompts, disable_tqdm=True)
     assert model.cut == 2

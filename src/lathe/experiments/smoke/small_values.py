@@ -44,7 +44,7 @@ def choose_small_values(params: Params, general_text: str) -> dict[str, Any]:
         "generate.max_new_tokens": "auto",
         "quantize.imatrix_rows": min(params.quantize.imatrix_rows, IMATRIX_ROWS),
         "judge.max_rows": 1,
-        "benchmark.limit": min(params.benchmark.limit or 1, 1) if params.benchmark.tasks else params.benchmark.limit,
+        "benchmark.limit": 1 if params.benchmark.tasks else params.benchmark.limit,
         "evaluate.general_text": general_text,
         "evaluate.bootstrap_samples": SMALLEST_BOOTSTRAP,
         "evaluate.gates": _keep_gates(params, quantized),
