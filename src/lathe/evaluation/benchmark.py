@@ -88,6 +88,14 @@ def _suggest(name: str, known: list[str]) -> str:
 
 
 @dataclass(frozen=True)
+class LoadedTasks:
+    """Tasks and groups with their data, in the order of benchmark.tasks, and the harness's manager of them."""
+
+    manager: Any
+    asked: list[Any]
+
+
+@dataclass(frozen=True)
 class _KnownTasks:
     """The harness's manager, and the names of all tasks and groups that are measured, as gates have them."""
 
@@ -150,7 +158,7 @@ def _resolve(index: Mapping[str, Any], tasks: Sequence[str]) -> tuple[set[str], 
     return names, unknown
 
 
-def load_tasks(settings: Benchmark) -> list[Any]:
+def load_tasks(settings: Benchmark) -> LoadedTasks:
     """Load the tasks and groups with their data, from the Hub or from local files.
 
     Raises InputError for one that is unknown, cannot be loaded, runs code that a model wrote, or needs images or sound,
@@ -181,10 +189,10 @@ def load_tasks(settings: Benchmark) -> list[Any]:
                     code="task-not-supported",
                 )
         loaded += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
-    return loaded
+    return LoadedTasks(manager, loaded)
 
 
-def run_tasks(model: "HarnessModel", tasks: Sequence[Any], settings: Benchmark) -> BenchmarkResults:
+def run_tasks(model: "HarnessModel", tasks: LoadedTasks, settings: Benchmark) -> BenchmarkResults:
     """Put the tasks to a model. Raises InputError if they do not fit together, or have no document."""
     import lm_eval
     import lm_eval.api.task
@@ -194,7 +202,8 @@ def run_tasks(model: "HarnessModel", tasks: Sequence[Any], settings: Benchmark) 
     try:
         results = lm_eval.simple_evaluate(
             model=model,
-            tasks=list(tasks),
+            tasks=list(tasks.asked),
+            task_manager=tasks.manager,
             num_fewshot=settings.num_fewshot,
             limit=settings.limit,
             bootstrap_iters=BOOTSTRAP_ITERATIONS,
@@ -209,7 +218,7 @@ def run_tasks(model: "HarnessModel", tasks: Sequence[Any], settings: Benchmark) 
             "the tasks' files, or take them off the list (LATHE_LOG_LEVEL=DEBUG shows where)",
             code="task-refused",
         ) from error
-    return collect_results(results, tasks)
+    return collect_results(results, tasks.asked)
 
 
 def collect_results(results: Mapping[str, Any], tasks: Sequence[Any]) -> BenchmarkResults:

@@ -151,7 +151,11 @@ def _read_side(revision: Revision, split: str, artifact: str | None, metric: str
     scores = report[chosen]
     tasks = revision.read_json("metrics/evaluate/benchmark.json") or {}
     of_tasks = list_task_scores(tasks).get(chosen, {})
-    intervals = [(f"{name}.{entry['metric']}", entry) for name in tasks for entry in tasks[name][chosen]["intervals"]]
+    intervals = [
+        (f"{name}.{entry['metric']}", entry)
+        for name in tasks
+        for entry in tasks[name].get(chosen, {}).get("intervals", [])
+    ]
     return ComparedRun(
         name=revision.name,
         commit=revision.commit,

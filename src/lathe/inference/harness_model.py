@@ -98,13 +98,25 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Return for each (context, continuation) its log-likelihood in nats, and whether it is the greedy answer."""
-        scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return scored
+        return self._loglikelihood_tokens((request.args, *self._encode(*request.args)) for request in requests)
+
+    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the token ids of both; as the harness does it, spaces at the end of the context go with what follows.
+
+        Where there is no context, the token that begins texts stands for it.
+        """
+        if context:
+            encoded: tuple[list[int], list[int]] = self._encode_pair(context, continuation)
+            return encoded
+        tokens = self.tok_encode(continuation, add_special_tokens=False)
+        if tokens[:1] == [self.prefix_token_id]:
+            return tokens[:1], tokens[1:]
+        return [self.prefix_token_id], tokens
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+        self, requests: Iterable[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        return self._score([(context, continuation) for _, context, continuation in requests])
+        return self._score((context, continuation) for _, context, continuation in requests)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
         """Return the log-likelihood of each text in nats; a long one is scored in windows, with all the context."""
@@ -136,17 +148,25 @@ class HarnessModel(TemplateLM):
                 answers[number] = answer
         return answers
 
-    def _score(self, pairs: Sequence[TokenPair]) -> list[tuple[float, bool]]:
-        fitting = [self._fit(context, continuation) for context, continuation in pairs]
-        self._report_cut(sum(len(fitted[0]) < len(pair[0]) for fitted, pair in zip(fitting, pairs, strict=True)))
-        part = f"continuations/{_digest(fitting)}"
+    def _score(self, pairs: Iterable[TokenPair]) -> list[tuple[float, bool]]:
+        fitting: list[TokenPair] = []
+        content, cut = hashlib.sha256(), self.cut
+        for context, continuation in pairs:
+            pair: TokenPair = self._fit(array("i", context), array("i", continuation))
+            if fitting and fitting[-1][0] == pair[0]:
+                pair = fitting[-1][0], pair[1]  # of the choices of a question, one context in memory
+            fitting.append(pair)
+            for tokens in pair:
+                content.update(len(tokens).to_bytes(4) + array("i", tokens).tobytes())
+        self._report_cut(self.cut - cut)
+        part = f"continuations/{content.hexdigest()[:16]}"
         finished = self.journal.list_finished(part)
         for number, likely in score_continuations(self.generator, fitting, finished=finished):
             self.journal.add(part, number, asdict(likely))
-        rows = (self.journal.read_row(part, number) for number in range(len(pairs)))
+        rows = (self.journal.read_row(part, number) for number in range(len(fitting)))
         return [(row["log_likelihood"], row["is_greedy"]) for row in rows]
 
-    def _fit(self, context: Sequence[int], continuation: Sequence[int]) -> TokenPair:
+    def _fit(self, context: "array[int]", continuation: "array[int]") -> "tuple[array[int], array[int]]":
         """Cut a context at its beginning, so that it fits with its continuation."""
         if not continuation:
             raise InputError(
@@ -160,7 +180,11 @@ class HarnessModel(TemplateLM):
                 "raise benchmark.max_length, or take the task off the list",
                 code="continuation-too-long",
             )
-        return context[-(self.max_length + 1 - len(continuation)) :], continuation
+        room = self.max_length + 1 - len(continuation)
+        if len(context) <= room:
+            return context, continuation
+        self.cut += 1
+        return context[-room:], continuation
 
     def _answer(self, prompts: Sequence[str], settings: dict[str, Any]) -> list[str]:
         arguments = normalize_gen_kwargs(settings)
@@ -188,7 +212,9 @@ class HarnessModel(TemplateLM):
         stops = [stop for stop in stops if stop]
         tokens = [array("i", self.tok_encode(prompt)) for prompt in prompts]
         fitting = [each[-(self.max_length - room) :] for each in tokens]
-        self._report_cut(sum(len(fitted) < len(whole) for fitted, whole in zip(fitting, tokens, strict=True)))
+        cut = sum(len(fitted) < len(whole) for fitted, whole in zip(fitting, tokens, strict=True))
+        self.cut += cut
+        self._report_cut(cut)
         part = f"answers/{_digest([settings, *map(list, fitting)])}"
         texts = self._generate(part, fitting, room, self._make_end_test(stops))
         return [postprocess_generated_text(text, stops, None) for text in texts]
@@ -224,7 +250,6 @@ class HarnessModel(TemplateLM):
 
     def _report_cut(self, count: int) -> None:
         if count:
-            self.cut += count
             logger.warning(
                 "%d prompts of tasks are longer than %d tokens (benchmark.max_length, or the model's context); they "
                 "are cut at their beginning",
