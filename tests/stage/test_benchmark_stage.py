@@ -244,6 +244,9 @@ def test_what_cannot_be_measured_is_refused(measure, tmp_path):
     file.write_text(whole.replace("max_gen_toks: 12", "do_sample: true"))
     with refused("generation-not-greedy", "sampled answers", "do_sample to false"):
         measure(tasks=["own_answer"])
+    file.write_text(f"{whole}metric_list: [\n")
+    with refused("task-file", "own_answer.yaml:", "not valid YAML", "mend it"):
+        measure(tasks=["own_answer"])
     file.write_text(whole + "unsafe_code: true\n")
     with refused("task-not-supported", "own_answer runs code that the model writes"):
         measure(tasks=["own_answer"])
@@ -270,6 +273,13 @@ def test_a_gate_on_a_task_that_is_not_measured_is_refused_before_the_training(ma
     assert done.returncode == 2
     assert "names the task own_chioce" in done.stderr
     assert "did you mean 'own_choice'?" in done.stderr
+
+
+def test_the_folder_of_tasks_must_be_there_though_none_is_named(toy_params: Path):
+    text = toy_params.read_text()
+    toy_params.write_text(text.replace("include_path: experiments/benchmark", "include_path: experiments/nowhere"))
+    with refused("missing-folder", "experiments/nowhere: no such folder"):
+        benchmark.check_benchmark(load(toy_params, paths.PRESETS).params)
 
 
 def test_a_missing_package_is_named_with_what_installs_it(toy_params: Path, monkeypatch):

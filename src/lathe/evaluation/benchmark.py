@@ -11,7 +11,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from lathe.common import paths
 from lathe.common.errors import InputError, missing_extra
@@ -60,9 +63,12 @@ class BenchmarkResults:
 def check_benchmark(params: Params) -> None:
     """Raise InputError if benchmark.tasks cannot be run, or a gate names a task that is not among them.
 
+    The folder benchmark.include_path must be there in any case: DVC knows it as a dependency.
+
     It takes seconds where there are tasks, and is done before the hours of training; no data are loaded.
     """
     settings = params.benchmark
+    _check_folder(settings)
     if not settings.tasks:
         return
     known = _find_tasks(settings).names
@@ -113,13 +119,7 @@ def _find_tasks(settings: Benchmark) -> _KnownTasks:
         raise InputError(f"benchmark.tasks: {missing}", code="missing-extra")
     from lm_eval.tasks import TaskManager
 
-    folder = paths.ROOT / settings.include_path
-    if not folder.is_dir():
-        raise InputError(
-            f"benchmark.include_path: {settings.include_path}: no such folder; name one with task files, such as "
-            "experiments/benchmark",
-            code="missing-folder",
-        )
+    folder = _check_folder(settings)
     # The harness's own tasks, thousands of files, are read if the folder does not have all that is named.
     for include_defaults in (False, True):
         manager = TaskManager(include_path=str(folder), include_defaults=include_defaults)
@@ -127,12 +127,44 @@ def _find_tasks(settings: Benchmark) -> _KnownTasks:
         if not unknown:
             return _KnownTasks(manager, names)
     if wrong := [name for name in settings.tasks if name in unknown]:
+        _check_files(folder)
         raise InputError(
             f"benchmark.tasks: {wrong[0]!r} is no task, group or tag of lm-evaluation-harness, nor in "
             f"{settings.include_path}; {_suggest(wrong[0], list(manager.task_index))}",
             code="unknown-task",
         )
     return _KnownTasks(manager, names)
+
+
+def _check_folder(settings: Benchmark) -> Path:
+    folder = paths.ROOT / settings.include_path
+    if not folder.is_dir():
+        raise InputError(
+            f"benchmark.include_path: {settings.include_path}: no such folder; name one with task files, such as "
+            "experiments/benchmark",
+            code="missing-folder",
+        )
+    return folder
+
+
+def _check_files(folder: Path) -> None:
+    """Raise InputError for a task file that is not valid YAML, which the harness leaves out in silence."""
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            yaml.compose(file.read_text(encoding="utf-8"))
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise InputError(
+                f"benchmark.include_path: {file}:{line}: not valid YAML: {error.problem}; mend it: no task in it is "
+                "known",
+                code="task-file",
+            ) from None
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(
+                f"benchmark.include_path: {file}: not valid YAML: {make_one_line(summarize_error(error))}; mend it: no "
+                "task in it is known",
+                code="task-file",
+            ) from None
 
 
 def _resolve(index: Mapping[str, Any], tasks: Sequence[str]) -> tuple[set[str], set[str]]:
