@@ -202,7 +202,7 @@ def test_the_chat_template_and_examples_change_the_prompts(made: Checkout, measu
 
 
 def test_a_group_has_the_scores_of_its_tasks_together(measure):
-    results = measure(tasks=["both_choices"], limit=0.25)
+    results = measure(tasks=["both_choices"], limit=6)
     summary = results.summarize(cut=0)
     assert list(summary) == ["both_choices", "tasks", "cut"]
     assert results.groups["both_choices"]["tasks"] == ["own_choice", "other_choice"]

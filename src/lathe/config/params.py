@@ -292,9 +292,7 @@ class Benchmark(Section):
 
     tasks: list[Name] = entry("tasks, groups and tags by their names in lm-evaluation-harness, such as mmlu; []: none")
     include_path: Name = entry("folder with task files of your own, in the harness's YAML, and with their data")
-    limit: Positive | Annotated[float, Field(gt=0, lt=1)] | None = entry(
-        "only the first documents of each task, or this share of them; null: all of them", "documents"
-    )
+    limit: Positive | None = entry("only the first documents of each task; null: all of them", "documents")
     num_fewshot: NonNegative | None = entry("examples in a prompt; null: as many as each task says", "documents")
     apply_chat_template: bool = entry("put prompts into the chat template of the file, as a user's request")
     fewshot_as_multiturn: bool = entry("with the chat template, make each example in a prompt a turn of its own")
