@@ -62,7 +62,9 @@ class HarnessModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token before a text without a context: the one that begins texts, or else the one that ends them."""
-        bos = self.generator.model.bos
+        model = self.generator.model
+        # For a file that names none, llama.cpp has the number that GPT-2's vocabulary gave it.
+        bos = model.bos if "tokenizer.ggml.bos_token_id" in model.metadata else None
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
