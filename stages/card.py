@@ -1,6 +1,6 @@
 """Write the model card and Ollama's Modelfile from what the other stages measured.
 
-reads   metrics/fetch/, metrics/preprocess/report.json, metrics/evaluate/{validation,test}.json,
+reads   metrics/fetch/, metrics/preprocess/report.json, metrics/evaluate/{validation,test,benchmark}.json,
         metrics/generate/merged.json, metrics/quantize/, metrics/check_converted/merged.json (special tokens),
         models/base/ (its licence), models/gguf/merged-f16.gguf (its metadata), params.yaml
 writes  models/gguf/README.md, models/gguf/Modelfile

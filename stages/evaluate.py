@@ -1,12 +1,13 @@
 """Score every artifact's answers with intervals and differences, and evaluate the gates on validation.
 
 reads   data/generated/, metrics/generate/, data/processed/ (a row's dataset of a mixture, and cluster), models/encoder/
-        where evaluate.metrics lists bert_score,
+        where evaluate.metrics lists bert_score, data/benchmark/,
         params.yaml: seed, evaluate, bert_score, judge.enabled, judge.mode,
-        quantize.types
+        quantize.types, benchmark.cluster_by
 writes  metrics/evaluate/{validation,test,gates}.json, metrics/evaluate/summary.json (the columns of `dvc exp show`),
         metrics/evaluate/scores.csv (for the plots), metrics/evaluate/datasets.json (each dataset of a mixture alone),
         metrics/evaluate/pairwise.json (win rates and position bias of a pairwise judge),
+        metrics/evaluate/benchmark.json (tasks of benchmark.tasks),
         data/scored/<ARTIFACT>/{validation,test}.jsonl (rows with their own scores, worst first)
 removes files of quantization types that are no longer listed
 """
@@ -25,6 +26,7 @@ SPLITS = ("validation", "test")
 
 def main(config: Config) -> None:
     from lathe.common.jsonl import write_jsonl
+    from lathe.evaluation.benchmark_scores import add_task_scores, evaluate_benchmark
     from lathe.evaluation.clusters import add_clusters
     from lathe.evaluation.evaluate import (
         Resampling,
@@ -43,7 +45,8 @@ def main(config: Config) -> None:
 
     settings, types = config.params.evaluate, config.params.quantize.types
     names = artifacts.list_artifacts(types)
-    for folder in (paths.METRICS / "generate", paths.METRICS / "quantize", paths.GGUF):
+    folders = [paths.METRICS / name for name in ("generate", "quantize", "benchmark")]
+    for folder in (*folders, paths.GGUF, paths.DATA_BENCHMARK):
         artifacts.remove_unlisted_types(folder, types)
     judged = paths.DATA_JUDGED if config.params.judge.enabled else None
     answers = {
@@ -87,7 +90,16 @@ def main(config: Config) -> None:
     }
     for split, summaries in pairwise.items():
         warn_of_bias(summaries, split)
-    outcomes = [evaluate_gate(parse_gate(gate), reports["validation"], types) for gate in settings.gates or []]
+    benchmark = evaluate_benchmark(
+        paths.DATA_BENCHMARK,
+        bytes_of,
+        artifacts.list_benchmarked(types),
+        cluster_by=config.params.benchmark.cluster_by,
+        resampling=resampling,
+    )
+    gates_of = [parse_gate(gate) for gate in settings.gates or []]
+    steering = add_task_scores(reports["validation"], benchmark, gates_of)
+    outcomes = [evaluate_gate(gate, steering, types) for gate in gates_of]
 
     with paths.replace_folder(paths.DATA_SCORED) as folder:
         for artifact in names:
@@ -99,6 +111,7 @@ def main(config: Config) -> None:
         json_files.write_json(paths.METRICS / f"evaluate/{split}.json", metric_files.wrap_in_list(report))
     json_files.write_json(paths.METRICS / "evaluate/datasets.json", metric_files.wrap_in_list(by_dataset))
     json_files.write_json(paths.METRICS / "evaluate/pairwise.json", metric_files.wrap_in_list(pairwise))
+    json_files.write_json(paths.METRICS / "evaluate/benchmark.json", metric_files.wrap_in_list(benchmark))
     gates = make_metrics(outcomes)
     json_files.write_json(paths.METRICS / "evaluate/gates.json", metric_files.wrap_in_list(gates))
     summary = summarize(reports["validation"], types, settings.primary_metric, passed=gates["passed"])

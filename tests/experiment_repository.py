@@ -60,10 +60,12 @@ class Repository:
         training_seconds: float | None = None,
         trained: str = "0" * 32,
         better: str = "Q8_0",
+        chosen: Sequence[bool] | None = None,
     ) -> str:
         """Commit a run that answered `rows`, each rightly or not; as an experiment unless it is `main`.
 
-        Of the quantized files it is `better` that did, and others got no row right.
+        Of the quantized files it is `better` that did, and others got no row right. `chosen` says of the documents of a
+        task, `choice`, whether `better` got them right.
         """
         editor = YAML()
         tree = editor.load(self.root / "params.yaml")
@@ -91,6 +93,15 @@ class Repository:
         report = evaluate.evaluate(answers, {}, dict.fromkeys(artifacts, 1000), SCORES, SAMPLING)
         for split in ("validation", "test"):
             self.write(f"metrics/evaluate/{split}.json", [report])
+        if chosen is not None:
+            outs[f"data/benchmark/{better}"] = describe_choices(chosen)
+            share = sum(chosen) / len(chosen)
+            interval = {"metric": "acc", "low": share - 0.1, "high": share + 0.1}
+            measured = {"documents": len(chosen), "acc": share, "bytes": 1000, "lower_is_better": []}
+            self.write(
+                "metrics/evaluate/benchmark.json",
+                [{"choice": {better: {**measured, "intervals": [interval], "deltas": []}}}],
+            )
         self.runs += 1  # no two runs take as long
         seconds = 10.0 + self.runs if training_seconds is None else training_seconds
         self.write("metrics/timings/train.json", [{"seconds": seconds, "peak_memory_bytes": 2000}])
@@ -140,6 +151,17 @@ class Repository:
         file = self.root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
+
+
+def describe_choices(chosen: Sequence[bool]) -> dict[str, list[Any]]:
+    """Return the files of a task whose documents are right or wrong, as the stage benchmark leaves them."""
+    score = {"value": sum(chosen) / len(chosen), "stderr": None, "lower_is_better": False, "aggregation": "mean"}
+    tasks = {"choice": {"documents": len(chosen), "scores": {"acc": score}}}
+    rows = [
+        {"doc_id": n, "doc_hash": f"h{n}", "doc": {}, "target": 0, "responses": {}, "statistics": {"acc": [each, 1]}}
+        for n, each in enumerate(chosen)
+    ]
+    return {"tasks.json": [{"asked": ["choice"], "tasks": tasks, "groups": {}}], "choice.jsonl": rows}
 
 
 def answer_row(row: int, right: bool) -> dict[str, Any]:

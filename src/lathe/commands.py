@@ -155,11 +155,14 @@ def print_config(section: str | None, stage_name: str | None, overrides: list[st
 
 def check_configuration() -> None:
     """Refuse wrong parameters, presets and general text; repair files of DVC that a kill truncated."""
+    from lathe.evaluation.benchmark import check_benchmark
     from lathe.experiments.interrupted import describe_detached_head
     from lathe.inference import general_text
     from lathe.provenance.repair_dvc_files import remove_truncated_rwlock, restore_truncated_lock
 
-    general_text.read_paragraphs(paths.ROOT / load().params.evaluate.general_text)
+    params = load().params
+    general_text.read_paragraphs(paths.ROOT / params.evaluate.general_text)
+    check_benchmark(params)
     if line := describe_detached_head():
         logger.warning("%s", line)
     restore_truncated_lock()
@@ -234,17 +237,22 @@ def check_data(source: Path, *, prompt: str | None, completion: str | None, as_j
 def check_gates() -> bool:
     """Print the result of each of evaluate.gates by the metrics as they are, and return whether all pass."""
     from lathe.config.gates import parse_gate
+    from lathe.evaluation.benchmark_scores import add_task_scores
     from lathe.evaluation.gate_results import evaluate_gate, format_outcome, make_metrics
 
     params = load().params
     report, recorded = (_read_evaluation(name) for name in ("validation", "gates"))
+    has_tasks = (paths.METRICS / "evaluate/benchmark.json").exists()
+    benchmark = _read_evaluation("benchmark") if has_tasks else {}
     expressions = params.evaluate.gates or []
     if set(report) != set(artifacts.list_artifacts(params.quantize.types)) or list(recorded["gates"]) != expressions:
         raise InputError(
             "metrics/evaluate is not of the evaluate.gates and quantize.types in params.yaml; run `dvc repro`",
             code="outdated-metrics",
         )
-    outcomes = [evaluate_gate(parse_gate(expression), report, params.quantize.types) for expression in expressions]
+    gates = [parse_gate(expression) for expression in expressions]
+    scores = add_task_scores(report, benchmark, gates)
+    outcomes = [evaluate_gate(gate, scores, params.quantize.types) for gate in gates]
     if make_metrics(outcomes) != recorded:
         raise InputError(
             "metrics/evaluate/gates.json is not of the validation.json beside it; run `dvc repro`",

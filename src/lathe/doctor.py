@@ -92,6 +92,7 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
         findings += _run_check("local files", lambda: check_local_files(config[0]))
         findings += _run_check("credentials", lambda: check_credentials(config[0], here.environment))
         findings += _run_check("judge", lambda: check_judge(config[0], here))
+        findings += _run_check("tasks", lambda: check_tasks(config[0]))
         findings += _run_check("tracking", lambda: check_tracking(config[0], here))
         findings += _run_check("held-out", lambda: check_held_out(config[0], here.root))
         findings += _run_check("answers", lambda: check_answers(config[0], here.root))
@@ -111,6 +112,15 @@ def check_head(root: Path) -> Findings:
     else:
         text = f"HEAD is on no branch: it was detached at the commit of {found.branch}"
         yield Finding("repository", "warning", text, f"{found.remedy} if that was not on purpose")
+
+
+def check_tasks(config: "Config") -> Findings:
+    """Check that lm-evaluation-harness is there and knows the tasks, if any are named."""
+    from lathe.evaluation.benchmark import check_benchmark
+
+    if tasks := config.params.benchmark.tasks:
+        check_benchmark(config.params)
+        yield Finding("tasks", "ok", f"lm-evaluation-harness knows {', '.join(tasks)}; their data are not looked at")
 
 
 def check_local_files(config: "Config") -> Findings:

@@ -16,6 +16,7 @@ from lathe.config.classifier_config import ClassifierConfig, load_classifier
 from lathe.config.held_out_checks import find_misfits
 from lathe.config.load import Config, load
 from lathe.config.params import Convert, Params
+from lathe.evaluation.benchmark import check_benchmark
 from lathe.experiments.tracking import start_mirror
 
 _log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def run_on_machines(main: Callable[[Config, int | None], Throughput | None]) -> 
             if not launch.is_worker():
                 warn_without_converter(config.params.convert)
                 check_held_out(config.params)
+                check_benchmark(config.params)
             return main(config, machine_rank)
 
         guard(lambda: _run_timed(name, None, train))

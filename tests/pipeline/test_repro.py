@@ -59,12 +59,13 @@ def test_a_second_run_does_nothing_and_is_quick(checkout):
 
 def test_an_added_type_runs_its_own_items_and_the_evaluation_only(checkout):
     checkout.set({"quantize.types": ["Q8_0", "Q4_K_M", "Q4_0"]})
-    assert ran(checkout.run("dvc", "repro")) == [
-        "quantize@Q4_0",
+    assert sorted(ran(checkout.run("dvc", "repro"))) == [
+        "benchmark_quantized@Q4_0",
+        "card",
+        "evaluate",
         "generate_quantized@Q4_0",
         "judge",
-        "evaluate",
-        "card",
+        "quantize@Q4_0",
     ]
     assert "Q4_0" in checkout.json("metrics/evaluate/validation.json")
 
@@ -78,6 +79,19 @@ def test_a_type_taken_off_the_list_leaves_nothing_behind(checkout):
     assert not (checkout.root / "data/generated/Q4_0").exists()
     assert checkout.run("git", "diff", "--stat", "--", "metrics/evaluate").stdout == ""
     assert ran(checkout.run("dvc", "repro")) == []
+
+
+def test_tasks_are_measured_without_training_or_answering_again(checkout):
+    checkout.set({"benchmark.tasks": ["paragraphs"], "benchmark.limit": 2})
+    asked = ["benchmark@base", "benchmark@merged", "benchmark_quantized@Q4_K_M", "benchmark_quantized@Q8_0"]
+    assert sorted(ran(checkout.run("dvc", "repro"))) == [*asked, "card", "evaluate"]
+    report = checkout.json("metrics/evaluate/benchmark.json")["paragraphs"]
+    assert list(report) == ["base", "merged", "Q8_0", "Q4_K_M"]
+    assert {delta["to"] for delta in report["Q8_0"]["deltas"]} == {"base", "merged"}
+    assert "### paragraphs (2 documents)" in (checkout.root / "models/gguf/README.md").read_text()
+    checkout.set({"benchmark.tasks": [], "benchmark.limit": None})
+    assert ran(checkout.run("dvc", "repro")) == [], "what was there before comes from DVC's run cache"
+    assert checkout.run("git", "diff", "--stat", "--", "metrics/evaluate", "metrics/benchmark").stdout == ""
 
 
 def test_an_edited_local_file_is_fetched_again(checkout):

@@ -51,8 +51,24 @@ FACTS = CardFacts(
         "parameters.digest": "p4",
     },
     license={"license": "apache-2.0"},
+    tasks={},
     n_ctx=2048,
 )
+TASK_SCORES = {"documents": 40, "bytes": 1, "lower_is_better": [], "acc": 0.75}
+TASKS = {
+    "mmlu": {
+        "base": {**TASK_SCORES, "intervals": [{"metric": "acc", "low": 0.6, "high": 0.85}], "deltas": []},
+        "Q8_0": {
+            **TASK_SCORES,
+            "acc": 0.7,
+            "intervals": [],
+            "deltas": [
+                {"to": "base", "metric": "acc", "delta": -0.05, "low": -0.1, "high": 0.01},
+                {"to": "merged", "metric": "acc", "delta": 0.0, "low": 0.0, "high": 0.0},
+            ],
+        },
+    }
+}
 
 
 @pytest.fixture
@@ -144,3 +160,17 @@ def test_the_licence_is_what_the_model_s_own_card_says(tmp_path: Path, files, ex
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert read_license(tmp_path) == expected
+
+
+def test_tasks_are_shown_with_their_difference_to_the_base(chosen):
+    lines = render_model_card(dataclasses.replace(FACTS, tasks=TASKS), chosen, "Q8_0").splitlines()
+    table = lines[lines.index("### mmlu (40 documents)") + 2 :][:5]
+    assert table == [
+        "| file | acc | difference |",
+        "| --- | ---: | ---: |",
+        "| (base) | 0.75 (0.6 – 0.85) | – |",
+        "| `Q8_0.gguf` | 0.7 | -0.05 (-0.1 – 0.01) |",
+        "",
+    ]
+    assert any("it was measured on the tasks above and on nothing else" in line for line in lines)
+    assert "## Tasks" not in render_model_card(FACTS, chosen, "Q8_0")

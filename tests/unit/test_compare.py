@@ -56,6 +56,23 @@ def test_what_gets_clearly_more_rows_right_is_called_better_and_by_how_much(repo
     assert "one is worse than two (-0.5" in compared("two", "one").verdict
 
 
+def test_tasks_are_compared_on_their_documents_beside_the_answers(repository, capsys):
+    repository.run("one", some(20), chosen=some(10))
+    repository.run("two", some(20), {"lora.r": 8}, chosen=some(30))
+    found = compared("one", "two")
+    assert [side.scores["choice.acc"] for side in found.sides] == [0.25, 0.75]
+    assert found.sides[0].intervals["choice.acc"] == (0.15, 0.35)
+    [difference] = [each for each in found.differences if each.metric == "choice.acc"]
+    assert (difference.delta, difference.rows, difference.same_answers) == (0.5, ROWS, 20)
+    assert difference.p < 0.01
+    assert found.verdict.startswith("By exact_match on validation: two gives the same answers as one")
+    compare.run(["one", "two"], split="validation", artifact=None, as_json=False)
+    assert "two choice.acc" in capsys.readouterr().out
+    assert "choice.acc" not in compared("one", "two", artifact="base_few_shot").sides[0].scores
+    repository.run("three", some(20), {"lora.r": 16})
+    assert {each.metric for each in compared("one", "three").differences}.isdisjoint({"choice.acc"})
+
+
 def test_a_difference_that_chance_may_have_made_is_not_called_one(repository):
     repository.run("one", some(20))
     repository.run("two", some(21), {"lora.lora_dropout": 0.1})

@@ -87,7 +87,7 @@ def test_a_score_that_is_missing_or_no_number_fails_without_a_margin(expression)
         ("merged.exact_match => 0.5", "cannot read '=> 0.5'"),
         ("merged.exact_match = 0.5", "cannot read '= 0.5'"),
         ("merged.exact_match != 0.5", "cannot read '!= 0.5'"),
-        ("merged.a.b > 0.5", "cannot read 'merged.a.b > 0.5'"),
+        ("merged.a.b.c > 0.5", "cannot read 'merged.a.b.c > 0.5'"),
         ("merged > 0.5", "cannot read 'merged > 0.5'"),
         ("__import__('os').system('x') > 1", "cannot read \"__import__('os')"),
         ("merged.exact_match > 0.5x", "cannot read '0.5x'"),

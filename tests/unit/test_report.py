@@ -150,6 +150,31 @@ def test_pairs_are_shown_with_their_win_rates_and_without_any_there_is_no_such_p
     assert 'data-source="metrics/evaluate/pairwise.json#/0/test/merged/win_rate/value"' in rendered(run)
 
 
+def test_tasks_are_shown_with_their_differences_and_without_any_there_is_no_such_part(run):
+    assert "Tasks of lm-evaluation-harness" not in rendered(run)
+    own = {"documents": 40, "bytes": 1, "lower_is_better": ["word_perplexity"]}
+    delta = {"to": "base", "low": 5.0, "high": 12.0, "p": 0.001, "detectable": 3.0}
+    base = {"acc": 0.75, "word_perplexity": 90.0, **own, "intervals": [], "deltas": []}
+    merged = {
+        "acc": 0.7,
+        "word_perplexity": 98.5,
+        **own,
+        "intervals": [{"metric": "acc", "low": 0.55, "high": 0.8}],
+        "deltas": [
+            {**delta, "metric": "word_perplexity", "delta": 8.5},
+            {**delta, "metric": "acc", "delta": -0.05, "low": -0.1, "high": 0.01, "p": 0.2},
+        ],
+    }
+    report = [{"own_task": {"base": base, "merged": merged}}]
+    report_run.write_json(run / "metrics/evaluate/benchmark.json", report)
+    part = rendered(run).partition('<section id="tasks"')[2].partition("</section>")[0]
+    assert "own_task" in part
+    assert 'data-source="metrics/evaluate/benchmark.json#/0/own_task/merged/acc" data-style="share">70.0' in part
+    assert 'class="worse"' in part, "a higher perplexity"
+    assert 'class="better"' not in part
+    assert ">40</data> documents" in part
+
+
 def test_metrics_that_are_not_those_of_the_lock_are_named(run):
     assert gathered(run).stale == []
     file = run / "metrics/evaluate/test.json"

@@ -5,6 +5,7 @@ EXTRAS = {
     "cryptography": "sign",
     "dvc_ssh": "ssh",
     "fastapi": "serve",
+    "lm_eval": "benchmark",
     "mlflow": "mlflow",
     "onnx": "classify",
     "onnxruntime": "classify",

@@ -22,6 +22,7 @@ DATA_RAW = ROOT / "data/raw"
 DATA_PROCESSED = ROOT / "data/processed"
 DATA_GENERATED = ROOT / "data/generated"
 DATA_JUDGED = ROOT / "data/judged"
+DATA_BENCHMARK = ROOT / "data/benchmark"
 DATA_SCORED = ROOT / "data/scored"
 
 MODELS_LOCAL = ROOT / "models/local"

@@ -13,6 +13,11 @@ def list_artifacts(types: Sequence[str]) -> list[str]:
     return [*UNQUANTIZED, *types]
 
 
+def list_benchmarked(types: Sequence[str]) -> list[str]:
+    """Return the artifacts that tasks of benchmark.tasks are put to; such a task brings examples of its own."""
+    return [BASE, MERGED, *types]
+
+
 def get_file_name(artifact: str) -> str:
     """Return the name of the artifact's GGUF file; `base_few_shot` is measured with the file of `base`."""
     return f"{BASE if artifact == FEW_SHOT else artifact}{'-f16' if artifact in UNQUANTIZED else ''}.gguf"

@@ -2,9 +2,11 @@
 
     Q4_K_M.exact_match >= merged.exact_match - 0.03
     0.5 * quantized.rouge_l + 0.5 * quantized.chrf > 0.4
+    merged.mmlu.acc >= base.mmlu.acc - 0.02
 
-A side is a sum of numbers, ARTIFACT.SCORE and NUMBER * ARTIFACT.SCORE. `quantized` means every quantization type:
-all of them must pass. `lathe.evaluation.gate_results` evaluates gates on a report.
+A side is a sum of numbers, ARTIFACT.SCORE and NUMBER * ARTIFACT.SCORE; ARTIFACT.TASK.SCORE is the score of a task of
+`benchmark.tasks`. `quantized` means every quantization type: all of them must pass. `lathe.evaluation.gate_results`
+evaluates gates on a report.
 """
 
 import re
@@ -21,7 +23,7 @@ QUANTIZED = "quantized"
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d{1,12}\.?\d{0,12}|\.\d{1,12})(?:[eE][-+]?\d{1,2})?)(?![\w.])"
-    r"|(?P<score>[A-Za-z_]\w*\.[A-Za-z_]\w*)(?![\w.])"
+    r"|(?P<score>[A-Za-z_]\w*(?:\.\w+)?\.[A-Za-z_]\w*)(?![\w.])"
     r"|(?P<sign><=|>=|==|<|>|[-+*]))",
     re.ASCII,
 )
@@ -33,7 +35,7 @@ Report = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Term:
-    """A number, or an artifact's score times a number."""
+    """A number, or an artifact's score times a number; that of a task is named `TASK.SCORE`."""
 
     factor: Decimal
     artifact: str | None = None
@@ -75,14 +77,23 @@ def parse_gate(expression: str) -> Gate:
     return gate
 
 
-def check_names(gate: Gate, *, types: Sequence[str], scores: Sequence[str]) -> None:
-    """Raise ValueError if a gate names an artifact or a score that the run does not have."""
+def check_names(gate: Gate, *, types: Sequence[str], scores: Sequence[str], tasks: bool = False) -> None:
+    """Raise ValueError if a gate names an artifact or a score that the run does not have.
+
+    `tasks` says whether tasks are measured; which there are, and their scores, is known when they are loaded.
+    """
     artifacts = [*UNQUANTIZED, QUANTIZED, *types]
     for artifact, score in gate.scores:
         if artifact not in artifacts:
             raise ValueError(
                 f"{gate.expression!r} names {artifact}, which is no artifact; {did_you_mean(artifact, artifacts)}"
             )
+        if "." in score:
+            if not tasks:
+                raise ValueError(f"{gate.expression!r} names {score} of a task; list the task in benchmark.tasks")
+            if artifact == FEW_SHOT:
+                raise ValueError(f"{gate.expression!r}: tasks have examples of their own; take base.{score}")
+            continue
         if score not in scores:
             raise ValueError(
                 f"{gate.expression!r} names {score}, which is not computed; {suggest_remedy(score, list(scores))}"

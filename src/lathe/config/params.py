@@ -287,6 +287,32 @@ class Evaluate(Section):
         return gates
 
 
+class Benchmark(Section):
+    """Benchmark: tasks of lm-evaluation-harness for the base, the merged model and every GGUF that ships."""
+
+    tasks: list[Name] = entry("tasks, groups and tags by their names in lm-evaluation-harness, such as mmlu; []: none")
+    include_path: Name = entry("folder with task files of your own, in the harness's YAML, and with their data")
+    limit: Positive | None = entry("only the first documents of each task; null: all of them", "documents")
+    num_fewshot: NonNegative | None = entry("examples in a prompt; null: as many as each task says", "documents")
+    apply_chat_template: bool = entry("put prompts into the chat template of the file, as a user's request")
+    fewshot_as_multiturn: bool = entry("with the chat template, make each example in a prompt a turn of its own")
+    system_instruction: Name | None = entry("text before every prompt; with the chat template, its system message")
+    max_length: Annotated[int, Field(ge=16)] | None = entry(
+        "longest prompt with its answer, cut at its beginning; null: the context of the model's training", "tokens"
+    )
+    cluster_by: Name | None = entry(
+        "field of the documents that says which belong together, such as passage, and are resampled together; null: "
+        "every document is its own"
+    )
+
+    @field_validator("tasks")
+    @classmethod
+    def _check_unique(cls, tasks: list[str]) -> list[str]:
+        if repeated := sorted({name for name in tasks if tasks.count(name) > 1}):
+            raise ValueError(f"lists {', '.join(repeated)} twice; name each task once")
+        return tasks
+
+
 class Mlflow(Section):
     """An MLflow server."""
 
@@ -336,6 +362,7 @@ class Params(Section):
     generate: Generate
     judge: Judge
     bert_score: BertScore
+    benchmark: Benchmark
     evaluate: Evaluate
     tracking: Tracking
 
@@ -360,7 +387,12 @@ class Params(Section):
             )
         for gate in self.evaluate.gates or []:
             try:
-                gate_rules.check_names(gate_rules.parse_gate(gate), types=self.quantize.types, scores=self.scores)
+                gate_rules.check_names(
+                    gate_rules.parse_gate(gate),
+                    types=self.quantize.types,
+                    scores=self.scores,
+                    tasks=bool(self.benchmark.tasks),
+                )
             except ValueError as error:
                 raise ValueError(f"evaluate.gates: {error}") from None
         return self

@@ -5,22 +5,19 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lathe.common import dotted_keys, paths
 from lathe.common.dvc_api import DvcRepository, open_repository
 from lathe.common.errors import InputError
-from lathe.common.jsonl import read_jsonl
 from lathe.common.text import did_you_mean
 from lathe.config.artifacts import UNQUANTIZED
 from lathe.evaluation.metric_order import LOWER_IS_BETTER, orient_score
 from lathe.experiments.changed_code import has_stale_timings, list_changed_code, list_scripts
 from lathe.experiments.p_values import adjust_p_values
-from lathe.experiments.paired_answers import pair_answers
+from lathe.experiments.paired_answers import pair_answers, read_answers
+from lathe.experiments.task_differences import compare_tasks
 from lathe.provenance.revisions import Revision, find_revision, list_experiments
-
-if TYPE_CHECKING:
-    from lathe.evaluation.evaluate import AnswerRow
 
 SIGNIFICANT = 0.05
 TESTED = ("metric", "delta", "low", "high", "p", "detectable")  # keys of a delta in a report
@@ -113,6 +110,12 @@ def compare(names: Sequence[str], *, split: str, artifact: str | None) -> Compar
             differences, warning = _test_differences(repo, revisions[0], sides[0], revision, side, split)
             result.differences += differences
             result.warnings += warning
+            tested, warning = compare_tasks(repo, (revisions[0], revision), (sides[0].artifact, side.artifact))
+            result.differences += [
+                ScoreDifference(revision.name, **{key: one[key] for key in (*TESTED, "rows", "same_answers")})
+                for one in tested
+            ]
+            result.warnings += warning
     result.settings = group_seeds(revisions, sides)
     result.verdict = conclude(result)
     return result
@@ -122,6 +125,7 @@ def compare(names: Sequence[str], *, split: str, artifact: str | None) -> Compar
 
 
 def _read_side(revision: Revision, split: str, artifact: str | None, metric: str) -> ComparedRun:
+    from lathe.evaluation.benchmark_scores import list_task_scores
     from lathe.evaluation.best_artifact import choose_best_artifact
 
     steering, report = (revision.read_json(f"metrics/evaluate/{name}.json") for name in ("validation", split))
@@ -145,13 +149,21 @@ def _read_side(revision: Revision, split: str, artifact: str | None, metric: str
             code="no-such-artifact",
         )
     scores = report[chosen]
+    tasks = revision.read_json("metrics/evaluate/benchmark.json") or {}
+    of_tasks = list_task_scores(tasks).get(chosen, {})
+    intervals = [
+        (f"{name}.{entry['metric']}", entry)
+        for name in tasks
+        for entry in tasks[name].get(chosen, {}).get("intervals", [])
+    ]
     return ComparedRun(
         name=revision.name,
         commit=revision.commit,
         artifact=chosen,
         seed=revision.parameters["seed"],
-        scores={key: value for key, value in scores.items() if key not in ("bytes", "intervals", "deltas")},
-        intervals={entry["metric"]: (entry["low"], entry["high"]) for entry in scores["intervals"]},
+        scores={key: value for key, value in scores.items() if key not in ("bytes", "intervals", "deltas")} | of_tasks,
+        intervals={entry["metric"]: (entry["low"], entry["high"]) for entry in scores["intervals"]}
+        | {name: (entry["low"], entry["high"]) for name, entry in intervals},
         cost={**_measure_cost(revision), "bytes": scores["bytes"]},
     )
 
@@ -291,39 +303,6 @@ def _test_differences(
         ScoreDifference(other.name, rows=rows, same_answers=same, **{key: delta[key] for key in TESTED})
         for delta in report["other"]["deltas"]
     ], pairs.warnings
-
-
-def read_answers(
-    repo: DvcRepository, revision: Revision, artifact: str, split: str, *, clustered: bool = False
-) -> dict[str, "AnswerRow"] | None:
-    """Return a revision's answers by their prompts, with the scores of encoder and judge; None if one is not cached.
-
-    With `clustered` they have the clusters of their rows.
-    """
-    from lathe.evaluation.clusters import CLUSTER
-
-    files = [
-        revision.find_cached_file(repo, "data/processed", f"{split}.jsonl"),
-        revision.find_cached_file(repo, f"data/generated/{artifact}", f"{split}.jsonl"),
-        revision.find_cached_file(repo, "data/scored", f"{artifact}/{split}.jsonl"),
-    ]
-    if any(file is None for file in files):
-        return None
-    examples, answers, scored = (read_jsonl(file) for file in files if file)
-    scores_of = {row["row"]: row["scores"] for row in scored}
-    rows: dict[str, AnswerRow] = {}
-    counts: Counter[str] = Counter()
-    for number, row in enumerate(answers):
-        conversation = json.dumps(examples[number]["messages"], sort_keys=True)
-        counts[conversation] += 1
-        own = scores_of[number]
-        scores = {name: own[name] for name in ("bert_score", "judge") if name in own}
-        if own.get("win_rate") is not None:
-            scores["judge"] = 100 * own["win_rate"]
-        if clustered and CLUSTER in examples[number]:
-            scores[CLUSTER] = examples[number][CLUSTER]
-        rows[f"{counts[conversation]} {conversation}"] = row | scores
-    return rows
 
 
 # Several seeds of the same parameters

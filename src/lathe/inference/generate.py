@@ -36,6 +36,9 @@ from lathe.models.chat_template import ChatTemplate
 # Decodes the prompt of a row in a slot of a cache, and returns the logits after its last token, (1, n_vocab).
 PromptDecoder = Callable[[KVCache, int, TokenSequence], FloatRows]
 
+# Tells from the token ids of an unfinished answer whether it is to end here, as at a text that stops it.
+EndTest = Callable[[Sequence[int]], bool]
+
 # Rows decoded at once where that is `auto`: their cache takes at most this part of the memory.
 MOST_ROWS, MEMORY_SHARE = 32, 4
 
@@ -62,7 +65,7 @@ class Generator:
     ) -> None:
         self.model = LlamaModel(gguf, n_gpu_layers=None if n_gpu_layers == "auto" else n_gpu_layers)
         self.n_ctx, self.threads = n_ctx, threads
-        self.n_parallel = self._choose_rows() if n_parallel == "auto" else n_parallel
+        self.n_parallel = self.choose_rows() if n_parallel == "auto" else n_parallel
         self._shown: dict[int, bytes] | None = None
         self._stream_cache: KVCache | None = None
         self._streamed: Sequence[int] = ()
@@ -77,7 +80,8 @@ class Generator:
             self._stream_cache.close()
         self.model.close()
 
-    def _choose_rows(self) -> int:
+    def choose_rows(self) -> int:
+        """Return how many rows of `n_ctx` tokens to decode at once: 32, or as many as fit into a quarter of memory."""
         budget = get_total_memory_bytes() // MEMORY_SHARE
         return max(MIN_ROWS, min(MOST_ROWS, budget // (self.n_ctx * count_bytes_per_token(self.model))))
 
@@ -128,10 +132,12 @@ class Generator:
         max_new_tokens: int,
         finished: Container[int] = (),
         decode: "PromptDecoder | None" = None,
+        is_end: EndTest | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """Do the work of `iterate_completions` for prompts as tokens, of which `stats` are known.
 
-        `decode` decodes each prompt, in place of `decode_prompt`.
+        `decode` decodes each prompt, in place of `decode_prompt`. `is_end` ends an answer (`stop`) before an
+        end-of-generation token does.
         """
         waiting = (row for row in sequences if row.number not in finished)
         answers: dict[int, array[int]] = {}
@@ -143,7 +149,7 @@ class Generator:
                 for row, token in zip(rows, logits.argmax(axis=1).tolist(), strict=True):
                     answer = answers.setdefault(row.number, array("i"))
                     answer.append(token)
-                    ended = self.model.is_end(token)
+                    ended = self.model.is_end(token) or (is_end is not None and is_end(answer))
                     if ended or len(answer) == max_new_tokens or len(row.tokens) == self.n_ctx - 1:
                         del answers[row.number]
                         completions.append((row.number, self._make_completion(answer, ended=ended)))

@@ -94,7 +94,7 @@ def answer_and_score(
                 other.cut(0, prefix_length)
             slots = [(cache, slot), *((other, 0) for other in others)]
             losses, divergences, logits = _score_sequence(slots, _ScoredSequence.of_reference(row.reference, end))
-            likelihoods.append((row.number, _summarize(losses, divergences)))
+            likelihoods.append((row.number, summarize(losses, divergences)))
             border = row.reference.first_output + 1
             is_whole = border == len(row.tokens)  # if not, the last token of the prompt is another with the reference
             cache.cut(slot, border if is_whole else prefix_length)
@@ -196,7 +196,7 @@ def _score(
                 losses += more_losses
                 divergences += more_divergences
             progress.add()
-            yield number, _summarize(losses, divergences)
+            yield number, summarize(losses, divergences)
 
 
 def _open_cache(stack: ExitStack, model: Generator, stats: SequenceStats) -> KVCache:
@@ -230,12 +230,13 @@ def _score_sequence(
         expected = scored.expected[len(losses) : len(losses) + len(logits)]
         for reference in others:
             divergences += _compute_divergences(reference, logits)
-        losses += _compute_losses(logits, expected)
+        losses += compute_losses(logits, expected)
     assert first is not None  # a sequence has at least one output
     return losses, divergences, first
 
 
-def _summarize(losses: Sequence[float], divergences: Sequence[float]) -> Likelihood:
+def summarize(losses: Sequence[float], divergences: Sequence[float]) -> Likelihood:
+    """Return the sum of losses in nats, and the mean of divergences. Raises InputError if they are no numbers."""
     nll, kl = sum(losses), sum(divergences) / len(divergences) if divergences else None
     if not (nll <= MOST_NATS * len(losses) and math.isfinite(kl or 0)):  # not a number fails too
         raise InputError(
@@ -247,7 +248,7 @@ def _summarize(losses: Sequence[float], divergences: Sequence[float]) -> Likelih
     return Likelihood(nll, len(losses), kl)
 
 
-def _compute_losses(logits: FloatRows, expected: Sequence[int]) -> list[float]:
+def compute_losses(logits: FloatRows, expected: Sequence[int]) -> list[float]:
     """Return the negative log-likelihood, in nats, of the expected token of each row of logits."""
     losses: list[float] = []
     for begin, block in _split_blocks(logits):

@@ -14,15 +14,13 @@ from lathe.common.jsonl import read_jsonl
 from lathe.config.artifacts import BASE, FEW_SHOT, MERGED, UNQUANTIZED
 from lathe.evaluation.best_artifact import choose_best_artifact
 from lathe.provenance.lineage import hash_path
+from lathe.reports.split_scores import SplitScores
 from lathe.reports.values import Value, read_report, read_value
 
 UNTRAINED = {BASE, FEW_SHOT}
 
 SAMPLED_ROWS = 20
 WORST_ROWS = 10  # of each artifact
-
-# Keys of the scores that are no metrics.
-NOT_SCORES = {"bytes", "intervals", "deltas"}
 
 # The training parameters that the page shows; dvc.lock has all of them.
 KEY_PARAMETERS = (
@@ -51,54 +49,6 @@ SIDES = {"train": "training", "eval": "validation"}
 
 # The outputs that a file can be traced by, in the order of the pipeline.
 TRACED = ("models/base", "data/raw", "data/processed", "models/adapter", "models/merged")
-
-
-@dataclass(frozen=True)
-class SplitScores:
-    """The scores of one split by artifact, as `evaluate` wrote them."""
-
-    report: Value
-
-    @property
-    def artifacts(self) -> list[str]:
-        """The scored artifacts, as they came about."""
-        return list(self.report.content)
-
-    @cached_property
-    def metrics(self) -> list[str]:
-        """The metrics that some artifact has a number for."""
-        names = (name for scores in self.report.content.values() for name in scores if name not in NOT_SCORES)
-        return [name for name in dict.fromkeys(names) if any(self.score(artifact, name) for artifact in self.artifacts)]
-
-    @cached_property
-    def differences(self) -> list[tuple[str, str]]:
-        """Each artifact with each that it is compared with."""
-        pairs = [(name, delta.content["to"]) for name in self.artifacts for delta in self._listed(name, "deltas")]
-        return list(dict.fromkeys(pairs))
-
-    @cached_property
-    def compared(self) -> list[str]:
-        """The metrics that there are differences of."""
-        compared = {delta.content["metric"] for name in self.artifacts for delta in self._listed(name, "deltas")}
-        return [name for name in self.metrics if name in compared]
-
-    def score(self, artifact: str, metric: str) -> Value | None:
-        """Return a metric's value."""
-        return self.report.get(artifact, metric)
-
-    def interval(self, artifact: str, metric: str) -> Value | None:
-        """Return the object with `low` and `high`."""
-        listed = self._listed(artifact, "intervals")
-        return next((score for score in listed if score.content["metric"] == metric), None)
-
-    def delta(self, artifact: str, to: str, metric: str) -> Value | None:
-        """Return the object with `delta`, `low`, `high` and `p`."""
-        listed = self._listed(artifact, "deltas")
-        deltas = (delta for delta in listed if delta.content["metric"] == metric and delta.content["to"] == to)
-        return next((delta for delta in deltas if delta.get("delta")), None)
-
-    def _listed(self, artifact: str, name: str) -> list[Value]:
-        return list(self.report.get(artifact, name) or ())
 
 
 @dataclass(frozen=True)
@@ -184,6 +134,7 @@ class ReportFacts:
     splits: dict[str, SplitScores]
     gates: Value | None
     pairwise: Value | None
+    tasks: dict[str, SplitScores]
     measured: dict[str, Value]
     data: Value | None
     lengths: Value | None
@@ -274,6 +225,7 @@ def gather_facts(root: Path, *, seed: int, primary_metric: str) -> ReportFacts:
         splits=splits,
         gates=read_report(root, "metrics/evaluate/gates.json"),
         pairwise=read_report(root, "metrics/evaluate/pairwise.json"),
+        tasks=_read_tasks(root),
         measured={name: value for name in artifacts if (value := read_value(root, f"metrics/generate/{name}.json"))},
         data=read_value(root, "metrics/preprocess/report.json"),
         lengths=read_value(root, "metrics/preprocess/lengths.csv"),
@@ -284,6 +236,11 @@ def gather_facts(root: Path, *, seed: int, primary_metric: str) -> ReportFacts:
         timings=_read_timings(root),
         searches=_read_searches(root),
     )
+
+
+def _read_tasks(root: Path) -> dict[str, SplitScores]:
+    report = read_report(root, "metrics/evaluate/benchmark.json")
+    return {name: SplitScores(task) for name, task in report.items()} if report else {}
 
 
 def _read_origin(root: Path, fetched: str) -> Value | None:

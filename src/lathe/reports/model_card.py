@@ -37,6 +37,7 @@ class CardFacts:
     quantized: Mapping[str, Mapping[str, Any]]
     lineage: Mapping[str, str]
     license: Mapping[str, str]
+    tasks: Mapping[str, ScoresByArtifact]  # of lm-evaluation-harness
     n_ctx: int  # context that the answers were measured in (tokens)
 
 
@@ -51,6 +52,7 @@ def read_card_facts(types: Sequence[str], *, lineage: Mapping[str, str], licence
         quantized={name: read_json(paths.METRICS / f"quantize/{name}.json") for name in types},
         lineage=lineage,
         license=licence,
+        tasks=unwrap_list(read_json(paths.METRICS / "evaluate/benchmark.json")),
         n_ctx=read_json(paths.METRICS / "generate/merged.json")["sizes"][0]["n_ctx"],
     )
 
@@ -85,6 +87,7 @@ def render_model_card(facts: CardFacts, params: Params, best: str) -> str:
             "name": f"{best}.gguf",
             "score": _format_number(facts.validation[best][params.evaluate.primary_metric]),
         },
+        tasks=[_build_task(name, scores, facts.quantized) for name, scores in facts.tasks.items()],
         primary_metric=params.evaluate.primary_metric,
         n_ctx=facts.n_ctx,
         training=_list_training_facts(params),
@@ -161,6 +164,25 @@ def _build_row(
         "perplexity": _format_number(scores.get("perplexity")),
         "kl": _format_number(scores.get("kl")),
     }
+
+
+def _build_task(name: str, scores: ScoresByArtifact, quantized: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a task's scores by file, and the differences to the base."""
+    first = next(iter(scores.values()))
+    metrics = [key for key in first if key not in ("documents", "bytes", "lower_is_better", "intervals", "deltas")]
+    rows = []
+    for artifact, own in scores.items():
+        intervals = {entry["metric"]: entry for entry in own["intervals"]}
+        deltas = {entry["metric"]: entry for entry in own["deltas"] if entry["to"] == "base"}
+        cells = []
+        for metric in metrics:
+            delta = deltas.get(metric)
+            cells += [
+                _format_score(own[metric], intervals.get(metric)),
+                _format_score(delta["delta"], delta) if delta else "–",
+            ]
+        rows.append({"name": f"`{artifact}.gguf`" if artifact in quantized else f"({artifact})", "cells": cells})
+    return {"name": name, "documents": f"{first['documents']:,}", "metrics": metrics, "rows": rows}
 
 
 def _format_score(value: float | None, interval: Mapping[str, Any] | None) -> str:

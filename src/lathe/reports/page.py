@@ -8,7 +8,7 @@ A number computed from several names them all, and in `data-is` how: `ratio` of 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from lathe.common import paths
 from lathe.evaluation.metric_order import orient_score
 from lathe.reports import plots, text_diff
 from lathe.reports.experiment_table import Experiments
-from lathe.reports.facts import UNTRAINED, ReportFacts, Search, SplitScores
+from lathe.reports.facts import UNTRAINED, ReportFacts, Search
+from lathe.reports.split_scores import SplitScores
 from lathe.reports.values import Value
 
 HERE = Path(__file__).parent
@@ -34,6 +35,7 @@ SHARES = {
     "stop_rate",
     "win_rate",
 }
+SHARES_OF_TASKS = ("acc", "exact_match_", "prompt_level_", "pass@")
 NAMES = {
     "exact_match": "exact match",
     "token_f1": "token F1",
@@ -111,7 +113,7 @@ def add_line_breaks(text: str) -> Markup:
 
 def choose_style(metric: str) -> str:
     """Return how a metric's values are written."""
-    if metric in SHARES:
+    if metric in SHARES or metric.startswith(SHARES_OF_TASKS):
         return "share"
     return {
         "bytes": "bytes",
@@ -124,9 +126,10 @@ def choose_style(metric: str) -> str:
     }.get(metric, "number" if metric.endswith("perplexity") else "score")
 
 
-def compare_scores(metric: str, ours: Value | None, theirs: Value | None) -> str:
-    """Return whether a score is better than another one."""
-    first, second = (orient_score(metric, score.content if score else None) for score in (ours, theirs))
+def compare_scores(metric: str, ours: Value | None, theirs: Value | None, lower: Collection[str] = ()) -> str:
+    """Return whether a score is better than another one; `lower` are scores of a task that are better if lower."""
+    known = "perplexity" if metric in lower else metric
+    first, second = (orient_score(known, score.content if score else None) for score in (ours, theirs))
     return "better" if first > second else "worse"
 
 

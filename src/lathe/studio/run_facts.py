@@ -10,7 +10,7 @@ from lathe.common import git, paths
 from lathe.common.dvc_api import open_repository
 from lathe.common.jsonl import read_jsonl
 from lathe.common.metric_files import list_timing_stems
-from lathe.experiments.comparison import read_answers
+from lathe.experiments.paired_answers import read_answers
 from lathe.experiments.results import RunResult
 from lathe.experiments.tracking.run_files import CURVES, read_curves
 from lathe.provenance.revisions import Revision, find_revision

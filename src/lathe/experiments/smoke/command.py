@@ -152,7 +152,8 @@ def _list_named_files(config: Config) -> list[str | None]:
     """Return the paths that parameters name, which Git may not know."""
     params = config.params
     judge = params.judge.model if params.judge.provider == "gguf" else None
-    named = [judge, params.judge.ca_bundle, params.bert_score.baseline, params.convert.llama_cpp_dir]
+    tasks = params.benchmark.include_path if params.benchmark.tasks else None
+    named = [judge, tasks, params.judge.ca_bundle, params.bert_score.baseline, params.convert.llama_cpp_dir]
     return [name for name in [*named, params.quantize.binary] if name and not Path(name).is_absolute()]
 
 

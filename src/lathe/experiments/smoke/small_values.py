@@ -44,6 +44,7 @@ def choose_small_values(params: Params, general_text: str) -> dict[str, Any]:
         "generate.max_new_tokens": "auto",
         "quantize.imatrix_rows": min(params.quantize.imatrix_rows, IMATRIX_ROWS),
         "judge.max_rows": 1,
+        "benchmark.limit": 1 if params.benchmark.tasks else params.benchmark.limit,
         "evaluate.general_text": general_text,
         "evaluate.bootstrap_samples": SMALLEST_BOOTSTRAP,
         "evaluate.gates": _keep_gates(params, quantized),
@@ -121,7 +122,9 @@ def _keep_gates(params: Params, types: list[str]) -> list[str] | None:
     kept = []
     for expression in params.evaluate.gates or []:
         try:
-            gates.check_names(gates.parse_gate(expression), types=types, scores=params.scores)
+            gates.check_names(
+                gates.parse_gate(expression), types=types, scores=params.scores, tasks=bool(params.benchmark.tasks)
+            )
         except ValueError:
             continue
         kept.append(expression)
