@@ -35,6 +35,11 @@ class Float(Section):
     step: PositiveFloat | None = None
 
     @property
+    def has_points(self) -> bool:
+        """Whether a grid can take it; `points` makes them all."""
+        return self.step is not None
+
+    @property
     def points(self) -> Sequence[float] | None:
         """The values that a grid takes; None without steps."""
         if self.step is None:
@@ -59,6 +64,11 @@ class Int(Section):
     step: Positive | None = None
 
     @property
+    def has_points(self) -> bool:
+        """Whether a grid can take it."""
+        return not self.log
+
+    @property
     def points(self) -> Sequence[int] | None:
         """The values that a grid takes; None if they are sampled by their logarithm."""
         return None if self.log else range(self.low, self.high + 1, self.step or 1)
@@ -73,6 +83,11 @@ class Categorical(Section):
 
     type: Literal["categorical"]
     choices: Annotated[list[Any], Field(min_length=1)]
+
+    @property
+    def has_points(self) -> bool:
+        """Whether a grid can take it."""
+        return True
 
     @property
     def points(self) -> Sequence[Any]:
@@ -225,7 +240,7 @@ def _check_dimension(
 
 def _check_grid(plan: Plan, name: str, marked: Any) -> Iterator[str]:
     for key, dimension in plan.space.items():
-        if dimension.points is None:
+        if not dimension.has_points:
             yield (
                 f"{_locate(name, marked, ('space', key))}: space.{key}: a grid needs points; give it a step and no "
                 "log, or take type categorical with choices"
