@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.listening import HOST, check_port, open_port
+from lathe.gguf.file_templates import ignore_file_templates
 from lathe.gguf.llama_library import load_library
 from lathe.gguf.llama_model import LlamaModel
 from lathe.inference.generate import find_marker_tokens
@@ -62,6 +63,7 @@ def _make_chat_handler(template: ChatTemplate, markers: Mapping[int, bytes]) -> 
 
 def _make_application(gguf: Path, handler: Callable[..., Any], n_ctx: int, threads: int) -> Any:
     load_library()
+    ignore_file_templates()
     from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
     from llama_cpp.server import types
 

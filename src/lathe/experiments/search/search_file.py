@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
-from ruamel.yaml import YAML
 
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
@@ -16,7 +15,7 @@ from lathe.config.base import Name, Positive, PositiveFloat, Section
 from lathe.config.classifier_params import ClassifierParams
 from lathe.config.load import check_value
 from lathe.config.params import Params
-from lathe.config.yaml_files import find_line, read_yaml
+from lathe.config.yaml_files import find_line, read_marked_yaml, read_yaml
 
 CLASSIFIER_SCORES = ("accuracy", "macro_f1", "calibration_error")
 LARGEST_GRID = 100_000  # points; the order of all is drawn at once
@@ -195,8 +194,7 @@ def read_plan(file: Path, params: Mapping[str, Any], name: str, section: type[Se
     Raises InputError with one line per problem: file, line, key, value, rule and remedy.
     """
     tree = read_yaml(file)
-    with file.open(encoding="utf-8") as text:
-        marked = YAML().load(text)  # knows the line of every key
+    marked = read_marked_yaml(file)  # knows the line of every key
 
     try:
         plan = Plan.model_validate(tree)

@@ -1,0 +1,158 @@
+"""Files and names from outside: whatever they hold, there is one line that says so, soon, and in little memory."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from lathe.common import git, json_files, jsonl, paths
+from lathe.common.errors import InputError
+from lathe.config.base import check_plain_address
+from lathe.config.yaml_files import MOST_DEPTH, parse_yaml, read_marked_yaml, read_yaml
+from lathe.experiments.search import storage
+from lathe.provenance import revisions, trace
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
+
+# YAML that raises anything, fills the memory or ends the process, by what is wrong with it.
+YAML_FILES = {
+    "brackets": "a: " + "[" * 300_000,
+    "braces": "{a: " * 5_000,
+    "dashes": "- " * 300_000,
+    "blocks": "".join(" " * depth + "a:\n" for depth in range(MOST_DEPTH + 10)),
+    "in itself": "a: &a [*a]",
+    "aliases": BOMB,
+    "no such day": "a: 2020-13-45",
+    "no number": "a: !!float x",
+    "number of 5,000 digits": "a: " + "9" * 5_000,
+    "class of Python": "a: !!python/object/apply:os.system [id]",
+    "scalar as an ordered map": "a: !!omap x",
+    "merge of a number": "a: &a {b: 1}\nc: {<<: [*a, 1]}",
+    "control character": "a: \0",
+    "half a surrogate pair": 'a: "\\ud800"',
+    "cut": 'a: "',
+}
+
+
+@pytest.mark.parametrize("text", YAML_FILES.values(), ids=YAML_FILES)
+def test_yaml_that_is_a_trap_is_refused_in_one_line_at_once(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    began = time.perf_counter()
+    with pytest.raises(InputError) as refusal:
+        read_yaml(file)
+    assert time.perf_counter() - began < 5
+    assert str(refusal.value).startswith("recipe.yaml")
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize("text", YAML_FILES.values(), ids=YAML_FILES)
+def test_yaml_that_is_read_for_its_lines_raises_nothing_else(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    try:
+        read_marked_yaml(file)
+    except InputError as refusal:
+        assert str(refusal).startswith("recipe.yaml")
+
+
+def test_aliases_and_depth_as_people_write_them_are_read() -> None:
+    tree = parse_yaml("base: &base {r: 8, modules: [q, k]}\none: *base\ntwo: {<<: *base, r: 16}", "recipe.yaml")
+    assert tree["one"] == {"r": 8, "modules": ["q", "k"]}
+    assert tree["two"] == {"r": 16, "modules": ["q", "k"]}
+
+
+JSON_FILES = {"deep": "[" * 100_000, "deep objects": '{"a":' * 100_000, "digits": "9" * 5_000, "cut": '{"a": "'}
+
+
+@pytest.mark.parametrize("text", JSON_FILES.values(), ids=JSON_FILES)
+def test_json_that_is_a_trap_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    for read in (json_files.read_json, jsonl.read_jsonl):
+        with pytest.raises(InputError, match=r"config\.json.*not (valid|a) JSON") as refusal:
+            read(file)
+        assert "\n" not in str(refusal.value)
+
+
+# What ends a line for Python, and not for Git.
+SEPARATORS = ["\u2028", "\u2029", "\x85", "\x1c", "\x1e", "\x0b", "\x0c"]
+
+
+@pytest.fixture
+def commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A commit in a repository of its own, which has every such separator in its subject, and a byte that is no UTF-8."""
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    subject = "a subject" + "".join(f"{separator}forged" for separator in SEPARATORS)
+    (tmp_path / "message").write_bytes(subject.encode() + b" \xe9\n")
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    git.run_git("config", "user.name", "A User")
+    git.run_git("config", "user.email", "user@example.invalid")
+    tree = git.run_git("hash-object", "-t", "tree", "-w", "--stdin").decode().strip()
+    return git.run_git("commit-tree", tree, "-F", str(tmp_path / "message")).decode().strip()
+
+
+def test_a_subject_with_any_separator_is_one_experiment(commit: str) -> None:
+    git.run_git("update-ref", f"refs/exps/{commit[:2]}/{commit[2:]}/mine", commit)
+    [experiment] = revisions.list_experiments()
+    assert (experiment.name, experiment.commit) == ("mine", commit)
+    assert all(separator in experiment.message for separator in SEPARATORS)
+
+
+def test_a_subject_with_any_separator_is_one_traced_commit(commit: str) -> None:
+    [traced] = trace._describe_commits([commit])
+    assert (traced.commit, traced.experiment) == (commit, None)
+    assert traced.subject.count("forged") == len(SEPARATORS)
+
+
+def test_a_name_that_is_no_utf_8_is_listed(commit: str, tmp_path: Path) -> None:
+    file = tmp_path / "n\udce9.txt"
+    file.write_text("x")
+    assert "n\udce9.txt" in git.list_paths("ls-files", "--others")
+
+
+@pytest.mark.parametrize("commit_file", ["params.yaml", "presets.yaml", "dvc.lock"])
+@pytest.mark.parametrize("text", ["a: " + "[" * 300_000, "a: 2020-13-45", "[]", "\udcff"])
+def test_files_of_anothers_commit_are_refused_in_one_line(
+    commit: str, tmp_path: Path, commit_file: str, text: str
+) -> None:
+    for name in ("params.yaml", "presets.yaml", "dvc.lock"):
+        (tmp_path / name).write_bytes(b"model: m\ndataset: d\nmodels: {}\ndatasets: {}\nstages: {}\n")
+    (tmp_path / commit_file).write_bytes(text.encode("utf-8", "surrogateescape"))
+    git.run_git("add", "params.yaml", "presets.yaml", "dvc.lock")
+    git.run_git("commit", "--quiet", "-m", "theirs")
+    revision = revisions.Revision("theirs", git.find_head())
+    with pytest.raises(InputError) as refusal:
+        _ = (revision.parameters, revision.stages)
+    assert "\n" not in str(refusal.value)
+
+
+# Passwords.
+
+PASSWORD = "s3cret"
+RAW = ["@", "/", "?", "#", "@/", "?@", "//", ":@"]
+
+
+@pytest.mark.parametrize("sign", RAW)
+def test_a_password_with_a_sign_that_ends_it_is_refused_and_not_shown(sign: str) -> None:
+    for url in (f"postgresql://user:{PASSWORD}{sign}{PASSWORD}@host/db", f"mysql://user:{sign}{PASSWORD}@host/db?a=b"):
+        with pytest.raises(InputError, match="%40") as refusal:
+            storage.open_storage(url, "study")
+        assert PASSWORD not in str(refusal.value)
+
+
+@pytest.mark.parametrize("sign", ["", *RAW, "%40", ":"])
+def test_an_address_is_shown_without_its_password(sign: str) -> None:
+    shown = storage.hide_password(f"postgresql://user:{PASSWORD}{sign}{PASSWORD}@host:5432/db?password={PASSWORD}")
+    assert PASSWORD not in shown
+    assert shown == "postgresql://user@host:5432/db"
+
+
+@pytest.mark.parametrize("sign", ["", *RAW, "\n", "%40"])
+def test_an_address_in_parameters_with_a_password_is_refused_and_not_shown(sign: str) -> None:
+    for address in (f"http://user:{PASSWORD}{sign}{PASSWORD}@host/v1", f"http://host/v1?key={PASSWORD}{sign}"):
+        with pytest.raises(ValueError, match="is not a plain address") as refusal:
+            check_plain_address(address)
+        assert PASSWORD not in str(refusal.value)
