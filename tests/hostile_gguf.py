@@ -1,11 +1,9 @@
-"""GGUF files that lie: headers written value by value, and copies of a good file with other metadata."""
+"""GGUF files that lie: headers written value by value."""
 
 import struct
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 STRING, ARRAY = 8, 9
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 HUGE = 2**64 - 1
 
 
@@ -86,46 +84,3 @@ HEADERS = {
     "version-1": gguf([VERSION], [TENSOR], version=1),
     "version-big-endian": gguf([VERSION], [TENSOR], version=0x03000000),
 }
-
-
-def change(source: Path, target: Path, metadata: Mapping[str, str]) -> None:
-    """Copy a GGUF file with other texts in its metadata, or further ones; its tensors stay."""
-    data = source.read_bytes()
-    _, tensors, keys = struct.unpack_from("<IQQ", data, 4)
-    at, pairs = 24, dict[str, bytes]()
-    for _ in range(keys):
-        key, began = _read_text(data, at), at
-        at = _skip_value(data, _skip_text(data, at))
-        pairs[key] = data[began:at]
-    began = at
-    for _ in range(tensors):
-        at = _skip_text(data, at)
-        at += 4 + 8 * struct.unpack_from("<I", data, at)[0] + 12
-    pairs |= {key: string(key, value) for key, value in metadata.items()}
-    head = gguf(list(pairs.values()), [data[began:at]], count=tensors, tail=b"")
-    target.write_bytes(head + bytes(-len(head) % 32) + data[at + -at % 32 :])
-
-
-def _read_text(data: bytes, at: int) -> str:
-    (size,) = struct.unpack_from("<Q", data, at)
-    return data[at + 8 : at + 8 + size].decode()
-
-
-def _skip_text(data: bytes, at: int) -> int:
-    return at + 8 + int(struct.unpack_from("<Q", data, at)[0])
-
-
-def _skip_value(data: bytes, at: int) -> int:
-    (kind,) = struct.unpack_from("<I", data, at)
-    at += 4
-    if kind == STRING:
-        return _skip_text(data, at)
-    if kind != ARRAY:
-        return at + SIZES[kind]
-    kind, count = struct.unpack_from("<IQ", data, at)
-    at += 12
-    if kind != STRING:
-        return at + int(count) * SIZES[kind]
-    for _ in range(count):
-        at = _skip_text(data, at)
-    return at

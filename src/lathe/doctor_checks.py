@@ -354,7 +354,7 @@ def find_model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
             if not constants.HF_HUB_OFFLINE:
                 remotes.connect(constants.ENDPOINT)  # the hub's client would try for 20 seconds
             cached = str(Repository("model", preset.id, preset.revision).files(["config.json"])["config.json"])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, InputError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         message = f"config.json of {preset.id} is neither in the hub's cache nor to be had: {reason}"
         raise InputError(message, code="unreachable-hub") from None

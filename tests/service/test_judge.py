@@ -19,13 +19,11 @@ from typing import Any
 
 import pytest
 from conftest import Checkout, copy_of, make_checkout
-from gguf_models import convert
-from hostile_gguf import change
+from gguf_models import convert, rewrite
 from judge_server import CREDENTIALS, KEY, MODELS, JudgeServer, Reply, opinion, said
 from refusals import refused
 
 from lathe.common import paths
-from lathe.common.errors import InputError
 from lathe.config.load import load
 from lathe.evaluation.judge import request_verdicts
 from lathe.evaluation.judge.prompt import JudgePrompt, compose_prompt
@@ -518,16 +516,16 @@ def test_the_templates_of_a_file_neither_hang_nor_fill_the_memory(ask, gguf_file
     options = {"provider": "gguf", "max_tokens": 1000, "environment": {}}
     file = tmp_path / "judge.gguf"
     # Jinja computes it while it compiles; llama-cpp-python would compile every template of a file.
-    change(gguf_file, file, {"tokenizer.chat_template.another": "{{ 10 ** 10 ** 10 }}"})
+    rewrite(gguf_file, file, {"tokenizer.chat_template.another": "{{ 10 ** 10 ** 10 }}"})
     ledger, scores = ask(make_prompts(1), model=str(file), **options)
     assert (ledger.unjudged, ledger.stopped, len(scores)) == ({}, None, 1)
     for template in (
         "{{ 10 ** 10 ** 10 }}",
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     ):
-        change(gguf_file, file, {"tokenizer.chat_template": template})
-        with pytest.raises(InputError, match="the chat template: it"):
-            ask(make_prompts(1), model=str(file), **options)
+        rewrite(gguf_file, file, {"tokenizer.chat_template": template})
+        ledger, _ = ask(make_prompts(1), model=str(file), **options)
+        assert "the chat template: it" in (ledger.stopped or str(ledger.unjudged))
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -6,6 +6,7 @@ from typing import Any
 from lathe.common.errors import InputError
 from lathe.common.text import summarize_error
 from lathe.models.model_folder import read_json, write_json
+from lathe.models.outside_files import translate_errors
 from lathe.models.templates.builtin_templates import MARKER, read_template
 
 QUESTION, ANSWER = "a question", "an answer"
@@ -23,7 +24,8 @@ def install_template(template: str, model: Path) -> str:
     from transformers import AutoTokenizer
 
     text = read_template(template)
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    with translate_errors(model.name, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     end = _find_end_token(template, text, tokenizer)
     for name in ("chat_template.json", "chat_template.jinja"):
         (model / name).unlink(missing_ok=True)
@@ -86,7 +88,8 @@ def _render_question(template: str, text: str, tokenizer: Any) -> str:
     chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     variables = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": False}
     try:
-        return bounded_jinja.render(bounded_jinja.compile_template(text), {**variables, "messages": chat})
+        compiled = bounded_jinja.compile_template(text)
+        return bounded_jinja.render(compiled, {**compiled.globals, **variables, "messages": chat})
     except jinja2.TemplateSyntaxError as error:
         code, problem = "template-syntax", f"line {error.lineno} is not valid Jinja: {error.message}"
     except Exception as error:  # a template is a program: it may fail in any way
