@@ -1,9 +1,10 @@
-"""Fuzzing of what reads files from outside: `python tests/fuzz_readers.py FORMAT CORPUS FIRST_SEED SECONDS LOG`.
+"""Fuzzing of what reads files from outside: `python tests/fuzz_readers.py FORMATS CORPUS FIRST_SEED SECONDS LOG`.
 
-Each seed takes a good file of the folder CORPUS, breaks it and gives it to the functions by which the commands read
-such files. They may read it, or raise InputError of one line. Anything else is a finding: another exception, more than
-10 s, more than 1 GB of memory, the end of the process. The LOG has a line for each seed before it is tried and one for
-each finding; `FORMAT CORPUS SEED 0 LOG` tries one seed alone. The same seed makes the same file of the same corpus.
+For SECONDS each of the formats, joined by commas, is tried. Each seed takes a good file of CORPUS/FORMAT, breaks it and
+gives it to the functions by which the commands read such files. They may read it, or raise InputError of one line.
+Anything else is a finding: another exception, more than 10 s, more than 1 GB of memory, the end of the process. The LOG
+has a line for each seed before it is tried and one for each finding; with 0 SECONDS one seed alone is tried. The same
+seed makes the same file of the same corpus.
 """
 
 import copy
@@ -212,23 +213,25 @@ def _get_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main(kind: str, corpus: str, first: str, seconds: str, log: str) -> None:
-    """Try seeds until the time is up."""
-    with tempfile.TemporaryDirectory() as name:  # what is good; imports take time once
-        for chosen in (path for path in Path(corpus).iterdir() if path.is_dir()):
-            good = Path(name) / chosen.name
-            shutil.copytree(chosen, good)
-            READERS[kind](good)
-    end, seed = time.monotonic() + float(seconds), int(first)
-    with open(log, "a", encoding="utf-8", buffering=1) as lines:
-        while True:
-            lines.write(json.dumps({"seed": seed}) + "\n")
-            if problem := try_seed(kind, Path(corpus), seed):
-                lines.write(json.dumps({"seed": seed, "problem": problem}) + "\n")
-            seed += 1
-            if time.monotonic() >= end:
-                lines.write(json.dumps({"done": seed}) + "\n")
-                return
+def main(kinds: str, corpus: str, first: str, seconds: str, log: str) -> None:
+    """Try seeds of each format until its time is up."""
+    for kind in kinds.split(","):
+        files = Path(corpus) / kind
+        with tempfile.TemporaryDirectory() as name:  # what is good; imports take time once
+            for chosen in (path for path in files.iterdir() if path.is_dir()):
+                good = Path(name) / chosen.name
+                shutil.copytree(chosen, good)
+                READERS[kind](good)
+        end, seed = time.monotonic() + float(seconds), int(first)
+        with open(log, "a", encoding="utf-8", buffering=1) as lines:
+            while True:
+                lines.write(json.dumps({"kind": kind, "seed": seed}) + "\n")
+                if problem := try_seed(kind, files, seed):
+                    lines.write(json.dumps({"kind": kind, "seed": seed, "problem": problem}) + "\n")
+                seed += 1
+                if time.monotonic() >= end:
+                    lines.write(json.dumps({"kind": kind, "done": seed}) + "\n")
+                    break
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 llama.cpp checks what it reads, but a file that lies may still come upon an assertion, which ends the process.
 """
 
+import faulthandler
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -54,12 +56,13 @@ def _load_in_fork(path: Path, vocab_only: bool) -> tuple[int, str]:
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(int(LONGEST_SECONDS))
+            faulthandler.disable()
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             os.dup2(writing, 2)
             os.dup2(writing, 1)
             os.environ["GGML_NO_BACKTRACE"] = "1"
             params = library.llama_model_default_params()
             params.vocab_only, params.use_extra_bufts, params.n_gpu_layers = vocab_only, False, 0
-            library.llama_log_set(library.llama_log_callback(lambda *_: None), None)
             library.llama_model_load_from_file(str(path).encode(), params)
         finally:
             os._exit(0)
