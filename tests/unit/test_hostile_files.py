@@ -1,7 +1,9 @@
 """Files and names from outside: whatever they hold, there is one line that says so, soon, and in little memory."""
 
 import contextlib
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +12,10 @@ import pytest
 from lathe.common import git, json_files, jsonl, paths
 from lathe.common.errors import InputError
 from lathe.config.base import check_plain_address
+from lathe.config.presets import HubModel
 from lathe.config.yaml_files import MOST_DEPTH, parse_yaml, read_marked_yaml, read_yaml
+from lathe.data import split_files
+from lathe.evaluation.judge import judged_rows
 from lathe.experiments.search import storage
 from lathe.provenance import revisions, trace
 
@@ -126,6 +131,66 @@ def test_files_of_anothers_commit_are_refused_in_one_line(
     with pytest.raises(InputError) as refusal:
         _ = (revision.parameters, revision.stages)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_rubric_outside_of_the_checkout_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "lathe"
+    root.mkdir()
+    monkeypatch.setattr(paths, "ROOT", root)
+    (tmp_path / "id_rsa").write_text("a key")
+    (root / "rubric.md").symlink_to(tmp_path / "id_rsa")
+    (root / "own.md").write_text("Score.")
+    assert judged_rows.read_rubric(root / "own.md") == "Score."
+    for name in ("../id_rsa", str(tmp_path / "id_rsa"), "rubric.md"):
+        with pytest.raises(InputError, match="lies outside of the checkout"):
+            judged_rows.read_rubric(root / name)
+
+
+@pytest.mark.parametrize(
+    "revision", ["../../victim", "/etc/passwd", "a/../../b", "..", "a//b", "-x", "a\n", "refs/../x"]
+)
+def test_a_revision_that_is_a_path_elsewhere_is_refused(revision: str) -> None:
+    with pytest.raises(ValueError, match="is no commit, tag or branch"):
+        HubModel(source="hub", id="a/b", revision=revision)
+
+
+@pytest.mark.parametrize(
+    "revision", ["main", "v1.0", "refs/convert/parquet", "refs/pr/12", "a" * 40, "v2.0+cu12", "x_y-z"]
+)
+def test_revisions_as_they_are_written_are_taken(revision: str) -> None:
+    assert HubModel(source="hub", id="a/b", revision=revision).revision == revision
+
+
+@pytest.mark.parametrize("name", ["$(id).xlsx", "a b;id.zip", "`id`.pkl", "-rf.tar", "it's mine.orc"])
+def test_a_name_that_a_shell_would_read_is_in_no_command_to_copy(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_text("x")
+    with pytest.raises(InputError) as refusal:
+        split_files._refuse_other_container(file)
+    command = str(refusal.value).partition("; convert it: ")[2]
+    assert "FILE" in command
+    assert file.stem not in command
+
+
+def test_an_environment_of_a_folder_above_is_not_used(tmp_path: Path) -> None:
+    """Whoever may write to /tmp could put one there, for every checkout below it; a temporary experiment's is ours."""
+    (tmp_path / "lathe/stages").mkdir(parents=True)
+    shutil.copy(paths.ROOT / "stages/_path.py", tmp_path / "lathe/stages/_path.py")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text("#!/bin/sh\necho pwned\n")
+    python.chmod(0o755)
+    bare = [sys.executable, "-I", "-S", str(tmp_path / "lathe/stages/_path.py")]  # without the packages
+    done = subprocess.run(bare, capture_output=True, text=True, check=False)
+    assert "pwned" not in done.stdout
+    assert "lacks Lathe's packages; run `make setup`" in done.stderr
+    temporary = tmp_path / "main/.dvc/tmp/exps/tmpabc/stages"
+    temporary.mkdir(parents=True)
+    shutil.copy(paths.ROOT / "stages/_path.py", temporary / "_path.py")
+    (tmp_path / "main/presets.yaml").touch()
+    shutil.copytree(tmp_path / ".venv", tmp_path / "main/.venv")
+    done = subprocess.run([*bare[:-1], str(temporary / "_path.py")], capture_output=True, text=True, check=False)
+    assert done.stdout == "pwned\n"
 
 
 # Passwords.

@@ -22,6 +22,9 @@ Split = Literal["train", "validation", "test"]
 
 REPOSITORY = r"\w[\w.-]*(/\w[\w.-]*)?"
 
+# A commit, tag or branch of the Hub; it is also the name of a file in the cache, so no part of it is `..`.
+REVISION = r"\w[\w+-]*([./][\w+-]+)*"
+
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 

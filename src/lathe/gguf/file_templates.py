@@ -1,7 +1,7 @@
 """Chat templates that llama-cpp-python would take from a GGUF: none, as it compiles and renders them without limits.
 
 A template is a program that comes with a file. Lathe renders it itself, in `lathe.models.chat_template`.
-Compiling alone can hang, since Jinja computes `10 ** 10 ** 10` at that time.
+Compiling alone can hang, since Jinja computes `2 ** (10 ** 11)` at that time.
 """
 
 from typing import Any
