@@ -1,10 +1,14 @@
 """Files and names from outside: whatever they hold, there is one line that says so, soon, and in little memory."""
 
 import contextlib
+import gzip
+import http.server
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,10 @@ from lathe.config.yaml_files import MOST_DEPTH, parse_yaml, read_marked_yaml, re
 from lathe.data import split_files
 from lathe.evaluation.judge import judged_rows
 from lathe.experiments.search import storage
+from lathe.experiments.tracking import bounded_requests, mlflow_tracker
+from lathe.experiments.tracking.run_files import Context, MirroredRun
+from lathe.experiments.tracking.targets import MlflowTarget
+from lathe.experiments.tracking.tracker import TrackerUnreachableError
 from lathe.provenance import revisions, trace
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
@@ -191,6 +199,50 @@ def test_an_environment_of_a_folder_above_is_not_used(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / ".venv", tmp_path / "main/.venv")
     done = subprocess.run([*bare[:-1], str(temporary / "_path.py")], capture_output=True, text=True, check=False)
     assert done.stdout == "pwned\n"
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    """Answers without end, plain or packed a thousand times smaller."""
+
+    def do_GET(self) -> None:
+        self.send_response(302 if self.path == "/redirect" else 200)
+        self.send_header("Location", "/")
+        part = b"a" * (1 << 20)
+        if self.path == "/packed":
+            self.send_header("Content-Encoding", "gzip")
+            part = gzip.compress(bytes(1 << 30))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(part)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def endless() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("path", ["/", "/redirect", "/packed"])
+def test_a_trackers_answer_without_end_is_ended(endless: str, path: str) -> None:
+    import requests
+
+    bounded_requests.bound_responses()
+    with pytest.raises(requests.exceptions.ConnectionError, match="has not ended after 64 MiB"):
+        requests.get(endless + path, timeout=10)
+
+
+@pytest.mark.heavy
+def test_a_tracker_that_answers_without_end_is_one_that_cannot_be_reached(endless: str, tmp_path: Path) -> None:
+    record = MirroredRun(tmp_path, Context())
+    mirror = mlflow_tracker.MlflowMirror(MlflowTarget(endless, "lathe"), record)
+    with pytest.raises(TrackerUnreachableError, match="has not ended after 64 MiB"), mirror._translate_errors():
+        mirror._require_experiment()
 
 
 # Passwords.
