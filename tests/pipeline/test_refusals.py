@@ -288,7 +288,7 @@ def test_a_type_that_is_a_path_or_a_command_removes_and_runs_nothing(
 ) -> None:
     """DVC removes what a stage writes before it runs, but takes no two stages that would write one file."""
     checkout = copy_of(reproduced, tmp_path / "lathe")
-    precious = [tmp_path / "victim.gguf", checkout.root / "schemas/victim.json", checkout.root / "schemas/victim.gguf"]
+    precious = [tmp_path / "victim.gguf", checkout.root / "schemas/victim.json"]
     for file in precious:
         file.write_text("precious")
     checkout.set({"quantize.types": ["Q8_0", name]})

@@ -36,7 +36,6 @@ class CommandLines(threading.Thread):
 @pytest.mark.slow
 def test_planted_secrets_are_found_nowhere_after_a_run(small_checkout: Checkout) -> None:
     checkout = small_checkout
-    checkout.commit()
     checkout.environment |= SECRETS
     # A tracker that is not there, a remote that answers nobody, and the log of all details.
     checkout.environment |= {"LATHE_LOG_LEVEL": "DEBUG", "MLFLOW_ENABLED": "true"}
