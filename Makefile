@@ -4,7 +4,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock unit deps repro classify experiments chat serve studio studio-files report remote-check ci-lock ci-summary lint format test \
+.PHONY: help setup lock sbom unit deps repro classify experiments chat serve studio studio-files report remote-check ci-lock ci-summary lint format test \
 	test-all \
 	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention \
 	bench-experiments bench-studio bench-intervals \
@@ -22,13 +22,16 @@ setup: ## make .venv and what belongs to it; PYTHON=python3.12, EXTRAS="mlflow w
 # What these need beside the default pipeline.
 bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention bench-experiments bench-studio \
 	bench-tracking bench-classify bench-intervals \
-	docs docs-serve docs-check format lint lock unit test test-all: EXTRAS += dev
+	docs docs-serve docs-check format lint lock sbom unit test test-all: EXTRAS += dev
 bench-cuda: EXTRAS += gpu
 classify: EXTRAS += classify
 serve studio: EXTRAS += serve search
 
 lock: setup ## rewrite requirements.lock after an edit of pyproject.toml
 	python tools/write_lock.py
+
+sbom: setup ## write sbom.cdx.json: a CycloneDX bill of every package that make setup may install
+	python tools/sbom.py
 
 repro: setup ## run the whole pipeline: base model and data in, measured GGUF files out
 	@python -m lathe repro

@@ -12,9 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 # `.venv/bin/dvc repro` without activating finds some other python: go on with the environment's. A temporary
-# experiment's checkout is below the main one, so its parents are searched too.
+# experiment's checkout is below the main one's .dvc. No other folder above is looked into: whoever may write to /tmp
+# could put an environment there, for every checkout below it.
 if importlib.util.find_spec("ruamel") is None:
-    for folder in (ROOT, *ROOT.parents):
+    above = next((folder.parents for folder in ROOT.parents if folder.name == ".dvc"), ())
+    for folder in (ROOT, *(folder for folder in above if (folder / "presets.yaml").is_file())):
         python = folder / ".venv/bin/python"
         if python.exists() and Path(sys.executable) != python:
             os.execv(python, [str(python), *sys.argv])

@@ -345,15 +345,17 @@ def find_model_config(preset: Any, root: Path) -> Path | Mapping[str, Any]:
         return _read_gguf_config(found) if found.suffix == GGUF_SUFFIX else found
     if preset.file:
         raise InputError(f"config.json of {preset.id} is in its GGUF file, which `fetch` downloads", code="not-fetched")
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    from lathe.sources.hub import Repository
 
     try:
         cached = try_to_load_from_cache(preset.id, "config.json", revision=preset.revision)
         if not isinstance(cached, str):
             if not constants.HF_HUB_OFFLINE:
                 remotes.connect(constants.ENDPOINT)  # the hub's client would try for 20 seconds
-            cached = hf_hub_download(preset.id, "config.json", revision=preset.revision, etag_timeout=3)
-    except (OSError, ValueError) as error:
+            cached = str(Repository("model", preset.id, preset.revision).files(["config.json"])["config.json"])
+    except (OSError, ValueError, InputError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         message = f"config.json of {preset.id} is neither in the hub's cache nor to be had: {reason}"
         raise InputError(message, code="unreachable-hub") from None

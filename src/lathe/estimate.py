@@ -21,6 +21,7 @@ from lathe.config.base import Auto, get_number
 from lathe.config.params import Params
 from lathe.config.training_params import Lora, Quantization, Training
 from lathe.gguf.file_sizes import estimate_gguf_bytes
+from lathe.models.outside_files import check_sizes, describe_error
 from lathe.training.checkpoints import KEPT_CHECKPOINTS
 
 # Bytes of optimizer state per trained weight, by the optimizer's name in transformers. AdamW keeps two moments and Lion
@@ -225,12 +226,12 @@ def _advise_lower(key: str, batch_size: int | Auto) -> str:
 
 
 def _load_config(model: Path | Mapping[str, Any]) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     content, shown = (
         (_read_config(model), f"{model.name}/config.json") if isinstance(model, Path) else (model, "config.json")
     )
+    check_sizes(content, shown)
     kind = content.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise InputError(
@@ -239,10 +240,8 @@ def _load_config(model: Path | Mapping[str, Any]) -> Any:
         )
     try:
         return CONFIG_MAPPING[kind].from_dict(dict(content))
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{shown}: transformers refuses it: {' '.join(str(error).split())}", code="config-refused"
-        ) from None
+    except Exception as error:  # transformers raises whatever its reading of foreign values comes upon
+        raise InputError(f"{shown}: transformers refuses it: {describe_error(error)}", code="config-refused") from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -259,9 +258,9 @@ def _make_meta_model(config: Any, precision: str) -> Any:
     try:
         with torch.device("meta"):
             return choose_model_class(config).from_config(config, dtype=DTYPES[precision], trust_remote_code=False)
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+    except Exception as error:  # as above
         raise InputError(
-            f"config.json: no causal language model: {' '.join(str(error).split())}", code="not-a-causal-model"
+            f"config.json: no causal language model: {describe_error(error)}", code="not-a-causal-model"
         ) from None
 
 

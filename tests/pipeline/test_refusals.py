@@ -280,3 +280,21 @@ def test_a_read_only_folder_is_one_line(small_disk: Checkout, stage: str) -> Non
         assert mount(small_disk.root.parent, "-o", "remount,rw").returncode == 0
     assert_refused(done, "Read-only file system; the file system is read-only; run in a folder")
     assert contents(small_disk) == kept
+
+
+@pytest.mark.parametrize("name", ["../../schemas/victim", "../../../victim", "$(touch ../victim.json)Q8_0"])
+def test_a_type_that_is_a_path_or_a_command_removes_and_runs_nothing(
+    reproduced: Checkout, tmp_path: Path, name: str
+) -> None:
+    """DVC removes what a stage writes before it runs, but takes no two stages that would write one file."""
+    checkout = copy_of(reproduced, tmp_path / "lathe")
+    precious = [tmp_path / "victim.gguf", checkout.root / "schemas/victim.json"]
+    for file in precious:
+        file.write_text("precious")
+    checkout.set({"quantize.types": ["Q8_0", name]})
+    for command in (("repro",), ("repro", f"quantize@{name}"), ("exp", "run")):
+        done = checkout.run("dvc", *command, check=False)
+        assert done.returncode != 0
+        assert "is no quantization type" in done.stderr or "overlapping output" in done.stderr
+        assert [file for file in precious if not file.exists()] == []
+        assert not (tmp_path / "victim.json").exists()

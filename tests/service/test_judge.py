@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 from conftest import Checkout, copy_of, make_checkout
-from gguf_models import convert
+from gguf_models import convert, rewrite
 from judge_server import CREDENTIALS, KEY, MODELS, JudgeServer, Reply, opinion, said
 from refusals import refused
 
 from lathe.common import paths
+from lathe.common.errors import InputError
 from lathe.config.load import load
 from lathe.evaluation.judge import request_verdicts
 from lathe.evaluation.judge.prompt import JudgePrompt, compose_prompt
@@ -510,6 +511,22 @@ def test_a_file_judges_by_the_grammar_without_a_network(ask, gguf_file, monkeypa
     assert "exceed context window of" in ledger.unjudged["huge"]
     ledger, _ = ask({"key": make_prompt("another")}, timeout_seconds=0.01, max_retries=0, **options)
     assert_stopped(ledger, "unavailable", "judge.timeout_seconds, 0.01")
+
+
+def test_the_templates_of_a_file_neither_hang_nor_fill_the_memory(ask, gguf_file, tmp_path):
+    options = {"provider": "gguf", "max_tokens": 1000, "environment": {}}
+    file = tmp_path / "judge.gguf"
+    # Jinja computes it while it compiles; llama-cpp-python would compile every template of a file.
+    rewrite(gguf_file, file, {"tokenizer.chat_template.another": "{{ 2 ** (10 ** 11) }}"})
+    ledger, scores = ask(make_prompts(1), model=str(file), **options)
+    assert (ledger.unjudged, ledger.stopped, len(scores)) == ({}, None, 1)
+    for template in (
+        "{{ 2 ** (10 ** 11) }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    ):
+        rewrite(gguf_file, file, {"tokenizer.chat_template": template})
+        with pytest.raises(InputError, match="the chat template: it"):
+            ask(make_prompts(1), model=str(file), **options)
 
 
 @pytest.mark.parametrize("name", HOSTILE)

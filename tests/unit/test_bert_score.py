@@ -10,6 +10,7 @@ from refusals import refused
 from torchmetrics.functional.text.bert import bert_score as torchmetrics_bert_score
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model
 
+from lathe.common.errors import InputError
 from lathe.evaluation import bert_score
 
 pytestmark = pytest.mark.heavy
@@ -226,5 +227,5 @@ def test_weights_are_read_from_safetensors_alone(folder, tmp_path):
     model = BertModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(InputError, match="safetensors"):
         encoder(tmp_path).load()

@@ -9,6 +9,7 @@ import torch
 
 from lathe.common.errors import InputError
 from lathe.models import model_folder
+from lathe.models.outside_files import check_sizes, translate_errors
 
 Batch = dict[str, torch.Tensor]
 
@@ -25,7 +26,8 @@ def load_tokenizer(folder: Path) -> Any:
     """Load a tokenizer that pads on the right; one without a token for that gets the end's."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with translate_errors(folder.name, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -47,9 +49,11 @@ def load_backbone(folder: Path) -> Any:
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # of weights of a language model's head, which are left out here
     try:
-        backbone = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
-        )
+        check_sizes(model_folder.read_json(folder / "config.json"), folder.name)
+        with translate_errors(folder.name, "it"):
+            backbone = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
+            )
     finally:
         transformers_logging.set_verbosity(before)
     if getattr(backbone, "pooler", None) is not None:

@@ -1,6 +1,7 @@
 """Git: the only module that runs it."""
 
 import io
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -29,13 +30,13 @@ def try_git(*arguments: str, root: Path | None = None, stdin: str = "") -> bytes
 def read_line(*arguments: str, root: Path | None = None) -> str | None:
     """Return what Git prints without white space around it, or None if it fails or prints nothing."""
     printed = try_git(*arguments, root=root)
-    return (printed.decode().strip() or None) if printed else None
+    return (printed.decode(errors="replace").strip() or None) if printed else None
 
 
 def list_paths(*arguments: str, root: Path | None = None) -> list[str]:
     """Return the paths that a command of Git lists, which takes `-z`. Raises InputError if Git fails."""
     command, *others = arguments
-    return [name for name in run_git(command, "-z", *others, root=root).decode().split("\0") if name]
+    return [name for name in os.fsdecode(run_git(command, "-z", *others, root=root)).split("\0") if name]
 
 
 def read_blobs(names: Sequence[str], root: Path | None = None) -> list[bytes | None]:

@@ -16,13 +16,24 @@ def read_json(file: Path, *, shown: str | None = None, remedy: str = "run the st
     """
     name = shown or str(file)
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{name}: no such file; {remedy}", code="no-such-file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: byte {error.start} is not UTF-8; {remedy}", code="not-utf8") from None
+    return parse_json(text, name, remedy=remedy)
+
+
+def parse_json(text: str, name: str, *, remedy: str) -> Any:
+    """Return the content of the text of a JSON file, which messages call `name`. Raises InputError if it is none."""
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{name}:{error.lineno}: not valid JSON: {error.msg}; {remedy}", code="not-json") from None
+    except RecursionError:
+        raise InputError(f"{name}: not valid JSON: nested too deep; {remedy}", code="not-json") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise InputError(f"{name}: not valid JSON: {error}; {remedy}", code="not-json") from None
 
 
 def read_json_object(

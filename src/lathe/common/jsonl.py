@@ -35,7 +35,7 @@ def iterate_jsonl(file: Path) -> Iterator[Any]:
         for number, line in enumerate(lines, start=1):
             try:
                 yield json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise InputError(
                     f"{file}:{number}: not a JSON line; run the stage that writes it again", code="not-json"
                 ) from None

@@ -22,6 +22,9 @@ Split = Literal["train", "validation", "test"]
 
 REPOSITORY = r"\w[\w.-]*(/\w[\w.-]*)?"
 
+# A commit, tag or branch of the Hub; it is also the name of a file in the cache, so no part of it is `..`.
+REVISION = r"\w[\w+-]*([./][\w+-]+)*"
+
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -56,7 +59,7 @@ def check_plain_address(address: str) -> str:
     """Return the address of a server; raises ValueError if it is none, or might contain a key, without showing it."""
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", address):
         raise ValueError(
-            f"{shorten_value(re.sub('//.*@|[?#].*', '…', address))} is not a plain address; write "
+            f"{shorten_value(re.sub('(?s)//.*@|[?#].*', '…', address))} is not a plain address; write "
             "http(s)://HOST[:PORT][/PATH], and put keys into the environment"
         )
     return address

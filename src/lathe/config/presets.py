@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lathe.config.base import REPOSITORY, Name, Positive, PositiveFloat, Section, Split
+from lathe.config.base import REPOSITORY, REVISION, Name, Positive, PositiveFloat, Section, Split
 
 Format = Literal[
     "messages",
@@ -55,6 +55,13 @@ class HubRepository(Section):
 
     id: Name = Field(description="repository, as in `Qwen/Qwen3-0.6B` or `openai/gsm8k`")
     revision: Name | None = Field(None, description="commit, tag or branch; only a commit always means the same files")
+
+    @field_validator("revision")
+    @classmethod
+    def _check_revision(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(REVISION, value):
+            raise ValueError(f"{value!r} is no commit, tag or branch; write one, such as main or v1.0")
+        return value
 
     @field_validator("id")
     @classmethod

@@ -251,7 +251,13 @@ def _read_arrow(file: Path, _: TextForm, part: Part | None) -> Iterator[RawRecor
             if source.read() != ARROW_STREAM_END:
                 raise pyarrow.ArrowInvalid("the end mark of the stream is missing")
 
-    return _read_batches(file, "Arrow", lambda: _count_starts(batches()), part)
+    def checked() -> Iterator[Any]:
+        for batch in batches():
+            # Places of texts that lie would be read outside of the memory, and end the process.
+            batch.validate(full=True)
+            yield batch
+
+    return _read_batches(file, "Arrow", lambda: _count_starts(checked()), part)
 
 
 def _count_starts(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
@@ -287,16 +293,20 @@ def _read_batches(
                             value[column] = decode(value[column])
                         yield RawRecord(f"{file.name} row {number}", value)
     except UnicodeDecodeError:
-        raise InputError(
-            f"{file.name} after row {number}: a text is not UTF-8; write the file again", code="not-utf-8"
-        ) from None
+        raise _refuse_text(file, number) from None
     except (pyarrow.ArrowException, OSError) as error:
+        if "UTF8" in str(error):
+            raise _refuse_text(file, number) from None
         raise InputError(
             f"{file.name} after row {number}: not a complete {form} file: {summarize_error(error)}; is it truncated?",
             code="truncated-file",
         ) from None
     if part:
         part.left_out = part.total - sum(stop - start for start, stop in part.ranges)
+
+
+def _refuse_text(file: Path, number: int) -> InputError:
+    return InputError(f"{file.name} after row {number}: a text is not UTF-8; write the file again", code="not-utf-8")
 
 
 _READERS: dict[str, Callable[[Path, TextForm, Part | None], Iterator[RawRecord]]] = {

@@ -160,7 +160,11 @@ def _refuse_other_container(file: Path) -> None:
     name = file.name.lower()
     for suffix, conversion in _CONVERSIONS.items():
         if name.endswith(suffix):
-            command = conversion.format(file=file.name, stem=file.name[: -len(suffix)])
+            # A name that a shell would not take as it is is not put into a command that people copy.
+            plain = re.fullmatch(r"[\w.+@][\w.+@-]*", file.name) is not None
+            command = conversion.format(
+                file=file.name if plain else "FILE", stem=file.name[: -len(suffix)] if plain else "NAME"
+            )
             raise InputError(
                 f"{file.name}: rows are not read from {suffix} files; convert it: {command}; then remove it",
                 code="convert-first",

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lathe.common.errors import InputError
+from lathe.common.json_files import read_json_object
 from lathe.common.progress import Progress
 from lathe.common.text import summarize_error
+from lathe.models.outside_files import check_sizes, translate_errors
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +44,9 @@ class Encoder:
         from transformers import AutoConfig
 
         try:
+            check_sizes(read_json_object(folder / "config.json"), folder.name)
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # transformers raises whatever its reading of foreign files comes upon
             raise InputError(
                 f"bert_score.model: {folder}: {summarize_error(error)}; name another encoder",
                 code="invalid-encoder",
@@ -82,7 +85,8 @@ class Encoder:
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # it warns about GPUs where there are none
-        tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, padding_side="right")
+        with translate_errors(self.folder.name, "its tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, padding_side="right")
         longest = min(self._max_positions, tokenizer.model_max_length)
         if self.max_length > longest:
             raise InputError(
@@ -92,9 +96,10 @@ class Encoder:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModel.from_pretrained(
-            self.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
+        with translate_errors(self.folder.name, "it"):
+            model = AutoModel.from_pretrained(
+                self.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
         model.eval().to(device)
 
         @torch.inference_mode()

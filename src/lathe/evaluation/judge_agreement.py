@@ -173,7 +173,9 @@ def _read_lines(file: Path) -> Sequence[Mapping[str, Any]]:
             with file.open(encoding="utf-8-sig", newline="") as stream:
                 return list(csv.DictReader(stream))
         lines = []
-        for number, text in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        for number, text in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
+            if not text.strip():
+                continue
             line = json.loads(text)
             if not isinstance(line, dict):
                 raise InputError(

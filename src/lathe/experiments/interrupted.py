@@ -93,7 +93,7 @@ def find_detached_head(root: Path = paths.ROOT) -> DetachedHead | None:
 def _read_history(root: Path) -> list[list[str]]:
     """Return what moved HEAD, the newest first, each with its time in seconds."""
     form = ("--format=%gd %gs", "--date=unix", "--max-count=100")
-    lines = (read_line("log", "--walk-reflogs", *form, "HEAD", root=root) or "").splitlines()
+    lines = (read_line("log", "--walk-reflogs", *form, "HEAD", root=root) or "").split("\n")
     return [list(entry) for line in lines for entry in re.findall(r"@\{(\d+)\} ?(.*)", line)]
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError
-from ruamel.yaml import YAML
 
 from lathe.common import paths
 from lathe.common.errors import InputError
@@ -20,7 +19,7 @@ from lathe.config.base import Name, Section
 from lathe.config.overrides import apply_overrides, format_override, list_keys, read_key
 from lathe.config.params import Params
 from lathe.config.pipelines import CLASSIFIER, MAIN, Pipeline
-from lathe.config.yaml_files import find_line, read_yaml
+from lathe.config.yaml_files import find_line, read_marked_yaml, read_yaml
 
 FOLDER = paths.ROOT / "experiments"
 
@@ -146,7 +145,7 @@ def _read_overrides(file: Path, kind: type[Kind], above: tuple[Path, ...]) -> tu
         tree = read_yaml(file)
     except InputError as error:
         raise InputError(str(error).replace(file.name, shown, 1), code=error.code) from None
-    marked = YAML().load(file.read_text(encoding="utf-8"))  # knows the line of every key
+    marked = read_marked_yaml(file)  # knows the line of every key
     try:
         content = kind.model_validate(tree)
     except ValidationError as error:

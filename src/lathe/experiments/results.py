@@ -9,8 +9,11 @@ from typing import Any
 import yaml
 
 from lathe.common import dotted_keys, git, paths
+from lathe.common.errors import InputError
 from lathe.common.metric_files import list_timing_stems, unwrap_list
+from lathe.common.text import summarize_error
 from lathe.config.artifacts import UNQUANTIZED
+from lathe.config.yaml_files import check_depth, check_values
 from lathe.evaluation.best_artifact import choose_best_artifact
 from lathe.provenance.revisions import WORKSPACE, list_experiments
 
@@ -64,7 +67,19 @@ def read_present() -> list[RunResult]:
 
 def _read_runs(runs: Sequence[Run]) -> list[RunResult]:
     files = _RunFiles([commit for run in runs for commit in run[1:] if commit])
-    return [_read_result(files, *run) for run in runs]
+    return [_read_checked(files, *run) for run in runs]
+
+
+def _read_checked(files: "_RunFiles", name: str, commit: str | None, baseline: str | None) -> RunResult:
+    """Read a run, whose files may come from someone else. Raises InputError that names it."""
+    try:
+        return _read_result(files, name, commit, baseline)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{name} ({(commit or 'the workspace')[:10]}): {PARAMS} or metrics there are not what the pipeline writes "
+            f"({summarize_error(error)}); remove the experiment with `dvc exp remove`, or restore the files",
+            code="damaged-results",
+        ) from None
 
 
 def _name_head() -> str:
@@ -145,4 +160,7 @@ class _RunFiles:
 @cache
 def _parse_parameters(text: bytes) -> dict[str, Any]:
     # libyaml's loader: that of ruamel, which reads the pipeline's parameters, takes a minute for 500 files.
-    return dotted_keys.flatten(yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    check_depth(text.decode(), PARAMS)
+    tree = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    check_values(tree, PARAMS)
+    return dotted_keys.flatten(tree)

@@ -44,6 +44,14 @@ _SCALARS = {
     12: "<d",
 }
 
+# More than any file has; without bounds a header of a few bytes could make its reader loop and allocate for ever.
+_MOST_KEYS = 65_536
+_MOST_TENSORS = 1_000_000
+_MOST_ITEMS = 16_000_000  # texts of an array, such as a vocabulary
+_MOST_BYTES = 64 << 20  # of a text
+_MOST_EXTENTS = 8
+_MOST_ALIGNMENT = 1 << 20
+
 
 def read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
     """Return metadata without arrays, and every tensor."""
@@ -69,16 +77,22 @@ class _Header:
         version, tensor_count, key_count = self._unpack("<IQQ")
         if version not in (2, 3):
             raise KeyError(f"version {version}")
+        self._check(tensor_count <= _MOST_TENSORS, f"{tensor_count} tensors")
+        self._check(key_count <= _MOST_KEYS, f"{key_count} keys")
         pairs = [(self._read_string(), self._read_value(self._unpack("<I")[0])) for _ in range(key_count)]
         metadata = {key: value for key, value in pairs if value is not None}
         tensors = [self._read_tensor() for _ in range(tensor_count)]
-        alignment = metadata.get("general.alignment", 32)
+        alignment, template = metadata.get("general.alignment", 32), metadata.get("tokenizer.chat_template", "")
+        self._check(type(alignment) is int and 0 < alignment <= _MOST_ALIGNMENT, f"general.alignment {alignment!r:.40}")
+        self._check(isinstance(template, str), f"tokenizer.chat_template {template!r:.40}")
         start = -(-self.position // alignment) * alignment
         return metadata, [tensor._replace(offset=start + tensor.offset) for tensor in tensors]
 
     def _read_tensor(self) -> Tensor:
         name = self._read_string()
-        extents = self._unpack(f"<{self._unpack('<I')[0]}Q")
+        (count,) = self._unpack("<I")
+        self._check(count <= _MOST_EXTENTS, f"{count} extents of a tensor")
+        extents = self._unpack(f"<{count}Q")
         kind, offset = self._unpack("<IQ")
         return Tensor(name, extents, kind, offset)
 
@@ -89,6 +103,7 @@ class _Header:
             return self._unpack(_SCALARS[kind])[0]
         kind, count = self._unpack("<IQ")
         if kind == _STRING:
+            self._check(count <= _MOST_ITEMS, f"{count} texts in an array")
             for _ in range(count):
                 (size,) = self._unpack("<Q")
                 self.position += size
@@ -98,8 +113,13 @@ class _Header:
 
     def _read_string(self) -> str:
         (size,) = self._unpack("<Q")
+        self._check(size <= min(_MOST_BYTES, len(self.data) - self.position), f"a text of {size} bytes")
         self.position += size
         return self.data[self.position - size : self.position].decode()
+
+    def _check(self, holds: bool, found: str) -> None:
+        if not holds:
+            raise KeyError(found)
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from(layout, self.data, self.position)

@@ -6,6 +6,8 @@ from typing import Any
 from lathe.common.errors import InputError
 from lathe.models.empty_model import make_empty_model
 from lathe.models.loss_mask import encode
+from lathe.models.model_folder import read_json
+from lathe.models.outside_files import check_sizes, translate_errors
 from lathe.models.tokenizer import load_tokenizer
 
 # Tokens at which llama.cpp ends a generation, whatever the model says (llama-vocab.cpp, special_eog_ids).
@@ -28,8 +30,9 @@ def check_base(folder: Path, shown: str) -> None:
     """
     model = _check_weights(folder, shown)
     try:
-        tokenizer = load_tokenizer(folder)
-        _check_chat(tokenizer, model.get_input_embeddings().num_embeddings, shown)
+        with translate_errors(shown, "its tokenizer"):
+            tokenizer = load_tokenizer(folder)
+            _check_chat(tokenizer, model.get_input_embeddings().num_embeddings, shown)
     except InputError as error:
         text = str(error).removeprefix(f"{folder.name}: ").removeprefix("row 1: ").removeprefix(f"{shown}: ")
         raise InputError(f"{shown}: {text}", code=error.code) from None
@@ -37,9 +40,12 @@ def check_base(folder: Path, shown: str) -> None:
 
 def _check_weights(folder: Path, shown: str) -> Any:
     """Return the model on the meta device, after a look at which weights it would find."""
+    check_sizes(read_json(folder / "config.json"), shown)
     try:
         model, found = make_empty_model(folder)
-    except (ValueError, KeyError, OSError, RuntimeError, TypeError, AttributeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # transformers raises whatever its reading of foreign files comes upon
         raise InputError(
             f"{shown}: transformers cannot load it: {' '.join(str(error).split())[:300]}; choose a causal language "
             "model whose files are whole",

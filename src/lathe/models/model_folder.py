@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from lathe.common.errors import InputError
 from lathe.common.json_files import read_json_object
+from lathe.models.outside_files import check_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -137,6 +138,7 @@ def read_config(base: Path) -> dict[str, Any]:
     if not base.is_dir():
         raise InputError(f"{base}: not a folder: give the folder of the base model", code="not-a-folder")
     config = read_json(base / "config.json")
+    check_sizes(config, str(base))
     if config.get("quantization_config"):
         raise InputError(
             f"{base / 'config.json'}: 'quantization_config' is set, a merge needs weights never quantized: "

@@ -57,8 +57,10 @@ def _measure_by_folder(folder: Path, sample: Sequence[Messages]) -> LengthsInTok
     from transformers import AutoTokenizer
 
     from lathe.models.chat_template import ChatTemplate
+    from lathe.models.outside_files import translate_errors
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with translate_errors(folder.name, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     template = ChatTemplate.of_tokenizer(tokenizer)
 
     def count(text: str) -> int:

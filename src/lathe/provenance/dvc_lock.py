@@ -6,7 +6,7 @@ from typing import Any
 
 from lathe.common.dvc_api import DvcRepository
 from lathe.common.errors import InputError
-from lathe.config.yaml_files import read_yaml
+from lathe.config.yaml_files import parse_yaml, read_yaml
 from lathe.provenance.lineage import hash_path
 
 
@@ -20,9 +20,7 @@ def read_locked_stages(lock: Path | str) -> dict[str, Any]:
             )
         tree = read_yaml(lock)
     else:
-        from ruamel.yaml import YAML
-
-        tree = YAML(typ="safe").load(lock)
+        tree = parse_yaml(lock, "dvc.lock")
     if not isinstance(tree, dict) or not isinstance(tree.get("stages"), dict):
         raise InputError(
             "dvc.lock: holds no stages; run `python -m lathe check`, which restores one cut short", code="damaged-lock"

@@ -4,13 +4,11 @@ import json
 import logging
 import time
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from lathe.common import paths
 from lathe.common.dvc_api import is_complete_lock
 from lathe.common.errors import InputError
 from lathe.common.git import try_git
+from lathe.config.yaml_files import parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +51,6 @@ def _is_complete(lock: str) -> bool:
     if "<<<<<<<" in lock:
         return True  # a merge conflict is the user's to resolve
     try:
-        return is_complete_lock(YAML(typ="safe").load(lock))
-    except YAMLError:
+        return is_complete_lock(parse_yaml(lock, "dvc.lock"))
+    except InputError:
         return False

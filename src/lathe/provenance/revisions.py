@@ -1,22 +1,22 @@
 """Revisions: what a commit, a branch, an experiment or the workspace holds, read without a checkout."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from lathe.common import paths
 from lathe.common.dvc_api import DvcRepository
 from lathe.common.errors import InputError
 from lathe.common.git import find_head, read_line, run_git, try_git
+from lathe.common.json_files import parse_json
 from lathe.common.metric_files import unwrap_list
 from lathe.common.text import did_you_mean
+from lathe.config.yaml_files import parse_yaml
 from lathe.provenance.dvc_lock import read_listing, read_locked_stages
 
 WORKSPACE = "workspace"
+REMEDY = "name another experiment or commit, or remove it with `dvc exp remove`"
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class Revision:
             file = paths.ROOT / path
             return file.read_text(encoding="utf-8") if file.is_file() else None
         content = try_git("show", f"{self.commit}:./{path}")
-        return None if content is None else content.decode()
+        return None if content is None else content.decode(errors="replace")
 
     def read_json(self, path: str) -> Any:
         """Return the content of a JSON file, without the list around a report; None if there is none."""
         text = self.read_text(path)
-        return None if text is None else unwrap_list(json.loads(text))
+        return None if text is None else unwrap_list(parse_json(text, f"{self.name}: {path}", remedy=REMEDY))
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
         """params.yaml, and the two presets that it selects as `models` and `datasets`."""
-        tree = YAML(typ="safe").load(self._require_text(paths.PARAMS.name))
+        tree = self._read_yaml(paths.PARAMS.name)
         return self.select_presets(tree, tree["model"])
 
     @cached_property
@@ -89,11 +89,17 @@ class Revision:
 
     def select_presets(self, tree: dict[str, Any], model: str) -> dict[str, Any]:
         """Return parameters with the presets that they select; `model` is the name of one under models."""
-        presets = YAML(typ="safe").load(self._require_text(paths.PRESETS.name))
+        presets = self._read_yaml(paths.PRESETS.name)
         selected = {
             table: presets[table].get(name) for name, table in ((model, "models"), (tree["dataset"], "datasets"))
         }
         return {**tree, **selected}
+
+    def _read_yaml(self, path: str) -> dict[str, Any]:
+        tree = parse_yaml(self._require_text(path), f"{self.name}: {path}")
+        if not isinstance(tree, dict):
+            raise InputError(f"{self.name}: {path}: holds no keys; {REMEDY}", code="no-pipeline")
+        return tree
 
     def _require_text(self, path: str) -> str:
         text = self.read_text(path)
@@ -110,7 +116,7 @@ class ClassifierRevision(Revision):
     @cached_property
     def parameters(self) -> dict[str, Any]:
         """classify/params.yaml, and the two presets that it selects as `models` and `datasets`."""
-        tree = YAML(typ="safe").load(self._require_text("classify/params.yaml"))
+        tree = self._read_yaml("classify/params.yaml")
         return self.select_presets(tree, tree["model"]["backbone"])
 
     @cached_property
@@ -152,7 +158,7 @@ def list_experiments(root: Path | None = None) -> list[Experiment]:
     form = "--format=%(objectname) %(refname) %(contents:subject)"
     listed = try_git("for-each-ref", "--sort=-committerdate", form, "refs/exps", root=root) or b""
     experiments = []
-    for line in listed.decode().splitlines():
+    for line in filter(None, listed.decode(errors="replace").split("\n")):  # a subject may hold any other separator
         commit, ref, message = line.split(" ", 2)
         parts = ref.split("/")  # refs/exps/<first two of the baseline>/<the rest>/<name>
         if len(parts) == 5 and len(parts[2]) == 2 and len(parts[3]) > 30:

@@ -205,7 +205,7 @@ def _describe_commits(commits: Sequence[str]) -> list[TracedCommit]:
         return []
     experiments = {experiment.commit: experiment.name for experiment in list_experiments()}
     printed = _run_git("log", "--no-walk=unsorted", "--format=%H%x00%cI%x00%s", "--stdin", stdin="\n".join(commits))
-    rows = (line.split("\0") for line in printed.decode(errors="replace").splitlines())
+    rows = (line.split("\0") for line in printed.decode(errors="replace").split("\n") if line)
     return [TracedCommit(commit, date, subject, experiments.get(commit)) for commit, date, subject in rows]
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lathe.common.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 UNKNOWN = "not known"
@@ -72,9 +74,12 @@ def _ask_hub(source: Mapping[str, Any]) -> str | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    from lathe.sources.hub_answers import UNREADABLE, bound_answers
+
     try:
-        info = HfApi().dataset_info(source["id"], revision=source.get("commit"), timeout=_TIMEOUT_SECONDS)
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError, OSError) as error:
+        with bound_answers():
+            info = HfApi().dataset_info(source["id"], revision=source.get("commit"), timeout=_TIMEOUT_SECONDS)
+    except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError, OSError, InputError, *UNREADABLE) as error:
         logger.warning("%s: the hub cannot be asked for its licence (%s)", source["id"], type(error).__name__)
         return None
     stated = info.card_data.get("license") if info.card_data else None

@@ -25,10 +25,13 @@ def upload(release: Release, *, public: bool, environment: Mapping[str, str] = o
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    from lathe.sources.hub_answers import UNREADABLE, bound_answers
+
     token = require_token(release.repository, environment)
     api = HfApi(token=token)
     try:
-        return _upload(api, release, public=public)
+        with bound_answers():
+            return _upload(api, release, public=public)
     except InputError:
         raise
     except HfHubHTTPError as error:
@@ -41,7 +44,7 @@ def upload(release: Release, *, public: bool, environment: Mapping[str, str] = o
         raise InputError(
             f"{release.repository}: the hub answers {status} ({problem}); {remedy}", code="hub-refuses"
         ) from None
-    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (httpx2.HTTPError, OSError, RuntimeError, *UNREADABLE) as error:
         problem = hide_secrets(summarize_error(error), [token])
         raise InputError(
             f"{release.repository}: the upload failed ({problem}); run it again: files that have arrived are not sent "

@@ -15,6 +15,7 @@ import yaml
 from lathe.common import paths
 from lathe.common.json_files import read_json
 from lathe.common.metric_files import unwrap_list
+from lathe.common.text import summarize_error
 from lathe.config.params import Params
 from lathe.config.training_params import Lora
 
@@ -110,8 +111,9 @@ def read_license(model: Path) -> dict[str, str]:
     readme = model / "README.md"
     try:
         metadata = metadata_load(readme) if readme.exists() else None
-    except (ValueError, yaml.YAMLError) as error:
-        logger.warning("models/base/README.md: its front matter is no YAML object (%s)", str(error).splitlines()[0])
+        metadata = metadata if isinstance(metadata, dict) else None
+    except Exception as error:  # a README from outside: whatever its text makes a YAML reader raise
+        logger.warning("models/base/README.md: its front matter is no YAML object (%s)", summarize_error(error))
         metadata = None
     keys = ("license", "license_name", "license_link")
     license_keys = {key: str(metadata[key]) for key in keys if metadata and metadata.get(key)}

@@ -4,12 +4,15 @@ Files are in the user's own Hub cache (`HF_HOME`, `HF_HUB_CACHE`), in its own la
 are used, and other tools can use those that are downloaded here.
 """
 
-import glob
+import functools
+import itertools
 import logging
+import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, cast
@@ -21,8 +24,8 @@ from huggingface_hub import (
     get_cached_repo_tree,
     get_token,
     hf_hub_url,
-    snapshot_download,
 )
+from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     GatedRepoError,
@@ -41,6 +44,8 @@ from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.progress import Progress
 from lathe.common.text import readable_bytes, summarize_error
+from lathe.sources.hub_answers import UNREADABLE, bound_answers
+from lathe.sources.hub_download import BoundedFile, FileBar, TooLongError
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +60,7 @@ LONGEST_WAIT_SECONDS = 60.0  # a hub that asks for a longer wait is not waited f
 SERVER_FAILURES = frozenset({500, 502, 503, 504})
 RETRIED_STATUSES = frozenset({408, 429}) | SERVER_FAILURES
 TIMEOUT_SECONDS = 30.0
+MOST_FILES = 250_000  # of a repository
 
 # A connection that broke after it was made; if none can be made the cache is used instead of another attempt.
 CONNECTION_ERRORS = (httpx2.ReadError, httpx2.ReadTimeout, httpx2.RemoteProtocolError)
@@ -99,7 +105,7 @@ class Repository:
         assert self.commit
         try:
             listed = get_cached_repo_tree(self.name, repo_type=self.kind, revision=self.commit)
-            return sorted(file.path for file in listed)
+            return sorted(self._check_path(file.path) for file in listed)
         except CachedRepoTreeNotFoundError:
             pass
         try:
@@ -133,15 +139,13 @@ class Repository:
     def _listing(self) -> dict[str, RepoFile]:
         # First, because it reports a wrong name or commit, or an unreachable Hub, at once.
         self._request_info(self.commit)
-        entries = self._request(
-            lambda: list(HfApi().list_repo_tree(self.name, repo_type=self.kind, revision=self.commit, recursive=True))
-        )
-        files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-        if strange := [path for path in files if path.startswith("/") or ".." in path.split("/")]:
+        entries = self._request(self._list_tree)
+        if len(entries) > MOST_FILES:
             raise InputError(
-                f"{self.name}: {strange[0]!r} would lie outside of its folder; use another repository",
-                code="unsafe-path",
+                f"{self.name}: the hub lists more than {MOST_FILES:,} files; use another repository",
+                code="too-many-files",
             )
+        files = {self._check_path(entry.path): entry for entry in entries if isinstance(entry, RepoFile)}
         for file in files.values():
             self._check_hash(file.lfs.sha256 if file.lfs else file.blob_id, SHA256 if file.lfs else COMMIT)
             if not isinstance(file.size, int) or file.size < 0:
@@ -150,6 +154,18 @@ class Repository:
                     code="unsafe-size",
                 )
         return files
+
+    def _list_tree(self) -> list[Any]:
+        listed = HfApi().list_repo_tree(self.name, repo_type=self.kind, revision=self.commit, recursive=True)
+        return list(itertools.islice(listed, MOST_FILES + 1))
+
+    def _check_path(self, path: object) -> str:
+        """Return the path of a file that the hub names; it becomes one below the folder of the repository."""
+        if not isinstance(path, str) or "\0" in path or {"", ".", ".."} & set(path.split("/")):
+            raise InputError(
+                f"{self.name}: {path!r} would lie outside of its folder; use another repository", code="unsafe-path"
+            )
+        return path
 
     def _check_hash(self, name: object, form: re.Pattern[str]) -> str:
         """Return a hash that the hub names; it becomes the name of a file or folder, and so must be nothing else."""
@@ -214,15 +230,34 @@ class Repository:
         with Progress(self.name, sum(file.size for file in files), unit="B", log_ends=True) as progress:
             for file in files:
                 self._download_file(file, progress)
-        # With all blobs present this links them under their names, and caches the listing for runs without a network.
-        self._request(
-            lambda: snapshot_download(
-                self.name,
-                repo_type=self.kind,
-                revision=self.commit,
-                allow_patterns=[glob.escape(file.path) for file in files],
+        # Not by snapshot_download: it asks the hub for the listing again, and takes the names of that unchecked.
+        for file in files:
+            self._link(file)
+        self._keep_listing()
+
+    def _link(self, file: RepoFile) -> None:
+        """Put a downloaded file under its name into the cache's folder of the commit."""
+        pointer, blob = self._snapshot / file.path, self._blob_path(file)
+        pointer.parent.mkdir(parents=True, exist_ok=True)
+        with paths.replace_file(pointer) as partial:
+            try:
+                partial.symlink_to(os.path.relpath(blob, pointer.parent))
+            except OSError:  # a file system without links
+                paths.link(blob, partial)
+
+    def _keep_listing(self) -> None:
+        """Keep the listing in the cache, in its own form, for runs without a network."""
+        assert self.commit
+        entries = {
+            path: TreeCacheEntry(
+                size=file.size,
+                blob_id=file.blob_id,
+                lfs_sha256=file.lfs.sha256 if file.lfs else None,
+                lfs_size=file.lfs.size if file.lfs else None,
             )
-        )
+            for path, file in self._listing.items()
+        }
+        write_tree_cache(str(self.folder), self.commit, entries)
 
     def _download_file(self, file: RepoFile, progress: Progress) -> None:
         # The library's own download starts a file again after its process was killed; hours may be lost.
@@ -236,8 +271,9 @@ class Repository:
                 return
             if _get_size(partial) > file.size:
                 partial.unlink()
-            file_progress = _FileBar(progress)
-            self._request(lambda: self._download_bytes(file, partial, file_progress), retried=SERVER_FAILURES)
+            file_progress = FileBar(progress)
+            download = functools.partial(self._download_bytes, file, partial, file_progress)
+            self._request(download, retried=SERVER_FAILURES, of_file=True)
             if _hash_file(partial, blob.name) != blob.name:
                 partial.unlink()
                 raise InputError(
@@ -247,7 +283,7 @@ class Repository:
                 )
             partial.replace(blob)
 
-    def _download_bytes(self, file: RepoFile, partial: Path, progress: "_FileBar") -> None:
+    def _download_bytes(self, file: RepoFile, partial: Path, progress: FileBar) -> None:
         url = hf_hub_url(self.name, file.path, repo_type=self.kind, revision=self.commit)
         headers = {**build_hf_headers(library_name="lathe"), "Accept-Encoding": "identity"}
         with partial.open("ab") as target:
@@ -255,7 +291,7 @@ class Repository:
                 # A redirect to another host is followed without the Authorization header.
                 http_get(
                     url,
-                    cast(BinaryIO, _BoundedFile(target, file.size)),
+                    cast(BinaryIO, BoundedFile(target, file.size)),
                     resume_size=target.tell(),
                     headers=headers,
                     expected_size=file.size,
@@ -263,7 +299,7 @@ class Repository:
                 )
             except OSError as error:
                 # The library's error for another size than the announced one, and that of what is longer.
-                if "Consistency check failed" not in str(error) and not isinstance(error, _TooLongError):
+                if "Consistency check failed" not in str(error) and not isinstance(error, TooLongError):
                     raise
                 partial.unlink()
                 raise InputError(
@@ -288,11 +324,15 @@ class Repository:
                 code="disk-too-small",
             )
 
-    def _request(self, action: Callable[[], Response], retried: frozenset[int] = frozenset()) -> Response:
+    def _request(
+        self, action: Callable[[], Response], retried: frozenset[int] = frozenset(), *, of_file: bool = False
+    ) -> Response:
+        """Ask the hub; the answer is bounded, except for the bytes of a file, whose size is known."""
         waits = list(WAITS_SECONDS if retried else ())
         while True:
             try:
-                return action()
+                with nullcontext() if of_file else bound_answers():
+                    return action()
             except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx2.TransportError) as error:
                 problem: BaseException = error
                 if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
@@ -303,6 +343,12 @@ class Repository:
                 del waits[0]
                 logger.warning("%s: %s; asking again in %.0f s", self.name, summarize_error(problem), seconds)
                 time.sleep(seconds)
+            except UNREADABLE as error:
+                raise InputError(
+                    f"{self.name}: the hub's answer cannot be read ({summarize_error(error)}); check HF_ENDPOINT where "
+                    "it is set, or use another hub",
+                    code="unreadable-answer",
+                ) from None
 
     def _explain_error(self, error: BaseException) -> InputError:
         page = f"{constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
@@ -363,45 +409,6 @@ class Repository:
             "downloaded is kept",
             code="hub-failed",
         )
-
-
-class _TooLongError(OSError):
-    """More bytes come than were announced."""
-
-
-class _BoundedFile:
-    """A file that takes no more bytes than announced: a body without end would fill the disk."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._size = file, size
-
-    def write(self, data: bytes) -> int:
-        if self._file.tell() + len(data) > self._size:
-            raise _TooLongError
-        return self._file.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
-class _FileBar:
-    """The bar of one file as http_get makes and uses it: it counts into the progress of all files."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress, self.start = progress, progress.done
-
-    def __call__(self, *, initial: int = 0, **_: object) -> "_FileBar":
-        self.progress.add(self.start + initial - self.progress.done)  # `initial` bytes are kept of a broken download
-        return self
-
-    def __enter__(self) -> "_FileBar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, count: int) -> None:
-        self.progress.add(count)
 
 
 def _choose_delay(error: BaseException, retried: frozenset[int], default: float) -> float | None:

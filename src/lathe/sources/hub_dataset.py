@@ -21,6 +21,7 @@ from lathe.common.text import did_you_mean, summarize_error
 from lathe.data.part_of_file import count_rows
 from lathe.data.split_files import get_suffix
 from lathe.sources.hub import Repository
+from lathe.sources.hub_answers import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Layout:
                     code="no-such-configuration",
                 )
             builder = datasets.load_dataset_builder(str(folder), name=chosen, cache_dir=str(folder / ".cache"))
-        except (DatasetsError, OSError, ValueError, yaml.YAMLError) as error:
+        except (DatasetsError, OSError, yaml.YAMLError, *UNREADABLE) as error:
             problem = summarize_error(error).replace(str(folder), name)
             raise InputError(
                 f"{name}: holds no data files that can be read ({problem}); try the hub's own conversion, `revision: "

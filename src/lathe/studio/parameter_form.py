@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from lathe.common import paths
 from lathe.common.dotted_keys import get_value
@@ -19,7 +18,7 @@ from lathe.config.load import load
 from lathe.config.overrides import apply_overrides, format_override, list_keys
 from lathe.config.params import Params
 from lathe.config.reference import describe_range, describe_type, read_unit
-from lathe.config.yaml_files import read_yaml
+from lathe.config.yaml_files import parse_yaml, read_yaml
 from lathe.experiments.recipes import load_main_recipe
 
 # Shown at once; all others are folded.
@@ -134,7 +133,7 @@ def _compare(given: Mapping[str, str], values: Mapping[str, Any]) -> tuple[list[
             continue
         try:
             value = parse_value(text)
-        except YAMLError:
+        except InputError:
             problems.append(f"{key} is {text[:60]!r}, which is no YAML value; quote it, or close its brackets")
             continue
         if "${" in text:
@@ -155,7 +154,7 @@ def check_overrides(recipe: str, overrides: Sequence[str]) -> list[str]:
 
 def parse_value(text: str) -> Any:
     """Return the value of a text in YAML, as params.yaml would have it; empty is null."""
-    value = YAML(typ="safe").load(text)
+    value = parse_yaml(text, "the value")
     if isinstance(value, str | int | float | bool | list | dict | None):
         return value
     return str(text)  # a date, which no parameter is
@@ -182,7 +181,7 @@ def parse_back(text: str) -> Any:
     """Return what a plain text would be read as; None if it cannot be read."""
     try:
         return parse_value(text)
-    except YAMLError:
+    except InputError:
         return None
 
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from lathe.common import paths
 from lathe.common.errors import InputError
@@ -216,7 +215,7 @@ def _read_recipe_of(model: str) -> dict[str, Any]:
     for name in list_recipes():
         try:
             values = read_overrides(paths.ROOT / f"experiments/{name}.yaml")
-        except (InputError, YAMLError):
+        except InputError:
             continue
         if values.get("model") == model and values.get("training.method", "sft") == "sft":
             return dict(values)

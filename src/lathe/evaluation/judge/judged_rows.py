@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.jsonl import read_jsonl, write_jsonl
 from lathe.evaluation.judge.prompt import JudgePrompt, compose_prompt
@@ -104,7 +105,16 @@ def compute_verdict_key(prompt: JudgePrompt, identity: Mapping[str, str], *, max
 
 
 def read_rubric(file: Path) -> str:
-    """Return the rubric; raises InputError if the file is missing, empty or not UTF-8."""
+    """Return the rubric; raises InputError if the file is missing, empty, not UTF-8 or not in the checkout.
+
+    It is sent to a server: a recipe of someone else must not name a key of the user's, nor a link to one.
+    """
+    if not file.resolve().is_relative_to(paths.ROOT):
+        raise InputError(
+            f"judge.rubric is {file}: lies outside of the checkout, and would be sent to the judge; copy it to "
+            "experiments/rubrics/",
+            code="outside-checkout",
+        )
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:

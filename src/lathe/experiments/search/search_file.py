@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
-from ruamel.yaml import YAML
 
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
@@ -16,7 +15,7 @@ from lathe.config.base import Name, Positive, PositiveFloat, Section
 from lathe.config.classifier_params import ClassifierParams
 from lathe.config.load import check_value
 from lathe.config.params import Params
-from lathe.config.yaml_files import find_line, read_yaml
+from lathe.config.yaml_files import find_line, read_marked_yaml, read_yaml
 
 CLASSIFIER_SCORES = ("accuracy", "macro_f1", "calibration_error")
 LARGEST_GRID = 100_000  # points; the order of all is drawn at once
@@ -33,6 +32,11 @@ class Float(Section):
     high: FiniteFloat
     log: bool = False
     step: PositiveFloat | None = None
+
+    @property
+    def has_points(self) -> bool:
+        """Whether a grid can take it; `points` makes them all."""
+        return self.step is not None
 
     @property
     def points(self) -> Sequence[float] | None:
@@ -59,6 +63,11 @@ class Int(Section):
     step: Positive | None = None
 
     @property
+    def has_points(self) -> bool:
+        """Whether a grid can take it."""
+        return not self.log
+
+    @property
     def points(self) -> Sequence[int] | None:
         """The values that a grid takes; None if they are sampled by their logarithm."""
         return None if self.log else range(self.low, self.high + 1, self.step or 1)
@@ -73,6 +82,11 @@ class Categorical(Section):
 
     type: Literal["categorical"]
     choices: Annotated[list[Any], Field(min_length=1)]
+
+    @property
+    def has_points(self) -> bool:
+        """Whether a grid can take it."""
+        return True
 
     @property
     def points(self) -> Sequence[Any]:
@@ -208,8 +222,7 @@ def read_plan(file: Path, params: Mapping[str, Any], name: str, section: type[Se
     Raises InputError with one line per problem: file, line, key, value, rule and remedy.
     """
     tree = read_yaml(file)
-    with file.open(encoding="utf-8") as text:
-        marked = YAML().load(text)  # knows the line of every key
+    marked = read_marked_yaml(file)  # knows the line of every key
 
     try:
         plan = Plan.model_validate(tree)
@@ -253,7 +266,7 @@ def _check_dimension(
 
 def _check_grid(plan: Plan, name: str, marked: Any) -> Iterator[str]:
     for key, dimension in plan.space.items():
-        if dimension.points is None:
+        if not dimension.has_points:
             yield (
                 f"{_locate(name, marked, ('space', key))}: space.{key}: a grid needs points; give it a step and no "
                 "log, or take type categorical with choices"

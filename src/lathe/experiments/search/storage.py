@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +73,7 @@ def open_storage(url: str | None, study: str) -> "BaseStorage":
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
+    _refuse_ambiguous(url)
     try:
         address = make_url(url)
     except ArgumentError:
@@ -98,6 +98,18 @@ def open_storage(url: str | None, study: str) -> "BaseStorage":
     raise AssertionError("the last attempt returns or raises")
 
 
+def _refuse_ambiguous(url: str) -> None:
+    """Refuse a password with signs that end it: a part of it would be taken for the host, and shown in messages."""
+    scheme, _, rest = url.partition("://")
+    before, at, _ = rest.rpartition("@")
+    if at and not scheme.startswith("sqlite") and {"@", "/", "?", "#"} & set(before):
+        raise InputError(
+            f"{VARIABLE} or --storage: its password or another part holds one of @ / ? #, which end a password; write "
+            "them as %40 %2F %3F %23",
+            code="invalid-database-url",
+        )
+
+
 def _check_journal(journal: Path) -> None:
     """Refuse a damaged journal: Optuna would read it up to the damage, and might append to it."""
     if not journal.exists():
@@ -114,7 +126,7 @@ def _check_journal(journal: Path) -> None:
 def _is_operation(line: bytes) -> bool:
     try:
         operation = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(operation, dict) and operation.get("op_code") in range(11)
 
@@ -150,7 +162,9 @@ def hide_password(url: str | None) -> str:
     """Return the address without the password, and without the options, which may contain one."""
     if url is None:
         return str(JOURNALS.relative_to(paths.MAIN))
-    return re.sub(r"//([^/@:]*)(:[^/]*)?@", r"//\1@", url.partition("?")[0])
+    scheme, separator, rest = url.partition("://")
+    user, at, place = rest.rpartition("@")  # the last one: a password may hold each of these signs
+    return f"{scheme}{separator}{user.partition(':')[0]}{at}{place.partition('?')[0]}"
 
 
 def format_database_error(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+from lathe.experiments.tracking.bounded_requests import bound_responses
 from lathe.experiments.tracking.run_files import CurvePoints, MirroredRun, contradicts, find_unsent_points
 from lathe.experiments.tracking.targets import MlflowTarget
 from lathe.experiments.tracking.tracker import Mirror, TrackerUnreachableError
@@ -90,6 +91,7 @@ class MlflowMirror(Mirror):
         os.environ.update(QUIET)
         from mlflow import MlflowClient
 
+        bound_responses()
         return MlflowClient(self.target.tracking_uri)
 
     @contextlib.contextmanager

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
+from lathe.common.text import summarize_error
 from lathe.models.model_folder import read_json, write_json
+from lathe.models.outside_files import translate_errors
 from lathe.models.templates.builtin_templates import MARKER
 from lathe.models.templates.find_template import find_template
 
@@ -23,7 +25,8 @@ def install_template(template: str, model: Path) -> str:
     from transformers import AutoTokenizer
 
     text = find_template(template)
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    with translate_errors(model.name, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     end = _find_end_token(template, text, tokenizer)
     for name in ("chat_template.json", "chat_template.jinja"):
         (model / name).unlink(missing_ok=True)
@@ -77,17 +80,21 @@ def _find_end_token(template: str, text: str, tokenizer: Any) -> str:
 def _render_question(template: str, text: str, tokenizer: Any) -> str:
     """Render a question and its answer; raises InputError if the template cannot.
 
-    By the tokenizer itself: with ChatTemplate, each edit of its module would fetch the models again.
+    Within limits, but not by ChatTemplate: each edit of its module would fetch the models again.
     """
     import jinja2
 
+    from lathe.common import bounded_jinja
+
     chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    variables = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": False}
     try:
-        return str(tokenizer.apply_chat_template(chat, chat_template=text, tokenize=False))
+        compiled = bounded_jinja.compile_template(text)
+        return bounded_jinja.render(compiled, {**compiled.globals, **variables, "messages": chat})
     except jinja2.TemplateSyntaxError as error:
         code, problem = "template-syntax", f"line {error.lineno} is not valid Jinja: {error.message}"
-    except (jinja2.TemplateError, TypeError) as error:
-        code, problem = "template-refuses", f"cannot write a question and its answer: {error}"
+    except Exception as error:  # a template is a program: it may fail in any way
+        code, problem = "template-refuses", f"cannot write a question and its answer: {summarize_error(error)}"
     raise InputError(f"template {template}: {problem.rstrip('.')}; mend the file", code=code)
 
 
