@@ -107,13 +107,14 @@ def _get(parent: Any, key: Any) -> Any:
 
 def read_gguf(folder: Path) -> None:
     """As trace, verify and publish read it, then as chat, infer, serve and a judge, then as fetch and doctor."""
-    from lathe.gguf import header
+    from lathe.gguf.description import describe_gguf
     from lathe.gguf.llama_model import LlamaModel
+    from lathe.gguf.tensor_list import list_tensors
     from lathe.sources import gguf_model
 
     file = folder / "model.gguf"
-    _ask(lambda: header.describe(file))
-    _ask(lambda: header.list_tensors(file))
+    _ask(lambda: describe_gguf(file))
+    _ask(lambda: list_tensors(file))
     _ask(lambda: gguf_model.read_config(file))
 
     def load() -> None:

@@ -13,10 +13,11 @@ from refusals import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from lathe.common import paths
-from lathe.gguf import header, tokenizer_parity
+from lathe.gguf import tokenizer_parity
 from lathe.gguf.description import describe_gguf
 from lathe.gguf.llama_model import LlamaModel
 from lathe.gguf.quantize import quantize
+from lathe.gguf.tensor_list import list_tensors
 from lathe.models import model_folder
 from lathe.sources import gguf_model
 from lathe.sources.gguf_reading import parse_once
@@ -196,7 +197,7 @@ def test_the_scaling_of_positions_comes_back(tmp_path: Path, tiny: Made, kind: s
     found = {key: config.rope_parameters.get(key) for key in SCALED[kind]}
     assert found == pytest.approx(SCALED[kind])
     convert(tmp_path / "base", tmp_path / "again.gguf")
-    was, became = ({t.name for t in header.list_tensors(path)} for path in (file, tmp_path / "again.gguf"))
+    was, became = ({t.name for t in list_tensors(path)} for path in (file, tmp_path / "again.gguf"))
     assert was == became
 
 

@@ -9,9 +9,10 @@ import pytest
 from gguf_models import Made, convert, make_qwen3_moe, tiny  # noqa: F401 - fixtures
 from refusals import refused
 
-from lathe.gguf import collect_imatrix, header, imatrix_file
+from lathe.gguf import collect_imatrix, imatrix_file
 from lathe.gguf.description import describe_gguf
 from lathe.gguf.imatrix_file import Importance
+from lathe.gguf.tensor_list import list_tensors
 
 ROWS = [[1, *range(10 + n, 300, 7)] for n in range(3)] + [[1, 5, 9, 200, 33]]
 
@@ -70,7 +71,7 @@ def test_rows_of_any_lengths_and_batches_give_the_same_sums(tiny: Made, exact, m
 def test_a_tensor_whose_columns_were_reordered_gets_no_importance_and_is_named(tiny: Made, tmp_path, caplog):
     harmed = tmp_path / "harmed.gguf"
     shutil.copy(tiny.gguf, harmed)
-    [tensor] = [tensor for tensor in header.list_tensors(harmed) if tensor.name == "blk.1.attn_output.weight"]
+    [tensor] = [tensor for tensor in list_tensors(harmed) if tensor.name == "blk.1.attn_output.weight"]
     weight = np.memmap(harmed, "<f2", mode="r+", offset=tensor.offset, shape=tuple(reversed(tensor.extents)))
     weight[:] = weight[:, ::-1].copy()
     weight.flush()

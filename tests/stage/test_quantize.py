@@ -15,10 +15,10 @@ from lathe.config.quantization_types import FILES_THAT_CANNOT_BE_MADE, FILES_THA
 from lathe.gguf import collect_imatrix, imatrix_file
 from lathe.gguf.description import describe_gguf
 from lathe.gguf.ggml_types import read_ggml_types
-from lathe.gguf.header import list_tensors
 from lathe.gguf.llama_library import collect_llama_log, load_library
 from lathe.gguf.llama_model import LlamaModel
 from lathe.gguf.quantize import quantize
+from lathe.gguf.tensor_list import list_tensors
 from lathe.gguf.tensor_types import list_file_types
 from lathe.inference.kv_cache import KVCache
 

@@ -20,7 +20,8 @@ import pyarrow.parquet
 import pytest
 
 from lathe.common.errors import InputError
-from lathe.gguf import header, trial_load
+from lathe.gguf import trial_load
+from lathe.gguf.description import describe_gguf
 from lathe.gguf.llama_model import LlamaModel
 
 ALL = bool(os.environ.get("LATHE_ALL_TESTS"))
@@ -107,10 +108,10 @@ def test_a_header_that_lies_is_read_or_refused_in_one_line(tmp_path: Path, name:
     file = tmp_path / "file.gguf"
     file.write_bytes(hostile_gguf.HEADERS[name])
     if name in {"file-type-nan", "offset-huge"}:  # what they say concerns the values of tensors alone
-        assert header.describe(file)["parameters"] == 32
+        assert describe_gguf(file)["parameters"] == 32
     else:
         with pytest.raises(InputError) as refusal:
-            header.describe(file)
+            describe_gguf(file)
         assert "\n" not in str(refusal.value)
     with pytest.raises(InputError) as refused:
         LlamaModel(file, vocab_only=True)

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from lathe.common.errors import InputError
 from lathe.common.progress import Progress
-from lathe.gguf import header
+from lathe.gguf.header import read_metadata
 from lathe.gguf.imatrix_file import Importance
+from lathe.gguf.tensor_list import Tensor, list_tensors
 from lathe.models.model_class import choose_model_class, read_model_config
 from lathe.models.precision import DTYPES, resolve_precision
 
@@ -48,7 +49,7 @@ def collect(model: Path, file: Path, rows: Sequence[Sequence[int]]) -> dict[str,
             network.base_model(input_ids=batch.to(network.device), use_cache=False)
             progress.add(len(batch))
     importance: dict[str, Importance] = {}
-    tensors = {tensor.name: tensor for tensor in header.list_tensors(file)}
+    tensors = {tensor.name: tensor for tensor in list_tensors(file)}
     names = _TensorNames(file, tensors)
     for layer, weight in recorder.weights.items():
         targets = names.find_tensors(layer)
@@ -157,7 +158,7 @@ class _TensorNames:
     def __init__(self, file: Path, tensors: Mapping[str, Any]) -> None:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-        architecture = header.read_metadata(file)["general.architecture"]
+        architecture = read_metadata(file)["general.architecture"]
         numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
         blocks = [int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))]
         self._tensors = tensors
@@ -181,7 +182,7 @@ class _TensorNames:
         return []
 
 
-def _has_same_columns(weight: torch.Tensor, file: Path, tensors: Sequence[header.Tensor]) -> bool:
+def _has_same_columns(weight: torch.Tensor, file: Path, tensors: Sequence[Tensor]) -> bool:
     """Tell whether the file's tensors together have the columns of a weight in order, by the squares of each column.
 
     A factor common to all columns does not matter.
@@ -203,7 +204,7 @@ def _sum_squares(weight: torch.Tensor) -> Any:
     return torch.stack(sums).cpu().numpy()
 
 
-def _sum_stored_squares(file: Path, tensor: header.Tensor) -> Any:
+def _sum_stored_squares(file: Path, tensor: Tensor) -> Any:
     from gguf import GGMLQuantizationType as Kind
 
     kinds = {Kind.F32: "<f4", Kind.F16: "<f2", Kind.BF16: "<u2"}
@@ -221,7 +222,7 @@ def _sum_stored_squares(file: Path, tensor: header.Tensor) -> Any:
     return sums
 
 
-def _warn_of_unmatched(tensors: Mapping[str, header.Tensor], importance: Mapping[str, Importance]) -> None:
+def _warn_of_unmatched(tensors: Mapping[str, Tensor], importance: Mapping[str, Importance]) -> None:
     left = {
         re.sub(r"^blk\.\d+\.", "", name)
         for name in set(tensors) - set(importance)

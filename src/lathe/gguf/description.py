@@ -7,7 +7,8 @@ from typing import Any
 
 from lathe.common.errors import InputError
 from lathe.gguf.ggml_types import read_ggml_types
-from lathe.gguf.header import read_header
+from lathe.gguf.header import open_header
+from lathe.gguf.tensor_list import read_tensors
 
 
 def describe_gguf(path: Path) -> dict[str, Any]:
@@ -17,7 +18,8 @@ def describe_gguf(path: Path) -> dict[str, Any]:
     `metadata` without arrays; `chat_template` or None. Raises InputError if the file is not GGUF, damaged or cut short.
     """
     names = {kind.number: name for name, kind in read_ggml_types().items()}
-    metadata, tensors = read_header(path)
+    with open_header(path) as header:
+        metadata, tensors = header.metadata, read_tensors(header)
     parameters = tensor_bytes = 0
     for tensor in tensors:
         if tensor.kind not in names:

@@ -16,9 +16,9 @@ from lathe.common.text import did_you_mean
 from lathe.config.quantization_types import FILES_THAT_CANNOT_BE_MADE, check_type
 from lathe.gguf import imatrix_file
 from lathe.gguf.ggml_types import read_ggml_types
-from lathe.gguf.header import Tensor, list_tensors
 from lathe.gguf.llama_library import collect_llama_log, load_library
 from lathe.gguf.program_errors import extract_reason, raise_disk_error
+from lathe.gguf.tensor_list import Tensor, list_tensors
 from lathe.gguf.tensor_types import assign_types, list_file_types
 
 logger = logging.getLogger(__name__)

@@ -33,7 +33,8 @@ def fetch_outputs(repo: DvcRepository, commit: str, remote: str) -> int:
 
 def list_hashes(repo: DvcRepository, commit: str) -> set[str]:
     """Return the hashes of an experiment's outputs: without those in Git, and those that dvc.yaml never pushes."""
-    wanted = repo.stage_outputs() - repo.unpushed_outputs()
+    outputs = repo.list_committed_outputs()
+    wanted = {path for path, is_cached in outputs.items() if is_cached} - repo.unpushed_outputs()
     stages = Revision(commit, commit).stages
     return {out["md5"] for stage in stages.values() for out in stage.get("outs", []) if out["path"] in wanted}
 
