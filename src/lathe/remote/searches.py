@@ -83,6 +83,10 @@ def start(
 def work(file: Path, overrides: list[str], *, jobs: int, n_trials: int | None, remote: str | None) -> None:
     """On a host: drive the study until all its trials have ended, and deliver each experiment of a trial."""
     require_origin()
+    study = command.prepare(file, overrides).plan.study
+    for experiment in list_experiments():  # those that a kill kept from it
+        if experiment.message.startswith(f"search {study}, trial "):
+            push_experiment(experiment, remote)
 
     def deliver(order: trial.Order) -> None:
         for experiment in list_experiments():

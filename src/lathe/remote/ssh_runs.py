@@ -11,7 +11,7 @@ from pathlib import Path
 from lathe.common import paths
 from lathe.common.dvc_api import open_repository
 from lathe.common.errors import InputError
-from lathe.common.git import run_git
+from lathe.common.git import read_line, run_git
 from lathe.remote.host import REMOTE, Host
 from lathe.remote.job import Job
 from lathe.remote.outputs import fetch_outputs
@@ -127,6 +127,8 @@ def fetch(record: Record) -> list[str]:
             )
     lines = []
     for ref, remote in jobs.items():
+        if record.study is not None and read_line("rev-parse", "--verify", "--quiet", ref):
+            continue  # here already, or from another host, which has taken the trial over
         host.fetch(ref)
         commit = run_git("rev-parse", "--verify", f"{ref}^{{commit}}").decode().strip()
         if remote:

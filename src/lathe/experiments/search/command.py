@@ -36,7 +36,7 @@ class Prepared:
 
 
 def run(args: argparse.Namespace, deliver: "Deliver | None" = None) -> None:
-    """Run a search, or apply its best experiment; `deliver` gets each trial's experiment before its scores are stored.
+    """Run a search, or apply its best experiment; `deliver` gets each trial's experiment once its scores are stored.
 
     Raises InputError for a file, an option or a variable of the environment that cannot be used.
     """

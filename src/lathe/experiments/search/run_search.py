@@ -155,9 +155,9 @@ class Driver:
         pruning.end_trial(running.process)
         self.running.remove(running)
         commit = pruning.record_pruned(running.order, checkout, step, loss)
+        self.study.prune(running.trial, step, loss, commit)
         if self.deliver:
             self.deliver(running.order)
-        self.study.prune(running.trial, step, loss, commit)
         separate_checkout.remove(checkout)
         (LOGS / f"{running.order.name}.log").unlink(missing_ok=True)
         logger.info("trial %d: pruned at step %d, evaluation loss %g", running.trial.number, step, loss)
@@ -198,9 +198,9 @@ class Driver:
         except ValueError as error:
             self.study.fail(taken, str(error))
             return True
+        self.study.finish(taken, scores, str(revision.commit))
         if self.deliver:
             self.deliver(order)
-        self.study.finish(taken, scores, str(revision.commit))
         shown = ", ".join(f"{o.metric} {score:g}" for o, score in zip(self.study.plan.objectives, scores, strict=True))
         logger.info("trial %d: %s", taken.number, shown)
         return True
@@ -271,7 +271,7 @@ def search(
 ) -> Study:
     """Run a search to its end and return its study; every trial has the overrides `fixed`.
 
-    `deliver` hands on the experiment of each trial before its scores are stored.
+    `deliver` hands on the experiment of each trial once its scores are stored.
 
     Raises InputError if it cannot start, and Interrupted if a signal stopped it.
     """
