@@ -242,8 +242,7 @@ def check_gates() -> bool:
 
     params = load().params
     report, recorded = (_read_evaluation(name) for name in ("validation", "gates"))
-    has_tasks = (paths.METRICS / "evaluate/benchmark.json").exists()
-    benchmark = _read_evaluation("benchmark") if has_tasks else {}
+    benchmark = _read_evaluation("benchmark") if (paths.METRICS / "evaluate/benchmark.json").exists() else {}
     expressions = params.evaluate.gates or []
     if set(report) != set(artifacts.list_artifacts(params.quantize.types)) or list(recorded["gates"]) != expressions:
         raise InputError(

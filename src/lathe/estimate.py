@@ -16,12 +16,12 @@ from typing import Any
 
 from lathe.common.errors import InputError
 from lathe.common.json_files import read_json_object
+from lathe.common.outside_files import check_sizes, describe_error
 from lathe.common.text import readable_bytes
 from lathe.config.base import Auto, get_number
 from lathe.config.params import Params
 from lathe.config.training_params import Lora, Quantization, Training
 from lathe.gguf.file_sizes import estimate_gguf_bytes
-from lathe.models.outside_files import check_sizes, describe_error
 from lathe.training.checkpoints import KEPT_CHECKPOINTS
 
 # Bytes of optimizer state per trained weight, by the optimizer's name in transformers. AdamW keeps two moments and Lion

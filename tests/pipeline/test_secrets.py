@@ -12,7 +12,7 @@ NAMES = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "LATHE_STUDIO_TOKEN"),
     *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
 )
-PLANTED = "PLANTEDSECRET"
+PLANTED = "".join(("PLANTED", "SECRET"))  # in parts: this file is in the checkout too
 SECRETS = {name: f"{PLANTED}{number:03}{name[::-1]}" for number, name in enumerate(NAMES)}
 
 

@@ -19,9 +19,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from lathe.common import trial_load
 from lathe.common.errors import InputError
-from lathe.gguf import trial_load
 from lathe.gguf.description import describe_gguf
+from lathe.gguf.llama_library import load_library
 from lathe.gguf.llama_model import LlamaModel
 
 ALL = bool(os.environ.get("LATHE_ALL_TESTS"))
@@ -99,8 +100,9 @@ def test_the_corpus_is_read(corpus: Path) -> None:
     for name, vocab_only in (("whole", False), ("whole", True), ("vocabulary", True)):
         with LlamaModel(corpus / "gguf" / name / "model.gguf", vocab_only=vocab_only) as model:
             assert model.n_vocab == 400
-    for load in (trial_load._load_in_fork, trial_load._load_in_new_process):
-        assert load(corpus / "gguf/whole/model.gguf", False)[0] == 0
+    file = corpus / "gguf/whole/model.gguf"
+    assert trial_load._load_in_fork(file, load_library(), False)[0] == 0
+    assert trial_load._load_in_new_process(file, False)[0] == 0
 
 
 @pytest.mark.parametrize("name", hostile_gguf.HEADERS)
@@ -125,8 +127,10 @@ def test_a_file_that_ends_llama_cpp_is_refused_by_a_process_that_goes_on(corpus:
     tokens = good.index(b"tokenizer.ggml.tokens")
     file = tmp_path / "twice.gguf"
     file.write_bytes(good[:tokens] + good[tokens:].replace(b"<0x00>", b"<0x01>", 1))
-    for load in (trial_load._load_in_fork, trial_load._load_in_new_process):
-        code, said = load(file, True)
+    for code, said in (
+        trial_load._load_in_fork(file, load_library(), True),
+        trial_load._load_in_new_process(file, True),
+    ):
         assert code == -signal.SIGABRT
         assert "ASSERT" in said
     for _ in range(2):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from lathe.common.errors import InputError
+from lathe.common.outside_files import check_sizes, translate_errors
 from lathe.models import model_folder
-from lathe.models.outside_files import check_sizes, translate_errors
 
 Batch = dict[str, torch.Tensor]
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from lathe.common.errors import InputError
 from lathe.common.json_files import read_json_object
+from lathe.common.outside_files import check_sizes, translate_errors
 from lathe.common.progress import Progress
 from lathe.common.text import summarize_error
-from lathe.models.outside_files import check_sizes, translate_errors
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from lathe.common.errors import InputError
+from lathe.common.trial_load import try_to_load
 from lathe.gguf.llama_library import collect_llama_log, load_library
-from lathe.gguf.trial_load import try_to_load
 from lathe.models.chat_template import ChatTemplate
 
 
@@ -32,7 +32,7 @@ class LlamaModel:
         params.n_gpu_layers = params.n_gpu_layers if n_gpu_layers is None else n_gpu_layers
         # Repacked weights are multiplied by other kernels for one row than for four: results would depend on batches.
         params.use_extra_bufts = False
-        try_to_load(path, vocab_only=vocab_only)
+        try_to_load(path, self._library, vocab_only=vocab_only)
         with collect_llama_log() as log:
             self.handle = self._library.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.listening import HOST, check_port, open_port
+from lathe.common.trial_load import try_to_load
 from lathe.gguf.file_templates import ignore_file_templates
 from lathe.gguf.llama_library import load_library
 from lathe.gguf.llama_model import LlamaModel
-from lathe.gguf.trial_load import try_to_load
 from lathe.inference.generate import find_marker_tokens
 from lathe.inference.serve_limits import RequestLimits
 from lathe.inference.serve_tools import answer_with_calls, format_prompt
@@ -37,7 +37,7 @@ def serve(gguf: Path, *, port: int, api_key: str | None, n_ctx: int, threads: in
     check_port(port)  # before the file is read
     with LlamaModel(gguf, vocab_only=True) as model:
         handler, n_vocab = _make_chat_handler(model.chat_template, find_marker_tokens(model)), model.n_vocab
-    try_to_load(gguf, vocab_only=False)
+    try_to_load(gguf, load_library(), vocab_only=False)
     with open_port(port) as listener:
         app = RequestLimits(
             _make_application(gguf, handler, n_ctx, threads),

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
+from lathe.common.outside_files import check_sizes, translate_errors
 from lathe.models.empty_model import make_empty_model
 from lathe.models.loss_mask import encode
 from lathe.models.model_folder import read_json
-from lathe.models.outside_files import check_sizes, translate_errors
 from lathe.models.tokenizer import load_tokenizer
 
 # Tokens at which llama.cpp ends a generation, whatever the model says (llama-vocab.cpp, special_eog_ids).

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from lathe.common.errors import InputError
 from lathe.common.json_files import read_json_object
-from lathe.models.outside_files import check_sizes
+from lathe.common.outside_files import check_sizes
 
 if TYPE_CHECKING:
     import torch

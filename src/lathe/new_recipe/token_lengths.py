@@ -56,8 +56,8 @@ def measure_token_lengths(tokenizer: Path | None, sample: Sequence[Messages]) ->
 def _measure_by_folder(folder: Path, sample: Sequence[Messages]) -> LengthsInTokens:
     from transformers import AutoTokenizer
 
+    from lathe.common.outside_files import translate_errors
     from lathe.models.chat_template import ChatTemplate
-    from lathe.models.outside_files import translate_errors
 
     with translate_errors(folder.name, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

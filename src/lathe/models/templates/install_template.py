@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
+from lathe.common.outside_files import translate_errors
 from lathe.common.text import summarize_error
 from lathe.models.model_folder import read_json, write_json
-from lathe.models.outside_files import translate_errors
 from lathe.models.templates.builtin_templates import MARKER
 from lathe.models.templates.find_template import find_template
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
+from lathe.common.trial_load import try_to_load
 from lathe.evaluation.judge.failures import RowRefusedError
 from lathe.evaluation.judge.prompt import JudgePrompt
 from lathe.evaluation.judge.verdict import GRAMMAR_SCHEMA, JudgeAnswer
 from lathe.gguf import llama_library
 from lathe.gguf.file_templates import ignore_file_templates
 from lathe.gguf.llama_model import LlamaModel
-from lathe.gguf.trial_load import try_to_load
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Gguf:
     def _load_model(self) -> Any:
         library = llama_library.load_library()
         ignore_file_templates()
-        try_to_load(self.file, vocab_only=False)
+        try_to_load(self.file, library, vocab_only=False)
         with llama_library.collect_llama_log() as log:
             try:
                 model = library.Llama(str(self.file), n_ctx=self._n_ctx, n_gpu_layers=-1, seed=0, verbose=False)

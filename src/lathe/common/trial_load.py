@@ -13,9 +13,9 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from lathe.common.errors import InputError
-from lathe.gguf.llama_library import load_library
 
 LONGEST_SECONDS = 120.0
 _KEPT_BYTES = 1 << 16  # of what the process says at its end
@@ -28,17 +28,19 @@ llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), params)
 """
 
 
-def try_to_load(path: Path, *, vocab_only: bool) -> None:
-    """Raise InputError if llama.cpp ends its process, or does not end, as it loads the file."""
+def try_to_load(path: Path, library: Any, *, vocab_only: bool) -> None:
+    """Raise InputError if llama.cpp, the module `library`, ends its process, or does not end, as it loads the file."""
     found = path.stat()
-    _try_once(path.absolute(), vocab_only, (found.st_mtime_ns, found.st_size))
+    _try_once(path.absolute(), library, vocab_only, (found.st_mtime_ns, found.st_size))
 
 
 @cache
-def _try_once(path: Path, vocab_only: bool, _: tuple[int, int]) -> None:
+def _try_once(path: Path, library: Any, vocab_only: bool, _: tuple[int, int]) -> None:
     # A llama.cpp for GPUs cannot be used after a fork.
-    load = _load_in_new_process if load_library().llama_supports_gpu_offload() else _load_in_fork
-    code, said = load(path, vocab_only)
+    if library.llama_supports_gpu_offload():
+        code, said = _load_in_new_process(path, vocab_only)
+    else:
+        code, said = _load_in_fork(path, library, vocab_only)
     if code == 0:
         return
     reason = next((line for line in said.splitlines() if "ASSERT" in line or "what()" in line), "").strip()
@@ -47,9 +49,8 @@ def _try_once(path: Path, vocab_only: bool, _: tuple[int, int]) -> None:
     raise InputError(f"{path}: llama.cpp {how} as it reads it{why}; make the file again", code="unreadable-gguf")
 
 
-def _load_in_fork(path: Path, vocab_only: bool) -> tuple[int, str]:
+def _load_in_fork(path: Path, library: Any, vocab_only: bool) -> tuple[int, str]:
     """Load the file in a copy of this process, which takes milliseconds; return its exit code and what it said."""
-    library = load_library()
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
