@@ -10,7 +10,7 @@ it.
 
 Prints a Markdown table: of each model against its reference, the mean of KL(reference || model) in nats per token and
 its 99th percentile, and the share of tokens at which both rank the same one first. Then the greedy answers of
-transformers, with the merged weights, and of merged-f16.gguf to `--answers` held-out prompts (validation, then test):
+transformers, with the merged weights, and of merged-f16.gguf to `--answers` prompts (validation, test, then training):
 how many are the same, and of every other one where they part, and by how much transformers prefers its own token there.
 """
 
@@ -193,7 +193,7 @@ def _distances(rows: Sequence[Encoded]) -> Iterator[tuple[str, str, Distance]]:
 def _describe_answers(count: int) -> Iterator[str]:
     """Yield lines: how many answers of transformers and of the f16 GGUF are the same, and where any other parts."""
     params, sizes = load().params, choose_generation_sizes()
-    files = [paths.DATA_PROCESSED / f"{split}.jsonl" for split in HELD_OUT]
+    files = [paths.DATA_PROCESSED / f"{split}.jsonl" for split in (*HELD_OUT, "train")]
     rows = list(itertools.islice((row for file in files if file.is_file() for row in read_jsonl(file)), count))
     tokenizer = load_tokenizer(paths.MODEL_MERGED)
     in_16_bit = params.quantization.model_copy(update={"load_in_4bit": False})
