@@ -4,7 +4,8 @@ python benchmarks/faithful.py [--rows 64] [--answers 200]
 
 Takes what the pipeline left in this checkout: models/base, models/adapter, models/merged, every models/gguf/*.gguf,
 and the first rows of data/processed/validation.jsonl. transformers computes in float32, on the weights that each model
-really has: the base in 4 bits where params.yaml trains on it so, in its 16 bits, the merged weights as they are stored.
+really has: the base in its 16 bits, and in 4 bits (which params.yaml may train on), the merged weights as they are
+stored.
 llama.cpp computes as it does for `generate`. Counted are the supervised tokens alone, each given all true ones before
 it.
 
@@ -181,6 +182,9 @@ def _distances(rows: Sequence[Encoded]) -> Iterator[tuple[str, str, Distance]]:
             exact = list(of_transformers(_adapted(in_16_bit), rows))
             yield "16-bit base + adapter", name, distance(trained, exact)
             yield "merged", "16-bit base + adapter", distance(exact, merged)
+        else:
+            in_4_bit = quantization.model_copy(update={"load_in_4bit": True})
+            yield "4-bit base + adapter", name, distance(trained, of_transformers(_adapted(in_4_bit), rows))
         yield "merged", name, distance(trained, merged)
         yield "base", name, distance(trained, base)
     else:
