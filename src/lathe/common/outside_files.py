@@ -37,7 +37,7 @@ def check_sizes(config: Mapping[str, Any], shown: str) -> None:
     """Raise InputError where config.json has a number of layers or experts that no model has."""
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key, value in part.items():
-            most = next((limit for pattern, limit in _LIMITS.items() if pattern.search(key)), None)
+            most = next((limit for pattern, limit in _LIMITS.items() if pattern.search(str(key))), None)
             if most and isinstance(value, int | float) and value > most:
                 raise InputError(
                     f"{shown}: config.json: {key} is {value!r:.40}, more than {most:,}, which no model has; "
