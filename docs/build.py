@@ -87,10 +87,8 @@ def draw_pipeline(target: Path) -> None:
     for first, second in sorted(graph.edges):
         (x0, y0), (x1, y1) = place[first], place[second]
         if x1 < x0:  # to the next line, round what stands below this one
-            axes.plot(
-                [x0, x0, x1, x1], [y0 - 0.5, y1 + 0.75, y1 + 0.75, y1 + 0.6], color=MUTED, linewidth=1.1, zorder=1
-            )
-            begin, end, bend = (x1, y1 + 0.65), (x1, y1 + 0.5), "arc3"
+            axes.plot([x0, x0, x1, x1], [y0 - 0.55, y1 + 0.8, y1 + 0.8, y1 + 0.7], color=MUTED, linewidth=1.1, zorder=1)
+            begin, end, bend = (x1, y1 + 0.75), (x1, y1 + 0.6), "arc3"
         else:
             begin, end, bend = (x0 + 1.05, y0), (x1 - 1.05, y1), "arc3" if y0 == y1 else "arc3,rad=0.1"
         props = {"arrowstyle": "-|>", "color": MUTED, "linewidth": 1.1, "connectionstyle": bend}
@@ -99,20 +97,23 @@ def draw_pipeline(target: Path) -> None:
         shown = " ".join(items[name]) if len(items[name]) <= 3 else f"{len(items[name])} artifacts"
         axes.text(
             x,
-            y,
+            y - 0.02 if shown else y,
             name.replace("_", "\n"),
             ha="center",
             va="bottom" if shown else "center",
-            fontsize=12,
+            linespacing=1.0,
+            fontsize=11,
             weight="bold",
             color=INK,
             zorder=3,
         )
-        axes.text(x, y - 0.1, shown, ha="center", va="top", fontsize=9, color=MUTED, zorder=3)
-        box = plt.Rectangle((x - 1.05, y - 0.5), 2.1, 1.0, facecolor=SOFT, edgecolor=ACCENT, linewidth=1.2, zorder=2)
+        axes.text(
+            x, y - 0.14, shown, ha="center", va="top", fontsize=7.5 if len(shown) < 20 else 6.6, color=MUTED, zorder=3
+        )
+        box = plt.Rectangle((x - 1.05, y - 0.55), 2.1, 1.15, facecolor=SOFT, edgecolor=ACCENT, linewidth=1.2, zorder=2)
         axes.add_patch(box)
     axes.set_xlim(-1.3, max(x for x, _ in place.values()) + 1.3)
-    axes.set_ylim(min(y for _, y in place.values()) - 0.7, 0.7)
+    axes.set_ylim(min(y for _, y in place.values()) - 0.7, 0.75)
     axes.axis("off")
     _save(figure, target)
 
@@ -150,7 +151,7 @@ def _stages() -> tuple[dict[str, list[str]], networkx.DiGraph]:
         stages = {stage: Path(stage.cmd.split()[2]).stem for stage in main}
     items: dict[str, list[str]] = {}
     for stage, script in stages.items():
-        items.setdefault(script, []).extend(stage.cmd.split()[3:])
+        items.setdefault(script, []).extend(word for word in stage.cmd.split()[3:] if not word.startswith("--"))
     arrows = [
         (stages[second], stages[first])
         for first, second in graph.edges
