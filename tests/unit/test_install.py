@@ -309,7 +309,8 @@ def run(root: Path, *arguments: str, **environment: str) -> subprocess.Completed
         (
             ["--extras", "mlfow"],
             None,
-            "EXTRAS=mlfow: no such extra; must be of classify, dev, gpu, judge, mlflow, search, serve, sign, wandb",
+            "EXTRAS=mlfow: no such extra; must be of benchmark, classify, dev, gpu, judge, mlflow, search, serve, "
+            "sign, ssh, wandb",
         ),
         ([], "", "git: not on the PATH"),
         ([], "git", "cc and gcc and clang: not on the PATH"),

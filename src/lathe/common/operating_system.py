@@ -126,6 +126,13 @@ def leave_terminal() -> None:
     os.close(nowhere)
 
 
+def disable_core_dumps() -> None:
+    """Leave no image of this process on the disk when it is aborted."""
+    resource: Any = _import_or_none("resource")
+    if resource is not None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 def get_peak_memory_bytes() -> int:
     """Return the largest resident size of this process so far; the present one where no system call tells."""
     resource: Any = _import_or_none("resource")

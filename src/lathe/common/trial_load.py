@@ -5,8 +5,7 @@ llama.cpp checks what it reads, but a file that lies may still come upon an asse
 
 import faulthandler
 import os
-import resource
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
+from lathe.common.operating_system import disable_core_dumps
 
 LONGEST_SECONDS = 120.0
 _KEPT_BYTES = 1 << 16  # of what the process says at its end
@@ -58,7 +58,7 @@ def _load_in_fork(path: Path, library: Any, vocab_only: bool) -> tuple[int, str]
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(int(LONGEST_SECONDS))
             faulthandler.disable()
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            disable_core_dumps()
             os.dup2(writing, 2)
             os.dup2(writing, 1)
             os.environ["GGML_NO_BACKTRACE"] = "1"
@@ -69,8 +69,9 @@ def _load_in_fork(path: Path, library: Any, vocab_only: bool) -> tuple[int, str]
             os._exit(0)
     os.close(writing)
     said, end = bytearray(), time.monotonic() + LONGEST_SECONDS + 5
-    with os.fdopen(reading, "rb", buffering=0) as output:
-        while time.monotonic() < end and select.select([output], [], [], 1)[0]:
+    with os.fdopen(reading, "rb", buffering=0) as output, selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while (left := end - time.monotonic()) > 0 and selector.select(left):
             if not (part := output.read(_KEPT_BYTES)):
                 break
             said += part[: _KEPT_BYTES - len(said)]

@@ -37,7 +37,7 @@ def open_header(path: Path) -> Iterator["Header"]:
         with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
             try:
                 yield Header(data)
-            except (struct.error, KeyError, OverflowError, UnicodeDecodeError) as error:
+            except (struct.error, KeyError, OverflowError, ValueError) as error:
                 raise InputError(
                     f"{path}: its GGUF header is damaged ({error}); make the file again", code="damaged-gguf"
                 ) from error
@@ -62,7 +62,7 @@ class Header:
     def check(self, holds: bool, found: str) -> None:
         """Call the header damaged unless something holds."""
         if not holds:
-            raise KeyError(found)
+            raise ValueError(found)
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
         """Return the next values."""
