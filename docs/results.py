@@ -83,6 +83,7 @@ def make_record(revision: Revision) -> dict[str, Any]:
             f"{revision.name}: holds no scores; run it first: `lathe run {revision.name}`", code="no-scores"
         )
     parameters = revision.parameters
+    method = parameters["training"]["method"]
     metrics = [*parameters["evaluate"]["metrics"], *MEASURED]
     timings = read_timings(revision)
     return {
@@ -90,12 +91,13 @@ def make_record(revision: Revision) -> dict[str, Any]:
         "model": parameters["model"],
         "dataset": parameters["dataset"],
         "parameters": {
-            "method": parameters["training"]["method"],
+            "method": method,
             "tuning": parameters["training"]["tuning"],
             "4-bit base": parameters["quantization"]["load_in_4bit"],
             "rank": parameters["lora"]["r"],
             "blocks": parameters["lora"].get("num_layers") or "all",
-            "learning rate": parameters["training"]["learning_rate"],
+            # That of the method; before it dpo and grpo train a supervised phase at that of the section training.
+            "learning rate": parameters["training" if method == "sft" else method]["learning_rate"],
             "steps": revision.read_json("metrics/train/metrics.json")["step"],
         },
         "rows": count_rows(revision),
