@@ -168,14 +168,19 @@ def make_dataset_table(name: str) -> str | None:
     for who, title in TITLES.items():
         scores = [format_score(records[0]["scores"][who].get(column)) for column in columns]
         lines.append(f"| {' | '.join([title, *scores, '', ''])} |")
-    return "\n".join([*lines, "", describe_runs(records[-1])])
+    return "\n".join([*lines, "", describe_runs(records)])
 
 
-def describe_runs(record: dict[str, Any]) -> str:
-    rows = record["rows"]
+def describe_runs(records: list[dict[str, Any]]) -> str:
+    record, rows = records[-1], records[-1]["rows"]
+    by_machine: dict[str, list[str]] = {}
+    for one in records:
+        by_machine.setdefault(one["machine"], []).append(f"`{one['name']}`")
+    named = len(by_machine) > 1
+    machines = "; ".join(name + (f" ({', '.join(runs)})" if named else "") for name, runs in by_machine.items())
     return (
         f"{rows['train']:,} texts of training, {rows['validation']:,} of validation, {rows['test']:,} of test; "
-        f"backbone `{record['backbone']}`; one run each on {record['machine']}."
+        f"backbone `{record['backbone']}`; one run each on {machines}."
     )
 
 
