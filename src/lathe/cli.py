@@ -216,14 +216,7 @@ def _add_experiment_commands(table: Any) -> None:
     command.set_defaults(run=commands.compare_experiments)
 
     command = table.add_parser("search", help="search for parameters: Optuna drives experiments of DVC")
-    command.add_argument(
-        "file",
-        nargs="?",
-        type=Path,
-        default=paths.ROOT / "experiments/search/default.yaml",
-        metavar="FILE",
-        help="what to search (default: experiments/search/default.yaml)",
-    ).complete = completion.FILE
+    completion.add_search_file(command)
     command.add_argument("--n-trials", type=int, metavar="N", help="trials of the whole study (default: the file's)")
     command.add_argument("--timeout", type=float, metavar="SECONDS", help="start no trial after so long")
     command.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at once, one GPU each (default: 1)")

@@ -1,7 +1,10 @@
 """Completion of `lathe` in a shell: subcommands, options, files, recipes and experiments, by shtab."""
 
 import argparse
+from pathlib import Path
+from typing import Any
 
+from lathe.common import paths
 from lathe.common.errors import InputError
 
 SHELLS = ("bash", "zsh", "fish")
@@ -40,6 +43,18 @@ function _lathe_experiments
 end
 """,
 }
+
+
+def add_search_file(command: Any) -> None:
+    """Add the argument FILE of a search to a command's parser."""
+    command.add_argument(
+        "file",
+        nargs="?",
+        type=Path,
+        default=paths.ROOT / "experiments/search/default.yaml",
+        metavar="FILE",
+        help="what to search (default: experiments/search/default.yaml)",
+    ).complete = FILE
 
 
 def write_script(parser: argparse.ArgumentParser, shell: str) -> str:

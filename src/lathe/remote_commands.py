@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe import completion
-from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.text import write_lines
 
@@ -44,14 +43,7 @@ def add_commands(table: Any) -> None:
     command.set_defaults(run=_run)
 
     command = table.add_parser("search", help="drive one search on several hosts by ssh, with a database between them")
-    command.add_argument(
-        "file",
-        nargs="?",
-        type=Path,
-        default=paths.ROOT / "experiments/search/default.yaml",
-        metavar="FILE",
-        help="what to search (default: experiments/search/default.yaml)",
-    ).complete = completion.FILE
+    completion.add_search_file(command)
     command.add_argument("-S", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as in dvc")
     command.add_argument("--hosts", required=True, metavar="A,B", help="as ssh knows them, such as me@box,me@den")
     command.add_argument("--workers", type=int, metavar="N", help="trials at once, over all hosts (default: one each)")

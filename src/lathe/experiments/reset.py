@@ -77,8 +77,9 @@ def find_changes() -> Changes:
 
 def put_back(changes: Changes) -> None:
     """Put back what differs, by Git and DVC."""
+    if changes.added:
+        run_git("rm", "--quiet", "--cached", "--ignore-unmatch", "--", *changes.added)
     for name in changes.added:
-        run_git("rm", "--quiet", "--cached", "--ignore-unmatch", "--", name)
         file = paths.ROOT / name
         if file.is_dir():
             shutil.rmtree(file)
