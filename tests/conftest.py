@@ -1,6 +1,7 @@
 """Checkouts to run the real scripts in, and a model small enough for seconds."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -74,6 +75,16 @@ def _can_run_gpu_tests() -> bool:
     import torch
 
     return torch.cuda.is_available() or os.environ.get("LATHE_GPU_TESTS_ON_CPU") == "1"
+
+
+@pytest.fixture(autouse=True)
+def _dvc_logs_to_open_streams() -> None:
+    """Drop handlers of DVC's log whose stream, that of an earlier test, is closed: DVC raises as it writes to one."""
+    for name in ("dvc", "dvc_data", "dvc_objects", "dvc_render"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
+                logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
