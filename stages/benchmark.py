@@ -1,13 +1,12 @@
-"""Put tasks of lm-evaluation-harness to a GGUF, in this process: log-likelihoods and greedy answers by llama.cpp.
+"""Put a task of lm-evaluation-harness to a GGUF, in this process: log-likelihoods and greedy answers by llama.cpp.
 
 reads   models/gguf/, the folder benchmark.include_path, params.yaml: benchmark, generate.n_parallel,
         generate.n_gpu_layers; data of tasks of the Hub from there
-writes  data/benchmark/<ARTIFACT>/tasks.json, data/benchmark/<ARTIFACT>/<TASK>.jsonl (each document with its scores),
-        metrics/benchmark/<ARTIFACT>.json
-items   base, merged and the types in quantize.types
+writes  data/benchmark/<ARTIFACT>/<TASK>/tasks.json and, for each task that it consists of, <PART>.jsonl (each document
+        with its scores), metrics/benchmark/<ARTIFACT>/<TASK>.json
+items   ARTIFACT/TASK: base, merged and the types in quantize.types, each with the tasks in benchmark.tasks
 
-Without benchmark.tasks, data/benchmark/<ARTIFACT> holds a note that says so. Answers are kept in .scratch/benchmark as
-they are made: after an interruption, the next run goes on from there.
+Answers are kept in .scratch/benchmark as they are made: after an interruption, the next run goes on from there.
 """
 
 import os
@@ -27,13 +26,8 @@ PACKAGES = ("llama-cpp-python", "numpy", "lm_eval", "datasets", "Jinja2")
 def main(config: Config, item: str) -> Throughput:
     from lathe.evaluation import benchmark
 
-    settings, folder = config.params.benchmark, paths.DATA_BENCHMARK / item
-    if not settings.tasks:
-        with paths.replace_folder(folder) as partial:
-            paths.mark_unused(partial, "benchmark.tasks is empty: nothing was asked")
-        json_files.write_json(paths.METRICS / f"benchmark/{item}.json", {"tasks": []})
-        return {}
-
+    artifact, task = item.split("/")
+    settings = config.params.benchmark.model_copy(update={"tasks": [task]})
     os.chdir(paths.ROOT)  # which the paths in task files start from
     tasks = benchmark.load_tasks(settings)  # refuses, before anything else is loaded
 
@@ -44,7 +38,8 @@ def main(config: Config, item: str) -> Throughput:
     from lathe.inference.harness_model import HarnessModel
     from lathe.inference.journal import open_journal
 
-    gguf, threads, generate = paths.GGUF / artifacts.get_file_name(item), os.cpu_count() or 1, config.params.generate
+    gguf, threads = paths.GGUF / artifacts.get_file_name(artifact), os.cpu_count() or 1
+    generate = config.params.generate
     fingerprint = compute_fingerprint(
         {
             "benchmark": settings.model_dump(exclude={"cluster_by"}),
@@ -66,15 +61,20 @@ def main(config: Config, item: str) -> Throughput:
             max_length = min(settings.max_length or generator.model.n_ctx_train, generator.model.n_ctx_train)
             model = HarnessModel(generator, journal, max_length=max_length, chooses_rows=generate.n_parallel == "auto")
             results = benchmark.run_tasks(model, tasks, settings)
-        with paths.replace_folder(folder) as partial:
+        with paths.replace_folder(paths.DATA_BENCHMARK / artifact / task) as partial:
             described = {"asked": results.asked, "tasks": results.tasks, "groups": results.groups}
             json_files.write_json(partial / "tasks.json", described)
-            for task, rows in results.rows.items():
-                write_jsonl(rows, partial / f"{task}.jsonl")
-        json_files.write_json(paths.METRICS / f"benchmark/{item}.json", results.summarize(cut=model.cut))
+            for part, rows in results.rows.items():
+                write_jsonl(rows, partial / f"{part}.jsonl")
+        json_files.write_json(paths.METRICS / f"benchmark/{artifact}/{task}.json", results.summarize(cut=model.cut))
         journal.remove()
     return {}
 
 
+def list_items(config: Config) -> list[str]:
+    measured = artifacts.list_benchmarked(config.params.quantize.types)
+    return [f"{artifact}/{task}" for task in config.params.benchmark.tasks for artifact in measured]
+
+
 if __name__ == "__main__":
-    stage.run_items(main, lambda config: artifacts.list_benchmarked(config.params.quantize.types))
+    stage.run_items(main, list_items, options=("artifact", "task"))

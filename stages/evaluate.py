@@ -3,7 +3,7 @@
 reads   data/generated/, metrics/generate/, data/processed/ (a row's dataset of a mixture, and cluster), models/encoder/
         where evaluate.metrics lists bert_score, data/benchmark/,
         params.yaml: seed, evaluate, bert_score, judge.enabled, judge.mode,
-        quantize.types, benchmark.cluster_by
+        quantize.types, benchmark.tasks, benchmark.cluster_by
 writes  metrics/evaluate/{validation,test,gates}.json, metrics/evaluate/summary.json (the columns of `dvc exp show`),
         metrics/evaluate/scores.csv (for the plots), metrics/evaluate/datasets.json (each dataset of a mixture alone),
         metrics/evaluate/pairwise.json (win rates and position bias of a pairwise judge),
@@ -26,7 +26,7 @@ SPLITS = ("validation", "test")
 
 def main(config: Config) -> None:
     from lathe.common.jsonl import write_jsonl
-    from lathe.evaluation.benchmark_scores import add_task_scores, evaluate_benchmark
+    from lathe.evaluation.benchmark_scores import add_task_scores, evaluate_benchmark, remove_unlisted_tasks
     from lathe.evaluation.clusters import add_clusters
     from lathe.evaluation.evaluate import (
         Resampling,
@@ -45,9 +45,11 @@ def main(config: Config) -> None:
 
     settings, types = config.params.evaluate, config.params.quantize.types
     names = artifacts.list_artifacts(types)
-    folders = [paths.METRICS / name for name in ("generate", "quantize", "benchmark")]
-    for folder in (*folders, paths.GGUF, paths.DATA_BENCHMARK):
+    tasks, with_tasks = config.params.benchmark.tasks, artifacts.list_benchmarked(types)
+    for folder in (paths.METRICS / "generate", paths.METRICS / "quantize", paths.GGUF):
         artifacts.remove_unlisted_types(folder, types)
+    for folder in (paths.METRICS / "benchmark", paths.DATA_BENCHMARK):
+        remove_unlisted_tasks(folder, with_tasks, tasks)
     judged = paths.DATA_JUDGED if config.params.judge.enabled else None
     answers = {
         split: read_answers(
@@ -93,7 +95,8 @@ def main(config: Config) -> None:
     benchmark = evaluate_benchmark(
         paths.DATA_BENCHMARK,
         bytes_of,
-        artifacts.list_benchmarked(types),
+        with_tasks,
+        tasks,
         cluster_by=config.params.benchmark.cluster_by,
         resampling=resampling,
     )

@@ -94,7 +94,7 @@ class Repository:
         for split in ("validation", "test"):
             self.write(f"metrics/evaluate/{split}.json", [report])
         if chosen is not None:
-            outs[f"data/benchmark/{better}"] = describe_choices(chosen)
+            outs[f"data/benchmark/{better}/choice"] = describe_choices(chosen)
             share = sum(chosen) / len(chosen)
             interval = {"metric": "acc", "low": share - 0.1, "high": share + 0.1}
             measured = {"documents": len(chosen), "acc": share, "bytes": 1000, "lower_is_better": []}

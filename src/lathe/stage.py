@@ -59,16 +59,23 @@ def run_on_machines(main: Callable[[Config, int | None], Throughput | None]) -> 
         guard(lambda: _run_timed(name, None, train))
 
 
-def run_items(main: Callable[[Config, str], Throughput | None], items: Callable[[Config], list[str]]) -> None:
+def run_items(
+    main: Callable[[Config, str], Throughput | None],
+    items: Callable[[Config], list[str]],
+    options: Sequence[str] = ("type",),
+) -> None:
     """Run a stage once per item named on the command line; without one, for all of `items`.
 
-    An item is an artifact or a quantization type, as `dvc.yaml` names it in the stage's command.
+    An item is an artifact or a quantization type, as `dvc.yaml` names it in the stage's command. `options` are the
+    names of the matrix there, such as artifact and task, whose values make the item `ARTIFACT/TASK`.
     """
     name, parser = _make_parser(main)
     parser.add_argument("items", nargs="*", metavar="ITEM", help="what to run it for (default: all)")
-    parser.add_argument("--type", metavar="ITEM", help="the same, as DVC gives the item of a matrix")
+    for option in options:
+        parser.add_argument(f"--{option}", help="part of the item, as DVC gives that of a matrix")
     arguments = parser.parse_args()
-    chosen = arguments.items + ([arguments.type] if arguments.type is not None else [])
+    parts = [part for option in options if (part := getattr(arguments, option)) is not None]
+    chosen = arguments.items + (["/".join(parts)] if parts else [])
 
     def run_chosen() -> None:
         config = _load_config(name)

@@ -19,8 +19,7 @@ ITEMS = [
     *("fetch@model", "fetch@dataset", "fetch_encoder", "preprocess", "train", "merge"),
     *("convert_base", "convert_merged", "check_converted_base", "check_converted_merged"),
     *("quantize@Q8_0", "quantize@Q4_K_M", "generate@base", "generate@merged", "generate_few_shot"),
-    *("generate_quantized@Q8_0", "generate_quantized@Q4_K_M", "benchmark@base", "benchmark@merged"),
-    *("benchmark_quantized@Q8_0", "benchmark_quantized@Q4_K_M", "judge", "evaluate", "card"),
+    *("generate_quantized@Q8_0", "generate_quantized@Q4_K_M", "judge", "evaluate", "card"),
 ]
 # Those with longer names before those whose names these begin with.
 SCRIPTS = sorted(list_timing_stems(), key=len, reverse=True)

@@ -282,19 +282,28 @@ def test_a_read_only_folder_is_one_line(small_disk: Checkout, stage: str) -> Non
     assert contents(small_disk) == kept
 
 
-@pytest.mark.parametrize("name", ["../../schemas/victim", "../../../victim", "$(touch ../victim.json)Q8_0"])
+@pytest.mark.parametrize(
+    ("key", "others", "name", "item"),
+    [
+        ("quantize.types", ["Q8_0"], "../../schemas/victim", "quantize@../../schemas/victim"),
+        ("quantize.types", ["Q8_0"], "../../../victim", "quantize@../../../victim"),
+        ("quantize.types", ["Q8_0"], "$(touch ../victim.json)Q8_0", "quantize@$(touch ../victim.json)Q8_0"),
+        ("benchmark.tasks", [], "../../../schemas/victim", "benchmark@../../../schemas/victim-base"),
+        ("benchmark.tasks", [], "$(touch ../victim.json)", "benchmark@$(touch ../victim.json)-base"),
+    ],
+)
 def test_a_type_that_is_a_path_or_a_command_removes_and_runs_nothing(
-    reproduced: Checkout, tmp_path: Path, name: str
+    reproduced: Checkout, tmp_path: Path, key: str, others: list[str], name: str, item: str
 ) -> None:
     """DVC removes what a stage writes before it runs, but takes no two stages that would write one file."""
     checkout = copy_of(reproduced, tmp_path / "lathe")
     precious = [tmp_path / "victim.gguf", checkout.root / "schemas/victim.json"]
     for file in precious:
         file.write_text("precious")
-    checkout.set({"quantize.types": ["Q8_0", name]})
-    for command in (("repro",), ("repro", f"quantize@{name}"), ("exp", "run")):
+    checkout.set({key: [*others, name]})
+    for command in (("repro",), ("repro", item), ("exp", "run")):
         done = checkout.run("dvc", *command, check=False)
         assert done.returncode != 0
-        assert "is no quantization type" in done.stderr or "overlapping output" in done.stderr
+        assert any(text in done.stderr for text in ("is no quantization type", "overlapping output", "files are named"))
         assert [file for file in precious if not file.exists()] == []
         assert not (tmp_path / "victim.json").exists()

@@ -107,9 +107,9 @@ def made(tmp_path_factory, learnt: Made) -> Checkout:
 
 
 def outputs(checkout: Checkout, artifact: str) -> dict[str, bytes]:
-    files = sorted((checkout.root / "data/benchmark" / artifact).iterdir())
-    metrics = (checkout.root / f"metrics/benchmark/{artifact}.json").read_bytes()
-    return {"metrics": metrics, **{file.name: file.read_bytes() for file in files}}
+    folders = [checkout.root / name / artifact for name in ("data/benchmark", "metrics/benchmark")]
+    files = [(folder, file) for folder in folders for file in sorted(folder.rglob("*.json*"))]
+    return {str(file.relative_to(folder)): file.read_bytes() for folder, file in files}
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_scores_are_those_of_the_harness_own_backend_on_the_weights(made: Checko
         bootstrap_iters=10,
         task_manager=TaskManager(include_path=FOLDER, include_defaults=False),
     )
-    measured = made.json("metrics/benchmark/merged.json")
+    measured = {task: made.json(f"metrics/benchmark/merged/{task}.json")[task] for task in TASKS}
     for task, score in (("own_choice", "acc"), ("own_answer", "exact_match")):
         assert measured[task][score] == pytest.approx(results["results"][task][f"{score},none"], abs=1e-6), task
         assert measured[task][f"{score}_stderr"] == pytest.approx(
@@ -158,43 +158,45 @@ def test_scores_are_those_of_the_harness_own_backend_on_the_weights(made: Checko
     for score in ("word_perplexity", "bits_per_byte"):
         assert measured["own_text"][score] == pytest.approx(results["results"]["own_text"][f"{score},none"], rel=5e-3)
     answers = {sample["doc_id"]: sample["filtered_resps"] for sample in results["samples"]["own_answer"]}
-    rows = read_jsonl(made.root / "data/benchmark/merged/own_answer.jsonl")
+    rows = read_jsonl(made.root / "data/benchmark/merged/own_answer/own_answer.jsonl")
     assert {row["doc_id"]: row["responses"]["none"] for row in rows} == answers
 
 
 def test_every_document_has_its_scores(made: Checkout):
-    described = made.json("data/benchmark/base/tasks.json")
-    assert described["asked"] == TASKS
     for artifact in ARTIFACTS:
-        for task, documents in (("own_choice", 12), ("own_answer", 12), ("own_text", 12)):
-            rows = read_jsonl(made.root / f"data/benchmark/{artifact}/{task}.jsonl")
-            assert [row["doc_id"] for row in rows] == list(range(documents))
+        for task in TASKS:
+            described = made.json(f"data/benchmark/{artifact}/{task}/tasks.json")
+            assert described["asked"] == [task]
+            assert described["tasks"][task]["of_documents"] == (12 if task == "own_text" else 24)
+            rows = read_jsonl(made.root / f"data/benchmark/{artifact}/{task}/{task}.jsonl")
+            assert [row["doc_id"] for row in rows] == list(range(12))
             assert all(row["statistics"].keys() == described["tasks"][task]["scores"].keys() for row in rows)
             assert {row["doc_hash"] for row in rows} == {
-                row["doc_hash"] for row in read_jsonl(made.root / f"data/benchmark/base/{task}.jsonl")
+                row["doc_hash"] for row in read_jsonl(made.root / f"data/benchmark/base/{task}/{task}.jsonl")
             }
-        choices = read_jsonl(made.root / f"data/benchmark/{artifact}/own_choice.jsonl")
+        choices = read_jsonl(made.root / f"data/benchmark/{artifact}/own_choice/own_choice.jsonl")
         accuracy = sum(row["statistics"]["acc"][0] for row in choices) / 12
-        assert made.json(f"metrics/benchmark/{artifact}.json")["own_choice"]["acc"] == pytest.approx(accuracy, abs=1e-5)
-    assert described["tasks"]["own_choice"]["of_documents"] == 24
+        measured = made.json(f"metrics/benchmark/{artifact}/own_choice.json")["own_choice"]
+        assert measured["acc"] == pytest.approx(accuracy, abs=1e-5)
     assert outputs(made, "base") == outputs(made, "merged"), "one file under two names"
     assert not list((made.root / ".scratch/benchmark").iterdir())
 
 
-def test_without_tasks_there_is_a_note_and_the_harness_is_not_even_imported(made: Checkout, tmp_path):
+def test_an_item_is_named_as_dvc_names_it(made: Checkout, tmp_path):
     checkout = copy_of(made, tmp_path / "lathe")
-    checkout.set({"benchmark.tasks": []})
-    (checkout.root / "src/lm_eval.py").write_text("raise RuntimeError('imported')\n")
-    shutil.rmtree(checkout.root / "models/gguf")
-    checkout.stage("benchmark")
-    for artifact in ARTIFACTS:
-        folder = checkout.root / "data/benchmark" / artifact
-        assert [file.name for file in folder.iterdir()] == ["unused.txt"]
-        assert checkout.json(f"metrics/benchmark/{artifact}.json") == {"tasks": []}
+    expected = outputs(checkout, "Q8_0")
+    for name in ("data/benchmark/Q8_0", "metrics/benchmark/Q8_0"):
+        shutil.rmtree(checkout.root / name)
+    for task in TASKS:
+        checkout.stage("benchmark", "--task", task, "--artifact", "Q8_0")
+    assert outputs(checkout, "Q8_0") == expected
+    done = checkout.stage("benchmark", "--task", "own_choice", "--artifact", "Q4_0", check=False)
+    assert done.returncode == 2
+    assert "benchmark Q4_0/own_choice: no such item; known: base/own_choice" in done.stderr
 
 
 def test_the_chat_template_and_examples_change_the_prompts(made: Checkout, measure):
-    before = read_jsonl(made.root / "data/benchmark/base/own_choice.jsonl")[:4]
+    before = read_jsonl(made.root / "data/benchmark/base/own_choice/own_choice.jsonl")[:4]
     for changes in ({"apply_chat_template": True}, {"system_instruction": "Say what it is."}):
         rows = measure(tasks=["own_choice"], limit=4, **changes).rows["own_choice"]
         assert [row["doc_hash"] for row in rows] == [row["doc_hash"] for row in before]
@@ -214,16 +216,17 @@ def test_a_group_has_the_scores_of_its_tasks_together(measure):
 def test_killed_and_started_again_it_goes_on_from_what_was_answered(made: Checkout, tmp_path):
     checkout = copy_of(made, tmp_path / "lathe").without_preloading()
     expected = outputs(checkout, "merged")
-    shutil.rmtree(checkout.root / "data/benchmark/merged")
+    folder = checkout.root / "data/benchmark/merged/own_choice"
+    shutil.rmtree(folder)
     journals = checkout.root / ".scratch/benchmark"
-    command = [sys.executable, "stages/benchmark.py", "merged"]
+    command = [sys.executable, "stages/benchmark.py", "merged/own_choice"]
     running = subprocess.Popen(command, cwd=checkout.root, env=checkout.environment, stderr=subprocess.DEVNULL)
     while running.poll() is None and not any(file.stat().st_size > 400 for file in journals.glob("*.jsonl")):
         time.sleep(0.002)
     running.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL
-    assert not (checkout.root / "data/benchmark/merged").exists()
-    done = checkout.stage("benchmark", "merged")
+    assert not folder.exists()
+    done = checkout.stage("benchmark", "merged/own_choice")
     assert "resuming an interrupted run" in done.stderr
     assert outputs(checkout, "merged") == expected
     assert not list(journals.iterdir())
@@ -256,12 +259,12 @@ def test_a_refusal_is_one_line_and_nothing_is_written(made: Checkout, tmp_path):
     checkout = copy_of(made, tmp_path / "lathe")
     checkout.set({"benchmark.tasks": ["own_chioce"]})
     before = outputs(checkout, "base")
-    done = checkout.stage("benchmark", "base", check=False)
+    done = checkout.stage("benchmark", check=False)
     assert done.returncode == 2, done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == done.stderr.splitlines()[-1:]
     assert "Traceback" not in done.stderr
     assert outputs(checkout, "base") == before
-    assert not list((checkout.root / "data/benchmark").glob(".*"))
+    assert not list((checkout.root / "data/benchmark").rglob(".*"))
 
 
 def test_a_gate_on_a_task_that_is_not_measured_is_refused_before_the_training(made: Checkout, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,12 @@ from refusals import refused
 from lathe.common.jsonl import write_jsonl
 from lathe.config.gates import check_names, parse_gate
 from lathe.evaluation import benchmark
-from lathe.evaluation.benchmark_scores import add_task_scores, evaluate_benchmark, list_task_scores
+from lathe.evaluation.benchmark_scores import (
+    add_task_scores,
+    evaluate_benchmark,
+    list_task_scores,
+    remove_unlisted_tasks,
+)
 from lathe.evaluation.evaluate import Resampling
 from lathe.evaluation.gate_results import evaluate_gate
 from lathe.experiments.task_differences import compare_tasks
@@ -26,9 +32,11 @@ def describe(value: float, aggregation: str | None = "mean", **more: Any) -> dic
     return {"value": value, "stderr": None, "lower_is_better": False, "aggregation": aggregation, **more}
 
 
-def write_task(folder: Path, artifact: str, name: str, statistics: list[dict[str, Any]], **scores: Any) -> None:
-    """Write documents with their statistics, four of a passage, and the task's description."""
-    own = folder / artifact
+def write_task(
+    folder: Path, artifact: str, name: str, statistics: list[dict[str, Any]], asked: str | None = None, **scores: Any
+) -> None:
+    """Write documents with their statistics, four of a passage, and the task's description; asked for as `asked`."""
+    own = folder / artifact / (asked or name)
     own.mkdir(parents=True, exist_ok=True)
     rows = [
         {
@@ -49,14 +57,14 @@ def write_task(folder: Path, artifact: str, name: str, statistics: list[dict[str
     file.write_text(json.dumps(content))
 
 
-def write_choices(folder: Path, right: dict[str, list[bool]], name: str = "choice") -> None:
+def write_choices(folder: Path, right: dict[str, list[bool]], name: str = "choice", asked: str | None = None) -> None:
     for artifact, answers in right.items():
         statistics = [{"acc": [float(each), 1.0]} for each in answers]
-        write_task(folder, artifact, name, statistics, acc=describe(sum(answers) / len(answers)))
+        write_task(folder, artifact, name, statistics, asked, acc=describe(sum(answers) / len(answers)))
 
 
-def evaluate_all(folder: Path, cluster_by: str | None = None) -> Any:
-    return evaluate_benchmark(folder, BYTES, ARTIFACTS, cluster_by=cluster_by, resampling=Resampling(1000, 1))
+def evaluate_all(folder: Path, cluster_by: str | None = None, tasks: Sequence[str] = ("choice",)) -> Any:
+    return evaluate_benchmark(folder, BYTES, ARTIFACTS, tasks, cluster_by=cluster_by, resampling=Resampling(1000, 1))
 
 
 def find_delta(report: Any, task: str, artifact: str, to: str, metric: str) -> dict[str, Any]:
@@ -119,7 +127,7 @@ def test_perplexities_are_of_all_words_and_bits_of_all_bytes(tmp_path):
             bits=describe(worse / 5, "bits_per_byte", lower_is_better=True),
             f1=describe(0.5, None),
         )
-    report = evaluate_all(tmp_path)
+    report = evaluate_all(tmp_path, tasks=["prose"])
     delta = find_delta(report, "prose", "merged", "base", "word_perplexity")
     assert delta["delta"] == pytest.approx(2.718281828**3.6 - 2.718281828**3, abs=1e-3)
     assert find_delta(report, "prose", "merged", "base", "bits")["delta"] == pytest.approx(0.04)
@@ -139,9 +147,9 @@ def test_a_group_is_the_mean_of_its_documents_or_of_its_tasks(tmp_path, by_size)
     for artifact, of_tasks in right.items():
         values = []
         for name, size in sizes.items():
-            write_choices(tmp_path, {artifact: [n < of_tasks[name] for n in range(size)]}, name)
+            write_choices(tmp_path, {artifact: [n < of_tasks[name] for n in range(size)]}, name, "both")
             values.append(of_tasks[name] / size)
-        file = tmp_path / artifact / "tasks.json"
+        file = tmp_path / artifact / "both/tasks.json"
         content = json.loads(file.read_text())
         mean = sum(of_tasks.values()) / 120 if by_size else sum(values) / 2
         content["groups"]["both"] = {
@@ -150,7 +158,7 @@ def test_a_group_is_the_mean_of_its_documents_or_of_its_tasks(tmp_path, by_size)
             "scores": {"acc": describe(mean, weight_by_size=by_size)},
         }
         file.write_text(json.dumps(content))
-    report = evaluate_all(tmp_path)
+    report = evaluate_all(tmp_path, tasks=["both"])
     assert list(report) == ["both", "small", "large"]
     delta = find_delta(report, "both", "merged", "base", "acc")
     difference = report["both"]["merged"]["acc"] - report["both"]["base"]["acc"]
@@ -159,10 +167,40 @@ def test_a_group_is_the_mean_of_its_documents_or_of_its_tasks(tmp_path, by_size)
 
 
 def test_without_tasks_there_is_no_report(tmp_path):
-    assert evaluate_all(tmp_path) == {}
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base/unused.txt").write_text("benchmark.tasks is empty")
-    assert evaluate_all(tmp_path) == {}
+    assert evaluate_all(tmp_path, tasks=[]) == {}
+
+
+def test_a_task_that_was_asked_and_not_measured_is_refused(tmp_path):
+    with refused("missing-file", "base/choice/tasks.json: no such file", "dvc repro"):
+        evaluate_all(tmp_path)
+
+
+def test_a_task_that_belongs_to_two_that_were_asked_is_reported_once(tmp_path):
+    right = draw_answers()
+    for asked in ("both", "choice"):
+        write_choices(tmp_path, right, "choice", asked)
+    write_choices(tmp_path, right, "other", "both")
+    report = evaluate_all(tmp_path, tasks=["both", "choice"])
+    assert list(report) == ["choice", "other"]
+    assert report["choice"] == evaluate_all(tmp_path)["choice"]
+
+
+def test_what_is_no_longer_listed_is_removed(tmp_path):
+    for artifact in ("base", "Q8_0", "Q4_0"):
+        for task in ("kept.x-y", "dropped"):
+            (tmp_path / f"data/{artifact}/{task}").mkdir(parents=True)
+            (tmp_path / f"data/{artifact}/{task}/tasks.json").touch()
+            (tmp_path / f"metrics/{artifact}").mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"metrics/{artifact}/{task}.json").touch()
+    (tmp_path / "data/README.md").touch()
+    for folder in ("data", "metrics", "nowhere"):
+        remove_unlisted_tasks(tmp_path / folder, ["base", "Q8_0"], ["kept.x-y"])
+    left = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    assert left == [
+        *("data/Q8_0/kept.x-y/tasks.json", "data/README.md", "data/base/kept.x-y/tasks.json"),
+        *("metrics/Q8_0/kept.x-y.json", "metrics/base/kept.x-y.json"),
+    ]
+    assert not (tmp_path / "data/Q4_0").exists()
 
 
 def test_other_documents_are_refused(tmp_path):
@@ -210,13 +248,13 @@ def test_experiments_are_compared_on_the_documents_that_both_were_asked(tmp_path
     right = draw_answers()
     for name, artifact in (("first", "base"), ("other", "merged")):
         write_choices(tmp_path / name, {"Q8_0": right[artifact]})
-    rows = (tmp_path / "other/Q8_0/choice.jsonl").read_text().splitlines()
-    (tmp_path / "other/Q8_0/choice.jsonl").write_text("\n".join(rows[:100]) + "\n")
-    parameters = {"seed": 1, "evaluate": {"bootstrap_samples": 200}, "benchmark": {"cluster_by": None}}
+    rows = (tmp_path / "other/Q8_0/choice/choice.jsonl").read_text().splitlines()
+    (tmp_path / "other/Q8_0/choice/choice.jsonl").write_text("\n".join(rows[:100]) + "\n")
+    parameters = {"seed": 1, "evaluate": {"bootstrap_samples": 200}, "benchmark": {"tasks": ["choice"]}}
 
     def find(name: str) -> Any:
         def find_cached_file(repo: Any, folder: str, file: str) -> Path | None:
-            path = tmp_path / name / Path(folder).name / file
+            path = tmp_path / name / Path(folder).relative_to("data/benchmark") / file
             return path if path.exists() else None
 
         return find_cached_file
@@ -231,7 +269,7 @@ def test_experiments_are_compared_on_the_documents_that_both_were_asked(tmp_path
     assert delta["delta"] == pytest.approx(-lost / 100)
     assert delta["same_answers"] == 100 - lost
     assert "first answered 120 documents of choice and other 100, 100 of them the same" in warning
-    (tmp_path / "other/Q8_0/choice.jsonl").unlink()
+    (tmp_path / "other/Q8_0/choice/choice.jsonl").unlink()
     assert compare_tasks(repo, revisions, ["Q8_0", "Q8_0"])[0] == []
 
 

@@ -3,6 +3,7 @@
 `lathe.config.load` reads the file and reports all problems at once, one line each: key, value, rule and remedy.
 """
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -310,6 +311,12 @@ class Benchmark(Section):
     def _check_unique(cls, tasks: list[str]) -> list[str]:
         if repeated := sorted({name for name in tasks if tasks.count(name) > 1}):
             raise ValueError(f"lists {', '.join(repeated)} twice; name each task once")
+        for name in tasks:
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
+                raise ValueError(
+                    f"lists {name!r}, but files are named for a task; its name must be of letters, digits, '_', '.' "
+                    "and '-': name the group that the task belongs to, or give it another name in a file of your own"
+                )
         return tasks
 
 

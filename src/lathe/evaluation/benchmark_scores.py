@@ -4,6 +4,7 @@ A score is a function of sums over documents, as those of held-out rows are, so 
 code. Scores that are no such function, such as an F1 over all documents, have a value alone.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,19 @@ TASKS_FILE = "tasks.json"
 
 # Gives a file of an artifact's folder by its name, such as one in DVC's cache; None if it is not there.
 FindFile = Callable[[str], Path | None]
+
+
+def remove_unlisted_tasks(folder: Path, artifacts: Sequence[str], tasks: Sequence[str]) -> None:
+    """Remove what is kept in `folder/ARTIFACT/TASK`, folders or JSON files, of artifacts and tasks that are not listed.
+
+    DVC keeps the files of a task that was taken off the list, and `evaluate` depends on the folder.
+    """
+    for path in [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else ():
+        for entry in path.iterdir():
+            if path.name not in artifacts or entry.name.removesuffix(".json") not in tasks:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
 def find_in(folder: Path) -> FindFile:
@@ -80,25 +94,39 @@ def evaluate_benchmark(
     folder: Path,
     bytes_of: Mapping[str, int],
     artifacts: Sequence[str],
+    tasks: Sequence[str],
     *,
     cluster_by: str | None,
     resampling: Resampling,
 ) -> BenchmarkReport:
-    """Return the report of all tasks and groups; {} if none were measured.
+    """Return the report of tasks and groups in `folder/ARTIFACT/TASK`, and of the tasks that they consist of.
 
     Raises InputError if the artifacts were not asked the same documents.
     """
-    finders = {artifact: find_in(folder / artifact) for artifact in artifacts}
-    tasks_of = {artifact: read_tasks(find) for artifact, find in finders.items()}
+    report: BenchmarkReport = {}
+    for asked in tasks:
+        folders = {artifact: folder / artifact / asked for artifact in artifacts}
+        for name, entry in _evaluate_task(folders, bytes_of, cluster_by, resampling).items():
+            report.setdefault(name, entry)  # a task may belong to several that were asked for
+    return report
+
+
+def _evaluate_task(
+    folders: Mapping[str, Path], bytes_of: Mapping[str, int], cluster_by: str | None, resampling: Resampling
+) -> BenchmarkReport:
+    artifacts = list(folders)
+    tasks_of = {artifact: read_tasks(find_in(folder)) for artifact, folder in folders.items()}
+    if not tasks_of[artifacts[0]]:
+        raise InputError(f"{folders[artifacts[0]] / TASKS_FILE}: no such file; run `dvc repro`", code="missing-file")
     report: BenchmarkReport = {}
     for name, task in tasks_of[artifacts[0]].items():
         rows: dict[str, list[AnswerRow]] = {}
-        for artifact, find in finders.items():
+        for artifact, folder in folders.items():
+            find = find_in(folder)
             own = read_documents(find, task, name, cluster_by=cluster_by) if name in tasks_of[artifact] else None
             if own is None or [row["key"] for row in own] != [row["key"] for row in rows.get(artifacts[0], own)]:
                 raise InputError(
-                    f"{folder / artifact}: has other documents of {name} than {artifacts[0]} has; run `dvc repro` "
-                    "again",
+                    f"{folder}: has other documents of {name} than {artifacts[0]} has; run `dvc repro` again",
                     code="different-rows",
                 )
             rows[artifact] = own

@@ -20,31 +20,37 @@ def compare_tasks(
     from lathe.evaluation.benchmark_scores import define_task_scores, read_documents, read_tasks
     from lathe.evaluation.evaluate import Resampling, evaluate
 
-    finders = [
-        partial(revision.find_cached_file, repo, f"data/benchmark/{artifact}")
-        for revision, artifact in zip(revisions, artifacts, strict=True)
-    ]
-    tasks, others = (read_tasks(find) for find in finders)
     parameters = revisions[0].parameters
     cluster_by = parameters.get("benchmark", {}).get("cluster_by")
     resampling = Resampling(parameters["evaluate"]["bootstrap_samples"], parameters["seed"])
+    asked = [revision.parameters.get("benchmark", {}).get("tasks", []) for revision in revisions]
     deltas: list[dict[str, Any]] = []
     warnings: list[str] = []
-    for name in (name for name in tasks if name in others):
-        read = [read_documents(find, tasks[name], name, cluster_by=cluster_by) for find in finders]
-        documents = [rows if rows is None else {row["key"]: row for row in rows} for rows in read]
-        pairs = pair_answers(
-            revisions, documents, called=f"documents of {name}", rows=f"documents of {name}", dvc="dvc"
-        )
-        warnings += pairs.warnings
-        if not pairs.ours:
-            continue
-        answers = {"base": pairs.ours, "other": pairs.theirs}
-        report = evaluate(answers, {}, {"base": 0, "other": 0}, define_task_scores(tasks[name]), resampling)
-        both = zip(pairs.ours, pairs.theirs, strict=True)
-        counts = {
-            "rows": len(pairs.ours),
-            "same_answers": sum(our["statistics"] == their["statistics"] for our, their in both),
-        }
-        deltas += [{**delta, **counts, "metric": f"{name}.{delta['metric']}"} for delta in report["other"]["deltas"]]
+    compared: set[str] = set()
+    for task in [task for task in asked[0] if task in asked[1]]:
+        finders = [
+            partial(revision.find_cached_file, repo, f"data/benchmark/{artifact}/{task}")
+            for revision, artifact in zip(revisions, artifacts, strict=True)
+        ]
+        tasks, others = (read_tasks(find) for find in finders)
+        for name in (name for name in tasks if name in others and name not in compared):
+            compared.add(name)  # a task may belong to several that were asked for
+            read = [read_documents(find, tasks[name], name, cluster_by=cluster_by) for find in finders]
+            documents = [rows if rows is None else {row["key"]: row for row in rows} for rows in read]
+            pairs = pair_answers(
+                revisions, documents, called=f"documents of {name}", rows=f"documents of {name}", dvc="dvc"
+            )
+            warnings += pairs.warnings
+            if not pairs.ours:
+                continue
+            answers = {"base": pairs.ours, "other": pairs.theirs}
+            report = evaluate(answers, {}, {"base": 0, "other": 0}, define_task_scores(tasks[name]), resampling)
+            both = zip(pairs.ours, pairs.theirs, strict=True)
+            counts = {
+                "rows": len(pairs.ours),
+                "same_answers": sum(our["statistics"] == their["statistics"] for our, their in both),
+            }
+            deltas += [
+                {**delta, **counts, "metric": f"{name}.{delta['metric']}"} for delta in report["other"]["deltas"]
+            ]
     return deltas, warnings
