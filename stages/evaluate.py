@@ -1,9 +1,9 @@
 """Score every artifact's answers with intervals and differences, and evaluate the gates on validation.
 
 reads   data/generated/, metrics/generate/, data/processed/ (a row's dataset of a mixture, and cluster), models/encoder/
-        where evaluate.metrics lists bert_score, data/benchmark/,
+        where evaluate.metrics lists bert_score, data/benchmark/, data/sampled/,
         params.yaml: seed, evaluate, bert_score, judge.enabled, judge.mode,
-        quantize.types, benchmark.tasks, benchmark.cluster_by
+        quantize.types, sampling.files, benchmark.tasks, benchmark.cluster_by
 writes  metrics/evaluate/{validation,test,gates}.json, metrics/evaluate/summary.json (the columns of `dvc exp show`),
         metrics/evaluate/scores.csv (for the plots), metrics/evaluate/datasets.json (each dataset of a mixture alone),
         metrics/evaluate/pairwise.json (win rates and position bias of a pairwise judge),
@@ -41,6 +41,7 @@ def main(config: Config) -> None:
         score_rows,
     )
     from lathe.evaluation.pairwise import summarize_pairs, warn_of_bias
+    from lathe.evaluation.sampled_scores import evaluate_samples, list_sampled, remove_unlisted_files
     from lathe.evaluation.summary import summarize
 
     settings, types = config.params.evaluate, config.params.quantize.types
@@ -50,6 +51,8 @@ def main(config: Config) -> None:
         artifacts.remove_unlisted_types(folder, types)
     for folder in (paths.METRICS / "benchmark", paths.DATA_BENCHMARK):
         remove_unlisted_tasks(folder, with_tasks, tasks)
+    for folder in (paths.METRICS / "sample", paths.DATA_SAMPLED):
+        remove_unlisted_files(folder, config.params.sampling.files)
     judged = paths.DATA_JUDGED if config.params.judge.enabled else None
     answers = {
         split: read_answers(
@@ -100,6 +103,19 @@ def main(config: Config) -> None:
         cluster_by=config.params.benchmark.cluster_by,
         resampling=resampling,
     )
+    sampled = {
+        split: evaluate_samples(
+            paths.DATA_SAMPLED,
+            list_sampled(config.params.sampling.files),
+            split,
+            rows["base"],
+            scores,
+            bytes_of,
+            resampling,
+            strip_thinking=settings.strip_thinking,
+        )
+        for split, rows in answers.items()
+    }
     gates_of = [parse_gate(gate) for gate in settings.gates or []]
     steering = add_task_scores(reports["validation"], benchmark, gates_of)
     outcomes = [evaluate_gate(gate, steering, types) for gate in gates_of]
@@ -115,6 +131,7 @@ def main(config: Config) -> None:
     json_files.write_json(paths.METRICS / "evaluate/datasets.json", metric_files.wrap_in_list(by_dataset))
     json_files.write_json(paths.METRICS / "evaluate/pairwise.json", metric_files.wrap_in_list(pairwise))
     json_files.write_json(paths.METRICS / "evaluate/benchmark.json", metric_files.wrap_in_list(benchmark))
+    json_files.write_json(paths.METRICS / "evaluate/samples.json", metric_files.wrap_in_list(sampled))
     gates = make_metrics(outcomes)
     json_files.write_json(paths.METRICS / "evaluate/gates.json", metric_files.wrap_in_list(gates))
     summary = summarize(reports["validation"], types, settings.primary_metric, passed=gates["passed"])

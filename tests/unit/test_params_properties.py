@@ -91,7 +91,7 @@ def allowed(value: Any, kind: str, bounds: str) -> bool:
     return any(allowed_by_one(value, name.strip(), bounds) for name in kinds)
 
 
-MAY_BE_EMPTY = ("preprocess.added_tokens", "benchmark.tasks")  # lists that say nothing when they are
+MAY_BE_EMPTY = ("preprocess.added_tokens", "sampling.files", "benchmark.tasks")  # lists that say nothing when they are
 
 
 def allowed_by_one(value: Any, kind: str, bounds: str) -> bool:

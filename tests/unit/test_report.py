@@ -175,6 +175,26 @@ def test_tasks_are_shown_with_their_differences_and_without_any_there_is_no_such
     assert ">40</data> documents" in part
 
 
+def test_sampled_answers_have_a_part_of_their_own(run):
+    assert "Sampled answers" not in rendered(run)
+    merged = {
+        "exact_match": 0.61,
+        "exact_match_pass_at_8": 0.8,
+        "bytes": 1000,
+        "intervals": [{"metric": "exact_match", "low": 0.55, "high": 0.66}],
+        "deltas": [],
+        "samples": 8,
+        "spread": [{"metric": "exact_match", "deviation": 0.021}],
+    }
+    report_run.write_json(run / "metrics/evaluate/samples.json", [{"validation": {}, "test": {"merged": merged}}])
+    part = rendered(run).partition('<section id="sampled"')[2].partition("</section>")[0]
+    assert "exact match, pass at 8" in part
+    source = 'data-source="metrics/evaluate/samples.json#/0/test/merged'
+    assert f'{source}/exact_match_pass_at_8" data-style="share">80.0' in part
+    assert f'{source}/spread/0/deviation" data-style="share">2.1' in part
+    assert "Validation" not in part
+
+
 def test_metrics_that_are_not_those_of_the_lock_are_named(run):
     assert gathered(run).stale == []
     file = run / "metrics/evaluate/test.json"

@@ -23,6 +23,7 @@ DATA_PROCESSED = ROOT / "data/processed"
 DATA_GENERATED = ROOT / "data/generated"
 DATA_JUDGED = ROOT / "data/judged"
 DATA_BENCHMARK = ROOT / "data/benchmark"
+DATA_SAMPLED = ROOT / "data/sampled"
 DATA_SCORED = ROOT / "data/scored"
 
 MODELS_LOCAL = ROOT / "models/local"

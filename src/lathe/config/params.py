@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.config import gates as gate_rules
+from lathe.config.artifacts import get_file_name, list_benchmarked
 from lathe.config.base import (
     Auto,
     Fraction,
@@ -172,6 +173,17 @@ class Generate(Section):
     )
     max_rows: Positive | None = entry("generate for only the first rows of each split; null: for all of them", "rows")
     few_shot: Positive = entry("training examples in the base model's few-shot prompt, as a baseline", "rows")
+
+
+class Sampling(Section):
+    """Sampling: several drawn answers to each held-out row, beside the greedy one, for the files that are listed."""
+
+    files: list[Name] = entry("files in models/gguf that are sampled, such as [merged-f16, Q4_K_M]; []: none")
+    samples: Annotated[int, Field(ge=2)] = entry("answers to each row", "answers")
+    temperature: PositiveFloat = entry("divides the logits: above 1 rarer tokens are drawn more often")
+    top_p: Annotated[float, Field(gt=0, le=1)] = entry(
+        "draw from the likeliest tokens that together have this probability"
+    )
 
 
 class Judge(Section):
@@ -367,6 +379,7 @@ class Params(Section):
     convert: Convert
     quantize: Quantize
     generate: Generate
+    sampling: Sampling
     judge: Judge
     bert_score: BertScore
     benchmark: Benchmark
@@ -402,6 +415,16 @@ class Params(Section):
                 )
             except ValueError as error:
                 raise ValueError(f"evaluate.gates: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _check_sampled(self) -> "Params":
+        known = [get_file_name(artifact).removesuffix(".gguf") for artifact in list_benchmarked(self.quantize.types)]
+        for name in self.sampling.files:
+            if name not in known:
+                raise ValueError(f"sampling.files lists {name!r}, which is not made; {did_you_mean(name, known)}")
+            if self.sampling.files.count(name) > 1:
+                raise ValueError(f"sampling.files lists {name!r} twice; name each file once")
         return self
 
     @model_validator(mode="after")

@@ -242,15 +242,20 @@ def _list_unused_sections(params: Params | Any) -> dict[str, str | bool]:
         "grpo": training.method != "grpo" and f"training.method is {training.method!r}",
         "lora": training.tuning == "full" and "training.tuning is 'full'",
         "judge": not params.judge.enabled and "judge.enabled is false",
+        "sampling": not params.sampling.files and "sampling.files is empty",
         "benchmark": not params.benchmark.tasks and "benchmark.tasks is empty",
         "bert_score": "bert_score" not in params.evaluate.metrics and "evaluate.metrics does not list bert_score",
     }
 
 
+# The keys that turn a section off, which a recipe may well set so.
+SWITCHES = ("judge.enabled", "sampling.files", "benchmark.tasks")
+
+
 def _find_unused(overrides: Mapping[str, Override], off: Mapping[str, str | bool]) -> Iterator[str]:
     """Yield a line for each value that changes nothing, because another one turns its whole section off."""
     for key, override in overrides.items():
-        if (why := off.get(key.partition(".")[0])) and key not in ("judge.enabled", "benchmark.tasks"):
+        if (why := off.get(key.partition(".")[0])) and key not in SWITCHES:
             yield f"{override.place}: overrides: {key} changes nothing, as {why}; set that, or remove this line"
 
 

@@ -1,4 +1,4 @@
-"""Greedy answers from a GGUF file, many rows at a time, with llama.cpp.
+"""Answers from a GGUF file, greedy unless tokens are chosen otherwise, many rows at a time, with llama.cpp.
 
 Every row has its own slot of the key-value cache; one `llama_decode` advances all slots. The slot of a finished row
 goes to the next row at once, and the prefix that all prompts share (the system prompt) is decoded once and copied. The
@@ -35,6 +35,9 @@ from lathe.models.chat_template import ChatTemplate
 
 # Decodes the prompt of a row in a slot of a cache, and returns the logits after its last token, (1, n_vocab).
 PromptDecoder = Callable[[KVCache, int, TokenSequence], FloatRows]
+
+# Chooses the next token of each row from its logits, (rows, n_vocab); the greedy choice is the likeliest.
+TokenChooser = Callable[[Sequence[TokenSequence], FloatRows], Sequence[int]]
 
 # Tells from the token ids of an unfinished answer whether it is to end here, as at a text that stops it.
 EndTest = Callable[[Sequence[int]], bool]
@@ -133,11 +136,12 @@ class Generator:
         finished: Container[int] = (),
         decode: "PromptDecoder | None" = None,
         is_end: EndTest | None = None,
+        choose: TokenChooser | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """Do the work of `iterate_completions` for prompts as tokens, of which `stats` are known.
 
         `decode` decodes each prompt, in place of `decode_prompt`. `is_end` ends an answer (`stop`) before an
-        end-of-generation token does.
+        end-of-generation token does. `choose` chooses the tokens, in place of the likeliest.
         """
         waiting = (row for row in sequences if row.number not in finished)
         answers: dict[int, array[int]] = {}
@@ -146,7 +150,8 @@ class Generator:
             for rows, logits in self._decode(waiting, stats, max_new_tokens, decode or decode_prompt):
                 # All rows are advanced before one is yielded: the logits are overwritten, and rows change their slots.
                 completions = []
-                for row, token in zip(rows, logits.argmax(axis=1).tolist(), strict=True):
+                tokens = choose(rows, logits) if choose else logits.argmax(axis=1).tolist()
+                for row, token in zip(rows, tokens, strict=True):
                     answer = answers.setdefault(row.number, array("i"))
                     answer.append(token)
                     ended = self.model.is_end(token) or (is_end is not None and is_end(answer))

@@ -135,6 +135,7 @@ class ReportFacts:
     gates: Value | None
     pairwise: Value | None
     tasks: dict[str, SplitScores]
+    sampled: dict[str, SplitScores]
     measured: dict[str, Value]
     data: Value | None
     lengths: Value | None
@@ -225,7 +226,8 @@ def gather_facts(root: Path, *, seed: int, primary_metric: str) -> ReportFacts:
         splits=splits,
         gates=read_report(root, "metrics/evaluate/gates.json"),
         pairwise=read_report(root, "metrics/evaluate/pairwise.json"),
-        tasks=_read_tasks(root),
+        tasks=_read_scores(root, "benchmark"),
+        sampled=_read_scores(root, "samples"),
         measured={name: value for name in artifacts if (value := read_value(root, f"metrics/generate/{name}.json"))},
         data=read_value(root, "metrics/preprocess/report.json"),
         lengths=read_value(root, "metrics/preprocess/lengths.csv"),
@@ -238,9 +240,9 @@ def gather_facts(root: Path, *, seed: int, primary_metric: str) -> ReportFacts:
     )
 
 
-def _read_tasks(root: Path) -> dict[str, SplitScores]:
-    report = read_report(root, "metrics/evaluate/benchmark.json")
-    return {name: SplitScores(task) for name, task in report.items()} if report else {}
+def _read_scores(root: Path, name: str) -> dict[str, SplitScores]:
+    report = read_report(root, f"metrics/evaluate/{name}.json")
+    return {name: SplitScores(scores) for name, scores in report.items() if scores.content} if report else {}
 
 
 def _read_origin(root: Path, fetched: str) -> Value | None:

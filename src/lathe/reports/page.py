@@ -36,6 +36,7 @@ SHARES = {
     "win_rate",
 }
 SHARES_OF_TASKS = ("acc", "exact_match_", "prompt_level_", "pass@")
+PASS_AT = "_pass_at_"  # in the name of a score of sampled answers, before their number
 NAMES = {
     "exact_match": "exact match",
     "token_f1": "token F1",
@@ -103,6 +104,9 @@ def render_page(facts: ReportFacts, experiments: Experiments) -> str:
 
 def name_metric(metric: str) -> str:
     """Return the usual name of a metric."""
+    if PASS_AT in metric:
+        right, _, answers = metric.partition(PASS_AT)
+        return f"{name_metric(right)}, pass at {answers}"
     return NAMES.get(metric, metric.replace("_", " "))
 
 
@@ -113,7 +117,7 @@ def add_line_breaks(text: str) -> Markup:
 
 def choose_style(metric: str) -> str:
     """Return how a metric's values are written."""
-    if metric in SHARES or metric.startswith(SHARES_OF_TASKS):
+    if metric in SHARES or metric.startswith(SHARES_OF_TASKS) or PASS_AT in metric:
         return "share"
     return {
         "bytes": "bytes",

@@ -17,7 +17,7 @@ from lathe.provenance.revisions import WORKSPACE, Revision, find_revision
 LATER = "LATHE_SUMMARY_LATER"  # in the environment of the stages: a command prints the summary after them
 SPLITS = ("validation", "test")
 
-NOT_SCORES = ("bytes", "intervals", "deltas")
+NOT_SCORES = ("bytes", "intervals", "deltas", "samples", "spread")
 
 NEXT = (
     "next: `lathe chat` talks to the best file, `lathe report` writes a page of it all, `lathe results` lists the runs"
@@ -82,11 +82,11 @@ def describe_metrics(revision: Revision, split: str) -> Iterator[str]:
         raise InputError(
             f"{revision.name}: has no metrics/evaluate/{split}.json; run the pipeline there", code="not-evaluated"
         )
-    metrics = list(dict.fromkeys(key for scores in report.values() for key in scores if key not in NOT_SCORES))
-    rows = [[split, *report]]
-    rows += [[metric, *(_format_score(scores, metric) for scores in report.values())] for metric in metrics]
-    rows.append(["size", *(readable_bytes(scores["bytes"]) for scores in report.values())])
-    yield from format_table(rows)
+    sizes = ["size", *(readable_bytes(scores["bytes"]) for scores in report.values())]
+    yield from format_table([*_list_scores(report, split), sizes])
+    if sampled := (revision.read_json("metrics/evaluate/samples.json") or {}).get(split):
+        samples = next(iter(sampled.values()))["samples"]
+        yield from format_table(_list_scores(sampled, f"{split}, mean of {samples} sampled answers"))
     for expression, gate in (revision.read_json("metrics/evaluate/gates.json") or {"gates": {}})["gates"].items():
         margin = "a score is missing" if gate["margin"] is None else f"margin {gate['margin']:+.4g}"
         yield f"gate {'passed' if gate['passed'] else 'FAILED'}: {expression} ({margin})"
@@ -106,10 +106,19 @@ def read_metrics(revision: Revision) -> dict[str, Any]:
     names = [
         "metrics/preprocess/report.json",
         "metrics/train/metrics.json",
-        *(f"metrics/evaluate/{name}.json" for name in (*SPLITS, "gates")),
+        *(f"metrics/evaluate/{name}.json" for name in (*SPLITS, "samples", "gates")),
         *(f"metrics/timings/{stem}.json" for stem in list_timing_stems()),
     ]
     return {name: content for name in names if (content := revision.read_json(name)) is not None}
+
+
+def _list_scores(report: Mapping[str, Mapping[str, Any]], title: str) -> list[list[str]]:
+    """Return the rows of a table: artifacts across, every score below."""
+    metrics = list(dict.fromkeys(key for scores in report.values() for key in scores if key not in NOT_SCORES))
+    return [
+        [title, *report],
+        *([metric, *(_format_score(scores, metric) for scores in report.values())] for metric in metrics),
+    ]
 
 
 def _format_score(scores: Mapping[str, Any], metric: str) -> str:

@@ -6,7 +6,7 @@ from functools import cached_property
 from lathe.reports.values import Value
 
 # Keys of the scores that are no metrics.
-NOT_SCORES = {"bytes", "intervals", "deltas", "documents", "lower_is_better"}
+NOT_SCORES = {"bytes", "intervals", "deltas", "documents", "lower_is_better", "samples", "spread"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class SplitScores:
         listed = self._listed(artifact, "deltas")
         deltas = (delta for delta in listed if delta.content["metric"] == metric and delta.content["to"] == to)
         return next((delta for delta in deltas if delta.get("delta")), None)
+
+    def spread(self, artifact: str) -> list[Value]:
+        """Return the objects with `metric` and `deviation` of sampled answers."""
+        return self._listed(artifact, "spread")
 
     def _listed(self, artifact: str, name: str) -> list[Value]:
         return list(self.report.get(artifact, name) or ())

@@ -14,6 +14,7 @@ TRAIN_ROWS = 20
 ANSWERED_ROWS = 4  # of each held-out split
 ANSWER_TOKENS = 16
 IMATRIX_ROWS = 8
+FEWEST_SAMPLES = 2  # sampling.samples
 GENERAL_TEXT_CHARACTERS = 400
 SMALLEST_BOOTSTRAP = 100  # that params.yaml takes
 MOST_ROWS = 1000
@@ -43,6 +44,8 @@ def choose_small_values(params: Params, general_text: str) -> dict[str, Any]:
         "quantize.types": quantized,
         "generate.max_new_tokens": "auto",
         "quantize.imatrix_rows": min(params.quantize.imatrix_rows, IMATRIX_ROWS),
+        "sampling.files": [name for name in params.sampling.files if name.endswith("-f16") or name in quantized],
+        "sampling.samples": FEWEST_SAMPLES,
         "judge.max_rows": 1,
         "benchmark.limit": 1 if params.benchmark.tasks else params.benchmark.limit,
         "evaluate.general_text": general_text,
