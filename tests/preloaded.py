@@ -1,10 +1,11 @@
 """One process per test run with the heavy packages imported, which forks the Python processes of tests' checkouts.
 
-Importing torch, transformers and TRL takes a process 3 to 8 s, and a pipeline starts two dozen processes. The PATH of
-a checkout begins with a `python3` that asks this process to fork (preloaded_client.py). The child has the arguments,
-folder, environment, open files, import path and exit code of a process of its own, and no module of Lathe is imported
-before. Where a variable differs that is read during imports, or Python is given an option, the client starts Python
-itself. Tests of starting, of signals and of what is killed do without: `Checkout.without_preloading()`.
+Importing torch, transformers and TRL takes a process 3 to 8 s, and a pipeline starts two dozen processes; DVC takes 1 s
+for its own. The PATH of a checkout begins with a `python3` and a `dvc` that ask this process to fork
+(preloaded_client.py). The child has the arguments, folder, environment, open files, import path and exit code of a
+process of its own, and no module of Lathe is imported before. Where a variable differs that is read during imports, or
+Python is given an option, the client starts Python itself. Tests of starting, of signals and of what is killed do
+without: `Checkout.without_preloading()`.
 """
 
 import atexit
@@ -31,7 +32,7 @@ from unittest import mock
 
 from filelock import FileLock
 
-CLIENT = Path(__file__).with_name("preloaded_client.py")
+CLIENT, FAST_DVC = (Path(__file__).with_name(name) for name in ("preloaded_client.py", "fast_dvc.py"))
 SOCKET = "socket"
 LENGTH = struct.Struct("!I")  # of a request, before it
 
@@ -42,6 +43,7 @@ PACKAGES = (
     *("transformers.models.auto.tokenization_auto", "transformers.trainer", "sentencepiece", "jinja2", "psutil"),
     *("accelerate", "bitsandbytes", "peft", "datasets", "dvclive"),
     *("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "trl.trainer.grpo_trainer"),
+    *("dvc.cli.parser", "dvc.repo.reproduce", "dvc.stage.run", "dvc.stage.cache", "dvc_data.index", "dvc.render"),
 )
 # What the names of variables begin with that are read when a package is imported or a library loaded. Not GOMP_ and
 # ACCELERATE_, which llama.cpp's loading and a training set in the process of the tests: no import reads them.
@@ -76,8 +78,9 @@ def set_up(run: Path) -> None:
     _environment.update({key: value for key, value in os.environ.items() if key not in TAKEN_OVER})
     _environment["HF_HUB_OFFLINE"] = "1"
     # Not Python itself behind #!: its path may hold spaces, and the script is its second argument.
-    _write_program("python3", f"'{sys.executable}' -I -S '{CLIENT}' '{sys.executable}' '{folder}'")
-    _write_program("dvc", f"'{sys.executable}' '{CLIENT.with_name('fast_dvc.py')}'")
+    python = f"'{sys.executable}' -I -S '{CLIENT}' '{sys.executable}' '{folder}'"
+    _write_program("python3", python)
+    _write_program("dvc", f"{python} '{FAST_DVC}'")
 
 
 def _write_program(name: str, command: str) -> None:
@@ -277,6 +280,8 @@ def _receive(connection: socket.socket, length: int) -> bytes:
 
 def _run(arguments: list[str]) -> int:
     """Run a script, a module or a program (-c) as the interpreter does, and return the exit code."""
+    if arguments[:2] == ["-m", "dvc"]:  # as DVC starts itself, for an experiment in a copy
+        arguments = [str(FAST_DVC), *arguments[2:]]
     sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     main = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = __builtins__
