@@ -36,6 +36,8 @@ CHECKED_FURTHER = {
     "model",
     "dataset",
     "quantize.types",
+    "sampling.files",
+    "benchmark.tasks",
     "quantize.output_tensor_type",
     "quantize.token_embedding_type",
     "quantize.tensor_types",
