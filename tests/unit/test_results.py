@@ -122,6 +122,19 @@ def test_the_summary_has_each_file_the_gates_the_best_file_and_the_rows_left_out
     assert "lathe chat" in printed
 
 
+def test_sampled_answers_have_a_table_of_their_own(finished):
+    assert "sampled answers" not in "\n".join(run_summary.describe_metrics(finished, "test"))
+    interval = {"metric": "exact_match", "low": 0.5, "high": 0.66}
+    scores = {"exact_match": 0.61, "exact_match_pass_at_8": 0.8, "bytes": 9, "intervals": [interval], "deltas": []}
+    report = {"validation": {}, "test": {"merged": {**scores, "samples": 8, "spread": []}}}
+    report_run.write_json(paths.ROOT / "metrics/evaluate/samples.json", [report])
+    lines = list(run_summary.describe_metrics(finished, "test"))
+    start = next(number for number, line in enumerate(lines) if "test, mean of 8 sampled answers" in line)
+    assert "0.61 [0.5, 0.66]" in lines[start + 1]
+    assert lines[start + 2].split() == ["exact_match_pass_at_8", "0.8"]
+    assert "sampled answers" not in "\n".join(run_summary.describe_metrics(finished, "validation"))
+
+
 def test_the_metrics_of_a_run_are_all_there(finished):
     printed = "\n".join(run_summary.describe_metrics(finished, "validation"))
     for metric in (*report_run.METRICS, "perplexity", "eval.loss", "train ", "generate "):
