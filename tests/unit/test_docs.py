@@ -59,6 +59,19 @@ def test_the_page_of_results_is_what_its_command_writes():
     assert names <= {file.stem for file in (ROOT / "experiments").glob("*.yaml")} | {"smollm2"}
 
 
+def test_the_guide_for_learners_has_the_tables_of_the_records():
+    program = (
+        "import sys; sys.path[:0] = ['docs']; import classifier_results as tables; "
+        "sys.stdout.write(tables.fill_page(tables.PAGE.read_text()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    page = (ROOT / "docs/experiments-guide.md").read_text()
+    assert done.stdout == page
+    recorded = [file.stem for file in (ROOT / "docs/classifier_results").glob("*.json")]
+    assert len(recorded) > 8
+    assert [name for name in recorded if f"`{name}` |" not in page] == []
+
+
 def test_the_readme_is_read_in_one_go():
     assert (ROOT / "README.md").stat().st_size <= 12_000
 
