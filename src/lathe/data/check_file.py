@@ -55,7 +55,7 @@ def check_file(source: Path, preset: "SingleDataset", *, seed: int, settings: "P
                     faults.setdefault(example.value.reason, Occurrences()).add(lambda case=case: case)  # type: ignore[misc]
                     continue
                 digests = compute_digests(example.value, seed)
-                add_system_prompt(example.value["messages"], preset.system_prompt)
+                add_system_prompt(example.value["messages"], examples.system_prompt)
                 *prompt, answer = example.value["messages"]
                 for part, messages in (("prompt", prompt), ("answer", [answer])):
                     if messages:

@@ -70,13 +70,23 @@ def begins_an_array(text: str, loads: Callable[[str], Any]) -> bool:
         return error.pos >= len(text.rstrip())  # it goes on, on the next line
     except (ValueError, RecursionError):
         return False
-    return bool(value) and all(isinstance(item, dict) for item in value)
+    return bool(value) and all(isinstance(item, dict) for item in value) and not name_messages(value)
+
+
+def name_messages(value: Any) -> str | None:
+    """Return the column that a list belongs into, if it is a conversation: a row may be nothing else."""
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        return None
+    for column, keys in zip(("messages", "conversations"), MESSAGE_KEYS, strict=True):
+        if keys <= set(value[0]):
+            return column
+    return None
 
 
 def _is_list_of_rows(value: Any) -> bool:
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         return False
-    return not any(keys <= set(value[0]) for keys in MESSAGE_KEYS)
+    return not name_messages(value)
 
 
 def _list_keys(value: dict[str, Any]) -> str:

@@ -172,7 +172,7 @@ def _read_examples(
                 # Digests come before the system prompt is added, so that it moves no example to another split; nor does
                 # the name of its dataset.
                 digests = compute_digests(example.value, seed)
-                add_system_prompt(example.value["messages"], examples.preset.system_prompt)
+                add_system_prompt(example.value["messages"], examples.system_prompt)
                 if examples.name:
                     example.value["dataset"] = examples.name
                 if example.cluster is not None:

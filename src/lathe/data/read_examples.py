@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from lathe.common.errors import InputError
 from lathe.data.exports import RecordReader
 from lathe.data.formats import RecordConverter
+from lathe.data.null_arguments import is_padded
 from lathe.data.part_of_file import Part, choose_parts, count_rows_to_read
 from lathe.data.read_files import Fault, find_text_form, read_records
-from lathe.data.row_checks import RowFault
+from lathe.data.row_checks import RowFault, check_preset_text
 from lathe.data.split_files import find_split_files, get_suffix
 from lathe.data.text_files import TextForm, describe_form
 from lathe.models.document import DOCUMENT
@@ -43,8 +44,9 @@ class ReadExample:
 class ExampleFiles:
     """The files of a folder as examples; iterate over it once.
 
-    Afterwards `files` says of each file its split, format and number of rows, `columns` how the columns are read,
-    `names` which columns there are, and `unused` how many rows have columns and keys of messages that nothing reads.
+    `system_prompt` is the preset's as rows have it, from the first record on. Afterwards `files` says of each file its
+    split, format and number of rows, `columns` how the columns are read, `names` which columns there are, and
+    `unused` how many rows have columns and keys of messages that nothing reads.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class ExampleFiles:
                 code="missing-split",
             )
         self.reader: RecordReader | None = None
+        self.system_prompt = preset.system_prompt
         self.files: dict[str, dict[str, Any]] = {}
         self.columns: dict[str, Any] = {}
         self.names: dict[str, None] = {}
@@ -147,14 +150,19 @@ class ExampleFiles:
             return None
 
         def choose(names: Iterable[str]) -> RecordConverter:
-            return RecordConverter(self.preset, names, file.name, self.control_tokens, self.unicode_rule)
+            return RecordConverter(
+                self.preset, names, file.name, self.control_tokens, self.unicode_rule, is_padded=is_padded(rows)
+            )
 
         try:
-            return choose(dict.fromkeys(name for row in rows for name in row))
+            converter = choose(dict.fromkeys(name for row in rows for name in row))
         except InputError as error:
             if error.code != "ambiguous-format":
                 raise
-            return choose(rows[0])
+            converter = choose(rows[0])
+        if self.system_prompt:
+            self.system_prompt = check_preset_text(converter.check_text, self.system_prompt, "system_prompt")
+        return converter
 
 
 def _name_cluster(value: Any) -> str | None:

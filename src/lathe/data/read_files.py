@@ -15,7 +15,7 @@ from lathe.common.errors import InputError
 from lathe.common.git_lfs import refuse_pointer
 from lathe.common.text import summarize_error
 from lathe.data.arrow_features import get_label_names, make_decoders
-from lathe.data.json_rows import begins_an_array, find_rows
+from lathe.data.json_rows import begins_an_array, find_rows, name_messages
 from lathe.data.part_of_file import Part
 from lathe.data.split_files import get_suffix
 from lathe.data.text_files import (
@@ -112,12 +112,12 @@ def _read_jsonl(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRe
         if part and not part.holds(number - 1):
             part.left_out += 1
             continue
-        if first and begins_an_array(text, _load):
+        if first and begins_an_array(text, load_json):
             yield from _read_json(file, form, None)
             return
         first = False
         try:
-            value = _load(text)
+            value = load_json(text)
         except (ValueError, RecursionError) as error:
             value = Fault(
                 "malformed_json",
@@ -137,7 +137,7 @@ def _read_json(file: Path, form: TextForm, _: Part | None) -> Iterator[RawRecord
     if not text.strip():
         return
     try:
-        values = _load(text)
+        values = load_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.lineno == 2 and text.lstrip().startswith("{"):
             yield from _read_jsonl(file, form, None)
@@ -190,6 +190,7 @@ def _read_csv(file: Path, form: TextForm, part: Part | None) -> Iterator[RawReco
     delimiter = find_delimiter(file, encoding, form)
     reader = csv.reader(iterate_lines(file, encoding), delimiter=delimiter, strict=True)
     header: list[str] | None = None
+    unnamed = 0
     while True:
         line = reader.line_num + 1
         try:
@@ -201,14 +202,34 @@ def _read_csv(file: Path, form: TextForm, part: Part | None) -> Iterator[RawReco
         if not fields or (line == 1 and fields[0].startswith(SEPARATOR_LINE)):
             continue
         if header is None:
-            header = _check_header(fields, file, line)
+            unnamed = _count_unnamed(fields)
+            header = _check_header(fields[: len(fields) - unnamed], file, line)
         elif part and not part.holds(line - 1):
             part.left_out += 1
-        elif len(fields) != len(header):
-            problem = f"has {len(fields)} fields; expected {len(header)} as in the header"
-            yield RawRecord(f"{file.name}:{line}", Fault("wrong_field_count", None, problem))
+        elif not any(fields):
+            continue  # a line of delimiters alone: a row that the sheet shows empty
+        elif len(fields) != len(header) and not (
+            len(fields) == len(header) + unnamed and not any(fields[len(header) :])
+        ):
+            yield RawRecord(f"{file.name}:{line}", _describe_fields(fields, header, unnamed))
         else:
-            yield RawRecord(f"{file.name}:{line}", dict(zip(header, fields, strict=True)))
+            yield RawRecord(f"{file.name}:{line}", dict(zip(header, fields, strict=False)))
+
+
+def _count_unnamed(fields: list[str]) -> int:
+    """Return how many columns at the end have no name, as a spreadsheet writes those that were once used."""
+    named = [index for index, name in enumerate(fields) if name.strip()]
+    return len(fields) - named[-1] - 1 if named else 0
+
+
+def _describe_fields(fields: list[str], header: list[str], unnamed: int) -> Fault:
+    if len(fields) == len(header) + unnamed:
+        number = next(index for index in range(len(header), len(fields)) if fields[index])
+        return Fault(
+            "unnamed_column", None, f"has text in column {number + 1}, which the header does not name; name it"
+        )
+    problem = f"has {len(fields)} fields; expected {len(header) + unnamed} as in the header"
+    return Fault("wrong_field_count", None, problem)
 
 
 def _read_parquet(file: Path, _: TextForm, part: Part | None) -> Iterator[RawRecord]:
@@ -325,7 +346,8 @@ _READERS: dict[str, Callable[[Path, TextForm, Part | None], Iterator[RawRecord]]
 }
 
 
-def _load(text: str) -> Any:
+def load_json(text: str) -> Any:
+    """Return the value of a JSON text; an object that has a key twice is a RepeatedKey."""
     return json.loads(text, object_pairs_hook=_make_object)
 
 
@@ -334,6 +356,8 @@ def _require_object(value: Any) -> dict[str, Any] | Fault:
         return value
     if isinstance(value, RepeatedKey):
         return Fault("duplicate_key", value.key, "occurs twice in one object; expected once")
+    if column := name_messages(value):  # a row that is a bare conversation
+        return {column: value}
     return Fault("not_an_object", None, f"is {describe_value(value)}; expected an object with named columns")
 
 

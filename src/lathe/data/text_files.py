@@ -4,6 +4,7 @@ import codecs
 import csv
 import gzip
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ SAMPLE_ROWS = 50
 
 COMMA, TAB = ",", "\t"
 DELIMITERS = {COMMA: "commas", ";": "semicolons", TAB: "tabs", "|": "vertical bars"}
+LINE_END = re.compile(rb"\r\n|\r|\n")
 # Excel's own first line, which names the delimiter.
 SEPARATOR_LINE = "sep="
 
@@ -62,11 +64,7 @@ def find_encoding(file: Path, form: TextForm = BY_CONTENT) -> str:
         sample = source.read(SAMPLE_BYTES)
     if b"\0" in sample and (wide := guess_encoding(sample)):  # UTF-16 of ASCII letters is UTF-8 with NUL characters
         return wide
-    try:
-        codecs.getincrementaldecoder(UTF_8)().decode(sample)
-    except UnicodeDecodeError:
-        return guess_encoding(sample) or UTF_8
-    return UTF_8
+    return UTF_8 if _is_utf_8(sample) else guess_encoding(sample) or UTF_8
 
 
 def find_delimiter(file: Path, encoding: str, form: TextForm = BY_CONTENT) -> str:
@@ -98,7 +96,7 @@ def find_delimiter(file: Path, encoding: str, form: TextForm = BY_CONTENT) -> st
 def iterate_lines(file: Path, encoding: str) -> Iterator[str]:
     """Yield the lines of a text file, with their ends. Raises InputError with the line that is not in the encoding."""
     with open_file(file) as source:
-        if encoding != UTF_8:
+        if encoding != UTF_8 or _ends_with_carriage_returns(source):
             yield from _iterate_encoded(source, file, encoding)
             return
         for number, line in enumerate(source, start=1):
@@ -122,6 +120,23 @@ def describe_form(encoding: str, delimiter: str | None) -> dict[str, str]:
     """Return what a report says of a file that is not plain UTF-8 with commas: its encoding and delimiter."""
     described = {} if encoding == UTF_8 else {"encoding": encoding}
     return described if delimiter in (None, COMMA) else {**described, "delimiter": str(delimiter)}
+
+
+def _ends_with_carriage_returns(source: BinaryIO) -> bool:
+    """Tell whether the first line of a file ends as on an old Mac, and in Excel's `CSV (Macintosh)`."""
+    sample = source.read(SAMPLE_BYTES)
+    source.seek(0)
+    first = LINE_END.search(sample)
+    return first is not None and first[0] == b"\r" and _is_utf_8(sample)
+
+
+def _is_utf_8(sample: bytes) -> bool:
+    """Tell whether the beginning of a file is UTF-8; its last character may be cut."""
+    try:
+        codecs.getincrementaldecoder(UTF_8)().decode(sample)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _iterate_encoded(source: BinaryIO, file: Path, encoding: str) -> Iterator[str]:

@@ -123,7 +123,7 @@ def _read_rows(raw: Path, preset: SingleDataset, found: dict[str, Any]) -> DataF
         if isinstance(example.value, Fault):
             continue
         messages = example.value["messages"]
-        add_system_prompt(messages, preset.system_prompt)
+        add_system_prompt(messages, files.system_prompt)
         texts = [str(message.get("content") or "") for message in messages]
         answer = texts[-1] + "".join(map(json.dumps, messages[-1].get("tool_calls", [])))
         tools = json.dumps(example.value["tools"]) if "tools" in example.value else ""
