@@ -16,7 +16,7 @@ from lathe import commands
 from lathe.common import paths, row_report
 from lathe.config.presets import LocalDataset, Presets
 from lathe.data.check_file import check_file
-from lathe.data.check_text import make_preset
+from lathe.data.check_text import format_check, make_preset
 from lathe.data.read_files import find_text_form, read_records
 from lathe.data.text_encodings import guess_encoding
 from lathe.data.text_files import TextForm
@@ -138,6 +138,29 @@ def test_what_would_stop_preprocess_is_said(tmp_path):
     assert "2 of 10 rows" in refusal
     (refusal,) = checked(put(tmp_path / "rows.jsonl", pairs(2)))["refusals"]
     assert "2 different prompts" in refusal
+
+
+LONG = " ".join(f"word{number}" for number in range(40))
+
+
+def test_near_duplicates_between_splits_are_those_that_preprocess_finds(tmp_path):
+    bench = Bench(tmp_path, byte_chat())
+    bench.put("train.jsonl", [chat(f"{number} {LONG}", f"a{number}") for number in range(4)] + [chat("q", "a")])
+    bench.put("validation.jsonl", [chat("other", "a")])
+    bench.put("test.jsonl", [chat(f"9 {LONG}", "a9"), chat("something else", "a")])
+    found = checked(bench.raw, max_overlap_fraction=0.5)
+    assert found["near_overlap"] == bench.run().report["near_overlap"]
+    assert {near["splits"]: near["rows"] for near in found["near_overlap"]} == {
+        "test_in_train": 1,
+        "test_in_validation": 0,
+        "validation_in_train": 0,
+    }
+    assert found["refusals"] == []
+    assert "alike       1 of 2 test rows are nearly in train" in list(format_check(found, bench.raw, None))
+    with refused("too-much-overlap", kept=False) as caught:
+        bench.run(max_overlap_fraction=0.4)
+    (refusal,) = checked(bench.raw, max_overlap_fraction=0.4)["refusals"]
+    assert str(caught.value) == refusal
 
 
 # Files of another form.

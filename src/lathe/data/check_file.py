@@ -67,7 +67,7 @@ def check_file(source: Path, preset: "SingleDataset", *, seed: int, settings: "P
         read = sum(facts["rows"] for facts in examples.files.values())
         excess = describe_excess(read - usable, read, settings.max_dropped_fraction)
         refusals = [excess] if excess else []
-        splits, removed = _assign_splits(writer, examples.files, settings, preset, refusals)
+        splits, removed, near_overlap = _assign_splits(writer, examples.files, settings, preset, refusals)
     return {
         "format": examples.columns.get("format"),
         "detected": examples.columns.get("detected"),
@@ -87,6 +87,7 @@ def check_file(source: Path, preset: "SingleDataset", *, seed: int, settings: "P
         },
         "removed": removed,
         "splits": splits,
+        "near_overlap": near_overlap,
         "characters": {part: _compute_quantiles(lengths) for part, lengths in characters.items()},
         "estimated_tokens": {part: _compute_quantiles(lengths) for part, lengths in tokens.items()},
         "refusals": refusals,
@@ -120,13 +121,18 @@ def _assign_splits(
     settings: "Preprocess",
     preset: "SingleDataset",
     refusals: list[str],
-) -> tuple[dict[str, int], dict[str, Any]]:
-    """Return the rows of each split, and those that are removed by reason; add a refusal if there are too few rows."""
+) -> tuple[dict[str, int], dict[str, Any], list[dict[str, Any]]]:
+    """Return the rows of each split, those that are removed by reason, and near duplicates between splits.
+
+    Adds a refusal if there are too few rows, or too many near duplicates.
+    """
+    from lathe.data.split_overlap import find_split_overlap
     from lathe.data.splits import assign_splits
 
+    stored = writer.get_stored()
     try:
         assigned = assign_splits(
-            writer.get_stored(),
+            stored,
             source_splits={facts["split"] for facts in files.values()},
             validation_fraction=settings.validation_fraction,
             test_fraction=settings.test_fraction,
@@ -134,16 +140,22 @@ def _assign_splits(
         )
     except InputError as error:
         refusals.append(str(error))
-        return {}, {}
+        return {}, {}, []
     removed: dict[str, Occurrences[tuple[str, str]]] = {}
     for by_reason in assigned.removed.values():
         for reason, cases in by_reason.items():
             removed.setdefault(reason, Occurrences()).extend(cases)
     refusals += [f"no usable {name} row is left; add some" for name in SPLITS if not len(assigned.rows[name])]
-    return {name: len(assigned.rows[name]) for name in SPLITS}, {
+    with stored.open_reader() as reader:
+        overlap = find_split_overlap(stored, assigned.rows, reader)
+        near_overlap = overlap.make_report(reader)
+        if excess := overlap.describe_excess(settings.max_overlap_fraction, reader):
+            refusals.append(excess)
+    described = {
         reason: {"rows": cases.count, "first": [{"at": at, "problem": problem} for at, problem in cases.first]}
         for reason, cases in removed.items()
     }
+    return {name: len(assigned.rows[name]) for name in SPLITS}, described, near_overlap
 
 
 def _describe_text(file: Path, facts: Mapping[str, Any]) -> dict[str, str]:

@@ -42,6 +42,11 @@ def format_check(found: Mapping[str, Any], source: Path, preset: Mapping[str, An
         yield from _format_rest(removed)
     if found["splits"]:
         yield "splits      " + ", ".join(f"{name} {count}" for name, count in found["splits"].items())
+    for near in (near for near in found["near_overlap"] if near["rows"]):
+        held_out, other = near["splits"].split("_in_")
+        yield f"alike       {near['rows']} of {near['checked']} {held_out} rows are nearly in {other}"
+        yield from (f"  {case['at']}: {case['problem']}" for case in near["examples"])
+        yield from _format_rest({"rows": near["rows"], "first": near["examples"]})
     for part in ("prompt", "answer"):
         if found["characters"][part]:
             yield f"{part:<11} {_format_lengths(found, part)}"

@@ -185,14 +185,15 @@ def _read_examples(
 def _write_splits(
     stored: "StoredExamples", rules: "TokenizationRules", out: Path, account: "Account", processes: int | None
 ) -> None:
-    """Tokenise and write the splits; the held-out splits come first, as their n-grams are looked up in later ones."""
+    """Tokenise and write the splits."""
     from lathe.common.progress import Progress
     from lathe.data.near_duplicates import NGramIndex
+    from lathe.data.split_overlap import ORDER
     from lathe.data.tokenization import tokenize_split
 
     indexes: dict[str, NGramIndex] = {}
     with Progress("preparing", sum(map(len, account.splits.rows.values()))) as progress:
-        for name in ("test", "validation", "train"):
+        for name in ORDER:
             account.tokenized[name] = tokenize_split(
                 stored,
                 account.splits.rows[name],
