@@ -1,7 +1,5 @@
 """JSON files with more than an array: rows under a key of one object, one object per line, and what holds no rows."""
 
-import json
-from collections.abc import Callable
 from typing import Any
 
 from lathe.common.errors import InputError
@@ -58,19 +56,6 @@ def look_up(value: Any, path: str) -> Any:
         else:
             return None
     return value
-
-
-def begins_an_array(text: str, loads: Callable[[str], Any]) -> bool:
-    """Tell whether the first line of a .jsonl file is the beginning of a JSON array, or the whole of one with rows."""
-    if not text.lstrip().startswith("["):
-        return False
-    try:
-        value = loads(text)
-    except json.JSONDecodeError as error:
-        return error.pos >= len(text.rstrip())  # it goes on, on the next line
-    except (ValueError, RecursionError):
-        return False
-    return bool(value) and all(isinstance(item, dict) for item in value) and not name_messages(value)
 
 
 def name_messages(value: Any) -> str | None:

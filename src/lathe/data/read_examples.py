@@ -92,7 +92,7 @@ class ExampleFiles:
         form = TextForm(self.preset.encoding, self.preset.delimiter, self.preset.rows_key)
         for split, shards in self.paths.items():
             form = replace(form, is_one_document=len(shards) > 1)
-            parts = choose_parts(shards, count_rows_to_read(_list_limits(self.preset), split, self.paths))
+            parts = choose_parts(shards, count_rows_to_read(_list_limits(self.preset), split, self.paths), form)
             for file in shards:
                 part = parts.get(file)
                 names: dict[str, None] = {}

@@ -15,15 +15,14 @@ from lathe.common.errors import InputError
 from lathe.common.git_lfs import refuse_pointer
 from lathe.common.text import summarize_error
 from lathe.data.arrow_features import get_label_names, make_decoders
-from lathe.data.json_rows import begins_an_array, find_rows, name_messages
+from lathe.data.json_arrays import Decode, find_layout, iterate_items, skip_item
+from lathe.data.json_rows import find_rows, name_messages
 from lathe.data.part_of_file import Part
 from lathe.data.split_files import get_suffix
 from lathe.data.text_files import (
     BY_CONTENT,
     SEPARATOR_LINE,
-    UTF_8,
     TextForm,
-    decode,
     find_delimiter,
     find_encoding,
     iterate_lines,
@@ -70,7 +69,7 @@ def read_records(file: Path, form: TextForm = BY_CONTENT, part: Part | None = No
 
     With a `part`, only these rows become records.
 
-    The value of a record that cannot be read is its Fault. Files are streamed, except for a JSON array. Raises
+    The value of a record that cannot be read is its Fault. Files are streamed, except for a JSON object. Raises
     InputError if the file itself cannot be read: not UTF-8, truncated, empty, a quote that is never closed.
     """
     number = 0
@@ -104,7 +103,9 @@ def has_byte_order_mark(file: Path) -> bool:
 
 
 def _read_jsonl(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
-    first = True
+    if find_layout(file, form) == "array":
+        yield from _read_json(file, form, part)
+        return
     for number, line in enumerate(iterate_lines(file, find_encoding(file, form)), start=1):
         text = line.rstrip("\r\n")
         if not text.strip():
@@ -112,10 +113,6 @@ def _read_jsonl(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRe
         if part and not part.holds(number - 1):
             part.left_out += 1
             continue
-        if first and begins_an_array(text, load_json):
-            yield from _read_json(file, form, None)
-            return
-        first = False
         try:
             value = load_json(text)
         except (ValueError, RecursionError) as error:
@@ -127,21 +124,20 @@ def _read_jsonl(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRe
         yield RawRecord(f"{file.name}:{number}", _require_object(value))
 
 
-def _read_json(file: Path, form: TextForm, _: Part | None) -> Iterator[RawRecord]:
-    encoding = find_encoding(file, form)
-    if encoding == UTF_8:
-        with open_file(file) as source:
-            text = decode(source.read(), file, 1)
-    else:
-        text = "".join(iterate_lines(file, encoding))
-    if not text.strip():
+def _read_json(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
+    layout = find_layout(file, form)
+    if layout == "lines":
+        yield from _read_jsonl(file, form, part)
         return
     try:
+        if layout == "array":
+            yield from _read_array(file, form, part)
+            return
+        text = "".join(iterate_lines(file, find_encoding(file, form)))
+        if not text.strip():
+            return
         values = load_json(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and error.lineno == 2 and text.lstrip().startswith("{"):
-            yield from _read_jsonl(file, form, None)
-            return
         remedy = f"`jq -c . {file.name} > {file.stem}.jsonl`" if error.msg == "Extra data" else "is the file truncated?"
         raise InputError(
             f"{file.name}:{error.lineno}: not a JSON array: {_describe_json_error(error)}; {remedy}", code="not-json"
@@ -160,6 +156,18 @@ def _read_json(file: Path, form: TextForm, _: Part | None) -> Iterator[RawRecord
         )
     for number, value in enumerate(values, start=1):
         yield RawRecord(f"{file.name} row {number}", _require_object(value))
+
+
+def _read_array(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
+    items = iterate_items(file, form, lambda number: _decode_item if not part or part.holds(number) else skip_item)
+    for number, value in enumerate(items):
+        if not part or part.holds(number):
+            yield RawRecord(f"{file.name} row {number + 1}", _require_object(value))
+        else:
+            part.left_out += 1
+            if number >= part.ranges[-1][1]:  # the rest is not read
+                part.left_out = part.total - sum(stop - start for start, stop in part.ranges)
+                return
 
 
 def _read_text(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
@@ -367,6 +375,9 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedKey:
         return value
     keys = [key for key, _ in pairs]
     return RepeatedKey(next(key for key in keys if keys.count(key) > 1))
+
+
+_decode_item: Decode = json.JSONDecoder(object_pairs_hook=_make_object).raw_decode
 
 
 def _describe_json_error(error: Exception) -> str:

@@ -17,6 +17,7 @@ UTF_8 = "utf-8"
 # Read to tell the encoding and the delimiter.
 SAMPLE_BYTES = 1 << 16
 SAMPLE_ROWS = 50
+CHUNK_BYTES = 1 << 16
 
 COMMA, TAB = ",", "\t"
 DELIMITERS = {COMMA: "commas", ";": "semicolons", TAB: "tabs", "|": "vertical bars"}
@@ -103,6 +104,27 @@ def iterate_lines(file: Path, encoding: str) -> Iterator[str]:
             yield decode(line, file, number)
 
 
+def iterate_chunks(file: Path, encoding: str) -> Iterator[str]:
+    """Yield the text of a file in chunks. Raises InputError with the line that is not in the encoding."""
+    # That of UTF-8 leaves the byte order mark out, as those of UTF-16 and UTF-32 do.
+    decoder = codecs.getincrementaldecoder("utf-8-sig" if encoding == UTF_8 else encoding)()
+    line, is_last = 1, False
+    with open_file(file) as source:
+        while not is_last:
+            data = source.read(CHUNK_BYTES)
+            is_last = not data
+            state = decoder.getstate()
+            try:
+                text = decoder.decode(data, is_last)
+            except UnicodeDecodeError:
+                if encoding != UTF_8:
+                    raise _refuse_encoding(file, line, encoding) from None
+                decode(state[0] + data, file, line)  # finds the byte
+                raise _refuse_encoding(file, line, encoding) from None  # the last character is cut
+            line += text.count("\n")
+            yield text
+
+
 def decode(data: bytes, file: Path, line: int) -> str:
     """Return UTF-8 as text, without a byte order mark at the beginning of line 1; raises InputError with the line."""
     try:
@@ -146,11 +168,15 @@ def _iterate_encoded(source: BinaryIO, file: Path, encoding: str) -> Iterator[st
             number += 1
             yield line.removeprefix("\ufeff") if number == 1 else line
     except UnicodeError:
-        raise InputError(
-            f"{file.name} after line {number}: is not {encoding}; save the file as UTF-8, or name its encoding in the "
-            "dataset's preset (encoding: cp1251)",
-            code="not-in-encoding",
-        ) from None
+        raise _refuse_encoding(file, number, encoding) from None
+
+
+def _refuse_encoding(file: Path, line: int, encoding: str) -> InputError:
+    return InputError(
+        f"{file.name} after line {line}: is not {encoding}; save the file as UTF-8, or name its encoding in the "
+        "dataset's preset (encoding: cp1251)",
+        code="not-in-encoding",
+    )
 
 
 def _read_sample(file: Path, encoding: str) -> list[str]:
