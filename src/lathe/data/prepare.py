@@ -126,19 +126,15 @@ def _require_column(sources: list[ExampleFiles], cluster_by: str) -> None:
 
 
 def _assign_splits(stored: "StoredExamples", datasets: "dict[str, SingleDataset]", account: "Account") -> "Splits":
-    from lathe.data.mixture import assign_mixed_splits
-    from lathe.data.splits import assign_splits
+    from lathe.data.mixture import assign_all_splits
 
-    settings = account.settings
-    fractions: dict[str, Any] = {
-        "validation_fraction": settings.validation_fraction,
-        "test_fraction": settings.test_fraction,
-    }
-    if list(datasets) != [""]:
-        present = {name: account.get_source_splits(name) for name in datasets}
-        return assign_mixed_splits(stored, datasets, source_splits=present, **fractions)
-    limits = {str(name): limit for name, limit in (datasets[""].limits or {}).items()}
-    return assign_splits(stored, source_splits=account.get_source_splits(), limits=limits, **fractions)
+    return assign_all_splits(
+        stored,
+        datasets,
+        source_splits={name: account.get_source_splits(name) for name in datasets},
+        validation_fraction=account.settings.validation_fraction,
+        test_fraction=account.settings.test_fraction,
+    )
 
 
 def _read_examples(
