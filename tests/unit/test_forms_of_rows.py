@@ -313,6 +313,33 @@ def test_a_text_of_the_preset_with_a_control_token_is_refused(tmp_path, keys, fi
         read(tmp_path, "a.jsonl", b'{"prompt": "q", "completion": "a"}\n', **keys)
 
 
+def test_a_column_with_the_thought_is_named_by_the_preset(tmp_path):
+    keys = {"prompt": "problem", "completion": "solution", "thought": "deepseek_reasoning"}
+    row = {"problem": "q", "solution": "a", "deepseek_reasoning": "hm", "reasoning": "another"}
+    messages, _, unused = convert(row, **keys)
+    assert messages == [USER, answer(reasoning_content="hm")]
+    assert unused == {"column reasoning": 1}
+    assert convert({**row, "deepseek_reasoning": None}, **keys)[0] == PAIR
+    assert convert({**row, "deepseek_reasoning": 3}, **keys)[0].field == "deepseek_reasoning"
+    nested = {"problem": "q", "solution": "a", "meta": {"thought": "hm"}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(nested))
+    [example] = ExampleFiles(
+        tmp_path, LocalDataset(source="local", path="x", **{**keys, "thought": "meta.thought"}), CONTROL
+    )
+    assert example.value["messages"] == [USER, answer(reasoning_content="hm")]
+
+
+@pytest.mark.parametrize("key", ["thought", "tools"])
+def test_a_column_that_the_preset_names_and_no_row_has_is_refused(tmp_path, key):
+    with refused("missing-column", "a.jsonl: no row has the column 'think'", key):
+        read(
+            tmp_path,
+            "a.jsonl",
+            b'{"prompt": "q", "completion": "a", "thinks": "hm"}\n',
+            **{"prompt": "prompt", "completion": "completion", key: "think"},
+        )
+
+
 def test_texts_of_the_preset_are_normalised_as_those_of_rows_are(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "e", "completion": "\u2126"}))
     keys = {"prompt_template": "{prompt}\u0301", "completion": "completion", "system_prompt": "e\u0301"}

@@ -295,15 +295,16 @@ class _PromptAnswerFormat(Format):
         self.prompt_columns = PromptColumns(check_text, preset, form, FORMATS[form][0], names)
         self.answer_column = preset.completion or FORMATS[form][1]
         self.check_answer: Callable[[Any, str], str] = check_text
-        self.optional = (self.system, self.prompt_columns.input)
+        self.optional = (self.system, self.prompt_columns.input, preset.thought)
+        self.thought = preset.thought
         self.is_named = self.system is None
         if not self.is_named:
-            self.optional += (HISTORY, *ALL_THOUGHT_KEYS)
+            self.optional += (HISTORY, *(() if self.thought else ALL_THOUGHT_KEYS))
         self.required: tuple[str, ...] = (*self.prompt_columns.required, self.answer_column)
         self.description: dict[str, Any] = {
             **self.prompt_columns.description,
             "completion": self.answer_column,
-            **select_present(names, system=self.system),
+            **select_present(names, system=self.system, thought=self.thought),
         }
         self.is_classification = form == "classification"
         if self.is_classification:
@@ -320,7 +321,7 @@ class _PromptAnswerFormat(Format):
             )
         if not self.is_named:
             messages = [*self._read_history(record), *messages]
-            self._add_thought(record, messages[-1])
+        self._add_thought(record, messages[-1])
         return add_system_message(self.check_text, self.system, record, messages)
 
     def get_extra_fields(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -367,7 +368,11 @@ class _PromptAnswerFormat(Format):
         return messages
 
     def _add_thought(self, record: dict[str, Any], answer: Message) -> None:
-        thoughts = find_thoughts(self.check_text, record)
+        if self.thought:
+            given = record.get(self.thought)
+            thoughts = {} if is_empty(given) else {self.thought: self.check_text(given, self.thought)}
+        else:
+            thoughts = {} if self.is_named else find_thoughts(self.check_text, record)
         key, thought = next(iter(thoughts.items()), ("", ""))
         for other, second in thoughts.items():
             if second != thought:

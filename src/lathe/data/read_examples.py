@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
+from lathe.common.text import did_you_mean
 from lathe.data.exports import RecordReader
 from lathe.data.formats import RecordConverter
 from lathe.data.null_arguments import is_padded
@@ -128,9 +129,22 @@ class ExampleFiles:
                     **(describe_form(*text) if text else {}),
                 }
                 self.names.update(names)
+        if converter:
+            self._require_named_columns()
         if converter and self.reader:
             self.columns = {**self.reader.description, **converter.description, "detected": converter.detected}
             self.unused = dict(sorted(converter.unused.items()))
+
+    def _require_named_columns(self) -> None:
+        """Raise InputError if a column that the preset names, and not every row needs, is in no row at all."""
+        for key in ("tools", "thought"):
+            column = getattr(self.preset, key)
+            if column and column not in self.names:
+                raise InputError(
+                    f"{self.prefix}{next(iter(self.paths.values()))[0].name}: no row has the column {column!r}, which "
+                    f"the dataset's preset names in {key}; {did_you_mean(column, list(self.names))}",
+                    code="missing-column",
+                )
 
     def _read_rows(self, file: Path, form: TextForm, part: Part | None) -> Iterator[tuple[str, Row]]:
         """Yield the place and the columns of every row, or why it has none."""
