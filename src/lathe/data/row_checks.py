@@ -109,7 +109,7 @@ def _describe_difference(form: str, found: str, normal: str) -> str:
         return " ".join(f"U+{ord(character):04X}" for character in text)
 
     return (
-        f"holds {found[:1]!r} ({name(found[:1])}), which the model's tokenizer reads as {normal!r} ({name(normal)}) by "
+        f"holds {found!r} ({name(found)}), which the model's tokenizer reads as {normal!r} ({name(normal)}) by "
         f"{form}, and llama.cpp does not; expected text in {form}: preprocess.normalize_unicode: true makes it so"
     )
 
