@@ -95,6 +95,13 @@ FORMS: list[tuple[str, dict[str, Any], list[Any], dict[str, Any], dict[str, int]
     ("wanted by LLaMA-Factory", {"conversations": [HUMAN, gpt("a")], "kto_tag": True}, PAIR, {}, {}),
     ("wanted in a table", {"prompt": "q", "completion": "a", "desirable": "TRUE"}, PAIR, {}, {}),
     (
+        "a flag beside a class",
+        {"text": "q", "label": "a", "is_correct": False},
+        PAIR,
+        {},
+        {"column is_correct": 1},
+    ),
+    (
         "a column of that name that says something else",
         {"prompt": "q", "completion": "a", "is_correct": "B"},
         PAIR,

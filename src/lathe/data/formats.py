@@ -92,7 +92,7 @@ class RecordConverter:
         self.check_text, self.is_named = check_text, names_columns(preset)
         self.tool_columns = (preset.tools,) if preset.tools else () if self.is_named else TOOLS
         self.description |= select_present(names, tools=next((key for key in self.tool_columns if key in names), None))
-        flags = () if self.is_named else UNWANTED_FLAGS
+        flags = () if self.is_named or form == "classification" else UNWANTED_FLAGS
         self.wanted_columns = tuple(column for column in (WANTED, *flags) if column not in self.required)
         self.read = frozenset(
             {
