@@ -308,6 +308,24 @@ def test_the_encoding_of_english_with_typographic_quotes_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("header", "keys"),
+    [("prompt\tcompletion", {}), ("ask\treply", {"prompt": "ask", "completion": "reply"})],
+)
+def test_a_table_in_excels_unicode_text_is_no_raw_text(tmp_path, header, keys):
+    content = f"{header}\r\nq\ta\r\n".encode("utf-16")
+    with refused("table-as-text", "a.txt", "a.tsv"):
+        read(tmp_path, "a.txt", content, **keys)
+    (tmp_path / "a.txt").rename(tmp_path / "a.tsv")
+    assert read(tmp_path, "a.tsv", content, **keys)[0] == [["q", "a"]]
+
+
+def test_a_raw_text_with_tabs_is_one(tmp_path):
+    text = "question\tanswer of the day\nmore"
+    assert read(tmp_path, "a.txt", text.encode())[0] == [[text]]
+    assert read(tmp_path, "a.txt", b"prompt\tcompletion\nq\ta", format="text")[0] == [["prompt\tcompletion\nq\ta"]]
+
+
+@pytest.mark.parametrize(
     ("keys", "field"),
     [
         ({"system_prompt": "Say <|im_start|>"}, "system_prompt"),

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.data.exports import RecordReader
+from lathe.data.format_columns import FORMATS, TEXT
 from lathe.data.formats import RecordConverter
 from lathe.data.null_arguments import is_padded
 from lathe.data.part_of_file import Part, choose_parts, count_rows_to_read
 from lathe.data.read_files import Fault, find_text_form, read_records
-from lathe.data.row_checks import RowFault, check_preset_text
-from lathe.data.split_files import find_split_files, get_suffix
+from lathe.data.row_checks import RowFault, check_preset_text, format_names
+from lathe.data.split_files import TEXT_SUFFIXES, find_split_files, get_suffix
 from lathe.data.text_files import TextForm, describe_form
 from lathe.models.document import DOCUMENT
 from lathe.models.unicode_form import UnicodeRule
@@ -162,6 +163,8 @@ class ExampleFiles:
         """Choose the format by the columns that any of the rows has; by those of the first if several formats fit."""
         if not rows:
             return None
+        if get_suffix(file) in TEXT_SUFFIXES and self.preset.format != TEXT:
+            _refuse_table(str(rows[0].get(TEXT, "")), self.preset, file.name)
 
         def choose(names: Iterable[str]) -> RecordConverter:
             return RecordConverter(
@@ -177,6 +180,18 @@ class ExampleFiles:
         if self.system_prompt:
             self.system_prompt = check_preset_text(converter.check_text, self.system_prompt, "system_prompt")
         return converter
+
+
+def _refuse_table(text: str, preset: "SingleDataset", file: str) -> None:
+    """Raise InputError if a text begins with the header of a table, as Excel's "Unicode Text (*.txt)" does."""
+    columns = text.partition("\n")[0].strip("\r").split("\t")
+    named = [(preset.prompt, preset.completion)] if preset.prompt and preset.completion else []
+    if any(set(wanted) <= set(columns) for wanted in (*FORMATS.values(), *named) if len(wanted) > 1):
+        raise InputError(
+            f"{file}: begins with the header of a table, {format_names(columns)}; rename it to "
+            f"{file.partition('.')[0]}.tsv, or name its format if it is a raw text (format: text)",
+            code="table-as-text",
+        )
 
 
 def _name_cluster(value: Any) -> str | None:
