@@ -293,6 +293,12 @@ TABLES = [
         [["Don’t…", "“a” – 5 €"]],
     ),
     ("bare conversations", "a.jsonl", (json.dumps(PAIR) + "\n").encode() * 2, [["q", "a"]] * 2),
+    (
+        "unwanted rows of a table",
+        "a.csv",
+        b"prompt,completion,kto_tag\nq,a,True\nq 2,a 2,False\n",
+        [["q", "a"], "unwanted_answer"],
+    ),
     ("an array of them", "a.json", json.dumps([[HUMAN, gpt("a")]]).encode(), [["q", "a"]]),
 ]
 
