@@ -148,8 +148,8 @@ class RecordConverter:
             raise RowFault(
                 "unwanted_answer",
                 WANTED,
-                f"is {describe_value(value)}; expected true or false if it says whether the answer is wanted (in a table "
-                "by the name kto_tag, where they may be text), and another name of the column if not",
+                f"is {describe_value(value)}; expected true or false if it says whether the answer is wanted (in a "
+                "table by the name kto_tag, where they may be text), and another name of the column if not",
             )
         if not is_flag or column == WANTED:
             self.check_text.unused.add(f"column {column}")
