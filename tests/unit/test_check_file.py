@@ -348,6 +348,11 @@ def test_a_mixture_of_presets_yaml_is_checked_by_its_name_as_preprocess_mixes_it
     assert run(folder / "prose.txt")[1].startswith("preset      mixed, prose, of presets.yaml\n")
 
 
+def test_a_preset_of_the_hub_that_is_not_here_is_refused_with_what_fetches_it(run):
+    with refused("not-fetched", "gsm8k", "dvc repro fetch@dataset"):
+        run(Path("gsm8k"))
+
+
 def test_unknown_columns_are_refused_with_the_options_that_name_them(tmp_path, run):
     file = put(tmp_path / "rows.jsonl", [{"q": "a", "a": "b"}])
     with refused("unknown-format", "rows.jsonl: ", "'q', 'a'", "--prompt COLUMN --completion COLUMN"):
