@@ -321,7 +321,8 @@ class _PromptAnswerFormat(Format):
             )
         if not self.is_named:
             messages = [*self._read_history(record), *messages]
-        self._add_thought(record, messages[-1])
+        if self.thought or not self.is_named:
+            self._add_thought(record, messages[-1])
         return add_system_message(self.check_text, self.system, record, messages)
 
     def get_extra_fields(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -332,10 +333,12 @@ class _PromptAnswerFormat(Format):
 
         Only those of the answer are learnt.
         """
+        if self.is_classification:
+            return []
         column = self.prompt_columns.field
         before = None if self.prompt_columns.parts else find_messages(record[column])
         after = find_messages(record[self.answer_column])
-        if self.is_classification or not (before or after):
+        if not before and not after:
             return []
         if not before:
             before = [{"role": "user", "content": self.prompt_columns.read(record)}]
@@ -372,7 +375,7 @@ class _PromptAnswerFormat(Format):
             given = record.get(self.thought)
             thoughts = {} if is_empty(given) else {self.thought: self.check_text(given, self.thought)}
         else:
-            thoughts = {} if self.is_named else find_thoughts(self.check_text, record)
+            thoughts = find_thoughts(self.check_text, record)
         key, thought = next(iter(thoughts.items()), ("", ""))
         for other, second in thoughts.items():
             if second != thought:

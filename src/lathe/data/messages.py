@@ -100,7 +100,7 @@ def find_messages(value: Any) -> list[Any] | None:
     None for anything else, such as a text or a list of texts.
     """
     if isinstance(value, str):
-        if not LIST_OF_OBJECTS.match(value):
+        if value[:1] not in "[ \n\r\t" or not LIST_OF_OBJECTS.match(value):
             return None
         try:
             value = load_json(value)

@@ -356,7 +356,7 @@ _READERS: dict[str, Callable[[Path, TextForm, Part | None], Iterator[RawRecord]]
 
 def load_json(text: str) -> Any:
     """Return the value of a JSON text; an object that has a key twice is a RepeatedKey."""
-    return json.loads(text, object_pairs_hook=_make_object)
+    return _DECODER.decode(text)
 
 
 def _require_object(value: Any) -> dict[str, Any] | Fault:
@@ -377,7 +377,8 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedKey:
     return RepeatedKey(next(key for key in keys if keys.count(key) > 1))
 
 
-_decode_item: Decode = json.JSONDecoder(object_pairs_hook=_make_object).raw_decode
+_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)  # json.loads would make one for every text
+_decode_item: Decode = _DECODER.raw_decode
 
 
 def _describe_json_error(error: Exception) -> str:
