@@ -116,6 +116,12 @@ def test_rows_before_a_fault_of_the_file_are_read_and_its_line_is_named(tmp_path
         next(records)
 
 
+def test_the_command_of_the_remedy_does_not_write_over_the_file(tmp_path):
+    file = put(tmp_path, '[{"a": 1}]\n{"a": 2}', "a.jsonl")
+    with refused("not-json", "a.jsonl:2", "`jq -c . a.jsonl > a.rows.jsonl`"):
+        list(read_records(file))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_array(tmp_path):
     peaks = []

@@ -138,7 +138,9 @@ def _read_json(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRec
             return
         values = load_json(text)
     except json.JSONDecodeError as error:
-        remedy = f"`jq -c . {file.name} > {file.stem}.jsonl`" if error.msg == "Extra data" else "is the file truncated?"
+        # Never into the file itself, which a shell empties first.
+        target = f"{file.stem}{'.rows' * (file.suffix == '.jsonl')}.jsonl"
+        remedy = f"`jq -c . {file.name} > {target}`" if error.msg == "Extra data" else "is the file truncated?"
         raise InputError(
             f"{file.name}:{error.lineno}: not a JSON array: {_describe_json_error(error)}; {remedy}", code="not-json"
         ) from None
