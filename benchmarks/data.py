@@ -1,13 +1,13 @@
 """Speed of preprocess against a plain `datasets.map` loop, and its memory on a million rows.
 
-python benchmarks/data.py [--rows FOLDER] [--pairs 5] [--million] [--folder DIR]
+python benchmarks/data.py [--rows FOLDER] [--pairs 5] [--before CHECKOUT] [--million] [--folder DIR]
 
 Speed: the rows of FOLDER (JSONL files with `question` and `answer`; default: data/local/gsm8k where it exists, else
 made-up ones in the number and size of GSM8K's), with the vocabulary of the tiny model at 512 pieces, go in turn through
 `lathe.data.prepare` (validation, duplicates, splits, prompt and answer tokenized apart, report, output) and through a
 loop that does nothing but `apply_chat_template` on every row. Each run is a fresh process; imports, loading the
 tokenizer and a first pass over few rows are not counted. Where other work shares the processor, only the processor time
-of the two, all processes together, can be compared.
+of the two, all processes together, can be compared. With --before, that of an older commit goes third.
 
 Memory, with --million alone: a million made-up rows. The peak is that of all processes together, pages they share
 counted once (PSS, sampled from /proc), and the largest single one's (ru_maxrss). Prints Markdown tables.
@@ -57,17 +57,23 @@ def main() -> None:
             if not raw.is_dir():
                 raw = folder / "raw"
                 _write_problems(raw, GSM8K_ROWS, words=100)
-            runs: dict[str, list[dict[str, Any]]] = {"lathe": [], "plain": []}
+            names = ["lathe", "plain", *(["before"] if arguments.before else [])]
+            runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
             for pair in range(arguments.pairs):
-                for child in ("lathe", "plain") if pair % 2 == 0 else ("plain", "lathe"):
-                    runs[child].append(_run_apart(child, folder, raw))
+                for name in names if pair % 2 == 0 else names[::-1]:
+                    checkout = arguments.before if name == "before" else None
+                    child = "plain" if name == "plain" else "lathe"
+                    runs[name].append(_run_apart(child, folder, raw, checkout=checkout))
             sys.stdout.write(_speed_report(runs, "made-up rows" if raw.is_relative_to(folder) else raw.name))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, help="folder of JSONL files with question and answer")
-    parser.add_argument("--pairs", type=int, default=5, help="runs of each of the two (default 5)")
+    parser.add_argument("--pairs", type=int, default=5, help="runs of each (default 5)")
+    parser.add_argument(
+        "--before", type=Path, metavar="CHECKOUT", help="a checkout of an older commit, run in turn too"
+    )
     parser.add_argument("--million", action="store_true", help="the memory of a million rows instead")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made (default: the system's)")
     parser.add_argument("--child", choices=("lathe", "plain"), help=argparse.SUPPRESS)
@@ -102,14 +108,17 @@ def _write_problems(folder: Path, rows: int, *, words: int) -> None:
             lines.write(json.dumps({"question": question, "answer": answer}) + "\n")
 
 
-def _run_apart(child: str, folder: Path, raw: Path, *, sample_memory: bool = False) -> dict[str, Any]:
+def _run_apart(
+    child: str, folder: Path, raw: Path, *, sample_memory: bool = False, checkout: Path | None = None
+) -> dict[str, Any]:
     """Run one case in a fresh process; return what it measured, with the peak memory of all its processes if asked."""
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     command = [sys.executable, __file__, "--child", child, "--tokenizer", str(folder / "tokenizer")]
     command += ["--raw", str(raw), "--work", str(work)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf")}
+    source = (checkout or ROOT) / "src"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf"), "PYTHONPATH": str(source)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     peak = _Peak(process.pid) if sample_memory else None
     output, _ = process.communicate()
@@ -188,17 +197,20 @@ def _lathe(tokenizer: Any, raw: Path, work: Path) -> int:
     from lathe.data.prepare import prepare
 
     work.mkdir()
-    settings = Preprocess(
-        validation_fraction=0.1,
-        test_fraction=0.1,
-        max_dropped_fraction=0.0,
-        normalize_unicode=False,
-        too_long="drop",
-        max_truncated_fraction=0.0,
-        max_overlap_fraction=1.0,
-        supervise="all",
-        chat_template_kwargs={},
-    )
+    values: dict[str, Any] = {
+        "validation_fraction": 0.1,
+        "test_fraction": 0.1,
+        "max_dropped_fraction": 0.0,
+        "normalize_unicode": False,
+        "too_long": "drop",
+        "max_truncated_fraction": 0.0,
+        "max_overlap_fraction": 1.0,
+        "added_tokens": [],
+        "supervise": "all",
+        "chat_template_kwargs": {},
+    }
+    # An older commit may not have all of them.
+    settings = Preprocess(**{name: value for name, value in values.items() if name in Preprocess.model_fields})
     preset = LocalDataset(source="local", path=str(raw), prompt="question", completion="answer")
     prepared = prepare(raw, preset, work, tokenizer=tokenizer, seed=42, max_length=2048, settings=settings)
     rows: int = prepared.report["rows"]["read"]
@@ -220,28 +232,32 @@ def _plain(tokenizer: Any, raw: Path, work: Path) -> int:
 
 
 def _speed_report(runs: dict[str, list[dict[str, Any]]], what: str) -> str:
-    speeds = {child: [run["rows"] / run["seconds"] for run in found] for child, found in runs.items()}
-    costs = {child: [run["processor_seconds"] / run["rows"] * 1e6 for run in found] for child, found in runs.items()}
+    speeds = {name: [run["rows"] / run["seconds"] for run in found] for name, found in runs.items()}
+    costs = {name: [run["processor_seconds"] / run["rows"] * 1e6 for run in found] for name, found in runs.items()}
+    others = {"plain": "datasets.map", "before": "before"}
+    headings = [f"{shown} | ratio (range)" for name, shown in others.items() if name in runs]
     lines = [
-        f"{runs['lathe'][0]['rows']:,} rows ({what}), {PIECES} pieces, medians of {len(runs['lathe'])} pairs.",
+        f"{runs['lathe'][0]['rows']:,} rows ({what}), {PIECES} pieces, medians of {len(runs['lathe'])} runs of each.",
         f"Machine: {machine.describe()}.",
         "",
-        "| | lathe | datasets.map | ratio (range) |",
-        "| --- | ---: | ---: | ---: |",
-        _row("rows/s", speeds["lathe"], speeds["plain"], ratio=lambda ours, theirs: ours / theirs),
-        _row("processor, µs/row", costs["lathe"], costs["plain"], ratio=lambda ours, theirs: theirs / ours),
+        f"| | lathe | {' | '.join(headings)} |",
+        f"| --- | ---: |{' ---: | ---: |' * len(headings)}",
+        _row("rows/s", speeds, ratio=lambda ours, theirs: ours / theirs),
+        _row("processor, µs/row", costs, ratio=lambda ours, theirs: theirs / ours),
         "",
         f"lathe's range is {min(speeds['lathe']):,.0f} to {max(speeds['lathe']):,.0f} rows/s.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _row(label: str, ours: list[float], theirs: list[float], ratio: Callable[[float, float], float]) -> str:
-    ratios = [ratio(*pair) for pair in zip(ours, theirs, strict=True)]
-    return (
-        f"| {label} | {statistics.median(ours):,.0f} | {statistics.median(theirs):,.0f} "
-        f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
-    )
+def _row(label: str, values: dict[str, list[float]], ratio: Callable[[float, float], float]) -> str:
+    ours, *others = values.values()
+    cells = [f"{statistics.median(ours):,.0f}"]
+    for theirs in others:
+        ratios = [ratio(*pair) for pair in zip(ours, theirs, strict=True)]
+        cells.append(f"{statistics.median(theirs):,.0f}")
+        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    return f"| {label} | {' | '.join(cells)} |"
 
 
 def _memory_report(run: dict[str, Any]) -> str:

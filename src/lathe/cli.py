@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lathe import __version__, classifier_commands, commands, completion, publish_commands, remote_commands
+from lathe import (
+    __version__,
+    classifier_commands,
+    commands,
+    completion,
+    data_commands,
+    publish_commands,
+    remote_commands,
+)
 from lathe.common import entry_point, paths
 from lathe.config.base import SPLITS
 
@@ -136,7 +144,10 @@ def _add_configuration_commands(table: Any) -> None:
         "data", help="say what a dataset's file holds and which rows would be dropped; exit 1 if any"
     )
     command.add_argument(
-        "source", type=Path, metavar="FILE", help="a file, or a folder with train.*, validation.* and test.*"
+        "source",
+        type=Path,
+        metavar="FILE",
+        help="a file, a folder with train.*, validation.* and test.*, or a name under datasets in presets.yaml",
     ).complete = completion.FILE
     command.add_argument("--prompt", metavar="COLUMN", help="column with the prompt (default: by its name)")
     command.add_argument("--completion", metavar="COLUMN", help="column with the answer (default: by its name)")
@@ -152,7 +163,7 @@ def _add_configuration_commands(table: Any) -> None:
 
 
 def _check_data(args: argparse.Namespace) -> None:
-    usable = commands.check_data(args.source, prompt=args.prompt, completion=args.completion, as_json=args.json)
+    usable = data_commands.check_data(args.source, prompt=args.prompt, completion=args.completion, as_json=args.json)
     sys.exit(0 if usable else 1)
 
 

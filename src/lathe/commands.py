@@ -191,49 +191,6 @@ def inspect_rows(split: str, rows: int, row: int | None, *, ids: bool) -> None:
     show_examples(split, rows=rows, row=row, ids=ids, settings=load().params.preprocess, out=sys.stdout)
 
 
-def check_data(source: Path, *, prompt: str | None, completion: str | None, as_json: bool) -> bool:
-    """Print what preprocess would make of a dataset's file or folder; return whether it would drop no row.
-
-    An entry of presets.yaml with this path says how to read it, unless columns are given.
-    """
-    from lathe.config.presets import LocalDataset, Presets
-    from lathe.data.check_file import check_file
-    from lathe.data.check_text import format_check, make_preset
-
-    if bool(prompt) != bool(completion):
-        missing = "--completion" if prompt else "--prompt"
-        raise InputError(f"{missing}: is missing; name both columns, or neither", code="missing-option")
-    params = load().params
-    datasets = Presets.model_validate(read_yaml(paths.PRESETS)).datasets
-    path = source.absolute()
-    entries = {
-        name: entry
-        for name, entry in datasets.items()
-        if isinstance(entry, LocalDataset) and paths.ROOT / entry.path == path and not prompt
-    }
-    name, preset = next(iter(entries.items()), ("", None))
-    try:
-        found = check_file(
-            source,
-            preset or LocalDataset(source="local", path=str(source), prompt=prompt, completion=completion),
-            seed=params.seed,
-            settings=params.preprocess,
-        )
-    except InputError as error:
-        if error.code not in ("unknown-format", "ambiguous-format"):
-            raise
-        raise InputError(f"{error}; here: --prompt COLUMN --completion COLUMN", code=error.code) from None
-    entry = None if preset else make_preset(source, list(datasets), prompt=prompt, completion=completion)
-    if as_json:
-        used = {name: preset.model_dump(exclude_none=True)} if preset else entry
-        sys.stdout.write(json.dumps({**found, "preset": used}, indent=2, ensure_ascii=False) + "\n")
-    else:
-        if name:
-            sys.stdout.write(f"preset      {name}, of presets.yaml\n")
-        sys.stdout.writelines(f"{line}\n" for line in format_check(found, source, entry))
-    return not found["faults"] and not found["refusals"]
-
-
 def check_gates() -> bool:
     """Print the result of each of evaluate.gates by the metrics as they are, and return whether all pass."""
     from lathe.config.gates import parse_gate

@@ -7,16 +7,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from byte_chat import LENIENT, Bench, byte_chat, chat
 from refusals import refused
 
-from lathe import commands
+from lathe import data_commands
 from lathe.common import paths, row_report
-from lathe.config.presets import LocalDataset, Presets
+from lathe.config.presets import LocalDataset, MixtureDataset, Presets
 from lathe.data.check_file import check_file
-from lathe.data.check_text import make_preset
+from lathe.data.check_text import format_check, make_preset
+from lathe.data.prepare import prepare
 from lathe.data.read_files import find_text_form, read_records
 from lathe.data.text_encodings import guess_encoding
 from lathe.data.text_files import TextForm
@@ -140,6 +142,29 @@ def test_what_would_stop_preprocess_is_said(tmp_path):
     assert "2 different prompts" in refusal
 
 
+LONG = " ".join(f"word{number}" for number in range(40))
+
+
+def test_near_duplicates_between_splits_are_those_that_preprocess_finds(tmp_path):
+    bench = Bench(tmp_path, byte_chat())
+    bench.put("train.jsonl", [chat(f"{number} {LONG}", f"a{number}") for number in range(4)] + [chat("q", "a")])
+    bench.put("validation.jsonl", [chat("other", "a")])
+    bench.put("test.jsonl", [chat(f"9 {LONG}", "a9"), chat("something else", "a")])
+    found = checked(bench.raw, max_overlap_fraction=0.5)
+    assert found["near_overlap"] == bench.run().report["near_overlap"]
+    assert {near["splits"]: near["rows"] for near in found["near_overlap"]} == {
+        "test_in_train": 1,
+        "test_in_validation": 0,
+        "validation_in_train": 0,
+    }
+    assert found["refusals"] == []
+    assert "alike       1 of 2 test rows are nearly in train" in list(format_check(found, bench.raw, None))
+    with refused("too-much-overlap", kept=False) as caught:
+        bench.run(max_overlap_fraction=0.4)
+    (refusal,) = checked(bench.raw, max_overlap_fraction=0.4)["refusals"]
+    assert str(caught.value) == refusal
+
+
 # Files of another form.
 
 
@@ -232,7 +257,7 @@ def test_a_damaged_utf_8_file_is_of_no_other_encoding():
 @pytest.fixture
 def run(capsys, toy_params):
     def run(source, prompt=None, completion=None, as_json=False):
-        usable = commands.check_data(source, prompt=prompt, completion=completion, as_json=as_json)
+        usable = data_commands.check_data(source, prompt=prompt, completion=completion, as_json=as_json)
         return usable, capsys.readouterr().out
 
     return run
@@ -276,6 +301,56 @@ def test_an_entry_of_presets_yaml_says_how_its_file_is_read(tmp_path, run, monke
     assert usable
     assert "mine, of presets.yaml" in text
     assert "datasets:" not in text
+
+
+def test_a_mixture_of_presets_yaml_is_checked_by_its_name_as_preprocess_mixes_it(tmp_path, run, monkeypatch):
+    folder = tmp_path / "data/local"
+    folder.mkdir(parents=True)
+    put(folder / "support.jsonl", [*pairs(100), {"prompt": "no answer"}])
+    (folder / "prose.txt").write_text("".join(f"paragraph {number}\n\n" for number in range(30)))
+    parts = {
+        "support": {"source": "local", "path": "data/local/support.jsonl", "weight": 0.9},
+        "prose": {"source": "local", "path": "data/local/prose.txt", "format": "text", "weight": 0.1, "split": "train"},
+    }
+    preset = MixtureDataset.model_validate({"source": "mixture", "datasets": parts})
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    presets = tmp_path / "presets.yaml"
+    presets.write_text(json.dumps({"models": {}, "datasets": {"mixed": {"source": "mixture", "datasets": parts}}}))
+    monkeypatch.setattr(paths, "PRESETS", presets)
+    usable, text = run(Path("mixed"))
+    assert not usable, "a row has no answer"
+    lines = text.splitlines()
+    assert lines[0] == "preset      mixed, of presets.yaml"
+    assert "dataset     prose: text (document: text), as named" in lines
+    assert "  30 rows can be used: 9 for training (10.1% of all), 0 validation, 0 test" in lines
+    assert "  100 rows can be used: 80 for training (89.9% of all), 10 validation, 10 test" in lines
+    assert any("support/support.jsonl:101: missing column" in line for line in lines)
+    assert "datasets:" not in lines
+    found = json.loads(run(Path("mixed"), as_json=True)[1])
+    for name, file in (("support", "support.jsonl"), ("prose", "prose.txt")):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        (tmp_path / "raw" / name / file).symlink_to(folder / file)
+    (tmp_path / "out").mkdir()
+    report = prepare(
+        tmp_path / "raw",
+        preset,
+        tmp_path / "out",
+        tokenizer=byte_chat(),
+        seed=data_commands.load().params.seed,
+        max_length=1000,
+        settings=LENIENT,
+    ).report
+    keys = ("dataset", "read", "train", "validation", "test", "share_of_train")
+    assert [{key: part[key] for key in keys} for part in found["datasets"]] == [
+        {key: part[key] for key in keys} for part in report["datasets"]
+    ]
+    # A file that only a mixture names is read as it says.
+    assert run(folder / "prose.txt")[1].startswith("preset      mixed, prose, of presets.yaml\n")
+
+
+def test_a_preset_of_the_hub_that_is_not_here_is_refused_with_what_fetches_it(run):
+    with refused("not-fetched", "gsm8k", "dvc repro fetch@dataset"):
+        run(Path("gsm8k"))
 
 
 def test_unknown_columns_are_refused_with_the_options_that_name_them(tmp_path, run):

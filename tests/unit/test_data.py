@@ -43,6 +43,7 @@ class Preset:
     prompt_template: str | None = None
     rejected: str | None = None
     tools: str | None = None
+    thought: str | None = None
     labels: list[str] | None = None
     system_prompt: str | None = None
     encoding: str | None = None

@@ -98,6 +98,53 @@ def test_rows_with_tools_are_scored_by_their_calls_and_take_the_room_of_the_defi
     assert values["training.max_length"] >= 128
 
 
+def add_mixture(root, **parts):
+    presets = root / "presets.yaml"
+    tree = YAML().load(presets)
+    tree["datasets"]["mixed"] = {"source": "mixture", "datasets": parts}
+    YAML().dump(tree, presets)
+
+
+def part(kind, **keys):
+    return {"source": "local", "path": f"data/local/{kind}.jsonl", **keys}
+
+
+def test_a_mixture_has_a_recipe_by_the_rows_that_it_takes_of_each_dataset(root, capsys):
+    paragraphs = {"source": "builtin", "content": "paragraphs", "split": "train", "weight": 0.1}
+    add_mixture(root, answers=part("json", weight=0.9), prose=paragraphs)
+    create(dataset="mixed")
+    text = (root / "experiments/mine.yaml").read_text()
+    values = recipes.load_recipe("mine").recipe.overrides
+    assert (values["dataset"], values["evaluate.primary_metric"]) == ("mixed", "exact_match")
+    assert values["training.max_length"] <= 192, "by the requests; documents are cut"
+    # 240 of the 300 rows are left for training at a tenth for either held-out split, and 27 paragraphs beside them.
+    assert "267 training rows" in text
+    assert values["preprocess.test_fraction"] == 0.1
+    assert "of 300 rows" in text
+    assert "guess" not in capsys.readouterr().out
+
+
+def test_documents_have_a_recipe_of_their_own_kind(root):
+    rows = [{"text": f"Document {number} is about nothing much. " * 99} for number in range(300)]
+    (root / "data/local/prose.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    create(dataset="prose")
+    values = recipes.load_recipe("mine").recipe.overrides
+    assert values["evaluate.primary_metric"] == "perplexity"
+    assert values["evaluate.gates"] == ["merged.perplexity < base.perplexity", "quantized.kl < 0.1"]
+    assert values["sft.packing"] is True
+    assert "preprocess.too_long" not in values or values["preprocess.too_long"] == "drop"
+    add_mixture(root, one=part("short"), two=part("prose"))
+    with refused("documents-without-prompts", "--method dpo", "300 rows"):
+        create("other", dataset="mixed", method="dpo")
+
+
+def test_a_mixture_with_a_dataset_that_has_not_been_fetched_is_a_guess(root, capsys):
+    hub = {"source": "hub", "id": "openai/gsm8k", "train_split": "train", "prompt": "question", "completion": "answer"}
+    add_mixture(root, one=part("json"), two=hub)
+    create(dataset="mixed")
+    assert "training.max_length" in capsys.readouterr().out.partition("guesses: ")[2]
+
+
 def test_a_recipe_without_a_name_is_called_by_its_model_and_its_dataset(root):
     words = ["recipe", "new", "--model", "small", "--dataset", "json", "--gpu", "8GB"]
     arguments = cli.build_parser().parse_args(words)

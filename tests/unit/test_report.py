@@ -195,6 +195,34 @@ def test_sampled_answers_have_a_part_of_their_own(run):
     assert "Validation" not in part
 
 
+def test_each_dataset_of_a_mixture_is_shown_with_its_rows_scores_and_origin(run):
+    assert "of the mixture" not in rendered(run)
+    file = run / "metrics/preprocess/report.json"
+    report = json.loads(file.read_text())
+    names = {"support": "messages", "prose": "text"}
+    counts = {"read": 100, "dropped": 2, "validation": 9, "test": 8}
+    report["columns"] = [{"dataset": name, "format": form, "detected": True} for name, form in names.items()]
+    report["datasets"] = [
+        {"dataset": name, **counts, "train": 81, "share_of_train": share}
+        for name, share in zip(names, (0.95, 0.05), strict=True)
+    ]
+    report_run.write_json(file, report)
+    scores = {"exact_match": 0.5, "bytes": 1, "intervals": [], "deltas": []}
+    parts = {name: {"base": scores, "merged": {**scores, "exact_match": 0.75}} for name in names}
+    report_run.write_json(run / "metrics/evaluate/datasets.json", [{"validation": {}, "test": parts}])
+    origins = [{"name": name, "source": "local", "sha256": "ab" * 32} for name in names]
+    origin = {"origin": [{"name": "mixed", "source": "mixture", "datasets": origins}]}
+    report_run.write_json(run / "metrics/fetch/dataset.json", origin)
+    shown = rendered(run)
+    assert 'data-source="metrics/preprocess/report.json#/datasets/1/share_of_train" data-style="share">5.0' in shown
+    assert "of 2 datasets" in shown
+    assert "<code data-quote>text</code>" in shown
+    assert 'data-source="metrics/evaluate/datasets.json#/0/test/prose/merged/exact_match"' in shown
+    assert "Each dataset of the mixture on test" in shown
+    assert "Each dataset of the mixture on validation" not in shown
+    assert shown.count("<dt>dataset of the mixture</dt>") == 2
+
+
 def test_metrics_that_are_not_those_of_the_lock_are_named(run):
     assert gathered(run).stale == []
     file = run / "metrics/evaluate/test.json"

@@ -231,9 +231,12 @@ def test_the_unicode_form_of_a_tokenizer_is_found():
     ("text", "shown"),
     [
         ("10 \u2126", "holds '\u2126' (U+2126), which the model's tokenizer reads as '\u03a9' (U+03A9) by NFC"),
-        ("cafe\u0301", "holds 'e' (U+0065), which the model's tokenizer reads as '\u00e9' (U+00E9) by NFC"),
+        (
+            "cafe\u0301",
+            "holds 'e\u0301' (U+0065 U+0301), which the model's tokenizer reads as '\u00e9' (U+00E9) by NFC",
+        ),
         ("\u09df", "(U+09DF)"),
-        ("a\u0301\u0323", "holds 'a' (U+0061)"),
+        ("a\u0301\u0323", "holds 'a\u0301' (U+0061 U+0301)"),
     ],
 )
 def test_text_that_only_the_tokenizer_would_compose_is_a_fault_or_composed(tmp_path, text, shown):

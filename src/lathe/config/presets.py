@@ -146,6 +146,11 @@ class ColumnMapping(Section):
     tools: Name | None = Field(
         None, description="column with definitions of tools; if left out, tools or functions, unless columns are named"
     )
+    thought: Name | None = Field(
+        None,
+        description="column with the thought before the answer; if left out, reasoning_content, thinking and the like, "
+        "unless columns are named",
+    )
     labels: Annotated[list[Name], Field(min_length=1)] | None = Field(
         None, description="names of the classes, if the label column holds their numbers from 0"
     )
@@ -177,6 +182,7 @@ class ColumnMapping(Section):
             ("messages", self.messages, ("messages", "sharegpt")),
             ("rejected", self.rejected, ("preference",)),
             ("labels", self.labels, ("classification",)),
+            ("thought", self.thought, ("prompt_completion", "question_answer", "alpaca")),
         ):
             if value and (format_ or formats[0]) not in formats:
                 raise ValueError(f"{key} does not go with the format {format_}; it belongs to {' and '.join(formats)}")

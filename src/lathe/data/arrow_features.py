@@ -10,6 +10,7 @@ from typing import Any
 
 Decode = Callable[[Any], Any]
 
+LISTS = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")  # of pyarrow.types
 JSON_EXTENSION = "arrow.json"
 
 
@@ -51,13 +52,23 @@ def _make_decoder(arrow_type: Any, feature: Any) -> Decode | None:
         fields = [arrow_type.field(index) for index in range(arrow_type.num_fields)]
         by_key = {field.name: _make_decoder(field.type, inner.get(field.name)) for field in fields}
         return lambda value: _decode_object(value, by_key)
-    if pyarrow.types.is_list(arrow_type) or pyarrow.types.is_large_list(arrow_type):
+    if pyarrow.types.is_map(arrow_type):
+        decode_item = _make_decoder(arrow_type.item_type, None)
+        return lambda value: _decode_map(value, decode_item)
+    if any(getattr(pyarrow.types, is_list)(arrow_type) for is_list in LISTS):
         item = feature.get("feature") if isinstance(feature, Mapping) else None
         if isinstance(feature, list) and feature:  # as older versions of `datasets` write a list
             item = feature[0]
         decode = _make_decoder(arrow_type.value_type, item)
         return decode and (lambda value: value if value is None else [decode(one) for one in value])
     return None
+
+
+def _decode_map(value: Any, decode: Decode | None) -> Any:
+    """Return an object of Arrow's pairs; its keys with null are in the data."""
+    if value is None:
+        return None
+    return {key: decode(inner) if decode else inner for key, inner in value}
 
 
 def _decode_json(value: Any) -> Any:

@@ -16,11 +16,10 @@ from lathe.data.text_files import DELIMITERS
 def format_check(found: Mapping[str, Any], source: Path, preset: Mapping[str, Any] | None) -> Iterator[str]:
     """Yield the lines about a dataset; `preset` is an entry to add to presets.yaml, by its name."""
     yield from _format_files(found)
-    reads = ", ".join(
-        f"{key}: {value!r}" if key == "prompt_template" else f"{key}: {value}" for key, value in found["reads"].items()
-    )
     if found["format"]:
-        yield f"format      {found['format']} ({reads}), {'by its columns' if found['detected'] else 'as named'}"
+        yield f"format      {_format_reads(found)}"
+    for part in found.get("datasets", []):
+        yield from _format_part(part)
     yield f"columns     {', '.join(found['columns']) or 'none'}"
     if found["unused"]:
         unused = ", ".join(f"{name} ({_count_rows(count)})" for name, count in found["unused"].items())
@@ -42,6 +41,11 @@ def format_check(found: Mapping[str, Any], source: Path, preset: Mapping[str, An
         yield from _format_rest(removed)
     if found["splits"]:
         yield "splits      " + ", ".join(f"{name} {count}" for name, count in found["splits"].items())
+    for near in (near for near in found["near_overlap"] if near["rows"]):
+        held_out, other = near["splits"].split("_in_")
+        yield f"alike       {near['rows']} of {near['checked']} {held_out} rows are nearly in {other}"
+        yield from (f"  {case['at']}: {case['problem']}" for case in near["examples"])
+        yield from _format_rest({"rows": near["rows"], "first": near["examples"]})
     for part in ("prompt", "answer"):
         if found["characters"][part]:
             yield f"{part:<11} {_format_lengths(found, part)}"
@@ -86,6 +90,22 @@ def _describe_move(source: Path, path: str) -> str:
         if source.absolute() == paths.ROOT / path
         else f" (put it at {path} first, then `dvc add {shlex.quote(path)}`)"
     )
+
+
+def _format_reads(found: Mapping[str, Any]) -> str:
+    reads = ", ".join(
+        f"{key}: {value!r}" if key == "prompt_template" else f"{key}: {value}" for key, value in found["reads"].items()
+    )
+    return f"{found['format']} ({reads}), {'by its columns' if found['detected'] else 'as named'}"
+
+
+def _format_part(part: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines about a dataset of a mixture."""
+    yield f"dataset     {part['dataset']}: {_format_reads(part)}"
+    if part.get("train") is not None:
+        share = f" ({part['share_of_train']:.1%} of all)" if part["share_of_train"] is not None else ""
+        held_out = f"{part['validation']} validation, {part['test']} test"
+        yield f"  {_count_rows(part['usable'])} can be used: {part['train']} for training{share}, {held_out}"
 
 
 def _format_files(found: Mapping[str, Any]) -> Iterator[str]:

@@ -36,7 +36,7 @@ class RecordReader:
         if not self.is_chatgpt and not _names_columns(preset):
             _refuse_annotations(first, file)
         self.description = {"export": CHATGPT} if self.is_chatgpt else {}
-        columns = (preset.messages, preset.prompt, preset.completion, preset.rejected)
+        columns = (preset.messages, preset.prompt, preset.completion, preset.rejected, preset.thought, preset.tools)
         self.paths = [column for column in columns if column and "." in column and column not in first]
         self.json_texts = preset.messages or ("messages" if "messages" in first else "conversations")
         # Most records are read as they are.

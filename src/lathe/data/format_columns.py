@@ -28,6 +28,8 @@ TOOLS = ("tools", "functions")  # optional, in every format: definitions of tool
 PARALLEL = "parallel_tool_calls"  # optional: false where a turn has one call at most
 HISTORY = "history"  # optional beside a prompt and an answer: earlier turns, as LLaMA-Factory has them
 WANTED = "label"  # optional beside an answer, true or false, as TRL's unpaired preferences have it
+# The same by other names: LLaMA-Factory's, and those of people's own judgements.
+UNWANTED_FLAGS = ("kto_tag", "desirable", "is_desirable", "accepted", "is_accepted", "is_correct", "thumbs_up")
 
 
 class Format:

@@ -13,6 +13,7 @@ from lathe.data.format_columns import (
     REJECTED,
     TEXT,
     TOOLS,
+    UNWANTED_FLAGS,
     WANTED,
     Format,
     add_system_message,
@@ -21,14 +22,33 @@ from lathe.data.format_columns import (
     names_columns,
     select_present,
 )
-from lathe.data.messages import Message, check_order, make_pair, parse_conversation, parse_messages
+from lathe.data.messages import (
+    Message,
+    check_order,
+    find_messages,
+    make_pair,
+    parse_conversation,
+    parse_messages,
+    parse_turns,
+    require_learnt,
+)
+from lathe.data.null_arguments import remove_null_arguments
 from lathe.data.preference_formats import OpenAIPreferenceFormat, PreferenceFormat
 from lathe.data.prompt_columns import PromptColumns
 from lathe.data.read_files import describe_value
-from lathe.data.row_checks import IGNORED, RowFault, TextValidator, format_names, is_empty, note_unused
+from lathe.data.row_checks import (
+    IGNORED,
+    RowFault,
+    TextValidator,
+    check_preset_text,
+    format_names,
+    is_empty,
+    note_unused,
+)
+from lathe.data.thoughts import ALL_THOUGHT_KEYS, find_thoughts
 from lathe.data.tools import Tool, check_calls, get_parallel, parse_tools
 from lathe.models.document import DOCUMENT
-from lathe.models.message_form import THOUGHT, THOUGHT_KEYS
+from lathe.models.message_form import THOUGHT
 from lathe.models.unicode_form import UnicodeRule
 
 if TYPE_CHECKING:
@@ -49,12 +69,16 @@ class RecordConverter:
         file: str,
         control_tokens: re.Pattern[str],
         unicode_rule: UnicodeRule | None = None,
+        *,
+        is_padded: bool = False,
     ) -> None:
         """Choose the format by the preset, else by the column `names` of the first records in `file`.
 
-        Texts that hold one of the `control_tokens`, or do not follow the `unicode_rule`, will be refused. Raises
-        InputError if no format fits, or several do.
+        Texts that hold one of the `control_tokens`, or do not follow the `unicode_rule`, will be refused. Where the
+        records are padded, arguments of calls that are null are left out and counted. Raises InputError if no format
+        fits, or several do.
         """
+        self.is_padded = is_padded
         names = list(names)
         check_text = TextValidator(control_tokens, unicode_rule)
         named = _get_preset_format(preset)
@@ -68,8 +92,17 @@ class RecordConverter:
         self.check_text, self.is_named = check_text, names_columns(preset)
         self.tool_columns = (preset.tools,) if preset.tools else () if self.is_named else TOOLS
         self.description |= select_present(names, tools=next((key for key in self.tool_columns if key in names), None))
+        flags = () if self.is_named or form == "classification" else UNWANTED_FLAGS
+        self.wanted_columns = tuple(column for column in (WANTED, *flags) if column not in self.required)
         self.read = frozenset(
-            {*self.required, *self.format.optional, *self.tool_columns, WANTED, *(() if self.is_named else (PARALLEL,))}
+            {
+                *self.required,
+                *self.format.optional,
+                *self.tool_columns,
+                WANTED,
+                *flags,
+                *(() if self.is_named else (PARALLEL,)),
+            }
         )
         self.unused: Counter[str] = Counter()
         self._tools: list[Tool] = []
@@ -79,19 +112,18 @@ class RecordConverter:
         for column in self.required:
             if column not in record:
                 raise RowFault("missing_column", column, f"is missing; the row has {format_names(record)}")
-        if WANTED not in self.required and record.get(WANTED) is False:
-            raise RowFault(
-                "unwanted_answer", WANTED, "is false: the answer is not wanted; expected true, or no such row"
-            )
         self.check_text.unused = set()
-        if WANTED not in self.required and not isinstance(record.get(WANTED), bool | None):
-            self._check_label(record[WANTED])
+        for column in self.wanted_columns:
+            if (value := record.get(column)) is not None and value is not True:
+                self._check_wanted(column, value)
         if record.keys() - self.read:
             self._note_unused_columns(record)
         messages = self.format.convert(record)
         self._tools = self._read_tools(record)
         if self._tools or any("tool_calls" in message or "tool_call_id" in message for message in messages):
             self._check_calls(record, messages)
+            if remove_null_arguments(messages, self._tools, all_=self.is_padded):
+                self.check_text.unused.add("null arguments of calls")
         self.unused.update(self.check_text.unused)
         return messages
 
@@ -102,18 +134,25 @@ class RecordConverter:
         with definitions of tools has `tools`.
         """
         extra = self.format.get_extra_fields(record)
+        remove_null_arguments(extra.get("rejected", ()), self._tools, all_=self.is_padded)
         return {**extra, "tools": self._tools} if self._tools else extra
 
-    def _check_label(self, value: Any) -> None:
-        """Count a label that says nothing about the answer; raise RowFault for one that may."""
-        if not self.is_named and (value in (0, 1) or str(value).lower() in ("true", "false", "0", "1")):
+    def _check_wanted(self, column: str, value: Any) -> None:
+        """Count a value that says nothing about the answer; raise RowFault for one that says no, or may."""
+        is_flag = value in (0, 1) or str(value).lower() in ("true", "false", "0", "1")
+        if value is False or (column in UNWANTED_FLAGS and is_flag and str(value).lower() in ("false", "0", "0.0")):
+            raise RowFault(
+                "unwanted_answer", column, "is false: the answer is not wanted; expected true, or no such row"
+            )
+        if is_flag and column == WANTED and not self.is_named:
             raise RowFault(
                 "unwanted_answer",
                 WANTED,
-                f"is {describe_value(value)}; expected true or false if it says whether the answer is wanted, and "
-                "another name of the column if not",
+                f"is {describe_value(value)}; expected true or false if it says whether the answer is wanted (in a "
+                "table by the name kto_tag, where they may be text), and another name of the column if not",
             )
-        self.check_text.unused.add(f"column {WANTED}")
+        if not is_flag or column == WANTED:
+            self.check_text.unused.add(f"column {column}")
 
     def _note_unused_columns(self, record: dict[str, Any]) -> None:
         if self.is_named:  # what the preset does not name may be anything
@@ -175,6 +214,8 @@ def _detect_format(names: list[str], file: str) -> str:
     if names == [TEXT]:
         return TEXT
     fitting = [form for form, columns in FORMATS.items() if set(columns) <= set(names)]
+    if fitting == ["sharegpt", "preference"]:  # LLaMA-Factory's pairs: two answers to one conversation
+        return "preference"
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -205,8 +246,11 @@ class _MessagesFormat(Format):
         }
 
     def convert(self, record: dict[str, Any]) -> list[Message]:
-        messages = parse_conversation(self.check_text, record[self.column], self.column, sharegpt=self.sharegpt)
-        if rejected := self._parse_rejected(record):
+        rejected = self._parse_rejected(record)
+        messages = parse_conversation(
+            self.check_text, record[self.column], self.column, sharegpt=self.sharegpt, is_pair=bool(rejected)
+        )
+        if rejected:
             if rejected[0]["role"] == "assistant":
                 rejected = [*messages[:-1], *rejected]
             check_order(rejected, REJECTED)
@@ -221,7 +265,7 @@ class _MessagesFormat(Format):
         if value is None or self.column == REJECTED:
             return []
         if isinstance(value, str):
-            value = [{"role": "assistant", "content": value}]
+            value = find_messages(value) or [{"role": "assistant", "content": value}]
         return parse_messages(self.check_text, value, REJECTED, sharegpt=self.sharegpt)
 
 
@@ -251,31 +295,64 @@ class _PromptAnswerFormat(Format):
         self.prompt_columns = PromptColumns(check_text, preset, form, FORMATS[form][0], names)
         self.answer_column = preset.completion or FORMATS[form][1]
         self.check_answer: Callable[[Any, str], str] = check_text
-        self.optional = (self.system, self.prompt_columns.input)
+        self.optional = (self.system, self.prompt_columns.input, preset.thought)
+        self.thought = preset.thought
         self.is_named = self.system is None
         if not self.is_named:
-            self.optional += (HISTORY, *THOUGHT_KEYS)
+            self.optional += (HISTORY, *(() if self.thought else ALL_THOUGHT_KEYS))
         self.required: tuple[str, ...] = (*self.prompt_columns.required, self.answer_column)
         self.description: dict[str, Any] = {
             **self.prompt_columns.description,
             "completion": self.answer_column,
-            **select_present(names, system=self.system),
+            **select_present(names, system=self.system, thought=self.thought),
         }
-        if form == "classification":
+        self.is_classification = form == "classification"
+        if self.is_classification:
             self.check_answer = _LabelReader(check_text, preset.labels)
             if preset.labels:
                 self.description["labels"] = preset.labels
 
     def convert(self, record: dict[str, Any]) -> list[Message]:
-        answer = self.check_answer(record[self.answer_column], self.answer_column)
-        messages = make_pair(self.prompt_columns.read(record), self.prompt_columns.field, answer, self.answer_column)
+        messages = self._find_turns(record)
+        if not messages:
+            answer = self.check_answer(record[self.answer_column], self.answer_column)
+            messages = make_pair(
+                self.prompt_columns.read(record), self.prompt_columns.field, answer, self.answer_column
+            )
         if not self.is_named:
             messages = [*self._read_history(record), *messages]
+        if self.thought or not self.is_named:
             self._add_thought(record, messages[-1])
         return add_system_message(self.check_text, self.system, record, messages)
 
     def get_extra_fields(self, record: dict[str, Any]) -> dict[str, Any]:
         return {}
+
+    def _find_turns(self, record: dict[str, Any]) -> list[Message]:
+        """Return prompt and answer where one of them is a list of messages, as TRL has them; [] where none is.
+
+        Only those of the answer are learnt.
+        """
+        if self.is_classification:
+            return []
+        column = self.prompt_columns.field
+        before = None if self.prompt_columns.parts else find_messages(record[column])
+        after = find_messages(record[self.answer_column])
+        if not before and not after:
+            return []
+        if not before:
+            before = [{"role": "user", "content": self.prompt_columns.read(record)}]
+        if not after:
+            answer = self.check_text(record[self.answer_column], self.answer_column)
+            after = [{"role": "assistant", "content": answer}]
+        prompt = [
+            {**message, "train": False} if message["role"] == "assistant" else message
+            for message in parse_turns(self.check_text, before, column)
+        ]
+        messages = [*prompt, *parse_turns(self.check_text, after, self.answer_column)]
+        check_order(messages, self.answer_column, start=-len(prompt))
+        require_learnt(messages, self.answer_column)
+        return messages
 
     def _read_history(self, record: dict[str, Any]) -> list[Message]:
         """Return the earlier turns: a list of [prompt, answer]."""
@@ -294,18 +371,27 @@ class _PromptAnswerFormat(Format):
         return messages
 
     def _add_thought(self, record: dict[str, Any], answer: Message) -> None:
-        given = [key for key in THOUGHT_KEYS if not is_empty(record.get(key))]
-        if len(given) > 1:
-            raise RowFault("thought", given[1], f"is given beside {given[0]}; expected one of them")
-        if given:
-            answer[THOUGHT] = self.check_text(record[given[0]], given[0])
+        if self.thought:
+            given = record.get(self.thought)
+            thoughts = {} if is_empty(given) else {self.thought: self.check_text(given, self.thought)}
+        else:
+            thoughts = find_thoughts(self.check_text, record)
+        key, thought = next(iter(thoughts.items()), ("", ""))
+        for other, second in thoughts.items():
+            if second != thought:
+                raise RowFault("thought", other, f"is given beside {key}; expected one of them")
+        if thought and answer.get(THOUGHT):
+            raise RowFault("thought", key, f"is given, and {self.answer_column} has a thought too; expected one")
+        if thought:
+            answer[THOUGHT] = thought
 
 
 class _LabelReader:
     """Reads the label of a classification: its text, or its number as an index into the preset's list of names."""
 
     def __init__(self, check_text: TextValidator, names: list[str] | None) -> None:
-        self.check_text, self.names = check_text, names
+        self.check_text = check_text
+        self.names = [check_preset_text(check_text, name, "labels") for name in names] if names else None
 
     def __call__(self, value: Any, field: str) -> str:
         """Return the label's text; raises RowFault."""

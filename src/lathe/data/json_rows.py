@@ -1,7 +1,5 @@
 """JSON files with more than an array: rows under a key of one object, one object per line, and what holds no rows."""
 
-import json
-from collections.abc import Callable
 from typing import Any
 
 from lathe.common.errors import InputError
@@ -60,23 +58,20 @@ def look_up(value: Any, path: str) -> Any:
     return value
 
 
-def begins_an_array(text: str, loads: Callable[[str], Any]) -> bool:
-    """Tell whether the first line of a .jsonl file is the beginning of a JSON array, or the whole of one with rows."""
-    if not text.lstrip().startswith("["):
-        return False
-    try:
-        value = loads(text)
-    except json.JSONDecodeError as error:
-        return error.pos >= len(text.rstrip())  # it goes on, on the next line
-    except (ValueError, RecursionError):
-        return False
-    return bool(value) and all(isinstance(item, dict) for item in value)
+def name_messages(value: Any) -> str | None:
+    """Return the column that a list belongs into, if it is a conversation: a row may be nothing else."""
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        return None
+    for column, keys in zip(("messages", "conversations"), MESSAGE_KEYS, strict=True):
+        if keys <= set(value[0]):
+            return column
+    return None
 
 
 def _is_list_of_rows(value: Any) -> bool:
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         return False
-    return not any(keys <= set(value[0]) for keys in MESSAGE_KEYS)
+    return not name_messages(value)
 
 
 def _list_keys(value: dict[str, Any]) -> str:

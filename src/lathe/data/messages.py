@@ -3,20 +3,24 @@
 import re
 from typing import Any
 
-from lathe.data.read_files import describe_value
+from lathe.data.read_files import describe_value, load_json
 from lathe.data.row_checks import RowFault, TextValidator, format_names, is_empty, note_unused, refuse_repeated_key
+from lathe.data.thoughts import ALL_THOUGHT_KEYS, read_content, read_thought
 from lathe.data.tools import load_calls, parse_tool_calls
-from lathe.models.message_form import THOUGHT, THOUGHT_KEYS
+from lathe.models.message_form import THOUGHT
 
 # {"role", "content"}, perhaps "name"; the assistant's may have "tool_calls", a thought in "reasoning_content", and
 # "train": False where it is context only; a tool's "tool_call_id".
 Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
-OTHER_ROLES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names
+# OpenAI's newer and older names, and Llama's of what a tool returns.
+OTHER_ROLES = {"developer": "system", "function": "tool", "ipython": "tool"}
 
+# Whether an answer is to be learnt, true or false: axolotl's and ms-swift's names. OpenAI's is `weight`, 0 or 1.
+MARKS = ("train", "training", "loss")
 # The keys of a message that are read.
-_KEYS = {*THOUGHT_KEYS, "tool_calls", "function_call", "tool_call_id", "name", "weight", "train"}
+_KEYS = {*ALL_THOUGHT_KEYS, "tool_calls", "function_call", "tool_call_id", "name", "weight", *MARKS}
 MESSAGE_KEYS = frozenset({"role", "content", *_KEYS})
 SHAREGPT_KEYS = frozenset({"from", "value", *_KEYS})
 
@@ -37,25 +41,35 @@ SPEAKERS = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-# Types of the parts of a content that hold text, as clients of OpenAI's and Anthropic's servers write them.
-TEXT_PARTS = ("text", "input_text", "output_text")
 TOOL_CALL_SPEAKERS = ("function_call", "tool_call")
+LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 TRANSCRIPT_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
-def parse_conversation(check_text: TextValidator, value: Any, field: str, *, sharegpt: bool = False) -> list[Message]:
+def parse_conversation(
+    check_text: TextValidator, value: Any, field: str, *, sharegpt: bool = False, is_pair: bool = False
+) -> list[Message]:
     """Return a list of {role, content} objects, or of ShareGPT's {from, value}, as messages; raises RowFault.
 
     They must be in the order of a conversation: an optional system message, then user and assistant in turns, with the
     replies of tools in between; the assistant's message comes last. What comes after the last answer that is to be
-    learnt is left out: nothing learns from it.
+    learnt is left out: nothing learns from it. In a preference pair (`is_pair`) that must be the last one.
     """
+    value = _transpose(value)
     messages = parse_messages(check_text, value, field, sharegpt=sharegpt)
     check_order(messages, field, start=len(value) - len(messages), key="from" if sharegpt else "role")
     learnt = [index for index, message in enumerate(messages) if is_learnt(message)]
     if not learnt:
         raise RowFault("no_answer", field, "marks every answer as context (weight 0); expected one to learn")
+    if is_pair:
+        require_learnt(messages, field)
     return messages[: learnt[-1] + 1]
+
+
+def require_learnt(messages: list[Message], field: str) -> None:
+    """Raise RowFault if the last message, an answer of a preference pair, is marked as context."""
+    if not is_learnt(messages[-1]):
+        raise RowFault("mark", field, "marks the last answer as context; expected one to learn in a preference pair")
 
 
 def is_learnt(message: Message) -> bool:
@@ -65,6 +79,7 @@ def is_learnt(message: Message) -> bool:
 
 def parse_messages(check_text: TextValidator, value: Any, field: str, *, sharegpt: bool = False) -> list[Message]:
     """Return the messages without checking their order; drops an empty system message at the beginning."""
+    value = _transpose(value)
     if not isinstance(value, list):
         keys = "{from, value}" if sharegpt else "{role, content}"
         raise RowFault("not_a_list", field, f"is {describe_value(value)}; expected a list of {keys} objects")
@@ -77,6 +92,41 @@ def parse_messages(check_text: TextValidator, value: Any, field: str, *, sharegp
             reason = "empty_answer" if message["role"] == "assistant" else "empty_prompt"
             raise RowFault(reason, content_field, "is empty; expected text")
     return messages
+
+
+def find_messages(value: Any) -> list[Any] | None:
+    """Return a column's value if it is a list of messages, or JSON text of one as a cell of a table has it.
+
+    None for anything else, such as a text or a list of texts.
+    """
+    if isinstance(value, str):
+        if value[:1] not in "[ \n\r\t" or not LIST_OF_OBJECTS.match(value):
+            return None
+        try:
+            value = load_json(value)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(value, list) or not value:
+        return None
+    return value if all(isinstance(item, dict) and item.keys() & {"role", "from"} for item in value) else None
+
+
+def parse_turns(check_text: TextValidator, value: Any, field: str) -> list[Message]:
+    """Return the messages of a list, or a single one, whose keys say whether they are ShareGPT's; raises RowFault."""
+    turns = [value] if isinstance(value, dict) and value.keys() & {"role", "from"} else value
+    first = turns[0] if isinstance(turns, list) and turns else None
+    sharegpt = isinstance(first, dict) and "from" in first and "role" not in first
+    return parse_messages(check_text, turns, field, sharegpt=sharegpt)
+
+
+def _transpose(value: Any) -> Any:
+    """Return messages of an object of lists, {role: [...], content: [...]}, as older `datasets` keep them."""
+    if not isinstance(value, dict):
+        return value
+    lengths = {len(column) if isinstance(column, list) else -1 for column in value.values()}
+    if len(lengths) != 1 or -1 in lengths or not value.keys() & {"role", "from"}:
+        return value
+    return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
 
 
 def check_order(messages: list[Message], field: str, *, start: int = 0, key: str = "role") -> None:
@@ -162,11 +212,14 @@ def _parse_message(check_text: TextValidator, value: Any, field: str, *, sharegp
         }, content_field
     if calls and role != "assistant":
         raise RowFault("tool_call", calls_field, f"are a {role} message's; expected only the assistant's")
+    if len(value) == 2 and isinstance(value.get(content_key), str):  # as most messages are
+        return {"role": role, "content": check_text(value[content_key], content_field)}, content_field
     is_absent = calls and value.get(content_key) is None
-    content, thought = ("", "") if is_absent else _read_content(check_text, value[content_key], content_field)
+    content, thought = ("", "") if is_absent else read_content(check_text, value[content_key], content_field)
     message: Message = {"role": role, "content": content}
-    if thought := _read_thought(check_text, value, field, role, content, thought):
+    if thought:
         message[THOUGHT] = thought
+    read_thought(check_text, value, field, message)
     if calls:
         message["tool_calls"] = parse_tool_calls(check_text, calls, calls_field)
     if not _read_mark(value, field, role) and role == "assistant":
@@ -188,58 +241,20 @@ def _find_calls(value: dict[str, Any], field: str) -> tuple[Any, str]:
     return [call], f"{field}.function_call"
 
 
-def _read_thought(
-    check_text: TextValidator, value: dict[str, Any], field: str, role: str, content: str, of_parts: str
-) -> str:
-    """Return the thought before an answer, by any of the names that it has; raises RowFault."""
-    found = {key: value[key] for key in THOUGHT_KEYS if not is_empty(value.get(key))}
-    thoughts = {key: check_text(thought, f"{field}.{key}") for key, thought in found.items()}
-    if of_parts:
-        thoughts["content"] = of_parts
-    if not thoughts:
-        return ""
-    key, thought = next(iter(thoughts.items()))
-    if role != "assistant":
-        raise RowFault("thought", f"{field}.{key}", f"is a {role} message's; expected only the assistant's")
-    for other, second in thoughts.items():
-        if second != thought:
-            raise RowFault("thought", f"{field}.{other}", f"differs from {key}; expected one thought")
-    if "</think>" in content:
-        raise RowFault(
-            "thought", f"{field}.{key}", "is given, and the content has a <think> block too; expected one of them"
-        )
-    return thought
-
-
 def _read_mark(value: dict[str, Any], field: str, role: str) -> bool:
-    """Return whether a message is to be learnt, by OpenAI's `weight` or axolotl's `train`; raises RowFault."""
-    weight, train = value.get("weight"), value.get("train")
+    """Return whether a message is to be learnt, by its weight and its marks; raises RowFault."""
+    weight = value.get("weight")
     if weight is not None and (isinstance(weight, str) or weight not in (0, 1)):
         raise RowFault(
             "mark", f"{field}.weight", f"is {describe_value(weight)}; expected 0 or 1: an answer counts or not"
         )
-    if train is not None and not isinstance(train, bool):
-        raise RowFault("mark", f"{field}.train", f"is {describe_value(train)}; expected true or false")
-    if train and role != "assistant":
-        raise RowFault("mark", f"{field}.train", f"is true for a {role} message; only the assistant's are learnt")
-    return weight != 0 and train is not False
-
-
-def _read_content(check_text: TextValidator, value: Any, field: str) -> tuple[str, str]:
-    """Return text and thought: a text, or those of a list of parts; raises RowFault for parts of other kinds."""
-    if not isinstance(value, list):
-        return check_text(value, field), ""
-    texts, thoughts = [], []
-    for index, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "thinking" and isinstance(part.get("thinking"), str):  # as Anthropic's clients write a thought
-            thoughts.append(check_text(part["thinking"], f"{field}[{index}].thinking"))
-            continue
-        if kind not in TEXT_PARTS or "text" not in part:
-            shown = f"has the type {kind!r}" if kind not in (None, *TEXT_PARTS) else f"is {describe_value(part)}"
-            raise RowFault("not_text", f"{field}[{index}]", f"{shown}; expected parts of type text, with their text")
-        texts.append(check_text(part["text"], f"{field}[{index}].text"))
-    return "".join(texts), "".join(thoughts)
+    marks = {key: value[key] for key in MARKS if value.get(key) is not None}
+    for key, mark in marks.items():
+        if not isinstance(mark, bool):
+            raise RowFault("mark", f"{field}.{key}", f"is {describe_value(mark)}; expected true or false")
+        if mark and role != "assistant":
+            raise RowFault("mark", f"{field}.{key}", f"is true for a {role} message; only the assistant's are learnt")
+    return weight != 0 and all(marks.values())
 
 
 def _parse_role(value: Any, field: str, *, sharegpt: bool) -> str:

@@ -5,7 +5,7 @@ a random draw, as `datasets.interleave_datasets` makes it, would give another nu
 reach a share, and depend on the order of the rows.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -19,6 +19,27 @@ from lathe.data.split_files import SPLITS
 if TYPE_CHECKING:
     from lathe.config.presets import SingleDataset
     from lathe.data.splits import Splits
+
+
+def assign_all_splits(
+    stored: StoredExamples,
+    datasets: "Mapping[str, SingleDataset]",
+    *,
+    source_splits: Mapping[str, Collection[str]],
+    validation_fraction: float,
+    test_fraction: float,
+) -> "Splits":
+    """Return the three splits of a mixture's datasets, or of a single one that is named "".
+
+    `source_splits` are those that each has files for. Raises InputError if a split would be empty.
+    """
+    from lathe.data.splits import assign_splits
+
+    fractions: dict[str, Any] = {"validation_fraction": validation_fraction, "test_fraction": test_fraction}
+    if list(datasets) != [""]:
+        return assign_mixed_splits(stored, datasets, source_splits=source_splits, **fractions)
+    limits = {str(name): limit for name, limit in (datasets[""].limits or {}).items()}
+    return assign_splits(stored, source_splits=source_splits[""], limits=limits, **fractions)
 
 
 def assign_mixed_splits(

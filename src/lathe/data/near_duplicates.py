@@ -5,9 +5,10 @@ The rule is PaLM's for contaminated evaluation data (Chowdhery et al. 2022): an 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 from zlib import crc32
 
 import numpy
@@ -34,6 +35,12 @@ _ASCII_WORDS = bytes(
     ord(chr(byte).lower()) if byte < 128 and (chr(byte).isalnum() or chr(byte) == "_") else ord(" ")
     for byte in range(256)
 )
+
+
+def get_dialogue(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the texts of all messages but the system message, which is often the same in every example."""
+    contents = (message["content"] for message in messages if message["role"] != "system")
+    return "\n".join(text for text in contents if isinstance(text, str))
 
 
 def hash_words(text: str) -> list[int]:

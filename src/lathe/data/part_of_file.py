@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lathe.common.errors import InputError
+from lathe.data.json_arrays import count_items, find_layout
 from lathe.data.split_files import SPLITS, get_suffix
-from lathe.data.text_files import open_file
+from lathe.data.text_files import BY_CONTENT, TextForm, open_file
 
 MIN_ROWS = 20_000  # a split with a limit is chosen among at least so many rows,
 ROWS_PER_KEPT = 4  # and among so many for each that is kept
@@ -56,21 +58,21 @@ def count_rows_to_read(limits: Mapping[Any, int] | None, split: str, present: Ma
     return max(MIN_ROWS, ROWS_PER_KEPT * (limits[split] + sum(limits.get(name, 0) for name in taken)))
 
 
-def choose_parts(files: list[Path], rows: int | None) -> dict[Path, Part]:
+def choose_parts(files: list[Path], rows: int | None, form: TextForm = BY_CONTENT) -> dict[Path, Part]:
     """Return what is read of each file of a split, so that it is `rows` of them all; others are read whole.
 
-    A JSON array is read whole: there is no telling where its rows begin. So is what cannot be
-    read: its reader says so.
+    A JSON object is read whole: there is no telling where its rows begin. So is what cannot be read: its reader says
+    so.
     """
     if rows is None:
         return {}
     import pyarrow
 
     try:
-        counts = {file: (count_rows(file), count_stretches(file)) for file in files if not _is_array(file)}
-    except (pyarrow.ArrowException, OSError, EOFError, zlib.error):
+        counts = {file: (_count_rows_of_json(file, form), count_stretches(file)) for file in files}
+    except (pyarrow.ArrowException, OSError, EOFError, zlib.error, InputError, ValueError, RecursionError):
         return {}
-    total = sum(count for count, _ in counts.values())
+    total = sum(count for count, _ in counts.values() if count)
     if total <= rows:
         return {}
     return {
@@ -115,12 +117,16 @@ def count_stretches(file: Path) -> int:
     return min(STRETCHES, groups) if groups >= STRETCHES_OF_FEW_GROUPS else STRETCHES_OF_FEW_GROUPS
 
 
-def _is_array(file: Path) -> bool:
+def _count_rows_of_json(file: Path, form: TextForm) -> int | None:
+    """Return the rows of any file; None of a JSON object, which has to be read whole."""
     suffix = (get_suffix(file) or "").removesuffix(".gz")
-    if suffix != ".jsonl":
-        return suffix == ".json"
-    with open_file(file) as source:
-        return source.read(CHUNK_BYTES).lstrip().startswith(b"[")
+    if suffix in (".json", ".jsonl"):
+        layout = find_layout(file, form)
+        if layout == "array":
+            return count_items(file, form)
+        if layout == "value" and suffix == ".json":
+            return None
+    return count_rows(file)
 
 
 def _count_arrow_rows(file: Path) -> int:

@@ -12,13 +12,24 @@ from lathe.data.format_columns import (
     choose_system_column,
     select_present,
 )
-from lathe.data.messages import Message, check_order, parse_messages, parse_transcript
+from lathe.data.messages import (
+    Message,
+    check_order,
+    find_messages,
+    parse_messages,
+    parse_transcript,
+    parse_turns,
+    require_learnt,
+)
 from lathe.data.prompt_columns import PromptColumns
 from lathe.data.read_files import describe_value
 from lathe.data.row_checks import RowFault, TextValidator, note_unused
 
 if TYPE_CHECKING:
     from lathe.config.presets import SingleDataset
+
+
+CONVERSATIONS = FORMATS["sharegpt"][0]  # the prompt of LLaMA-Factory's pairs
 
 
 class PreferenceFormat(Format):
@@ -33,7 +44,8 @@ class PreferenceFormat(Format):
         self.prompt_columns = (
             PromptColumns(check_text, preset, form, FORMATS[form][0], names) if preset.prompt_template else None
         )
-        self.prompt = self.prompt_columns.field if self.prompt_columns else preset.prompt or "prompt"
+        known = CONVERSATIONS if CONVERSATIONS in names and "prompt" not in names else "prompt"
+        self.prompt = self.prompt_columns.field if self.prompt_columns else preset.prompt or known
         self.chosen = preset.completion or FORMATS[form][0]
         self.rejected = preset.rejected or FORMATS[form][1]
         named = (preset.prompt,) if preset.prompt else ()
@@ -57,17 +69,16 @@ class PreferenceFormat(Format):
         return {"rejected": self._parse_side(record, self.rejected)[-1:]}
 
     def _parse_side(self, record: dict[str, Any], column: str) -> list[Message]:
-        value = record[column]
-        if isinstance(record[self.chosen], list) != isinstance(value, list):
+        value, chosen = (_find_turns(record[name]) for name in (column, self.chosen))
+        if isinstance(chosen, list) != isinstance(value, list):
             raise RowFault(
                 "not_alike",
                 column,
-                f"is {describe_value(value)} but {self.chosen} is {describe_value(record[self.chosen])}; expected both "
-                "alike",
+                f"is {describe_value(value)} but {self.chosen} is {describe_value(chosen)}; expected both alike",
             )
         prompt = self._parse_prompt(record)
         if isinstance(value, list):
-            messages = parse_messages(self.check_text, value, column)
+            messages = parse_turns(self.check_text, value, column)
             if messages and messages[0]["role"] == "assistant" and prompt:
                 messages = [*prompt, *messages]
             elif prompt and not _contains_prompt(messages, prompt):
@@ -84,6 +95,7 @@ class PreferenceFormat(Format):
         else:
             messages = parse_transcript(self.check_text(value, column), column)
         check_order(messages, column)
+        require_learnt(messages, column)
         return messages
 
     def _parse_prompt(self, record: dict[str, Any]) -> list[Message]:
@@ -91,8 +103,8 @@ class PreferenceFormat(Format):
         value: Any = self.prompt_columns.read(record) if self.prompt_columns else record.get(field)
         if value is None and field not in self.required:
             return []
-        if isinstance(value, list):
-            return parse_messages(self.check_text, value, field)
+        if turns := value if isinstance(value, list) else find_messages(value):
+            return parse_turns(self.check_text, turns, field)
         prompt = self.check_text(value, field)
         if not prompt.strip():
             raise RowFault("empty_prompt", field, "is empty; expected text")
@@ -137,7 +149,15 @@ class OpenAIPreferenceFormat(Format):
         prompt = parse_messages(self.check_text, record[self.request]["messages"], f"{self.request}.messages")
         messages = [*prompt, *parse_messages(self.check_text, record[column], column)]
         check_order(messages, column, start=-len(prompt))
+        require_learnt(messages, column)
         return messages
+
+
+def _find_turns(value: Any) -> Any:
+    """Return a list of messages, one of them alone or as JSON text too; another value as it is."""
+    if isinstance(value, dict) and value.keys() & {"role", "from"}:
+        return [value]
+    return find_messages(value) or value
 
 
 def _contains_prompt(messages: list[Message], prompt: list[Message]) -> bool:

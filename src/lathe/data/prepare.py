@@ -126,19 +126,15 @@ def _require_column(sources: list[ExampleFiles], cluster_by: str) -> None:
 
 
 def _assign_splits(stored: "StoredExamples", datasets: "dict[str, SingleDataset]", account: "Account") -> "Splits":
-    from lathe.data.mixture import assign_mixed_splits
-    from lathe.data.splits import assign_splits
+    from lathe.data.mixture import assign_all_splits
 
-    settings = account.settings
-    fractions: dict[str, Any] = {
-        "validation_fraction": settings.validation_fraction,
-        "test_fraction": settings.test_fraction,
-    }
-    if list(datasets) != [""]:
-        present = {name: account.get_source_splits(name) for name in datasets}
-        return assign_mixed_splits(stored, datasets, source_splits=present, **fractions)
-    limits = {str(name): limit for name, limit in (datasets[""].limits or {}).items()}
-    return assign_splits(stored, source_splits=account.get_source_splits(), limits=limits, **fractions)
+    return assign_all_splits(
+        stored,
+        datasets,
+        source_splits={name: account.get_source_splits(name) for name in datasets},
+        validation_fraction=account.settings.validation_fraction,
+        test_fraction=account.settings.test_fraction,
+    )
 
 
 def _read_examples(
@@ -172,7 +168,7 @@ def _read_examples(
                 # Digests come before the system prompt is added, so that it moves no example to another split; nor does
                 # the name of its dataset.
                 digests = compute_digests(example.value, seed)
-                add_system_prompt(example.value["messages"], examples.preset.system_prompt)
+                add_system_prompt(example.value["messages"], examples.system_prompt)
                 if examples.name:
                     example.value["dataset"] = examples.name
                 if example.cluster is not None:
@@ -185,14 +181,15 @@ def _read_examples(
 def _write_splits(
     stored: "StoredExamples", rules: "TokenizationRules", out: Path, account: "Account", processes: int | None
 ) -> None:
-    """Tokenise and write the splits; the held-out splits come first, as their n-grams are looked up in later ones."""
+    """Tokenise and write the splits."""
     from lathe.common.progress import Progress
     from lathe.data.near_duplicates import NGramIndex
+    from lathe.data.split_overlap import ORDER
     from lathe.data.tokenization import tokenize_split
 
     indexes: dict[str, NGramIndex] = {}
     with Progress("preparing", sum(map(len, account.splits.rows.values()))) as progress:
-        for name in ("test", "validation", "train"):
+        for name in ORDER:
             account.tokenized[name] = tokenize_split(
                 stored,
                 account.splits.rows[name],

@@ -4,7 +4,7 @@ import string
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
-from lathe.data.row_checks import TextValidator
+from lathe.data.row_checks import TextValidator, check_preset_text
 
 if TYPE_CHECKING:
     from lathe.config.presets import SingleDataset
@@ -20,7 +20,8 @@ class PromptColumns:
     ) -> None:
         self.check_text = check_text
         self.column = preset.prompt or column
-        self.parts = _parse_template(preset.prompt_template) if preset.prompt_template else None
+        parts = _parse_template(preset.prompt_template) if preset.prompt_template else []
+        self.parts = [(check_preset_text(check_text, text, "prompt_template"), name) for text, name in parts]
         self.input = ALPACA_INPUT if form == "alpaca" and not preset.prompt_template else None
         self.field = "prompt_template" if self.parts else self.column
         self.required: tuple[str, ...] = (self.column,)
@@ -37,7 +38,9 @@ class PromptColumns:
             parts = (
                 literal + (self.check_text(record[column], column) if column else "") for literal, column in self.parts
             )
-            return "".join(parts).rstrip()  # an empty last column leaves blank lines at the end
+            # Checked again as a whole: what is in order part by part may not be where two of them meet. An empty last
+            # column leaves blank lines at the end.
+            return self.check_text("".join(parts).rstrip(), self.field)
         prompt_text = self.check_text(record[self.column], self.column)
         more = record.get(self.input) if self.input else None
         if self.input and more is not None and self.check_text(more, self.input).strip():

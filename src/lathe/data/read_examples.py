@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
+from lathe.common.text import did_you_mean
 from lathe.data.exports import RecordReader
+from lathe.data.format_columns import FORMATS, TEXT
 from lathe.data.formats import RecordConverter
+from lathe.data.null_arguments import is_padded
 from lathe.data.part_of_file import Part, choose_parts, count_rows_to_read
 from lathe.data.read_files import Fault, find_text_form, read_records
-from lathe.data.row_checks import RowFault
-from lathe.data.split_files import find_split_files, get_suffix
+from lathe.data.row_checks import RowFault, check_preset_text, format_names
+from lathe.data.split_files import TEXT_SUFFIXES, find_split_files, get_suffix
 from lathe.data.text_files import TextForm, describe_form
 from lathe.models.document import DOCUMENT
 from lathe.models.unicode_form import UnicodeRule
@@ -43,8 +46,9 @@ class ReadExample:
 class ExampleFiles:
     """The files of a folder as examples; iterate over it once.
 
-    Afterwards `files` says of each file its split, format and number of rows, `columns` how the columns are read,
-    `names` which columns there are, and `unused` how many rows have columns and keys of messages that nothing reads.
+    `system_prompt` is the preset's as rows have it, from the first record on. Afterwards `files` says of each file its
+    split, format and number of rows, `columns` how the columns are read, `names` which columns there are, and
+    `unused` how many rows have columns and keys of messages that nothing reads.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class ExampleFiles:
                 code="missing-split",
             )
         self.reader: RecordReader | None = None
+        self.system_prompt = preset.system_prompt
         self.files: dict[str, dict[str, Any]] = {}
         self.columns: dict[str, Any] = {}
         self.names: dict[str, None] = {}
@@ -89,7 +94,7 @@ class ExampleFiles:
         form = TextForm(self.preset.encoding, self.preset.delimiter, self.preset.rows_key)
         for split, shards in self.paths.items():
             form = replace(form, is_one_document=len(shards) > 1)
-            parts = choose_parts(shards, count_rows_to_read(_list_limits(self.preset), split, self.paths))
+            parts = choose_parts(shards, count_rows_to_read(_list_limits(self.preset), split, self.paths), form)
             for file in shards:
                 part = parts.get(file)
                 names: dict[str, None] = {}
@@ -125,9 +130,22 @@ class ExampleFiles:
                     **(describe_form(*text) if text else {}),
                 }
                 self.names.update(names)
+        if converter:
+            self._require_named_columns()
         if converter and self.reader:
             self.columns = {**self.reader.description, **converter.description, "detected": converter.detected}
             self.unused = dict(sorted(converter.unused.items()))
+
+    def _require_named_columns(self) -> None:
+        """Raise InputError if a column that the preset names, and not every row needs, is in no row at all."""
+        for key in ("tools", "thought"):
+            column = getattr(self.preset, key)
+            if column and column not in self.names:
+                raise InputError(
+                    f"{self.prefix}{next(iter(self.paths.values()))[0].name}: no row has the column {column!r}, which "
+                    f"the dataset's preset names in {key}; {did_you_mean(column, list(self.names))}",
+                    code="missing-column",
+                )
 
     def _read_rows(self, file: Path, form: TextForm, part: Part | None) -> Iterator[tuple[str, Row]]:
         """Yield the place and the columns of every row, or why it has none."""
@@ -145,16 +163,35 @@ class ExampleFiles:
         """Choose the format by the columns that any of the rows has; by those of the first if several formats fit."""
         if not rows:
             return None
+        if get_suffix(file) in TEXT_SUFFIXES and self.preset.format != TEXT:
+            _refuse_table(str(rows[0].get(TEXT, "")), self.preset, file.name)
 
         def choose(names: Iterable[str]) -> RecordConverter:
-            return RecordConverter(self.preset, names, file.name, self.control_tokens, self.unicode_rule)
+            return RecordConverter(
+                self.preset, names, file.name, self.control_tokens, self.unicode_rule, is_padded=is_padded(rows)
+            )
 
         try:
-            return choose(dict.fromkeys(name for row in rows for name in row))
+            converter = choose(dict.fromkeys(name for row in rows for name in row))
         except InputError as error:
             if error.code != "ambiguous-format":
                 raise
-            return choose(rows[0])
+            converter = choose(rows[0])
+        if self.system_prompt:
+            self.system_prompt = check_preset_text(converter.check_text, self.system_prompt, "system_prompt")
+        return converter
+
+
+def _refuse_table(text: str, preset: "SingleDataset", file: str) -> None:
+    """Raise InputError if a text begins with the header of a table, as Excel's "Unicode Text (*.txt)" does."""
+    columns = text.partition("\n")[0].strip("\r").split("\t")
+    named = [(preset.prompt, preset.completion)] if preset.prompt and preset.completion else []
+    if any(set(wanted) <= set(columns) for wanted in (*FORMATS.values(), *named) if len(wanted) > 1):
+        raise InputError(
+            f"{file}: begins with the header of a table, {format_names(columns)}; rename it to "
+            f"{file.partition('.')[0]}.tsv, or name its format if it is a raw text (format: text)",
+            code="table-as-text",
+        )
 
 
 def _name_cluster(value: Any) -> str | None:

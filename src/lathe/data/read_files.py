@@ -15,15 +15,14 @@ from lathe.common.errors import InputError
 from lathe.common.git_lfs import refuse_pointer
 from lathe.common.text import summarize_error
 from lathe.data.arrow_features import get_label_names, make_decoders
-from lathe.data.json_rows import begins_an_array, find_rows
+from lathe.data.json_arrays import Decode, find_layout, iterate_items, skip_item
+from lathe.data.json_rows import find_rows, name_messages
 from lathe.data.part_of_file import Part
 from lathe.data.split_files import get_suffix
 from lathe.data.text_files import (
     BY_CONTENT,
     SEPARATOR_LINE,
-    UTF_8,
     TextForm,
-    decode,
     find_delimiter,
     find_encoding,
     iterate_lines,
@@ -70,7 +69,7 @@ def read_records(file: Path, form: TextForm = BY_CONTENT, part: Part | None = No
 
     With a `part`, only these rows become records.
 
-    The value of a record that cannot be read is its Fault. Files are streamed, except for a JSON array. Raises
+    The value of a record that cannot be read is its Fault. Files are streamed, except for a JSON object. Raises
     InputError if the file itself cannot be read: not UTF-8, truncated, empty, a quote that is never closed.
     """
     number = 0
@@ -104,7 +103,9 @@ def has_byte_order_mark(file: Path) -> bool:
 
 
 def _read_jsonl(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
-    first = True
+    if find_layout(file, form) == "array":
+        yield from _read_json(file, form, part)
+        return
     for number, line in enumerate(iterate_lines(file, find_encoding(file, form)), start=1):
         text = line.rstrip("\r\n")
         if not text.strip():
@@ -112,12 +113,8 @@ def _read_jsonl(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRe
         if part and not part.holds(number - 1):
             part.left_out += 1
             continue
-        if first and begins_an_array(text, _load):
-            yield from _read_json(file, form, None)
-            return
-        first = False
         try:
-            value = _load(text)
+            value = load_json(text)
         except (ValueError, RecursionError) as error:
             value = Fault(
                 "malformed_json",
@@ -127,22 +124,23 @@ def _read_jsonl(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRe
         yield RawRecord(f"{file.name}:{number}", _require_object(value))
 
 
-def _read_json(file: Path, form: TextForm, _: Part | None) -> Iterator[RawRecord]:
-    encoding = find_encoding(file, form)
-    if encoding == UTF_8:
-        with open_file(file) as source:
-            text = decode(source.read(), file, 1)
-    else:
-        text = "".join(iterate_lines(file, encoding))
-    if not text.strip():
+def _read_json(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
+    layout = find_layout(file, form)
+    if layout == "lines":
+        yield from _read_jsonl(file, form, part)
         return
     try:
-        values = _load(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and error.lineno == 2 and text.lstrip().startswith("{"):
-            yield from _read_jsonl(file, form, None)
+        if layout == "array":
+            yield from _read_array(file, form, part)
             return
-        remedy = f"`jq -c . {file.name} > {file.stem}.jsonl`" if error.msg == "Extra data" else "is the file truncated?"
+        text = "".join(iterate_lines(file, find_encoding(file, form)))
+        if not text.strip():
+            return
+        values = load_json(text)
+    except json.JSONDecodeError as error:
+        # Never into the file itself, which a shell empties first.
+        target = f"{file.stem}{'.rows' * (file.suffix == '.jsonl')}.jsonl"
+        remedy = f"`jq -c . {file.name} > {target}`" if error.msg == "Extra data" else "is the file truncated?"
         raise InputError(
             f"{file.name}:{error.lineno}: not a JSON array: {_describe_json_error(error)}; {remedy}", code="not-json"
         ) from None
@@ -160,6 +158,18 @@ def _read_json(file: Path, form: TextForm, _: Part | None) -> Iterator[RawRecord
         )
     for number, value in enumerate(values, start=1):
         yield RawRecord(f"{file.name} row {number}", _require_object(value))
+
+
+def _read_array(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
+    items = iterate_items(file, form, lambda number: _decode_item if not part or part.holds(number) else skip_item)
+    for number, value in enumerate(items):
+        if not part or part.holds(number):
+            yield RawRecord(f"{file.name} row {number + 1}", _require_object(value))
+        else:
+            part.left_out += 1
+            if number >= part.ranges[-1][1]:  # the rest is not read
+                part.left_out = part.total - sum(stop - start for start, stop in part.ranges)
+                return
 
 
 def _read_text(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
@@ -190,6 +200,7 @@ def _read_csv(file: Path, form: TextForm, part: Part | None) -> Iterator[RawReco
     delimiter = find_delimiter(file, encoding, form)
     reader = csv.reader(iterate_lines(file, encoding), delimiter=delimiter, strict=True)
     header: list[str] | None = None
+    unnamed = 0
     while True:
         line = reader.line_num + 1
         try:
@@ -201,14 +212,34 @@ def _read_csv(file: Path, form: TextForm, part: Part | None) -> Iterator[RawReco
         if not fields or (line == 1 and fields[0].startswith(SEPARATOR_LINE)):
             continue
         if header is None:
-            header = _check_header(fields, file, line)
+            unnamed = _count_unnamed(fields)
+            header = _check_header(fields[: len(fields) - unnamed], file, line)
         elif part and not part.holds(line - 1):
             part.left_out += 1
-        elif len(fields) != len(header):
-            problem = f"has {len(fields)} fields; expected {len(header)} as in the header"
-            yield RawRecord(f"{file.name}:{line}", Fault("wrong_field_count", None, problem))
+        elif not any(fields):
+            continue  # a line of delimiters alone: a row that the sheet shows empty
+        elif len(fields) != len(header) and not (
+            len(fields) == len(header) + unnamed and not any(fields[len(header) :])
+        ):
+            yield RawRecord(f"{file.name}:{line}", _describe_fields(fields, header, unnamed))
         else:
-            yield RawRecord(f"{file.name}:{line}", dict(zip(header, fields, strict=True)))
+            yield RawRecord(f"{file.name}:{line}", dict(zip(header, fields, strict=False)))
+
+
+def _count_unnamed(fields: list[str]) -> int:
+    """Return how many columns at the end have no name, as a spreadsheet writes those that were once used."""
+    named = [index for index, name in enumerate(fields) if name.strip()]
+    return len(fields) - named[-1] - 1 if named else 0
+
+
+def _describe_fields(fields: list[str], header: list[str], unnamed: int) -> Fault:
+    if len(fields) == len(header) + unnamed:
+        number = next(index for index in range(len(header), len(fields)) if fields[index])
+        return Fault(
+            "unnamed_column", None, f"has text in column {number + 1}, which the header does not name; name it"
+        )
+    problem = f"has {len(fields)} fields; expected {len(header) + unnamed} as in the header"
+    return Fault("wrong_field_count", None, problem)
 
 
 def _read_parquet(file: Path, _: TextForm, part: Part | None) -> Iterator[RawRecord]:
@@ -325,8 +356,9 @@ _READERS: dict[str, Callable[[Path, TextForm, Part | None], Iterator[RawRecord]]
 }
 
 
-def _load(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_make_object)
+def load_json(text: str) -> Any:
+    """Return the value of a JSON text; an object that has a key twice is a RepeatedKey."""
+    return _DECODER.decode(text)
 
 
 def _require_object(value: Any) -> dict[str, Any] | Fault:
@@ -334,6 +366,8 @@ def _require_object(value: Any) -> dict[str, Any] | Fault:
         return value
     if isinstance(value, RepeatedKey):
         return Fault("duplicate_key", value.key, "occurs twice in one object; expected once")
+    if column := name_messages(value):  # a row that is a bare conversation
+        return {column: value}
     return Fault("not_an_object", None, f"is {describe_value(value)}; expected an object with named columns")
 
 
@@ -343,6 +377,10 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedKey:
         return value
     keys = [key for key, _ in pairs]
     return RepeatedKey(next(key for key in keys if keys.count(key) > 1))
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)  # json.loads would make one for every text
+_decode_item: Decode = _DECODER.raw_decode
 
 
 def _describe_json_error(error: Exception) -> str:

@@ -10,16 +10,11 @@ from numpy.typing import NDArray
 from lathe.common.errors import InputError
 from lathe.data.example_store import ExampleReader
 from lathe.data.mixture import count_by_dataset
-from lathe.data.near_duplicates import (
-    MIN_SHARED_FRACTION,
-    NGRAM_WORDS,
-    NearDuplicate,
-    NGramIndex,
-    find_near_duplicates,
-)
+from lathe.data.near_duplicates import NGramIndex
 from lathe.data.occurrences import MAX_SHOWN, Occurrences, describe_excess
 from lathe.data.read_files import Fault
 from lathe.data.split_files import SPLITS
+from lathe.data.split_overlap import SplitOverlap
 from lathe.data.splits import Splits
 from lathe.data.tokenization import TokenizedSplit
 
@@ -48,8 +43,7 @@ class Account:
         self.faults: dict[str, FaultsByReason] = {name: {} for name in SPLITS}
         self.splits = Splits(rows={}, removed={})
         self.tokenized: dict[str, TokenizedSplit] = {}
-        # By (held-out split, other split): near duplicates, rows that were looked up, some of the near duplicates.
-        self.near_duplicates: dict[tuple[str, str], tuple[int, int, list[NearDuplicate]]] = {}
+        self.near_duplicates = SplitOverlap()
 
     def count_rows(self, split: str | None = None) -> int:
         """Return the number of rows in the files of a split, or of all splits."""
@@ -76,9 +70,8 @@ class Account:
 
     def add_near_duplicates(self, held_out: str, other: str, index: NGramIndex) -> None:
         """Count the rows of a held-out split that are nearly in the other split, which its index has just seen."""
-        ngrams = self.tokenized[held_out].ngrams
-        count, shown = find_near_duplicates(ngrams, index, MAX_SHOWN)
-        self.near_duplicates[held_out, other] = count, len(ngrams.counts), shown
+        mine = self.tokenized[held_out]
+        self.near_duplicates.add((held_out, other), mine.ngrams, index, mine.rows, self.splits.rows[other])
 
     def check_records(self) -> None:
         """Raise InputError if more records were unusable than max_dropped_fraction allows."""
@@ -121,24 +114,8 @@ class Account:
             )
 
     def _check_overlap(self, reader: ExampleReader) -> None:
-        allowed = self.settings.max_overlap_fraction
-        for pair, (rows, checked, shown) in sorted(self.near_duplicates.items()):
-            if checked and rows / checked > allowed:
-                place, problem = self._describe_near_duplicate(pair, shown[0], reader)
-                raise InputError(
-                    f"{place}: {problem}; {rows} of {checked} {pair[0]} rows are nearly in {pair[1]}, more than "
-                    f"preprocess.max_overlap_fraction {allowed} allows; remove them or raise it",
-                    code="too-much-overlap",
-                )
-
-    def _describe_near_duplicate(
-        self, pair: tuple[str, str], duplicate: NearDuplicate, reader: ExampleReader
-    ) -> tuple[str, str]:
-        held_out, other = pair
-        source = reader.read_place(self.splits.rows[other][duplicate.source])
-        shared = f"{duplicate.shared_ngrams} of its {duplicate.ngrams} word sequences"
-        problem = f"{shared} are in {other}, most of them in {source}"
-        return reader.read_place(self.tokenized[held_out].rows[duplicate.row]), problem
+        if excess := self.near_duplicates.describe_excess(self.settings.max_overlap_fraction, reader):
+            raise InputError(excess, code="too-much-overlap")
 
     def _get_truncated_side(self) -> str | None:
         return None if self.settings.too_long == "drop" else self.settings.too_long.removeprefix("truncate_")
@@ -164,7 +141,7 @@ class Account:
                 "kept": sum(split["kept"] for split in splits),
                 "dropped": sum(sum(split["dropped"].values()) for split in splits),
                 "truncated": sum(split["truncated"]["rows"] for split in splits),
-                "nearly_in_another_split": sum(rows for rows, _, _ in self.near_duplicates.values()),
+                "nearly_in_another_split": self.near_duplicates.count_rows(),
             },
             "supervised_tokens": next(split["supervised_tokens"] for split in splits if split["split"] == "train"),
             "columns": self.columns,
@@ -173,7 +150,7 @@ class Account:
             "splits": splits,
             **self._report_datasets(reader),
             "overlap": [{"splits": pair, "rows": rows} for pair, rows in sorted(self.splits.overlap.items())],
-            "near_overlap": [self._report_near_duplicates(pair, reader) for pair in sorted(self.near_duplicates)],
+            "near_overlap": self.near_duplicates.make_report(reader),
             "examples": [
                 {
                     "split": name,
@@ -216,7 +193,7 @@ class Account:
             **self._report_unused(),
             "files": [{"file": name, **facts} for name, facts in self.files.items()],
             "splits": splits,
-            "near_overlap": [self._report_near_duplicates(pair, reader) for pair in sorted(self.near_duplicates)],
+            "near_overlap": self.near_duplicates.make_report(reader),
             "examples": [
                 {
                     "split": name,
@@ -270,20 +247,6 @@ class Account:
             "side": self._get_truncated_side(),
             "tokens": truncations.tokens,
             "supervised_tokens": truncations.supervised_tokens,
-        }
-
-    def _report_near_duplicates(self, pair: tuple[str, str], reader: ExampleReader) -> dict[str, Any]:
-        rows, checked, shown = self.near_duplicates[pair]
-        described = [self._describe_near_duplicate(pair, duplicate, reader) for duplicate in shown]
-        return {
-            "splits": f"{pair[0]}_in_{pair[1]}",
-            "rule": (
-                f"at least {MIN_SHARED_FRACTION:.0%} of a row's sequences of {NGRAM_WORDS} words are in the other split"
-            ),
-            "rows": rows,
-            "checked": checked,
-            "share": round(rows / checked, 4) if checked else None,
-            "examples": [{"at": place, "problem": problem} for place, problem in described],
         }
 
     def _report_dropped(self, name: str) -> dict[str, list[dict[str, str | None]]]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from lathe.common.errors import InputError
 from lathe.data.read_files import Fault, RepeatedKey, describe_value
 from lathe.models.unicode_form import UnicodeRule
 
@@ -32,8 +33,14 @@ MEANINGFUL = frozenset(
         *("audio", "audios", "image", "images", "video", "videos", "documents", "refusal"),
         *("tools", "functions", "function_call", "tool_calls", "tool_call_id", "parallel_tool_calls"),
         *("reasoning_content", "reasoning", "thinking", "history", "weight", "train", "chat_template_kwargs"),
+        *("reasoning_details", "thinking_blocks", "sample_weight", "loss_weight", "loss_scale", "loss_mask"),
     }
 )
+# The same, where it is a message that has it: columns of these names may be anything.
+MEANINGFUL_IN_MESSAGES = MEANINGFUL | {
+    *("mask", "masked", "ignore", "trainable", "train_detail", "training_detail", "label", "kto_tag"),
+    *("tool_use", "channel", "audio_url", "image_url", "attachments", "files"),
+}
 _REMEDIES = {
     "chat_template_kwargs": "one value for all rows, as preprocess.chat_template_kwargs",
     "tools": "definitions of tools in the column tools",
@@ -41,6 +48,15 @@ _REMEDIES = {
     "refusal": "the text of the answer in content",
     "weight": "0 or 1 as weight of an answer in messages",
     "train": "true or false as train of an answer in messages",
+    **dict.fromkeys(
+        ("mask", "masked", "ignore", "trainable", "label", "kto_tag"), "true or false as train of an answer in messages"
+    ),
+    **dict.fromkeys(
+        ("train_detail", "training_detail", "loss_mask"), "answers that are learnt whole or not (train: false)"
+    ),
+    **dict.fromkeys(
+        ("loss_weight", "loss_scale", "sample_weight"), "answers that count or not: 0 or 1 as weight of an answer"
+    ),
 }
 
 
@@ -93,9 +109,17 @@ def _describe_difference(form: str, found: str, normal: str) -> str:
         return " ".join(f"U+{ord(character):04X}" for character in text)
 
     return (
-        f"holds {found[:1]!r} ({name(found[:1])}), which the model's tokenizer reads as {normal!r} ({name(normal)}) by "
+        f"holds {found!r} ({name(found)}), which the model's tokenizer reads as {normal!r} ({name(normal)}) by "
         f"{form}, and llama.cpp does not; expected text in {form}: preprocess.normalize_unicode: true makes it so"
     )
+
+
+def check_preset_text(check_text: TextValidator, text: str, key: str) -> str:
+    """Return a text of the dataset's preset as rows have it; raises InputError if it may not be in a row."""
+    try:
+        return check_text(text, key)
+    except RowFault as error:
+        raise InputError(f"presets.yaml: {error.fault}", code="preset-text") from None
 
 
 def refuse_repeated_key(value: Any, field: str) -> None:
@@ -121,10 +145,11 @@ def note_unused(check_text: TextValidator, values: Mapping[str, Any], read: Coll
 
     `field` is that of a message, None for a row.
     """
+    meaningful = MEANINGFUL if field is None else MEANINGFUL_IN_MESSAGES
     for key in values.keys() - read - IGNORED:
         if is_empty(values[key]):
             continue
-        if key in MEANINGFUL:
+        if key in meaningful:
             remedy = _REMEDIES.get(key, f"rows without {key}, or with it as text of a message")
             name = key if field is None else f"{field}.{key}"
             raise RowFault("not_read", name, f"is {describe_value(values[key])}, which is not read; expected {remedy}")

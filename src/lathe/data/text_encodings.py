@@ -31,6 +31,12 @@ OTHERS = ("cp1250", "iso8859_2", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257
 # Lines of boxes, narrow katakana and characters without a meaning: what the wrong encoding makes of letters.
 _UNLIKELY = re.compile(r"[\u2500-\u259f\uff61-\uff9f\ue000-\uf8ff]")
 MAX_UNLIKELY_FRACTION = 0.1
+# Quotes, dashes, dots, signs and the space that does not break, at the places that all of Windows' encodings have them:
+# what English from an office has beyond ASCII. Signs of money stand beside numbers.
+_TYPOGRAPHY = re.compile(
+    rb"[\x82\x84-\x87\x89\x8b\x91-\x97\x99\x9b\xa0\xa6\xa7\xa9\xab-\xae\xb0\xb1\xb5-\xb7\xbb]"
+    rb"|[\x80\xa3](?= ?[0-9])|(?<=[0-9])[\x80\xa3]|(?<=[0-9] )[\x80\xa3]"
+)
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -49,7 +55,10 @@ def guess_encoding(sample: bytes) -> str | None:
     if damaged < sum(not character.isascii() for character in decoded) - damaged:
         return None
     fitting = {name: _count_fitting_letters(sample, name, script) for name, script in CANDIDATES.items()}
-    best = max(fitting, key=lambda name: fitting[name])
+    if not _TYPOGRAPHY.sub(b"", sample).isascii():
+        best = max(fitting, key=lambda name: fitting[name])
+    else:
+        return "cp1252"
     own = best if fitting[best] >= MIN_LETTERS else None
     # Other scripts read as koi8-r are Russian letters without sense: its letters fill the half above ASCII.
     return own if own and own != "koi8-r" else _ask_charset_normalizer(sample) or own

@@ -4,6 +4,7 @@ import codecs
 import csv
 import gzip
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ UTF_8 = "utf-8"
 # Read to tell the encoding and the delimiter.
 SAMPLE_BYTES = 1 << 16
 SAMPLE_ROWS = 50
+CHUNK_BYTES = 1 << 16
 
 COMMA, TAB = ",", "\t"
 DELIMITERS = {COMMA: "commas", ";": "semicolons", TAB: "tabs", "|": "vertical bars"}
+LINE_END = re.compile(rb"\r\n|\r|\n")
 # Excel's own first line, which names the delimiter.
 SEPARATOR_LINE = "sep="
 
@@ -62,11 +65,7 @@ def find_encoding(file: Path, form: TextForm = BY_CONTENT) -> str:
         sample = source.read(SAMPLE_BYTES)
     if b"\0" in sample and (wide := guess_encoding(sample)):  # UTF-16 of ASCII letters is UTF-8 with NUL characters
         return wide
-    try:
-        codecs.getincrementaldecoder(UTF_8)().decode(sample)
-    except UnicodeDecodeError:
-        return guess_encoding(sample) or UTF_8
-    return UTF_8
+    return UTF_8 if _is_utf_8(sample) else guess_encoding(sample) or UTF_8
 
 
 def find_delimiter(file: Path, encoding: str, form: TextForm = BY_CONTENT) -> str:
@@ -98,11 +97,32 @@ def find_delimiter(file: Path, encoding: str, form: TextForm = BY_CONTENT) -> st
 def iterate_lines(file: Path, encoding: str) -> Iterator[str]:
     """Yield the lines of a text file, with their ends. Raises InputError with the line that is not in the encoding."""
     with open_file(file) as source:
-        if encoding != UTF_8:
+        if encoding != UTF_8 or _ends_with_carriage_returns(source):
             yield from _iterate_encoded(source, file, encoding)
             return
         for number, line in enumerate(source, start=1):
             yield decode(line, file, number)
+
+
+def iterate_chunks(file: Path, encoding: str) -> Iterator[str]:
+    """Yield the text of a file in chunks. Raises InputError with the line that is not in the encoding."""
+    # That of UTF-8 leaves the byte order mark out, as those of UTF-16 and UTF-32 do.
+    decoder = codecs.getincrementaldecoder("utf-8-sig" if encoding == UTF_8 else encoding)()
+    line, is_last = 1, False
+    with open_file(file) as source:
+        while not is_last:
+            data = source.read(CHUNK_BYTES)
+            is_last = not data
+            state = decoder.getstate()
+            try:
+                text = decoder.decode(data, is_last)
+            except UnicodeDecodeError:
+                if encoding != UTF_8:
+                    raise _refuse_encoding(file, line, encoding) from None
+                decode(state[0] + data, file, line)  # finds the byte
+                raise _refuse_encoding(file, line, encoding) from None  # the last character is cut
+            line += text.count("\n")
+            yield text
 
 
 def decode(data: bytes, file: Path, line: int) -> str:
@@ -124,6 +144,23 @@ def describe_form(encoding: str, delimiter: str | None) -> dict[str, str]:
     return described if delimiter in (None, COMMA) else {**described, "delimiter": str(delimiter)}
 
 
+def _ends_with_carriage_returns(source: BinaryIO) -> bool:
+    """Tell whether the first line of a file ends as on an old Mac, and in Excel's `CSV (Macintosh)`."""
+    sample = source.read(SAMPLE_BYTES)
+    source.seek(0)
+    first = LINE_END.search(sample)
+    return first is not None and first[0] == b"\r" and _is_utf_8(sample)
+
+
+def _is_utf_8(sample: bytes) -> bool:
+    """Tell whether the beginning of a file is UTF-8; its last character may be cut."""
+    try:
+        codecs.getincrementaldecoder(UTF_8)().decode(sample)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _iterate_encoded(source: BinaryIO, file: Path, encoding: str) -> Iterator[str]:
     number = 0
     try:
@@ -131,11 +168,15 @@ def _iterate_encoded(source: BinaryIO, file: Path, encoding: str) -> Iterator[st
             number += 1
             yield line.removeprefix("\ufeff") if number == 1 else line
     except UnicodeError:
-        raise InputError(
-            f"{file.name} after line {number}: is not {encoding}; save the file as UTF-8, or name its encoding in the "
-            "dataset's preset (encoding: cp1251)",
-            code="not-in-encoding",
-        ) from None
+        raise _refuse_encoding(file, number, encoding) from None
+
+
+def _refuse_encoding(file: Path, line: int, encoding: str) -> InputError:
+    return InputError(
+        f"{file.name} after line {line}: is not {encoding}; save the file as UTF-8, or name its encoding in the "
+        "dataset's preset (encoding: cp1251)",
+        code="not-in-encoding",
+    )
 
 
 def _read_sample(file: Path, encoding: str) -> list[str]:

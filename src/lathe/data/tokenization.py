@@ -18,16 +18,17 @@ from lathe.common.operating_system import count_usable_cores
 from lathe.data.duplicates import RowNumbers
 from lathe.data.example_store import ExampleReader, StoredExamples
 from lathe.data.near_duplicates import (
-    SAMPLE_BYTES,
     FirstSeen,
     NGramIndex,
     NGrams,
     concatenate_ngrams,
+    get_dialogue,
     hash_ngrams,
     hash_words,
 )
 from lathe.data.occurrences import Occurrences, merge_occurrences
 from lathe.data.read_files import Fault
+from lathe.data.split_overlap import count_sampled_rows
 from lathe.data.truncation import Messages, TruncatedSide, truncate_conversation
 from lathe.data.worker_processes import MAX_PROCESSES, ReportRows, run_in_processes
 from lathe.data.writing_systems import detect_writing_system
@@ -142,7 +143,7 @@ def tokenize_split(
     The n-grams of the kept rows are looked up in the indexes `held_out`. With `keep_ngrams`, those of a sample are
     returned. Neither the file nor the result depends on the number of `processes` (None: by cores and rows).
     """
-    sample_rows = int(numpy.searchsorted(numpy.cumsum(stored.lengths[numbers]), SAMPLE_BYTES)) if keep_ngrams else 0
+    sample_rows = count_sampled_rows(stored, numbers) if keep_ngrams else 0
     count = processes or min(count_usable_cores(), MAX_PROCESSES, len(numbers) // ROWS_PER_PROCESS)
     edges = numpy.linspace(0, len(numbers), max(1, count) + 1).astype(int).tolist()
     shares = [
@@ -232,7 +233,7 @@ class _ShareTokenizer:
                 self.faults.setdefault(result.reason, Occurrences()).add(partial(_add_place, get_place, result))
                 continue
             self.target.write(text)
-            dialogue = _get_dialogue(example["messages"])
+            dialogue = get_dialogue(example["messages"])
             self.scripts.setdefault(detect_writing_system(dialogue), Occurrences()).add(get_place)
             words.append(hash_words(dialogue))
             lengths.append(result._replace(**({} if result.document else _describe_answer(example))))
@@ -377,12 +378,6 @@ def _is_json(text: str) -> bool:
         return isinstance(json.loads(text), dict | list)
     except (ValueError, RecursionError):
         return False
-
-
-def _get_dialogue(messages: Messages) -> str:
-    """Return the texts of all messages but the system message, which is often the same in every example."""
-    contents = (message["content"] for message in messages if message["role"] != "system")
-    return "\n".join(text for text in contents if isinstance(text, str))
 
 
 def _add_place(get_place: Callable[[], str], case: Case) -> tuple[str, Case]:

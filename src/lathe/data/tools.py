@@ -7,7 +7,7 @@ A definition is OpenAI's {type, function: {name, description, parameters: a JSON
 import json
 from typing import Any
 
-from lathe.data.read_files import describe_value
+from lathe.data.read_files import describe_value, load_json
 from lathe.data.row_checks import RowFault, TextValidator, format_names, is_empty, refuse_repeated_key
 
 Tool = dict[str, Any]
@@ -183,12 +183,15 @@ def _write_json(value: Any, field: str, reason: str) -> str:
         refuse_repeated_key(part, field)
         raise RowFault(reason, field, f"holds {describe_value(part)}; expected JSON values")
 
-    return json.dumps(value, ensure_ascii=False, default=refuse)
+    try:
+        return json.dumps(value, ensure_ascii=False, default=refuse, allow_nan=False)
+    except ValueError:
+        raise RowFault(reason, field, "holds NaN or Infinity, which JSON has not; expected JSON values") from None
 
 
 def _load_json(value: str, field: str, reason: str) -> Any:
     try:
-        return json.loads(value)
+        return load_json(value)
     except (ValueError, RecursionError):
         raise RowFault(reason, field, f"is {describe_value(value)}; expected JSON") from None
 

@@ -18,12 +18,16 @@ class UnicodeRule:
     normalizes: bool
 
     def find_difference(self, text: str) -> tuple[str, str] | None:
-        """Return the first characters that differ, as they are and in the form; None where the text is in it."""
+        """Return the first characters that differ, as they are and in the form; None where the text is in it.
+
+        Of two that the form makes one, both are returned.
+        """
         if unicodedata.is_normalized(self.form, text):
             return None
         normal = self.normalize(text)
         at = next((at for at, (one, other) in enumerate(zip(text, normal, strict=False)) if one != other), len(normal))
-        return text[at : at + 2], normal[at : at + 1]
+        alone = unicodedata.is_normalized(self.form, text[at : at + 1])
+        return text[at : at + 1 + alone], normal[at : at + 1]
 
     def normalize(self, text: str) -> str:
         """Return the text in the form."""

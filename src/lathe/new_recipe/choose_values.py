@@ -9,7 +9,7 @@ from lathe.common.errors import InputError
 from lathe.common.numbers import round_up
 from lathe.common.text import readable_bytes
 from lathe.new_recipe.fit_memory import Fit, Memory
-from lathe.new_recipe.measure_data import DataFacts
+from lathe.new_recipe.measure_data import DataFacts, choose_held_out_fraction
 from lathe.new_recipe.measure_model import ModelFacts
 from lathe.new_recipe.token_lengths import LengthsInTokens
 
@@ -23,21 +23,20 @@ PREFERENCE_FACTOR = 0.1  # of DPO and GRPO, which go on from where supervised tr
 # From so many training rows on: rows of a step, and passes.
 STEP_ROWS = ((20_000, 32), (1_000, 16), (0, 8))
 EPOCHS = ((20_000, 1), (2_000, 2), (0, 3))
-WANTED_HELD_OUT_ROWS = 100
-HELD_OUT_FRACTIONS = (0.02, 0.1)
-
 LENGTH_ROOM = 1.1  # the lengths are measured on a sample
 ASSUMED_LENGTH = 1024
 LENGTH_STEP = 64
 OUTLIER_FACTOR = 2  # beyond this multiple of the length that 99 % have, the longest row is an exception
 GROUP = 8  # answers to one prompt that GRPO compares
 LARGE_MODEL = 3_000_000_000
+MAX_DIVERGENCE = 0.1  # of a quantized file from the merged model (nats per token)
 
 METRICS: dict[str, list[str]] = {
     "json": ["exact_match", "json_valid", "json_fields"],
     "short": ["exact_match", "token_f1"],
     "prose": ["rouge_l", "token_f1"],
     "calls": ["tool_calls", "tool_calls_f1", "exact_match"],
+    "documents": ["exact_match"],  # none of which applies to them
 }
 
 
@@ -66,6 +65,9 @@ def choose_length(data: DataFacts, model: ModelFacts, lengths: LengthsInTokens) 
     """Return `training.max_length` for the rows, within the model's context."""
     if not data.known:
         return Choice("training.max_length", ASSUMED_LENGTH, "the dataset has not been fetched", guess=True)
+    if data.kind == "documents":
+        limit = min(ASSUMED_LENGTH, model.context or ASSUMED_LENGTH)
+        return Choice("training.max_length", limit, "documents are cut to it, and none is dropped for its length")
     longest = lengths.count_row(data.row_characters[-1])
     most = lengths.count_row(_find_quantile(data.row_characters, 0.99))
     wanted = longest if longest <= OUTLIER_FACTOR * most else most
@@ -102,6 +104,12 @@ def choose_values(
 
 
 def _check_method(data: DataFacts, method: Method) -> None:
+    if method != "sft" and data.documents:
+        raise InputError(
+            f"--method {method}: {data.documents} rows are documents (format text), which have no prompts; take "
+            "--method sft, or a dataset without them",
+            code="documents-without-prompts",
+        )
     if method == "dpo" and data.known and data.pairs < data.rows:
         raise InputError(
             f"--method dpo: {data.rows - data.pairs} of {data.rows} rows have no worse answer; name a dataset of pairs "
@@ -120,10 +128,12 @@ def _choose_rows(data: DataFacts, length: Choice, lengths: LengthsInTokens) -> l
     """Return what preprocess needs so that the rows are taken as they are."""
     choices = []
     if data.known and data.lacking and data.source_rows:
-        fraction = _choose_held_out_fraction(data)
+        fraction = choose_held_out_fraction(data.source_rows)
         reason = f"of {data.source_rows} rows: about {max(1, round(fraction * data.source_rows))} to measure by"
         choices += [Choice(f"preprocess.{name}_fraction", fraction, reason) for name in data.lacking]
-    if data.known:
+    if data.kind == "documents":
+        choices.append(Choice("sft.packing", True, "documents fill whole sequences"))
+    elif data.known:
         over = sum(lengths.count_row(size) > length.value for size in data.row_characters)
         share = over / max(1, len(data.row_characters))
         if share > 0.04:
@@ -133,16 +143,13 @@ def _choose_rows(data: DataFacts, length: Choice, lengths: LengthsInTokens) -> l
     return choices
 
 
-def _choose_held_out_fraction(data: DataFacts) -> float:
-    low, high = HELD_OUT_FRACTIONS
-    return round(min(high, max(low, WANTED_HELD_OUT_ROWS / data.source_rows)), 2)
-
-
 def _count_training_rows(data: DataFacts) -> int | None:
     """Return the usable rows of training, once the recipe's other splits have taken theirs; None if not known."""
+    if data.mixed_rows is not None:
+        return data.splits.get("train")
     if not data.source_rows:
         return None
-    return data.source_rows - len(data.lacking) * round(_choose_held_out_fraction(data) * data.source_rows)
+    return data.source_rows - len(data.lacking) * round(choose_held_out_fraction(data.source_rows) * data.source_rows)
 
 
 def _choose_batches(model: ModelFacts, data: DataFacts, memory: Memory, fit: Fit, method: Method) -> list[Choice]:
@@ -227,15 +234,19 @@ def _choose_answers(data: DataFacts, lengths: LengthsInTokens, method: Method) -
 
 def _choose_scores(model: ModelFacts, data: DataFacts) -> list[Choice]:
     metrics, guess = METRICS[data.kind], not data.known
+    primary = "perplexity" if data.kind == "documents" else metrics[0]
     reason = data.describe_answers() if data.known else "prose, as the dataset has not been fetched"
     choices = [
         Choice("evaluate.metrics", metrics, reason, guess),
-        Choice("evaluate.primary_metric", metrics[0], reason, guess),
+        Choice("evaluate.primary_metric", primary, reason, guess),
     ]
     if data.kind == "json":
         choices.append(Choice("evaluate.normalize", "json", "JSON's layout makes no difference"))
-    gates = [f"merged.{metrics[0]} > base.{metrics[0]}"]
-    gates.append(f"quantized.{metrics[0]} >= merged.{metrics[0]} - {0.02 if data.kind == 'prose' else 0.05}")
+    if data.kind == "documents":
+        gates = ["merged.perplexity < base.perplexity", f"quantized.kl < {MAX_DIVERGENCE}"]
+    else:
+        gates = [f"merged.{primary} > base.{primary}"]
+        gates.append(f"quantized.{primary} >= merged.{primary} - {0.02 if data.kind == 'prose' else 0.05}")
     choices.append(Choice("evaluate.gates", gates, "training must help, and quantization not hurt"))
     if model.weights >= LARGE_MODEL:
         choices.append(Choice("quantize.types", ["Q4_K_M", "Q5_K_M"], f"{model.size} weights: Q8_0 is seldom run"))

@@ -8,21 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lathe.common import paths
 from lathe.common.errors import InputError
-from lathe.common.json_files import read_json_object
-from lathe.common.jsonl import write_jsonl
 from lathe.config.held_out_checks import PROSE_WORDS
 from lathe.config.load import Config
-from lathe.config.presets import BuiltinDataset, HubDataset, MixtureDataset, SingleDataset
-from lathe.data.check_file import check_file
+from lathe.config.presets import MixtureDataset
+from lathe.data.check_file import check_datasets
 from lathe.data.read_examples import ExampleFiles, add_system_prompt
 from lathe.data.read_files import Fault
 from lathe.data.split_files import require_data_files
 from lathe.inference.generation_sizes import HELD_OUT
+from lathe.models.document import is_document
+from lathe.present_datasets import find_dataset_files
 
-AnswerKind = Literal["json", "short", "prose", "calls"]
+AnswerKind = Literal["json", "short", "prose", "calls", "documents"]
 
+WANTED_HELD_OUT_ROWS = 100
+HELD_OUT_FRACTIONS = (0.02, 0.1)
 SAMPLE_ROWS = 200  # whose texts a tokenizer counts
 NO_CONTROL_TOKENS = re.compile("(?!)")  # those of the model make no difference to lengths
 
@@ -40,6 +41,8 @@ class DataFacts:
     pairs: int = 0  # rows with a worse answer
     sample: list[list[dict[str, Any]]] = field(default_factory=list)  # messages of some rows
     refusals: list[str] = field(default_factory=list)  # why preprocess would stop
+    documents: int = 0  # rows that are raw texts
+    mixed_rows: int | None = None  # in a mixture, usable rows of the datasets whose splits are taken from training rows
 
     @property
     def rows(self) -> int:
@@ -49,108 +52,120 @@ class DataFacts:
     @property
     def source_rows(self) -> int:
         """Usable rows that the source has for training, those that other splits take from them included."""
+        if self.mixed_rows is not None:
+            return self.mixed_rows
         return self.splits.get("train", 0) + sum(self.splits.get(split, 0) for split in self.lacking)
 
     def describe_answers(self) -> str:
         """Return the kind of the answers in words."""
+        if self.kind == "documents":
+            return "documents, which have no answers"
         shown = {"json": "are JSON", "short": "are short", "prose": "are prose", "calls": "call tools"}
         return f"answers {shown[self.kind]}"
 
 
 def measure_data(config: Config) -> DataFacts:
-    """Read the selected dataset, if it is on this machine. Raises InputError where it cannot be read."""
-    preset = config.dataset
-    if isinstance(preset, MixtureDataset):
-        raise InputError(
-            f"{config.params.dataset}: is a mixture, for which no values are chosen; make the recipe for one of its "
-            "datasets, and set `dataset` in it afterwards",
-            code="mixture",
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        source = _find_source(config, Path(folder))
-        if source is None:
+    """Read the selected dataset, or those of a mixture, if they are on this machine.
+
+    Raises InputError where one cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sources = find_dataset_files(config.params.dataset, config.dataset, folder, seed=config.params.seed)
+        if sources is None:
             return DataFacts(known=False, kind="prose")
-        found = check_file(source, preset, seed=config.params.seed, settings=config.params.preprocess)
-        raw = Path(folder) / "raw"
-        raw.mkdir()
-        for name, file in require_data_files(source, str(source)).items():
-            (raw / name).symlink_to(file.resolve())
-        if not found["rows"]["usable"]:
-            shown = getattr(preset, "path", config.params.dataset)
+        rows = _Rows()
+        for part, (source, preset) in sources.items():
+            raw = folder / "raw" / part
+            raw.mkdir(parents=True)
+            for file_name, file in require_data_files(source, str(source)).items():
+                (raw / file_name).symlink_to(file.resolve())
+            rows.read(ExampleFiles(raw, preset, NO_CONTROL_TOKENS))
+        if not rows.characters and not rows.documents:
+            shown = getattr(config.dataset, "path", config.params.dataset)
             raise InputError(f"{shown}: holds no row that can be used; `lathe data` says why", code="no-usable-rows")
-        return _read_rows(raw, preset, found)
-
-
-def _find_source(config: Config, folder: Path) -> Path | None:
-    """Return the file or folder with the dataset's files; None for one of the Hub that `fetch` has not brought."""
-    preset = config.dataset
-    assert not isinstance(preset, MixtureDataset)
-    if isinstance(preset, BuiltinDataset):
-        from lathe.sources.builtin import household_commands
-
-        made = folder / "made"
-        made.mkdir()
-        for split, rows in household_commands.make_rows(config.params.seed, errors=preset.errors).items():
-            write_jsonl(rows, made / f"{split}.jsonl")
-        return made
-    if isinstance(preset, HubDataset):
-        return paths.DATA_RAW if is_fetched("dataset", config.params.dataset, paths.DATA_RAW) else None
-    if not (source := paths.ROOT / preset.path).exists():
-        raise InputError(
-            f"{preset.path}: no such file or folder, which presets.yaml names as {config.params.dataset}; put it there",
-            code="no-such-file",
-        )
-    return source
-
-
-def is_fetched(kind: str, name: str, folder: Path) -> bool:
-    """Tell whether the folder holds what the preset of that name names."""
-    file = paths.METRICS / f"fetch/{kind}.json"
-    if not folder.is_dir() or not file.is_file():
-        return False
-    origin = read_json_object(file).get("origin")
-    return bool(origin) and bool(origin[0].get("name") == name)
-
-
-def _read_rows(raw: Path, preset: SingleDataset, found: dict[str, Any]) -> DataFacts:
-    rows: list[int] = []
-    answers: list[int] = []
-    words: list[int] = []
-    sample: list[list[dict[str, Any]]] = []
-    json_answers = pairs = with_tools = 0
-    files = ExampleFiles(raw, preset, NO_CONTROL_TOKENS)
-    for example in files:
-        if isinstance(example.value, Fault):
-            continue
-        messages = example.value["messages"]
-        add_system_prompt(messages, preset.system_prompt)
-        texts = [str(message.get("content") or "") for message in messages]
-        answer = texts[-1] + "".join(map(json.dumps, messages[-1].get("tool_calls", [])))
-        tools = json.dumps(example.value["tools"]) if "tools" in example.value else ""
-        with_tools += bool(tools)
-        rows.append(sum(map(len, texts)) - len(texts[-1]) + len(answer) + len(tools))
-        answers.append(len(answer))
-        words.append(len(answer.split()))
-        json_answers += _is_json(answer)
-        pairs += "rejected" in example.value
-        if len(sample) < SAMPLE_ROWS:
-            sample.append(messages)
-    kind: AnswerKind = "prose" if statistics.median(words or [0]) > PROSE_WORDS else "short"
-    if 2 * json_answers > len(rows):
-        kind = "json"
-    if 2 * with_tools > len(rows):
-        kind = "calls"
+        # How many rows a mixture takes of each dataset depends on those that are held out.
+        fraction = choose_held_out_fraction(rows.usable_of_lacking)
+        fractions = {f"{split}_fraction": fraction for split in rows.lacking}
+        settings = config.params.preprocess.model_copy(update=fractions)
+        found = check_datasets(sources, seed=config.params.seed, settings=settings)
     return DataFacts(
         known=True,
-        kind=kind,
+        kind=rows.choose_kind(),
         splits=found["splits"],
-        lacking=tuple(split for split in HELD_OUT if split not in {facts["split"] for facts in files.files.values()}),
-        row_characters=sorted(rows),
-        answer_characters=sorted(answers),
-        pairs=pairs,
-        sample=sample,
+        lacking=tuple(rows.lacking),
+        row_characters=sorted(rows.characters or rows.documents),
+        answer_characters=sorted(rows.answers or rows.documents),
+        pairs=rows.pairs,
+        sample=rows.sample,
         refusals=found["refusals"],
+        documents=len(rows.documents),
+        mixed_rows=rows.usable_of_lacking if isinstance(config.dataset, MixtureDataset) else None,
     )
+
+
+def choose_held_out_fraction(rows: int) -> float:
+    """Return the share of so many rows that is held out in a split, about WANTED_HELD_OUT_ROWS of them."""
+    low, high = HELD_OUT_FRACTIONS
+    return round(min(high, max(low, WANTED_HELD_OUT_ROWS / max(rows, 1))), 2)
+
+
+class _Rows:
+    """Rows of one dataset, or of several, as far as they decide values of a recipe.
+
+    Documents are cut to any length: they count only where there are no other rows.
+    """
+
+    def __init__(self) -> None:
+        self.characters: list[int] = []
+        self.answers: list[int] = []
+        self.documents: list[int] = []
+        self.words: list[int] = []
+        self.sample: list[list[dict[str, Any]]] = []
+        self.json_answers = self.pairs = self.with_tools = 0
+        self.lacking: dict[str, None] = {}  # splits that are taken from training rows
+        self.usable_of_lacking = 0  # usable rows of the datasets that lack one
+
+    def read(self, files: ExampleFiles) -> None:
+        """Read the rows of a dataset."""
+        usable = 0
+        for example in files:
+            if isinstance(example.value, Fault):
+                continue
+            usable += 1
+            self._add(example.value, files.system_prompt)
+        present = {facts["split"] for facts in files.files.values()}
+        lacking = [split for split in HELD_OUT if split not in present and not getattr(files.preset, "split", None)]
+        self.lacking |= dict.fromkeys(lacking)
+        self.usable_of_lacking += usable * bool(lacking)
+
+    def _add(self, example: dict[str, Any], system_prompt: str | None) -> None:
+        messages = example["messages"]
+        if is_document(messages):
+            self.documents.append(len(messages[0]["content"]))
+            return
+        add_system_prompt(messages, system_prompt)
+        texts = [str(message.get("content") or "") for message in messages]
+        answer = texts[-1] + "".join(map(json.dumps, messages[-1].get("tool_calls", [])))
+        tools = json.dumps(example["tools"]) if "tools" in example else ""
+        self.with_tools += bool(tools)
+        self.characters.append(sum(map(len, texts)) - len(texts[-1]) + len(answer) + len(tools))
+        self.answers.append(len(answer))
+        self.words.append(len(answer.split()))
+        self.json_answers += _is_json(answer)
+        self.pairs += "rejected" in example
+        if len(self.sample) < SAMPLE_ROWS:
+            self.sample.append(messages)
+
+    def choose_kind(self) -> AnswerKind:
+        """Return the kind of most answers."""
+        if not self.characters:
+            return "documents"
+        if 2 * self.with_tools > len(self.characters):
+            return "calls"
+        if 2 * self.json_answers > len(self.characters):
+            return "json"
+        return "prose" if statistics.median(self.words) > PROSE_WORDS else "short"
 
 
 def _is_json(text: str) -> bool:

@@ -13,7 +13,7 @@ from lathe.config.load import Config
 from lathe.config.presets import LocalModel, PackageModel
 from lathe.doctor_checks import find_model_config
 from lathe.estimate import estimate_disk
-from lathe.new_recipe.measure_data import is_fetched
+from lathe.present_datasets import is_fetched
 from lathe.sources import python_package
 
 # Where neither config.json nor a name tells the size.

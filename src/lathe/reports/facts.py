@@ -132,6 +132,7 @@ class ReportFacts:
     merge: Value | None
     estimate: Value | None
     splits: dict[str, SplitScores]
+    parts: dict[str, dict[str, SplitScores]]  # scores of each dataset of a mixture alone, by split
     gates: Value | None
     pairwise: Value | None
     tasks: dict[str, SplitScores]
@@ -161,6 +162,20 @@ class ReportFacts:
     def headline(self) -> tuple[str, SplitScores] | None:
         """The split that is reported: test, or validation where there is no test yet."""
         return next(((name, self.splits[name]) for name in ("test", "validation") if name in self.splits), None)
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The format that each dataset of a mixture was read in."""
+        columns = self.data.content["columns"] if self.data else []
+        return {each["dataset"]: each.get("format", "") for each in columns if "dataset" in each}
+
+    @property
+    def origins(self) -> list[tuple[str, Value]]:
+        """Where the base model, the dataset, and the datasets of a mixture are from."""
+        parts = list(self.dataset.get("datasets") or ()) if self.dataset else []
+        named = [("base model", self.model), ("dataset", self.dataset)]
+        named += [("dataset of the mixture", part) for part in parts]
+        return [(what, source) for what, source in named if source]
 
     def request(self, row: int) -> str | None:
         """Return the prompt of a validation row; None if the data are not here."""
@@ -224,6 +239,7 @@ def gather_facts(root: Path, *, seed: int, primary_metric: str) -> ReportFacts:
         merge=read_value(root, "metrics/merge/report.json"),
         estimate=read_value(root, "metrics/estimate/training.json"),
         splits=splits,
+        parts=_read_parts(root),
         gates=read_report(root, "metrics/evaluate/gates.json"),
         pairwise=read_report(root, "metrics/evaluate/pairwise.json"),
         tasks=_read_scores(root, "benchmark"),
@@ -243,6 +259,13 @@ def gather_facts(root: Path, *, seed: int, primary_metric: str) -> ReportFacts:
 def _read_scores(root: Path, name: str) -> dict[str, SplitScores]:
     report = read_report(root, f"metrics/evaluate/{name}.json")
     return {name: SplitScores(scores) for name, scores in report.items() if scores.content} if report else {}
+
+
+def _read_parts(root: Path) -> dict[str, dict[str, SplitScores]]:
+    report = read_report(root, "metrics/evaluate/datasets.json")
+    if not report:
+        return {}
+    return {split: {name: SplitScores(part) for name, part in parts.items()} for split, parts in report.items()}
 
 
 def _read_origin(root: Path, fetched: str) -> Value | None:
