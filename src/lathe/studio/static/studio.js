@@ -126,6 +126,14 @@ function startAll(root) {
 document.addEventListener("DOMContentLoaded", () => startAll(document));
 document.addEventListener("htmx:afterSwap", (event) => startAll(event.target));
 
+// Parts that are loaded anew stay open where the reader had opened them.
+const opened = new Set();
+document.addEventListener("toggle", (event) => {
+  const { id, open } = event.target;
+  if (id && event.target.isConnected) opened[open ? "add" : "delete"](id);
+}, true);
+document.addEventListener("htmx:afterSwap", () => opened.forEach((id) => document.getElementById(id)?.setAttribute("open", "")));
+
 // A log is read from its end, unless one has scrolled up.
 let followsLog = true;
 function followLog() {
@@ -158,7 +166,9 @@ function startUpload(form) {
     const file = input.files[0];
     status.textContent = "…";
     const headers = { "X-CSRF-Token": csrfToken, "HX-Request": "true" };
-    const response = await fetch(form.dataset.upload + encodeURIComponent(file.name), { method: "PUT", body: file, headers });
+    const replaces = form.querySelector('[name="replace"]')?.checked ? "?replace=true" : "";
+    const address = form.dataset.upload + encodeURIComponent(file.name) + replaces;
+    const response = await fetch(address, { method: "PUT", body: file, headers });
     const found = form.dataset.found;
     if (form.dataset.check && response.ok) {
       const saved = await response.json();
