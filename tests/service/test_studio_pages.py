@@ -167,6 +167,7 @@ def test_the_space_of_a_search_is_a_form_and_a_text_that_follow_each_other(reade
 def test_a_conversation_goes_on_over_several_turns_and_its_prompt_becomes_a_test_row(reader, checkout):
     page = reader.go("/chat")
     page.select_option("#first", "models/gguf/Q8_0.gguf")
+    page.fill("#system", "Be brief.")
     for number, prompt in enumerate(("Turn on the attic lamp.", "And the fan."), start=1):
         page.fill("#prompt", prompt)
         page.locator("#chat-form button.primary").click()
@@ -195,7 +196,7 @@ def test_a_conversation_goes_on_over_several_turns_and_its_prompt_becomes_a_test
     added = file.read_text().splitlines()
     assert added[:-1] == before
     row = json.loads(added[-1])
-    assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 2
+    assert [message["role"] for message in row["messages"]] == ["system", *["user", "assistant"] * 2]
     assert reader.find_faults() == []
     assert reader.measure_overflow() <= 0
     page.locator("#new-conversation").click()
