@@ -333,8 +333,7 @@ def start_chat(gguf: Path | None, prompt: str | None, system: str | None, tools:
     """Chat with `gguf`, by default the artifact that scored best on validation; `tools` is a file of definitions."""
     from lathe.inference.chat import chat, read_tools
 
-    offered = read_tools(tools) if tools else None
-    sizes = choose_generation_sizes()
+    offered, sizes = read_tools(tools) if tools else None, choose_generation_sizes()
     chat(
         gguf or _find_best_gguf(),
         prompt=prompt,
