@@ -113,7 +113,15 @@ async function startChart(chart) {
   }
   if (events) {
     const stream = new EventSource(events);
-    stream.addEventListener("curves", (event) => drawCurves(chart, JSON.parse(event.data)));
+    // A page that nobody sees draws nothing: the training has the processor.
+    let undrawn = null;
+    const draw = () => {
+      if (document.hidden || undrawn === null) return;
+      drawCurves(chart, JSON.parse(undrawn));
+      undrawn = null;
+    };
+    stream.addEventListener("curves", (event) => { undrawn = event.data; draw(); });
+    document.addEventListener("visibilitychange", draw);
     stream.addEventListener("ended", () => { stream.close(); setTimeout(() => location.reload(), 1500); });
   }
 }
