@@ -215,7 +215,7 @@ def test_a_queued_run_shows_its_log_and_an_experiment_is_pulled_from_a_remote(br
     page.get_by_role("button", name="Pull waits").click()
     page.wait_for_url(re.compile("/commands/"))
     identifier = page.url.rpartition("/")[2]
-    studio.wait(identifier)
+    assert studio.wait(identifier)["code"] == 0
     assert "waits" in {run["name"] for run in studio.api("GET", "/api/runs").json()}
     refused = studio.api("POST", "/api/runs/waits/actions", {"action": "pull", "target": "nowhere"})
     assert (refused.status, refused.json()["code"]) == (422, "no-such-remote")
