@@ -18,13 +18,13 @@ from conftest import Checkout, copy_of
 from studio_reader import DESKTOP, PHONE, SMALL_RECIPE, Reader
 from studio_server import Studio
 
-STEPS = 300
+STEPS, TRIALS = 1200, 8
 SEARCH = """\
 study: pair
 sampler: random
 startup_trials: 1
 seed: 3
-n_trials: 5
+n_trials: 8
 timeout_seconds: null
 objectives:
   - metric: merged.rouge_l
@@ -78,17 +78,18 @@ def test_a_killed_studio_stops_neither_two_runs_nor_a_search_and_two_later_ones_
     control = copy_of(checkout, tmp_path / "control").without_preloading()
     wanted: dict[str, Any] = {"recipe": "small", "values": {"training.max_steps": STEPS}, "mode": "temp"}
     with Studio(checkout.root) as studio:
-        started = [
-            studio.api("POST", "/api/runs", {**wanted, "name": "first"}),
-            studio.api("POST", "/api/searches", {"file": "experiments/search/pair.yaml", "n_trials": 5}),
-        ]
-        assert [answer.status for answer in started] == [201, 201]
+        run = studio.api("POST", "/api/runs", {**wanted, "name": "first"}).json()["identifier"]
+        # While its checkout is made, DVC has the workspace in Git's stash.
+        wait_for(lambda: any(work["stage"] for work in list_works(studio)))
+        form = {"file": "experiments/search/pair.yaml", "n_trials": TRIALS}
+        search = studio.api("POST", "/api/searches", form).json()["identifier"]
+        wait_for(lambda: sum(work["stage"] is not None for work in list_works(studio)) == 2)
         # The second run is typed on a terminal.
         typed = subprocess.Popen(
             [
                 *(sys.executable, "-m", "lathe", "run", "small"),
                 *("--name", "second", "--temp", "-S"),
-                f"training.max_steps={STEPS + 1}",
+                f"training.max_steps={STEPS // 2}",
             ],
             cwd=checkout.root,
             env={**checkout.environment, "PYTHONPATH": str(checkout.root / "src")},
@@ -100,7 +101,6 @@ def test_a_killed_studio_stops_neither_two_runs_nor_a_search_and_two_later_ones_
         assert len(before) == 3
         os.kill(studio.process.pid, signal.SIGKILL)
         studio.process.wait()
-    run, search = (answer.json()["identifier"] for answer in started)
     typed_pid = next(pid for title, pid, _ in before if title == "second")
     processes = {pid: psutil.Process(pid).create_time() for _, pid, _ in before}
 
@@ -128,9 +128,11 @@ def test_a_killed_studio_stops_neither_two_runs_nor_a_search_and_two_later_ones_
         wait_for(lambda: list_works(one) == [])
         shown = [studio.api("GET", "/api/runs").json() for studio in (one, other)]
         assert shown[0] == shown[1]
-        assert {"first", "second", *(f"pair-{number}" for number in range(5))} <= {each["name"] for each in shown[0]}
+        assert {"first", "second", *(f"pair-{number}" for number in range(TRIALS))} <= {
+            each["name"] for each in shown[0]
+        }
         trials = one.api("GET", "/api/searches/pair").json()["trials"]
-        assert [trial["state"] for trial in trials] == ["complete"] * 5
+        assert [trial["state"] for trial in trials] == ["complete"] * TRIALS
         assert other.api("GET", "/api/searches/pair").json()["trials"] == trials
 
     # The same run where nobody killed anything: every output has the same hash.

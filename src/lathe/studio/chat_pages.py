@@ -73,7 +73,8 @@ def save_row(request: Request, form: Annotated[FormTexts, Depends(read_form)]) -
     )
     line = conversation.save_test_row(row)
     path = conversation.show_test_rows()
-    return render(request, "_saved_row", path=path, line=line, mixture=conversation.write_mixture())
+    keeping, mixture = data_files.build_keeping(path), conversation.write_mixture()
+    return render(request, "_saved_row", path=path, line=line, keeping=keeping, mixture=mixture)
 
 
 def _describe(turns: Sequence[ChatTurn], results: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:

@@ -121,6 +121,16 @@ def save_preset(name: str, path: str, prompt: str = "", completion: str = "") ->
     return added
 
 
+def build_keeping(path: str) -> list[str]:
+    """Return the commands that let DVC keep a file, and Git know of it: a run in a copy leaves out what is untracked.
+
+    Raises InputError for a file that is not in data/local.
+    """
+    resolve_inside(path, paths.DATA_LOCAL)
+    ignored = (Path(path).parent / ".gitignore").as_posix()
+    return ["dvc", "add", path, "&&", "git", "add", f"{path}.dvc", ignored]
+
+
 def read_marked_rows(split: str, rows: int) -> list[list[tuple[str, bool]]]:
     """Return the first processed rows of a split as `lathe inspect` prints them: texts, and whether each is learnt.
 

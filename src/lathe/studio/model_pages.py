@@ -17,7 +17,6 @@ from lathe.evaluation.judge import api_keys
 from lathe.provenance.trace import trace
 from lathe.studio import data_files, parameter_form, row_mending
 from lathe.studio import started_commands as starting
-from lathe.studio.actions import resolve_inside
 from lathe.studio.child_process import run_for_json
 from lathe.studio.conversation import LONGEST_PROMPT
 from lathe.studio.form_data import FormTexts, read_form
@@ -76,6 +75,7 @@ def _render_check(request: Request, path: str, prompt: str = "", completion: str
         presets=file.presets if file else [],
         is_versioned=bool(file and file.is_versioned),
         suggested=next(iter(found.get("preset") or {}), ""),
+        keeping=data_files.build_keeping(path),
         faulty=row_mending.read_faulty_rows(path, found),
         mended=mended,
     )
@@ -93,9 +93,8 @@ def mend_rows(request: Request, form: Annotated[FormTexts, Depends(read_form)]) 
 @router.post("/data/keep")
 def keep_file(form: Annotated[FormTexts, Depends(read_form)]) -> Response:
     """Let DVC keep a file as it is now."""
-    path = form.get("path", "")
-    resolve_inside(path, paths.DATA_LOCAL)
-    return redirect(f"/commands/{starting.start_command(['dvc', 'add', path]).identifier}")
+    words = data_files.build_keeping(form.get("path", ""))
+    return redirect(f"/commands/{starting.start_command(words).identifier}")
 
 
 @router.post("/data/preset")
@@ -105,7 +104,7 @@ def save_preset(request: Request, form: Annotated[FormTexts, Depends(read_form)]
     data_files.save_preset(
         form.get("name", "").strip(), path, form.get("prompt", "").strip(), form.get("completion", "").strip()
     )
-    return redirect(f"/commands/{starting.start_command(['dvc', 'add', path]).identifier}")
+    return redirect(f"/commands/{starting.start_command(data_files.build_keeping(path)).identifier}")
 
 
 @router.get("/data/rows")
