@@ -18,13 +18,13 @@ from conftest import Checkout, copy_of
 from studio_reader import DESKTOP, PHONE, SMALL_RECIPE, Reader
 from studio_server import Studio
 
-STEPS, TRIALS = 1200, 8
+STEPS, TRIALS = 600, 5
 SEARCH = """\
 study: pair
 sampler: random
 startup_trials: 1
 seed: 3
-n_trials: 8
+n_trials: 5
 timeout_seconds: null
 objectives:
   - metric: merged.rouge_l
