@@ -231,6 +231,18 @@ def test_the_pages_can_be_used_by_keyboard_alone(reader):
     assert {"Lathe", "language", "q", "sort", "gates", "halved", "main"} <= reached
 
 
+def test_what_is_loaded_anew_stays_open_and_keeps_the_focus(reader, ended):
+    page = reader.go("/")
+    page.locator("#started summary").click()
+    link = page.locator(f"#command-{ended}")
+    link.focus()
+    with page.expect_response("**/overview/running"):
+        pass
+    page.wait_for_timeout(300)
+    assert link.is_visible()
+    assert link.and_(page.locator(":focus")).count() == 1
+
+
 def test_nothing_of_the_tests_still_runs(studio):
     deadline = time.monotonic() + 10
     while (left := studio.api("GET", "/api/running").json()) and time.monotonic() < deadline:

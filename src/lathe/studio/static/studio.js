@@ -140,7 +140,13 @@ document.addEventListener("toggle", (event) => {
   const { id, open } = event.target;
   if (id && event.target.isConnected) opened[open ? "add" : "delete"](id);
 }, true);
-document.addEventListener("htmx:afterSwap", () => opened.forEach((id) => document.getElementById(id)?.setAttribute("open", "")));
+// htmx gives the focus back by its id, but not to what is in a closed part.
+let focused = "";
+document.addEventListener("htmx:beforeSwap", () => { focused = document.activeElement.id; });
+document.addEventListener("htmx:afterSwap", () => {
+  opened.forEach((id) => document.getElementById(id)?.setAttribute("open", ""));
+  if (focused && document.activeElement === document.body) document.getElementById(focused)?.focus({ preventScroll: true });
+});
 
 // A log is read from its end, unless one has scrolled up.
 let followsLog = true;
