@@ -122,8 +122,9 @@ bench-experiments: setup ## what `dvc exp show` takes with fifty experiments, an
 bench-intervals: setup ## coverage of intervals, false alarms and power, on simulated data sets
 	python benchmarks/intervals.py
 
-bench-studio: setup ## seconds until the studio's overview shows 500 experiments, cold and warm
+bench-studio: setup ## seconds until the studio's overview shows 500 experiments; what a live page costs a training
 	python benchmarks/studio.py
+	python benchmarks/studio.py --live
 
 bench-tracking: setup ## seconds of the training stage while it is mirrored, to a server and to one that hangs
 	python benchmarks/tracking.py

@@ -298,8 +298,9 @@ def _add_model_commands(table: Any) -> None:
     command = table.add_parser("chat", help="talk to the GGUF with the best validation score")
     _add_gguf(command, "another file to talk to")
     command.add_argument("--prompt", metavar="TEXT", help="answer this once and exit")
+    command.add_argument("--system", metavar="TEXT", help="message of the system before the conversation")
     command.add_argument("--tools", type=Path, metavar="FILE", help="JSON file with definitions of functions to offer")
-    command.set_defaults(run=lambda args: commands.start_chat(args.gguf, args.prompt, args.tools))
+    command.set_defaults(run=lambda args: commands.start_chat(args.gguf, args.prompt, args.system, args.tools))
 
     command = table.add_parser("serve", help="serve the GGUF with the best validation score, as OpenAI's API does")
     _add_gguf(command, "another file to serve")

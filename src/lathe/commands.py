@@ -286,15 +286,15 @@ def mirror_runs(revs: list[str], followed: Path | None, *, mlflow: bool, wandb: 
     sys.exit(send_runs.run(revs, [name for name, wanted in chosen.items() if wanted]))
 
 
-def start_chat(gguf: Path | None, prompt: str | None, tools: Path | None) -> None:
+def start_chat(gguf: Path | None, prompt: str | None, system: str | None, tools: Path | None) -> None:
     """Chat with `gguf`, by default the artifact that scored best on validation; `tools` is a file of definitions."""
     from lathe.inference.chat import chat, read_tools
 
-    offered = read_tools(tools) if tools else None
-    sizes = choose_generation_sizes()
+    offered, sizes = read_tools(tools) if tools else None, choose_generation_sizes()
     chat(
         gguf or _find_best_gguf(),
         prompt=prompt,
+        system=system,
         tools=offered,
         max_new_tokens=sizes.max_new_tokens,
         n_ctx=sizes.n_ctx,

@@ -143,6 +143,7 @@ def test_a_checkout_puts_outputs_back_over_what_is_there(repo, root):
 
 def test_experiments_that_wait_are_listed_and_those_that_ran_are_kept_for_exp_show(repo, root):
     assert repo.queued_experiments() == ["waiting"]
+    assert [(task.name, task.status, task.log) for task in repo.list_queue()] == [("waiting", "Queued", None)]
     ref = run(root, "git", "for-each-ref", "--format=%(objectname)", "refs/exps/*/*/mine").strip()
     assert ref
     cache = repo._repo.experiments.cache

@@ -287,6 +287,41 @@ def test_an_upload_is_checked_with_the_lines_of_its_faults(studio):
     assert "mine.jsonl:4" in json.dumps(found["faults"]) or ":4" in json.dumps(found["faults"])
     again = studio.ask("PUT", "/api/data/mine.jsonl", body)
     assert (again.status, again.json()["code"]) == (422, "file-exists")
+    assert studio.ask("PUT", "/api/data/mine.jsonl?replace=true", body[:-30]).status == 201
+    assert (studio.root / "data/local/mine.jsonl").read_bytes() == body[:-30]
+
+
+def test_settings_of_the_judge_are_saved_in_params_yaml_and_never_a_key(studio, checkout):
+    before = (studio.root / "params.yaml").read_text()
+    form = {"p:judge.model": "gpt-5-mini", "p:judge.max_cost": "3.5", "prompt": "x"}
+    for wrong, said in (("sk-abcdefghijklmnop0123", "looks like a key"), ("[", "no YAML value")):
+        refused = studio.ask("POST", "/judge/save", {**form, "p:judge.model": wrong})
+        assert refused.headers["hx-retarget"] == "#refusal"
+        assert said in refused.text
+        assert wrong not in refused.text or wrong == "["
+    assert (studio.root / "params.yaml").read_text() == before
+    shown = studio.ask("POST", "/judge/save", form).text
+    assert "judge.max_cost=3.5" in shown
+    config = checkout.run(
+        *("python3", "-m", "lathe", "config", "judge"), env={"PYTHONPATH": str(checkout.root / "src")}
+    ).stdout
+    assert "gpt-5-mini" in config
+    assert "nothing to save" in studio.ask("POST", "/judge/save", form).text
+    (studio.root / "params.yaml").write_text(before)
+
+
+def test_a_remote_that_cannot_be_reached_is_told_in_words(studio, checkout):
+    assert (
+        "has none of this name" in studio.ask("GET", "/overview/remote?remote=none", headers={"HX-Request": "1"}).text
+    )
+    checkout.run("git", "remote", "add", "gone", "/nowhere/at/all.git")
+    try:
+        answer = studio.ask("GET", "/overview/remote?remote=gone", headers={"HX-Request": "true"})
+    finally:
+        checkout.run("git", "remote", "remove", "gone")
+    assert answer.headers["hx-retarget"] == "#refusal"
+    assert "dvc exp list gone" in answer.text
+    assert "Traceback" not in answer.text
 
 
 HOSTILE = "<script>window.hacked=1</script>\u001b[31m'\"><img src=x onerror=window.hacked=1>"

@@ -2,28 +2,26 @@
 """The studio's pages in headless Chromium, on a checkout whose pipeline has really run."""
 
 import json
-import os
-import re
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from browser import browser  # noqa: F401 - a fixture
 from conftest import Checkout, copy_of
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from studio_reader import DESKTOP, PHONE, SMALL_RECIPE, Reader
 from studio_server import Studio
 
-from lathe.common import paths
-
-AXE = (paths.ROOT / "tests/axe/axe.min.js").read_text(encoding="utf-8")
-
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 PAGES = [
     "/",
     "/new?recipe=small",
     "/searches",
+    "/queue",
     "/data",
     "/compare",
     "/compare?names=main&names=halved",
@@ -31,18 +29,10 @@ PAGES = [
     "/lineage?file=models/gguf/Q8_0.gguf",
     "/judge",
     "/run?name=halved",
+    "/searches/demo",
+    "/commands/ENDED",
     "/run?name=no-such-run",
 ]
-RECIPE = """\
-description: >-
-  The small model of the tests learns from sixty rows.
-hypothesis: >-
-  It runs.
-expect: >-
-  Seconds.
-overrides:
-  lora.r: 4
-"""
 HOSTILE = "<script>window.hacked=1</script>\u001b[31m'\"><img src=x onerror=window.hacked=1>"
 
 
@@ -50,7 +40,7 @@ HOSTILE = "<script>window.hacked=1</script>\u001b[31m'\"><img src=x onerror=wind
 def checkout(reproduced: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     """A checkout that has run, with the experiment `halved` of the same metrics and a hostile file of data."""
     checkout = copy_of(reproduced, tmp_path_factory.mktemp("studio") / "lathe").without_preloading()
-    (checkout.root / "experiments/small.yaml").write_text(RECIPE)
+    (checkout.root / "experiments/small.yaml").write_text(SMALL_RECIPE)
     rows = [{"prompt": HOSTILE * (1 + row), "completion": HOSTILE} for row in range(12)]
     rows += [{"prompt": "x" * 100_000, "completion": ""}]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -61,7 +51,22 @@ def checkout(reproduced: Checkout, tmp_path_factory: pytest.TempPathFactory) -> 
     checkout.run("git", "commit", "--quiet", "--all", "--message", "halved")
     checkout.run("git", "update-ref", f"refs/exps/{base[:2]}/{base[2:]}/halved", "HEAD")
     checkout.run("git", "reset", "--quiet", "--hard", base)
+    make_study(checkout.root / ".optuna/demo.journal")
     return checkout
+
+
+def make_study(file: Path) -> None:
+    """Write a study of two objectives with five trials, of which one has failed."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    file.parent.mkdir(exist_ok=True)
+    storage = JournalStorage(JournalFileBackend(str(file)))
+    study = optuna.create_study(study_name="demo", storage=storage, directions=["maximize", "minimize"])
+    study.set_user_attr("setting", {"objectives": {"Q8_0.exact_match": "maximize", "Q8_0.bytes": "minimize"}})
+    space = {"lora.r": optuna.distributions.IntDistribution(1, 64)}
+    for rank, scores in ((4, [0.5, 100.0]), (8, [0.7, 200.0]), (16, [0.6, 300.0]), (32, [0.9, 400.0])):
+        study.add_trial(optuna.trial.create_trial(params={"lora.r": rank}, distributions=space, values=scores))
+    failed = {"state": optuna.trial.TrialState.FAIL, "user_attrs": {"reason": f"train: {HOSTILE}"}}
+    study.add_trial(optuna.trial.create_trial(params={"lora.r": 64}, distributions=space, **failed))
 
 
 @pytest.fixture(scope="module")
@@ -71,49 +76,13 @@ def studio(checkout: Checkout) -> Iterator[Studio]:
         yield studio
 
 
-class Reader:
-    """A browser with the studio's cookie: what its pages complained of, and which other hosts they asked."""
-
-    def __init__(self, browser: Any, studio: Studio, size: dict[str, int], scheme: str, language: str) -> None:
-        self.address = studio.address
-        self.context = browser.new_context(viewport=size, color_scheme=scheme, locale=language)
-        name, _, value = studio.cookie.partition("=")
-        self.context.add_cookies([{"name": name, "value": value, "url": studio.address}])
-        self.page = self.context.new_page()
-        self.complaints: list[str] = []
-        self.others: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
-        self.page.on("request", self._note)
-
-    def _note(self, request: Any) -> None:
-        if not request.url.startswith((self.address, "data:", "blob:")):
-            self.others.append(request.url)
-
-    def go(self, path: str) -> Any:
-        self.page.goto(self.address + path)
-        if not path.startswith("/new"):  # whose estimate takes seconds
-            self.page.wait_for_load_state("networkidle")
-        return self.page
-
-    def evaluate(self, script: str) -> Any:
-        """Evaluate by the debugger: the page's own policy forbids what Playwright would do."""
-        session = self.context.new_cdp_session(self.page)
-        wanted = {"expression": script, "awaitPromise": True, "returnByValue": True}
-        answer = session.send("Runtime.evaluate", wanted)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def find_faults(self) -> list[Any]:
-        """Return axe's serious and critical findings."""
-        self.evaluate(AXE)
-        found = json.loads(
-            self.evaluate(
-                "axe.run().then(r => JSON.stringify(r.violations.map(v => [v.impact, v.id, v.nodes[0].html])))"
-            )
-        )
-        return [fault for fault in found if fault[0] in ("serious", "critical")]
+@pytest.fixture(scope="module")
+def ended(studio: Studio) -> str:
+    """A command that has been started from a page, and has ended."""
+    started = studio.ask("POST", "/data/keep", {"path": "data/local/hostile.jsonl"})
+    identifier = started.headers["hx-redirect"].rpartition("/")[2]
+    assert studio.wait(identifier, 60)["state"] == "ended"
+    return identifier
 
 
 VIEWS = [(DESKTOP, "light", "en-GB"), (PHONE, "dark", "ru-RU")]
@@ -127,13 +96,12 @@ def reader(request: pytest.FixtureRequest, browser: Any, studio: Studio) -> Iter
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_a_page_has_no_serious_fault_of_access_complains_of_nothing_and_asks_no_other_host(reader, path):
+def test_a_page_has_no_serious_fault_of_access_complains_of_nothing_and_asks_no_other_host(reader, path, ended):
     reader.complaints.clear()
-    reader.go(path)
+    reader.go(path.replace("ENDED", ended))
     reader.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true })")
     assert reader.find_faults() == []
-    wider = reader.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    assert wider <= 0
+    assert reader.measure_overflow() <= 0
     refused = "no-such" in path  # of a missing page the browser itself says that it is missing
     assert [text for text in reader.complaints if not (refused and "404" in text)] == []
     assert reader.others == []
@@ -178,6 +146,80 @@ def test_the_curves_of_a_run_are_drawn_under_the_strict_policy(reader):
     assert page.locator("[data-chart=sizes] canvas").count() == 1
 
 
+def test_the_space_of_a_search_is_a_form_and_a_text_that_follow_each_other(reader):
+    page = reader.go("/searches?file=experiments/search/default.yaml")
+    page.fill("#space-1-low", "8")
+    page.keyboard.press("Tab")
+    page.wait_for_function("() => document.querySelector('#text').value.includes('lora.r: {type: int, low: 8,')")
+    page.select_option("#add", "training.weight_decay")
+    page.wait_for_selector('legend:has-text("training.weight_decay")')
+    page.locator("#remove-0").click()
+    page.wait_for_function("() => !document.querySelector('#text').value.includes('training.learning_rate:')")
+    text = page.input_value("#text")
+    assert "training.weight_decay: {type: float, low: " in text
+    page.fill("#text", text.replace("low: 8", "low: 100"))
+    page.locator("#n_trials").focus()
+    page.wait_for_selector("#check .refusal:has-text('low must be below high')")
+    assert page.input_value("#space-0-low") == "100"
+    assert reader.find_faults() == []
+
+
+def test_a_conversation_goes_on_over_several_turns_and_its_prompt_becomes_a_test_row(reader, checkout):
+    page = reader.go("/chat")
+    page.select_option("#first", "models/gguf/Q8_0.gguf")
+    page.fill("#system", "Be brief.")
+    for number, prompt in enumerate(("Turn on the attic lamp.", "And the fan."), start=1):
+        page.fill("#prompt", prompt)
+        page.locator("#chat-form button.primary").click()
+        page.wait_for_selector(f".turn >> nth={number - 1}", timeout=60_000)
+        assert page.input_value("#prompt") == ""
+    command = page.locator("#conversation .command code").inner_text()
+    assert command.startswith("printf")
+    environment = {**checkout.environment, "PYTHONPATH": str(checkout.root / "src")}
+    done = subprocess.run(
+        ["bash", "-c", command.replace("lathe chat", "python3 -m lathe chat")],
+        cwd=checkout.root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = page.locator("pre.said").all_inner_texts()
+    assert len(said) == 2
+    assert "".join(done.stdout.split()) == "".join("".join(said).split())
+    file = checkout.root / "data/local/test-rows.jsonl"
+    before = file.read_text().splitlines() if file.exists() else []
+    page.locator("summary", has_text="test").or_(page.locator("summary", has_text="тестовую")).first.click()
+    page.fill("#reference", f"A right answer, {len(before)}.")
+    page.locator("#save-row").click()
+    page.wait_for_selector("#saved-row .passed")
+    added = file.read_text().splitlines()
+    assert added[:-1] == before
+    row = json.loads(added[-1])
+    assert [message["role"] for message in row["messages"]] == ["system", *["user", "assistant"] * 2]
+    assert reader.find_faults() == []
+    assert reader.measure_overflow() <= 0
+    page.locator("#new-conversation").click()
+    page.wait_for_selector(".turn", state="detached")
+
+
+def test_thoughts_and_calls_of_a_conversation_are_shown_as_text_in_their_places(studio):
+    calls = [{"name": "get_time", "arguments": {"zone": HOSTILE}}]
+    answer = {"text": "x", "thought": f"I look {HOSTILE}", "content": "", "calls": calls}
+    turns = [{"role": "user", "text": f"What time is it? {HOSTILE}", "answers": {"models/gguf/Q8_0.gguf": answer}}]
+    form = {"conversation": json.dumps(turns), "first": "models/gguf/Q8_0.gguf", "prompt": "Hello."}
+    shown = studio.ask("POST", "/chat", form)
+    assert shown.text.count('class="turn"') == 2
+    assert '<pre class="thought">I look &lt;script&gt;' in shown.text
+    assert "<code>get_time</code>" in shown.text
+    assert "<script>" not in shown.text
+    assert "\x1b" not in shown.text
+    refused = studio.ask("POST", "/chat", {**form, "tools": "[1]"})
+    assert refused.headers["hx-retarget"] == "#refusal"
+    refused = studio.ask("POST", "/chat", {**form, "conversation": "[]", "role": "tool"})
+    assert "no model has called a tool" in refused.text
+
+
 def test_the_pages_can_be_used_by_keyboard_alone(reader):
     page = reader.go("/")
     page.keyboard.press("Tab")
@@ -189,59 +231,16 @@ def test_the_pages_can_be_used_by_keyboard_alone(reader):
     assert {"Lathe", "language", "q", "sort", "gates", "halved", "main"} <= reached
 
 
-@pytest.mark.slow
-def test_from_a_form_to_a_live_curve_scores_a_comparison_and_a_chat_while_the_studio_is_killed(
-    browser, checkout, tmp_path
-):
-    checkout = copy_of(checkout, tmp_path / "lathe")
-    with Studio(checkout.root) as studio:
-        studio.open()
-        reader = Reader(browser, studio, DESKTOP, "light", "en")
-        page = reader.go("/new?recipe=small")
-        page.fill("#experiment", "longer")
-        page.fill("#p-training-max_steps", "300")
-        page.locator('input[value="temp"]').check()
-        page.wait_for_selector("#check code:has-text('--temp')")
-        page.get_by_role("button", name="Start", exact=True).focus()
-        page.keyboard.press("Enter")
-        page.wait_for_url(re.compile("/commands/"))
-        identifier = page.url.rpartition("/")[2]
-        page.wait_for_selector("[data-chart=curves] canvas", timeout=240_000)
-        assert "train" in page.locator("#state").inner_text()
-        os.kill(studio.process.pid, signal.SIGKILL)
-        studio.process.wait()
-    with Studio(checkout.root) as first, Studio(checkout.root) as second:
-        for studio in (first, second):
-            studio.open()
-        titles = [[work["title"] for work in studio.api("GET", "/api/running").json()] for studio in (first, second)]
-        assert titles[0] == titles[1] == ["lathe run small --name longer -S training.max_steps=300 --temp"]
-        assert first.wait(identifier)["state"] == "ended"
-        reader = Reader(browser, second, DESKTOP, "light", "en")
-        page = reader.go(f"/commands/{identifier}")
-        page.get_by_role("link", name="Scores of this run").click()
-        page.wait_for_selector("[data-chart=curves] canvas")
-        assert "300" in page.locator("main").inner_text()
-        page = reader.go("/compare?names=main&names=longer")
-        assert page.locator(".verdict").inner_text()
-        page = reader.go("/chat")
-        page.select_option("#first", "models/gguf/Q8_0.gguf")
-        page.select_option("#second", "models/gguf/Q4_K_M.gguf")
-        page.fill("#prompt", "Turn on the attic lamp.")
-        page.get_by_role("button", name="Ask").click()
-        page.wait_for_selector("article.answer", timeout=120_000)
-        assert page.locator("article.answer").count() == 2
-        assert reader.complaints == []
-        said = page.locator("pre.said").first.inner_text()
-    asked = ["python3", "-m", "lathe", "chat", "--gguf", "models/gguf/Q8_0.gguf", "--prompt", "Turn on the attic lamp."]
-    done = subprocess.run(
-        asked,
-        cwd=checkout.root,
-        env={**checkout.environment, "PYTHONPATH": str(checkout.root / "src")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == said.strip()
+def test_what_is_loaded_anew_stays_open_and_keeps_the_focus(reader, ended):
+    page = reader.go("/")
+    page.locator("#started summary").click()
+    link = page.locator(f"#command-{ended}")
+    link.focus()
+    with page.expect_response("**/overview/running"):
+        pass
+    page.wait_for_timeout(300)
+    assert link.is_visible()
+    assert link.and_(page.locator(":focus")).count() == 1
 
 
 def test_nothing_of_the_tests_still_runs(studio):

@@ -65,6 +65,7 @@ NEIGHBOURS = {
     ("commands", "doctor"),
     ("commands", "adopt"),
     ("commands", "new_recipe"),
+    ("studio", "adopt"),
     ("new_recipe", "doctor_checks"),
     ("cli", "commands"),
     ("cli", "classifier_commands"),

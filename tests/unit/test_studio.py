@@ -123,6 +123,22 @@ def test_a_command_outlives_whoever_started_it_and_its_log_and_code_are_found_ag
     folder.parent.rmdir()
 
 
+def test_a_second_command_runs_if_the_first_ends_well_and_both_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(started_commands, "FOLDER", tmp_path)
+    folder = tmp_path / "20260101-000000-abcdef"
+    folder.mkdir()
+    codes = {}
+    for first in ("--version", "--no-such-option"):
+        words = ["lathe", first, "&&", "git", "--version"]
+        (folder / "command.json").write_text(json.dumps({"words": words, "started": "2026-01-01T00:00:00+00:00"}))
+        (folder / "log.txt").unlink(missing_ok=True)
+        started_commands._run_beside(folder)
+        ended = started_commands.read_command(folder.name)
+        assert ended.text == f"lathe {first} && git --version"
+        codes[first] = ended.code, "git version" in "".join(started_commands.read_tail(ended.log))
+    assert codes == {"--version": (0, True), "--no-such-option": (2, False)}
+
+
 @pytest.mark.parametrize("name", ["../../x", "20260101-000000-abcde", "", "20260101-000000-ABCDEF"])
 def test_a_command_is_named_by_its_identifier_alone(name):
     with pytest.raises(InputError) as caught:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,20 @@ class StageCommand:
     name: str
     commands: tuple[str, ...]
     folder: Path
+
+
+@dataclass(frozen=True)
+class QueueTask:
+    """An experiment of DVC's queue: `identifier` is its commit, `status` Queued, Running, Failed or Success.
+
+    `log` is the file with what it prints; None before it has begun.
+    """
+
+    identifier: str
+    name: str | None
+    created: datetime
+    status: str
+    log: Path | None
 
 
 class DvcRepository:
@@ -166,6 +181,19 @@ class DvcRepository:
         """Return the names of the experiments that wait in the queue or run from it."""
         queue = self._repo.experiments.celery_queue
         return [entry.name for entry in (*queue.iter_queued(), *queue.iter_active()) if entry.name]
+
+    def list_queue(self) -> list[QueueTask]:
+        """Return the experiments of the queue: those that wait, run, failed, or ended since the queue was cleared."""
+        queue = self._repo.experiments.celery_queue
+        tasks = []
+        for entry in queue.status():
+            try:
+                log = queue.proc[entry["rev"]].stdout
+            except KeyError:
+                log = None
+            made = entry["timestamp"]
+            tasks.append(QueueTask(entry["rev"], entry["name"], made, entry["status"], Path(log) if log else None))
+        return tasks
 
     def cache_experiment(self, commit: str) -> None:
         """Parse an experiment and keep the result, which `dvc exp show` reads."""

@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 from lathe.common import paths
 from lathe.common.errors import InputError
-from lathe.common.git import run_git
+from lathe.common.git import run_git, try_git
 from lathe.common.workspace_lock import refuse_beside_holder
 from lathe.config.overrides import apply_overrides, format_override
 from lathe.experiments.recipes import load_main_recipe
 from lathe.provenance.revisions import find_revision, list_experiments
+from lathe.studio.child_process import run_for_lines
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+LONGEST_LISTING_SECONDS = 60.0  # of a remote's experiments
 FEWEST_TRIALS, MOST_TRIALS, MOST_JOBS = 5, 100, 16
 
 Mode = Literal["now", "queue", "temp"]
@@ -69,24 +71,54 @@ def build_experiment_action(action: str, name: str, target: str = "") -> list[st
     """
     check_name(name, "experiment")
     if action == "pull":
-        return ["dvc", "exp", "pull", check_name(target, "remote"), name]
+        return ["dvc", "exp", "pull", check_remote(target), name]
     if name not in {experiment.name for experiment in list_experiments()}:
         raise InputError(f"{name}: no such experiment here; see `lathe results`", code="no-such-experiment")
     if action == "apply":
         refuse_beside_holder(f"dvc exp apply {name}")
-        if changed := run_git("diff", "--name-only", "HEAD").decode().splitlines():
+        commit = find_revision(name).commit
+        # What is in the workspace as the experiment has it, because it has just run there, is not lost.
+        changed = [_list_changes("HEAD"), _list_changes(commit or "HEAD")]
+        if lost := sorted(changed[0] & changed[1]):
             raise InputError(
-                f"{name}: DVC would put the whole of it over what is not committed, which is {', '.join(changed[:8])}; "
+                f"{name}: DVC would put the whole of it over what is not committed, which is {', '.join(lost[:8])}; "
                 "commit it, or `git stash`",
                 code="uncommitted-changes",
             )
-        commit = find_revision(name).commit
         return ["dvc", "exp", "apply", name if commit is None else commit[:12]]
     if action == "branch":
         return ["dvc", "exp", "branch", name, check_name(target or f"{name}-branch", "branch")]
     if action == "push":
-        return ["dvc", "exp", "push", check_name(target, "Git remote"), name]
+        return ["dvc", "exp", "push", check_remote(target), name]
     raise InputError(f"{action[:40]!r}: no such action; known: apply, branch, push, pull", code="no-such-action")
+
+
+def list_remotes() -> list[str]:
+    """Return the names of the repository's Git remotes."""
+    return (try_git("remote") or b"").decode().split()
+
+
+def check_remote(name: str) -> str:
+    """Return the name of a Git remote. Raises InputError if there is none of this name."""
+    if name not in list_remotes():
+        raise InputError(
+            f"remote {name[:100]!r}: the repository has none of this name; `git remote add` makes one",
+            code="no-such-remote",
+        )
+    return name
+
+
+def list_remote_experiments(remote: str) -> list[str]:
+    """Return the names of the experiments that a Git remote has. Raises InputError if it cannot be reached."""
+    words = ["dvc", "exp", "list", check_remote(remote), "--all-commits", "--name-only"]
+    return sorted(
+        {line.strip() for line in run_for_lines(words, LONGEST_LISTING_SECONDS) if NAME.fullmatch(line.strip())}
+    )
+
+
+def _list_changes(commit: str) -> set[str]:
+    """Return the files that are not as in a commit."""
+    return set(run_git("diff", "--name-only", "--no-renames", commit).decode().splitlines())
 
 
 def resolve_inside(text: str, folder: Path = paths.ROOT, *, suffixes: tuple[str, ...] = ()) -> Path:

@@ -310,9 +310,9 @@ def list_data() -> list[data_files.LocalFile]:
 
 
 @router.put("/data/{name}", status_code=201)
-async def upload_data(request: Request, name: Annotated[str, Path(max_length=130)]) -> SavedFile:
-    """Save the request's body as a file of data/local."""
-    return SavedFile(path=await data_files.save_upload(name, request.stream()))
+async def upload_data(request: Request, name: Annotated[str, Path(max_length=130)], replace: bool = False) -> SavedFile:
+    """Save the request's body as a file of data/local, with `replace` in place of the one that is there."""
+    return SavedFile(path=await data_files.save_upload(name, request.stream(), replace=replace))
 
 
 @router.get("/data/check")

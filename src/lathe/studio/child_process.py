@@ -27,6 +27,32 @@ def make_environment() -> dict[str, str]:
     return environment
 
 
+def run_for_lines(words: Sequence[str], seconds: float) -> list[str]:
+    """Run `python -m` with these words, which asks for no password, and return the lines that it prints.
+
+    Raises InputError with what it says where it fails, or takes more than so many seconds.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=paths.ROOT,
+            env={**make_environment(), "GIT_TERMINAL_PROMPT": "0"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"{' '.join(words)}: took more than {seconds:g} s, and was ended; run it on a terminal", code="timeout"
+        ) from None
+    if done.returncode:
+        reason = re.sub(r"^ERROR: ", "", (done.stderr.strip().splitlines() or ["it printed nothing"])[0])
+        raise InputError(f"{' '.join(words)}: {reason}"[:LONGEST_MESSAGE], code="command-failed")
+    return done.stdout.splitlines()
+
+
 def run_for_json(words: Sequence[str], request: Any = None, *, codes: tuple[int, ...] = (0, 1)) -> Any:
     """Run `python -m` with these words and return the JSON that it prints.
 

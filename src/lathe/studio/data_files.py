@@ -58,8 +58,11 @@ def list_files() -> list[LocalFile]:
     return found[:MOST_FILES]
 
 
-async def save_upload(name: str, pieces: AsyncIterator[bytes]) -> str:
-    """Write an upload to data/local, completely or not at all; return its path. Raises InputError for its name."""
+async def save_upload(name: str, pieces: AsyncIterator[bytes], *, replace: bool = False) -> str:
+    """Write an upload to data/local, completely or not at all; return its path. Raises InputError for its name.
+
+    With `replace` it takes the place of a file of this name.
+    """
     if not FILE_NAME.fullmatch(name) or not name.lower().endswith(SUFFIXES):
         raise InputError(
             f"{name[:120]!r}: the name has letters, digits, dots, hyphens and underscores, and ends with one of "
@@ -67,8 +70,8 @@ async def save_upload(name: str, pieces: AsyncIterator[bytes]) -> str:
             code="file-name",
         )
     target = paths.DATA_LOCAL / name
-    if target.exists() or target.is_symlink():
-        raise InputError(f"data/local/{name}: is there already; rename yours, or remove it", code="file-exists")
+    if target.is_dir() or ((target.exists() or target.is_symlink()) and not replace):
+        raise InputError(f"data/local/{name}: is there already; rename yours, or replace it", code="file-exists")
     with paths.replace_file(target) as partial:
         with partial.open("wb") as file:
             async for piece in pieces:
@@ -116,6 +119,16 @@ def save_preset(name: str, path: str, prompt: str = "", completion: str = "") ->
     with paths.replace_file(paths.PRESETS) as partial:
         partial.write_text(text.replace("\ndatasets:\n", f"\ndatasets:\n{added}\n", 1), encoding="utf-8")
     return added
+
+
+def build_keeping(path: str) -> list[str]:
+    """Return the commands that let DVC keep a file, and Git know of it: a run in a copy leaves out what is untracked.
+
+    Raises InputError for a file that is not in data/local.
+    """
+    resolve_inside(path, paths.DATA_LOCAL)
+    ignored = (Path(path).parent / ".gitignore").as_posix()
+    return ["dvc", "add", path, "&&", "git", "add", f"{path}.dvc", ignored]
 
 
 def read_marked_rows(split: str, rows: int) -> list[list[tuple[str, bool]]]:

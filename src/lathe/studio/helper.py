@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lathe.common.errors import InputError
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the greedy answer of a GGUF to messages, as `lathe chat` gives it, with its speed.
+    """Return the greedy answer of a GGUF to messages, as `lathe chat` gives it, in parts and with its speed.
 
     Raises InputError for a file that is no model, tools that its template does not write, or a prompt that is too long.
     """
@@ -43,7 +44,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         text = "".join(pieces)
         tokens = len(generator.model.tokenize(text)) if hasattr(generator.model, "tokenize") else len(pieces)
         return {
-            "answer": text,
+            **split_parts(template, prompt, text, tools or []),
             "tokens": tokens,
             "tokens_per_second": tokens / seconds if seconds > 0 and len(pieces) > 1 else None,
             "seconds_to_first_token": (first or time.monotonic()) - begun,
@@ -53,6 +54,29 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             "n_ctx": sizes.n_ctx,
             "threads": threads,
         }
+
+
+def split_parts(template: Any, prompt: str, text: str, tools: Sequence[Any]) -> dict[str, Any]:
+    """Return an answer as it is written, its thought, what it says after that, and its calls of `tools`.
+
+    A thought that does not end is all of the answer.
+    """
+    from lathe.models.answer_syntax import find_call_syntax, find_thought_syntax
+
+    thoughts = find_thought_syntax(template)
+    opening, closing = thoughts.opening.strip(), thoughts.closing.strip()
+    content = thoughts.strip(text, prompt=prompt) if closing else text
+    thought = ""
+    if content != text:
+        thought = (text.rpartition(closing)[0] if closing in text else text).strip().removeprefix(opening).strip()
+    syntax = find_call_syntax(template) if tools else None
+    read = syntax.read(content, list(tools)) if syntax else None
+    return {
+        "text": text,
+        "thought": thought,
+        "content": read.content if read else content,
+        "calls": read.calls if read else [],
+    }
 
 
 def ask_judge(request: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""Pages about data and models: data, chat, lineage, judge."""
+"""Pages about data and models: data, lineage, judge."""
 
 import os
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -13,13 +15,14 @@ from lathe.config.base import SPLITS
 from lathe.config.load import load
 from lathe.evaluation.judge import api_keys
 from lathe.provenance.trace import trace
-from lathe.studio import data_files, parameter_form
+from lathe.studio import data_files, parameter_form, row_mending
 from lathe.studio import started_commands as starting
 from lathe.studio.child_process import run_for_json
+from lathe.studio.conversation import LONGEST_PROMPT
 from lathe.studio.form_data import FormTexts, read_form
 from lathe.studio.rendering import redirect, render
 
-LONGEST_PROMPT = 20_000  # characters
+KEY_FORM = re.compile(r"\bsk-[\w-]{16,}|\bAIza[\w-]{30,}")  # as OpenAI and Google write keys
 
 router = APIRouter()
 
@@ -47,9 +50,20 @@ def show_check(
     completion: Annotated[str, Query(max_length=200)] = "",
 ) -> Response:
     """Show how a file is read, and its faults."""
-    found = data_files.check_file(path, prompt, completion)
+    return _render_check(request, path, prompt, completion)
+
+
+def _render_check(request: Request, path: str, prompt: str = "", completion: str = "", mended: int = 0) -> Response:
+    try:
+        found = data_files.check_file(path, prompt, completion)
+    except InputError as error:
+        if error.code != "command-failed":
+            raise
+        # The columns may have to be named before the file can be read.
+        lines = str(error).splitlines()
+        return render(request, "_data_refused", lines=lines, path=path, prompt=prompt, completion=completion)
     words = data_files.build_check(path, prompt, completion)[:-1]
-    is_named = any(file.presets for file in data_files.list_files() if file.path == path)
+    file = next((file for file in data_files.list_files() if file.path == path), None)
     return render(
         request,
         "_data_check",
@@ -58,9 +72,29 @@ def show_check(
         prompt=prompt,
         completion=completion,
         command=words,
-        is_named=is_named,
+        presets=file.presets if file else [],
+        is_versioned=bool(file and file.is_versioned),
         suggested=next(iter(found.get("preset") or {}), ""),
+        keeping=data_files.build_keeping(path),
+        faulty=row_mending.read_faulty_rows(path, found),
+        mended=mended,
     )
+
+
+@router.post("/data/mend")
+def mend_rows(request: Request, form: Annotated[FormTexts, Depends(read_form)]) -> Response:
+    """Replace lines of a file, and show how it is read now."""
+    path = form.get("path", "")
+    texts = {int(key[5:]): text for key, text in form.items() if re.fullmatch(r"line:\d{1,12}", key)}
+    mended = row_mending.replace_lines(path, form.get("version", ""), texts)
+    return _render_check(request, path, form.get("prompt", ""), form.get("completion", ""), mended)
+
+
+@router.post("/data/keep")
+def keep_file(form: Annotated[FormTexts, Depends(read_form)]) -> Response:
+    """Let DVC keep a file as it is now."""
+    words = data_files.build_keeping(form.get("path", ""))
+    return redirect(f"/commands/{starting.start_command(words).identifier}")
 
 
 @router.post("/data/preset")
@@ -70,7 +104,7 @@ def save_preset(request: Request, form: Annotated[FormTexts, Depends(read_form)]
     data_files.save_preset(
         form.get("name", "").strip(), path, form.get("prompt", "").strip(), form.get("completion", "").strip()
     )
-    return redirect(f"/commands/{starting.start_command(['dvc', 'add', path]).identifier}")
+    return redirect(f"/commands/{starting.start_command(data_files.build_keeping(path)).identifier}")
 
 
 @router.get("/data/rows")
@@ -83,33 +117,6 @@ def show_rows(
     marked = data_files.read_marked_rows(split, rows)
     command = ["lathe", "inspect", "--split", split, "--rows", str(rows)]
     return render(request, "_rows", rows=marked, command=command)
-
-
-@router.get("/chat")
-def show_chat(request: Request) -> Response:
-    """Show the form of a question to two models."""
-    return render(request, "chat", title="Chat", ggufs=data_files.list_models())
-
-
-@router.post("/chat")
-def ask_models(request: Request, form: Annotated[FormTexts, Depends(read_form)]) -> Response:
-    """Show the answer of each chosen model to a question."""
-    text = form.get("prompt", "").replace("\r\n", "\n")
-    if not text.strip() or len(text) > LONGEST_PROMPT:
-        raise InputError(f"the prompt has {len(text)} characters; write from 1 to {LONGEST_PROMPT:,}", code="no-prompt")
-    system = form.get("system", "").strip()
-    tools = parameter_form.parse_back(form.get("tools", "")) or None
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": text})
-    answers: list[dict[str, Any]] = []
-    for gguf in dict.fromkeys(filter(None, (form.get("first"), form.get("second")))):
-        file = data_files.resolve_gguf(gguf)
-        request_of_model = {"gguf": str(file), "messages": messages, "tools": tools}
-        result = run_for_json(["lathe.studio.helper", "answer"], request_of_model, codes=(0,))
-        answers.append({**result, "gguf": gguf, "command": ["lathe", "chat", "--gguf", gguf, "--prompt", text]})
-    if not answers:
-        raise InputError("no model is chosen; choose one or two GGUF files", code="no-model")
-    return render(request, "_chat_answers", answers=answers, has_system=bool(system))
 
 
 @router.get("/lineage")
@@ -155,13 +162,40 @@ def show_judge(request: Request) -> Response:
     )
 
 
-@router.post("/judge/trial")
-def try_judge(request: Request, form: Annotated[FormTexts, Depends(read_form)]) -> Response:
-    """Ask the judge about one answer."""
+@router.post("/judge/save")
+def save_judge(request: Request, form: Annotated[FormTexts, Depends(read_form)]) -> Response:
+    """Write the judge's settings that differ into params.yaml; no key is among them."""
+    checked = _check_judge(form)
+    if not checked.values:
+        raise InputError("every setting is as in params.yaml; nothing to save", code="nothing-to-save")
+    refuse_keys(checked.values)
+    parameter_form.save_params(checked.values)
+    return render(request, "_saved_judge", overrides=checked.overrides)
+
+
+def refuse_keys(values: Mapping[str, Any]) -> None:
+    """Raise InputError if one of the values is a key of a judge, or looks like one: params.yaml is committed."""
+    keys = [key for variable in api_keys.VARIABLES.values() if (key := os.environ.get(variable, "").strip())]
+    for name, value in values.items():
+        if isinstance(value, str) and (KEY_FORM.search(value) or any(key in value for key in keys)):
+            raise InputError(
+                f"{name}: looks like a key, and params.yaml is committed; set the provider's variable instead",
+                code="key-in-params",
+            )
+
+
+def _check_judge(form: FormTexts) -> parameter_form.CheckedForm:
     given = {key[2:]: text for key, text in form.items() if key.startswith("p:judge.")}
     checked = parameter_form.check_params(given)
     if checked.problems:
         raise InputError("\n".join(checked.problems), code="invalid-form")
+    return checked
+
+
+@router.post("/judge/trial")
+def try_judge(request: Request, form: Annotated[FormTexts, Depends(read_form)]) -> Response:
+    """Ask the judge about one answer."""
+    checked = _check_judge(form)
     texts = {key: form.get(key, "")[:LONGEST_PROMPT] for key in ("prompt", "reference", "answer")}
     verdict = run_for_json(["lathe.studio.helper", "judge"], {"overrides": checked.overrides, **texts}, codes=(0,))
     return render(request, "_verdict", verdict=verdict, overrides=checked.overrides)

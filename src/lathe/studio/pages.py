@@ -9,13 +9,17 @@ from fastapi.responses import FileResponse, Response
 from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.git import try_git
+from lathe.config.yaml_files import read_yaml
 from lathe.experiments.compare import compare_either
 from lathe.experiments.recipes import list_recipes, load_main_recipe
 from lathe.studio import actions, experiment_table, parameter_form, run_facts, running
 from lathe.studio import started_commands as starting
+from lathe.studio.chat_pages import router as chat_router
 from lathe.studio.child_process import run_for_json
 from lathe.studio.form_data import FormTexts, read_form
 from lathe.studio.model_pages import router as model_router
+from lathe.studio.queue_pages import list_tasks
+from lathe.studio.queue_pages import router as queue_router
 from lathe.studio.rendering import redirect, render
 from lathe.studio.search_pages import router as search_router
 from lathe.studio.texts import COOKIE, LANGUAGES
@@ -29,6 +33,8 @@ REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; b
 router = APIRouter()
 router.include_router(search_router)
 router.include_router(model_router)
+router.include_router(chat_router)
+router.include_router(queue_router)
 
 
 @router.get("/")
@@ -57,6 +63,7 @@ def show_overview(
         commands=starting.list_commands()[:8],
         quick_start=["lathe", "run", recipe] if recipe else None,
         has_waiting=_count_queued() > 0,
+        remotes=actions.list_remotes(),
     )
 
 
@@ -90,6 +97,15 @@ def _count_queued() -> int:
     return len(listed.split())
 
 
+@router.get("/overview/remote")
+def show_remote_experiments(request: Request, remote: Annotated[str, Query(max_length=100)]) -> Response:
+    """Show the experiments that a Git remote has, with those that are here told apart."""
+    names = actions.list_remote_experiments(remote)
+    known = {run.name for run in experiment_table.read_runs()}
+    command = ["dvc", "exp", "list", remote, "--all-commits", "--name-only"]
+    return render(request, "_remote_experiments", remote=remote, names=names, known=known, command=command)
+
+
 @router.post("/quick-start")
 def quick_start(form: Annotated[FormTexts, Depends(read_form)]) -> Response:
     """Start the recipe of the defaults."""
@@ -104,9 +120,16 @@ def start_queue() -> Response:
 
 
 @router.get("/new")
-def show_new_run(request: Request, recipe: Annotated[str, Query(max_length=100)] = FIRST_RECIPE) -> Response:
-    """Show the form of a run."""
+def show_new_run(
+    request: Request,
+    recipe: Annotated[str, Query(max_length=100)] = FIRST_RECIPE,
+    dataset: Annotated[str, Query(max_length=100)] = "",
+) -> Response:
+    """Show the form of a run, perhaps with another dataset than the recipe's."""
     values = parameter_form.read_values(recipe)
+    if dataset and dataset not in read_yaml(paths.PRESETS)["datasets"]:
+        raise InputError(f"dataset {dataset!r}: presets.yaml has none of this name; see Data", code="no-such-dataset")
+    values["dataset"] = dataset or values["dataset"]
     main, sections = parameter_form.build_entries(values)
     return render(
         request,
@@ -118,7 +141,8 @@ def show_new_run(request: Request, recipe: Annotated[str, Query(max_length=100)]
         main=main,
         sections=sections,
         problems=[],
-        command=["lathe", "run", recipe],
+        command=["lathe", "run", recipe, *(["-S", f"dataset={dataset}"] if dataset else [])],
+        dataset=dataset,
         changed=0,
     )
 
@@ -222,7 +246,8 @@ def show_live(request: Request, pid: int) -> Response:
     work = next((work for work in running.find_running() if work.pid == pid), None)
     if work is None:
         raise InputError(f"process {pid}: runs nothing here any more; see the overview", code="no-such-command")
-    return render(request, "live", title="Running", work=work)
+    task = next((task for task in list_tasks() if work.experiment and task.name == work.experiment), None)
+    return render(request, "live", title="Running", work=work, task=task)
 
 
 @router.get("/run")
@@ -230,7 +255,7 @@ def show_run(request: Request, name: Annotated[str, Query(max_length=200)]) -> R
     """Show what a run scored and took."""
     facts = run_facts.read_run(name)
     is_experiment = facts.result is not None and facts.result.name not in ("workspace",) and bool(facts.result.changed)
-    remotes = (try_git("remote") or b"").decode().split()
+    remotes = actions.list_remotes()
     return render(
         request,
         "run",

@@ -10,9 +10,11 @@ from typing import Any, Literal
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
+from lathe.adopt.own_files import edit_params
 from lathe.common import paths
 from lathe.common.dotted_keys import get_value
 from lathe.common.errors import InputError
+from lathe.common.workspace_lock import refuse_beside_holder
 from lathe.config.base import Section, section_of
 from lathe.config.load import load
 from lathe.config.overrides import apply_overrides, format_override, list_keys
@@ -68,10 +70,14 @@ class FormSection:
 
 @dataclass(frozen=True)
 class CheckedForm:
-    """What a filled-in form asks for: the overrides of the recipe, or the problems, one line each."""
+    """What a filled-in form asks for: the overrides of the recipe, or the problems, one line each.
+
+    `values` are those of the overrides, by their keys.
+    """
 
     overrides: list[str]
     problems: list[str]
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 def read_values(recipe: str) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def build_entries(values: Mapping[str, Any]) -> tuple[list[FormEntry], list[Form
     presets = read_yaml(paths.PRESETS)
     main: dict[str, FormEntry] = {}
     sections: dict[str, FormSection] = {}
-    for key, info, section in _walk(Params):
+    for key, info, section in walk(Params):
         names = list(presets.get(PRESET_TABLES[key]) or ()) if key in PRESET_TABLES else []
         entry = _build_entry(key, info, values[key], names)
         if key in MAIN_KEYS:
@@ -107,24 +113,41 @@ def check_form(recipe: str, given: Mapping[str, str]) -> CheckedForm:
 
     Keys that the form lacks stay as they are. Raises InputError if there is no such recipe.
     """
-    overrides, problems = _compare(given, read_values(recipe))
-    return CheckedForm(overrides, problems or check_overrides(recipe, overrides))
+    values, problems = _compare(given, read_values(recipe))
+    overrides = [format_override(key, value) for key, value in values.items()]
+    return CheckedForm(overrides, problems or check_overrides(recipe, overrides), values)
 
 
 def check_params(given: Mapping[str, str]) -> CheckedForm:
     """Do the same with the values of params.yaml."""
-    overrides, problems = _compare(given, read_params())
+    values, problems = _compare(given, read_params())
+    overrides = [format_override(key, value) for key, value in values.items()]
     if not problems:
         try:
             apply_overrides(overrides)
         except InputError as error:
             problems = str(error).splitlines()
-    return CheckedForm(overrides, problems)
+    return CheckedForm(overrides, problems, values)
 
 
-def _compare(given: Mapping[str, str], values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the overrides of what differs, and the problems of what cannot be read."""
-    overrides, problems = [], []
+def save_params(values: Mapping[str, Any]) -> None:
+    """Write values into params.yaml by their keys; its other lines and all comments stay.
+
+    Raises InputError if the file would not be valid, or while another command works with it.
+    """
+    refuse_beside_holder("saving params.yaml")
+    text = edit_params(paths.PARAMS.read_text(encoding="utf-8"), values)
+    with paths.replace_file(paths.PARAMS) as partial:
+        partial.write_text(text, encoding="utf-8")
+        written = load(partial).params.model_dump(exclude_none=False)
+        wrong = [key for key, value in values.items() if get_value(written, key) != value]
+        if wrong:
+            raise InputError(f"params.yaml: {wrong[0]} cannot be written here; edit the file", code="params-place")
+
+
+def _compare(given: Mapping[str, str], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return what differs, by its keys, and the problems of what cannot be read."""
+    different, problems = dict[str, Any](), []
     for key, text in given.items():
         if key not in values:
             problems.append(f"{key[:80]!r} is no parameter; load the page again")
@@ -139,8 +162,8 @@ def _compare(given: Mapping[str, str], values: Mapping[str, Any]) -> tuple[list[
         if "${" in text:
             problems.append(f"{key}: DVC would fill in ${{…}}; write the value itself")
         elif value != values[key] or type(value) is not type(values[key]):
-            overrides.append(format_override(key, value))
-    return overrides, problems
+            different[key] = value
+    return different, problems
 
 
 def check_overrides(recipe: str, overrides: Sequence[str]) -> list[str]:
@@ -185,17 +208,18 @@ def parse_back(text: str) -> Any:
         return None
 
 
-def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo, type[Section]]]:
+def walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo, type[Section]]]:
+    """Yield every key of a section that holds a value, with its field and the section that it is in."""
     for name, info in section.model_fields.items():
         inner = None if typing.get_origin(info.annotation) is list else section_of(info.annotation)
         if inner:
-            yield from _walk(inner, f"{prefix}{name}.")
+            yield from walk(inner, f"{prefix}{name}.")
         else:
             yield prefix + name, info, section
 
 
 def _build_entry(key: str, info: FieldInfo, value: Any, names: list[str]) -> FormEntry:
-    choices = names or [write_value(choice) for choice in _list_choices(info.annotation)]
+    choices = names or [write_value(choice) for choice in list_choices(info.annotation)]
     text = write_value(value)
     if choices and text not in choices:
         choices = [text, *choices]
@@ -203,11 +227,11 @@ def _build_entry(key: str, info: FieldInfo, value: Any, names: list[str]) -> For
     return FormEntry(key, text, info.description or "", read_unit(info) or "", kind, describe_range(info), choices)
 
 
-def _list_choices(kind: Any) -> list[Any]:
+def list_choices(kind: Any) -> list[Any]:
     """Return all values of a type that has few; none for numbers and texts."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        return _list_choices(arguments[0])
+        return list_choices(arguments[0])
     if kind is bool:
         return [True, False]
     if kind is type(None):
@@ -215,7 +239,7 @@ def _list_choices(kind: Any) -> list[Any]:
     if origin is Literal:
         return list(arguments)
     if origin in {typing.Union, types.UnionType}:
-        parts = [_list_choices(argument) for argument in arguments]
+        parts = [list_choices(argument) for argument in arguments]
         if all(parts):
             return [choice for part in parts for choice in part]
     return []

@@ -1,7 +1,6 @@
 """Pages from templates: everything escaped, in the reader's language, with the session's CSRF token."""
 
 import json
-import shlex
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ from lathe.common.text import make_printable, readable_bytes, readable_seconds
 from lathe.provenance.trace import format_change
 from lathe.reports.page import choose_style, format_value, name_metric
 from lathe.studio.run_facts import ScoreCell
+from lathe.studio.started_commands import join_words
 from lathe.studio.texts import COOKIE, LANGUAGES, choose_language, make_translation
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -49,7 +49,7 @@ def _make_environment() -> jinja2.Environment:
         "metric": name_metric,
         "literal": write_literal,
         "change": format_change,
-        "words": shlex.join,
+        "words": join_words,
         "printable": lambda text: make_printable(str(text)),
     }
     environment.globals |= {"pages": PAGES, "languages": LANGUAGES, "checkout": paths.ROOT.name}

@@ -10,7 +10,7 @@ from lathe.common.errors import InputError
 from lathe.config.overrides import format_override
 from lathe.config.yaml_files import read_yaml
 from lathe.experiments.recipes import list_recipes
-from lathe.studio import actions, studies
+from lathe.studio import actions, search_space, studies
 from lathe.studio import started_commands as starting
 from lathe.studio.form_data import FormTexts, read_form
 from lathe.studio.rendering import arrange_bars, redirect, render
@@ -41,7 +41,30 @@ def show_searches(request: Request, file: Annotated[str, Query(max_length=200)] 
         command=["lathe", "search", chosen, "--n-trials", "20"] if chosen else None,
         changed=0,
         recipes=list_recipes(),
+        writes_text=False,
+        **_read_space(text),
     )
+
+
+@router.post("/searches/space")
+def show_space(request: Request, form: Annotated[FormTexts, Depends(read_form)]) -> Response:
+    """Show the rows of the space by the text, or, where they were changed, the text by the rows."""
+    text = _read_text(form)
+    of_rows = form.get("source") == "rows"
+    if of_rows:
+        text = search_space.write_rows(text, form)
+    response = render(request, "_space", text=text, writes_text=of_rows, **_read_space(text))
+    response.headers["HX-Trigger-After-Swap"] = "checks-search"
+    return response
+
+
+def _read_space(text: str) -> dict[str, Any]:
+    """Return the rows of a text's space, none where it cannot be read, and the parameters that may be added."""
+    try:
+        rows, problem = search_space.read_rows(text), ""
+    except InputError as error:
+        rows, problem = [], str(error)
+    return {"rows": rows, "problem": problem, "free": search_space.list_free_keys(rows)}
 
 
 @router.post("/searches/check")

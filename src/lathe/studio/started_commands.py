@@ -35,7 +35,8 @@ SHORTEST_LINES = 200
 ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)")
 
 # The programs that are started, as they are typed, and as they run here.
-PROGRAMS = {"lathe": [sys.executable, "-m", "lathe"], "dvc": [sys.executable, "-m", "dvc"]}
+PROGRAMS = {"lathe": [sys.executable, "-m", "lathe"], "dvc": [sys.executable, "-m", "dvc"], "git": ["git"]}
+AND = "&&"  # a word between two commands, of which the second runs if the first ends well
 
 State = Literal["running", "ended", "failed", "lost"]
 
@@ -57,7 +58,7 @@ class StartedCommand:
     @property
     def text(self) -> str:
         """The command as it is typed."""
-        return shlex.join(self.words)
+        return join_words(self.words)
 
     @property
     def log(self) -> Path:
@@ -75,8 +76,22 @@ class StartedCommand:
         return self.words[2]
 
 
+def split_commands(words: Sequence[str]) -> list[list[str]]:
+    """Return the commands that stand between `&&`."""
+    ends = [place for place, word in enumerate(words) if word == AND]
+    return [list(words[start + 1 : end]) for start, end in zip([-1, *ends], [*ends, len(words)], strict=True)]
+
+
+def join_words(words: Sequence[str]) -> str:
+    """Return commands as they are typed."""
+    return f" {AND} ".join(map(shlex.join, split_commands(words)))
+
+
 def start_command(words: Sequence[str]) -> StartedCommand:
-    """Start a command in the checkout, as its own process; `words` begin with `lathe` or `dvc`."""
+    """Start a command in the checkout, as its own process; `words` begin with `lathe` or `dvc`.
+
+    After `&&` there may be another one, which is quick.
+    """
     identifier = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     folder = FOLDER / identifier
     folder.mkdir(parents=True)
@@ -177,7 +192,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _run_beside(folder: Path) -> None:
     """Run the command of a folder to its end, and write its exit code."""
-    words = json.loads((folder / COMMAND).read_text(encoding="utf-8"))["words"]
+    words, *others = split_commands(json.loads((folder / COMMAND).read_text(encoding="utf-8"))["words"])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the command's own business
         signal.signal(number, lambda *_: None)
     with (folder / LOG).open("ab", buffering=0) as log:
@@ -189,6 +204,12 @@ def _run_beside(folder: Path) -> None:
     with paths.replace_file(folder / PROCESS) as partial:
         partial.write_text(json.dumps(note), encoding="utf-8")
     code = process.wait()
+    for following in others:
+        if code == 0:
+            with (folder / LOG).open("ab", buffering=0) as log:
+                log.write(f"$ {shlex.join(following)}\n".encode())
+                whole = [*PROGRAMS[following[0]], *following[1:]]
+                code = subprocess.run(whole, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False).returncode
     with paths.replace_file(folder / EXIT) as partial:
         partial.write_text(json.dumps({"code": code if code >= 0 else 128 - code}), encoding="utf-8")
 

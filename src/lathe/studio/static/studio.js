@@ -113,7 +113,15 @@ async function startChart(chart) {
   }
   if (events) {
     const stream = new EventSource(events);
-    stream.addEventListener("curves", (event) => drawCurves(chart, JSON.parse(event.data)));
+    // A page that nobody sees draws nothing: the training has the processor.
+    let undrawn = null;
+    const draw = () => {
+      if (document.hidden || undrawn === null) return;
+      drawCurves(chart, JSON.parse(undrawn));
+      undrawn = null;
+    };
+    stream.addEventListener("curves", (event) => { undrawn = event.data; draw(); });
+    document.addEventListener("visibilitychange", draw);
     stream.addEventListener("ended", () => { stream.close(); setTimeout(() => location.reload(), 1500); });
   }
 }
@@ -125,6 +133,20 @@ function startAll(root) {
 
 document.addEventListener("DOMContentLoaded", () => startAll(document));
 document.addEventListener("htmx:afterSwap", (event) => startAll(event.target));
+
+// Parts that are loaded anew stay open where the reader had opened them.
+const opened = new Set();
+document.addEventListener("toggle", (event) => {
+  const { id, open } = event.target;
+  if (id && event.target.isConnected) opened[open ? "add" : "delete"](id);
+}, true);
+// htmx gives the focus back by its id, but not to what is in a closed part.
+let focused = "";
+document.addEventListener("htmx:beforeSwap", () => { focused = document.activeElement.id; });
+document.addEventListener("htmx:afterSwap", () => {
+  opened.forEach((id) => document.getElementById(id)?.setAttribute("open", ""));
+  if (focused && document.activeElement === document.body) document.getElementById(focused)?.focus({ preventScroll: true });
+});
 
 // A log is read from its end, unless one has scrolled up.
 let followsLog = true;
@@ -158,7 +180,9 @@ function startUpload(form) {
     const file = input.files[0];
     status.textContent = "…";
     const headers = { "X-CSRF-Token": csrfToken, "HX-Request": "true" };
-    const response = await fetch(form.dataset.upload + encodeURIComponent(file.name), { method: "PUT", body: file, headers });
+    const replaces = form.querySelector('[name="replace"]')?.checked ? "?replace=true" : "";
+    const address = form.dataset.upload + encodeURIComponent(file.name) + replaces;
+    const response = await fetch(address, { method: "PUT", body: file, headers });
     const found = form.dataset.found;
     if (form.dataset.check && response.ok) {
       const saved = await response.json();
