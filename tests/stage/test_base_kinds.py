@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from toy import load_toy
 
 from lathe.common import paths
+from lathe.config.training_params import Reward
 from lathe.gguf import convert as converter
 from lathe.gguf import tokenizer_parity
 from lathe.gguf.description import describe_gguf
@@ -59,6 +60,24 @@ EXPERT_WEIGHTS = {
     "DeepseekV3ForCausalLM": EXPERTS["lora.target_parameters"],
     "GraniteMoeHybridForCausalLM": ["experts.gate_up_proj", "experts.down_proj"],
     "Llama4ForConditionalGeneration": ["experts.gate_up_proj", "experts.down_proj"],
+}
+METHODS = {
+    "dpo": {
+        "method": "dpo",
+        "dpo.sft_epochs": 0.5,
+        "dpo.per_device_train_batch_size": 2,
+        "dpo.learning_rate": 0.02,
+    },
+    "grpo": {
+        "method": "grpo",
+        "grpo.sft_epochs": 0.5,
+        "grpo.max_steps": 3,
+        "grpo.per_device_train_batch_size": 4,
+        "grpo.num_generations": 4,
+        "grpo.max_completion_length": 8,
+        "grpo.learning_rate": 0.02,
+        "grpo.rewards": [Reward(name="length", weight=1.0, max_characters=8)],
+    },
 }
 REFUSED = {"Glm4MoeForCausalLM"}  # by the converter, with this vocabulary
 
@@ -159,6 +178,22 @@ def test_every_kind_of_base_stays_the_model_that_was_trained(tmp_path, name):
 def test_experts_of_every_kind_are_trained_and_shipped(tmp_path, name):
     measured = check(name, tmp_path, {"lora.target_parameters": EXPERT_WEIGHTS[name]})
     assert measured["report"].tensors_changed > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Mistral3ForConditionalGeneration", {}),
+        ("Gemma3ForConditionalGeneration", {}),
+        ("Qwen3MoeForCausalLM", {}),
+        ("Qwen3MoeForCausalLM", EXPERTS),
+        ("Lfm2ForCausalLM", {}),
+    ],
+)
+def test_pairs_and_rewards_train_a_new_kind_as_they_do_a_plain_one(tmp_path, name, changes, method):
+    check(name, tmp_path, {**changes, **METHODS[method]})
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "tied LlamaForCausalLM"])

@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Self
 
 import jinja2
+import jinja2.sandbox
 
 from lathe.common import bounded_jinja
 from lathe.models.document import is_document
@@ -104,6 +105,11 @@ class ChatTemplate:
             ) from None
         except bounded_jinja.TemplateLimitError as error:
             raise TemplateError(f"the chat template: {error}; use another", code="template-limit") from None
+        except jinja2.sandbox.SecurityError as error:
+            raise TemplateError(
+                f"the chat template does what transformers forbids: {_join_lines(error)}; use another",
+                code="template-forbidden",
+            ) from None
         except Exception as error:  # a template is a program: it may fail in any way
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise TemplateError(
