@@ -114,10 +114,12 @@ def go_through(
     trained = list(of_transformers(PeftModel.from_pretrained(load(base), adapter), rows))
     together = list(of_transformers(load(merged), rows))
     # In a mixture whose experts have moved, a rounding sends some token to another one, which moves that token alone.
-    shipped = distance(together, of_gguf(gguf, rows, threads=1))
+    in_gguf = list(of_gguf(gguf, rows, threads=1))
+    shipped = distance(together, in_gguf)
     return {
         "moved": distance(before, trained).mean,
         "merged": distance(trained, together).mean,
+        "whole": distance(trained, in_gguf).mean,
         "gguf": shipped.median if "lora.target_parameters" in (changes or {}) else shipped.mean,
         "quantized": distance(trained, of_gguf(root / "small.gguf", rows, threads=1)).mean,
         "frozen": result.frozen,
