@@ -53,6 +53,7 @@ def _check_conversion(config: Config, folder: Path) -> None:
     Without a converter nothing is asked.
     """
     from lathe.gguf import install_converter, tokenizer_parity
+    from lathe.gguf.check_template import check_template
     from lathe.gguf.vocabulary import get_vocabulary
 
     settings, shown = config.params.convert, f"model {config.params.model}"
@@ -60,6 +61,7 @@ def _check_conversion(config: Config, folder: Path) -> None:
     if state != "missing":
         vocabulary = get_vocabulary(folder, llama_cpp=llama_cpp, shown=shown)
         tokenizer_parity.compare_tokenizers(folder, vocabulary, [], samples=settings.tokenizer_parity, shown=shown)
+        check_template(folder, llama_cpp=llama_cpp, shown=shown)
 
 
 def _measure(folder: Path) -> dict[str, int]:

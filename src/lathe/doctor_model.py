@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def check_base_model(config: "Config", root: Path) -> Findings:
     """Ask what `fetch` and `train` would ask of the base, if it is there; no weight is read."""
     from lathe.gguf import install_converter, tokenizer_parity
+    from lathe.gguf.check_template import check_template
     from lathe.gguf.vocabulary import get_vocabulary
     from lathe.models.adapter import check_adapter
     from lathe.models.check_base import check_base
@@ -33,7 +34,9 @@ def check_base_model(config: "Config", root: Path) -> Findings:
         tokenizer_parity.compare_tokenizers(
             folder, vocabulary, [], samples=params.convert.tokenizer_parity, shown=shown
         )
-        asked = "transformers, llama.cpp's converter and its tokenizer take it"
+        is_run = check_template(folder, llama_cpp=llama_cpp, shown=shown)
+        engine = "its tokenizer and its Jinja engine" if is_run else "and its tokenizer"
+        asked = f"transformers, llama.cpp's converter{', ' if is_run else ' '}{engine} take it"
     yield Finding("base", "ok", f"{shown}: {asked}")
 
 

@@ -86,14 +86,7 @@ class ChatTemplate:
     def _render(
         self, messages: Conversation, *, add_generation_prompt: bool = False, tools: Tools | None = None
     ) -> str:
-        context = {
-            "messages": messages,
-            "tools": tools or None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            "bos_token": self.bos_token,
-            "eos_token": self.eos_token,
-        }
+        context = self._list_variables(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         try:
             template, variables = _compile(self.text)
             rendered = bounded_jinja.render(template, {**variables, **context})
@@ -117,6 +110,26 @@ class ChatTemplate:
                 code="template-refuses",
             ) from None
         return rendered
+
+    def list_variables(
+        self, messages: Conversation, *, add_generation_prompt: bool, tools: Tools | None
+    ) -> dict[str, Any]:
+        """Return what `render` gives the template of a conversation, by the names of its variables."""
+        if not all(map(_is_text_message, messages)):
+            messages = self.form.adapt(messages)
+        return self._list_variables(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+
+    def _list_variables(
+        self, messages: Conversation, *, add_generation_prompt: bool, tools: Tools | None
+    ) -> dict[str, Any]:
+        return {
+            "messages": messages,
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+        }
 
     @cached_property
     def form(self) -> MessageForm:
