@@ -80,13 +80,38 @@ def _qwen3_vl(text: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _qwen3_5() -> dict[str, Any]:
+    # A quarter of a head turns with the position; the sections of these dimensions must fit into it.
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+    }
+    return {
+        **TEXT,
+        "head_dim": 64,
+        "rope_parameters": rope,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    }
+
+
 KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "LlamaForCausalLM": ("dense", lambda: TEXT),
     "tied LlamaForCausalLM": ("dense", lambda: {**TEXT, "tie_word_embeddings": True}),
     "Qwen3MoeForCausalLM": ("experts", lambda: _moe(norm_topk_prob=True)),
     "Qwen2MoeForCausalLM": ("experts", lambda: _moe(shared_expert_intermediate_size=64)),
     "MixtralForCausalLM": ("experts", lambda: {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "OlmoeForCausalLM": ("experts", lambda: {**TEXT, "num_experts": 4, "num_experts_per_tok": 2}),
+    "OlmoeForCausalLM": (
+        "experts",
+        # llama.cpp loads one whose heads have keys of their own, as the real ones.
+        lambda: {**TEXT, "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
     "GptOssForCausalLM": (
         "experts",
         # Heads as wide as the real ones: llama.cpp rounds where YaRN begins and ends, which narrow ones notice.
@@ -163,14 +188,7 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "Qwen3_5ForConditionalGeneration": (
         "wrapper",
         lambda: {
-            "text_config": {
-                **TEXT,
-                "layer_types": ["linear_attention", "full_attention"],
-                "linear_num_key_heads": 2,
-                "linear_num_value_heads": 4,
-                "linear_key_head_dim": 16,
-                "linear_value_head_dim": 16,
-            },
+            "text_config": _qwen3_5(),
             "vision_config": {
                 "depth": 1,
                 "hidden_size": 32,
@@ -305,14 +323,7 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     ),
     "Qwen3_5ForCausalLM": (
         "hybrid",
-        lambda: {
-            **TEXT,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-        },
+        lambda: _qwen3_5(),
     ),
 }
 

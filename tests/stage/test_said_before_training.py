@@ -24,10 +24,16 @@ from lathe.config.training_params import Lora
 from lathe.disk_space import check_disk_space, find_shortages
 from lathe.estimate import estimate_disk
 from lathe.gguf import tokenizer_parity
+from lathe.gguf.check_template import check_template
+from lathe.gguf.jinja_engine import find_engine
 from lathe.gguf.vocabulary import get_vocabulary
 from lathe.models.adapter import check_adapter
+from lathe.models.chat_template import ChatTemplate
 from lathe.models.check_base import check_base
+from lathe.models.tokenizer import load_tokenizer
 from lathe.sources import fetch
+
+LLAMA_CPP = paths.LLAMA_CPP
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,7 @@ def run_fetch(model: Path, **preset: str) -> Path:
         patch.setattr(paths, "ROOT", Path(__file__).parents[2])
         vocabulary = get_vocabulary(base, llama_cpp=paths.LLAMA_CPP, shown="model mine")
     tokenizer_parity.compare_tokenizers(base, vocabulary, [], samples="rows", shown="model mine")
+    check_template(ChatTemplate.of_tokenizer(load_tokenizer(base)), llama_cpp=LLAMA_CPP, shown="model mine")
     return base
 
 
@@ -229,6 +236,10 @@ CAUSES: dict[str, tuple[str, Callable[[Path], object]]] = {
         "answer-not-written",
         write_template("{% for m in messages %}{{ m.role }}{% endfor %}"),
     ),
+    "a template that llama.cpp cannot run": (
+        "template-not-run",
+        write_template("{% for m in messages %}{{ m.content | center(20) }}<|im_end|>{% endfor %}"),
+    ),
     "answers that never end": ("answers-never-end", end_answers_otherwise),
     "tokens without embeddings": ("token-without-embedding", shrink_embeddings),
     "an adapter of another model, by its names": ("base-tensor-missing", add_adapter(rename_layers)),
@@ -244,6 +255,8 @@ CAUSES: dict[str, tuple[str, Callable[[Path], object]]] = {
 @pytest.mark.parametrize("cause", CAUSES)
 def test_fetch_says_what_a_later_stage_would_refuse(model: Path, cause: str) -> None:
     code, damage = CAUSES[cause]
+    if code == "template-not-run" and not find_engine(LLAMA_CPP):
+        pytest.skip("`python -m lathe.gguf.install_converter` builds llama.cpp's Jinja engine with a C++ compiler")
     preset = damage(model)
     named = preset if isinstance(preset, dict) else {}
     with refused(code, "update" if named else "mine", kept=False) as caught:

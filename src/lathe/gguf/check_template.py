@@ -12,7 +12,6 @@ from lathe.gguf.jinja_engine import find_engine, render_with_engine
 from lathe.models.chat_template import EXAMPLE_TOOL, FIXED_DATE, ChatTemplate
 from lathe.models.message_form import EXAMPLE_CALL
 from lathe.models.template_text import TemplateError
-from lathe.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +23,8 @@ _CALLING = [{**EXAMPLE_CALL[0]}, {**EXAMPLE_CALL[1]}]
 SHOWN_CHARACTERS = 40
 
 
-def check_template(folder: Path, *, llama_cpp: Path, shown: str) -> bool:
-    """Ask llama.cpp's Jinja engine for what the chat template of a model folder writes; `shown` names the model.
+def check_template(template: ChatTemplate, *, llama_cpp: Path, shown: str) -> bool:
+    """Ask llama.cpp's Jinja engine for what the chat template of a model writes; `shown` names the model.
 
     Raises InputError where it cannot run the template at all, as then no program of llama.cpp could. What it writes
     otherwise is a warning. Returns False where the engine has not been built, and nothing is asked.
@@ -33,16 +32,14 @@ def check_template(folder: Path, *, llama_cpp: Path, shown: str) -> bool:
     engine = find_engine(llama_cpp) or find_engine(paths.LLAMA_CPP)
     if engine is None:
         return False
-    template = ChatTemplate.of_tokenizer(load_tokenizer(folder))
     cases = list(_render_cases(template))
     seconds = int(FIXED_DATE.replace(tzinfo=UTC).timestamp())
     found = render_with_engine(engine, template.text, [variables for _, variables, _ in cases], unix_time=seconds)
     for (case, variables, expected), rendered in zip(cases, found, strict=True):
         if rendered.text is None and not variables["tools"]:
             raise InputError(
-                f"{shown}: llama.cpp's Jinja engine cannot run its chat template ({case}): "
-                f"{' '.join(str(rendered.error).split())[:300]}; correct the template, or name another one as template "
-                "in the model's preset",
+                f"{shown}: llama.cpp's Jinja engine cannot run its chat template ({case}): {rendered.error}; correct "
+                "the template, or name another one as template in the model's preset",
                 code="template-not-run",
             )
         if rendered.text != expected:
@@ -76,7 +73,7 @@ def _render_cases(template: ChatTemplate) -> Iterator[tuple[str, dict[str, Any],
 
 def _describe_difference(case: str, expected: str, text: str | None, error: str | None) -> str:
     if text is None:
-        return f"llama.cpp's Jinja engine cannot run its chat template for {case}: {' '.join(str(error).split())[:300]}"
+        return f"llama.cpp's Jinja engine cannot run its chat template for {case}: {error}"
     pairs = zip(expected, text, strict=False)
     start = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(expected), len(text)))
     ours, theirs = (whole[start : start + SHOWN_CHARACTERS] for whole in (expected, text))

@@ -6,6 +6,7 @@ It is in none of the libraries that Python can load, so `make setup` builds a sm
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -90,4 +91,13 @@ def render_with_engine(
     if done.returncode != 0:
         reason = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
         return [Rendered(None, f"it crashes: {reason[-1][:300]}")] * len(contexts)
-    return [Rendered(answer.get("text"), answer.get("error")) for answer in json.loads(done.stdout)]
+    return [Rendered(answer.get("text"), _shorten(answer.get("error"))) for answer in json.loads(done.stdout)]
+
+
+def _shorten(error: str | None) -> str | None:
+    """Return an error of the engine, which shows the source around it, in one line."""
+    if error is None:
+        return None
+    place = re.search(r"line \d+", error)
+    reason = " ".join(error.rpartition("Error: ")[2].split())[:300]
+    return f"{place[0]}: {reason}" if place else reason
