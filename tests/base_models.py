@@ -303,7 +303,7 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
             "layer_types": ["mamba", "attention"],
             "num_local_experts": 0,
             "num_experts_per_tok": 0,
-            "shared_intermediate_size": 64,
+            "shared_intermediate_size": 128,
             "mamba_n_heads": 4,
             "mamba_d_head": 32,
             "mamba_d_state": 16,
