@@ -37,11 +37,11 @@ VISION: dict[str, Any] = {
 
 
 @cache
-def make_byte_pairs() -> Any:
-    """Return GPT-2's real vocabulary, with the tokens of ChatML."""
+def make_byte_pairs(name: str = "gpt-2") -> Any:
+    """Return a real vocabulary of byte pairs, with the tokens of ChatML."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(paths.LLAMA_CPP / "models", gguf_file="ggml-vocab-gpt-2.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(paths.LLAMA_CPP / "models", gguf_file=f"ggml-vocab-{name}.gguf")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.pad_token = "<|endoftext|>"
@@ -335,7 +335,12 @@ def make(name: str, folder: Path) -> None:
 
     kind = name.rpartition(" ")[2]
     values = KINDS[name][1]()
-    tokenizer = make_sentence_pieces() if kind.startswith("Gemma4") else make_byte_pairs()
+    if kind.startswith("Gemma4"):
+        tokenizer = make_sentence_pieces()
+    elif kind == "Qwen3_5ForConditionalGeneration":
+        tokenizer = make_byte_pairs("qwen35")  # transformers reads any with the pre-tokenizer of this one
+    else:
+        tokenizer = make_byte_pairs()
     ids = {
         # llama.cpp's converter pads the vocabulary of some hybrids to a multiple of 8.
         "vocab_size": -(-len(tokenizer) // 8) * 8 if KINDS[name][0] == "hybrid" else len(tokenizer),
@@ -352,7 +357,7 @@ def make(name: str, folder: Path) -> None:
     draw_weights(model)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if not kind.startswith("Gemma4"):
+    if tokenizer is make_byte_pairs():
         # The class of the model's own kind would make another pre-tokenizer.
         config_file = folder / "tokenizer_config.json"
         values = {**json.loads(config_file.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
