@@ -36,6 +36,19 @@ VISION: dict[str, Any] = {
 }
 
 
+# How images are prepared: what the converter of the part that reads them looks for.
+QWEN_IMAGES = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+}
+
+
 @cache
 def make_byte_pairs(name: str = "gpt-2") -> Any:
     """Return a real vocabulary of byte pairs, with the tokens of ChatML."""
@@ -134,6 +147,7 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
             "num_experts_per_tok": 2,
             "n_group": 1,
             "topk_group": 1,
+            "scoring_func": "sigmoid",  # stands in the real ones; transformers does not read it, the converter does
             "moe_intermediate_size": 96,
             "first_k_dense_replace": 1,
             "kv_lora_rank": 32,
@@ -356,12 +370,27 @@ def make(name: str, folder: Path) -> None:
     model = model_class(config)
     draw_weights(model)
     model.to(torch.bfloat16).save_pretrained(folder)
+    if kind == "Qwen3VLMoeForConditionalGeneration":
+        _transpose_experts(folder / "model.safetensors")
+    if kind.startswith("Qwen") and "VL" in kind:
+        (folder / "preprocessor_config.json").write_text(json.dumps(QWEN_IMAGES))
     tokenizer.save_pretrained(folder)
     if tokenizer is make_byte_pairs():
         # The class of the model's own kind would make another pre-tokenizer.
         config_file = folder / "tokenizer_config.json"
         values = {**json.loads(config_file.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
         config_file.write_text(json.dumps(values))
+
+
+def _transpose_experts(file: Path) -> None:
+    """Store the experts as the real checkpoints of Qwen3-VL do, which transformers turns round as it loads them."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[name] = tensor.transpose(1, 2).contiguous()
+    save_file(tensors, file, {"format": "pt"})
 
 
 def draw_weights(model: Any) -> None:
