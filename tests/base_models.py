@@ -36,6 +36,9 @@ VISION: dict[str, Any] = {
 }
 
 
+# Embeddings, heads and routers.
+WIDE = ("embed_tokens.weight", "lm_head.weight", ".gate.weight")
+
 # How images are prepared: what the converter of the part that reads them looks for.
 QWEN_IMAGES = {
     "image_processor_type": "Qwen2VLImageProcessor",
@@ -394,13 +397,16 @@ def _transpose_experts(file: Path) -> None:
 
 
 def draw_weights(model: Any) -> None:
-    """Draw the weights anew, so that no layer is negligible and logits spread by about 3."""
+    """Draw the weights anew, so that no layer is negligible and logits spread by about 3; those of routers too.
+
+    Two experts that are nearly alike to a router would change places by a rounding.
+    """
     import torch
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2 and "conv1d" not in name:
-                wide = 3 if "embed_tokens.weight" in name or "lm_head" in name else 1
+                wide = 3 if name.endswith(WIDE) or "router" in name else 1
                 parameter.normal_(std=wide / parameter.shape[-1] ** 0.5)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
