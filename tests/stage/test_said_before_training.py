@@ -33,7 +33,7 @@ from lathe.models.check_base import check_base
 from lathe.models.tokenizer import load_tokenizer
 from lathe.sources import fetch
 
-LLAMA_CPP = paths.LLAMA_CPP
+LLAMA_CPP, PARAMS = paths.LLAMA_CPP, load_toy().params
 
 
 @pytest.fixture(scope="module")
@@ -259,14 +259,15 @@ def test_fetch_says_what_a_later_stage_would_refuse(model: Path, cause: str) -> 
         pytest.skip("`python -m lathe.gguf.install_converter` builds llama.cpp's Jinja engine with a C++ compiler")
     preset = damage(model)
     named = preset if isinstance(preset, dict) else {}
-    with refused(code, "update" if named else "mine", kept=False) as caught:
+    with refused(code, "models/local/" if named else "mine", kept=False) as caught:
         run_fetch(model, **named)
     assert "\n" not in str(caught.value)
+    assert ".base." not in str(caught.value)  # a folder that is gone
 
 
 def test_too_little_disk_is_said_by_fetch_and_warned_of_by_train(model, monkeypatch):
     run_fetch(model)
-    root, params = paths.ROOT, load_toy().params
+    root, params = paths.ROOT, PARAMS
     (root / ".dvc").mkdir()
     sizes = {path: size for path, size in estimate_disk(root / "models/base", params).items() if size}
     after = sum(size for path, size in sizes.items() if path.startswith(("models/merged", "models/gguf/")))
