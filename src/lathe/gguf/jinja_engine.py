@@ -81,15 +81,18 @@ def render_with_engine(
     try:
         done = operating_system.run_command(
             [str(engine)],
-            input=request.encode(),
+            input=request,
             capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=LIMIT_SECONDS,
             env={"TZ": "UTC"},
         )
     except subprocess.TimeoutExpired:
         return [Rendered(None, f"it does not end within {LIMIT_SECONDS:g} seconds")] * len(contexts)
     if done.returncode != 0:
-        reason = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+        reason = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return [Rendered(None, f"it crashes: {reason[-1][:300]}")] * len(contexts)
     return [Rendered(answer.get("text"), _shorten(answer.get("error"))) for answer in json.loads(done.stdout)]
 
