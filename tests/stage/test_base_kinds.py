@@ -70,13 +70,13 @@ METHODS = {
     },
     "grpo": {
         "method": "grpo",
-        "grpo.sft_epochs": 0.5,
+        "grpo.sft_epochs": 1.0,
         "grpo.max_steps": 3,
         "grpo.per_device_train_batch_size": 4,
         "grpo.num_generations": 4,
         "grpo.max_completion_length": 8,
         "grpo.learning_rate": 0.02,
-        "grpo.rewards": [Reward(name="length", weight=1.0, max_characters=8)],
+        "grpo.rewards": [Reward(name="length", weight=1.0, max_characters=40)],
     },
 }
 REFUSED = {"Glm4MoeForCausalLM"}  # by the converter, with this vocabulary
