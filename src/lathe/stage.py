@@ -55,6 +55,7 @@ def run_on_machines(main: Callable[[Config, int | None], Throughput | None]) -> 
                 warn_without_converter(config.params.convert)
                 check_held_out(config.params)
                 check_benchmark(config.params)
+                _check_merge(config.params)
                 for shortage in find_shortages(config.params, paths.ROOT):
                     _log.warning("%s", shortage)
             return main(config, machine_rank)
@@ -162,6 +163,14 @@ def check_held_out(params: Params) -> None:
         if misfit.code:
             raise InputError(f"{misfit.text}; {misfit.remedy}", code=misfit.code)
         _log.warning("%s; %s", misfit.text, misfit.remedy)
+
+
+def _check_merge(params: Params) -> None:
+    """Raise InputError where the adapter could not be merged after the training."""
+    if params.training.tuning == "lora" and (paths.MODEL_BASE / "config.json").is_file():
+        from lathe.models.merge.check_merge import check_merge
+
+        check_merge(paths.MODEL_BASE, params.lora, paths.SCRATCH)
 
 
 def warn_of_untracked(config: Config, items: Sequence[str]) -> None:

@@ -30,6 +30,8 @@ from lathe.gguf.vocabulary import get_vocabulary
 from lathe.models.adapter import check_adapter
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.check_base import check_base
+from lathe.models.merge import converted_changes
+from lathe.models.merge.check_merge import check_merge
 from lathe.models.tokenizer import load_tokenizer
 from lathe.sources import fetch
 
@@ -332,6 +334,29 @@ def test_what_updates_of_experts_cannot_have_is_said_as_the_parameters_are_read(
     lora = {**load_toy().params.lora.model_dump(), "target_parameters": ["mlp.experts.down_proj"], **values}
     with pytest.raises(ValidationError, match=part):
         Lora(**lora)
+
+
+@pytest.mark.parametrize("name", ["Qwen3VLMoeForConditionalGeneration", "Mistral3ForConditionalGeneration"])
+def test_the_merge_is_planned_before_the_training(tmp_path, monkeypatch, name):
+    make(name, tmp_path / "base")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if "Moe" in name else None
+    lora = PARAMS.lora.model_copy(update={"target_parameters": experts})
+    check_merge(tmp_path / "base", lora, tmp_path / "scratch")
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+    def fail(*_: Any) -> None:
+        raise AttributeError("no such weight")
+
+    monkeypatch.setattr(converted_changes, "convert_to_file_names", fail)
+    with refused("merge-impossible", "lora.target_modules", "AttributeError: no such weight"):
+        check_merge(tmp_path / "base", lora, tmp_path / "scratch")
+    monkeypatch.undo()
+    weights = tmp_path / "base/model.safetensors"
+    tensors = {name.replace("layers.1.", "layers.7."): tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+    with refused("base-tensor-missing", "layers.1.", kept=False):
+        check_merge(tmp_path / "base", lora, tmp_path / "scratch")
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 @pytest.mark.parametrize(
