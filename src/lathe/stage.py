@@ -168,7 +168,7 @@ def check_held_out(params: Params) -> None:
 def _check_merge(params: Params) -> None:
     """Raise InputError where the adapter could not be merged after the training."""
     if params.training.tuning == "lora" and (paths.MODEL_BASE / "config.json").is_file():
-        from lathe.models.merge.check_merge import check_merge
+        from lathe.models.check_merge import check_merge
 
         check_merge(paths.MODEL_BASE, params.lora, paths.SCRATCH)
 

@@ -30,8 +30,8 @@ from lathe.gguf.vocabulary import get_vocabulary
 from lathe.models.adapter import check_adapter
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.check_base import check_base
+from lathe.models.check_merge import check_merge
 from lathe.models.merge import converted_changes
-from lathe.models.merge.check_merge import check_merge
 from lathe.models.tokenizer import load_tokenizer
 from lathe.sources import fetch
 
