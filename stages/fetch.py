@@ -53,13 +53,18 @@ def _check_conversion(config: Config, folder: Path) -> None:
     Without a converter nothing is asked.
     """
     from lathe.gguf import install_converter, tokenizer_parity
+    from lathe.gguf.check_template import check_template
     from lathe.gguf.vocabulary import get_vocabulary
+    from lathe.models.chat_template import ChatTemplate
+    from lathe.models.tokenizer import load_tokenizer
 
     settings, shown = config.params.convert, f"model {config.params.model}"
     llama_cpp, state = install_converter.find_converter(paths.ROOT, settings.llama_cpp_dir)
     if state != "missing":
         vocabulary = get_vocabulary(folder, llama_cpp=llama_cpp, shown=shown)
         tokenizer_parity.compare_tokenizers(folder, vocabulary, [], samples=settings.tokenizer_parity, shown=shown)
+        template = ChatTemplate.of_tokenizer(load_tokenizer(folder))
+        check_template(template, llama_cpp=llama_cpp, shown=shown)
 
 
 def _measure(folder: Path) -> dict[str, int]:

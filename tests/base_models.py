@@ -36,12 +36,28 @@ VISION: dict[str, Any] = {
 }
 
 
+# Embeddings, heads and routers.
+WIDE = ("embed_tokens.weight", "lm_head.weight", ".gate.weight")
+
+# How images are prepared: what the converter of the part that reads them looks for.
+QWEN_IMAGES = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+}
+
+
 @cache
-def make_byte_pairs() -> Any:
-    """Return GPT-2's real vocabulary, with the tokens of ChatML."""
+def make_byte_pairs(name: str = "gpt-2") -> Any:
+    """Return a real vocabulary of byte pairs, with the tokens of ChatML."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(paths.LLAMA_CPP / "models", gguf_file="ggml-vocab-gpt-2.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(paths.LLAMA_CPP / "models", gguf_file=f"ggml-vocab-{name}.gguf")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.pad_token = "<|endoftext|>"
@@ -80,13 +96,38 @@ def _qwen3_vl(text: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _qwen3_5() -> dict[str, Any]:
+    # A quarter of a head turns with the position; the sections of these dimensions must fit into it.
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+    }
+    return {
+        **TEXT,
+        "head_dim": 64,
+        "rope_parameters": rope,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    }
+
+
 KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "LlamaForCausalLM": ("dense", lambda: TEXT),
     "tied LlamaForCausalLM": ("dense", lambda: {**TEXT, "tie_word_embeddings": True}),
     "Qwen3MoeForCausalLM": ("experts", lambda: _moe(norm_topk_prob=True)),
     "Qwen2MoeForCausalLM": ("experts", lambda: _moe(shared_expert_intermediate_size=64)),
     "MixtralForCausalLM": ("experts", lambda: {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "OlmoeForCausalLM": ("experts", lambda: {**TEXT, "num_experts": 4, "num_experts_per_tok": 2}),
+    "OlmoeForCausalLM": (
+        "experts",
+        # llama.cpp loads one whose heads have keys of their own, as the real ones.
+        lambda: {**TEXT, "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
     "GptOssForCausalLM": (
         "experts",
         # Heads as wide as the real ones: llama.cpp rounds where YaRN begins and ends, which narrow ones notice.
@@ -109,6 +150,7 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
             "num_experts_per_tok": 2,
             "n_group": 1,
             "topk_group": 1,
+            "scoring_func": "sigmoid",  # stands in the real ones; transformers does not read it, the converter does
             "moe_intermediate_size": 96,
             "first_k_dense_replace": 1,
             "kv_lora_rank": 32,
@@ -163,14 +205,7 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "Qwen3_5ForConditionalGeneration": (
         "wrapper",
         lambda: {
-            "text_config": {
-                **TEXT,
-                "layer_types": ["linear_attention", "full_attention"],
-                "linear_num_key_heads": 2,
-                "linear_num_value_heads": 4,
-                "linear_key_head_dim": 16,
-                "linear_value_head_dim": 16,
-            },
+            "text_config": _qwen3_5(),
             "vision_config": {
                 "depth": 1,
                 "hidden_size": 32,
@@ -285,7 +320,7 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
             "layer_types": ["mamba", "attention"],
             "num_local_experts": 0,
             "num_experts_per_tok": 0,
-            "shared_intermediate_size": 64,
+            "shared_intermediate_size": 128,
             "mamba_n_heads": 4,
             "mamba_d_head": 32,
             "mamba_d_state": 16,
@@ -305,14 +340,7 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     ),
     "Qwen3_5ForCausalLM": (
         "hybrid",
-        lambda: {
-            **TEXT,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-        },
+        lambda: _qwen3_5(),
     ),
 }
 
@@ -324,7 +352,12 @@ def make(name: str, folder: Path) -> None:
 
     kind = name.rpartition(" ")[2]
     values = KINDS[name][1]()
-    tokenizer = make_sentence_pieces() if kind.startswith("Gemma4") else make_byte_pairs()
+    if kind.startswith("Gemma4"):
+        tokenizer = make_sentence_pieces()
+    elif kind == "Qwen3_5ForConditionalGeneration":
+        tokenizer = make_byte_pairs("qwen35")  # transformers reads any with the pre-tokenizer of this one
+    else:
+        tokenizer = make_byte_pairs()
     ids = {
         # llama.cpp's converter pads the vocabulary of some hybrids to a multiple of 8.
         "vocab_size": -(-len(tokenizer) // 8) * 8 if KINDS[name][0] == "hybrid" else len(tokenizer),
@@ -340,22 +373,40 @@ def make(name: str, folder: Path) -> None:
     model = model_class(config)
     draw_weights(model)
     model.to(torch.bfloat16).save_pretrained(folder)
+    if kind == "Qwen3VLMoeForConditionalGeneration":
+        _transpose_experts(folder / "model.safetensors")
+    if kind.startswith("Qwen") and "VL" in kind:
+        (folder / "preprocessor_config.json").write_text(json.dumps(QWEN_IMAGES))
     tokenizer.save_pretrained(folder)
-    if not kind.startswith("Gemma4"):
+    if tokenizer is make_byte_pairs():
         # The class of the model's own kind would make another pre-tokenizer.
         config_file = folder / "tokenizer_config.json"
         values = {**json.loads(config_file.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
         config_file.write_text(json.dumps(values))
 
 
+def _transpose_experts(file: Path) -> None:
+    """Store the experts as the real checkpoints of Qwen3-VL do, which transformers turns round as it loads them."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[name] = tensor.transpose(1, 2).contiguous()
+    save_file(tensors, file, {"format": "pt"})
+
+
 def draw_weights(model: Any) -> None:
-    """Draw the weights anew, so that no layer is negligible and logits spread by about 3."""
+    """Draw the weights anew, so that no layer is negligible and logits spread by about 3; those of routers too.
+
+    Two experts that are nearly alike to a router would change places by a rounding.
+    """
     import torch
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2 and "conv1d" not in name:
-                wide = 3 if "embed_tokens.weight" in name or "lm_head" in name else 1
+                wide = 3 if name.endswith(WIDE) or "router" in name else 1
                 parameter.normal_(std=wide / parameter.shape[-1] ** 0.5)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)

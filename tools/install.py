@@ -296,7 +296,7 @@ def choose_cmake_args(cuda: str | None, given: str | None, before: str) -> str:
 
 def is_converter_current(root: Path) -> bool:
     """Tell whether `.llama.cpp` was taken from the source package that requirements-converter.txt pins."""
-    stamp, newest = root / ".llama.cpp/.pinned", root / ".llama.cpp/src/llama-vocab.cpp"
+    stamp, newest = root / ".llama.cpp/.pinned", root / ".llama.cpp/common/jinja/runtime.cpp"
     lines = (root / "requirements-converter.txt").read_text(encoding="utf-8").splitlines()
     pin = " ".join(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     # A checkout of an earlier version may lack the file that is unpacked only today.
@@ -329,7 +329,7 @@ def set_up(root: Path, arguments: argparse.Namespace, report: Reporter, lock: in
         install(root, runner, python, before if whole else None, wanted)
     if not is_converter_current(root):
         runner.run("llama.cpp's converter", str(inside), "-m", CONVERTER)
-        report.step("llama.cpp's converter")
+        report.step("llama.cpp's converter and its Jinja engine")
 
 
 def install(root: Path, runner: Runner, python: str, before: dict[str, Any] | None, wanted: dict[str, Any]) -> None:

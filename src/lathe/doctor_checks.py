@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lathe.common import operating_system
-from lathe.common.dvc_api import find_link_types, read_config
+from lathe.common.dvc_api import read_config
 from lathe.common.errors import InputError
 from lathe.common.git import read_line, try_git
 from lathe.config.presets import GGUF_SUFFIX, list_datasets
+from lathe.disk_space import compute_needs, find_cache, find_existing, find_working_links
 from lathe.provenance import remotes
 
 if TYPE_CHECKING:
@@ -142,8 +143,8 @@ def check_converter(root: Path, llama_cpp_dir: str | None) -> Findings:
 def check_links(root: Path) -> Findings:
     """Check how DVC's cache gives files to the workspace: by a link, or by a copy that takes the space twice."""
     config = read_config(root)
-    cache = _cache(root, config)
-    works, wanted = _working_links(root, cache), config["cache"].get("type") or ["reflink", "copy"]
+    cache = find_cache(root, config)
+    works, wanted = find_working_links(root, cache), config["cache"].get("type") or ["reflink", "copy"]
     usable = [kind for kind in wanted if kind in works]
     text = f"cache.type is {','.join(wanted)}; {', '.join(works)} work between {_show(cache, root)} and the checkout"
     if usable and usable[0] != "copy":
@@ -290,17 +291,8 @@ def check_disk(here: Circumstances, outputs: Mapping[str, int | None]) -> Findin
     from lathe.common.text import readable_bytes
 
     sizes = {path: size for path, size in outputs.items() if size is not None}
-    outs = {path: size for path, size in sizes.items() if not path.startswith(".scratch")}  # which is never cached
-    everything, checkpoints = sum(outs.values()), sum(sizes.values()) - sum(outs.values())
     shown = ", ".join(f"{path.removeprefix('models/')} {readable_bytes(size)}" for path, size in sizes.items() if size)
-    config = read_config(here.root)
-    cache = _existing(_cache(here.root, config))
-    copied = not {"hardlink", "symlink", "reflink"} & set(_working_links(here.root, cache))
-    if cache.stat().st_dev == here.root.stat().st_dev:
-        needed = {here.root: everything * (2 if copied else 1) + checkpoints}
-    else:
-        # An output is written in the checkout and then moved to the cache.
-        needed = {here.root: (everything if copied else max(outs.values())) + checkpoints, cache: everything}
+    needed = compute_needs(here.root, sizes)
     for folder, size in needed.items():
         free = here.free_disk(folder)
         text = (
@@ -368,24 +360,12 @@ def _read_gguf_config(file: Path) -> dict[str, Any]:
     return gguf_model.read_config(file)
 
 
-def _cache(root: Path, config: Any) -> Path:
-    return Path(config["cache"].get("dir") or root / ".dvc/cache")
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.parents) if parent.exists())
-
-
-def _working_links(root: Path, cache: Path) -> list[str]:
-    return find_link_types(_existing(cache), root / "x")
-
-
 def _show(path: Path, root: Path) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
 def _check_local_remote(shown: str, folder: Path) -> Finding:
-    home = _existing(folder)
+    home = find_existing(folder)
     if not home.is_dir():
         return Finding("remotes", "fail", f"{shown}: {home} is a file", "change the remote's url")
     if not os.access(home, os.W_OK):

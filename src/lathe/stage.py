@@ -16,6 +16,7 @@ from lathe.config.classifier_config import ClassifierConfig, load_classifier
 from lathe.config.held_out_checks import find_misfits
 from lathe.config.load import Config, load
 from lathe.config.params import Convert, Params
+from lathe.disk_space import check_disk_space, find_shortages
 from lathe.evaluation.benchmark import check_benchmark
 from lathe.experiments.tracking import start_mirror
 
@@ -54,6 +55,9 @@ def run_on_machines(main: Callable[[Config, int | None], Throughput | None]) -> 
                 warn_without_converter(config.params.convert)
                 check_held_out(config.params)
                 check_benchmark(config.params)
+                _check_merge(config.params)
+                for shortage in find_shortages(config.params, paths.ROOT):
+                    _log.warning("%s", shortage)
             return main(config, machine_rank)
 
         guard(lambda: _run_timed(name, None, train))
@@ -85,6 +89,8 @@ def run_items(
             warn_of_untracked(config, chosen or known)
         for item in chosen or known:
             _run_timed(name, item, lambda item=item: main(config, item), known)  # type: ignore[misc]
+            if (name, item) == ("fetch", "model"):
+                check_disk_space(config.params, paths.ROOT)
 
     guard(run_chosen)
 
@@ -164,6 +170,14 @@ def check_held_out(params: Params) -> None:
         if misfit.code:
             raise InputError(f"{misfit.text}; {misfit.remedy}", code=misfit.code)
         _log.warning("%s; %s", misfit.text, misfit.remedy)
+
+
+def _check_merge(params: Params) -> None:
+    """Raise InputError where the adapter could not be merged after the training."""
+    if params.training.tuning == "lora" and (paths.MODEL_BASE / "config.json").is_file():
+        from lathe.models.check_merge import check_merge
+
+        check_merge(paths.MODEL_BASE, params.lora, paths.SCRATCH)
 
 
 def warn_of_untracked(config: Config, items: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import preloaded
@@ -17,13 +18,24 @@ from shared import made_once
 from toy import load_toy
 
 from lathe.common import paths
+from lathe.common.text import readable_bytes
 from lathe.config.presets import LocalModel
 from lathe.config.training_params import Lora
+from lathe.disk_space import check_disk_space, find_shortages
+from lathe.estimate import estimate_disk
 from lathe.gguf import tokenizer_parity
+from lathe.gguf.check_template import check_template
+from lathe.gguf.jinja_engine import find_engine
 from lathe.gguf.vocabulary import get_vocabulary
 from lathe.models.adapter import check_adapter
+from lathe.models.chat_template import ChatTemplate
 from lathe.models.check_base import check_base
+from lathe.models.check_merge import check_merge
+from lathe.models.merge import converted_changes
+from lathe.models.tokenizer import load_tokenizer
 from lathe.sources import fetch
+
+LLAMA_CPP, PARAMS = paths.LLAMA_CPP, load_toy().params
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +66,7 @@ def run_fetch(model: Path, **preset: str) -> Path:
         patch.setattr(paths, "ROOT", Path(__file__).parents[2])
         vocabulary = get_vocabulary(base, llama_cpp=paths.LLAMA_CPP, shown="model mine")
     tokenizer_parity.compare_tokenizers(base, vocabulary, [], samples="rows", shown="model mine")
+    check_template(ChatTemplate.of_tokenizer(load_tokenizer(base)), llama_cpp=LLAMA_CPP, shown="model mine")
     return base
 
 
@@ -144,6 +157,53 @@ def shrink_embeddings(model: Path) -> None:
     edit(model / "config.json", vocab_size=50257)
 
 
+def add_adapter(change: Callable[[dict[str, Any]], None], **config: Any) -> Callable[[Path], dict[str, str]]:
+    """Put an adapter beside the model that is `change`d before it is saved; return the keys of the preset."""
+
+    def add(model: Path) -> dict[str, str]:
+        folder = paths.MODELS_LOCAL / "update"
+        save_adapter(model, folder)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        edit(folder / "adapter_config.json", **config)
+        return {"adapter": "models/local/update"}
+
+    return add
+
+
+def save_adapter(model: Path, folder: Path) -> Any:
+    """Save an adapter of the model as PEFT does, with weights that are not zero; return the model with it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), LoraConfig(target_modules=["q_proj"])
+    )
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+def rename_layers(tensors: dict[str, Any]) -> None:
+    for name in list(tensors):
+        tensors[name.replace("model.layers.", "language_model.layers.")] = tensors.pop(name)
+
+
+def lose_factor(tensors: dict[str, Any]) -> None:
+    del tensors[min(tensors)]
+
+
+def widen_factors(tensors: dict[str, Any]) -> None:
+    for name in tensors:
+        if "lora_A" in name:
+            tensors[name] = tensors[name].repeat(1, 2)
+
+
 CAUSES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "an architecture that transformers does not know": (
         "base-not-loaded",
@@ -178,18 +238,61 @@ CAUSES: dict[str, tuple[str, Callable[[Path], object]]] = {
         "answer-not-written",
         write_template("{% for m in messages %}{{ m.role }}{% endfor %}"),
     ),
+    "a template that llama.cpp cannot run": (
+        "template-not-run",
+        write_template("{% for m in messages %}{{ m.content | center(20) }}<|im_end|>{% endfor %}"),
+    ),
     "answers that never end": ("answers-never-end", end_answers_otherwise),
     "tokens without embeddings": ("token-without-embedding", shrink_embeddings),
+    "an adapter of another model, by its names": ("base-tensor-missing", add_adapter(rename_layers)),
+    "an adapter of another model, by its shapes": ("shape-mismatch", add_adapter(widen_factors)),
+    "an adapter that lacks a tensor": ("adapter-tensor-missing", add_adapter(lose_factor)),
+    "an adapter of a kind that is not merged": (
+        "adapter-unsupported",
+        add_adapter(lambda _: None, init_lora_weights="pissa"),
+    ),
 }
 
 
 @pytest.mark.parametrize("cause", CAUSES)
 def test_fetch_says_what_a_later_stage_would_refuse(model: Path, cause: str) -> None:
     code, damage = CAUSES[cause]
-    damage(model)
-    with refused(code, "mine", kept=False) as caught:
-        run_fetch(model)
+    if code == "template-not-run" and not find_engine(LLAMA_CPP):
+        pytest.skip("`python -m lathe.gguf.install_converter` builds llama.cpp's Jinja engine with a C++ compiler")
+    preset = damage(model)
+    named = preset if isinstance(preset, dict) else {}
+    with refused(code, "models/local/" if named else "mine", kept=False) as caught:
+        run_fetch(model, **named)
     assert "\n" not in str(caught.value)
+    assert ".base." not in str(caught.value)  # a folder that is gone
+
+
+def test_too_little_disk_is_said_by_fetch_and_warned_of_by_train(model, monkeypatch):
+    run_fetch(model)
+    root, params = paths.ROOT, PARAMS
+    (root / ".dvc").mkdir()
+    sizes = {path: size for path, size in estimate_disk(root / "models/base", params).items() if size}
+    after = sum(size for path, size in sizes.items() if path.startswith(("models/merged", "models/gguf/")))
+    # The checkpoints are gone when the merged model is written.
+    needed = sizes["models/adapter"] + max(sizes[".scratch/train"], after)
+
+    def leave(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+    leave(needed)
+    check_disk_space(params, root)
+    assert find_shortages(params, root) == []
+    leave(needed - 1)
+    with refused("disk-too-small", f"{readable_bytes(needed)} (", "merged ", "quantize.types", kept=False):
+        check_disk_space(params, root)
+    # What is there may stay as it is, where nothing trains.
+    for path in sizes:
+        (root / path).mkdir(parents=True, exist_ok=True)
+    leave(0)
+    check_disk_space(params, root)
+    [text] = find_shortages(params, root)
+    assert "merged " in text
+    assert "base-f16" not in text
 
 
 def test_a_whole_model_passes_all_of_it(model):
@@ -209,17 +312,8 @@ def test_of_templates_by_name_the_default_is_taken_and_none_is_refused(model):
 
 def test_a_base_with_an_adapter_of_it_is_taken_as_one_model(model):
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), LoraConfig(target_modules=["q_proj"])
-    )
-    torch.manual_seed(1)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.1)
-    adapted.save_pretrained(paths.MODELS_LOCAL / "update")
+    adapted = save_adapter(model, paths.MODELS_LOCAL / "update")
     base = load_file(run_fetch(model, adapter="models/local/update") / "model.safetensors")
     before = load_file(model / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], base[name])}
@@ -240,6 +334,29 @@ def test_what_updates_of_experts_cannot_have_is_said_as_the_parameters_are_read(
     lora = {**load_toy().params.lora.model_dump(), "target_parameters": ["mlp.experts.down_proj"], **values}
     with pytest.raises(ValidationError, match=part):
         Lora(**lora)
+
+
+@pytest.mark.parametrize("name", ["Qwen3VLMoeForConditionalGeneration", "Mistral3ForConditionalGeneration"])
+def test_the_merge_is_planned_before_the_training(tmp_path, monkeypatch, name):
+    make(name, tmp_path / "base")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if "Moe" in name else None
+    lora = PARAMS.lora.model_copy(update={"target_parameters": experts})
+    check_merge(tmp_path / "base", lora, tmp_path / "scratch")
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+    def fail(*_: Any) -> None:
+        raise AttributeError("no such weight")
+
+    monkeypatch.setattr(converted_changes, "convert_to_file_names", fail)
+    with refused("merge-impossible", "lora.target_modules", "AttributeError: no such weight"):
+        check_merge(tmp_path / "base", lora, tmp_path / "scratch")
+    monkeypatch.undo()
+    weights = tmp_path / "base/model.safetensors"
+    tensors = {name.replace("layers.1.", "layers.7."): tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+    with refused("base-tensor-missing", "layers.1.", kept=False):
+        check_merge(tmp_path / "base", lora, tmp_path / "scratch")
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from toy import PYTHONPATH, load_toy
 
 from lathe import doctor, doctor_checks, doctor_device
 from lathe.common import paths
+from lathe.disk_space import find_working_links
 from lathe.doctor_checks import Circumstances, Finding
 
 CONFIG = load_toy()
@@ -189,7 +190,7 @@ def test_a_converter_of_another_version_than_the_library_is_a_fail(tmp_path):
     ],
 )
 def test_copies_between_cache_and_checkout_are_warned_of(repository, cache, status):
-    works = doctor_checks._working_links(repository, repository / ".dvc/cache")
+    works = find_working_links(repository, repository / ".dvc/cache")
     [finding] = doctor_checks.check_links(configured(repository, cache))
     assert finding.status == ("ok" if not cache and "reflink" in works else status)
     assert not [path for path in repository.rglob("*") if path.suffix == ".tmp"]

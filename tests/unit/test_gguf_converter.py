@@ -6,7 +6,7 @@ import pytest
 from refusals import refused
 
 from lathe.common import paths
-from lathe.gguf import install_converter
+from lathe.gguf import install_converter, jinja_engine
 
 ROOT = "llama_cpp_python-1.0"
 FILES = {
@@ -17,8 +17,20 @@ FILES = {
     f"{ROOT}/vendor/llama.cpp/gguf-py/gguf/gguf.py": b"",
     f"{ROOT}/vendor/llama.cpp/models/ggml-vocab-x.gguf": b"GGUF",
     f"{ROOT}/vendor/llama.cpp/src/llama-vocab.cpp": b"// vocabulary",
+    f"{ROOT}/vendor/llama.cpp/common/jinja/lexer.cpp": b"// lexer",
+    **{
+        f"{ROOT}/vendor/llama.cpp/{name}": b"// engine"
+        for name in jinja_engine.SOURCES
+        if name.endswith((".cpp", ".h", ".hpp"))
+    },
 }
-UNWANTED = {f"{ROOT}/vendor/llama.cpp/src/llama.cpp": b"", f"{ROOT}/llama_cpp/__init__.py": b"", f"{ROOT}/LICENSE": b""}
+UNWANTED = {
+    f"{ROOT}/vendor/llama.cpp/src/llama.cpp": b"",
+    f"{ROOT}/vendor/llama.cpp/common/chat.cpp": b"",
+    f"{ROOT}/vendor/llama.cpp/common/jinja.cpp": b"",
+    f"{ROOT}/llama_cpp/__init__.py": b"",
+    f"{ROOT}/LICENSE": b"",
+}
 
 
 @pytest.fixture
@@ -50,6 +62,7 @@ def package(tmp_path, monkeypatch):
 @pytest.fixture
 def requirement(tmp_path, monkeypatch):
     monkeypatch.setattr(install_converter.importlib.metadata, "version", lambda name: "1.0")
+    monkeypatch.setenv("CXX", "false")  # builds nothing
     path = tmp_path / "requirements-converter.txt"
     path.write_text(f"# why\nllama-cpp-python==1.0 --hash=sha256:{'a' * 64}\n")
     return path
@@ -83,6 +96,38 @@ def test_what_an_earlier_version_left_out_is_unpacked(tmp_path, package, require
     assert install_converter.install(tmp_path / "llama", requirement)
     assert (tmp_path / "llama/src/llama-vocab.cpp").exists()
     assert len(downloads) == 2
+
+
+def test_the_engine_is_built_of_its_sources_once_there_is_a_compiler(
+    tmp_path, package, requirement, monkeypatch, caplog
+):
+    downloads = package(FILES)
+    target = tmp_path / "llama"
+    install_converter.install(target, requirement)
+    assert "is not asked about chat templates: false ends with exit code 1" in caplog.text
+    assert jinja_engine.find_engine(target) is None
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\nfor word; do echo "$word"; done > "$0.words"\nfor last; do :; done\ntouch "$last"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert not install_converter.install(target, requirement)
+    assert jinja_engine.find_engine(target) == target / "bin/render-template"
+    words = (tmp_path / "compiler.words").read_text().splitlines()
+    compiled = {str(jinja_engine.MAIN), *(f"{target}/common/{name}.cpp" for name in ("json", "unicode", "jinja/lexer"))}
+    assert {word for word in words if word.endswith(".cpp")} == compiled
+    assert len(downloads) == 1
+    compiler.unlink()
+    assert not install_converter.install(target, requirement)  # it is there
+
+
+def test_no_compiler_is_no_fault(tmp_path, package, requirement, monkeypatch, caplog):
+    package(FILES)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert install_converter.install(tmp_path / "llama", requirement)
+    assert "there is no C++ compiler (c++, g++, clang++)" in caplog.text
 
 
 def test_a_run_that_was_killed_is_taken_up(tmp_path, package, requirement):

@@ -166,6 +166,19 @@ def test_scores_of_calls_without_a_row_that_has_tools_are_said_or_refused(report
     assert texts_of(report, params) == []
 
 
+@pytest.mark.parametrize(("primary", "code"), [("exact_match", None), ("tool_calls", "calls-not-read")])
+def test_scores_of_calls_that_cannot_be_read_are_said_or_refused(report_on, primary, code):
+    report = {**report_on(["on"]), "unread_calls": True}
+    for split in report["splits"]:
+        if "references" in split:
+            split["references"]["tool_rows"] = 1
+    params = scoring(metrics=["exact_match", "tool_calls"], primary_metric=primary, gates=None)
+    [(found, text, remedy)] = texts_of(report, params)
+    assert found == code
+    assert "every answer would count as one without calls" in text
+    assert "chatml-tools" in remedy
+
+
 # Where it is said.
 
 

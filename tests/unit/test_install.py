@@ -349,8 +349,8 @@ def test_what_is_set_up_is_recognized_and_two_setups_take_turns(tmp_path):
     (root / ".venv/bin/python").symlink_to(sys.executable)
     files = install.hash_files(root / "pyproject.toml", root / "requirements.lock", root / install.MODELS)
     (root / ".venv/.ready").write_text(f'{{"files": "{files}", "extras": ["dev"], "cmake_args": ""}}')
-    (root / ".llama.cpp/src").mkdir(parents=True)
-    (root / ".llama.cpp/src/llama-vocab.cpp").touch()
+    (root / ".llama.cpp/common/jinja").mkdir(parents=True)
+    (root / ".llama.cpp/common/jinja/runtime.cpp").touch()
     pin = (root / "requirements-converter.txt").read_text().splitlines()[-1]
     (root / ".llama.cpp/.pinned").write_text(pin)
     done = run(root)
@@ -368,10 +368,10 @@ def test_what_is_set_up_is_recognized_and_two_setups_take_turns(tmp_path):
 
 def test_a_converter_of_an_earlier_version_is_not_current(tmp_path):
     root = checkout(tmp_path)
-    (root / ".llama.cpp/src").mkdir(parents=True)
+    (root / ".llama.cpp/common/jinja").mkdir(parents=True)
     (root / ".llama.cpp/.pinned").write_text((root / "requirements-converter.txt").read_text().splitlines()[-1])
     assert not install.is_converter_current(root)
-    (root / ".llama.cpp/src/llama-vocab.cpp").touch()
+    (root / ".llama.cpp/common/jinja/runtime.cpp").touch()
     assert install.is_converter_current(root)
 
 

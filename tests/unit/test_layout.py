@@ -25,7 +25,7 @@ FLOORS = [
     {"sources", "provenance", "inference"},
     {"evaluation"},
     {"training", "classify", "experiments", "reports"},
-    {"estimate", "fit_batch", "present_datasets", "stage", "out_of_memory"},
+    {"estimate", "fit_batch", "present_datasets", "stage", "out_of_memory", "disk_space"},
     {
         "doctor",
         "doctor_checks",
@@ -53,6 +53,8 @@ NEIGHBOURS = {
     ("experiments", "classify"),
     ("out_of_memory", "estimate"),
     ("fit_batch", "estimate"),
+    ("disk_space", "estimate"),
+    ("stage", "disk_space"),
     ("doctor", "doctor_checks"),
     ("doctor", "doctor_device"),
     ("doctor", "doctor_generation"),

@@ -1,16 +1,19 @@
 """Tools and thoughts through the chat templates of real models: what is rendered, what is learnt, what is read back.
 
-Most templates are those that TRL ships; `tests/templates` has small copies of others.
+Most templates are those that TRL and llama.cpp ship; `tests/templates` has small copies of others.
 """
 
 import itertools
 from pathlib import Path
 from typing import Any
 
+import jinja2.sandbox
 import pytest
 import trl
 from refusals import refused
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from lathe.common import paths
 from lathe.models.answer_split import find_answer_prefix, split_answer
 from lathe.models.answer_syntax import find_call_syntax, find_thought_syntax, list_calls
 from lathe.models.chat_template import ChatTemplate
@@ -18,13 +21,31 @@ from lathe.models.loss_mask import encode
 from lathe.models.template_options import set_options
 from lathe.models.template_text import TemplateError
 
-FOLDERS = (Path(trl.__file__).parent / "chat_templates", Path(__file__).parents[1] / "templates")
-WRITES_TOOLS = ("qwen3", "qwen2_5", "llama3_1", "llama3_2", "gptoss", "glm4moe", "qwen3_6", "mistral-tools", "smollm3")
+FOLDERS = (
+    Path(trl.__file__).parent / "chat_templates",
+    Path(__file__).parents[1] / "templates",
+    paths.LLAMA_CPP / "models/templates",
+)
+GEMMA_4, COMMAND_R7B = "google-gemma-4-31B-it", "CohereForAI-c4ai-command-r7b-12-2024-tool_use"
+KIMI_K2 = "moonshotai-Kimi-K2"
+WRITES_TOOLS = (
+    *("qwen3", "qwen2_5", "llama3_1", "llama3_2", "gptoss", "glm4moe", "qwen3_6", "mistral-tools", "smollm3"),
+    *("gemma4", GEMMA_4, KIMI_K2, COMMAND_R7B, "lfm2_v2"),
+    *("deepseek-ai-DeepSeek-V3.2", "deepseek-ai-DeepSeek-V4"),
+)
+CALLS_ALONE = ("Kimi-K3", "MiniMax-M2", "Qwen3-Coder", "ibm-granite-granite-4.0")
 WITHOUT_TOOLS = ("gemma3", "smollm2", "phi-4", "phi3_5", "deepseek_r1_distill", "deepseekv3", "qwen3-thinking")
 ALL = (*WRITES_TOOLS, *WITHOUT_TOOLS)
 ONE_CALL = {"llama3_1", "llama3_2", "gptoss"}  # a turn of these has one call
 # These write no text beside calls.
-NO_TEXT_BESIDE_CALLS = {"llama3_1", "llama3_2", "mistral-tools"}
+NO_TEXT_BESIDE_CALLS = {"llama3_1", "llama3_2", "mistral-tools", COMMAND_R7B}
+# Their generation prompt has an empty thought, unless they are told otherwise.
+WITHOUT_THOUGHTS = {GEMMA_4, COMMAND_R7B, "deepseek-ai-DeepSeek-V3.2"}
+END_TOKENS = {
+    COMMAND_R7B: "<|END_OF_TURN_TOKEN|>",
+    KIMI_K2: "<|im_end|>",
+    **{f"deepseek-ai-DeepSeek-{name}": "<｜end▁of▁sentence｜>" for name in ("V3.2", "V4")},
+}
 OPENS_THOUGHT = {"deepseek_r1_distill", "deepseekv3", "qwen3-thinking", "qwen3_6"}
 
 MARKERS = (
@@ -50,6 +71,7 @@ MARKERS = (
         "[/INST]",
     ),
     *("<｜end▁of▁sentence｜>", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    *("<turn|>", "<|tool_response>", "<|END_RESPONSE|>", "<|END_OF_TURN_TOKEN|>"),
 )
 
 
@@ -110,7 +132,7 @@ def read(name: str) -> str:
 
 
 def make_template(name: str, **options: Any) -> ChatTemplate:
-    return ChatTemplate(set_options(read(name), options), "<s>", "</s>", adds_bos=False)
+    return ChatTemplate(set_options(read(name), options), "<s>", END_TOKENS.get(name, "</s>"), adds_bos=False)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +156,8 @@ def is_refused(name: str, form: str) -> bool:
     if has_tools and name in WITHOUT_TOOLS:
         return True
     last = messages[-1]
+    if form.startswith("thought") and name in WITHOUT_THOUGHTS:
+        return True
     if last.get("tool_calls") and last["content"] and name in NO_TEXT_BESIDE_CALLS:
         return True
     if last.get("tool_calls") and last.get("reasoning_content") and name in NO_TEXT_BESIDE_CALLS:
@@ -148,7 +172,7 @@ CASES = [(name, form) for name, form in itertools.product(ALL, FORMS)]
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_the_learnt_part_is_the_answer_as_rendered_and_nothing_else(tokenizer, name, form):
     messages, has_tools = FORMS[form]
-    tokenizer.chat_template = read(name)
+    tokenizer.chat_template, tokenizer.eos_token = read(name), END_TOKENS.get(name, "</s>")
     tools = TOOLS if has_tools else None
     if is_refused(name, form):
         with pytest.raises(TemplateError):
@@ -162,8 +186,8 @@ def test_the_learnt_part_is_the_answer_as_rendered_and_nothing_else(tokenizer, n
     assert tokenizer.decode(row.input_ids[:start]) == prompt
     learnt = tokenizer.decode(row.input_ids[start:])
     assert learnt.startswith(written)
-    end = learnt.removeprefix(written).strip()
-    assert end in (*MARKERS, "</s>", "<|return|>", "<|call|>")
+    end = learnt.removeprefix(written).strip().removeprefix("<|END_RESPONSE|>")
+    assert end in (*MARKERS, "</s>")
     # Each part of the answer is learnt, and the parts of no other message.
     last = messages[-1]
     text = last["content"].rpartition("</think>")[2].strip()
@@ -225,7 +249,7 @@ def test_a_template_that_ignores_tools_is_known(name):
 
 READ_BACK = [
     (name, calls, text)
-    for name in WRITES_TOOLS
+    for name in (*WRITES_TOOLS, *CALLS_ALONE)
     for calls in ([WEATHER], [TIME], [WEATHER, TIME], [TIME, WEATHER])
     for text in ("", "Let me see.")
     if (len(calls) == 1 or name not in ONE_CALL) and not (text and name in NO_TEXT_BESIDE_CALLS)
@@ -264,6 +288,55 @@ def test_a_text_without_a_whole_call_has_none(name, text):
     assert syntax.read(text, TOOLS) == (text, [])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ('city:<|"|>a, b: {c}<|"|>,days:-3.5', {"city": "a, b: {c}", "days": -3.5}),
+        ('in:{deep:[1,<|"|>x<|"|>,{a:true}],<|"|>b<|"|>:None}', {"in": {"deep": [1, "x", {"a": True}], "b": None}}),
+        ("", {}),
+        ("city: 3 , days : []", {"city": 3, "days": []}),
+        ("city:", None),
+        ("city:1 days:2", None),
+        ("city:oslo", None),
+        ('city:<|"|>never ends', None),
+        ("{" * 5000, None),
+        ("a:" + "[" * 5000, None),
+    ],
+)
+def test_objects_with_bare_keys_are_read_or_are_a_text(arguments, expected):
+    syntax = find_call_syntax(make_template(GEMMA_4))
+    assert syntax
+    text = f"<|tool_call>call:get_time{{{arguments}}}<tool_call|>"
+    calls = [] if expected is None else [{"name": "get_time", "arguments": expected}]
+    assert syntax.read(text, TOOLS) == ("" if calls else text, calls)
+
+
+def test_a_text_after_the_calls_is_kept():
+    syntax = find_call_syntax(make_template(KIMI_K2))
+    assert syntax
+    one = "<|tool_call_begin|>functions.get_time:12<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    calls = f"<|tool_calls_section_begin|>{one * 2}<|tool_calls_section_end|>"
+    expected = [{"name": "get_time", "arguments": {}}] * 2
+    assert syntax.read(f"Before. {calls} After.") == ("Before.\nAfter.", expected)
+
+
+def test_a_form_of_calls_that_does_not_read_the_examples_back_is_none():
+    text = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.name }}({% for k, v in "
+        "c.function.arguments.items() %}{{ k }}={{ '\"' ~ v ~ '\"' }}{{ ', ' if not loop.last }}{% endfor %})"
+        "{% endfor %}{{ m.content }}</s>{% endfor %}"
+    )
+    assert find_call_syntax(ChatTemplate(text, "<s>", "</s>", adds_bos=False)) is None  # it escapes no quote
+
+
+def test_a_template_that_transformers_would_not_run_is_refused():
+    messages, _ = FORMS["call"]
+    with refused("template-forbidden", "'append' of 'list'"):
+        make_template("Kimi-K2-Instruct").render(messages, tools=TOOLS)
+    with pytest.raises(jinja2.sandbox.SecurityError):
+        render_jinja_template([messages], tools=TOOLS, chat_template=read("Kimi-K2-Instruct"))
+
+
 def test_white_space_between_markers_does_not_count_and_more_after_bare_json_does():
     qwen, llama = find_call_syntax(make_template("qwen3")), find_call_syntax(make_template("llama3_1"))
     assert qwen
@@ -277,7 +350,7 @@ def test_white_space_between_markers_does_not_count_and_more_after_bare_json_doe
     assert llama.read(f"{bare} is what I would call").calls == []
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name not in WITHOUT_THOUGHTS])
 def test_what_is_said_after_a_thought_is_found(name):
     template = make_template(name)
     syntax = find_thought_syntax(template)

@@ -321,8 +321,8 @@ def test_a_tokenizer_without_template_or_end_token_is_refused(byte_bpe):
         (
             "{{ ''.__class__.__mro__ }}",
             [{"role": "user", "content": "y"}],
-            "template-refuses",
-            ["[user]", "access to attribute '__class__' of 'str' object is unsafe"],
+            "template-forbidden",
+            ["transformers forbids", "access to attribute '__class__' of 'str' object is unsafe"],
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from typing import Any
 
 import pytest
@@ -275,6 +276,17 @@ def test_tools_reach_the_processed_rows_and_the_tokens(tmp_path):
 def test_a_template_that_ignores_tools_is_refused_before_anything_is_written(tmp_path):
     with refused("template-ignores-tools", "train.jsonl:1: the row has tools", "template: chatml-tools"):
         prepare_rows(tmp_path, make_rows(), byte_chat().chat_template)
+
+
+def test_the_report_says_that_calls_cannot_be_read_from_what_a_template_writes(tmp_path):
+    plain = read_template("chatml-tools")
+    assert "unread_calls" not in prepare_rows(tmp_path, make_rows(), plain).report
+    written = "{'name': call.function.name, 'arguments': call.function.arguments} | tojson"
+    sentence = "call.function.name + ' with ' + (call.function.arguments.items() | map('join', ' is ') | join(' and '))"
+    unread = plain.replace(written, sentence)
+    shutil.rmtree(tmp_path / "raw")
+    shutil.rmtree(tmp_path / "out")
+    assert prepare_rows(tmp_path, make_rows(), unread).report["unread_calls"] is True
 
 
 def test_rows_that_differ_in_tools_or_thoughts_are_no_duplicates(tmp_path):

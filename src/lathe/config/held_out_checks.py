@@ -50,7 +50,7 @@ def find_misfits(report: Mapping[str, Any], params: Params) -> Iterator[Misfit]:
     yield from _check_context(splits, params.generate)
     yield from _check_truncation(splits, params)
     yield from _check_metric(splits, params.evaluate)
-    yield from _check_tools(splits, params.evaluate)
+    yield from _check_tools(report, splits, params.evaluate)
 
 
 def _check_method(report: Mapping[str, Any], params: Params) -> Iterator[Misfit]:
@@ -167,9 +167,17 @@ def _check_metric(splits: Mapping[str, Any], evaluate: Evaluate) -> Iterator[Mis
     )
 
 
-def _check_tools(splits: Mapping[str, Any], evaluate: Evaluate) -> Iterator[Misfit]:
-    """Look for scores of calls where no row has tools: they would be null."""
+def _check_tools(report: Mapping[str, Any], splits: Mapping[str, Any], evaluate: Evaluate) -> Iterator[Misfit]:
+    """Look for scores of calls where no row has tools, which would be null, or where no call can be read."""
     listed = [metric for metric in evaluate.metrics if metric.startswith("tool_calls")]
+    if listed and report.get("unread_calls"):
+        yield Misfit(
+            f"evaluate.metrics lists {' and '.join(listed)}, and calls cannot be read from what the model's chat "
+            "template writes: every answer would count as one without calls",
+            "take them off the list, or choose a model or a template whose calls are read (template: chatml-tools in "
+            "the model's preset)",
+            "calls-not-read" if evaluate.primary_metric in listed else None,
+        )
     if not listed or any(split["references"].get("tool_rows") for split in splits.values()):
         return
     yield Misfit(

@@ -76,6 +76,7 @@ def prepare(
     """
     from lathe.data.report import Account
     from lathe.data.tokenization import TokenizationRules
+    from lathe.models.answer_syntax import find_call_syntax
     from lathe.models.chat_template import ChatTemplate
     from lathe.models.special_tokens import compile_control_tokens
     from lathe.models.unicode_form import UnicodeRule, find_unicode_form
@@ -108,6 +109,8 @@ def prepare(
         with stored.open_reader() as reader:
             account.check_splits(reader)
             report = account.make_report(reader)
+        if any(split.get("references", {}).get("tool_rows") for split in report["splits"]):
+            report |= {} if find_call_syntax(template) else {"unread_calls": True}
     except InputError as error:
         with stored.open_reader() as reader:
             known = account.make_partial_report(reader)

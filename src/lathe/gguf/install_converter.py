@@ -1,11 +1,13 @@
-"""Installation of llama.cpp's own converter: `python -m lathe.gguf.install_converter`.
+"""Installation of llama.cpp's own converter, and of its Jinja engine: `python -m lathe.gguf.install_converter`.
 
 The source package of llama-cpp-python contains the llama.cpp that the installed library was built from. pip downloads
 it and checks its hash; the converter's files are unpacked into `.llama.cpp`, which Git ignores. A folder that already
-has the pinned version is not changed.
+has the pinned version is not changed. The engine is built there if there is a C++ compiler; without it, it is not asked
+about templates.
 """
 
 import importlib.metadata
+import logging
 import re
 import shutil
 import subprocess
@@ -17,6 +19,9 @@ from typing import Literal
 
 from lathe.common import entry_point, paths
 from lathe.common.errors import InputError
+from lathe.gguf import jinja_engine
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = "llama-cpp-python"
 REQUIREMENT = paths.ROOT / "requirements-converter.txt"
@@ -50,7 +55,8 @@ def install(target: Path, requirement: Path) -> bool:
     installed llama-cpp-python is of another version, if pip cannot download the package, or if its hash
     differs.
     """
-    if is_installed(target, requirement):
+    if is_installed(target, requirement) and all((target / name).exists() for name in jinja_engine.SOURCES):
+        _build_engine(target)
         return False
     with paths.replace_folder(target) as folder:
         # Inside the folder that is written, so that the next run removes it if this one is killed.
@@ -58,7 +64,13 @@ def install(target: Path, requirement: Path) -> bool:
         _unpack(_download(requirement, download), folder)
         shutil.rmtree(download)
         (folder / PIN_FILE).write_text(_read_pin(requirement), encoding="utf-8")
+    _build_engine(target)
     return True
+
+
+def _build_engine(target: Path) -> None:
+    if not jinja_engine.find_engine(target) and (reason := jinja_engine.build_engine(target)):
+        logger.warning("%s: no Jinja engine, so that it is not asked about chat templates: %s", target, reason)
 
 
 def find_converter(root: Path, llama_cpp_dir: str | None) -> tuple[Path, State]:
@@ -149,7 +161,8 @@ def _select_files(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, P
         parts = PurePosixPath(member.name).parts
         if not member.isfile() or parts[1:3] != ("vendor", "llama.cpp") or not parts[3:]:
             continue
-        if parts[3] in UNPACKED or "/".join(parts[3:]) in UNPACKED:
+        path = PurePosixPath(*parts[3:])
+        if any(path.is_relative_to(name) for name in (*UNPACKED, *jinja_engine.SOURCES)):
             if ".." in parts:
                 raise InputError(
                     f"the source package holds the path {member.name!r}, which leads out; do not use it",

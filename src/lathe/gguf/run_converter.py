@@ -23,6 +23,7 @@ def main() -> None:
     sys.path[:0] = [folder, str(Path(folder) / "gguf-py")]
     _add_metadata(json.loads(metadata))
     _refuse_remote_code()
+    _name_layers_as_the_converter_does()
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 
@@ -55,6 +56,21 @@ def _refuse_remote_code() -> None:
         return load(*arguments, **{**options, "trust_remote_code": False})
 
     AutoTokenizer.from_pretrained = load_without_remote_code
+
+
+def _name_layers_as_the_converter_does() -> None:
+    # transformers 5 saves other names for the types of layers than it did; the converter looks for those of before, and
+    # would take every layer of Granite 4 H for one of a state space.
+    from conversion.granite import GraniteHybridModel
+
+    find = GraniteHybridModel.get_attn_layers
+
+    def find_by_either_name(self: Any) -> Any:
+        if kinds := self.hparams.get("layer_types"):
+            self.hparams["layer_types"] = ["attention" if kind == "full_attention" else kind for kind in kinds]
+        return find(self)
+
+    GraniteHybridModel.get_attn_layers = find_by_either_name
 
 
 if __name__ == "__main__":

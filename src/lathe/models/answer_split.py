@@ -10,8 +10,11 @@ from lathe.models.document import is_document
 from lathe.models.message_form import ANSWER, QUESTION, THOUGHT, Conversation, Message, split_thought
 
 _OPENED_THOUGHT = re.compile(r"<think>(\s*)\Z")
-# A token at the very end, such as the <|call|> of gpt-oss.
-_LAST_MARKER = re.compile(r"\s*(<[|\uff5c][^<>\s]+[|\uff5c]>|</s>)\s*\Z")
+# An empty thought at the end of a generation prompt, such as Gemma 4's <|channel>thought\n<channel|>.
+_THOUGHT_MARKER = r"<[^<>\s]*(?:think|channel)[^<>\s]*>"
+_EMPTY_THOUGHT = re.compile(rf"{_THOUGHT_MARKER}\w*\s*{_THOUGHT_MARKER}\s*\Z", re.IGNORECASE)
+# A token at the very end, such as the <|call|> of gpt-oss and the <|tool_response> of Gemma 4.
+_LAST_MARKER = re.compile(r"\s*(<[|\uff5c][^<>\s]+>|</s>)\s*\Z")
 
 
 class SplitAnswer(NamedTuple):
@@ -26,9 +29,9 @@ def split_answer(template: ChatTemplate, messages: Conversation, tools: Tools | 
     """Split the rendered conversation at its last message, which is the answer.
 
     The prompt is the one of inference. The three texts make up `render(messages)`, except for a template that
-    writes earlier messages differently once there is an answer, or opens the thought in its generation prompt and
-    writes none. What follows the answer begins with the end token, possibly after white space. Raises TemplateError
-    if the answer is not written right after the prompt, or not as it is.
+    writes earlier messages differently once there is an answer, or has a thought in its generation prompt, opened or
+    empty, that it does not write before an answer. What follows the answer begins with the end token, possibly after
+    white space. Raises TemplateError if the answer is not written right after the prompt, or not as it is.
     """
     if is_document(messages):
         return SplitAnswer("", template.render(messages), template.eos_token)
@@ -40,6 +43,10 @@ def split_answer(template: ChatTemplate, messages: Conversation, tools: Tools | 
     written = text[len(prompt) :] if text.startswith(prompt) else None
     if (opened := _OPENED_THOUGHT.search(prompt)) and (written is None or thought not in written):
         written = _close_thought(thought, text, prompt, opened) or written
+    if written is None and not thought and (empty := _EMPTY_THOUGHT.search(prompt)):
+        # Inference begins after the empty thought, so that is where the answer is learnt.
+        before = prompt[: empty.start()]
+        written = text[len(before) :] if text.startswith(before) else None
     if written is None:
         # Mistral Nemo's writes the system message only where a request comes last: then the answer is written as
         # after that request alone.
@@ -61,6 +68,12 @@ def split_answer(template: ChatTemplate, messages: Conversation, tools: Tools | 
                 code="thought-not-written",
             )
         start = written.index(thought) + len(thought)
+        if any(call["function"]["name"] not in written[start:] for call in last.get("tool_calls") or []):
+            raise TemplateError(
+                f"the chat template writes the thought {_shorten(thought)} ({THOUGHT}) after the calls; use one that "
+                "writes it before them, or leave the thoughts out of the rows",
+                code="thought-after-calls",
+            )
     if answer not in written[start:]:
         raise TemplateError(
             f"the chat template does not write the answer {_shorten(answer)} as it is; use one that does",
@@ -104,6 +117,8 @@ def _find_end_of_calls(template: ChatTemplate, messages: Conversation, written: 
     rest = split_answer(template, with_text, tools).rest
     if written.endswith(rest):
         return len(written.removesuffix(rest).rstrip())
+    if template.eos_token and template.eos_token in written:
+        return len(written.partition(template.eos_token)[0].rstrip())
     if not (end := _LAST_MARKER.search(written)):
         raise TemplateError(
             "the chat template ends a tool call in another way than a text; use one that does not",

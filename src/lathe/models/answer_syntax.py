@@ -2,7 +2,8 @@
 
 Nothing is known of any template: examples are rendered with it, and what stands around their parts are the markers. So
 it works for JSON between markers (Qwen, Hermes), bare JSON (Llama), a list (Mistral), a name before its arguments
-(DeepSeek, gpt-oss), an element per argument (Qwen3-Coder, GLM) and calls as in Python (LFM2).
+(DeepSeek, gpt-oss, Kimi K2), an element per argument (Qwen3-Coder, GLM), calls as in Python (LFM2) and objects whose
+keys are bare (Gemma 4). A form that does not read the examples back is none.
 """
 
 import ast
@@ -23,8 +24,18 @@ Call = dict[str, Any]
 
 _FIRST, _SECOND = "first_function", "second_function"
 _ARGUMENTS = {"first_key": "first value", "second_key": "other value"}
+_EXAMPLES: list[Call] = [{"name": name, "arguments": _ARGUMENTS} for name in (_FIRST, _SECOND)]
+# Values that are hard to read back.
+_PROBES: list[Call] = [
+    {"name": _FIRST, "arguments": {"first_key": 'a "b" {c}, [d]', "second_key": "7"}},
+    {"name": _SECOND, "arguments": {"first_key": "first value", "count": 7, "is_set": True}},
+]
 _EXAMPLE_ID = re.compile(r"call_[12]|call0000[12]")
+_COUNTER = re.compile(r"\d+")  # such as that of Kimi K2's functions.NAME:0
+_ATTRIBUTE = re.compile(r'="\w+"')
 _NAME = re.compile(r"[^\s<>{}()\[\]\"'=,:|]+")
+_BARE_VALUE = re.compile(r"[\w.+-]+")
+_NAMED_VALUES = {"True": True, "False": False, "None": None}  # as Python writes them
 _DECODER = json.JSONDecoder()
 
 
@@ -63,11 +74,13 @@ class CallSyntax:
         `tools` say which arguments are text, where the template writes all values alike.
         """
         for found in _compile(self.opening, anchored=not self.opening.strip()).finditer(text):
-            if calls := self._read_calls(text, found.end(), tools or []):
-                return Answer(text[: found.start()].strip(), calls)
+            calls, rest = self._read_calls(text, found.end(), tools or [])
+            if calls:
+                return Answer("\n".join(filter(None, (text[: found.start()].strip(), rest))), calls)
         return Answer(text, [])
 
-    def _read_calls(self, text: str, start: int, tools: Tools) -> list[Call]:
+    def _read_calls(self, text: str, start: int, tools: Tools) -> tuple[list[Call], str]:
+        """Return the calls, and the text after them."""
         calls: list[Call] = []
         while unit := self.unit.read(text, start, tools):
             calls.append({"name": unit.name, "arguments": unit.arguments})
@@ -78,9 +91,9 @@ class CallSyntax:
             end = _compile(self.closing).match(text, unit.end)
             rest = text[end.end() if end else unit.end :].strip()
             if rest and (not end or not self.closing.strip()):
-                return []  # JSON with more behind it is a text
-            return calls
-        return []
+                return [], ""  # JSON with more behind it is a text
+            return calls, rest
+        return [], ""
 
 
 @dataclass(frozen=True)
@@ -102,8 +115,8 @@ class ThoughtSyntax:
 @lru_cache
 def find_call_syntax(template: ChatTemplate) -> CallSyntax | None:
     """Return how the template writes calls; None if it writes none that can be told."""
-    one, two = _render_calls(template, 1), _render_calls(template, 2)
-    for kind in (_JsonUnit, _NamedUnit, _PythonUnit, _ElementUnit):
+    one, two = (_render_calls(template, _EXAMPLES[:count]) for count in (1, 2))
+    for kind in (_JsonUnit, _NamedUnit, _PythonUnit, _ElementUnit, _BareKeyUnit):
         found = one and kind.find(one, 0, _FIRST)
         if not found or not one:
             continue
@@ -112,9 +125,15 @@ def find_call_syntax(template: ChatTemplate) -> CallSyntax | None:
         if two and (first := kind.find(two, 0, _FIRST)) and (second := kind.find(two, first[2], _SECOND)):
             between = two[first[2] : second[1]]
         syntax = CallSyntax(unit, one[:start], between, one[end:])
-        if syntax.read(one).calls:
+        if all(_is_read_back(syntax, template, calls) for calls in (_EXAMPLES[:1], _EXAMPLES, _PROBES[:1], _PROBES)):
             return syntax
     return None
+
+
+def _is_read_back(syntax: CallSyntax, template: ChatTemplate, calls: list[Call]) -> bool:
+    """Return whether calls are read as they are written; also where the template does not write as many."""
+    written = _render_calls(template, calls)
+    return written is None or syntax.read(written, _TOOLS).calls == calls
 
 
 @lru_cache
@@ -132,7 +151,7 @@ def find_thought_syntax(template: ChatTemplate) -> ThoughtSyntax:
 def render_markers(template: ChatTemplate) -> str:
     """Return a text with every marker that the template may write in an answer."""
     thought = find_thought_syntax(template)
-    calls = [_render_calls(template, count) or "" for count in (1, 2)]
+    calls = [_render_calls(template, _EXAMPLES[:count]) or "" for count in (1, 2)]
     return "\n".join([thought.opening, thought.closing, *calls, find_answer_prefix(template)])
 
 
@@ -144,26 +163,34 @@ def list_calls(message: Mapping[str, Any]) -> list[Call]:
     ]
 
 
-def _render_calls(template: ChatTemplate, count: int) -> str | None:
-    calls = [make_call(name, _ARGUMENTS, number) for number, name in enumerate((_FIRST, _SECOND)[:count], start=1)]
-    tools = [_make_tool(_FIRST), _make_tool(_SECOND)] if template.writes_tools else None
-    message = {"role": "assistant", "content": "", "tool_calls": calls}
+def _render_calls(template: ChatTemplate, calls: list[Call]) -> str | None:
+    written = [make_call(call["name"], call["arguments"], number) for number, call in enumerate(calls, start=1)]
+    tools = _TOOLS if template.writes_tools else None
+    message = {"role": "assistant", "content": "", "tool_calls": written}
     try:
         return split_answer(template, [QUESTION, message], tools).answer.removeprefix(find_answer_prefix(template))
     except TemplateError:
         return None
 
 
-def _make_tool(name: str) -> dict[str, Any]:
-    properties = {key: {"type": "string", "description": "What it is."} for key in _ARGUMENTS}
+def _make_tool(name: str, **types: str) -> dict[str, Any]:
+    properties = {key: {"type": kind, "description": "What it is."} for key, kind in types.items()}
     parameters = {"type": "object", "properties": properties, "required": list(properties)}
     return {"type": "function", "function": {**EXAMPLE_TOOL["function"], "name": name, "parameters": parameters}}
+
+
+_TOOLS = [
+    _make_tool(_FIRST, first_key="string", second_key="string"),
+    _make_tool(_SECOND, first_key="string", second_key="string", count="integer", is_set="boolean"),
+]
 
 
 @lru_cache
 def _compile(marker: str, *, anchored: bool = False) -> re.Pattern[str]:
     r"""Return a pattern of a marker, whatever its white space; `anchored` at the beginning of the text."""
-    pattern = r"\s*".join(_EXAMPLE_ID.sub(r"[\\w:.-]+", re.escape(part)) for part in marker.split())
+    parts = (_EXAMPLE_ID.split(part) for part in marker.split())
+    escaped = (r"[\w:.-]+".join(_COUNTER.sub(r"\\d+", re.escape(text)) for text in part) for part in parts)
+    pattern = r"\s*".join(_ATTRIBUTE.sub('="[^"<>]*"', part) for part in escaped)
     return re.compile((r"\A" if anchored else "") + rf"\s*{pattern}\s*")
 
 
@@ -310,6 +337,73 @@ class _ElementUnit:
         return _Read(name[0], arguments, end)
 
 
+@dataclass(frozen=True)
+class _BareKeyUnit:
+    """A name and an object whose keys are bare, and whose texts stand between quotes of its own."""
+
+    quote: str
+
+    @classmethod
+    def find(cls, text: str, start: int, name: str) -> tuple[Self, int, int] | None:
+        pairs = [rf"{key}:([^\s,:]+){value}\{number}" for number, (key, value) in enumerate(_ARGUMENTS.items(), 1)]
+        found = re.compile(rf"{name}\{{{','.join(pairs)}\}}").search(text, start)
+        return (cls(found[1]), found.start(), found.end()) if found else None
+
+    def read(self, text: str, start: int, tools: Tools) -> _Read | None:
+        if not (name := _NAME.match(text, start)):
+            return None
+        try:
+            arguments, end = self._read_value(text, _skip_space(text, name.end()))
+        except (ValueError, IndexError, RecursionError):
+            return None
+        return _Read(name[0], arguments, end) if isinstance(arguments, dict) else None
+
+    def _read_value(self, text: str, at: int) -> tuple[Any, int]:
+        """Return the value at a place and its end; raises ValueError or IndexError where there is none."""
+        if text[at] in "{[":
+            return self._read_parts(text, at)
+        if text.startswith(self.quote, at):
+            start = at + len(self.quote)
+            end = text.index(self.quote, start)
+            return text[start:end], end + len(self.quote)
+        value = _BARE_VALUE.match(text, at)
+        if value is None:
+            raise ValueError
+        return _NAMED_VALUES[value[0]] if value[0] in _NAMED_VALUES else json.loads(value[0]), value.end()
+
+    def _read_parts(self, text: str, at: int) -> tuple[Any, int]:
+        """Return an object or a list."""
+        closing = "}" if text[at] == "{" else "]"
+        keys, values = list[Any](), list[Any]()
+        at = _skip_space(text, at + 1)
+        while text[at] != closing:
+            if values:
+                if text[at] != ",":
+                    raise ValueError
+                at = _skip_space(text, at + 1)
+            if closing == "}":
+                key, at = self._read_key(text, at)
+                keys.append(key)
+            value, at = self._read_value(text, _skip_space(text, at))
+            values.append(value)
+            at = _skip_space(text, at)
+        return (dict(zip(keys, values, strict=True)) if closing == "}" else values), at + 1
+
+    def _read_key(self, text: str, at: int) -> tuple[str, int]:
+        """Return a key and the place after its colon."""
+        colon = text.index(":", at + len(self.quote) if text.startswith(self.quote, at) else at)
+        key = text[at:colon].strip().removeprefix(self.quote).removesuffix(self.quote)
+        if not key or any(character in key for character in "{}[],"):
+            raise ValueError
+        return key, colon + 1
+
+
+def _skip_space(text: str, at: int) -> int:
+    while text[at].isspace():
+        at += 1
+    return at
+
+
 def _find_common_start(first: str, second: str) -> str:
     count = next(
         (at for at, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),
@@ -330,7 +424,7 @@ def _read_value(text: str, kind: Any) -> Any:
     """Return a value that is written as text: JSON, or as Python writes it, unless it is said to be text."""
     if kind == "string":
         return text
-    if text in ("True", "False", "None"):
-        return {"True": True, "False": False, "None": None}[text]
+    if text in _NAMED_VALUES:
+        return _NAMED_VALUES[text]
     decoded = _decode(text.strip(), 0)
     return decoded[0] if decoded and decoded[1] == len(text.strip()) else text

@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Self
 
 import jinja2
+import jinja2.sandbox
 
 from lathe.common import bounded_jinja
 from lathe.models.document import is_document
@@ -85,14 +86,7 @@ class ChatTemplate:
     def _render(
         self, messages: Conversation, *, add_generation_prompt: bool = False, tools: Tools | None = None
     ) -> str:
-        context = {
-            "messages": messages,
-            "tools": tools or None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            "bos_token": self.bos_token,
-            "eos_token": self.eos_token,
-        }
+        context = self._list_variables(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         try:
             template, variables = _compile(self.text)
             rendered = bounded_jinja.render(template, {**variables, **context})
@@ -104,6 +98,11 @@ class ChatTemplate:
             ) from None
         except bounded_jinja.TemplateLimitError as error:
             raise TemplateError(f"the chat template: {error}; use another", code="template-limit") from None
+        except jinja2.sandbox.SecurityError as error:
+            raise TemplateError(
+                f"the chat template does what transformers forbids: {_join_lines(error)}; use another",
+                code="template-forbidden",
+            ) from None
         except Exception as error:  # a template is a program: it may fail in any way
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise TemplateError(
@@ -111,6 +110,26 @@ class ChatTemplate:
                 code="template-refuses",
             ) from None
         return rendered
+
+    def list_variables(
+        self, messages: Conversation, *, add_generation_prompt: bool, tools: Tools | None
+    ) -> dict[str, Any]:
+        """Return what `render` gives the template of a conversation, by the names of its variables."""
+        if not all(map(_is_text_message, messages)):
+            messages = self.form.adapt(messages)
+        return self._list_variables(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+
+    def _list_variables(
+        self, messages: Conversation, *, add_generation_prompt: bool, tools: Tools | None
+    ) -> dict[str, Any]:
+        return {
+            "messages": messages,
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+        }
 
     @cached_property
     def form(self) -> MessageForm:

@@ -50,8 +50,9 @@ def encode(
     1. The prompt is `render(messages before the turn, add_generation_prompt=True)`, tokenized alone: exactly the ids
        that inference starts from, whatever would have merged across its end.
     2. Supervised is what the template writes after that prompt when the turn is the last one, up to and including the
-       first special token after the answer (`<|im_end|>`, `<|eot_id|>`, `</s>`), so that the model learns to stop. The
-       white space after it is not supervised. If the template marks no end, the tokenizer's EOS is appended.
+       first special token after the answer (`<|im_end|>`, `<|eot_id|>`, `</s>`), so that the model learns to stop; or
+       up to the EOS, if special tokens alone stand before it. The white space after it is not supervised. If the
+       template marks no end, the tokenizer's EOS is appended.
     3. The answer's ids are those it has after its prompt in one text, so that SentencePiece adds no space of its own;
        if the tokenizer would merge its first characters with the prompt's last ones, those it has after EOS.
     4. Turns share one sequence as long as the ids so far begin the next turn's prompt. If they do not (a template
@@ -143,8 +144,17 @@ class ConversationEncoder:
 
     def _render_turn(self, messages: Conversation, tools: Tools | None) -> "_Turn":
         prompt, answer, rest = split_answer(self.template, messages, tools)
-        end = self.control_tokens.search(rest)
-        return _Turn(prompt, answer + (rest[: end.end()] if end else rest.rstrip() + self.template.eos_token))
+        return _Turn(prompt, answer + self._find_end(rest))
+
+    def _find_end(self, rest: str) -> str:
+        """Return what ends a turn, of the text that the template writes after the answer."""
+        first = end = self.control_tokens.search(rest)
+        if not first:
+            return rest.rstrip() + self.template.eos_token
+        # Command R7B writes another marker before its end token.
+        while end and end[0] != self.template.eos_token:
+            end = self.control_tokens.match(rest, end.end())
+        return rest[: (end or first).end()]
 
     def _tokenize_turns(self, turns: "list[_Turn]") -> list[tuple[list[int], int]]:
         """Return the ids of each turn, prompt and answer, and how many of them are the prompt's."""

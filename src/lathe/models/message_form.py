@@ -7,7 +7,7 @@ arguments of a call as an object, "" as the content beside calls. Templates diff
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lathe.common.errors import InputError
@@ -30,9 +30,13 @@ ThoughtPlace = Literal["field", "parts", "inline"]
 
 @dataclass(frozen=True)
 class MessageForm:
-    """Where a template reads a thought (None: nowhere), and the form of calls that it writes."""
+    """Where a template reads a thought (None: nowhere), and the form of calls that it writes.
+
+    Some read a thought before calls in another place than one before a text (Gemma 4).
+    """
 
     thought: ThoughtPlace | None
+    thought_before_calls: ThoughtPlace | None
     splits_text: bool  # a <think> block in the text is written as a thought in its place is
     arguments_as_text: bool
     empty_content: str | None  # beside calls
@@ -49,25 +53,12 @@ class MessageForm:
         result = {key: value for key, value in message.items() if key not in THOUGHT_KEYS}
         thought, answer = split_thought(message)
         if thought and (any(message.get(key) for key in THOUGHT_KEYS) or not self.splits_text):
-            result |= self._place_thought(thought, answer, message["content"] or "")
+            place = self.thought_before_calls if message.get("tool_calls") else self.thought
+            result |= _place_thought(place, thought, answer, message["content"] or "")
         if calls := message.get("tool_calls"):
             result["tool_calls"] = [self._adapt_call(call) for call in calls]
             result["content"] = result.get("content") or self.empty_content
         return result
-
-    def _place_thought(self, thought: str, answer: str, content: str) -> dict[str, Any]:
-        match self.thought:
-            case "field":
-                return {"content": answer, **dict.fromkeys(THOUGHT_KEYS, thought)}
-            case "parts":
-                text = [{"type": "text", "text": answer}] if answer else []
-                return {"content": [{"type": "thinking", "thinking": thought}, *text]}
-            case "inline" if content == answer:
-                return {"content": INLINE_THOUGHT.format(thought=thought, answer=answer)}
-            case "inline":
-                return {"content": content}
-            case None:
-                return {"content": answer}
 
     def _adapt_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
         if not self.arguments_as_text:
@@ -77,7 +68,22 @@ class MessageForm:
         return {**call, "function": {**function, "arguments": text}}
 
 
-PLAIN_FORM = MessageForm("inline", True, False, "", False)
+PLAIN_FORM = MessageForm("inline", "inline", True, False, "", False)
+
+
+def _place_thought(place: ThoughtPlace | None, thought: str, answer: str, content: str) -> dict[str, Any]:
+    match place:
+        case "field":
+            return {"content": answer, **dict.fromkeys(THOUGHT_KEYS, thought)}
+        case "parts":
+            text = [{"type": "text", "text": answer}] if answer else []
+            return {"content": [{"type": "thinking", "thinking": thought}, *text]}
+        case "inline" if content == answer:
+            return {"content": INLINE_THOUGHT.format(thought=thought, answer=answer)}
+        case "inline":
+            return {"content": content}
+        case None:
+            return {"content": answer}
 
 
 def split_thought(message: Message) -> tuple[str, str]:
@@ -107,7 +113,7 @@ def find_form(render: Render) -> MessageForm:
     rendered = {
         place: text
         for place in places
-        if A_THOUGHT in (text := try_form(MessageForm(place, True, False, "", False), QUESTION, thoughtful))
+        if A_THOUGHT in (text := try_form(MessageForm(place, place, True, False, "", False), QUESTION, thoughtful))
         and ANSWER in text
         and not re.search(r"""['"]type['"]: ['"]thinking['"]""", text)  # the parts as Python or JSON writes them
     }
@@ -121,12 +127,22 @@ def find_form(render: Render) -> MessageForm:
         return "first_function" in text and "first value" in text and "{'" not in text
 
     forms = [
-        MessageForm(place, splits_text, as_text, content, short_ids)
+        MessageForm(place, place, splits_text, as_text, content, short_ids)
         for short_ids in (False, True)
         for as_text in (False, True)
         for content in ("", None)
     ]
-    return next(filter(writes_calls, forms), forms[0])
+    form = next(filter(writes_calls, forms), forms[0])
+    before_calls = (replace(form, thought_before_calls=other) for other in places)
+    thoughtful_call = {**EXAMPLE_CALL[-1], THOUGHT: A_THOUGHT}
+    return next(
+        (
+            other
+            for other in (form, *before_calls)
+            if A_THOUGHT in try_form(other, QUESTION, thoughtful_call).partition("first_function")[0]
+        ),
+        form,
+    )
 
 
 def make_call(name: str, arguments: Mapping[str, Any], number: int = 1) -> dict[str, Any]:

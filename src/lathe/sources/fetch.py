@@ -186,7 +186,11 @@ def _merge_adapter(source: Path, shown: str, adapter: str, folder: Path, origin:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".base.") as name:
         base = Path(name)
         _place_model(source, shown, base, origin)
-        merge(base, found, folder, dtype="auto", max_shard_size_bytes=MAX_SHARD_SIZE_BYTES)
+        try:
+            merge(base, found, folder, dtype="auto", max_shard_size_bytes=MAX_SHARD_SIZE_BYTES)
+        except InputError as error:
+            text = str(error).replace(str(base), shown).replace(str(found), adapter)
+            raise InputError(text, code=error.code) from None
 
 
 def _find_on_this_machine(

@@ -6,6 +6,7 @@ them, so that they take the update of a weight apart as they would the weight.
 """
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def _find_updates(model: Any, adapter: Weights, adapter_config: dict[str, Any]) 
     keys = LoraConfig.__dataclass_fields__
     config = LoraConfig(**{key: value for key, value in adapter_config.items() if key in keys})
     with torch.device("meta"):
-        injected = inject_adapter_in_model(config, model)
+        injected = inject_adapter_in_model(config, deepcopy(model))  # the model itself is still asked for its names
     found = []
     for name, module in injected.named_modules():
         if not isinstance(module, ParamWrapper):

@@ -10,17 +10,19 @@ replace the base's.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lathe.common.errors import InputError
 from lathe.models.merge.converted_changes import needs_conversion, read_converted_changes
 from lathe.models.merge.copy_files import copy_companion_files, write_merged_config
-from lathe.models.merge.plan import OUTPUT_DTYPES, plan_adapter_merge, plan_full_merge
+from lathe.models.merge.plan import OUTPUT_DTYPES, MergedTensor, plan_adapter_merge, plan_full_merge
 from lathe.models.merge.read_adapter import read_adapter_config, read_changes
 from lathe.models.merge.write_shards import MergeReport, divide_into_shards, write_shards
-from lathe.models.model_folder import open_adapter, open_model, read_config, read_untrained_names
+from lathe.models.model_folder import Weights, open_adapter, open_model, read_config, read_untrained_names
 
 
 def merge(base: Path, adapter: Path, out: Path, *, dtype: str, max_shard_size_bytes: int) -> MergeReport:
@@ -45,6 +47,32 @@ def merge(base: Path, adapter: Path, out: Path, *, dtype: str, max_shard_size_by
         )
     if max_shard_size_bytes < 1:
         raise InputError(f"max_shard_size_bytes {max_shard_size_bytes} must be at least 1", code="shard-size")
+    plan = plan_merge(base, adapter, dtype=dtype)
+    shards = divide_into_shards(plan.targets, plan.base, max_shard_size_bytes)
+    with _use_one_thread():
+        report = write_shards(shards, plan.base, plan.adapter, out)
+    if not report.tensors_changed:
+        what = "all its tensors are the base's" if plan.is_full else "all its deltas are zero"
+        raise InputError(f"{adapter}: merging it changes nothing, {what}: train first", code="merge-changes-nothing")
+
+    copy_companion_files(base, adapter, out)
+    write_merged_config(base / "config.json", plan.base_config, plan.targets, plan.base, out / "config.json")
+    return report
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge reads and writes; `is_full`: the trained weights are all of the model's, and no adapter."""
+
+    base: Weights
+    base_config: dict[str, Any]
+    adapter: Weights
+    is_full: bool
+    targets: list[MergedTensor]
+
+
+def plan_merge(base: Path, adapter: Path, *, dtype: str) -> MergePlan:
+    """Return what `merge` would write of the two folders; raises InputError where they do not belong together."""
     base_config = read_config(base)
     base_weights = open_model(base)
     left = read_untrained_names(adapter)
@@ -61,16 +89,7 @@ def merge(base: Path, adapter: Path, out: Path, *, dtype: str, max_shard_size_by
     else:
         adapter_weights = open_model(adapter)
         targets = plan_full_merge(base_weights, base_config, adapter_weights, left, dtype)
-    shards = divide_into_shards(targets, base_weights, max_shard_size_bytes)
-    with _use_one_thread():
-        report = write_shards(shards, base_weights, adapter_weights, out)
-    if not report.tensors_changed:
-        what = "all its deltas are zero" if left is None else "all its tensors are the base's"
-        raise InputError(f"{adapter}: merging it changes nothing, {what}: train first", code="merge-changes-nothing")
-
-    copy_companion_files(base, adapter, out)
-    write_merged_config(base / "config.json", base_config, targets, base_weights, out / "config.json")
-    return report
+    return MergePlan(base_weights, base_config, adapter_weights, left is not None, targets)
 
 
 @contextmanager
