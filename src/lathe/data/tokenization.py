@@ -360,7 +360,10 @@ def _count_document(sequence: Encoded, max_length: int) -> TokenLengths:
 
 def _count_last_answer(supervised: Sequence[bool]) -> int:
     """Return the number of supervised tokens at the end of a sequence."""
-    return next((index for index, flag in enumerate(reversed(supervised)) if not flag), len(supervised))
+    try:
+        return supervised[::-1].index(False)
+    except ValueError:
+        return len(supervised)
 
 
 def _describe_answer(example: Mapping[str, Any]) -> dict[str, int]:
