@@ -69,7 +69,10 @@ class Repository:
         """
         editor = YAML()
         tree = editor.load(self.root / "params.yaml")
-        for key, value in {"quantize.types": ["Q8_0"], "evaluate.metrics": ["exact_match"], **(changes or {})}.items():
+        always: dict[str, Any] = {"quantize.types": ["Q8_0"], "evaluate.metrics": ["exact_match"]}
+        if chosen is not None:
+            always["benchmark.tasks"] = ["choice"]
+        for key, value in {**always, **(changes or {})}.items():
             *sections, last = key.split(".")
             inner = tree
             for section in sections:

@@ -37,7 +37,8 @@ def test_one_module_alone_imports_the_packages_of_dvc():
 def test_one_module_alone_runs_git():
     for node, place in nodes(but="git.py"):
         if isinstance(node, ast.List | ast.Tuple) and node.elts and isinstance(node.elts[0], ast.Constant):
-            assert node.elts[0].value != "git", place
+            # The studio starts what a user types.
+            assert node.elts[0].value != "git" or "/studio/started_commands.py" in place, place
 
 
 @pytest.fixture

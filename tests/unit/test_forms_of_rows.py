@@ -228,7 +228,8 @@ def test_null_arguments_that_no_call_had_are_left_out_and_counted(tmp_path: Path
     file.write_text("".join(json.dumps(row) + "\n" for row in pyarrow.Table.from_pylist(rows).to_pylist()))
     assert '"minutes": null' in file.read_text()
     files = ExampleFiles(tmp_path, LocalDataset(source="local", path="x"), CONTROL)
-    calls = [example.value["messages"][1]["tool_calls"][0]["function"]["arguments"] for example in files]
+    values: list[Any] = [example.value for example in files]
+    calls = [value["messages"][1]["tool_calls"][0]["function"]["arguments"] for value in values]
     assert calls == [{"city": "Oslo", "at": {"hour": 3}}, {"minutes": 5}]
     assert files.unused == {"null arguments of calls": 2}
 
@@ -268,7 +269,8 @@ def test_maps_and_lists_of_fixed_length_in_arrow_are_objects_and_lists(tmp_path:
     table = pyarrow.table({"messages": pyarrow.array([[USER, asked]], pyarrow.list_(message, 2))})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     [example] = ExampleFiles(tmp_path, LocalDataset(source="local", path="x"), CONTROL)
-    assert example.value["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"city": "Oslo"}}
+    value: Any = example.value
+    assert value["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"city": "Oslo"}}
 
 
 def read(folder: Path, name: str, content: bytes, **keys: Any) -> tuple[list[Any], dict[str, Any]]:
