@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lathe.commands import choose_generation_sizes
+from lathe.commands.general import choose_generation_sizes
 from lathe.common import paths
 from lathe.common.jsonl import read_jsonl
 from lathe.config import training_params

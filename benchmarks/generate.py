@@ -35,7 +35,7 @@ from typing import Any
 
 import machine
 
-from lathe.commands import choose_generation_sizes
+from lathe.commands.general import choose_generation_sizes
 from lathe.common import paths
 from lathe.common.jsonl import iterate_jsonl, write_jsonl
 from lathe.config.load import load

@@ -29,7 +29,7 @@ import machine
 import numpy as np
 from numpy.typing import NDArray
 
-from lathe.commands import choose_generation_sizes
+from lathe.commands.general import choose_generation_sizes
 from lathe.common import paths
 from lathe.common.jsonl import read_jsonl
 from lathe.config.load import load

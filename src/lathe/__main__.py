@@ -37,7 +37,7 @@ def main() -> None:
             raise
         if words[:1] != ["doctor"]:
             sys.exit(f"error: {error}; run `make setup`; `python -m lathe doctor` tells what else is missing")
-        doctor = importlib.import_module("lathe.doctor")
+        doctor = importlib.import_module("lathe.doctor.doctor")
         load = lambda: importlib.import_module("lathe.config.load").load()  # noqa: E731 - fails where a package is missing
         sys.exit(doctor.run(load, as_json="--json" in words))
     cli.main()

@@ -1,4 +1,4 @@
-"""Command line of `lathe`: the parser, with a line of help per command; `commands.py` has what each does."""
+"""Command line of `lathe`: the parser, with a line of help per command; `commands/` has what each does."""
 
 import argparse
 import os
@@ -7,15 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lathe import (
-    __version__,
-    classifier_commands,
-    commands,
-    completion,
-    data_commands,
-    publish_commands,
-    remote_commands,
-)
+from lathe import __version__, completion
+from lathe.commands import classifier, data, general, publish, remote
 from lathe.common import entry_point, paths
 from lathe.config.base import SPLITS
 
@@ -107,7 +100,7 @@ def _add_setup_commands(table: Any) -> None:
     command.add_argument("--prompt", metavar="COLUMN", help="column with the prompt (default: by its name)")
     command.add_argument("--completion", metavar="COLUMN", help="column with the answer (default: by its name)")
     command.add_argument("--update", action="store_true", help="bring DIR, made by `lathe init`, to this Lathe's state")
-    command.set_defaults(run=commands.init_repository)
+    command.set_defaults(run=general.init_repository)
 
     command = table.add_parser("doctor", help="check machine, packages, memory, disk and remotes before a run")
     _add_overrides(command)
@@ -115,7 +108,7 @@ def _add_setup_commands(table: Any) -> None:
         "--recipe", metavar="NAME", help="with the overrides of experiments/NAME.yaml"
     ).complete = completion.RECIPES
     command.add_argument("--json", action="store_true", help="print the findings as JSON")
-    command.set_defaults(run=commands.run_doctor)
+    command.set_defaults(run=general.run_doctor)
 
     command = table.add_parser("completion", help="print a script that completes commands and options in a shell")
     command.add_argument("shell", choices=completion.SHELLS, help="for which shell")
@@ -129,16 +122,16 @@ def _add_configuration_commands(table: Any) -> None:
     )
     command.add_argument("--stage", metavar="NAME", help="only what this stage of dvc.yaml depends on")
     _add_overrides(command)
-    command.set_defaults(run=lambda args: commands.print_config(args.section, args.stage, args.overrides))
+    command.set_defaults(run=lambda args: general.print_config(args.section, args.stage, args.overrides))
 
     command = table.add_parser("check", help="check params.yaml and presets.yaml, and repair a truncated dvc.lock")
-    command.set_defaults(run=lambda args: commands.check_configuration())
+    command.set_defaults(run=lambda args: general.check_configuration())
 
     command = table.add_parser("schema", help="document every key of params.yaml: type, unit, range, meaning")
     command.add_argument(
-        "--json", choices=commands.SCHEMAS, metavar="FILE", help="a JSON Schema instead: params, presets or recipe"
+        "--json", choices=general.SCHEMAS, metavar="FILE", help="a JSON Schema instead: params, presets or recipe"
     )
-    command.set_defaults(run=lambda args: commands.print_schema(args.json))
+    command.set_defaults(run=lambda args: general.print_schema(args.json))
 
     command = table.add_parser(
         "data", help="say what a dataset's file holds and which rows would be dropped; exit 1 if any"
@@ -159,17 +152,17 @@ def _add_configuration_commands(table: Any) -> None:
     command.add_argument("--rows", type=int, default=3, metavar="N", help="how many, from the first (default: 3)")
     command.add_argument("--row", type=int, metavar="N", help="this one alone, by its line")
     command.add_argument("--ids", action="store_true", help="one token per line, after its id")
-    command.set_defaults(run=lambda args: commands.inspect_rows(args.split, args.rows, args.row, ids=args.ids))
+    command.set_defaults(run=lambda args: general.inspect_rows(args.split, args.rows, args.row, ids=args.ids))
 
 
 def _check_data(args: argparse.Namespace) -> None:
-    usable = data_commands.check_data(args.source, prompt=args.prompt, completion=args.completion, as_json=args.json)
+    usable = data.check_data(args.source, prompt=args.prompt, completion=args.completion, as_json=args.json)
     sys.exit(0 if usable else 1)
 
 
 def _add_experiment_commands(table: Any) -> None:
     command = table.add_parser("experiments", help="list the recipes, with the scores of those that have been run")
-    command.set_defaults(run=lambda args: commands.list_experiments())
+    command.set_defaults(run=lambda args: general.list_experiments())
 
     command = table.add_parser("recipe", help="write a recipe whose values fit a model, a dataset and memory")
     inner = command.add_subparsers(required=True, metavar="COMMAND")
@@ -180,7 +173,7 @@ def _add_experiment_commands(table: Any) -> None:
     command.add_argument("--gpu", metavar="SIZE", help="memory to fit into, such as 24GB (default: what is here)")
     command.add_argument("--method", choices=("sft", "dpo", "grpo"), default="sft", help="default: sft")
     command.add_argument("--force", action="store_true", help="write over a recipe of that name")
-    command.set_defaults(run=commands.create_recipe)
+    command.set_defaults(run=general.create_recipe)
 
     command = table.add_parser("run", help="run a recipe: `dvc exp run` with the overrides of experiments/NAME.yaml")
     command.add_argument("name", metavar="RECIPE", help="its name").complete = completion.RECIPES
@@ -193,27 +186,27 @@ def _add_experiment_commands(table: Any) -> None:
     command.add_argument("--force", action="store_true", help="in place of an experiment of that name")
     command.add_argument("--keep", action="store_true", help="with uncommitted values of params.yaml that it leaves")
     command.add_argument("--print-command", action="store_true", help="print the command of DVC, and run nothing")
-    command.set_defaults(run=commands.run_experiment)
+    command.set_defaults(run=general.run_experiment)
 
     command = table.add_parser("smoke", help="run every stage on a few rows, in a copy: does this configuration work?")
     command.add_argument(
         "recipe", nargs="?", metavar="RECIPE", help="its name (default: params.yaml as it is)"
     ).complete = completion.RECIPES
     _add_overrides(command)
-    command.set_defaults(run=commands.run_smoke)
+    command.set_defaults(run=general.run_smoke)
 
     command = table.add_parser("repro", help="run the pipeline: `dvc repro`, and no other command beside it")
     command.add_argument("targets", nargs="*", metavar="STAGE", help="up to this stage (default: all)")
-    command.set_defaults(run=lambda args: commands.run_pipeline(args.targets))
+    command.set_defaults(run=lambda args: general.run_pipeline(args.targets))
 
     command = table.add_parser("reset", help="bring params.yaml, metrics, dvc.lock and outputs back to the last commit")
     command.add_argument("--yes", action="store_true", help="without a question")
-    command.set_defaults(run=lambda args: commands.reset_workspace(yes=args.yes))
+    command.set_defaults(run=lambda args: general.reset_workspace(yes=args.yes))
 
     command = table.add_parser(
         "preflight", help="say what queued and temporary experiments would include, and what they would miss"
     )
-    command.set_defaults(run=lambda args: commands.run_preflight())
+    command.set_defaults(run=lambda args: general.run_preflight())
 
     command = table.add_parser("compare", help="compare experiments: changes, scores, cost, a conclusion")
     command.add_argument(
@@ -224,7 +217,7 @@ def _add_experiment_commands(table: Any) -> None:
         "--split", choices=("validation", "test"), default="validation", help="of which split (default: validation)"
     )
     command.add_argument("--json", action="store_true", help="print it as JSON")
-    command.set_defaults(run=commands.compare_experiments)
+    command.set_defaults(run=general.compare_experiments)
 
     command = table.add_parser("search", help="search for parameters: Optuna drives experiments of DVC")
     completion.add_search_file(command)
@@ -238,14 +231,14 @@ def _add_experiment_commands(table: Any) -> None:
         "--apply", nargs="?", const="", metavar="EXPERIMENT", help="put the best experiment into the workspace"
     )
     _add_overrides(command)
-    command.set_defaults(run=commands.run_search)
+    command.set_defaults(run=general.run_search)
 
 
 def _add_result_commands(table: Any) -> None:
     command = table.add_parser("results", help="list the runs: scores, gates, sizes, seconds, what was changed")
-    command.add_argument("--sort", choices=commands.RESULT_ORDERS, help="by this column (default: the newest first)")
+    command.add_argument("--sort", choices=general.RESULT_ORDERS, help="by this column (default: the newest first)")
     command.add_argument("--json", action="store_true", help="print them as JSON")
-    command.set_defaults(run=lambda args: commands.list_results(args.sort, as_json=args.json))
+    command.set_defaults(run=lambda args: general.list_results(args.sort, as_json=args.json))
 
     command = table.add_parser("metrics", help="print every score and measurement of one run")
     command.add_argument(
@@ -256,23 +249,23 @@ def _add_result_commands(table: Any) -> None:
     )
     command.add_argument("--summary", action="store_true", help="only the lines that a pipeline ends with")
     command.add_argument("--json", action="store_true", help="print the files of its metrics as JSON")
-    command.set_defaults(run=commands.show_metrics)
+    command.set_defaults(run=general.show_metrics)
 
     command = table.add_parser("gate", help="say which gates the validation scores pass; exit 1 if one fails")
-    command.set_defaults(run=lambda args: sys.exit(0 if commands.check_gates() else 1))
+    command.set_defaults(run=lambda args: sys.exit(0 if general.check_gates() else 1))
 
     command = table.add_parser("report", help="write one page with everything that the pipeline measured")
     command.add_argument(
         "--out", type=Path, metavar="FILE", help="where to (default: metrics/report/index.html)"
     ).complete = completion.FILE
-    command.set_defaults(run=lambda args: commands.write_report(args.out))
+    command.set_defaults(run=lambda args: general.write_report(args.out))
 
     command = table.add_parser("trace", help="say what a GGUF was made from, by which commit, and what has changed")
     command.add_argument(
         "gguf", type=Path, metavar="FILE", help="the file, whatever its name and folder"
     ).complete = completion.FILE
     command.add_argument("--json", action="store_true", help="print it as JSON")
-    command.set_defaults(run=lambda args: commands.trace_file(args.gguf, as_json=args.json))
+    command.set_defaults(run=lambda args: general.trace_file(args.gguf, as_json=args.json))
 
     command = table.add_parser("verify", help="compare every output with dvc.lock, or a release with its signature")
     command.add_argument(
@@ -285,13 +278,13 @@ def _add_result_commands(table: Any) -> None:
     command.add_argument(
         "--key", type=Path, metavar="FILE", help="public key of its publisher"
     ).complete = completion.FILE
-    command.set_defaults(run=publish_commands.verify_outputs)
+    command.set_defaults(run=publish.verify_outputs)
 
     command = table.add_parser("judge-agreement", help="say how far the judge agrees with marks that people gave")
     command.add_argument(
         "file", type=Path, metavar="FILE", help="CSV or JSONL with artifact, split, row and mark"
     ).complete = completion.FILE
-    command.set_defaults(run=publish_commands.compare_judge_with_people)
+    command.set_defaults(run=publish.compare_judge_with_people)
 
 
 def _add_model_commands(table: Any) -> None:
@@ -300,14 +293,14 @@ def _add_model_commands(table: Any) -> None:
     command.add_argument("--prompt", metavar="TEXT", help="answer this once and exit")
     command.add_argument("--system", metavar="TEXT", help="message of the system before the conversation")
     command.add_argument("--tools", type=Path, metavar="FILE", help="JSON file with definitions of functions to offer")
-    command.set_defaults(run=lambda args: commands.start_chat(args.gguf, args.prompt, args.system, args.tools))
+    command.set_defaults(run=lambda args: general.start_chat(args.gguf, args.prompt, args.system, args.tools))
 
     command = table.add_parser("serve", help="serve the GGUF with the best validation score, as OpenAI's API does")
     _add_gguf(command, "another file to serve")
     command.add_argument(
         "--port", type=int, default=8000, metavar="N", help="port on 127.0.0.1 (default: 8000; 0: any)"
     )
-    command.set_defaults(run=lambda args: commands.start_server(args.gguf, args.port))
+    command.set_defaults(run=lambda args: general.start_server(args.gguf, args.port))
 
     command = table.add_parser("studio", help="start, watch and compare experiments in a browser, or over HTTP")
     command.add_argument(
@@ -331,7 +324,7 @@ def _add_model_commands(table: Any) -> None:
     command.add_argument(
         "--out", type=Path, metavar="FILE", help="where the answers go (default: standard output)"
     ).complete = completion.FILE
-    command.set_defaults(run=lambda args: commands.answer_file(args.file, args.gguf, args.out))
+    command.set_defaults(run=lambda args: general.answer_file(args.file, args.gguf, args.out))
 
     command = table.add_parser("classify", help="name the labels of texts with the classifier of `make classify`")
     command.add_argument("texts", nargs="*", metavar="TEXT", help="a text")
@@ -344,7 +337,7 @@ def _add_model_commands(table: Any) -> None:
     command.add_argument(
         "--out", type=Path, metavar="FILE", help="where the labels go (default: standard output)"
     ).complete = completion.FILE
-    command.set_defaults(run=classifier_commands.classify)
+    command.set_defaults(run=classifier.classify)
 
 
 def _start_studio(args: argparse.Namespace) -> None:
@@ -369,22 +362,22 @@ def _add_remote_commands(table: Any) -> None:
     command.add_argument("--yes", action="store_true", help="upload; without it nothing is sent")
     command.add_argument("--public", action="store_true", help="for everyone to see (default: private)")
     command.add_argument("--despite-gates", action="store_true", help="even if a gate fails")
-    command.set_defaults(run=publish_commands.publish)
+    command.set_defaults(run=publish.publish)
 
     command = table.add_parser("sign-key", help="make a key to sign releases with, and its public half")
     command.add_argument("file", type=Path, metavar="FILE", help="outside of the repository")
-    command.set_defaults(run=publish_commands.make_signing_key)
+    command.set_defaults(run=publish.make_signing_key)
 
     command = table.add_parser("remote-check", help="write to a DVC remote, read it back and delete it")
     command.add_argument("--remote", metavar="NAME", help="which (default: the one that `dvc push` takes)")
-    command.set_defaults(run=lambda args: commands.check_remote(args.remote))
+    command.set_defaults(run=lambda args: general.check_remote(args.remote))
 
     command = table.add_parser("remote", help="run recipes and searches on other machines: ssh, Slurm, SkyPilot")
-    remote_commands.add_commands(command.add_subparsers(required=True, metavar="COMMAND"))
+    remote.add_commands(command.add_subparsers(required=True, metavar="COMMAND"))
 
     command = table.add_parser("push-runs", help="share the runs that DVC remembers, with all their files")
     command.add_argument("--remote", metavar="NAME", help="which (default: the one that `dvc push` takes)")
-    command.set_defaults(run=lambda args: commands.push_runs(args.remote))
+    command.set_defaults(run=lambda args: general.push_runs(args.remote))
 
     command = table.add_parser("mirror", help="send runs to MLflow and W&B: those that were missed, or those named")
     command.add_argument("revs", nargs="*", metavar="REV", help="a commit, an experiment, or `workspace`")
@@ -392,7 +385,7 @@ def _add_remote_commands(table: Any) -> None:
     command.add_argument("--wandb", action="store_true", help="to Weights & Biases alone, enabled or not")
     command.add_argument("--follow", type=Path, help=argparse.SUPPRESS)  # the process beside a pipeline
     command.set_defaults(
-        run=lambda args: commands.mirror_runs(args.revs, args.follow, mlflow=args.mlflow, wandb=args.wandb)
+        run=lambda args: general.mirror_runs(args.revs, args.follow, mlflow=args.mlflow, wandb=args.wandb)
     )
 
 

@@ -14,7 +14,7 @@ from lathe.gguf.quantize import quantize
 
 ESTIMATE = """
 import os
-from lathe import doctor
+from lathe.doctor import doctor
 from lathe.common import paths
 from lathe.config.load import load
 for finding in doctor.check_model(load(), doctor.Circumstances(paths.ROOT, os.environ)):

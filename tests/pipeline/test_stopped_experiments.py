@@ -14,7 +14,7 @@ import pytest
 
 from lathe.common import paths
 from lathe.common.workspace_lock import find_holder
-from lathe.doctor import check_head
+from lathe.doctor.doctor import check_head
 from lathe.experiments.interrupted import describe_detached_head, find_detached_head, switch_back
 
 DVC_YAML = """\

@@ -13,7 +13,7 @@ import pytest
 from byte_chat import LENIENT, Bench, byte_chat, chat
 from refusals import refused
 
-from lathe import data_commands
+from lathe.commands import data as data_commands
 from lathe.common import paths, row_report
 from lathe.config.presets import LocalDataset, MixtureDataset, Presets
 from lathe.data.check_file import check_file

@@ -9,14 +9,15 @@ import pytest
 import yaml
 from refusals import refused
 
-from lathe import cli, commands
+from lathe import cli
+from lathe.commands import general
 from lathe.common import paths
 
 pytestmark = pytest.mark.usefixtures("toy_params")
 
 
 def printed(capsys, section=None, stage_name=None, overrides=()):
-    commands.print_config(section, stage_name, list(overrides))
+    general.print_config(section, stage_name, list(overrides))
     return yaml.safe_load(capsys.readouterr().out)
 
 
@@ -79,9 +80,9 @@ def test_what_does_not_exist_is_refused_in_one_line(capsys, arguments, code, par
 @pytest.mark.parametrize(
     ("action", "code", "part"),
     [
-        (lambda: commands.inspect_rows("train", 0, None, ids=False), "number-too-small", "--rows 0"),
-        (lambda: commands.inspect_rows("train", 3, -1, ids=False), "number-too-small", "--row -1"),
-        (lambda: commands.answer_file(Path("no.jsonl"), None, None), "missing-file", "--file no.jsonl"),
+        (lambda: general.inspect_rows("train", 0, None, ids=False), "number-too-small", "--rows 0"),
+        (lambda: general.inspect_rows("train", 3, -1, ids=False), "number-too-small", "--row -1"),
+        (lambda: general.answer_file(Path("no.jsonl"), None, None), "missing-file", "--file no.jsonl"),
     ],
 )
 def test_an_argument_that_cannot_be_is_refused(action, code, part):

@@ -14,10 +14,10 @@ import pytest
 from refusals import refused
 from toy import PYTHONPATH, load_toy
 
-from lathe import doctor, doctor_checks, doctor_device
 from lathe.common import paths
 from lathe.disk_space import find_working_links
-from lathe.doctor_checks import Circumstances, Finding
+from lathe.doctor import checks, device, doctor
+from lathe.doctor.checks import Circumstances, Finding
 
 CONFIG = load_toy()
 GB = 10**9
@@ -91,7 +91,7 @@ def qwen(tmp_path: Path) -> Path:
     [((3, 10, 14), "fail"), ((3, 11, 0), "ok"), ((3, 12, 1), "ok"), ((3, 13, 0), "ok"), ((3, 14, 0), "fail")],
 )
 def test_only_a_python_that_the_packages_are_pinned_for_will_do(version, status):
-    [finding] = doctor_checks.check_python(version)
+    [finding] = checks.check_python(version)
     assert finding.status == status
     assert (finding.remedy == "") == (status == "ok")
 
@@ -129,18 +129,18 @@ def test_packages_are_held_against_their_pins(tmp_path, needed, optional, expect
         f"dependencies = {[needed] if needed else []}\n"
         f"optional-dependencies = {{feature = {[optional] if optional else []}}}\n"
     )
-    assert shown(doctor_checks.check_packages(file)) == expected
+    assert shown(checks.check_packages(file)) == expected
 
 
 def test_a_repository_needs_a_commit_but_may_have_changes(tmp_path):
-    [finding] = doctor_checks.check_repository(tmp_path)
+    [finding] = checks.check_repository(tmp_path)
     assert (finding.status, "is not in a Git repository" in finding.text) == ("fail", True)
     git(tmp_path, "init", "--quiet")
-    [finding] = doctor_checks.check_repository(tmp_path)
+    [finding] = checks.check_repository(tmp_path)
     assert (finding.status, "no commit yet" in finding.text) == ("fail", True)
     git(tmp_path, "commit", "--quiet", "--allow-empty", "--message", "first")
     (tmp_path / "file").touch()
-    [finding] = doctor_checks.check_repository(tmp_path)
+    [finding] = checks.check_repository(tmp_path)
     assert (finding.status, "1 changed files are not committed" in finding.text) == ("ok", True)
 
 
@@ -155,21 +155,21 @@ def test_a_repository_needs_a_commit_but_may_have_changes(tmp_path):
     ],
 )
 def test_threads_that_get_in_each_others_way_are_warned_of(environment, said):
-    findings = list(doctor_device.check_threads(environment))
+    findings = list(device.check_threads(environment))
     assert [finding.status for finding in findings] == (["warning"] * len(said) or ["ok"])
     assert all(words in finding.text for words, finding in zip(said, findings, strict=False))
 
 
 def test_a_converter_must_be_there_and_of_the_pinned_version(tmp_path):
     (tmp_path / "requirements-converter.txt").write_text((paths.ROOT / "requirements-converter.txt").read_text())
-    [finding] = doctor_checks.check_converter(tmp_path, "llama.cpp")
+    [finding] = checks.check_converter(tmp_path, "llama.cpp")
     assert (finding.status, finding.text) == ("fail", "llama.cpp holds no convert_hf_to_gguf.py")
     assert "convert.llama_cpp_dir" in finding.remedy
     (tmp_path / "llama.cpp").mkdir()
     (tmp_path / "llama.cpp/convert_hf_to_gguf.py").touch()
-    [finding] = doctor_checks.check_converter(tmp_path, "llama.cpp")
+    [finding] = checks.check_converter(tmp_path, "llama.cpp")
     assert finding.status == "ok"
-    [finding] = doctor_checks.check_converter(paths.ROOT, None)
+    [finding] = checks.check_converter(paths.ROOT, None)
     assert finding.status == "ok"
 
 
@@ -177,7 +177,7 @@ def test_a_converter_of_another_version_than_the_library_is_a_fail(tmp_path):
     text = (paths.ROOT / "requirements-converter.txt").read_text()
     (tmp_path / "requirements-converter.txt").write_text(text.replace("llama-cpp-python==", "llama-cpp-python==9."))
     with refused("other-llama-cpp", "converter and library must be of one", kept=False):
-        list(doctor_checks.check_converter(tmp_path, None))
+        list(checks.check_converter(tmp_path, None))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_converter_of_another_version_than_the_library_is_a_fail(tmp_path):
 )
 def test_copies_between_cache_and_checkout_are_warned_of(repository, cache, status):
     works = find_working_links(repository, repository / ".dvc/cache")
-    [finding] = doctor_checks.check_links(configured(repository, cache))
+    [finding] = checks.check_links(configured(repository, cache))
     assert finding.status == ("ok" if not cache and "reflink" in works else status)
     assert not [path for path in repository.rglob("*") if path.suffix == ".tmp"]
 
@@ -201,11 +201,9 @@ def test_a_cache_on_another_file_system_has_no_hardlinks(repository):
     if not elsewhere.is_dir() or elsewhere.stat().st_dev == repository.stat().st_dev:
         pytest.skip("/dev/shm is no other file system here")
     cache = f"[cache]\n    type = hardlink\n    dir = {elsewhere}\n"
-    [finding] = doctor_checks.check_links(configured(repository, cache))
+    [finding] = checks.check_links(configured(repository, cache))
     assert finding.status == "warning"
-    findings = list(
-        doctor_checks.check_disk(circumstances(repository), {"models/base": 3 * GB, "models/merged": 2 * GB})
-    )
+    findings = list(checks.check_disk(circumstances(repository), {"models/base": 3 * GB, "models/merged": 2 * GB}))
     # Symlinks work, so that what is needed in the checkout is room for one output on its way to the cache.
     assert [finding.details["total"] for finding in findings] == [3 * GB, 5 * GB]
 
@@ -242,13 +240,13 @@ def test_remotes_are_looked_at_without_a_word_of_their_secrets(repository, url, 
     (repository / "empty").mkdir()
     (repository / "file").touch()
     configured(repository, REMOTE.format(url=url.format(tmp=repository)))
-    [finding] = doctor_checks.check_remotes(repository, {})
+    [finding] = checks.check_remotes(repository, {})
     assert (finding.status, text in finding.text) == (status, True), finding
     assert "s3cr3t" not in str(finding)
 
 
 def test_a_repository_without_a_remote_is_warned_of(repository):
-    [finding] = doctor_checks.check_remotes(repository, {})
+    [finding] = checks.check_remotes(repository, {})
     assert finding.status == "warning"
 
 
@@ -257,8 +255,8 @@ def test_an_s3_endpoint_that_does_not_answer_is_warned_of(repository):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         configured(repository, REMOTE.format(url=f"s3://bucket\n    endpointurl = {endpoint}"))
-        [answered] = doctor_checks.check_remotes(repository, keys)
-    [closed] = doctor_checks.check_remotes(repository, keys)
+        [answered] = checks.check_remotes(repository, keys)
+    [closed] = checks.check_remotes(repository, keys)
     assert (answered.status, closed.status) == ("ok", "warning")
     assert "does not answer" in closed.text
     assert "s3cr3t" not in str(closed)
@@ -271,7 +269,7 @@ def test_an_s3_endpoint_that_does_not_answer_is_warned_of(repository):
 )
 def test_a_token_is_asked_for_where_the_model_comes_from_a_hub(source, token, status):
     config = CONFIG.model_copy(update={"model": SimpleNamespace(source=source, id="an/id", revision=None)})
-    [finding] = doctor_checks.check_credentials(config, {"HF_TOKEN": token})
+    [finding] = checks.check_credentials(config, {"HF_TOKEN": token})
     assert finding.status == status
     assert "s3cr3t" not in str(finding)
 
@@ -286,7 +284,7 @@ def test_a_token_is_asked_for_where_the_model_comes_from_a_hub(source, token, st
     ],
 )
 def test_memory_is_held_against_the_estimate(qwen, memory, status, said):
-    finding = next(iter(doctor_checks.check_model(with_model(qwen), circumstances(memory=memory))))
+    finding = next(iter(checks.check_model(with_model(qwen), circumstances(memory=memory))))
     assert (finding.check, finding.status) == ("memory", status)
     assert said in shown([finding])
     assert finding.details["available"] == memory
@@ -296,7 +294,7 @@ def test_memory_is_held_against_the_estimate(qwen, memory, status, said):
 def test_memory_of_a_method_that_is_not_estimated_is_a_warning(qwen, repository, method):
     model = with_model(qwen).model
     config = with_params(training={"method": method}).model_copy(update={"model": model})
-    memory, disk = doctor_checks.check_model(config, circumstances(repository))
+    memory, disk = checks.check_model(config, circumstances(repository))
     assert (memory.check, memory.status, disk.check) == ("memory", "warning", "disk")
     assert memory.text == f"cannot be estimated: training.method is '{method}'; memory is estimated for 'sft' alone"
 
@@ -305,7 +303,7 @@ def test_memory_of_a_method_that_is_not_estimated_is_a_warning(qwen, repository,
 @pytest.mark.parametrize(("disk", "status"), [(100 * GB, "ok"), (7 * GB, "warning"), (2 * GB, "fail")])
 def test_disk_is_held_against_every_output(qwen, repository, disk, status):
     configured(repository, '[cache]\n    type = "hardlink,symlink"\n')
-    _, finding = doctor_checks.check_model(with_model(qwen), circumstances(repository, disk=disk))
+    _, finding = checks.check_model(with_model(qwen), circumstances(repository, disk=disk))
     assert (finding.check, finding.status) == ("disk", status)
     outputs = {name: size for name, size in finding.details.items() if name not in ("total", "free")}
     assert set(outputs) >= {"models/adapter", "models/gguf/Q4_K_M.gguf"}
@@ -326,7 +324,7 @@ def test_a_model_that_training_would_refuse_is_a_fail(qwen, content, lora, said)
     if content is not None:
         (qwen / "config.json").write_text(content)
     config = with_params(lora=lora).model_copy(update={"model": SimpleNamespace(source="local", path=str(qwen))})
-    [finding] = doctor._run_check("memory", lambda: doctor_checks.check_model(config, circumstances()))
+    [finding] = doctor._run_check("memory", lambda: checks.check_model(config, circumstances()))
     assert (finding.check, finding.status) == ("memory", "fail")
     assert said in finding.text
 
@@ -335,7 +333,7 @@ HUB = """
 import logging, os, sys
 from pathlib import Path
 from types import SimpleNamespace
-from lathe import doctor
+from lathe.doctor import doctor
 from lathe.common import paths
 from toy import load_toy
 model = SimpleNamespace(source="hub", id="org/name", revision="main", file=None)
@@ -478,6 +476,6 @@ def test_without_packages_the_doctor_says_which_and_other_commands_name_it():
     ],
 )
 def test_a_judge_without_its_key_is_told_before_it_is_asked(keys, environment, expected):
-    [finding] = doctor_checks.check_judge(with_params(judge=keys), circumstances(**environment))
+    [finding] = checks.check_judge(with_params(judge=keys), circumstances(**environment))
     assert (finding.status, expected[1] in finding.text) == (expected[0], True)
     assert "sk-secret" not in finding.text + finding.remedy

@@ -8,9 +8,10 @@ from byte_chat import FRAME, Bench, byte_chat, chat
 from refusals import refused
 from toy import load_toy
 
-from lathe import doctor_generation, stage
+from lathe import stage
 from lathe.common import json_files, paths
 from lathe.config.held_out_checks import find_misfits
+from lathe.doctor import generation
 
 CONFIG = load_toy()
 PARAMS = CONFIG.params
@@ -200,7 +201,7 @@ def test_a_training_begins_with_the_warnings_or_is_refused(report_on, metrics, c
         stage.check_held_out(generating(max_new_tokens=5))
 
 
-def findings(root, params, name="few", model="small", check=doctor_generation.check_held_out):
+def findings(root, params, name="few", model="small", check=generation.check_held_out):
     config = SimpleNamespace(params=params.model_copy(update={"dataset": name, "model": model}))
     return [(finding.status, finding.text, finding.remedy) for finding in check(config, root)]
 
@@ -230,7 +231,7 @@ def test_no_length_is_compared_with_a_size_that_follows_the_data(report_on):
 
 def test_the_doctor_says_how_long_the_answers_take_at_the_speed_of_the_last_run(report_on, metrics, tmp_path):
     def answers(**keys):
-        found = findings(tmp_path, generating(**keys), check=doctor_generation.check_answers)
+        found = findings(tmp_path, generating(**keys), check=generation.check_answers)
         ((status, text, remedy),) = found
         return status, text, remedy
 

@@ -19,9 +19,9 @@ import write_lock
 import yaml
 from lockfile import Lock, SetupError, list_direct_packages, parse_name
 
-from lathe import doctor_checks
 from lathe.common import paths
 from lathe.common.errors import EXTRAS, missing_extra
+from lathe.doctor import checks
 
 PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
 LOCK = Lock((paths.ROOT / "requirements.lock").read_text())
@@ -143,7 +143,7 @@ def test_the_supported_pythons_are_the_same_everywhere():
     classifier = "Programming Language :: Python :: 3."
     listed = [text.removeprefix(classifier[:-2]) for text in PROJECT["classifiers"] if text.startswith(classifier)]
     assert listed == sorted(toolchain.PYTHONS)
-    assert [".".join(map(str, version)) for version in doctor_checks.PYTHONS] == sorted(toolchain.PYTHONS)
+    assert [".".join(map(str, version)) for version in checks.PYTHONS] == sorted(toolchain.PYTHONS)
     workflow = yaml.safe_load((paths.ROOT / ".github/workflows/unit.yaml").read_text())
     assert workflow["jobs"]["unit"]["strategy"]["matrix"]["python"] == sorted(toolchain.PYTHONS)
     steps = workflow["jobs"]["unit"]["steps"]

@@ -10,7 +10,7 @@ from lathe import stage
 from lathe.common import paths
 from lathe.config.load import Config, load
 from lathe.config.presets import LocalDataset, LocalModel
-from lathe.doctor import check_local_files
+from lathe.doctor.doctor import check_local_files
 from lathe.provenance.local_files import find_untracked
 
 FILES = (

@@ -13,7 +13,7 @@ from numpy import zeros
 from lathe.common import entry_point
 from lathe.common.errors import InputError
 from lathe.common.text import make_one_line, make_printable
-from lathe.doctor_checks import Finding
+from lathe.doctor.checks import Finding
 from lathe.inference import chat
 from lathe.provenance import trace
 
@@ -103,7 +103,7 @@ def test_what_a_gguf_says_of_itself_adds_no_finding(tmp_path: Path, capsys):
 
 
 def test_a_finding_of_the_doctor_is_one_line():
-    from lathe.doctor import format_findings
+    from lathe.doctor.doctor import format_findings
 
     [line] = format_findings([Finding("model", "fail", f"a\nb{HOSTILE}", "remove it")], coloured=False)
     assert line.count("\n") == 1

@@ -11,7 +11,8 @@ from experiment_repository import Repository
 from refusals import refused
 from ruamel.yaml import YAML
 
-from lathe import cli, remote_commands
+from lathe import cli
+from lathe.commands import remote as remote_commands
 from lathe.common import metric_files, paths
 from lathe.experiments.preflight import Preflight
 from lathe.remote import job, preparation, records, sky_runs, slurm_runs

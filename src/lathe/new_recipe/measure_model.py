@@ -11,7 +11,7 @@ from lathe.common.errors import InputError
 from lathe.common.json_files import read_json_object
 from lathe.config.load import Config
 from lathe.config.presets import LocalModel, PackageModel
-from lathe.doctor_checks import find_model_config
+from lathe.doctor.checks import find_model_config
 from lathe.estimate import estimate_disk
 from lathe.present_datasets import is_fetched
 from lathe.sources import python_package

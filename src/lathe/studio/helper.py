@@ -22,7 +22,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
     Raises InputError for a file that is no model, tools that its template does not write, or a prompt that is too long.
     """
-    from lathe.commands import choose_generation_sizes
+    from lathe.commands.general import choose_generation_sizes
     from lathe.inference.generate import Generator
 
     sizes, threads = choose_generation_sizes(), os.cpu_count() or 1

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from lathe.common.json_files import read_json_object
 from lathe.config.presets import GGUF_SUFFIX, LocalModel
-from lathe.doctor_checks import Finding, Findings
+from lathe.doctor.checks import Finding, Findings
 
 if TYPE_CHECKING:
     from lathe.config.load import Config

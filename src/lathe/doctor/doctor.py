@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.text import make_one_line
-from lathe.doctor_checks import (
+from lathe.doctor.checks import (
     Circumstances,
     Finding,
     Findings,
@@ -32,9 +32,9 @@ from lathe.doctor_checks import (
     check_repository,
     check_tracking,
 )
-from lathe.doctor_device import check_device, check_threads
-from lathe.doctor_generation import check_answers, check_held_out
-from lathe.doctor_model import check_base_model
+from lathe.doctor.device import check_device, check_threads
+from lathe.doctor.generation import check_answers, check_held_out
+from lathe.doctor.model import check_base_model
 
 if TYPE_CHECKING:
     from lathe.config.load import Config

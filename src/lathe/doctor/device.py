@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 
 from lathe.common import operating_system
-from lathe.doctor_checks import Finding, Findings
+from lathe.doctor.checks import Finding, Findings
 
 
 def check_device(precision: str) -> Findings:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lathe.common.json_files import read_json, read_json_object
 from lathe.common.metric_files import unwrap_list
 from lathe.common.text import readable_seconds
-from lathe.doctor_checks import Finding, Findings
+from lathe.doctor.checks import Finding, Findings
 
 if TYPE_CHECKING:
     from lathe.config.load import Config

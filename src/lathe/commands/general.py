@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lathe import classifier_commands
+from lathe.commands import classifier
 from lathe.common import metric_files, paths
 from lathe.common.errors import InputError
 from lathe.common.json_files import read_json
@@ -46,7 +46,7 @@ def init_repository(args: argparse.Namespace) -> None:
 
 def run_doctor(args: argparse.Namespace) -> None:
     """Check what a run with these overrides, and those of a recipe, needs; exit 1 if something fails."""
-    from lathe import doctor
+    from lathe.doctor import doctor
     from lathe.experiments.recipes import load_main_recipe
 
     def load_with_overrides() -> Config:
@@ -90,7 +90,7 @@ def run_experiment(args: argparse.Namespace) -> None:
         code = run_recipe.run(args.name, args.overrides, options)
     if code == 0 and not (args.queue or args.print_command):
         name = (args.experiment or args.name) if args.temp else WORKSPACE
-        classifier_commands.print_summary(name, of_classifier=run_recipe.is_of_classifier(args.name))
+        classifier.print_summary(name, of_classifier=run_recipe.is_of_classifier(args.name))
     sys.exit(code)
 
 
@@ -115,7 +115,7 @@ def run_pipeline(targets: list[str]) -> None:
         with run_summary.printed_at_the_end():
             code = run_dvc([*CLASSIFIER.dvc_options, "repro"] if of_classifier else ["repro", *targets])
         if code == 0 and (of_classifier or not targets):
-            classifier_commands.print_summary(WORKSPACE, of_classifier=of_classifier)
+            classifier.print_summary(WORKSPACE, of_classifier=of_classifier)
         sys.exit(code)
 
 
