@@ -84,7 +84,7 @@ deps: setup ## write the library modules of each stage into dvc.yaml, from what 
 	@python -m lathe.common.stage_dependencies
 
 test: lint docs-check ## lint, documentation and all tests but the long ones
-	pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-all: lint docs-check ## every test
 	LATHE_ALL_TESTS=1 pytest
