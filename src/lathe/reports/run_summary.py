@@ -13,11 +13,11 @@ from lathe.common.text import format_table, readable_bytes, readable_seconds
 from lathe.config.artifacts import UNQUANTIZED, get_file_name
 from lathe.evaluation.best_artifact import choose_best_artifact
 from lathe.provenance.revisions import WORKSPACE, Revision, find_revision
+from lathe.reports.split_scores import list_metrics
 
 LATER = "LATHE_SUMMARY_LATER"  # in the environment of the stages: a command prints the summary after them
 SPLITS = ("validation", "test")
 
-NOT_SCORES = ("bytes", "intervals", "deltas", "samples", "spread")
 
 NEXT = (
     "next: `lathe chat` talks to the best file, `lathe report` writes a page of it all, `lathe results` lists the runs"
@@ -114,7 +114,7 @@ def read_metrics(revision: Revision) -> dict[str, Any]:
 
 def _list_scores(report: Mapping[str, Mapping[str, Any]], title: str) -> list[list[str]]:
     """Return the rows of a table: artifacts across, every score below."""
-    metrics = list(dict.fromkeys(key for scores in report.values() for key in scores if key not in NOT_SCORES))
+    metrics = list_metrics(report)
     return [
         [title, *report],
         *([metric, *(_format_score(scores, metric) for scores in report.values())] for metric in metrics),

@@ -1,12 +1,19 @@
 """Scores of one split, or of one task, by artifact, as the page shows them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from lathe.reports.values import Value
 
 # Keys of the scores that are no metrics.
 NOT_SCORES = {"bytes", "intervals", "deltas", "documents", "lower_is_better", "samples", "spread"}
+
+
+def list_metrics(report: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the metrics of all artifacts of a report, as they come."""
+    return list(dict.fromkeys(name for scores in report.values() for name in scores if name not in NOT_SCORES))
 
 
 @dataclass(frozen=True)
@@ -23,8 +30,8 @@ class SplitScores:
     @cached_property
     def metrics(self) -> list[str]:
         """The metrics that some artifact has a number for."""
-        names = (name for scores in self.report.content.values() for name in scores if name not in NOT_SCORES)
-        return [name for name in dict.fromkeys(names) if any(self.score(artifact, name) for artifact in self.artifacts)]
+        names = list_metrics(self.report.content)
+        return [name for name in names if any(self.score(artifact, name) for artifact in self.artifacts)]
 
     @cached_property
     def differences(self) -> list[tuple[str, str]]:

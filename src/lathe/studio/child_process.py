@@ -27,17 +27,16 @@ def make_environment() -> dict[str, str]:
     return environment
 
 
-def run_for_lines(words: Sequence[str], seconds: float) -> list[str]:
-    """Run `python -m` with these words, which asks for no password, and return the lines that it prints.
-
-    Raises InputError with what it says where it fails, or takes more than so many seconds.
-    """
+def _run(
+    words: Sequence[str], seconds: float, standard_input: str, environment: dict[str, str], *, shown: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run `python -m` with these words in the checkout. Raises InputError, with `shown`, if it takes longer."""
     try:
-        done = subprocess.run(
+        return subprocess.run(
             [sys.executable, "-m", *words],
             cwd=paths.ROOT,
-            env={**make_environment(), "GIT_TERMINAL_PROMPT": "0"},
-            stdin=subprocess.DEVNULL,
+            env=environment,
+            input=standard_input,
             capture_output=True,
             text=True,
             timeout=seconds,
@@ -45,8 +44,16 @@ def run_for_lines(words: Sequence[str], seconds: float) -> list[str]:
         )
     except subprocess.TimeoutExpired:
         raise InputError(
-            f"{' '.join(words)}: took more than {seconds:g} s, and was ended; run it on a terminal", code="timeout"
+            f"{shown}: took more than {seconds:g} s, and was ended; run it on a terminal", code="timeout"
         ) from None
+
+
+def run_for_lines(words: Sequence[str], seconds: float) -> list[str]:
+    """Run `python -m` with these words, which asks for no password, and return the lines that it prints.
+
+    Raises InputError with what it says where it fails, or takes more than so many seconds.
+    """
+    done = _run(words, seconds, "", {**make_environment(), "GIT_TERMINAL_PROMPT": "0"}, shown=" ".join(words))
     if done.returncode:
         reason = re.sub(r"^ERROR: ", "", (done.stderr.strip().splitlines() or ["it printed nothing"])[0])
         raise InputError(f"{' '.join(words)}: {reason}"[:LONGEST_MESSAGE], code="command-failed")
@@ -61,21 +68,7 @@ def run_for_json(words: Sequence[str], request: Any = None, *, codes: tuple[int,
     if not _room.acquire(timeout=LONGEST_SECONDS):
         raise InputError("two others are being worked on; try again when they have ended", code="busy")
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", *words],
-            cwd=paths.ROOT,
-            env=make_environment(),
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=LONGEST_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise InputError(
-            f"{words[0]} {words[1]}: took more than {LONGEST_SECONDS:g} s, and was ended; run it on a terminal",
-            code="timeout",
-        ) from None
+        done = _run(words, LONGEST_SECONDS, json.dumps(request), make_environment(), shown=" ".join(words[:2]))
     finally:
         _room.release()
     if done.returncode in codes:

@@ -14,10 +14,10 @@ from lathe.experiments.paired_answers import read_answers
 from lathe.experiments.results import RunResult
 from lathe.experiments.tracking.run_files import CURVES, read_curves
 from lathe.provenance.revisions import Revision, find_revision
+from lathe.reports.split_scores import list_metrics
 from lathe.reports.text_diff import Piece, split_text
 from lathe.studio import experiment_table
 
-NOT_SCORES = ("bytes", "intervals", "deltas")
 MOST_ANSWERS = 20
 LONGEST_PROMPT = 2000
 
@@ -160,7 +160,7 @@ def _is_same(run: RunResult, revision: Revision) -> bool:
 
 def _arrange_scores(report: Mapping[str, Any], metric: str) -> dict[str, dict[str, ScoreCell]]:
     """Return the cells by metric and artifact, the primary metric first."""
-    names = list(dict.fromkeys(key for scores in report.values() for key in scores if key not in NOT_SCORES))
+    names = list_metrics(report)
     names.sort(key=lambda name: name != metric)
     arranged: dict[str, dict[str, ScoreCell]] = {}
     for name in names:
