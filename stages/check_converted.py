@@ -24,14 +24,14 @@ def main(config: Config, item: str) -> None:
     from lathe.gguf import tokenizer_parity
     from lathe.gguf.llama_model import LlamaModel
     from lathe.gguf.row_texts import RowTexts
-    from lathe.models.chat_template import ChatTemplate
     from lathe.models.template_options import load_tokenizer_with_options
+    from lathe.models.tokenizer_template import read_chat_template
 
     model, file = paths.ROOT / "models" / item, paths.GGUF / f"{item}-f16.gguf"
     # The merged model has the template of training already.
     options = config.params.preprocess.chat_template_kwargs if item == "base" else {}
     tokenizer = load_tokenizer_with_options(model, options)
-    template = ChatTemplate.of_tokenizer(tokenizer)
+    template = read_chat_template(tokenizer)
     parity = tokenizer_parity.compare_tokenizers(
         model,
         file,

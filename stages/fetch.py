@@ -55,15 +55,15 @@ def _check_conversion(config: Config, folder: Path) -> None:
     from lathe.gguf import install_converter, tokenizer_parity
     from lathe.gguf.check_template import check_template
     from lathe.gguf.vocabulary import get_vocabulary
-    from lathe.models.chat_template import ChatTemplate
     from lathe.models.tokenizer import load_tokenizer
+    from lathe.models.tokenizer_template import read_chat_template
 
     settings, shown = config.params.convert, f"model {config.params.model}"
     llama_cpp, state = install_converter.find_converter(paths.ROOT, settings.llama_cpp_dir)
     if state != "missing":
         vocabulary = get_vocabulary(folder, llama_cpp=llama_cpp, shown=shown)
         tokenizer_parity.compare_tokenizers(folder, vocabulary, [], samples=settings.tokenizer_parity, shown=shown)
-        template = ChatTemplate.of_tokenizer(load_tokenizer(folder))
+        template = read_chat_template(load_tokenizer(folder))
         check_template(template, llama_cpp=llama_cpp, shown=shown)
 
 

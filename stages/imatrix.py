@@ -21,13 +21,13 @@ def main(config: Config) -> None:
             from lathe.common.jsonl import read_jsonl
             from lathe.gguf import imatrix_file
             from lathe.gguf.collect_imatrix import collect
-            from lathe.models.chat_template import ChatTemplate
             from lathe.models.tokenizer import load_tokenizer
+            from lathe.models.tokenizer_template import read_chat_template
 
             rows = read_jsonl(paths.DATA_PROCESSED / "train.jsonl")
             chosen = random.Random(config.params.seed).sample(rows, min(config.params.quantize.imatrix_rows, len(rows)))
             tokenizer = load_tokenizer(paths.MODEL_MERGED)
-            template = ChatTemplate.of_tokenizer(tokenizer)
+            template = read_chat_template(tokenizer)
             chats = [template.render(row["messages"], tools=row.get("tools")) for row in chosen]
             tokens = tokenizer(chats, add_special_tokens=False)["input_ids"]
             importance = collect(paths.MODEL_MERGED, paths.GGUF / "merged-f16.gguf", tokens)

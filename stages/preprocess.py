@@ -62,14 +62,14 @@ def _compare_token_ids(config: Config, tokenizer: Any, folder: Path) -> dict[str
     from lathe.gguf import install_converter, tokenizer_parity
     from lathe.gguf.row_texts import RowTexts
     from lathe.gguf.vocabulary import get_vocabulary
-    from lathe.models.chat_template import ChatTemplate
+    from lathe.models.tokenizer_template import read_chat_template
 
     settings, shown = config.params.convert, f"model {config.params.model}"
     llama_cpp, state = install_converter.find_converter(paths.ROOT, settings.llama_cpp_dir)
     if state == "missing":
         return None
     splits = {split: folder / f"{split}.jsonl" for split in ("train", "validation", "test")}
-    texts = RowTexts(ChatTemplate.of_tokenizer(tokenizer), splits, max_bytes=COMPARED_BYTES)
+    texts = RowTexts(read_chat_template(tokenizer), splits, max_bytes=COMPARED_BYTES)
     try:
         parity = tokenizer_parity.compare_tokenizers(
             paths.MODEL_BASE,

@@ -11,10 +11,10 @@ from refusals import refused
 from safetensors.torch import load_file
 from toy import load_toy
 
-from lathe.models.chat_template import ChatTemplate
 from lathe.models.loading import load_base
 from lathe.models.loss_mask import encode
 from lathe.models.tokenizer import load_tokenizer
+from lathe.models.tokenizer_template import read_chat_template
 from lathe.sources.builtin import household_commands
 from lathe.training.preference_pairs import build_pair_dataset, encode_pairs
 from lathe.training.train import train
@@ -140,7 +140,7 @@ def test_prompt_and_answers_are_the_ids_of_inference_with_one_bos_and_the_end_to
     rows = [*SPLITS["train"], {"messages": chat, "rejected": [{"role": "assistant", "content": "yesterday"}]}]
     for row, example in zip(rows, build_pair_dataset(*encode_pairs(tokenizer, rows)), strict=True):
         *before, answer = row["messages"]
-        prompt = ChatTemplate.of_tokenizer(tokenizer).render(before, add_generation_prompt=True)
+        prompt = read_chat_template(tokenizer).render(before, add_generation_prompt=True)
         assert example["prompt_ids"] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
         for name, message in (("chosen_ids", answer), ("rejected_ids", row["rejected"][0])):
             whole = [*example["prompt_ids"], *example[name]]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from toy import load_toy
 
 from lathe.config.training_params import Reward
-from lathe.models.chat_template import ChatTemplate
 from lathe.models.tokenizer import load_tokenizer
+from lathe.models.tokenizer_template import read_chat_template
 from lathe.sources.builtin import household_commands
 from lathe.training.grpo import encode_prompts, weight_rewards
 from lathe.training.train import TrainingResult, train
@@ -153,7 +153,7 @@ def test_prompts_are_those_of_inference(small_model):
     talk = [*SPLITS["train"][0]["messages"], *SPLITS["train"][1]["messages"]]
     rows = [*SPLITS["train"], {"messages": system + talk}]
     for question, row in zip(encode_prompts(tokenizer, rows), rows, strict=True):
-        prompt = ChatTemplate.of_tokenizer(tokenizer).render(row["messages"][:-1], add_generation_prompt=True)
+        prompt = read_chat_template(tokenizer).render(row["messages"][:-1], add_generation_prompt=True)
         assert question.prompt_ids == tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert question.reference == row["messages"][-1]["content"]
 

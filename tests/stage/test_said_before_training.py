@@ -28,11 +28,11 @@ from lathe.gguf.check_template import check_template
 from lathe.gguf.jinja_engine import find_engine
 from lathe.gguf.vocabulary import get_vocabulary
 from lathe.models.adapter import check_adapter
-from lathe.models.chat_template import ChatTemplate
 from lathe.models.check_base import check_base
 from lathe.models.check_merge import check_merge
 from lathe.models.merge import converted_changes
 from lathe.models.tokenizer import load_tokenizer
+from lathe.models.tokenizer_template import read_chat_template
 from lathe.sources import fetch
 
 LLAMA_CPP, PARAMS = paths.LLAMA_CPP, load_toy().params
@@ -66,7 +66,7 @@ def run_fetch(model: Path, **preset: str) -> Path:
         patch.setattr(paths, "ROOT", Path(__file__).parents[2])
         vocabulary = get_vocabulary(base, llama_cpp=paths.LLAMA_CPP, shown="model mine")
     tokenizer_parity.compare_tokenizers(base, vocabulary, [], samples="rows", shown="model mine")
-    check_template(ChatTemplate.of_tokenizer(load_tokenizer(base)), llama_cpp=LLAMA_CPP, shown="model mine")
+    check_template(read_chat_template(load_tokenizer(base)), llama_cpp=LLAMA_CPP, shown="model mine")
     return base
 
 

@@ -12,7 +12,7 @@ from lathe.gguf.check_template import check_template
 from lathe.models.answer_split import split_answer
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.message_form import ANSWER, QUESTION
-from lathe.models.template_text import TemplateError
+from lathe.models.template_error import TemplateError
 
 ENGINE = jinja_engine.find_engine(paths.LLAMA_CPP)
 needs_engine = pytest.mark.skipif(

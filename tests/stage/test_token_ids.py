@@ -10,7 +10,7 @@ from gguf_models import llama3, qwen, tiny  # noqa: F401 - fixtures
 from lathe.common import paths
 from lathe.gguf import tokenizer_parity
 from lathe.inference.general_text import read_paragraphs
-from lathe.models.chat_template import ChatTemplate
+from lathe.models.tokenizer_template import read_chat_template
 from lathe.sources.builtin import household_commands
 
 PIECES = [piece for text in tokenizer_parity.SAMPLE_TEXTS for piece in re.split(r"(?<=\s)", text) if piece]
@@ -44,7 +44,7 @@ def test_every_text_and_every_chat_has_the_same_ids_in_llama_cpp(vocabulary, req
         ]
         for request, answer in zip(answers[::2], answers[1::2], strict=False)
     ]
-    template = ChatTemplate.of_tokenizer(tokenizer)
+    template = read_chat_template(tokenizer)
     rows = [template.render(chat) for chat in chats]
     rows += [template.render(chat[:-1], add_generation_prompt=True) for chat in chats]
     assert tokenizer_parity.check_tokens(made.folder, made.gguf, [*texts, *rows]) > 20_000

@@ -16,8 +16,8 @@ from lathe.common.jsonl import write_jsonl
 from lathe.gguf import convert as converter
 from lathe.gguf import tokenizer_parity
 from lathe.gguf.row_texts import RowTexts
-from lathe.models.chat_template import ChatTemplate
 from lathe.models.tokenizer import load_tokenizer
+from lathe.models.tokenizer_template import read_chat_template
 
 SPLIT = "UT"  # which no text has that the converter knows a vocabulary by
 
@@ -78,7 +78,7 @@ def test_texts_of_rows_are_all_rendered_with_their_places_or_evenly_sampled(spli
     pair = {"messages": chat, "rejected": [{"role": "assistant", "content": "c"}]}
     write_jsonl([{"messages": chat}, pair], tmp_path / "train.jsonl")
     write_jsonl([{"messages": chat}] * 100, tmp_path / "test.jsonl")
-    template = ChatTemplate.of_tokenizer(load_tokenizer(split_model))
+    template = read_chat_template(load_tokenizer(split_model))
     splits = {name: tmp_path / f"{name}.jsonl" for name in ("train", "test")}
     every = RowTexts(template, splits, max_bytes=None)
     texts = list(every)

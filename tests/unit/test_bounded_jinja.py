@@ -6,7 +6,7 @@ import pytest
 
 from lathe.common import bounded_jinja
 from lathe.models.chat_template import ChatTemplate
-from lathe.models.template_text import TemplateError
+from lathe.models.template_error import TemplateError
 
 MESSAGES = [{"role": "user", "content": "Switch on the lamp."}, {"role": "assistant", "content": "on"}]
 

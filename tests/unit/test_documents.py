@@ -16,6 +16,7 @@ from lathe.data.prepare import prepare
 from lathe.models.answer_split import split_answer
 from lathe.models.document import DOCUMENT
 from lathe.models.loss_mask import encode
+from lathe.models.tokenizer_template import read_chat_template
 
 TEXTS = [f"Document {number} tells of {'many ' * (number % 7)}things,\nand ends." for number in range(40)]
 MAX_LENGTH = 32
@@ -113,9 +114,8 @@ def split_packs(packs: Any) -> list[list[int]]:
 
 
 def test_the_text_is_rendered_without_a_template():
-    from lathe.models.chat_template import ChatTemplate
 
-    template = ChatTemplate.of_tokenizer(byte_chat())
+    template = read_chat_template(byte_chat())
     messages = document("Some text.")["messages"]
     assert template.render(messages) == "Some text."
     assert split_answer(template, messages) == ("", "Some text.", "<|im_end|>")

@@ -18,8 +18,9 @@ from lathe.models.answer_split import find_answer_prefix, split_answer
 from lathe.models.answer_syntax import find_call_syntax, find_thought_syntax, list_calls
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.loss_mask import encode
+from lathe.models.template_error import TemplateError
 from lathe.models.template_options import set_options
-from lathe.models.template_text import TemplateError
+from lathe.models.tokenizer_template import read_chat_template
 
 FOLDERS = (
     Path(trl.__file__).parent / "chat_templates",
@@ -178,7 +179,7 @@ def test_the_learnt_part_is_the_answer_as_rendered_and_nothing_else(tokenizer, n
         with pytest.raises(TemplateError):
             encode(tokenizer, [messages], supervise="last", tools=[tools])
         return
-    template = ChatTemplate.of_tokenizer(tokenizer)
+    template = read_chat_template(tokenizer)
     prompt, written, _ = split_answer(template, messages, tools)
     [row] = encode(tokenizer, [messages], supervise="last", tools=[tools])
     start = row.supervised.index(True)
@@ -228,7 +229,7 @@ LIKE_TRANSFORMERS = [
 def test_the_rendering_is_that_of_transformers_byte_for_byte(tokenizer, name, form):
     messages, has_tools = FORMS[form]
     tokenizer.chat_template = read(name)
-    ours = ChatTemplate.of_tokenizer(tokenizer)
+    ours = read_chat_template(tokenizer)
     tools = TOOLS if has_tools else None
     for chat, generation in ((messages, False), (messages[:-1], True)):
         theirs = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=generation)

@@ -11,7 +11,8 @@ from lathe.models.answer_split import find_answer_prefix, split_answer
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.loss_mask import ConversationEncoder, encode
 from lathe.models.special_tokens import compile_control_tokens
-from lathe.models.template_text import TemplateError
+from lathe.models.template_error import TemplateError
+from lathe.models.tokenizer_template import read_chat_template
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -235,7 +236,7 @@ def test_ids_are_those_of_the_whole_text_whatever_tokens_were_added(name, added,
     for _ in range(40):
         request, answer = (" ".join(generator.choices(odd, k=3)) for _ in range(2))
         (sequence,) = encode(tokenizer, [_chat(request, f"yes {answer} no")], supervise="all")
-        text = ChatTemplate.of_tokenizer(tokenizer).render(_chat(request, f"yes {answer} no")).rstrip("\n")
+        text = read_chat_template(tokenizer).render(_chat(request, f"yes {answer} no")).rstrip("\n")
         assert sequence.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -338,7 +339,7 @@ def test_render_is_what_transformers_renders(tokenizer):
         tokenizer.chat_template = template
         for messages, generation in ((chat, False), (chat[:-1], True)):
             theirs = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-            ours = ChatTemplate.of_tokenizer(tokenizer).render(messages, add_generation_prompt=generation)
+            ours = read_chat_template(tokenizer).render(messages, add_generation_prompt=generation)
             assert ours == theirs
 
 
@@ -399,7 +400,7 @@ def _decoded(tokenizer, ids: list[int]) -> str:
 
 def _inference_ids(tokenizer, messages) -> list[int]:
     """Return the ids an inference engine starts from: the rendered prompt alone, BOS added unless it is there."""
-    prompt = ChatTemplate.of_tokenizer(tokenizer).render(messages, add_generation_prompt=True)
+    prompt = read_chat_template(tokenizer).render(messages, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     bos = tokenizer("x")["input_ids"][0]
     return [bos, *ids] if bos == tokenizer.bos_token_id and ids[0] != bos else ids

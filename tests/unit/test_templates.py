@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from lathe.common import paths
 from lathe.config.presets import LocalModel
 from lathe.models.loss_mask import encode
-from lathe.models.template_text import TemplateError
+from lathe.models.template_error import TemplateError
 from lathe.models.templates import builtin_templates
 from lathe.models.templates.install_template import install_template
 from lathe.sources import fetch

@@ -77,8 +77,8 @@ def prepare(
     from lathe.data.report import Account
     from lathe.data.tokenization import TokenizationRules
     from lathe.models.answer_syntax import find_call_syntax
-    from lathe.models.chat_template import ChatTemplate
     from lathe.models.special_tokens import compile_control_tokens
+    from lathe.models.tokenizer_template import read_chat_template
     from lathe.models.unicode_form import UnicodeRule, find_unicode_form
 
     scratch = out / ".scratch"
@@ -97,7 +97,7 @@ def prepare(
         )
         for name, dataset in datasets.items()
     ]
-    template = ChatTemplate.of_tokenizer(tokenizer)
+    template = read_chat_template(tokenizer)
     stored = _read_examples(sources, seed, scratch / "examples", account, template)
     if cluster_by:
         _require_column(sources, cluster_by)

@@ -35,7 +35,7 @@ from lathe.data.writing_systems import detect_writing_system
 from lathe.models.chat_template import Tools
 from lathe.models.document import is_document
 from lathe.models.loss_mask import ConversationEncoder, Encoded
-from lathe.models.template_text import TemplateError
+from lathe.models.template_error import TemplateError
 
 ROWS_PER_PROCESS = 512  # fewer rows are not worth a process of their own
 ROWS_PER_BATCH = 512  # in memory at a time, in each process

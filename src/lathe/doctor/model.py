@@ -17,9 +17,9 @@ def check_base_model(config: "Config", root: Path) -> Findings:
     from lathe.gguf.check_template import check_template
     from lathe.gguf.vocabulary import get_vocabulary
     from lathe.models.adapter import check_adapter
-    from lathe.models.chat_template import ChatTemplate
     from lathe.models.check_base import check_base
     from lathe.models.tokenizer import load_tokenizer
+    from lathe.models.tokenizer_template import read_chat_template
 
     params = config.params
     folder, shown = _find_folder(config, root), f"model {params.model}"
@@ -36,7 +36,7 @@ def check_base_model(config: "Config", root: Path) -> Findings:
         tokenizer_parity.compare_tokenizers(
             folder, vocabulary, [], samples=params.convert.tokenizer_parity, shown=shown
         )
-        template = ChatTemplate.of_tokenizer(load_tokenizer(folder))
+        template = read_chat_template(load_tokenizer(folder))
         is_run = check_template(template, llama_cpp=llama_cpp, shown=shown)
         engine = "its tokenizer and its Jinja engine" if is_run else "and its tokenizer"
         asked = f"transformers, llama.cpp's converter{', ' if is_run else ' '}{engine} take it"

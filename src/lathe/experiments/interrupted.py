@@ -6,11 +6,12 @@ checkout that was detached on purpose, as CI does, is no fault.
 
 import re
 import shlex
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from lathe.common import operating_system, paths
-from lathe.common.dvc_api import find_experiment_note, find_stash_note
+from lathe.common.dvc_api import ProcessNote, find_experiment_note, find_stash_note
 from lathe.common.errors import InputError
 from lathe.common.git import read_line, run_git, try_git
 
@@ -19,6 +20,7 @@ BASELINE = "refs/exps/exec/EXEC_BASELINE"  # there from an experiment's start to
 
 
 SECONDS_TO_STASH = 600  # at most between DVC's note that it begins, and HEAD
+SECONDS_TO_WAIT = 60  # for the end of that of another command
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def find_detached_head(root: Path = paths.ROOT) -> DetachedHead | None:
     if read_line("rev-parse", "--verify", "--quiet", f"refs/heads/{branch}", root=root) != start:
         return None
     running, stashing = find_experiment_note(root), find_stash_note(root)
-    if any(note and operating_system.is_running(note.pid, started_by=note.written) for note in (running, stashing)):
+    if any(map(_is_at_work, (running, stashing))):
         return None
     commit = None if head == start else head
     before = history[1][1] if history[1:] else ""
@@ -88,6 +90,32 @@ def find_detached_head(root: Path = paths.ROOT) -> DetachedHead | None:
     if commit is None and -1 < seconds < SECONDS_TO_STASH:
         return DetachedHead(branch, by_experiment=True, stashed=_find_commit("refs/stash^1", root) == start)
     return DetachedHead(branch, by_experiment=False, commit=commit)
+
+
+def wait_for_stash(root: Path = paths.ROOT) -> None:
+    """Wait while another command prepares an experiment: the workspace is then in Git's stash, its files are HEAD's.
+
+    Raises InputError if that takes too long.
+    """
+    deadline = time.monotonic() + SECONDS_TO_WAIT
+    while is_stashed(root):
+        if time.monotonic() > deadline:
+            note = find_stash_note(root)
+            raise InputError(
+                f"process {note.pid if note else '?'} has been preparing an experiment here for {SECONDS_TO_WAIT} s, "
+                "with your changes in Git's stash; wait for it, or stop it",
+                code="workspace-stashed",
+            )
+        time.sleep(0.1)
+
+
+def is_stashed(root: Path = paths.ROOT) -> bool:
+    """Tell whether a process that is running prepares an experiment, with the workspace in Git's stash."""
+    return _is_at_work(find_stash_note(root))
+
+
+def _is_at_work(note: ProcessNote | None) -> bool:
+    return note is not None and operating_system.is_running(note.pid, started_by=note.written)
 
 
 def _read_history(root: Path) -> list[list[str]]:

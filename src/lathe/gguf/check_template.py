@@ -11,7 +11,7 @@ from lathe.common.errors import InputError
 from lathe.gguf.jinja_engine import find_engine, render_with_engine
 from lathe.models.chat_template import EXAMPLE_TOOL, FIXED_DATE, ChatTemplate
 from lathe.models.message_form import EXAMPLE_CALL
-from lathe.models.template_text import TemplateError
+from lathe.models.template_error import TemplateError
 
 logger = logging.getLogger(__name__)
 

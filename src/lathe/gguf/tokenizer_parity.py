@@ -14,8 +14,8 @@ from typing import Any, Literal
 from lathe.common.errors import InputError
 from lathe.common.text import shorten_value
 from lathe.gguf.llama_model import LlamaModel
-from lathe.models.chat_template import ChatTemplate
 from lathe.models.loss_mask import encode
+from lathe.models.tokenizer_template import read_chat_template
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def _check_end(subject: str, tokenizer: Any, vocabulary: LlamaModel) -> None:
 
 
 def _compare_prompts(subject: str, folder: str, tokenizer: Any, vocabulary: LlamaModel) -> int:
-    template, bos = ChatTemplate.of_tokenizer(tokenizer), tokenizer.bos_token_id
+    template, bos = read_chat_template(tokenizer), tokenizer.bos_token_id
     if vocabulary.chat_template.text != template.text:
         raise InputError(
             f"{subject}: its chat template is not the one in {folder}; convert again from this folder",

@@ -19,7 +19,7 @@ from lathe.inference.generate import Completion, Generator
 from lathe.inference.row_file import RowFile
 from lathe.models.answer_split import find_answer_prefix
 from lathe.models.chat_template import Message
-from lathe.models.template_text import TemplateError
+from lathe.models.template_error import TemplateError
 
 STANDARD_INPUT = Path("-")
 

@@ -11,7 +11,7 @@ from lathe.data.tools import parse_tools
 from lathe.models.answer_split import find_answer_prefix
 from lathe.models.answer_syntax import Call, find_call_syntax
 from lathe.models.chat_template import ChatTemplate
-from lathe.models.template_text import TemplateError
+from lathe.models.template_error import TemplateError
 
 _ANY_TEXT = TextValidator(re.compile("(?!)"))  # as in a chat: what is sent is rendered
 

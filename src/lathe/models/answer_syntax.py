@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, Self
 from lathe.models.answer_split import find_answer_prefix, split_answer
 from lathe.models.chat_template import EXAMPLE_TOOL, ChatTemplate, Tools
 from lathe.models.message_form import A_THOUGHT, ANSWER, QUESTION, THOUGHT, make_call
-from lathe.models.template_text import TemplateError
+from lathe.models.template_error import TemplateError
 
 # A call as it is compared: {"name": …, "arguments": {…}}.
 Call = dict[str, Any]

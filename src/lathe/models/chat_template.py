@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
-from typing import Any, Self
+from typing import Any
 
 import jinja2
 import jinja2.sandbox
@@ -15,7 +15,7 @@ import jinja2.sandbox
 from lathe.common import bounded_jinja
 from lathe.models.document import is_document
 from lathe.models.message_form import QUESTION, Conversation, Message, MessageForm, find_form
-from lathe.models.template_text import TemplateError, choose_template_text
+from lathe.models.template_error import TemplateError
 
 # Definitions of tools in OpenAI's form: {"type": "function", "function": {"name", "description", "parameters"}}.
 Tools = Sequence[Mapping[str, Any]]
@@ -53,17 +53,6 @@ class ChatTemplate:
     eos_token: str
     adds_bos: bool
 
-    @classmethod
-    def of_tokenizer(cls, tokenizer: Any) -> Self:
-        """Return the template of a Hugging Face tokenizer. Raises TemplateError if it has none."""
-        bos = tokenizer.bos_token_id
-        return cls(
-            text=choose_template_text(tokenizer),
-            bos_token=tokenizer.bos_token or "",
-            eos_token=tokenizer.eos_token or "",
-            adds_bos=bos is not None and tokenizer("text")["input_ids"][0] == bos,
-        )
-
     def render(
         self,
         messages: Conversation,
@@ -86,7 +75,7 @@ class ChatTemplate:
     def _render(
         self, messages: Conversation, *, add_generation_prompt: bool = False, tools: Tools | None = None
     ) -> str:
-        context = self._list_variables(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        context = self.list_variables(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         try:
             template, variables = _compile(self.text)
             rendered = bounded_jinja.render(template, {**variables, **context})
@@ -114,14 +103,7 @@ class ChatTemplate:
     def list_variables(
         self, messages: Conversation, *, add_generation_prompt: bool, tools: Tools | None
     ) -> dict[str, Any]:
-        """Return what `render` gives the template of a conversation, by the names of its variables."""
-        if not all(map(_is_text_message, messages)):
-            messages = self.form.adapt(messages)
-        return self._list_variables(messages, add_generation_prompt=add_generation_prompt, tools=tools)
-
-    def _list_variables(
-        self, messages: Conversation, *, add_generation_prompt: bool, tools: Tools | None
-    ) -> dict[str, Any]:
+        """Return what the template gets, by name, with messages that have its `form`."""
         return {
             "messages": messages,
             "tools": tools or None,

@@ -10,7 +10,7 @@ from lathe.models.answer_split import split_answer
 from lathe.models.chat_template import ChatTemplate, Conversation, Tools
 from lathe.models.document import is_document
 from lathe.models.special_tokens import compile_control_tokens
-from lathe.models.template_text import TemplateError
+from lathe.models.template_error import TemplateError
 from lathe.models.token_segments import (
     compile_segment_starts,
     concatenate,
@@ -18,6 +18,7 @@ from lathe.models.token_segments import (
     split_segments,
     tokenize_segments,
 )
+from lathe.models.tokenizer_template import read_chat_template
 
 # The tokenizer spreads a batch over the cores; the ids of a larger one no longer fit into the caches of the processor.
 ROWS_PER_BATCH = 128
@@ -88,7 +89,7 @@ class ConversationEncoder:
     @classmethod
     def of_tokenizer(cls, tokenizer: Any) -> Self:
         """Return the encoder of a tokenizer. Raises TemplateError if it has no chat template or no end token."""
-        template = ChatTemplate.of_tokenizer(tokenizer)
+        template = read_chat_template(tokenizer)
         if not template.eos_token:
             raise TemplateError(
                 "the tokenizer has no eos_token, so no answer could end; set it in tokenizer_config.json",

@@ -2,11 +2,7 @@
 
 from typing import Any
 
-from lathe.common.errors import InputError
-
-
-class TemplateError(InputError):
-    """A conversation that the chat template cannot render as a prompt and an answer."""
+from lathe.models.template_error import TemplateError
 
 
 def choose_template_text(tokenizer: Any) -> str:

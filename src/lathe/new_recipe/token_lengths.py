@@ -57,11 +57,11 @@ def _measure_by_folder(folder: Path, sample: Sequence[Messages]) -> LengthsInTok
     from transformers import AutoTokenizer
 
     from lathe.common.outside_files import translate_errors
-    from lathe.models.chat_template import ChatTemplate
+    from lathe.models.tokenizer_template import read_chat_template
 
     with translate_errors(folder.name, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    template = ChatTemplate.of_tokenizer(tokenizer)
+    template = read_chat_template(tokenizer)
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from lathe.models.chat_template import EXAMPLE_TOOL, ChatTemplate
 from lathe.models.message_form import EXAMPLE_CALL
-from lathe.models.template_text import TemplateError
+from lathe.models.template_error import TemplateError
 from lathe.models.templates import builtin_templates
 
 # The built-in templates as Go has them, without BOS; EOS is the end token. White space around a message, which

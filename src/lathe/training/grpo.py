@@ -23,9 +23,9 @@ from lathe.evaluation.answer_checks import REWARDS
 from lathe.models.adapter import unwrap
 from lathe.models.answer_split import find_answer_prefix, split_answer
 from lathe.models.answer_syntax import ThoughtSyntax, find_thought_syntax
-from lathe.models.chat_template import ChatTemplate
 from lathe.models.loss_mask import Encoded, encode
 from lathe.models.message_form import split_thought
+from lathe.models.tokenizer_template import read_chat_template
 from lathe.training import distributed
 from lathe.training.base_trainer import BaseTrainer
 from lathe.training.best_weights import BestWeights
@@ -67,7 +67,7 @@ def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
     grpo, training, tokenizer = setup.params.grpo, setup.params.training, setup.tokenizer
     pad_rows(setup.model, training.attn_implementation)
     _set_end_of_answer(setup.model, tokenizer)
-    template = ChatTemplate.of_tokenizer(tokenizer)
+    template = read_chat_template(tokenizer)
     prompts = {split: encode_prompts(tokenizer, setup.splits[split]) for split in ("train", "validation")}
     rewards = weight_rewards(grpo.rewards, setup.functions)
     arguments = GRPOConfig(
@@ -306,7 +306,7 @@ def _set_end_of_answer(model: Any, tokenizer: Any) -> None:
 
 def encode_prompts(tokenizer: Any, examples: Sequence[dict[str, Any]]) -> list[RewardPrompt]:
     """Return the prompt before each conversation's last answer, and that answer as the reference."""
-    template = ChatTemplate.of_tokenizer(tokenizer)
+    template = read_chat_template(tokenizer)
     tools = [example.get("tools") for example in examples]
     encoded = encode(tokenizer, [example["messages"] for example in examples], supervise="last", tools=tools)
     prompts = []

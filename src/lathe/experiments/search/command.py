@@ -15,6 +15,7 @@ from lathe.common.workspace_lock import hold_workspace
 from lathe.config import overrides
 from lathe.config.pipelines import CLASSIFIER, MAIN, Pipeline
 from lathe.config.yaml_files import read_yaml
+from lathe.experiments.interrupted import wait_for_stash
 from lathe.experiments.search import environment, results, run_search, search_file, storage
 from lathe.experiments.search.study import PRUNED, REASON, Study
 
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace, deliver: "Deliver | None" = None) -> None:
     for option, number in (("--n-trials", args.n_trials), ("--timeout", args.timeout), ("--jobs", args.jobs)):
         if number is not None and not number > 0:
             raise InputError(f"{option} {number:g}: must be above 0", code="option-out-of-range")
+    wait_for_stash()  # its parameters are those of the workspace
     prepared = prepare(args.file, args.overrides)
     chosen, params, fixed, given = prepared.plan, prepared.params, prepared.fixed, prepared.given
     pipeline = prepared.pipeline

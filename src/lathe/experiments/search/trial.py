@@ -20,7 +20,7 @@ from lathe.common.dvc_api import open_repository, run_command
 from lathe.common.errors import InputError
 from lathe.common.git import find_head, run_git
 from lathe.config.pipelines import build_dvc_options
-from lathe.experiments import separate_checkout
+from lathe.experiments import interrupted, separate_checkout
 from lathe.provenance.revisions import Revision, list_experiments
 
 if TYPE_CHECKING:
@@ -109,8 +109,10 @@ def remove_stale_checkouts() -> None:
 def create_snapshot() -> tuple[str, str]:
     """Return HEAD and a commit of the workspace, with the uncommitted changes of files that Git tracks.
 
-    Raises InputError if contents have changed that DVC tracks: a trial gets those in DVC's cache.
+    It waits where another command, such as `dvc exp run --temp`, has those changes in Git's stash for a moment. Raises
+    InputError if contents have changed that DVC tracks: a trial gets those in DVC's cache.
     """
+    interrupted.wait_for_stash()
     if (head := find_head()) is None:
         raise InputError(
             "the repository has no commit, and experiments hang on one; `git commit` first", code="no-commit"
@@ -119,9 +121,18 @@ def create_snapshot() -> tuple[str, str]:
         raise InputError(
             f"{', '.join(changed)}: not as DVC keeps it; `dvc add` it, so that the trials have it", code="changed-data"
         )
-    # A stash fails if files have other time stamps and the same contents.
-    is_changed = run_git("status", "--porcelain", "--untracked-files=no")
-    return head, run_git("stash", "create").decode().strip() if is_changed else head
+    while True:
+        try:
+            # A stash fails if files have other time stamps and the same contents.
+            is_changed = run_git("status", "--porcelain", "--untracked-files=no")
+            snapshot = run_git("stash", "create").decode().strip() if is_changed else head
+        except InputError:
+            if not interrupted.is_stashed():
+                raise
+        else:
+            if not interrupted.is_stashed():
+                return head, snapshot
+        interrupted.wait_for_stash()
 
 
 def find_experiment(order: Order) -> Revision | None:
