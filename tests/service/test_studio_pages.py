@@ -161,6 +161,16 @@ def test_the_space_of_a_search_is_a_form_and_a_text_that_follow_each_other(reade
     page.locator("#n_trials").focus()
     page.wait_for_selector("#check .refusal:has-text('low must be below high')")
     assert page.input_value("#space-0-low") == "100"
+    page.select_option("#plan-sampler", "random")
+    page.wait_for_function("() => document.querySelector('#text').value.includes('sampler: random')")
+    page.select_option("#add_objective", "quantized.bytes")
+    page.wait_for_selector("#objective-1-direction")
+    assert page.input_value("#objective-1-direction") == "minimize"
+    page.locator("#remove-objective-0").click()
+    page.wait_for_function("() => !document.querySelector('#text').value.includes('Q4_K_M.exact_match')")
+    page.select_option("#use_pruner", "true")
+    page.wait_for_selector("#pruner-reduction")
+    assert "pruner: {min_steps: " in page.input_value("#text")
     assert reader.find_faults() == []
 
 

@@ -10,16 +10,46 @@ from refusals import refused
 from lathe.common import paths
 from lathe.config.load import load
 from lathe.config.overrides import list_keys
-from lathe.studio import model_pages, parameter_form, row_mending, search_space
+from lathe.studio import model_pages, parameter_form, row_mending, search_plan, search_space, search_text
 from lathe.studio.studies import check_search_text
 
 DEFAULT = (paths.ROOT / "experiments/search/default.yaml").read_text(encoding="utf-8")
 
 
+def read_rows(text: str) -> list[search_space.SpaceRow]:
+    return search_space.read_rows(search_text.load_text(text))
+
+
+def write_rows(text: str, form: dict[str, str]) -> str:
+    tree = search_text.load_text(text)
+    search_space.write_rows(tree, form)
+    return search_text.dump_text(tree)
+
+
+def read_plan(text: str) -> search_plan.PlanForm:
+    return search_plan.read_plan(search_text.load_text(text))
+
+
+def write_plan(text: str, form: dict[str, str]) -> str:
+    tree = search_text.load_text(text)
+    search_plan.write_plan(tree, form)
+    return search_text.dump_text(tree)
+
+
+def fill_in_plan(text: str) -> dict[str, str]:
+    """The form of a text's study, sampler, objectives and pruner as the page sends it."""
+    plan = read_plan(text)
+    form = {f"plan:{field.name}": field.text for field in plan.fields}
+    form |= {f"pruner:{field.name}": field.text for field in plan.pruner}
+    for number, (metric, direction) in enumerate(plan.objectives):
+        form |= {f"objective:{number}:metric": metric, f"objective:{number}:direction": direction}
+    return {**form, "use_pruner": "true" if plan.pruner else "false", "add_objective": ""}
+
+
 def fill_in(text: str, **changes: str) -> dict[str, str]:
     """The form of a text's space, with inputs changed: `lora.r.low` is named `lora__r__low`."""
     form: dict[str, str] = {}
-    for number, row in enumerate(search_space.read_rows(text)):
+    for number, row in enumerate(read_rows(text)):
         form |= {f"space:{number}:key": row.key, f"space:{number}:kind": row.kind}
         form |= {f"space:{number}:{field.name}": field.text for field in row.fields}
         for name, value in changes.items():
@@ -35,11 +65,12 @@ def fill_in(text: str, **changes: str) -> dict[str, str]:
 @pytest.mark.parametrize("file", sorted((paths.ROOT / "experiments/search").glob("*.yaml")), ids=lambda file: file.stem)
 def test_a_form_that_was_not_touched_leaves_the_text_as_it_is(file: Path):
     text = file.read_text(encoding="utf-8")
-    assert search_space.write_rows(text, fill_in(text)) == text
+    assert write_rows(text, fill_in(text)) == text
+    assert write_plan(text, fill_in_plan(text)) == text
 
 
 def test_a_row_has_the_inputs_of_its_distributions_class():
-    rows = {row.key: row for row in search_space.read_rows(DEFAULT)}
+    rows = {row.key: row for row in read_rows(DEFAULT)}
     assert [field.name for field in rows["lora.r"].fields] == ["low", "high", "log", "step"]
     assert [field.name for field in rows["training.lr_scheduler_type"].fields] == ["choices"]
     assert rows["lora.r"].kinds == ["int", "categorical"]
@@ -50,7 +81,7 @@ def test_a_row_has_the_inputs_of_its_distributions_class():
 
 def test_what_is_typed_into_a_row_is_what_the_search_reads_and_all_other_lines_stay():
     form = fill_in(DEFAULT, training__learning_rate__low="1e-4", lora__r__log="false", lora__r__step="4")
-    text = search_space.write_rows(DEFAULT, form)
+    text = write_rows(DEFAULT, form)
     space = check_search_text(text).space
     assert space["training.learning_rate"].low == 0.0001
     assert (space["lora.r"].log, space["lora.r"].step) == (False, 4)
@@ -59,33 +90,66 @@ def test_what_is_typed_into_a_row_is_what_the_search_reads_and_all_other_lines_s
 
 
 def test_rows_are_added_removed_and_given_another_distribution():
-    text = search_space.write_rows(DEFAULT, {**fill_in(DEFAULT), "remove": "1", "add": "training.tuning"})
+    text = write_rows(DEFAULT, {**fill_in(DEFAULT), "remove": "1", "add": "training.tuning"})
     space = check_search_text(text, ["dataset=commands"]).space
     assert "lora.r" not in space
     assert set(space["training.tuning"].choices) == {"lora", "full"}
-    other = search_space.write_rows(DEFAULT, fill_in(DEFAULT, lora__r__kind="categorical"))
+    other = write_rows(DEFAULT, fill_in(DEFAULT, lora__r__kind="categorical"))
     assert check_search_text(other).space["lora.r"].choices == [load().params.lora.r]
-    assert set(search_space.list_free_keys(search_space.read_rows(DEFAULT))) == set(list_keys()) - set(
+    assert set(search_space.list_free_keys(read_rows(DEFAULT))) == set(list_keys()) - set(
         check_search_text(DEFAULT).space
     )
+
+
+def test_study_sampler_and_objectives_are_what_the_search_reads():
+    form = {**fill_in_plan(DEFAULT), "plan:study": "mine", "plan:sampler": "random", "plan:timeout_seconds": "3600"}
+    form |= {"objective:0:metric": "merged.exact_match", "add_objective": "quantized.bytes", "use_pruner": "false"}
+    plan = check_search_text(write_plan(DEFAULT, form))
+    assert (plan.study, plan.sampler, plan.timeout_seconds) == ("mine", "random", 3600)
+    assert plan.directions == {"merged.exact_match": "maximize", "quantized.bytes": "minimize"}
+    emptied = write_plan(write_plan(DEFAULT, form), {"plan:timeout_seconds": "", "remove_objective": "0"})
+    assert check_search_text(emptied).timeout_seconds is None
+    assert list(check_search_text(emptied).directions) == ["quantized.bytes"]
+
+
+def test_a_pruner_is_switched_on_and_off():
+    text = write_plan(DEFAULT, {**fill_in_plan(DEFAULT), "use_pruner": "true"})
+    assert [field.name for field in read_plan(text).pruner] == ["min_steps", "reduction"]
+    changed = check_search_text(write_plan(text, {**fill_in_plan(text), "pruner:reduction": "4"})).pruner
+    assert changed is not None
+    assert changed.reduction == 4
+    assert write_plan(text, {**fill_in_plan(text), "use_pruner": "false"}) == DEFAULT
+
+
+def test_every_score_that_is_offered_can_be_an_objective():
+    for metric in search_plan.list_metrics():
+        check_search_text(write_plan(DEFAULT, {"objective:0:metric": metric}))
+
+
+@pytest.mark.parametrize("value", ["", "grid search", "1"])
+def test_a_sampler_that_is_none_is_told_by_the_check_of_the_text(value):
+    with refused("invalid-search-file", "sampler", kept=False):
+        check_search_text(write_plan(DEFAULT, {"plan:sampler": value}))
 
 
 @pytest.mark.parametrize(("value", "said"), [("abc", "space.lora.r.low is 'abc'"), ("100", "low must be below high")])
 def test_a_value_that_cannot_be_is_told_by_the_check_of_the_text(value, said):
     with refused("invalid-search-file", said, kept=False):
-        check_search_text(search_space.write_rows(DEFAULT, fill_in(DEFAULT, lora__r__low=value)))
+        check_search_text(write_rows(DEFAULT, fill_in(DEFAULT, lora__r__low=value)))
 
 
 def test_a_form_that_is_not_of_the_text_is_refused():
     for text in ("space: [", "study: x", "- 1"):
         with refused("no-yaml" if "[" in text else "no-space", kept=False):
-            search_space.read_rows(text)
+            read_rows(text)
+    with refused("other-objectives", "'3'"):
+        write_plan(DEFAULT, {"remove_objective": "3"})
     with refused("other-space", "lora.rank"):
-        search_space.write_rows(DEFAULT, {"space:0:key": "lora.rank", "space:0:kind": "int"})
+        write_rows(DEFAULT, {"space:0:key": "lora.rank", "space:0:kind": "int"})
     with refused("no-such-type", "float, int, categorical"):
-        search_space.write_rows(DEFAULT, {"space:0:key": "lora.r", "space:0:kind": "normal"})
+        write_rows(DEFAULT, {"space:0:key": "lora.r", "space:0:kind": "normal"})
     with refused("no-such-key", "lora.rank"):
-        search_space.write_rows(DEFAULT, {"add": "lora.rank"})
+        write_rows(DEFAULT, {"add": "lora.rank"})
 
 
 # Faulty rows

@@ -10,10 +10,11 @@ from lathe.common.errors import InputError
 from lathe.config.overrides import format_override
 from lathe.config.yaml_files import read_yaml
 from lathe.experiments.recipes import list_recipes
-from lathe.studio import actions, search_space, studies
+from lathe.studio import actions, search_plan, search_space, studies
 from lathe.studio import started_commands as starting
 from lathe.studio.form_data import FormTexts, read_form
 from lathe.studio.rendering import arrange_bars, redirect, render
+from lathe.studio.search_text import dump_text, load_text
 
 router = APIRouter()
 
@@ -42,7 +43,7 @@ def show_searches(request: Request, file: Annotated[str, Query(max_length=200)] 
         changed=0,
         recipes=list_recipes(),
         writes_text=False,
-        **_read_space(text),
+        **_read_form(text),
     )
 
 
@@ -52,19 +53,32 @@ def show_space(request: Request, form: Annotated[FormTexts, Depends(read_form)])
     text = _read_text(form)
     of_rows = form.get("source") == "rows"
     if of_rows:
-        text = search_space.write_rows(text, form)
-    response = render(request, "_space", text=text, writes_text=of_rows, **_read_space(text))
+        tree = load_text(text)
+        search_plan.write_plan(tree, form)
+        search_space.write_rows(tree, form)
+        text = dump_text(tree)
+    response = render(request, "_space", text=text, writes_text=of_rows, **_read_form(text))
     response.headers["HX-Trigger-After-Swap"] = "checks-search"
     return response
 
 
-def _read_space(text: str) -> dict[str, Any]:
-    """Return the rows of a text's space, none where it cannot be read, and the parameters that may be added."""
+def _read_form(text: str) -> dict[str, Any]:
+    """Return the form of a text, empty where that cannot be read, and what may be added."""
+    plan, rows, problem = None, [], ""
     try:
-        rows, problem = search_space.read_rows(text), ""
+        tree = load_text(text)
+        plan, rows = search_plan.read_plan(tree), search_space.read_rows(tree)
     except InputError as error:
-        rows, problem = [], str(error)
-    return {"rows": rows, "problem": problem, "free": search_space.list_free_keys(rows)}
+        problem = str(error)
+    return {
+        "plan": plan,
+        "rows": rows,
+        "problem": problem,
+        "free": search_space.list_free_keys(rows),
+        "metrics": search_plan.list_metrics(),
+        "directions": search_plan.DIRECTIONS,
+        "most_objectives": search_plan.MOST_OBJECTIVES,
+    }
 
 
 @router.post("/searches/check")

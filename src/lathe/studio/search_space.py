@@ -3,7 +3,6 @@
 The search file's text stays what counts: rows are read from it and written into it, its comments kept.
 """
 
-import io
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
-from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import YAMLError
-from ruamel.yaml.representer import RoundTripRepresenter
 
 from lathe.common.errors import InputError
 from lathe.config.base import Section
@@ -22,6 +18,7 @@ from lathe.config.params import Params
 from lathe.config.reference import describe_range, read_unit
 from lathe.experiments.search.search_file import Dimension
 from lathe.studio.parameter_form import list_choices, parse_back, read_params, walk, write_value
+from lathe.studio.search_text import unwrap
 
 MOST_ROWS = 60
 
@@ -65,23 +62,22 @@ def list_free_keys(rows: Sequence[SpaceRow]) -> list[str]:
     return [key for key, _, _ in walk(Params) if key not in taken]
 
 
-def read_rows(text: str) -> list[SpaceRow]:
-    """Return the rows of a search file's text. Raises InputError for a text that is no YAML, or has no space."""
+def read_rows(tree: Mapping[str, Any]) -> list[SpaceRow]:
+    """Return the rows of a search file's tree."""
     known = {key: info for key, info, _ in walk(Params)}
     rows = []
-    for key, given in _load(text)["space"].items():
+    for key, given in tree["space"].items():
         values = given if isinstance(given, Mapping) else {}
         rows.append(_build_row(str(key), str(values.get("type", "")), values, known.get(str(key))))
     return rows[:MOST_ROWS]
 
 
-def write_rows(text: str, form: Mapping[str, str]) -> str:
-    """Return a search file's text with the rows of a form: those removed are gone, the added one is the last.
+def write_rows(tree: Any, form: Mapping[str, str]) -> None:
+    """Put the rows of a form into a search file's tree: those removed are gone, the added one is the last.
 
     Inputs are named `space:NUMBER:NAME`, NAME being `key`, `kind` or a key of the distribution; `remove` is the number
-    of a row, `add` a parameter. Raises InputError for a text that is no YAML, or an input that is none of these.
+    of a row, `add` a parameter. Raises InputError for an input that is none of these.
     """
-    tree = _load(text)
     space: Any = tree["space"]
     for number, row in sorted(_group_inputs(form).items()):
         key = row.get("key", "")
@@ -95,9 +91,6 @@ def write_rows(text: str, form: Mapping[str, str]) -> str:
         _write_row(space, key, row)
     if added := form.get("add", ""):
         _add_row(space, added)
-    out = io.StringIO()
-    _make_editor().dump(tree, out)
-    return out.getvalue()
 
 
 def _write_row(space: Any, key: str, row: Mapping[str, str]) -> None:
@@ -110,7 +103,7 @@ def _write_row(space: Any, key: str, row: Mapping[str, str]) -> None:
         entry = space[key] = _make_entry(kind, _suggest(kind, key))
         return
     for name, info in _list_fields(kind):
-        if (given := row.get(name)) is None or given.strip() == write_value(_unwrap(entry.get(name))):
+        if (given := row.get(name)) is None or given.strip() == write_value(unwrap(entry.get(name))):
             continue
         value = parse_back(given)
         if value is None and given.strip():
@@ -157,7 +150,7 @@ def _build_row(key: str, kind: str, values: Mapping[str, Any], info: FieldInfo |
     for name, of_field in _list_fields(kind) if kind in DISTRIBUTIONS else ():
         is_switch = of_field.annotation is bool
         value = values.get(name, of_field.default if is_switch else None)
-        fields.append(SpaceField(name, write_value(_unwrap(value)), is_switch, of_field.is_required()))
+        fields.append(SpaceField(name, write_value(unwrap(value)), is_switch, of_field.is_required()))
     unit, bounds = (read_unit(info) or "", describe_range(info)) if info else ("", "")
     parts = [info.description or "" if info else "", unit, bounds]
     return SpaceRow(key, kind, kinds, fields, " · ".join(filter(None, parts)))
@@ -195,37 +188,3 @@ def _group_inputs(form: Mapping[str, str]) -> dict[int, dict[str, str]]:
         if head == "space" and number.isascii() and number.isdigit() and len(number) < 4:
             rows.setdefault(int(number), {})[key] = text
     return rows
-
-
-def _unwrap(value: Any) -> Any:
-    """Return a value of the editor as plain Python."""
-    if isinstance(value, list):
-        return [_unwrap(item) for item in value]
-    if isinstance(value, bool) or value is None:
-        return value
-    return next((kind(value) for kind in (int, float, str) if isinstance(value, kind)), value)
-
-
-def _load(text: str) -> Any:
-    try:
-        tree = _make_editor().load(text)
-    except YAMLError as error:
-        raise InputError(f"the text is no YAML: {str(error).splitlines()[0]}; mend it", code="no-yaml") from None
-    if not isinstance(tree, Mapping) or not isinstance(tree.get("space"), Mapping):
-        raise InputError("the text has no `space:` with parameters; add it", code="no-space")
-    return tree
-
-
-class _NullInWords(RoundTripRepresenter):
-    """Writes null as the word, as search files have it."""
-
-
-_NullInWords.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
-
-
-def _make_editor() -> YAML:
-    editor = YAML()
-    editor.Representer = _NullInWords
-    editor.preserve_quotes, editor.width = True, 1_000_000
-    editor.indent(mapping=2, sequence=4, offset=2)
-    return editor
