@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,6 +95,13 @@ def _partial(target: Path) -> Path:
     partial = target.with_name(f".{target.name}.partial")
     _remove(partial)
     return partial
+
+
+def remove_unless(folder: Path, is_kept: Callable[[Path], bool]) -> None:
+    """Remove the files and subfolders of a folder, where it exists, that are not to be kept."""
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if not is_kept(path):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

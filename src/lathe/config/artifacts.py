@@ -1,8 +1,9 @@
 """Artifacts: their names, their GGUF files, and the removal of files of types that are no longer listed."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
+
+from lathe.common.paths import remove_unless
 
 BASE, FEW_SHOT, MERGED = "base", "base_few_shot", "merged"
 UNQUANTIZED = (BASE, FEW_SHOT, MERGED)
@@ -29,6 +30,8 @@ def remove_unlisted_types(folder: Path, types: Sequence[str]) -> None:
     DVC keeps the files of a type that was taken off the list, and a stage that depends on the folder would depend on
     them too. Types are recognised by their upper case; baselines, adapters and model cards are not.
     """
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.stem.isupper() and path.suffix in {"", ".gguf", ".json"} and path.stem not in types:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def is_kept(path: Path) -> bool:
+        return not (path.stem.isupper() and path.suffix in {"", ".gguf", ".json"}) or path.stem in types
+
+    remove_unless(folder, is_kept)

@@ -26,6 +26,9 @@ Metric = Literal[
 # Scores that come from generation, whatever evaluate.metrics lists.
 MEASURED = ("perplexity", "kl", "stop_rate", "general_perplexity", "bytes")
 
+# Keys beside the scores of an artifact, in the reports of the stage evaluate, that are none.
+NOT_SCORES = {"bytes", "intervals", "deltas", "documents", "lower_is_better", "samples", "spread"}
+
 
 def suggest_remedy(score: str, computed: list[str]) -> str:
     """Return what to change so that the score is computed, or the name that may have been meant."""

@@ -4,7 +4,6 @@ A score is a function of sums over documents, as those of held-out rows are, so 
 code. Scores that are no such function, such as an F1 over all documents, have a value alone.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any
 from lathe.common.errors import InputError
 from lathe.common.json_files import read_json_object
 from lathe.common.jsonl import read_jsonl
+from lathe.common.paths import remove_unless
 from lathe.common.text import did_you_mean
 from lathe.config.gates import Gate
+from lathe.config.scores import NOT_SCORES
 from lathe.evaluation.clusters import CLUSTER
 from lathe.evaluation.evaluate import AnswerRow, Resampling, ScoreDefinition, evaluate
 from lathe.evaluation.metrics import compute_metric
@@ -24,7 +25,6 @@ from lathe.evaluation.text_metrics import Statistics
 BenchmarkReport = dict[str, dict[str, dict[str, Any]]]
 
 _FORMULAS = {"perplexity": "perplexity", "weighted_perplexity": "perplexity"}  # all others are ratios of sums
-_NOT_SCORES = ("documents", "bytes", "lower_is_better", "intervals", "deltas")
 TASKS_FILE = "tasks.json"
 
 # Gives a file of an artifact's folder by its name, such as one in DVC's cache; None if it is not there.
@@ -37,11 +37,13 @@ def remove_unlisted_tasks(folder: Path, artifacts: Sequence[str], tasks: Sequenc
     DVC keeps the files of a task that was taken off the list, and `evaluate` depends on the folder.
     """
     for path in [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else ():
-        for entry in path.iterdir():
-            if path.name not in artifacts or entry.name.removesuffix(".json") not in tasks:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        remove_unless(path, partial(_is_of_task, tasks if path.name in artifacts else ()))
         if not any(path.iterdir()):
             path.rmdir()
+
+
+def _is_of_task(tasks: Sequence[str], entry: Path) -> bool:
+    return entry.name.removesuffix(".json") in tasks
 
 
 def find_in(folder: Path) -> FindFile:
@@ -166,7 +168,7 @@ def list_task_scores(report: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> d
     scores: dict[str, dict[str, float | None]] = {}
     for name, artifacts in report.items():
         for artifact, task in artifacts.items():
-            own = {f"{name}.{key}": value for key, value in task.items() if key not in _NOT_SCORES}
+            own = {f"{name}.{key}": value for key, value in task.items() if key not in NOT_SCORES}
             scores.setdefault(artifact, {}).update(own)
     return scores
 

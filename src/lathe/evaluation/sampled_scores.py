@@ -5,7 +5,6 @@ greedy answers: the samples of a row belong together.
 """
 
 import math
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ import numpy as np
 
 from lathe.common.errors import InputError
 from lathe.common.jsonl import iterate_jsonl
+from lathe.common.paths import remove_unless
 from lathe.config.artifacts import get_file_name
 from lathe.evaluation.clusters import CLUSTER
 from lathe.evaluation.evaluate import AnswerRow, Resampling, ScoreDefinition, evaluate, strip_thought
@@ -34,9 +34,7 @@ def list_sampled(files: Sequence[str]) -> list[str]:
 
 def remove_unlisted_files(folder: Path, files: Sequence[str]) -> None:
     """Remove what is kept, in `folder/FILE`, of files that were taken off the list."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir() and path.name not in files:
-            shutil.rmtree(path)
+    remove_unless(folder, lambda path: path.name in files or not path.is_dir())
 
 
 def read_samples(file: Path, *, strip_thinking: bool) -> list[AnswerRow]:

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lathe.config.scores import NOT_SCORES
 from lathe.reports.values import Value
-
-# Keys of the scores that are no metrics.
-NOT_SCORES = {"bytes", "intervals", "deltas", "documents", "lower_is_better", "samples", "spread"}
 
 
 def list_metrics(report: Mapping[str, Mapping[str, Any]]) -> list[str]:
