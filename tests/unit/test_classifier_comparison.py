@@ -2,7 +2,8 @@
 
 import pytest
 
-from lathe.experiments.classifier_comparison import group_factors
+from lathe.experiments.classifier_comparison import PRESETS, TOGETHER
+from lathe.experiments.factors import group_factors
 
 
 @pytest.mark.parametrize(
@@ -15,9 +16,10 @@ from lathe.experiments.classifier_comparison import group_factors
         (["training.tuning", "training.freeze_backbone", "training.epochs"], 2),
         (["dataset", "datasets.path", "datasets.prompt"], 1),
         (["model.backbone", "models.package", "model.pooling"], 2),
+        (["lora.r", "lora.lora_alpha"], 1),
         (["seed"], 0),
         ([], 0),
     ],
 )
 def test_keys_that_must_change_together_are_one_factor_and_a_seed_is_none(changed, factors):
-    assert len(group_factors(changed)) == factors
+    assert len(group_factors(dict.fromkeys(changed, (1, 2)), TOGETHER, PRESETS)) == factors

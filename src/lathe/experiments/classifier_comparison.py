@@ -11,6 +11,7 @@ from lathe.common.git import read_line
 from lathe.common.jsonl import read_jsonl
 from lathe.config.pipelines import CLASSIFIER as PIPELINE
 from lathe.experiments.comparison import ComparedRun, Comparison, ScoreDifference, conclude, group_seeds
+from lathe.experiments.factors import group_factors, list_changes, warn_of_factors
 from lathe.experiments.paired_answers import pair_answers
 from lathe.provenance.revisions import ClassifierRevision, Revision
 
@@ -19,6 +20,7 @@ METRICS = "classify/metrics"
 
 # Keys that change together and are one factor: what is trained, and the rate at which that part is.
 TOGETHER = ({"training.tuning", "training.freeze_backbone", "training.encoder_learning_rate"},)
+PRESETS = {"models": "model.backbone", "datasets": "dataset"}
 STAGES = ("features", "train", "evaluate")  # whose seconds are shown
 
 
@@ -118,29 +120,12 @@ def _list_changed_parameters(revisions: Sequence[ClassifierRevision]) -> dict[st
     }
 
 
-def group_factors(keys: Sequence[str]) -> list[str]:
-    """Return the keys that were changed independently; keys that change together count as the first of them."""
-    factors: list[str] = []
-    for key in keys:
-        group = next((group for group in TOGETHER if key in group), {key})
-        if key.startswith(("models.", "datasets.")):  # a preset's own keys change with its name
-            group = {key, "model.backbone" if key.startswith("models.") else "dataset"}
-        if key != "seed" and not group & set(factors):
-            factors.append(key)
-    return factors
-
-
 def _warn(revisions: Sequence[ClassifierRevision], parameters: Mapping[str, list[Any]]) -> Iterator[str]:
     first = revisions[0]
     for number, revision in enumerate(revisions[1:], start=1):
-        own = [key for key, values in parameters.items() if values[number] != values[0]]
-        factors = group_factors(own)
+        own = list_changes(parameters, number)
         both = f"{revision.name} and {first.name}"
-        if len(factors) > 1:
-            yield f"{len(factors)} factors differ between {both} ({', '.join(factors)}): any of them may be why"
-        if "seed" in own:
-            seeds = f"{parameters['seed'][0]} and {parameters['seed'][number]}"
-            yield f"the seeds of {both} differ ({seeds}): what chance does is in the difference"
+        yield from warn_of_factors(both, own, group_factors(own, TOGETHER, PRESETS))
         if code := sorted(_list_changed_code(first, revision)):
             yield f"the code of {both} differs: {', '.join(code)}"
 

@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from lathe.common.text import did_you_mean
 from lathe.config.artifacts import UNQUANTIZED
 from lathe.evaluation.metric_order import LOWER_IS_BETTER, orient_score
 from lathe.experiments.changed_code import has_stale_timings, list_changed_code, list_scripts
+from lathe.experiments.factors import group_factors, list_changes, warn_of_factors
 from lathe.experiments.p_values import adjust_p_values
 from lathe.experiments.paired_answers import pair_answers, read_answers
 from lathe.experiments.task_differences import compare_tasks
@@ -24,6 +25,7 @@ TESTED = ("metric", "delta", "low", "high", "p", "detectable")  # keys of a delt
 
 # Keys that must change together: 4-bit weights cannot be trained.
 CHANGED_TOGETHER = ({"training.tuning", "quantization.load_in_4bit"},)
+PRESETS = {"models": "model", "datasets": "dataset"}
 
 
 @dataclass
@@ -208,36 +210,11 @@ def _list_changed_parameters(revisions: Sequence[Revision]) -> dict[str, list[An
     }
 
 
-def _group_factors(keys: Sequence[str], value: Callable[[str], tuple[Any, Any]]) -> list[str]:
-    """Return the keys that were changed independently; keys that change together count as the first of them."""
-    together = [*CHANGED_TOGETHER]
-    # The update is scaled by lora_alpha / r: if that is kept, the rank alone was changed.
-    if {"lora.r", "lora.lora_alpha"} <= set(keys):
-        (r, other_r), (alpha, other_alpha) = value("lora.r"), value("lora.lora_alpha")
-        if alpha * other_r == other_alpha * r:
-            together.append({"lora.r", "lora.lora_alpha"})
-    # A preset's own keys change with its name.
-    for key, table in (("model", "models"), ("dataset", "datasets")):
-        if key in keys:
-            together.append({key, *(name for name in keys if name.startswith(f"{table}."))})
-    factors: list[str] = []
-    for key in keys:
-        group = next((group for group in together if key in group), {key})
-        if key != "seed" and not group & set(factors):
-            factors.append(key)
-    return factors
-
-
 def _warn_of_settings(revisions: Sequence[Revision], parameters: Mapping[str, list[Any]]) -> Iterator[str]:
     for number, revision in enumerate(revisions[1:], start=1):
-        own = [key for key, values in parameters.items() if values[number] != values[0]]
-        factors = _group_factors(own, lambda key, number=number: (parameters[key][0], parameters[key][number]))  # type: ignore[misc]
+        own = list_changes(parameters, number)
         both = f"{revision.name} and {revisions[0].name}"
-        if len(factors) > 1:
-            yield f"{len(factors)} factors differ between {both} ({', '.join(factors)}): any of them may be why"
-        if "seed" in own:
-            seeds = f"{parameters['seed'][0]} and {parameters['seed'][number]}"
-            yield f"the seeds of {both} differ ({seeds}): what chance does is in the difference"
+        yield from warn_of_factors(both, own, group_factors(own, CHANGED_TOGETHER, PRESETS))
         if scoring := [key for key in own if key.startswith(("evaluate.", "bert_score.", "judge."))]:
             yield f"{both} were not scored alike ({', '.join(scoring)}); differences are by the first one's settings"
         if code := list_changed_code(revisions[0], revision):
