@@ -108,6 +108,10 @@ def _add_setup_commands(table: Any) -> None:
         "--recipe", metavar="NAME", help="with the overrides of experiments/NAME.yaml"
     ).complete = completion.RECIPES
     command.add_argument("--json", action="store_true", help="print the findings as JSON")
+    on_paper = "on paper, what the training of MODEL takes: a shape such as llama-70b, a preset, a folder"
+    command.add_argument("--for", metavar="MODEL", dest="shape", help=on_paper)
+    command.add_argument("--gpus", metavar="NxNAME", help="with --for: on these GPUs, such as 8xH100 (default: H100)")
+    command.add_argument("--rows", type=int, metavar="N", help="with --for: time for so many rows (default: 10,000)")
     command.set_defaults(run=general.run_doctor)
 
     command = table.add_parser("completion", help="print a script that completes commands and options in a shell")

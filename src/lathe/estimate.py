@@ -5,23 +5,20 @@ add. One training step and one evaluation batch are then run on fake tensors, an
 at their peak. Nothing is computed, so an 8 B model takes about as long as a small one: a second or two, and 100 MB.
 """
 
-import contextlib
-import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
-from lathe.common.json_files import read_json_object
-from lathe.common.outside_files import check_sizes, describe_error
 from lathe.common.text import readable_bytes
 from lathe.config.base import Auto, get_number
 from lathe.config.params import Params
-from lathe.config.training_params import Lora, Quantization, Training
+from lathe.config.training_params import Quantization, Training
 from lathe.gguf.file_sizes import estimate_gguf_bytes
+from lathe.models.meta_model import add_meta_adapter, count_trained, ignore_warnings, load_config, make_meta_model
 from lathe.training.checkpoints import KEPT_CHECKPOINTS
 
 # Bytes of optimizer state per trained weight, by the optimizer's name in transformers. AdamW keeps two moments and Lion
@@ -111,20 +108,20 @@ def estimate_training_memory(
     precision = resolve_precision(training.precision)
     length = length or training.max_length
     columns = supervised_tokens or length - 1
-    with _ignore_warnings():
-        config = _load_config(model)
+    with ignore_warnings():
+        config = load_config(model)
         if training.tuning == "full":
-            to_train = _make_meta_model(config, "fp32")
+            to_train = make_meta_model(config, "fp32")
             frozen, largest_packed = sum(buffer.nbytes for buffer in to_train.buffers()), 0
         else:
-            base = _make_meta_model(config, precision)
+            base = make_meta_model(config, precision)
             frozen, largest_packed = _measure_weights(base, quantization)
-            to_train = _add_meta_adapter(base, lora)
-        trained = _count_trained(to_train)
+            to_train = add_meta_adapter(base, lora)
+        trained = count_trained(to_train)
         if training.tuning == "lora" and lora.num_layers:
             # Measured on the first blocks, which have no update here; that of all blocks is alike.
             every = lora.model_copy(update={"num_layers": None})
-            to_train = _add_meta_adapter(_make_meta_model(config, precision), every)
+            to_train = add_meta_adapter(make_meta_model(config, precision), every)
         step, evaluation = _measure_peaks(to_train, params, precision, length, columns)
     return TrainingMemory(
         weights=frozen,
@@ -147,12 +144,12 @@ def estimate_disk(model: Path | Mapping[str, Any], params: Params) -> dict[str, 
     """
     from lathe.models.experts import count_weights_beside
 
-    with _ignore_warnings():
-        config = _load_config(model)
-        base = _make_meta_model(config, "bf16")
+    with ignore_warnings():
+        config = load_config(model)
+        base = make_meta_model(config, "bf16")
         weights, head = base.num_parameters(), base.get_output_embeddings()
         projector, full = count_weights_beside(base), params.training.tuning == "full"
-        trained = weights if full else _count_trained(_add_meta_adapter(base, params.lora))
+        trained = weights if full else count_trained(add_meta_adapter(base, params.lora))
     vocabulary = config.get_text_config().vocab_size
     output = head.weight.numel() if head is not None else 0
     stored = _get_bytes_per_weight(config)
@@ -223,58 +220,6 @@ def _advise_lower(key: str, batch_size: int | Auto) -> str:
         return "lower training.max_length"
     accumulate = ", raise gradient_accumulation_steps as much" if "train" in key else ""
     return f"lower training.{key} (now {batch_size}){accumulate}, or training.max_length"
-
-
-def _load_config(model: Path | Mapping[str, Any]) -> Any:
-    from transformers import CONFIG_MAPPING
-
-    content, shown = (
-        (_read_config(model), f"{model.name}/config.json") if isinstance(model, Path) else (model, "config.json")
-    )
-    check_sizes(content, shown)
-    kind = content.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise InputError(
-            f"{shown}: model_type is {kind!r}; no architecture of the installed transformers",
-            code="architecture-unknown",
-        )
-    try:
-        return CONFIG_MAPPING[kind].from_dict(dict(content))
-    except Exception as error:  # transformers raises whatever its reading of foreign values comes upon
-        raise InputError(f"{shown}: transformers refuses it: {describe_error(error)}", code="config-refused") from None
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = read_json_object(folder / "config.json", remedy="fetch the model again")
-    return content
-
-
-def _make_meta_model(config: Any, precision: str) -> Any:
-    import torch
-
-    from lathe.models.model_class import choose_model_class
-    from lathe.models.precision import DTYPES
-
-    try:
-        with torch.device("meta"):
-            return choose_model_class(config).from_config(config, dtype=DTYPES[precision], trust_remote_code=False)
-    except Exception as error:  # as above
-        raise InputError(
-            f"config.json: no causal language model: {describe_error(error)}", code="not-a-causal-model"
-        ) from None
-
-
-def _add_meta_adapter(base: Any, lora: Lora) -> Any:
-    import torch
-
-    from lathe.models.adapter import add_adapter
-
-    with torch.device("meta"):
-        return add_adapter(base, lora)
-
-
-def _count_trained(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _measure_weights(base: Any, quantization: Quantization) -> tuple[int, int]:
@@ -428,14 +373,6 @@ def _make_memory_counter(vocabulary: int) -> Any:
             weakref.finalize(storage, self.bytes.subtract, {kind: storage.nbytes()})
 
     return MemoryCounter()
-
-
-@contextlib.contextmanager
-def _ignore_warnings() -> Iterator[None]:
-    # PEFT and transformers warn of what matters only when a model is trained or saved.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _get_bytes_per_weight(config: Any) -> int:

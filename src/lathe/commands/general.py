@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +50,32 @@ def run_doctor(args: argparse.Namespace) -> None:
     from lathe.doctor import doctor
     from lathe.experiments.recipes import load_main_recipe
 
-    def load_with_overrides() -> Config:
-        return apply_overrides(
-            load_main_recipe(args.recipe).build_overrides(args.overrides) if args.recipe else args.overrides
-        )
+    def list_overrides() -> list[str]:
+        return load_main_recipe(args.recipe).build_overrides(args.overrides) if args.recipe else args.overrides
 
+    def load_with_overrides() -> Config:
+        return apply_overrides(list_overrides())
+
+    if args.shape is not None:
+        print_needs(args, list_overrides())
+        return
+    if args.gpus is not None or args.rows is not None:
+        raise InputError("--gpus and --rows go with --for MODEL; add it", code="option-without-model")
     sys.exit(doctor.run(load_with_overrides, as_json=args.json))
+
+
+def print_needs(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Print what the training of a model of a known shape takes on named GPUs."""
+    from lathe.doctor import scaling
+
+    rows = 10_000 if args.rows is None else args.rows
+    if not 1 <= rows <= 10**10:
+        raise InputError(f"--rows {rows}: must be from 1 to 10,000,000,000", code="option-out-of-range")
+    needs = scaling.measure_needs(args.shape, scaling.parse_gpus(args.gpus or "H100"), rows, overrides)
+    if args.json:
+        sys.stdout.write(json.dumps(asdict(needs), indent=2) + "\n")
+    else:
+        write_lines(scaling.format_needs(needs))
 
 
 def create_recipe(args: argparse.Namespace) -> None:
