@@ -28,8 +28,8 @@ def holds_adapter_alone(names: list[str]) -> bool:
 def resolve_adapter(preset: "ModelPreset") -> "ModelPreset":
     """Return the preset of base and adapter where a preset names the folder of an adapter, else the preset itself.
 
-    The base is what `base_model_name_or_path` in adapter_config.json names: a folder under models/local, by its path from
-    the root of the checkout or from beside the adapter, or else a repository of the Hub. Where it is neither, the
+    The base is what `base_model_name_or_path` in adapter_config.json names: a folder under models/local, by its path
+    from the root of the checkout or from beside the adapter, or else a repository of the Hub. Where it is neither, the
     preset is returned as it is, and `fetch` says why.
     """
     from lathe.config.presets import HubModel, LocalModel

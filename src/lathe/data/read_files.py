@@ -15,8 +15,9 @@ from lathe.common.errors import InputError
 from lathe.common.git_lfs import refuse_pointer
 from lathe.common.text import summarize_error
 from lathe.data.arrow_features import get_label_names, make_decoders
-from lathe.data.json_arrays import Decode, find_layout, iterate_items, skip_item
-from lathe.data.json_rows import find_rows, name_messages
+from lathe.data.json_arrays import find_layout, iterate_items, open_text
+from lathe.data.json_rows import find_rows_key, iterate_rows, name_messages
+from lathe.data.json_text import Decode, skip_item
 from lathe.data.part_of_file import Part
 from lathe.data.split_files import get_suffix
 from lathe.data.text_files import (
@@ -69,7 +70,7 @@ def read_records(file: Path, form: TextForm = BY_CONTENT, part: Part | None = No
 
     With a `part`, only these rows become records.
 
-    The value of a record that cannot be read is its Fault. Files are streamed, except for a JSON object. Raises
+    The value of a record that cannot be read is its Fault. Files are streamed. Raises
     InputError if the file itself cannot be read: not UTF-8, truncated, empty, a quote that is never closed.
     """
     number = 0
@@ -133,10 +134,13 @@ def _read_json(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRec
         if layout == "array":
             yield from _read_array(file, form, part)
             return
+        if open_text(file, form).peek() == "{":
+            yield from _read_object(file, form, part)
+            return
         text = "".join(iterate_lines(file, find_encoding(file, form)))
         if not text.strip():
             return
-        values = load_json(text)
+        value = load_json(text)
     except json.JSONDecodeError as error:
         # Never into the file itself, which a shell empties first.
         target = f"{file.stem}{'.rows' * (file.suffix == '.jsonl')}.jsonl"
@@ -148,21 +152,29 @@ def _read_json(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRec
         raise InputError(
             f"{file.name}: not a JSON array: {_describe_json_error(error)}; correct the file", code="not-json"
         ) from None
-    if isinstance(values, dict):
-        values = find_rows(values, form.rows_key, file.name)
-    if not isinstance(values, list):
-        raise InputError(
-            f"{file.name}:1: holds {describe_value(values)}; expected an array of objects, or one object per line in a "
-            ".jsonl",
-            code="not-an-array",
-        )
-    for number, value in enumerate(values, start=1):
-        yield RawRecord(f"{file.name} row {number}", _require_object(value))
+    raise InputError(
+        f"{file.name}:1: holds {describe_value(value)}; expected an array of objects, or one object per line in a "
+        ".jsonl",
+        code="not-an-array",
+    )
 
 
 def _read_array(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
-    items = iterate_items(file, form, lambda number: _decode_item if not part or part.holds(number) else skip_item)
-    for number, value in enumerate(items):
+    yield from _make_records(file, part, lambda choose: iterate_items(file, form, choose))
+
+
+def _read_object(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
+    key = form.rows_key or find_rows_key(open_text(file, form), file.name)
+    yield from _make_records(file, part, lambda choose: iterate_rows(open_text(file, form), key, file.name, choose))
+
+
+def _make_records(
+    file: Path, part: Part | None, iterate: Callable[[Callable[[int], Decode]], Iterator[Any]]
+) -> Iterator[RawRecord]:
+    """Yield the records of a JSON list; `iterate` yields its items, given what chooses the decoder of each."""
+    for number, value in enumerate(
+        iterate(lambda number: _decode_item if not part or part.holds(number) else skip_item)
+    ):
         if not part or part.holds(number):
             yield RawRecord(f"{file.name} row {number + 1}", _require_object(value))
         else:

@@ -64,8 +64,8 @@ def describe_lost_base(shown: str, named: str) -> str:
     """Return what to do about an adapter in place of a model whose base is not where its configuration says."""
     base = f"whose base {named!r} is neither under models/local nor on the Hub" if named else "which names no base"
     return (
-        f"{shown}: is an adapter of PEFT, {base}; give the base in the preset (`path` of a folder under models/local, or "
-        "`id` on the Hub), and the adapter's folder under models/local as `adapter`"
+        f"{shown}: is an adapter of PEFT, {base}; give the base in the preset (`path` of a folder under models/local, "
+        "or `id` on the Hub), and the adapter's folder under models/local as `adapter`"
     )
 
 
@@ -87,8 +87,8 @@ def select_files(names: list[str], shown: str) -> list[str]:
     """Return the names to take of those in a model's folder; raises InputError if the model is incomplete."""
     if ADAPTER_CONFIG in names:
         raise InputError(
-            f"{shown}: holds a model and an adapter of PEFT ({ADAPTER_CONFIG}); which is meant cannot be told: move the "
-            "adapter's files to a folder of their own, and name that as adapter in the preset if it is to be merged",
+            f"{shown}: holds a model and an adapter of PEFT ({ADAPTER_CONFIG}); which is meant cannot be told: move "
+            "the adapter's files to a folder of their own, and name that as adapter in the preset to have it merged",
             code="model-and-adapter",
         )
     for name in ("config.json", "tokenizer_config.json"):
