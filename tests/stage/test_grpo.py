@@ -196,6 +196,7 @@ def test_a_call_that_begins_with_a_control_token_earns_its_reward(mistral, tmp_p
 
     changes = {
         "tuning": "full",
+        "quantization.load_in_4bit": False,
         "learning_rate": 0.01,
         "max_length": 512,
         "grpo.sft_epochs": 40.0,
