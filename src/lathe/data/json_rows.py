@@ -13,11 +13,15 @@ MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
 
 @dataclass(frozen=True)
 class _Member:
-    """What an object has under a key: how many items or keys (None: neither a list nor an object), and whether rows."""
+    """What an object has under a key: how many items or keys (None: neither a list nor an object), and whether rows.
+
+    `is_row`: an object whose keys are no numbers, as those of a column by row numbers are.
+    """
 
     key: str
     length: int | None
     is_rows: bool
+    is_row: bool = False
 
 
 def find_rows_key(text: JsonText, file: str) -> str:
@@ -35,6 +39,12 @@ def find_rows_key(text: JsonText, file: str) -> str:
             f"{file}:1: has lists of objects under the keys {', '.join(map(repr, lists))}; choose one in the dataset's "
             f"preset (rows_key: {lists[0]})",
             code="several-lists",
+        )
+    if len(members) > 1 and all(member.is_row for member in members):
+        raise InputError(
+            f"{file}:1: holds rows under keys of their own ({_list_keys([member.key for member in members])}); "
+            "expected an array of them: `jq -c '.[]' FILE > ROWS.jsonl` makes one per line",
+            code="rows-under-keys",
         )
     lengths = {member.length for member in members}
     if len(members) > 1 and len(lengths) == 1 and None not in lengths:
@@ -116,7 +126,7 @@ def _list_members(text: JsonText, file: str) -> Iterator[_Member]:
     for key in text.iterate_members():
         _refuse_second(key, seen, file)
         begins = text.peek()
-        length, is_rows = None, False
+        length, is_rows, is_row = None, False, False
         if begins == "[":
             length, is_rows = 0, True
             for number in text.iterate_items():
@@ -124,13 +134,14 @@ def _list_members(text: JsonText, file: str) -> Iterator[_Member]:
                 length = number + 1
                 is_rows = is_rows and isinstance(item, dict) and not (number == 0 and name_messages([item]))
         elif begins == "{":
-            length = 0
-            for _ in text.iterate_members():
+            length, is_row = 0, True
+            for inner in text.iterate_members():
                 text.skip()
                 length += 1
+                is_row = is_row and not inner.isdecimal()
         else:
             text.skip()
-        yield _Member(key, length, is_rows and bool(length))
+        yield _Member(key, length, is_rows and bool(length), is_row and bool(length))
 
 
 def _refuse_second(key: str, seen: set[str], file: str) -> None:

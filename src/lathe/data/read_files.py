@@ -18,6 +18,8 @@ from lathe.data.arrow_features import get_label_names, make_decoders
 from lathe.data.json_arrays import find_layout, iterate_items, open_text
 from lathe.data.json_rows import find_rows_key, iterate_rows, name_messages
 from lathe.data.json_text import Decode, skip_item
+from lathe.data.json_values import RepeatedKey, decode_item, describe_json_error, describe_value, load_json
+from lathe.data.misnamed_files import refuse_misnamed
 from lathe.data.part_of_file import Part
 from lathe.data.split_files import get_suffix
 from lathe.data.text_files import (
@@ -58,13 +60,6 @@ class RawRecord:
     value: dict[str, Any] | Fault
 
 
-@dataclass(frozen=True, slots=True)
-class RepeatedKey:
-    """Replaces a JSON object in which a key occurs twice, because it is unknown which value is meant."""
-
-    key: str
-
-
 def read_records(file: Path, form: TextForm = BY_CONTENT, part: Part | None = None) -> Iterator[RawRecord]:
     """Yield the records of a data file with one of `split_files.SUFFIXES`; a text file is read in its `form`.
 
@@ -75,6 +70,7 @@ def read_records(file: Path, form: TextForm = BY_CONTENT, part: Part | None = No
     """
     number = 0
     refuse_pointer(file, file.name)
+    refuse_misnamed(file, file.name)
     try:
         for row in _READERS[get_suffix(file) or ""](file, form, part):
             number += 1
@@ -120,7 +116,7 @@ def _read_jsonl(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRe
             value = Fault(
                 "malformed_json",
                 None,
-                f"is not a JSON object: {_describe_json_error(error)}; expected one per line",
+                f"is not a JSON object: {describe_json_error(error)}; expected one per line",
             )
         yield RawRecord(f"{file.name}:{number}", _require_object(value))
 
@@ -146,11 +142,11 @@ def _read_json(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRec
         target = f"{file.stem}{'.rows' * (file.suffix == '.jsonl')}.jsonl"
         remedy = f"`jq -c . {file.name} > {target}`" if error.msg == "Extra data" else "is the file truncated?"
         raise InputError(
-            f"{file.name}:{error.lineno}: not a JSON array: {_describe_json_error(error)}; {remedy}", code="not-json"
+            f"{file.name}:{error.lineno}: not a JSON array: {describe_json_error(error)}; {remedy}", code="not-json"
         ) from None
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{file.name}: not a JSON array: {_describe_json_error(error)}; correct the file", code="not-json"
+            f"{file.name}: not a JSON array: {describe_json_error(error)}; correct the file", code="not-json"
         ) from None
     raise InputError(
         f"{file.name}:1: holds {describe_value(value)}; expected an array of objects, or one object per line in a "
@@ -173,7 +169,7 @@ def _make_records(
 ) -> Iterator[RawRecord]:
     """Yield the records of a JSON list; `iterate` yields its items, given what chooses the decoder of each."""
     for number, value in enumerate(
-        iterate(lambda number: _decode_item if not part or part.holds(number) else skip_item)
+        iterate(lambda number: decode_item if not part or part.holds(number) else skip_item)
     ):
         if not part or part.holds(number):
             yield RawRecord(f"{file.name} row {number + 1}", _require_object(value))
@@ -225,7 +221,7 @@ def _read_csv(file: Path, form: TextForm, part: Part | None) -> Iterator[RawReco
             continue
         if header is None:
             unnamed = _count_unnamed(fields)
-            header = _check_header(fields[: len(fields) - unnamed], file, line)
+            header = _check_header(_name_index(fields[: len(fields) - unnamed]), file, line)
         elif part and not part.holds(line - 1):
             part.left_out += 1
         elif not any(fields):
@@ -236,6 +232,12 @@ def _read_csv(file: Path, form: TextForm, part: Part | None) -> Iterator[RawReco
             yield RawRecord(f"{file.name}:{line}", _describe_fields(fields, header, unnamed))
         else:
             yield RawRecord(f"{file.name}:{line}", dict(zip(header, fields, strict=False)))
+
+
+def _name_index(header: list[str]) -> list[str]:
+    """Return the header with a name for the first column where it has none: pandas writes its row numbers so."""
+    is_index = len(header) > 1 and not header[0].strip() and "Unnamed: 0" not in header
+    return ["Unnamed: 0", *header[1:]] if is_index else header
 
 
 def _count_unnamed(fields: list[str]) -> int:
@@ -368,11 +370,6 @@ _READERS: dict[str, Callable[[Path, TextForm, Part | None], Iterator[RawRecord]]
 }
 
 
-def load_json(text: str) -> Any:
-    """Return the value of a JSON text; an object that has a key twice is a RepeatedKey."""
-    return _DECODER.decode(text)
-
-
 def _require_object(value: Any) -> dict[str, Any] | Fault:
     if isinstance(value, dict | Fault):
         return value
@@ -381,25 +378,6 @@ def _require_object(value: Any) -> dict[str, Any] | Fault:
     if column := name_messages(value):  # a row that is a bare conversation
         return {column: value}
     return Fault("not_an_object", None, f"is {describe_value(value)}; expected an object with named columns")
-
-
-def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedKey:
-    value = dict(pairs)
-    if len(value) == len(pairs):
-        return value
-    keys = [key for key, _ in pairs]
-    return RepeatedKey(next(key for key in keys if keys.count(key) > 1))
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)  # json.loads would make one for every text
-_decode_item: Decode = _DECODER.raw_decode
-
-
-def _describe_json_error(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        problem = error.msg.removesuffix(" at")
-        return f"{problem[0].lower()}{problem[1:]} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else summarize_error(error)
 
 
 def _describe_csv_error(error: csv.Error) -> str:
@@ -418,21 +396,3 @@ def _check_header(names: list[str], file: Path, line: int | None) -> list[str]:
         if names.count(name) > 1:
             raise InputError(f"{place}: the header names {name!r} twice; rename one of them", code="duplicate-column")
     return names
-
-
-def describe_value(value: Any) -> str:
-    """Return a description of a JSON value for a message: `the text 'x'`, `a list`."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return f"the number {value!r}" if len(repr(value)) <= 40 else "a long number"
-        case str():
-            return f"the text {value[:37] + '...' if len(value) > 40 else value!r}"
-        case list():
-            return "a list"
-        case dict() | RepeatedKey():
-            return "an object"
-    return f"a {type(value).__name__}"

@@ -31,6 +31,7 @@ from lathe.config.presets import (
     PackageEncoder,
     PackageModel,
 )
+from lathe.data.misnamed_files import refuse_misnamed
 from lathe.data.part_of_file import count_rows_to_read
 from lathe.data.split_files import require_data_files
 from lathe.models import model_folder
@@ -125,7 +126,9 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
         case LocalDataset():
             source = _find_local(preset.path, paths.DATA_LOCAL)
             for name, file in require_data_files(source, preset.path).items():
-                refuse_pointer(file, f"{preset.path}: {name}" if source.is_dir() else preset.path)
+                shown = f"{preset.path}: {name}" if source.is_dir() else preset.path
+                refuse_pointer(file, shown)
+                refuse_misnamed(file, shown)
                 # Copied, not linked: DVC makes a stage's outputs read-only, and these are the user's own files.
                 shutil.copyfile(file, folder / name)
         case HubDataset():
