@@ -19,6 +19,7 @@ from lathe.config.params import Convert, Params
 from lathe.disk_space import check_disk_space, find_shortages
 from lathe.evaluation.benchmark import check_benchmark
 from lathe.experiments.tracking import start_mirror
+from lathe.later_stages import check_later_stages
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ def run_on_machines(main: Callable[[Config, int | None], Throughput | None]) -> 
                 check_held_out(config.params)
                 check_benchmark(config.params)
                 _check_merge(config.params)
+                for warning in check_later_stages(config.params, paths.MODEL_BASE, os.environ):
+                    _log.warning("%s", warning)
                 for shortage in find_shortages(config.params, paths.ROOT):
                     _log.warning("%s", shortage)
             return main(config, machine_rank)

@@ -118,6 +118,12 @@ class User:
             self.checkout.set({"model": "tiny", "dataset": "commands"})
         return done
 
+    def drop(self, item: str, key: str) -> None:
+        file = self.checkout.root / "presets.yaml"
+        tree = YAML().load(file)
+        del tree[f"{item}s"]["chosen"][key]
+        YAML().dump(tree, file)
+
     def refused(self, item: str = "model", **preset: Any) -> str:
         """Return the one line of a refusal."""
         done = self.fetch(item, check=False, **preset)
@@ -257,6 +263,78 @@ def test_a_repository_with_pickles_alone_is_refused_before_anything_is_downloade
     user.hub.add("model", MODEL, files | {"pytorch_model.bin": b"pickled"})
     assert "pytorch_model.bin: pickled weights are never loaded" in user.refused()
     assert not user.hub.asked("resolve")
+
+
+def make_adapter_files(base: str, **config: str) -> dict[str, bytes]:
+    """An adapter of that model with weights that are not zero, as PEFT saves it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file, data in REAL_FILES.items():
+            (folder / file).write_bytes(data)
+        adapted = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(folder),
+            LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+        )
+        adapted.save_pretrained(folder / "adapter")
+        content = json.loads((folder / "adapter/adapter_config.json").read_text())
+        content |= {"base_model_name_or_path": base, **config}
+        (folder / "adapter/adapter_config.json").write_text(json.dumps(content))
+        return {file.name: file.read_bytes() for file in (folder / "adapter").iterdir()}
+
+
+def test_an_adapter_is_taken_with_the_base_that_it_names(user: User) -> None:
+    pinned = user.hub.add("model", MODEL, MODEL_FILES).refs["main"]
+    files = make_adapter_files(MODEL, revision=pinned)
+    commit = user.hub.add("model", "owner/adapter", files | {"README.md": b"of the adapter"}).refs["main"]
+    user.fetch("model", id="owner/adapter")
+    before, taken = (safetensors.torch.load(data) for data in (MODEL_FILES["model.safetensors"], fetched(user)))
+    assert {name for name in before if not torch.equal(before[name], taken[name])} == {
+        "model.layers.0.self_attn.q_proj.weight"
+    }
+    [origin] = user.checkout.json("metrics/fetch/model.json")["origin"]
+    assert (origin["id"], origin["commit"]) == ("owner/adapter", commit)
+    assert (origin["base"], origin["base_commit"]) == (MODEL, pinned)
+
+    folder = user.file("models/local/adapter")
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    for preset in (
+        {"source": "local", "path": "models/local/adapter"},
+        {"source": "hub", "id": MODEL, "revision": pinned, "adapter": "models/local/adapter"},
+    ):
+        user.choose("model", **preset)
+        if preset["source"] == "local":
+            user.drop("model", "id")
+        user.checkout.stage("fetch", "model")
+        again = safetensors.torch.load(fetched(user))
+        assert all(torch.equal(again[name], taken[name]) for name in taken)
+        [origin] = user.checkout.json("metrics/fetch/model.json")["origin"]
+        assert (origin["id"], origin["commit"], origin["adapter"]) == (MODEL, pinned, "models/local/adapter")
+    user.checkout.stage("local_files", "model")
+    listed = user.checkout.json("metrics/local_files/model.json")["files"]
+    assert {file["path"] for file in listed} == {f"models/local/adapter/{name}" for name in files}
+
+
+def fetched(user: User) -> bytes:
+    return (user.file("models/base") / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("/home/me/base", "is an adapter of PEFT, whose base '/home/me/base' is neither"),
+        ("owner/none", "owner/adapter, an adapter of owner/none: "),
+    ],
+)
+def test_an_adapter_whose_base_is_not_there_is_refused(user: User, base: str, said: str) -> None:
+    user.hub.add("model", "owner/adapter", make_adapter_files(base))
+    assert said in user.refused(id="owner/adapter")
+    assert not user.file("models/base").exists()
+    assert not list(user.file("models").glob(".base*"))
 
 
 # Large files, and what can happen to them on the way.

@@ -293,3 +293,34 @@ def test_a_missing_package_is_named_with_what_installs_it(toy_params: Path, monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with refused("missing-extra", "benchmark.tasks", "lm_eval is not installed", "make setup EXTRAS=benchmark"):
         benchmark.check_benchmark(params)
+
+
+@pytest.mark.parametrize(
+    ("score", "said"),
+    [
+        ("own_choice.acc", None),
+        ("own_answer.exact_match_strict", None),  # of a filter, of which nothing is known before
+        ("other_choice.acc", None),  # of the file that it includes
+        ("both_choices.acc", None),
+        ("both_choices.f1", "both_choices.f1"),
+        ("own_text.bits_per_byte", None),
+        ("own_choice.f1", "'merged.own_choice.f1 > 0' names own_choice.f1, which no task of benchmark.tasks has"),
+        ("own_text.acc", "own_text.acc"),
+        ("two.exact_match", None),
+        ("two.bleu", "two.bleu"),
+    ],
+)
+def test_a_gate_with_a_metric_that_no_task_has_is_refused_before_the_training(toy_params, tmp_path, score, said):
+    write_tasks(tmp_path / "tasks")
+    (tmp_path / "tasks/two.yaml").write_text("group: two\ntask: [own_choice, own_answer]\n")
+    params = load(toy_params, paths.PRESETS).params
+    benchmarked = params.benchmark.model_copy(
+        update={"tasks": [*TASKS, "both_choices", "two"], "include_path": str(tmp_path / "tasks")}
+    )
+    gated = params.evaluate.model_copy(update={"gates": [f"merged.{score} > 0"]})
+    params = params.model_copy(update={"benchmark": benchmarked, "evaluate": gated})
+    if said is None:
+        benchmark.check_benchmark(params)
+    else:
+        with refused("unknown-score", said, kept=False):
+            benchmark.check_benchmark(params)

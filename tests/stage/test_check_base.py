@@ -97,13 +97,6 @@ def test_the_ending_tokens_are_those_of_llama_cpp():
     assert set(re.findall(r't\.first == "([^"]+)"', block)) == ENDING_TOKENS
 
 
-def test_an_adapter_s_folder_is_recognised():
-    from lathe.sources.model_files import select_files
-
-    with refused("adapter-as-base", "mine", "adapter of PEFT"):
-        select_files(["adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"], "mine")
-
-
 def test_all_linear_layers_of_a_mixture_leave_experts_and_router_frozen_until_they_are_named(tmp_path):
     import torch
     from gguf_models import make_qwen3_moe

@@ -16,8 +16,9 @@ from lathe.config.training_params import Reward
 from lathe.models.tokenizer import load_tokenizer
 from lathe.models.tokenizer_template import read_chat_template
 from lathe.sources.builtin import household_commands
-from lathe.training.grpo import encode_prompts, weight_rewards
+from lathe.training.grpo import encode_prompts
 from lathe.training.train import TrainingResult, train
+from lathe.training.weighted_rewards import weight_rewards
 
 CONFIG = load_toy().params
 SPLITS = {
@@ -47,11 +48,13 @@ SETTING = {
 class Run:
     """One training of the small model."""
 
-    def __init__(self, base: Path, out: Path, changes: dict[str, Any], **options: Any) -> None:
+    def __init__(
+        self, base: Path, out: Path, changes: dict[str, Any], *, splits: dict[str, Any] = SPLITS, **options: Any
+    ) -> None:
         self.out = out
         (out / "adapter").mkdir(parents=True)
         chosen = changed(CONFIG, {**SETTING, **changes})
-        files = write_splits(out.with_name(f"{out.name} data"), SPLITS)
+        files = write_splits(out.with_name(f"{out.name} data"), splits)
         self.trained: TrainingResult = train(base, files, out / "adapter", out / "metrics", params=chosen, **options)
 
     def curve(self, name: str) -> list[tuple[int, float]]:
@@ -156,6 +159,99 @@ def test_prompts_are_those_of_inference(small_model):
         prompt = read_chat_template(tokenizer).render(row["messages"][:-1], add_generation_prompt=True)
         assert question.prompt_ids == tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert question.reference == row["messages"][-1]["content"]
+
+
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}},
+}
+ASK = {"role": "user", "content": "Oslo?"}
+CALL = {"type": "function", "id": "c1", "function": {"name": "weather", "arguments": {"at": "Oslo"}}}
+ROW = {"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [CALL]}], "tools": [WEATHER]}
+
+
+@pytest.fixture(scope="module")
+def mistral(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model with Mistral's template, whose calls begin with a control token."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("mistral") / "model"
+    tokenizer = load_tokenizer(small_model)
+    names = ("INST", "/INST", "TOOL_CALLS", "AVAILABLE_TOOLS", "/AVAILABLE_TOOLS", "TOOL_RESULTS", "/TOOL_RESULTS")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"[{name}]" for name in names]})
+    tokenizer.chat_template = (Path(__file__).parents[1] / "templates/mistral-tools.jinja").read_text()
+    model = AutoModelForCausalLM.from_pretrained(small_model)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_call_that_begins_with_a_control_token_earns_its_reward(mistral, tmp_path):
+    seen = []
+
+    def see(completion: str, reference: str, row: dict[str, Any]) -> float:
+        seen.append((completion, reference))
+        return 0.5
+
+    changes = {
+        "tuning": "full",
+        "quantization.load_in_4bit": False,
+        "learning_rate": 0.01,
+        "max_length": 512,
+        "grpo.sft_epochs": 40.0,
+        "grpo.max_steps": 1,
+        "grpo.max_completion_length": 64,
+        "grpo.learning_rate": 1e-6,
+        "grpo.rewards": [
+            *(Reward(name=name, weight=1.0) for name in ("tool_calls", "tool_calls_f1", "exact_match")),
+            Reward(name="function", weight=1.0, function="here:see"),
+        ],
+    }
+    run = Run(
+        mistral,
+        tmp_path,
+        changes,
+        splits={"train": [ROW] * 4, "validation": [ROW]},
+        functions={"here:see": see},
+    )
+    expected = '[TOOL_CALLS][{"name": "weather", "arguments": {"at": "Oslo"}, "id": "call00001"}]'
+    assert {reference for _, reference in seen} == {expected}
+    assert seen[0][0] == expected  # greedily, before the first step
+    assert sum(completion == expected for completion, _ in seen) > 5
+    for reward in ("tool_calls", "tool_calls_f1", "exact_match"):
+        assert run.curve(f"eval/rewards/{reward}")[0] == (0, 1.0)
+        assert run.curve(f"train/rewards/{reward}")[0][1] > 0.5
+
+
+def test_calls_are_rewarded_as_they_are_scored(mistral):
+    tokenizer = load_tokenizer(mistral)
+    template = read_chat_template(tokenizer)
+    plain = {"messages": [ASK, {"role": "assistant", "content": "3 degrees"}]}
+    named, without = encode_prompts(tokenizer, [ROW, plain])
+    equal, f1 = weight_rewards([Reward(name=name, weight=1.0) for name in ("tool_calls", "tool_calls_f1")], {})
+    other = '[TOOL_CALLS][{"name": "weather", "arguments": {"at": "Oslo"}, "id": "abcdefghi"}'
+    for text, prompt, expected in (
+        (f"{other}]", named, (1, 1)),  # whatever its id
+        (f'{other}, {{"name": "weather", "arguments": {{"at": "Rome"}}, "id": "abcdefghj"}}]', named, (0, 2 / 3)),
+        ("It is cold.", named, (0, 0)),
+        ("It is cold.", without, (1, 1)),
+        (f"{other}]", without, (0, 0)),
+    ):
+        assert tuple(reward.compute(text, prompt, template) for reward in (equal, f1)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("base", "rows", "code", "said"),
+    [
+        ("small_model", [ROW], "calls-not-read", "template: chatml-tools"),
+        ("mistral", SPLITS["train"], "no-calls-to-reward", "no row of data/processed/train.jsonl has tools"),
+    ],
+)
+def test_a_reward_of_calls_that_nothing_can_earn_is_refused(request, tmp_path, base, rows, code, said):
+    changes = {"grpo.rewards": [Reward(name="tool_calls", weight=1.0)]}
+    with refused(code, "grpo.rewards lists tool_calls", said):
+        Run(request.getfixturevalue(base), tmp_path, changes, splits={"train": rows, "validation": rows})
 
 
 def test_rewards_of_one_name_are_told_apart():

@@ -19,7 +19,8 @@ from toy import load_toy
 
 from lathe.common import paths
 from lathe.common.text import readable_bytes
-from lathe.config.presets import LocalModel
+from lathe.config.adapter_base import resolve_adapter
+from lathe.config.presets import HubModel, LocalModel
 from lathe.config.training_params import Lora
 from lathe.disk_space import check_disk_space, find_shortages
 from lathe.estimate import estimate_disk
@@ -123,8 +124,20 @@ def add_byte_order_mark(model: Path) -> None:
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
 
 
-def become_adapter(model: Path) -> None:
-    (model / "config.json").rename(model / "adapter_config.json")
+def become_adapter(base: Any, *, config_beside: bool = False) -> Callable[[Path], None]:
+    """Put an adapter of a `base` in the model's place; other programs leave the base's config.json in its folder."""
+
+    def become(model: Path) -> None:
+        (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+        (model / "model.safetensors").rename(model / "adapter_model.safetensors")
+        if not config_beside:
+            (model / "config.json").unlink()
+
+    return become
+
+
+def add_adapter_config(model: Path) -> None:
+    (model / "adapter_config.json").write_text("{}")
 
 
 def write_template(text: str) -> Callable[[Path], None]:
@@ -230,7 +243,10 @@ CAUSES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a pointer of Git LFS": ("lfs-pointer", become_pointer),
     "a link to nowhere": ("broken-link", link_to_nowhere),
     "a byte-order mark": ("byte-order-mark", add_byte_order_mark),
-    "an adapter": ("adapter-as-base", become_adapter),
+    "an adapter whose base is elsewhere": ("adapter-as-base", become_adapter("/home/me/models/base")),
+    "an adapter that names no base": ("adapter-as-base", become_adapter(None)),
+    "an adapter with the base's configuration": ("adapter-as-base", become_adapter("models/base", config_beside=True)),
+    "a model and an adapter in one folder": ("model-and-adapter", add_adapter_config),
     "no configuration": ("incomplete-model", lambda model: (model / "config.json").unlink()),
     "no chat template": ("no-chat-template", lambda model: (model / "chat_template.jinja").unlink()),
     "a template that is no Jinja": ("template-syntax", write_template("{% for %}")),
@@ -321,6 +337,56 @@ def test_a_base_with_an_adapter_of_it_is_taken_as_one_model(model):
     expected = adapted.merge_and_unload().state_dict()
     for name in changed:
         assert torch.allclose(base[name].float(), expected[name], atol=0.02)
+
+
+@pytest.mark.parametrize("where", ["models/local/mine", "mine", "the whole path", "../local/mine"])
+def test_an_adapter_in_place_of_a_model_is_taken_with_its_base(model, where):
+    folder = paths.MODELS_LOCAL / "update"
+    save_adapter(model, folder)
+    named = str(model) if where == "the whole path" else where
+    edit(folder / "adapter_config.json", base_model_name_or_path=named)
+    preset = resolve_adapter(LocalModel(source="local", path="models/local/update", template="chatml"))
+    assert preset == LocalModel(
+        source="local", path="models/local/mine", adapter="models/local/update", template="chatml"
+    )
+    as_named = load_file(run_fetch(model, adapter="models/local/update") / "model.safetensors")
+    base = paths.ROOT / "models/base"
+    shutil.rmtree(base)
+    base.mkdir()
+    assert fetch.fetch_model(preset, base, seed=1) == {"adapter": "models/local/update"}
+    taken = load_file(base / "model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in taken.items()} == {
+        name: tensor.tolist() for name, tensor in as_named.items()
+    }
+
+
+def test_an_adapter_of_a_repository_is_read_as_that_with_the_adapter(model):
+    folder = paths.MODELS_LOCAL / "update"
+    save_adapter(model, folder)
+    given = LocalModel(source="local", path="models/local/update")
+    edit(folder / "adapter_config.json", base_model_name_or_path="owner/model", revision="v1")
+    assert resolve_adapter(given) == HubModel(
+        source="hub", id="owner/model", revision="v1", adapter="models/local/update"
+    )
+    shutil.copytree(model, paths.MODELS_LOCAL / "owner/model")  # as transformers: a folder of the name comes first
+    assert resolve_adapter(given).path == "models/local/owner/model"
+    for named in ("models/base", "models/local/update", "models/local/none", "..", "base", "a/b/c", "", 3, None):
+        edit(folder / "adapter_config.json", base_model_name_or_path=named)
+        assert resolve_adapter(given) == given
+    (folder / "adapter_config.json").write_text("[")
+    assert resolve_adapter(given) == given
+
+
+def test_an_adapter_that_was_not_trained_leaves_the_base_as_it_is(model, caplog):
+    folder = paths.MODELS_LOCAL / "update"
+    save_adapter(model, folder)
+    tensors = {name: 0 * tensor for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    base = load_file(run_fetch(model, adapter="models/local/update") / "model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in base.items()} == {
+        name: tensor.tolist() for name, tensor in load_file(model / "model.safetensors").items()
+    }
+    assert "models/local/update, an adapter of models/local/mine: all its deltas are zero" in caplog.text
 
 
 @pytest.mark.parametrize(

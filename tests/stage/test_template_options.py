@@ -10,7 +10,7 @@ from gguf_models import convert
 from toy import load_toy
 
 from lathe.gguf.llama_model import LlamaModel
-from lathe.inference.held_out import render_prompt
+from lathe.models.answer_reading import render_prompt
 from lathe.models.loss_mask import encode
 from lathe.models.merge.merge import merge
 from lathe.models.template_options import load_tokenizer_with_options, set_options

@@ -15,13 +15,14 @@ from test_serve import serving
 from lathe.gguf import tokenizer_parity
 from lathe.gguf.llama_model import LlamaModel
 from lathe.inference.generate import Generator, find_marker_tokens
-from lathe.inference.held_out import read_answer, render_prompt
 from lathe.inference.serve_tools import answer_with_calls
+from lathe.models.answer_reading import read_answer, render_prompt
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.loss_mask import encode
 from lathe.models.template_options import load_tokenizer_with_options, set_options
 from lathe.models.templates.builtin_templates import read_template
 from lathe.models.tokenizer import load_tokenizer
+from lathe.training.answer_text import AnswerDecoder
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather, 天气", "parameters": SCHEMA}}
@@ -113,6 +114,10 @@ def test_control_tokens_that_mark_calls_are_shown_and_the_end_is_not(tiny, tmp_p
         assert shown == {start: b"<|im_start|>"}
         assert generator.get_token_bytes(start) == b"<|im_start|>"
         assert generator.get_token_bytes(end) == b""
+        ids = [start, *generator.model.tokenize("now"), end]
+        # So are sampled answers in training, of which the rewards are.
+        decoder = AnswerDecoder(load_tokenizer(folder), generator.chat_template, [end])
+        assert decoder.decode(ids).encode() == b"".join(map(generator.get_token_bytes, ids)) == b"<|im_start|>now"
     with Generator(tiny.gguf, n_parallel=1, n_ctx=64, threads=1) as generator:
         assert generator.get_token_bytes(start) == b""
 

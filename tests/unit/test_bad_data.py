@@ -405,8 +405,8 @@ BAD_FILES = [
     (
         "x.jsonl.gz",
         LINES,
-        "truncated-file",
-        "x.jsonl.gz after row 0",
+        "misnamed-file",
+        "x.jsonl.gz: is no gzip file by its first bytes; name it x.jsonl",
     ),
     (
         "x.jsonl.gz",
@@ -432,7 +432,7 @@ BAD_FILES = [
         "not-utf-8",
         "x.jsonl.gz:1",
     ),
-    ("x.jsonl", compress(LINES), "not-utf-8", "x.jsonl:1"),
+    ("x.jsonl", compress(LINES), "misnamed-file", "x.jsonl: is a gzip file by its first bytes; name it x.jsonl.gz"),
     ("x.arrow", b"", "truncated-file", "x.arrow after row 0"),
     ("x.arrow", b"PAR1 nonsense", "truncated-file", "x.arrow after row 0"),
     ("x.arrow", STREAM[: len(STREAM) // 2], "truncated-file", "x.arrow after row"),

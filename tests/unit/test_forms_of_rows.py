@@ -52,6 +52,31 @@ PAIR = [USER, answer()]
 CONTEXT = [USER, answer("old", train=False), USER, answer()]
 WORSE = {"rejected": [answer("b")]}
 
+DEFINITION = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+def use(number: int = 1, **more: Any) -> dict[str, Any]:
+    return {"type": "tool_use", "id": f"t{number}", "name": "f", "input": {"n": number}, **more}
+
+
+def result(content: Any, number: int = 1, **more: Any) -> dict[str, Any]:
+    return {
+        "role": "user",
+        "content": [{"type": "tool_result", "tool_use_id": f"t{number}", "content": content, **more}],
+    }
+
+
+def used(*numbers: int) -> list[dict[str, Any]]:
+    return [
+        {"type": "function", "id": f"t{number}", "function": {"name": "f", "arguments": {"n": number}}}
+        for number in numbers
+    ]
+
+
+def told(content: str, number: int = 1) -> dict[str, Any]:
+    return {"role": "tool", "content": content, "tool_call_id": f"t{number}"}
+
+
 # what it is, the row, its messages, what is beside them, what is not used
 FORMS: list[tuple[str, dict[str, Any], list[Any], dict[str, Any], dict[str, int]]] = [
     ("mark of ms-swift", chat(USER, answer("old", loss=False), USER, answer(loss=True)), CONTEXT, {}, {}),
@@ -127,6 +152,42 @@ FORMS: list[tuple[str, dict[str, Any], list[Any], dict[str, Any], dict[str, int]
         {},
     ),
     (
+        "calls and results as Anthropic's parts",
+        chat(USER, answer([{"type": "text", "text": "Let me see."}, use()]), result("3"), answer()),
+        [USER, answer("Let me see.", tool_calls=used(1)), told("3"), answer()],
+        {},
+        {},
+    ),
+    (
+        "several of them, with a thought, and results as parts",
+        chat(
+            USER,
+            answer([{"type": "thinking", "thinking": "hm"}, use(1), use(2)]),
+            {
+                "role": "user",
+                "content": [
+                    *result([{"type": "text", "text": "3"}], 1)["content"],
+                    *result(None, 2, is_error=True, cache_control={"type": "ephemeral"})["content"],
+                ],
+            },
+            answer(),
+            tools=[{"name": "f", "input_schema": {"type": "object", "properties": {}}}],
+        ),
+        [USER, answer("", reasoning_content="hm", tool_calls=used(1, 2)), told("3"), told("", 2), answer()],
+        {"tools": [DEFINITION]},
+        {"key is_error of messages": 1, "key cache_control of messages": 1},
+    ),
+    (
+        "a system message of parts",
+        chat(*PAIR, system=[{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]),
+        [{"role": "system", "content": "Be brief."}, *PAIR],
+        {},
+        {},
+    ),
+    ("a wanted answer in words", chat(*PAIR, label="desirable"), PAIR, {}, {}),
+    ("a label that says something else", chat(*PAIR, label="geography"), PAIR, {}, {"column label": 1}),
+    ("a scratchpad", chat(USER, answer(scratchpad="hm")), [USER, answer(reasoning_content="hm")], {}, {}),
+    (
         "column cot",
         {"question": "q", "answer": "a", "cot": "hm"},
         [USER, answer(reasoning_content="hm")],
@@ -175,6 +236,20 @@ FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "q", "completion": "a", "desirable": "false"}, "unwanted_answer", "desirable"),
     ({"question": "q", "answer": "a", "is_correct": False}, "unwanted_answer", "is_correct"),
     (chat(*PAIR, accepted=0), "unwanted_answer", "accepted"),
+    (chat(*PAIR, label="undesirable"), "unwanted_answer", "label"),
+    ({"prompt": "q", "completion": "a", "label": "Thumbs down"}, "unwanted_answer", "label"),
+    ({"question": "q", "answer": "a", "kto_tag": "rejected"}, "unwanted_answer", "kto_tag"),
+    # Anthropic's parts in another order than that of messages
+    (chat(USER, answer([use(), {"type": "text", "text": "done"}])), "not_text", "messages[1].content[0]"),
+    (
+        chat(
+            USER, answer([use()]), {"role": "user", "content": [*result("3")["content"], {"type": "image"}]}, answer()
+        ),
+        "not_text",
+        "messages[2].content[0]",
+    ),
+    (chat(USER, answer([use()]), result("3", 2), answer()), "tool_call", "messages[2].tool_call_id"),
+    (chat(USER, answer([use(input="x")]), result("3"), answer()), "tool_call", "x"),
     # lists that are no messages
     ({"prompt": ["q"], "completion": "a"}, "not_text", "prompt"),
     ({"question": "q", "answer": ["a", "b"]}, "not_text", "answer"),

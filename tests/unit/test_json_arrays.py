@@ -11,8 +11,10 @@ import pytest
 from refusals import refused
 
 from lathe.common import paths
-from lathe.data import text_files
-from lathe.data.json_arrays import count_items, find_layout, iterate_items, skip_item
+from lathe.data import json_arrays, text_files
+from lathe.data.json_arrays import count_items, find_layout, iterate_items, open_text
+from lathe.data.json_rows import count_rows_under, find_rows_key, iterate_rows
+from lathe.data.json_text import skip_item
 from lathe.data.read_files import read_records
 from lathe.data.text_files import BY_CONTENT, TextForm
 
@@ -122,12 +124,83 @@ def test_the_command_of_the_remedy_does_not_write_over_the_file(tmp_path):
         list(read_records(file))
 
 
+def read_under(file: Path, form: TextForm = BY_CONTENT) -> list[Any]:
+    key = form.rows_key or find_rows_key(open_text(file, form), file.name)
+    rows = list(iterate_rows(open_text(file, form), key, file.name, lambda _: skip_item))
+    assert count_rows_under(open_text(file, form), key, file.name) == len(rows)
+    return rows
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_under_a_key_are_those_of_json_loads_wherever_a_chunk_ends(tmp_path, monkeypatch, chunk, indent):
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", chunk)
+    generator = random.Random(1)
+    for count in (1, 25):
+        rows = [{"a": make_value(generator)} for _ in range(count)]
+        beside = {f"beside {number}": make_value(generator) for number in range(6)}
+        content = {"n": {"x": [1, {"y": []}]}, "é ] }": [], **beside, "data": rows, "end": [[{"a": {}}]], "last": "]}"}
+        file = put(tmp_path, f" {json.dumps(content, indent=indent)} \n")
+        assert find_layout(file, BY_CONTENT) == "value"
+        assert read_under(file) == rows
+        deeper = {"none": {"data": [1]}, "result": [{"data": [2]}, {"more": 1, "data": rows}]}
+        file = put(tmp_path, json.dumps(deeper, indent=indent))
+        assert read_under(file, TextForm(rows_key="result.1.data")) == rows
+
+
+@pytest.mark.parametrize("text", [f'{{"a": 1, "data": {text}, "b": [2]}}' for text in BROKEN if text[-1] != "2"])
+@pytest.mark.parametrize("key", [None, "data", "b"])
+def test_what_is_wrong_in_an_object_is_said_as_json_loads_says_it(tmp_path, text, key):
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(text)
+    with pytest.raises(json.JSONDecodeError) as caught:
+        read_under(put(tmp_path, text), TextForm(rows_key=key))
+    assert (caught.value.lineno, caught.value.colno) == (expected.value.lineno, expected.value.colno)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "code", "said"),
+    [
+        ('{"data": [{"a": 1}], "data": [{"a": 2}]}', None, "duplicate-key", "'data' twice"),
+        ('{"x": 1, "data": [{"a": 1}], "data": []}', "data", "duplicate-key", "'data' twice"),
+        ('{"data": [{"a": 1}]', None, "not-json", "a.json:1"),
+        ('{"data": [{"a": 1}]} [2]', "data", "not-json", "a.json:1"),
+        ('{"data": [{"a": 1}]}', "data.1.x", "no-such-key", "its keys: 'data'"),
+        ('{"a": "x", "b": [1, 2], "c": []}', None, "not-an-array", "keys 'a', 'b', 'c'"),
+        ('{"a": {"b": [1]}, "c": [1], "d": "x"}', None, "not-an-array", "keys 'a', 'c', 'd'"),
+        ('{"a": [1, 2], "b": {"0": 1, "1": 2}}', None, "columns-not-rows", "orient='records'"),
+        ("{}", None, "not-an-array", "keys none"),
+        ('{"a": ' + 200_000 * "[" + 200_000 * "]" + "}", None, "not-json", "nested too deeply"),
+    ],
+)
+def test_an_object_without_rows_is_refused(tmp_path, text, key, code, said):
+    with refused(code, said, kept=len(text) < 1000):
+        list(read_records(put(tmp_path, text), TextForm(rows_key=key)))
+
+
+def test_a_first_line_of_any_length_tells_rows_from_an_object(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_arrays, "MOST_CHARACTERS_OF_A_LINE", 20)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 4)
+    row = json.dumps({"prompt": "a long question", "completion": "an answer"})
+    for text, layout in (
+        (f"{row}\n{row}\n", "lines"),
+        (f"{row}\r\n\r\n{row}", "lines"),
+        (f"{row}\n", "value"),
+        (row, "value"),
+        (f"{row} {row}\n", "value"),
+        (row[:-1], "value"),
+    ):
+        assert find_layout(put(tmp_path, text), BY_CONTENT) == layout
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_does_not_grow_with_the_array(tmp_path):
+@pytest.mark.parametrize(("begin", "end"), [("[", "]"), ('{"version": 1, "data": [', '], "beside": [[1], [2]]}')])
+@pytest.mark.parametrize("between", [",", ",\n"])
+def test_memory_does_not_grow_with_the_rows(tmp_path, begin, end, between):
     peaks = []
-    for count in (1000, 100_000):
+    for count in (10_000, 100_000):
         row = json.dumps({"prompt": "question " * 20, "completion": "answer " * 20})
-        file = put(tmp_path, "[" + ",\n".join([row] * count) + "]", f"{count}.json")
+        file = put(tmp_path, begin + between.join([row] * count) + end, f"{count}.json")
         program = (
             "import re, sys\nfrom pathlib import Path\nfrom lathe.data.read_files import read_records\n"
             "count = sum(1 for _ in read_records(Path(sys.argv[1])))\n"
@@ -139,4 +212,4 @@ def test_memory_does_not_grow_with_the_array(tmp_path):
         rows, peak = map(int, done.stdout.split())
         assert rows == count
         peaks.append(peak)
-    assert peaks[1] - peaks[0] < 3000, peaks  # KiB; the file has 34 MB
+    assert peaks[1] - peaks[0] < 3000, peaks  # KiB; the files have 3.4 and 34 MB

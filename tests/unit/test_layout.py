@@ -25,7 +25,7 @@ FLOORS = [
     {"sources", "provenance", "inference"},
     {"evaluation"},
     {"training", "classify", "experiments", "reports"},
-    {"estimate", "fit_batch", "present_datasets", "stage", "out_of_memory", "disk_space"},
+    {"estimate", "fit_batch", "present_datasets", "stage", "out_of_memory", "disk_space", "later_stages"},
     {
         "doctor",
         "adopt",
@@ -47,6 +47,7 @@ NEIGHBOURS = {
     ("fit_batch", "estimate"),
     ("disk_space", "estimate"),
     ("stage", "disk_space"),
+    ("stage", "later_stages"),
     ("doctor", "estimate"),
     ("commands", "publishing"),
     ("commands", "doctor"),

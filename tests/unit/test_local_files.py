@@ -1,5 +1,6 @@
 """Local data and models that neither DVC nor Git keeps are named: nothing can bring them back."""
 
+import json
 import logging
 import subprocess
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 
 from lathe import stage
 from lathe.common import paths
+from lathe.config.adapter_base import resolve_adapter
 from lathe.config.load import Config, load
+from lathe.config.local_paths import list_local_files, list_local_paths
 from lathe.config.presets import LocalDataset, LocalModel
 from lathe.doctor.doctor import check_local_files
 from lathe.provenance.local_files import find_untracked
@@ -65,6 +68,22 @@ def test_what_dvc_add_has_written_counts_alone_and_with_its_folder(root, data, t
 def test_what_git_keeps_is_kept(root):
     subprocess.run(["git", "add", "data/local/rows.jsonl", "models"], cwd=root, check=True)
     assert find_untracked(configured("data/local/rows.jsonl")) == []
+
+
+def test_an_adapter_in_place_of_a_model_is_listed_and_kept_with_its_base(root, monkeypatch):
+    monkeypatch.setattr(paths, "MODELS_LOCAL", root / "models/local")
+    adapter = root / "models/local/adapter/adapter_config.json"
+    adapter.parent.mkdir()
+    adapter.write_text(json.dumps({"base_model_name_or_path": "models/local/mine"}))
+    given = LocalModel(source="local", path="models/local/adapter")
+    config = configured("data/local/rows.jsonl").model_copy(update={"model": resolve_adapter(given)})
+    assert list_local_paths(config, "model") == ["models/local/mine", "models/local/adapter"]
+    assert find_untracked(config, {"model": config.model}) == ["models/local/mine", "models/local/adapter"]
+    listed = {file["path"]: file["sha256"] for file in list_local_files(config, "model")["files"]}
+    assert set(listed) == {"models/local/mine/a", "models/local/adapter/adapter_config.json"}
+    (root / "models/local/mine/a").write_text("another base")
+    changed = {file["path"]: file["sha256"] for file in list_local_files(config, "model")["files"]}
+    assert {path for path in listed if listed[path] != changed[path]} == {"models/local/mine/a"}
 
 
 def test_fetch_and_doctor_say_how_to_keep_it(root, caplog):

@@ -51,6 +51,7 @@ def find_misfits(report: Mapping[str, Any], params: Params) -> Iterator[Misfit]:
     yield from _check_truncation(splits, params)
     yield from _check_metric(splits, params.evaluate)
     yield from _check_tools(report, splits, params.evaluate)
+    yield from _check_scores(splits, params.evaluate)
 
 
 def _check_method(report: Mapping[str, Any], params: Params) -> Iterator[Misfit]:
@@ -185,6 +186,26 @@ def _check_tools(report: Mapping[str, Any], splits: Mapping[str, Any], evaluate:
         "take them off the list, or choose a dataset with a column tools",
         "no-tools" if evaluate.primary_metric in listed else None,
     )
+
+
+def _check_scores(splits: Mapping[str, Any], evaluate: Evaluate) -> Iterator[Misfit]:
+    """Refuse to choose or to gate by a score that no validation row has: of JSON or of calls, where there is none."""
+    if (validation := splits.get("validation")) is None:
+        return
+    found = validation["references"]
+    missing = {"json_valid": "is JSON", "json_fields": "is JSON"} if not found["json_rows"] else {}
+    if not found.get("tool_rows"):
+        missing |= {"tool_calls": "is of a row with tools", "tool_calls_f1": "is of a row with tools"}
+    steering = {"evaluate.primary_metric": [evaluate.primary_metric] if "json" in evaluate.primary_metric else []} | {
+        f"the gate {gate!r}": [score for _, score in parse_gate(gate).scores] for gate in evaluate.gates or []
+    }
+    for where, names in steering.items():
+        if lacking := next((name for name in names if name in missing), None):
+            yield Misfit(
+                f"{where} needs {lacking}, and no validation reference {missing[lacking]}: there would be no score",
+                "choose another score",
+                "score-without-rows",
+            )
 
 
 def _find_share(quantiles: Mapping[str, int], limit: int) -> str | None:

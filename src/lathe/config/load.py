@@ -11,6 +11,7 @@ from lathe.common import paths
 from lathe.common.dotted_keys import get_value
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean, escape_name, shorten_value, suggest_name
+from lathe.config.adapter_base import resolve_adapter
 from lathe.config.base import Section, section_of
 from lathe.config.params import Params
 from lathe.config.presets import (
@@ -70,7 +71,7 @@ def load(params_file: Path = paths.PARAMS, presets_file: Path = paths.PRESETS) -
     encoder = params.bert_score.model
     return Config(
         params=params,
-        model=presets.models[params.model],
+        model=resolve_adapter(presets.models[params.model]),
         dataset=presets.datasets[params.dataset],
         encoder=presets.encoders[encoder] if encoder else None,
     )

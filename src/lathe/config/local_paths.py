@@ -21,8 +21,8 @@ def list_local_paths(config: Config, item: str) -> list[str]:
         return []
     presets = list(preset.datasets.values()) if isinstance(preset, MixtureDataset) else [preset]
     named = [each.path for each in presets if isinstance(each, LocalModel | LocalDataset | LocalEncoder)]
-    if isinstance(preset, LocalModel) and preset.adapter:
-        named.append(preset.adapter)
+    if adapter := getattr(preset, "adapter", None):
+        named.append(adapter)
     template = getattr(preset, "template", None)
     if template and (paths.ROOT / template).is_file():  # and not the name of a built-in one
         named.append(template)

@@ -30,8 +30,12 @@ class BuiltinModel(Section):
     source: Literal["builtin"]
 
 
-class ModelWithTemplate(Section):
-    """A model that may be given another chat template than its own."""
+class ChangeableModel(Section):
+    """A model that may be given an adapter, and another chat template than its own."""
+
+    adapter: Name | None = Field(
+        None, description="folder under models/local with a LoRA adapter that PEFT saved, to be merged into it first"
+    )
 
     template: Name | None = Field(
         None,
@@ -40,14 +44,11 @@ class ModelWithTemplate(Section):
     )
 
 
-class LocalModel(ModelWithTemplate):
+class LocalModel(ChangeableModel):
     """A model of your own: a folder with config.json, safetensors and tokenizer, or a GGUF file."""
 
     source: Literal["local"]
-    path: Name = Field(description="folder, or GGUF file, under models/local")
-    adapter: Name | None = Field(
-        None, description="folder under models/local with a LoRA adapter that PEFT saved, to be merged into it first"
-    )
+    path: Name = Field(description="folder, or GGUF file, under models/local; the folder of an adapter stands for both")
 
 
 class HubRepository(Section):
@@ -73,7 +74,7 @@ class HubRepository(Section):
         return value
 
 
-class HubModel(HubRepository, ModelWithTemplate):
+class HubModel(HubRepository, ChangeableModel):
     """A model on the Hugging Face Hub."""
 
     source: Literal["hub"]
@@ -105,7 +106,7 @@ class PythonPackage(Section):
         return value
 
 
-class PackageModel(PythonPackage, ModelWithTemplate):
+class PackageModel(PythonPackage, ChangeableModel):
     """A model in an installed Python package: a folder as of `local`, or a GGUF file."""
 
 

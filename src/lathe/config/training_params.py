@@ -135,9 +135,17 @@ class Dpo(Section):
 class Reward(Section):
     """One part of the reward of a sampled answer; each gives 0 to 1."""
 
-    name: Literal["exact_match", "numeric", "json_valid", "json_fields", "regex", "length", "function"] = Field(
-        description="what is rewarded"
-    )
+    name: Literal[
+        "exact_match",
+        "numeric",
+        "json_valid",
+        "json_fields",
+        "tool_calls",
+        "tool_calls_f1",
+        "regex",
+        "length",
+        "function",
+    ] = Field(description="what is rewarded")
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(description="factor in the sum of all rewards")
     pattern: Name | None = Field(
         None, description="regular expression for `regex`, or for `numeric`, where its first group is the number"

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from lathe.data.messages import Message
 from lathe.data.row_checks import RowFault, TextValidator
+from lathe.data.thoughts import read_content
 from lathe.models.message_form import THOUGHT
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ HISTORY = "history"  # optional beside a prompt and an answer: earlier turns, as
 WANTED = "label"  # optional beside an answer, true or false, as TRL's unpaired preferences have it
 # The same by other names: LLaMA-Factory's, and those of people's own judgements.
 UNWANTED_FLAGS = ("kto_tag", "desirable", "is_desirable", "accepted", "is_accepted", "is_correct", "thumbs_up")
+# How they say it in words.
+WANTED_WORDS = ("desirable", "wanted", "accepted", "chosen", "preferred", "thumbs_up")
+UNWANTED_WORDS = ("undesirable", "unwanted", "rejected", "dispreferred", "thumbs_down")
 
 
 class Format:
@@ -60,8 +64,11 @@ def add_system_message(
     check_text: TextValidator, column: str | None, record: dict[str, Any], messages: list[Message]
 ) -> list[Message]:
     """Return the messages with the system column's text before them; raises RowFault if there are two of them."""
-    content = record.get(column) if column else None
-    if column is None or content is None or not check_text(content, column).strip():
+    given = record.get(column) if column else None
+    if column is None or given is None:
+        return messages
+    content, _ = read_content(check_text, given, column)
+    if not content.strip():
         return messages
     if messages[0]["role"] == "system":
         raise RowFault(

@@ -2,19 +2,21 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lathe.common.errors import InputError
+from lathe.data.detect_format import detect_format
 from lathe.data.format_columns import (
     FORMATS,
     HISTORY,
     PARALLEL,
     REJECTED,
-    TEXT,
     TOOLS,
     UNWANTED_FLAGS,
+    UNWANTED_WORDS,
     WANTED,
+    WANTED_WORDS,
     Format,
     add_system_message,
     check_pair,
@@ -22,6 +24,7 @@ from lathe.data.format_columns import (
     names_columns,
     select_present,
 )
+from lathe.data.json_values import describe_value
 from lathe.data.messages import (
     Message,
     check_order,
@@ -35,7 +38,6 @@ from lathe.data.messages import (
 from lathe.data.null_arguments import remove_null_arguments
 from lathe.data.preference_formats import OpenAIPreferenceFormat, PreferenceFormat
 from lathe.data.prompt_columns import PromptColumns
-from lathe.data.read_files import describe_value
 from lathe.data.row_checks import (
     IGNORED,
     RowFault,
@@ -70,6 +72,7 @@ class RecordConverter:
         control_tokens: re.Pattern[str],
         unicode_rule: UnicodeRule | None = None,
         *,
+        first: Mapping[str, Any] | None = None,
         is_padded: bool = False,
     ) -> None:
         """Choose the format by the preset, else by the column `names` of the first records in `file`.
@@ -83,7 +86,7 @@ class RecordConverter:
         check_text = TextValidator(control_tokens, unicode_rule)
         named = _get_preset_format(preset)
         self.detected = not named
-        form = named or _detect_format(names, file)
+        form = named or detect_format(names, first or {}, file)
         self.format = _FORMAT_CLASSES[form](check_text, preset, form, names)
         self.required = self.format.required
         self.description = {"format": form, **self.format.description}
@@ -144,6 +147,16 @@ class RecordConverter:
             raise RowFault(
                 "unwanted_answer", column, "is false: the answer is not wanted; expected true, or no such row"
             )
+        if isinstance(value, str) and not self.is_named:
+            word = value.strip().lower().replace(" ", "_")
+            if word in UNWANTED_WORDS:
+                raise RowFault(
+                    "unwanted_answer",
+                    column,
+                    f"is {describe_value(value)}: the answer is not wanted; expected a wanted one, or no such row",
+                )
+            if word in WANTED_WORDS:
+                return
         if is_flag and column == WANTED and not self.is_named:
             raise RowFault(
                 "unwanted_answer",
@@ -208,28 +221,6 @@ def _get_preset_format(preset: "SingleDataset") -> str | None:
             code="incomplete-columns",
         )
     return None
-
-
-def _detect_format(names: list[str], file: str) -> str:
-    if names == [TEXT]:
-        return TEXT
-    fitting = [form for form, columns in FORMATS.items() if set(columns) <= set(names)]
-    if fitting == ["sharegpt", "preference"]:  # LLaMA-Factory's pairs: two answers to one conversation
-        return "preference"
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise InputError(
-            f"{file}: its columns {format_names(names)} fit the formats {' and '.join(fitting)}; choose one "
-            f"in the dataset's preset (format: {fitting[0]})",
-            code="ambiguous-format",
-        )
-    known = "; ".join(" + ".join(columns) for columns in FORMATS.values())
-    raise InputError(
-        f"{file}: has the columns {format_names(names)}; expected those of a format ({known}); name yours in the "
-        "dataset's preset (messages, prompt + completion, prompt_template + completion)",
-        code="unknown-format",
-    )
 
 
 class _MessagesFormat(Format):

@@ -3,7 +3,8 @@
 import re
 from typing import Any
 
-from lathe.data.read_files import describe_value, load_json
+from lathe.data.anthropic_parts import expand_tool_parts
+from lathe.data.json_values import describe_value, load_json
 from lathe.data.row_checks import RowFault, TextValidator, format_names, is_empty, note_unused, refuse_repeated_key
 from lathe.data.thoughts import ALL_THOUGHT_KEYS, read_content, read_thought
 from lathe.data.tools import load_calls, parse_tool_calls
@@ -57,7 +58,8 @@ def parse_conversation(
     """
     value = _transpose(value)
     messages = parse_messages(check_text, value, field, sharegpt=sharegpt)
-    check_order(messages, field, start=len(value) - len(messages), key="from" if sharegpt else "role")
+    start = max(0, len(value) - len(messages))  # of the first message; parts with calls may have become several
+    check_order(messages, field, start=start, key="from" if sharegpt else "role")
     learnt = [index for index, message in enumerate(messages) if is_learnt(message)]
     if not learnt:
         raise RowFault("no_answer", field, "marks every answer as context (weight 0); expected one to learn")
@@ -84,7 +86,7 @@ def parse_messages(check_text: TextValidator, value: Any, field: str, *, sharegp
         keys = "{from, value}" if sharegpt else "{role, content}"
         raise RowFault("not_a_list", field, f"is {describe_value(value)}; expected a list of {keys} objects")
     messages = []
-    for index, item in enumerate(value):
+    for index, item in enumerate(value) if sharegpt else expand_tool_parts(value):
         message, content_field = _parse_message(check_text, item, f"{field}[{index}]", sharegpt=sharegpt)
         if message["content"].strip() or message.get("tool_calls") or message["role"] == "tool":
             messages.append(message)

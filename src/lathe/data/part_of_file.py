@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
-from lathe.data.json_arrays import count_items, find_layout
+from lathe.data.json_arrays import count_items, find_layout, open_text
+from lathe.data.json_rows import count_rows_under, find_rows_key
 from lathe.data.split_files import SPLITS, get_suffix
 from lathe.data.text_files import BY_CONTENT, TextForm, open_file
 
@@ -61,8 +62,7 @@ def count_rows_to_read(limits: Mapping[Any, int] | None, split: str, present: Ma
 def choose_parts(files: list[Path], rows: int | None, form: TextForm = BY_CONTENT) -> dict[Path, Part]:
     """Return what is read of each file of a split, so that it is `rows` of them all; others are read whole.
 
-    A JSON object is read whole: there is no telling where its rows begin. So is what cannot be read: its reader says
-    so.
+    What cannot be read is read whole: its reader says so.
     """
     if rows is None:
         return {}
@@ -72,7 +72,7 @@ def choose_parts(files: list[Path], rows: int | None, form: TextForm = BY_CONTEN
         counts = {file: (_count_rows_of_json(file, form), count_stretches(file)) for file in files}
     except (pyarrow.ArrowException, OSError, EOFError, zlib.error, InputError, ValueError, RecursionError):
         return {}
-    total = sum(count for count, _ in counts.values() if count)
+    total = sum(count for count, _ in counts.values())
     if total <= rows:
         return {}
     return {
@@ -117,15 +117,16 @@ def count_stretches(file: Path) -> int:
     return min(STRETCHES, groups) if groups >= STRETCHES_OF_FEW_GROUPS else STRETCHES_OF_FEW_GROUPS
 
 
-def _count_rows_of_json(file: Path, form: TextForm) -> int | None:
-    """Return the rows of any file; None of a JSON object, which has to be read whole."""
+def _count_rows_of_json(file: Path, form: TextForm) -> int:
+    """Return the rows of any file."""
     suffix = (get_suffix(file) or "").removesuffix(".gz")
     if suffix in (".json", ".jsonl"):
         layout = find_layout(file, form)
         if layout == "array":
             return count_items(file, form)
         if layout == "value" and suffix == ".json":
-            return None
+            key = form.rows_key or find_rows_key(open_text(file, form), file.name)
+            return count_rows_under(open_text(file, form), key, file.name)
     return count_rows(file)
 
 

@@ -12,6 +12,7 @@ from lathe.data.format_columns import (
     choose_system_column,
     select_present,
 )
+from lathe.data.json_values import describe_value
 from lathe.data.messages import (
     Message,
     check_order,
@@ -22,7 +23,6 @@ from lathe.data.messages import (
     require_learnt,
 )
 from lathe.data.prompt_columns import PromptColumns
-from lathe.data.read_files import describe_value
 from lathe.data.row_checks import RowFault, TextValidator, note_unused
 
 if TYPE_CHECKING:

@@ -168,7 +168,13 @@ class ExampleFiles:
 
         def choose(names: Iterable[str]) -> RecordConverter:
             return RecordConverter(
-                self.preset, names, file.name, self.control_tokens, self.unicode_rule, is_padded=is_padded(rows)
+                self.preset,
+                names,
+                file.name,
+                self.control_tokens,
+                self.unicode_rule,
+                first=rows[0],
+                is_padded=is_padded(rows),
             )
 
         try:

@@ -15,8 +15,11 @@ from lathe.common.errors import InputError
 from lathe.common.git_lfs import refuse_pointer
 from lathe.common.text import summarize_error
 from lathe.data.arrow_features import get_label_names, make_decoders
-from lathe.data.json_arrays import Decode, find_layout, iterate_items, skip_item
-from lathe.data.json_rows import find_rows, name_messages
+from lathe.data.json_arrays import find_layout, iterate_items, open_text
+from lathe.data.json_rows import find_rows_key, iterate_rows, name_messages
+from lathe.data.json_text import Decode, skip_item
+from lathe.data.json_values import RepeatedKey, decode_item, describe_json_error, describe_value, load_json
+from lathe.data.misnamed_files import refuse_misnamed
 from lathe.data.part_of_file import Part
 from lathe.data.split_files import get_suffix
 from lathe.data.text_files import (
@@ -57,23 +60,17 @@ class RawRecord:
     value: dict[str, Any] | Fault
 
 
-@dataclass(frozen=True, slots=True)
-class RepeatedKey:
-    """Replaces a JSON object in which a key occurs twice, because it is unknown which value is meant."""
-
-    key: str
-
-
 def read_records(file: Path, form: TextForm = BY_CONTENT, part: Part | None = None) -> Iterator[RawRecord]:
     """Yield the records of a data file with one of `split_files.SUFFIXES`; a text file is read in its `form`.
 
     With a `part`, only these rows become records.
 
-    The value of a record that cannot be read is its Fault. Files are streamed, except for a JSON object. Raises
+    The value of a record that cannot be read is its Fault. Files are streamed. Raises
     InputError if the file itself cannot be read: not UTF-8, truncated, empty, a quote that is never closed.
     """
     number = 0
     refuse_pointer(file, file.name)
+    refuse_misnamed(file, file.name)
     try:
         for row in _READERS[get_suffix(file) or ""](file, form, part):
             number += 1
@@ -119,7 +116,7 @@ def _read_jsonl(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRe
             value = Fault(
                 "malformed_json",
                 None,
-                f"is not a JSON object: {_describe_json_error(error)}; expected one per line",
+                f"is not a JSON object: {describe_json_error(error)}; expected one per line",
             )
         yield RawRecord(f"{file.name}:{number}", _require_object(value))
 
@@ -133,36 +130,47 @@ def _read_json(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRec
         if layout == "array":
             yield from _read_array(file, form, part)
             return
+        if open_text(file, form).peek() == "{":
+            yield from _read_object(file, form, part)
+            return
         text = "".join(iterate_lines(file, find_encoding(file, form)))
         if not text.strip():
             return
-        values = load_json(text)
+        value = load_json(text)
     except json.JSONDecodeError as error:
         # Never into the file itself, which a shell empties first.
         target = f"{file.stem}{'.rows' * (file.suffix == '.jsonl')}.jsonl"
         remedy = f"`jq -c . {file.name} > {target}`" if error.msg == "Extra data" else "is the file truncated?"
         raise InputError(
-            f"{file.name}:{error.lineno}: not a JSON array: {_describe_json_error(error)}; {remedy}", code="not-json"
+            f"{file.name}:{error.lineno}: not a JSON array: {describe_json_error(error)}; {remedy}", code="not-json"
         ) from None
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{file.name}: not a JSON array: {_describe_json_error(error)}; correct the file", code="not-json"
+            f"{file.name}: not a JSON array: {describe_json_error(error)}; correct the file", code="not-json"
         ) from None
-    if isinstance(values, dict):
-        values = find_rows(values, form.rows_key, file.name)
-    if not isinstance(values, list):
-        raise InputError(
-            f"{file.name}:1: holds {describe_value(values)}; expected an array of objects, or one object per line in a "
-            ".jsonl",
-            code="not-an-array",
-        )
-    for number, value in enumerate(values, start=1):
-        yield RawRecord(f"{file.name} row {number}", _require_object(value))
+    raise InputError(
+        f"{file.name}:1: holds {describe_value(value)}; expected an array of objects, or one object per line in a "
+        ".jsonl",
+        code="not-an-array",
+    )
 
 
 def _read_array(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
-    items = iterate_items(file, form, lambda number: _decode_item if not part or part.holds(number) else skip_item)
-    for number, value in enumerate(items):
+    yield from _make_records(file, part, lambda choose: iterate_items(file, form, choose))
+
+
+def _read_object(file: Path, form: TextForm, part: Part | None) -> Iterator[RawRecord]:
+    key = form.rows_key or find_rows_key(open_text(file, form), file.name)
+    yield from _make_records(file, part, lambda choose: iterate_rows(open_text(file, form), key, file.name, choose))
+
+
+def _make_records(
+    file: Path, part: Part | None, iterate: Callable[[Callable[[int], Decode]], Iterator[Any]]
+) -> Iterator[RawRecord]:
+    """Yield the records of a JSON list; `iterate` yields its items, given what chooses the decoder of each."""
+    for number, value in enumerate(
+        iterate(lambda number: decode_item if not part or part.holds(number) else skip_item)
+    ):
         if not part or part.holds(number):
             yield RawRecord(f"{file.name} row {number + 1}", _require_object(value))
         else:
@@ -213,7 +221,7 @@ def _read_csv(file: Path, form: TextForm, part: Part | None) -> Iterator[RawReco
             continue
         if header is None:
             unnamed = _count_unnamed(fields)
-            header = _check_header(fields[: len(fields) - unnamed], file, line)
+            header = _check_header(_name_index(fields[: len(fields) - unnamed]), file, line)
         elif part and not part.holds(line - 1):
             part.left_out += 1
         elif not any(fields):
@@ -224,6 +232,12 @@ def _read_csv(file: Path, form: TextForm, part: Part | None) -> Iterator[RawReco
             yield RawRecord(f"{file.name}:{line}", _describe_fields(fields, header, unnamed))
         else:
             yield RawRecord(f"{file.name}:{line}", dict(zip(header, fields, strict=False)))
+
+
+def _name_index(header: list[str]) -> list[str]:
+    """Return the header with a name for the first column where it has none: pandas writes its row numbers so."""
+    is_index = len(header) > 1 and not header[0].strip() and "Unnamed: 0" not in header
+    return ["Unnamed: 0", *header[1:]] if is_index else header
 
 
 def _count_unnamed(fields: list[str]) -> int:
@@ -356,11 +370,6 @@ _READERS: dict[str, Callable[[Path, TextForm, Part | None], Iterator[RawRecord]]
 }
 
 
-def load_json(text: str) -> Any:
-    """Return the value of a JSON text; an object that has a key twice is a RepeatedKey."""
-    return _DECODER.decode(text)
-
-
 def _require_object(value: Any) -> dict[str, Any] | Fault:
     if isinstance(value, dict | Fault):
         return value
@@ -369,25 +378,6 @@ def _require_object(value: Any) -> dict[str, Any] | Fault:
     if column := name_messages(value):  # a row that is a bare conversation
         return {column: value}
     return Fault("not_an_object", None, f"is {describe_value(value)}; expected an object with named columns")
-
-
-def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedKey:
-    value = dict(pairs)
-    if len(value) == len(pairs):
-        return value
-    keys = [key for key, _ in pairs]
-    return RepeatedKey(next(key for key in keys if keys.count(key) > 1))
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)  # json.loads would make one for every text
-_decode_item: Decode = _DECODER.raw_decode
-
-
-def _describe_json_error(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        problem = error.msg.removesuffix(" at")
-        return f"{problem[0].lower()}{problem[1:]} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else summarize_error(error)
 
 
 def _describe_csv_error(error: csv.Error) -> str:
@@ -406,21 +396,3 @@ def _check_header(names: list[str], file: Path, line: int | None) -> list[str]:
         if names.count(name) > 1:
             raise InputError(f"{place}: the header names {name!r} twice; rename one of them", code="duplicate-column")
     return names
-
-
-def describe_value(value: Any) -> str:
-    """Return a description of a JSON value for a message: `the text 'x'`, `a list`."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return f"the number {value!r}" if len(repr(value)) <= 40 else "a long number"
-        case str():
-            return f"the text {value[:37] + '...' if len(value) > 40 else value!r}"
-        case list():
-            return "a list"
-        case dict() | RepeatedKey():
-            return "an object"
-    return f"a {type(value).__name__}"

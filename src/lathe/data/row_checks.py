@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lathe.common.errors import InputError
-from lathe.data.read_files import Fault, RepeatedKey, describe_value
+from lathe.data.json_values import RepeatedKey, describe_value
+from lathe.data.read_files import Fault
 from lathe.models.unicode_form import UnicodeRule
 
 # Columns of a row and keys of a message that may be ignored: they say where it is from, not what is in it.
@@ -22,6 +23,7 @@ IGNORED = frozenset(
             "message_id",
             "conversation_id",
             "__index_level_0__",
+            "Unnamed: 0",
         ),
         *("source", "dataset", "license", "url", "timestamp", "created", "created_at", "updated_at", "date"),
         *("language", "lang"),

@@ -94,9 +94,12 @@ def require_data_files(source: Path, shown: str) -> dict[str, Path]:
     """Return what `find_data_files` finds; raises InputError if that is nothing. `shown` names the source."""
     files = find_data_files(source)
     if not files:
+        inner = sorted(source.glob("[!.]*/")) if source.is_dir() else []
+        deeper = next((folder.name for folder in inner if find_data_files(folder)), None)
+        found = f"; its folder {deeper} holds some: give {shown}/{deeper}" if deeper else ""
+        what = "holds no data file" if source.is_dir() else "is no data file by its name"
         raise InputError(
-            f"{shown}: holds no data file; expected one of {list_suffixes()}, or folders train, validation, test "
-            "of them",
+            f"{shown}: {what}; expected one of {list_suffixes()}, or folders train, validation, test of them{found}",
             code="no-data-files",
         )
     return files

@@ -118,9 +118,9 @@ def iterate_chunks(file: Path, encoding: str) -> Iterator[str]:
                 text = decoder.decode(data, is_last)
             except UnicodeDecodeError:
                 if encoding != UTF_8:
-                    raise _refuse_encoding(file, line, encoding) from None
+                    raise _refuse_encoding(file, line - 1, encoding) from None
                 decode(state[0] + data, file, line)  # finds the byte
-                raise _refuse_encoding(file, line, encoding) from None  # the last character is cut
+                raise _refuse_encoding(file, line - 1, encoding) from None  # the last character is cut
             line += text.count("\n")
             yield text
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from lathe.data.read_files import describe_value
+from lathe.data.json_values import describe_value
 from lathe.data.row_checks import RowFault, TextValidator, is_empty
 from lathe.models.message_form import THOUGHT, THOUGHT_KEYS
 
 # Other names of a thought that is a text.
-OTHER_THOUGHT_KEYS = ("thought", "thoughts", "think", "reasoning_text", "chain_of_thought", "cot")
+OTHER_THOUGHT_KEYS = ("thought", "thoughts", "think", "reasoning_text", "chain_of_thought", "cot", "scratchpad")
 # Lists of parts, as OpenRouter and LiteLLM give them, by the keys that hold a part's text.
 THOUGHT_LISTS = {"reasoning_details": ("text", "summary"), "thinking_blocks": ("thinking",)}
 ALL_THOUGHT_KEYS = (*THOUGHT_KEYS, *OTHER_THOUGHT_KEYS, *THOUGHT_LISTS)

@@ -7,7 +7,7 @@ A definition is OpenAI's {type, function: {name, description, parameters: a JSON
 import json
 from typing import Any
 
-from lathe.data.read_files import describe_value, load_json
+from lathe.data.json_values import describe_value, load_json
 from lathe.data.row_checks import RowFault, TextValidator, format_names, is_empty, refuse_repeated_key
 
 Tool = dict[str, Any]

@@ -93,6 +93,7 @@ def examine(load: Callable[[], "Config"], here: Circumstances) -> list[Finding]:
         findings += _run_check("credentials", lambda: check_credentials(config[0], here.environment))
         findings += _run_check("judge", lambda: check_judge(config[0], here))
         findings += _run_check("tasks", lambda: check_tasks(config[0]))
+        findings += check_later(config[0], here)
         findings += _run_check("tracking", lambda: check_tracking(config[0], here))
         findings += _run_check("held-out", lambda: check_held_out(config[0], here.root))
         findings += _run_check("answers", lambda: check_answers(config[0], here.root))
@@ -121,6 +122,19 @@ def check_tasks(config: "Config") -> Findings:
     if tasks := config.params.benchmark.tasks:
         check_benchmark(config.params)
         yield Finding("tasks", "ok", f"lm-evaluation-harness knows {', '.join(tasks)}; their data are not looked at")
+
+
+def check_later(config: "Config", here: Circumstances) -> list[Finding]:
+    """Check what only stages after the training need, one by one; the judge's key has a check of its own."""
+    from lathe.later_stages import list_checks
+
+    found: list[Finding] = []
+    for check in list_checks(config.params, here.root / "models/base", here.environment):
+        found += _run_check(
+            "later",
+            lambda check=check: (Finding("later", "warning", text) for text in check()),  # type: ignore[misc]
+        )
+    return found or [Finding("later", "ok", "files, programs and types that stages after the training need are there")]
 
 
 def check_local_files(config: "Config") -> Findings:

@@ -61,7 +61,7 @@ class BenchmarkResults:
 
 
 def check_benchmark(params: Params) -> None:
-    """Raise InputError if benchmark.tasks cannot be run, or a gate names a task that is not among them.
+    """Raise InputError if benchmark.tasks cannot be run, or a gate names a task or a metric that is not among them.
 
     The folder benchmark.include_path must be there in any case: DVC knows it as a dependency.
 
@@ -71,7 +71,8 @@ def check_benchmark(params: Params) -> None:
     _check_folder(settings)
     if not settings.tasks:
         return
-    known = _find_tasks(settings).names
+    found = _find_tasks(settings)
+    known = found.names
     for gate in params.evaluate.gates or []:
         for _, score in parse_gate(gate).scores:
             task, _, metric = score.rpartition(".")
@@ -81,6 +82,30 @@ def check_benchmark(params: Params) -> None:
                     f"{did_you_mean(task, sorted(known))}",
                     code="unknown-task",
                 )
+            metrics = _list_metrics(found.manager.task_index, task) if metric and task else None
+            if metrics and not any(metric == known_one or metric.startswith(f"{known_one}_") for known_one in metrics):
+                raise InputError(
+                    f"evaluate.gates: {gate!r} names {score}, which no task of benchmark.tasks has; "
+                    f"{did_you_mean(metric, sorted(metrics))}",
+                    code="unknown-score",
+                )
+
+
+def _list_metrics(index: Mapping[str, Any], task: str) -> set[str] | None:
+    """Return the metrics of a task by its name in gates, of a group those of its members.
+
+    None where a task file leaves them to the harness.
+    """
+    name = next((name for name in index if make_name(name) == task), None)
+    if name is None:
+        return None
+    members, listed = _list_members(index[name]), (index[name].cfg or {}).get("metric_list")
+    if members:
+        of_members = [_list_metrics(index, make_name(member)) for member in members if member != name]
+        return None if None in of_members else set().union(*filter(None, of_members))
+    if not isinstance(listed, list):
+        return None
+    return {make_name(str(one.get("metric"))) for one in listed if isinstance(one, dict)}
 
 
 def make_name(name: str) -> str:
@@ -181,13 +206,18 @@ def _resolve(index: Mapping[str, Any], tasks: Sequence[str]) -> tuple[set[str], 
         if make_name(name) in names:
             continue
         names.add(make_name(name))
-        members = (entry.cfg or {}).get("task")
-        waiting += entry.tags if entry.kind.name == "TAG" else []
-        waiting += [
-            member if isinstance(member, str) else str(member.get("group") or member.get("task"))
-            for member in (members if isinstance(members, list) else [])
-        ]
+        waiting += _list_members(entry)
     return names, unknown
+
+
+def _list_members(entry: Any) -> list[str]:
+    """Return the names of the tasks and groups in a group or tag."""
+    members = (entry.cfg or {}).get("task")
+    of_tag = list(entry.tags) if entry.kind.name == "TAG" else []
+    return of_tag + [
+        member if isinstance(member, str) else str(member.get("group") or member.get("task"))
+        for member in (members if isinstance(members, list) else [])
+    ]
 
 
 def load_tasks(settings: Benchmark) -> LoadedTasks:

@@ -74,17 +74,10 @@ class Encoder:
                     content.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
         return content.hexdigest()
 
-    def load(self) -> Callable[[Sequence[str]], "list[torch.Tensor]"]:
-        """Return the function that embeds a batch of texts: for each text (tokens, hidden size), float32, on the CPU.
+    def load_tokenizer(self) -> Any:
+        """Return the tokenizer. Raises InputError if the encoder takes fewer than `max_length` tokens."""
+        from transformers import AutoTokenizer
 
-        Raises InputError if the encoder takes fewer than `max_length` tokens.
-        """
-        import torch
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()  # it warns about GPUs where there are none
         with translate_errors(self.folder.name, "its tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, padding_side="right")
         longest = min(self._max_positions, tokenizer.model_max_length)
@@ -93,6 +86,20 @@ class Encoder:
                 f"bert_score.max_length is {self.max_length}; the encoder takes {longest} tokens; lower it",
                 code="max-length-too-long",
             )
+        return tokenizer
+
+    def load(self) -> Callable[[Sequence[str]], "list[torch.Tensor]"]:
+        """Return the function that embeds a batch of texts: for each text (tokens, hidden size), float32, on the CPU.
+
+        Raises InputError as `load_tokenizer` does, and if the encoder cannot be loaded.
+        """
+        import torch
+        from transformers import AutoModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # it warns about GPUs where there are none
+        tokenizer = self.load_tokenizer()
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lathe.inference.generate import Generator
-from lathe.inference.held_out import Example, HeldOutPrompt, HeldOutRun, render_prompt
+from lathe.inference.held_out import Example, HeldOutRun
 from lathe.inference.row_file import RowFile
+from lathe.models.answer_reading import HeldOutPrompt, render_prompt
 from lathe.models.chat_template import Message
 from lathe.models.document import is_document
 

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, cast
 
 from lathe.common.errors import InputError
 from lathe.common.jsonl import line
+from lathe.data.json_values import describe_value
 from lathe.data.messages import check_order, parse_messages
-from lathe.data.read_files import describe_value
 from lathe.data.row_checks import RowFault, TextValidator, is_empty
 from lathe.data.tools import parse_tools
 from lathe.inference.generate import Completion, Generator

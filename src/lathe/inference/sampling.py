@@ -15,10 +15,10 @@ import numpy as np
 from lathe.common.jsonl import write_jsonl
 from lathe.gguf.llama_library import FloatRows
 from lathe.inference.generate import Generator
-from lathe.inference.held_out import HeldOutPrompt, read_answer
 from lathe.inference.journal import Journal
 from lathe.inference.row_file import RowFile
 from lathe.inference.shared_prefix import SequenceStats, TokenSequence
+from lathe.models.answer_reading import HeldOutPrompt, read_answer
 from lathe.models.answer_split import find_answer_prefix
 
 # The likeliest tokens that are sorted; all of them are where these do not have the probability `top_p`.

@@ -75,6 +75,12 @@ def _count_others(names: list[str]) -> str:
 
 
 def _check_chat(tokenizer: Any, embeddings: int, shown: str) -> None:
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"{shown}: its tokenizer names no end token, at which answers stop; set eos_token in "
+            "tokenizer_config.json, and eos_token_id in config.json, to the token that ends an answer in its template",
+            code="no-end-token",
+        )
     [row, *_] = encode(tokenizer, [CHAT], supervise="last")
     for token in row.input_ids:
         if token >= embeddings:

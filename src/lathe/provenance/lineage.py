@@ -96,7 +96,10 @@ def hash_folder(files: Mapping[str, str]) -> str:
 
 def _read_origin(name: str, item: str) -> dict[str, str]:
     [origin] = read_json(paths.METRICS / f"fetch/{item}.json")["origin"]
-    keys = ("name", "source", "id", "revision", "commit", "package", "version", "gguf", "sha256", "quantization")
+    keys = (
+        *("name", "source", "id", "revision", "commit", "package", "version", "gguf", "sha256", "quantization"),
+        *("adapter", "base", "base_revision", "base_commit"),  # what was merged into it, or what it was merged into
+    )
     of_parts = {
         f"lathe.{name}.{part['name']}.{key}": part[key]
         for part in origin.get("datasets", [])  # of a mixture

@@ -43,8 +43,8 @@ def find_untracked(config: Config, items: Mapping[str, Any] | None = None) -> li
     chosen = items or {"model": config.model, "dataset": config.dataset, "encoder": config.encoder}
     given = [preset for preset in chosen.values() if preset is not None]
     single = [each for preset in given for each in list_datasets(preset).values()]
-    presets = [preset for preset in single if preset.source == "local"]
-    local = [path for preset in presets for path in (preset.path, getattr(preset, "adapter", None)) if path]
+    named = [(preset.path if preset.source == "local" else None, getattr(preset, "adapter", None)) for preset in single]
+    local = [path for paths_of_preset in named for path in paths_of_preset if path]
     return [path for path in dict.fromkeys(local) if (paths.ROOT / path).exists() and not _is_tracked(path)]
 
 

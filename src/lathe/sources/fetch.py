@@ -1,20 +1,23 @@
 """Sources of base models, datasets and encoders: built in, local files, the Hugging Face Hub, Python packages."""
 
 import hashlib
+import logging
 import os
 import shlex
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.git_lfs import refuse_pointer
+from lathe.config.adapter_base import holds_adapter_alone, is_repository, read_base_name
 from lathe.config.presets import (
     GGUF_SUFFIX,
     BuiltinDataset,
     BuiltinModel,
+    ChangeableModel,
     DatasetPreset,
     EncoderPreset,
     HubDataset,
@@ -25,21 +28,28 @@ from lathe.config.presets import (
     LocalModel,
     MixtureDataset,
     ModelPreset,
-    ModelWithTemplate,
     PackageEncoder,
     PackageModel,
 )
+from lathe.data.misnamed_files import refuse_misnamed
 from lathe.data.part_of_file import count_rows_to_read
 from lathe.data.split_files import require_data_files
 from lathe.models import model_folder
 from lathe.models.templates.install_template import install_template
 from lathe.sources.model_files import (
     choose_weight_files,
+    describe_lost_base,
+    fetch_hub_adapter,
     fetch_hub_file,
     fetch_hub_files,
     refuse_byte_order_mark,
     select_files,
 )
+
+if TYPE_CHECKING:
+    from lathe.sources.hub import Repository
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE_BYTES = 5_000_000_000  # of a base with its adapter
 
@@ -61,23 +71,13 @@ def fetch_model(preset: ModelPreset, folder: Path, *, seed: int) -> Origin:
             from lathe.sources.builtin import tiny_model
 
             tiny_model.build(folder, seed)
-        case LocalModel() | PackageModel():
-            source, shown, origin = _find_on_this_machine(preset)
-            if isinstance(preset, LocalModel) and preset.adapter:
-                origin["adapter"] = preset.adapter
-                _merge_adapter(source, shown, preset.adapter, folder, origin)
-            else:
-                _place_model(source, shown, folder, origin)
-        case HubModel():
-            from lathe.sources.hub import Repository
-
-            repository = Repository("model", preset.id, preset.revision)
-            origin = {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
-            if preset.file:
-                _place_model(fetch_hub_file(repository, preset.file), preset.file, folder, origin)
-            else:
-                _link_files(fetch_hub_files(repository), folder)
-    if isinstance(preset, ModelWithTemplate) and preset.template:
+        case ChangeableModel(adapter=str(adapter)):
+            found = _find_local(adapter, paths.MODELS_LOCAL)
+            origin = _merge_adapter(preset, found, adapter, folder)
+            origin["adapter"] = adapter
+        case LocalModel() | PackageModel() | HubModel():
+            origin = _place_base(preset, folder)
+    if isinstance(preset, ChangeableModel) and preset.template:
         install_template(preset.template, folder)
     return origin
 
@@ -126,7 +126,9 @@ def fetch_dataset(preset: DatasetPreset, folder: Path, *, seed: int) -> Origin:
         case LocalDataset():
             source = _find_local(preset.path, paths.DATA_LOCAL)
             for name, file in require_data_files(source, preset.path).items():
-                refuse_pointer(file, f"{preset.path}: {name}" if source.is_dir() else preset.path)
+                shown = f"{preset.path}: {name}" if source.is_dir() else preset.path
+                refuse_pointer(file, shown)
+                refuse_misnamed(file, shown)
                 # Copied, not linked: DVC makes a stage's outputs read-only, and these are the user's own files.
                 shutil.copyfile(file, folder / name)
         case HubDataset():
@@ -162,6 +164,36 @@ def _hash_files(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _place_base(preset: LocalModel | PackageModel | HubModel, folder: Path) -> Origin:
+    """Fill the empty `folder` with the model of a preset, without its adapter and template; return its origin."""
+    if not isinstance(preset, HubModel):
+        source, shown, origin = _find_on_this_machine(preset)
+        _place_model(source, shown, folder, origin)
+        return origin
+    from lathe.sources.hub import Repository
+
+    repository = Repository("model", preset.id, preset.revision)
+    origin = {"id": preset.id, "revision": preset.revision, "commit": repository.commit}
+    if preset.file:
+        _place_model(fetch_hub_file(repository, preset.file), preset.file, folder, origin)
+    elif holds_adapter_alone(repository.paths):
+        return _place_hub_adapter(repository, folder, origin)
+    else:
+        _link_files(fetch_hub_files(repository), folder)
+    return origin
+
+
+def _place_hub_adapter(repository: "Repository", folder: Path, origin: Origin) -> Origin:
+    """Fill the empty `folder` with the adapter of a repository and the base that it names, as one model."""
+    found = fetch_hub_adapter(repository)
+    named, revision = read_base_name(found)
+    if not is_repository(named):
+        raise InputError(describe_lost_base(repository.name, named), code="adapter-as-base")
+    base = HubModel(source="hub", id=named, revision=revision, file=None, template=None, adapter=None)
+    of_base = _merge_adapter(base, found, repository.name, folder)
+    return {**origin, "base": of_base["id"], "base_revision": of_base["revision"], "base_commit": of_base["commit"]}
+
+
 def _place_model(source: Path, shown: str, folder: Path, origin: Origin) -> None:
     """Fill the empty `folder` from a model folder or a GGUF file; add to `origin` what is known of such a file."""
     if source.is_dir():
@@ -178,19 +210,25 @@ def _place_model(source: Path, shown: str, folder: Path, origin: Origin) -> None
     origin |= gguf_model.write_model(source, folder)
 
 
-def _merge_adapter(source: Path, shown: str, adapter: str, folder: Path, origin: Origin) -> None:
-    """Fill the empty `folder` with a model and an adapter of it as one model, to go on from there."""
+def _merge_adapter(preset: LocalModel | PackageModel | HubModel, adapter: Path, shown: str, folder: Path) -> Origin:
+    """Fill the empty `folder` with a model and an adapter of it, called `shown`, as one model, to go on from there."""
     from lathe.models.merge.merge import merge
 
-    found = _find_local(adapter, paths.MODELS_LOCAL)
+    of = preset.id if isinstance(preset, HubModel) else preset.path
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".base.") as name:
         base = Path(name)
-        _place_model(source, shown, base, origin)
         try:
-            merge(base, found, folder, dtype="auto", max_shard_size_bytes=MAX_SHARD_SIZE_BYTES)
+            origin = _place_base(preset, base)
+            report = merge(
+                base, adapter, folder, dtype="auto", max_shard_size_bytes=MAX_SHARD_SIZE_BYTES, may_change_nothing=True
+            )
         except InputError as error:
-            text = str(error).replace(str(base), shown).replace(str(found), adapter)
-            raise InputError(text, code=error.code) from None
+            text = str(error).replace(str(base), of).replace(str(adapter), shown)
+            text = text.removeprefix(f"{shown}: ").removeprefix(f"{of}: ")
+            raise InputError(f"{shown}, an adapter of {of}: {text}", code=error.code) from None
+    if not report.tensors_changed:
+        logger.warning("%s, an adapter of %s: all its deltas are zero; the base is taken as it is", shown, of)
+    return origin
 
 
 def _find_on_this_machine(
@@ -242,7 +280,10 @@ def _select_files(source: Path, shown: str) -> dict[str, Path]:
                 "the link",
                 code="broken-link",
             )
-    names = select_files([file.name for file in source.iterdir() if file.is_file()], shown)
+    names = [file.name for file in source.iterdir() if file.is_file()]
+    if holds_adapter_alone(names):
+        raise InputError(describe_lost_base(shown, read_base_name(source)[0]), code="adapter-as-base")
+    names = select_files(names, shown)
     names = choose_weight_files(names, source, shown)
     for name in names:
         refuse_pointer(source / name, f"{shown}/{name}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
+from lathe.config.adapter_base import ADAPTER_CONFIG
 from lathe.models import model_folder
 
 if TYPE_CHECKING:
@@ -45,6 +46,29 @@ def fetch_hub_files(repository: "Repository") -> dict[str, Path]:
     return files
 
 
+def fetch_hub_adapter(repository: "Repository") -> Path:
+    """Download and verify an adapter of PEFT with its tokenizer; return its folder in the Hub's cache."""
+    from lathe.models.merge.copy_files import CHAT_TEMPLATE_FILES, TOKENIZER_FILES
+
+    wanted = {ADAPTER_CONFIG, model_folder.ADAPTER_FILE, *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES}
+    if model_folder.ADAPTER_FILE not in repository.paths:
+        raise InputError(
+            f"{repository.name}: is an adapter of PEFT without {model_folder.ADAPTER_FILE}; pickled weights are never "
+            "loaded; save it as safetensors",
+            code="pickled-weights",
+        )
+    return repository.files([name for name in repository.paths if name in wanted])[ADAPTER_CONFIG].parent
+
+
+def describe_lost_base(shown: str, named: str) -> str:
+    """Return what to do about an adapter in place of a model whose base is not where its configuration says."""
+    base = f"whose base {named!r} is neither under models/local nor on the Hub" if named else "which names no base"
+    return (
+        f"{shown}: is an adapter of PEFT, {base}; give the base in the preset (`path` of a folder under models/local, "
+        "or `id` on the Hub), and the adapter's folder under models/local as `adapter`"
+    )
+
+
 def fetch_hub_file(repository: "Repository", name: str) -> Path:
     """Download and verify one file of a repository; return its path in the Hub's cache.
 
@@ -61,11 +85,11 @@ def fetch_hub_file(repository: "Repository", name: str) -> Path:
 
 def select_files(names: list[str], shown: str) -> list[str]:
     """Return the names to take of those in a model's folder; raises InputError if the model is incomplete."""
-    if "adapter_config.json" in names and "config.json" not in names:
+    if ADAPTER_CONFIG in names:
         raise InputError(
-            f"{shown}: is an adapter of PEFT (adapter_config.json), not a model; put its base under models/local too, "
-            "name the base's folder as path and this one as adapter in the preset",
-            code="adapter-as-base",
+            f"{shown}: holds a model and an adapter of PEFT ({ADAPTER_CONFIG}); which is meant cannot be told: move "
+            "the adapter's files to a folder of their own, and name that as adapter in the preset to have it merged",
+            code="model-and-adapter",
         )
     for name in ("config.json", "tokenizer_config.json"):
         if name not in names:

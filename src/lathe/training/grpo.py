@@ -5,9 +5,8 @@ Source: Shao et al. 2024, DeepSeekMath (arXiv 2402.03300).
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +17,25 @@ from transformers import GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from lathe.common.errors import InputError
-from lathe.config.training_params import Reward
-from lathe.evaluation.answer_checks import REWARDS
 from lathe.models.adapter import unwrap
-from lathe.models.answer_split import find_answer_prefix, split_answer
-from lathe.models.answer_syntax import ThoughtSyntax, find_thought_syntax
+from lathe.models.answer_reading import render_prompt
+from lathe.models.answer_syntax import find_thought_syntax
+from lathe.models.chat_template import EXAMPLE_TOOL, ChatTemplate, TemplateError, Tools
 from lathe.models.loss_mask import Encoded, encode
-from lathe.models.message_form import split_thought
+from lathe.models.message_form import ANSWER, EXAMPLE_CALL, QUESTION
 from lathe.models.tokenizer_template import read_chat_template
 from lathe.training import distributed
+from lathe.training.answer_text import AnswerDecoder
 from lathe.training.base_trainer import BaseTrainer
 from lathe.training.best_weights import BestWeights
 from lathe.training.resume import ResumableTrainer
-from lathe.training.reward_functions import RewardFunction
 from lathe.training.row_attention import pad_rows
 from lathe.training.trainer_setup import TrainerSetup
+from lathe.training.weighted_rewards import RewardPrompt, WeightedReward, weight_rewards
 
 # Sampled answers that later steps are still to be trained on; not in transformers' checkpoints.
 ANSWERS_FILE = "answers_{rank}.safetensors"
 REFERENCE_ADAPTER = "ref"  # TRL's name for the copy of the adapter that the KL divergence is measured from
-
-
-@dataclass(frozen=True)
-class RewardPrompt:
-    """A prompt as token ids, its reference answer, and the processed example that both come from."""
-
-    prompt_ids: list[int]
-    reference: str
-    example: dict[str, Any]
-    prompt: str = ""
-
-
-@dataclass(frozen=True)
-class WeightedReward:
-    """An entry of `grpo.rewards` with a unique name; one of the user's own sees the thought of an answer too."""
-
-    name: str
-    weight: float
-    function: RewardFunction
-    sees_thought: bool = False
 
 
 def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
@@ -96,8 +75,7 @@ def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
     return RewardTrainer(
         prompts=prompts,
         rewards=rewards,
-        answer_prefix=find_answer_prefix(template),
-        thought=find_thought_syntax(template),
+        template=template,
         precision=setup.precision,
         sequences=[Encoded(row, prompt.prompt_ids, []) for row, prompt in enumerate(prompts["train"])],
         learning_rate_key="grpo.learning_rate",
@@ -113,20 +91,6 @@ def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
     )
 
 
-def weight_rewards(rewards: Sequence[Reward], functions: Mapping[str, RewardFunction]) -> list[WeightedReward]:
-    """Return the rewards with functions of (completion, reference, example); the second of a name is called NAME_2."""
-    names = [reward.function.partition(":")[2] if reward.function else reward.name for reward in rewards]
-    return [
-        WeightedReward(
-            name if (count := names[: index + 1].count(name)) == 1 else f"{name}_{count}",
-            reward.weight,
-            functions[reward.function] if reward.function else _get_built_in(reward),
-            sees_thought=bool(reward.function),
-        )
-        for index, (reward, name) in enumerate(zip(rewards, names, strict=True))
-    ]
-
-
 class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
     """TRL's trainer with the prompts of inference, answers without dropout, and an evaluation without sampling.
 
@@ -140,12 +104,12 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
         *,
         prompts: dict[str, list[RewardPrompt]],
         rewards: list[WeightedReward],
-        answer_prefix: str,
-        thought: ThoughtSyntax,
+        template: ChatTemplate,
         **arguments: Any,
     ) -> None:
-        self.prompts, self.rewards, self.answer_prefix, self.thought = prompts, rewards, answer_prefix, thought
+        self.prompts, self.rewards, self.template = prompts, rewards, template
         super().__init__(reward_funcs=[self._make_reward_function(reward) for reward in rewards], **arguments)
+        self.decoder = AnswerDecoder(self.processing_class, template, self.eos_token_ids)
         self.add_callback(_EvaluateFirstCallback(self))
 
     def train_to_end(self) -> None:
@@ -166,9 +130,9 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
             for start in range(0, len(share), size):
                 batch = share[start : start + size]
                 ids, _ = self._generate_single_turn([prompt.prompt_ids for prompt in batch], None, {}, 1)
-                texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-                for prompt, answer_ids, text in zip(batch, ids, texts, strict=True):
-                    values = [self._compute_reward(reward, text, prompt) for reward in self.rewards]
+                for prompt, answer_ids in zip(batch, ids, strict=True):
+                    text = self.decoder.decode(answer_ids)
+                    values = [reward.compute(text, prompt, self.template) for reward in self.rewards]
                     unfinished = answer_ids[-1] not in self.eos_token_ids
                     sums += sums.new_tensor([*values, len(answer_ids), unfinished, 1])
         self.model.train()
@@ -243,22 +207,16 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
             self.generation_config = sampling
 
     def _make_reward_function(self, reward: WeightedReward) -> Any:
-        # TRL calls it with columns of the dataset, and logs it by its name.
-        def compute_rewards(*, completions: list[str], prompt_index: list[int], **_: Any) -> list[float]:
-            prompts = self.prompts["train"]
+        # TRL calls it with columns of the dataset, and logs it by its name. The texts that it gives lack the control
+        # tokens that mark thoughts and calls.
+        def compute_rewards(*, completion_ids: list[list[int]], prompt_index: list[int], **_: Any) -> list[float]:
             return [
-                self._compute_reward(reward, text, prompts[index])
-                for text, index in zip(completions, prompt_index, strict=True)
+                reward.compute(self.decoder.decode(ids), self.prompts["train"][index], self.template)
+                for ids, index in zip(completion_ids, prompt_index, strict=True)
             ]
 
         compute_rewards.__name__ = reward.name
         return compute_rewards
-
-    def _compute_reward(self, reward: WeightedReward, text: str, prompt: RewardPrompt) -> float:
-        text = text.removeprefix(self.answer_prefix)
-        if not reward.sees_thought:
-            text = self.thought.strip(text, prompt=prompt.prompt)
-        return reward.function(text, prompt.reference, prompt.example)
 
     def _save_extra_state(self, checkpoint: Path) -> None:
         super()._save_extra_state(checkpoint)
@@ -295,13 +253,20 @@ class _EvaluateFirstCallback(TrainerCallback):
 
 
 def _set_end_of_answer(model: Any, tokenizer: Any) -> None:
-    """Let generation stop at the token that ends an answer in the chat template, in addition to the configured ones."""
-    conversation = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
-    [row] = encode(tokenizer, [conversation], supervise="last")
-    last = max(index for index, is_supervised in enumerate(row.supervised) if is_supervised)
+    """Let generation stop at the tokens that end a text and a call in the chat template, and the configured ones."""
+    ends = {_find_end(tokenizer, [QUESTION, {"role": "assistant", "content": ANSWER}])}
+    if read_chat_template(tokenizer).writes_tools:
+        with suppress(TemplateError):  # one that writes definitions and no calls
+            ends.add(_find_end(tokenizer, list(EXAMPLE_CALL), [EXAMPLE_TOOL]))
     config = unwrap(model).generation_config
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    config.eos_token_id = sorted({row.input_ids[last], *(token for token in known if token is not None)})
+    config.eos_token_id = sorted({*ends, *(token for token in known if token is not None)})
+
+
+def _find_end(tokenizer: Any, conversation: list[Any], tools: Tools | None = None) -> int:
+    """Return the token that ends the answer of a conversation."""
+    [row] = encode(tokenizer, [conversation], supervise="last", tools=[tools])
+    return row.input_ids[max(index for index, is_supervised in enumerate(row.supervised) if is_supervised)]
 
 
 def encode_prompts(tokenizer: Any, examples: Sequence[dict[str, Any]]) -> list[RewardPrompt]:
@@ -311,14 +276,10 @@ def encode_prompts(tokenizer: Any, examples: Sequence[dict[str, Any]]) -> list[R
     encoded = encode(tokenizer, [example["messages"] for example in examples], supervise="last", tools=tools)
     prompts = []
     for sequence, example in zip(encoded, examples, strict=True):
-        prompt, answer, _ = split_answer(template, example["messages"], example.get("tools"))
-        reference = split_thought(example["messages"][-1])[1]
-        if example["messages"][-1].get("tool_calls"):
-            reference = find_thought_syntax(template).strip(
-                answer.removeprefix(find_answer_prefix(template)), prompt=prompt
-            )
+        row = render_prompt(template, example["messages"], example.get("tools"))
+        reference = find_thought_syntax(template).strip(row.reference)
         ids = sequence.input_ids[: sequence.supervised.index(True)]
-        prompts.append(RewardPrompt(ids, reference, example, prompt))
+        prompts.append(RewardPrompt(ids, reference, example, row))
     return prompts
 
 
@@ -333,13 +294,3 @@ def _shuffle_prompts(prompts: Sequence[RewardPrompt], count: int, *, seed: int) 
         order += generator.sample(range(len(prompts)), len(prompts))
     order = order[:count]
     return Dataset.from_dict({"prompt": [prompts[index].prompt_ids for index in order], "prompt_index": order})
-
-
-def _get_built_in(reward: Reward) -> RewardFunction:
-    options = reward.model_dump(exclude={"name", "weight"}, exclude_none=True)
-    function = REWARDS[reward.name]
-
-    def compute(completion: str, reference: str, example: dict[str, Any]) -> float:
-        return function(completion, reference, **options)
-
-    return compute

@@ -28,6 +28,7 @@ from lathe.models.measured_answers import AnswerLikelihood, choose_answers
 from lathe.models.model_folder import open_model
 from lathe.models.precision import resolve_precision
 from lathe.models.template_options import load_tokenizer_with_options
+from lathe.models.tokenizer_template import read_chat_template
 from lathe.training import distributed, memory
 from lathe.training.best_weights import BestWeights
 from lathe.training.checkpoints import Checkpoints, acquire_checkpoints, raise_disk_errors
@@ -43,6 +44,7 @@ from lathe.training.row_attention import check_attention
 from lathe.training.sharding import get_state_to_save
 from lathe.training.throughput import ThroughputMeter
 from lathe.training.trainer_setup import TrainerSetup, uses_liger
+from lathe.training.weighted_rewards import check_rewards
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +112,8 @@ def train(
         )
     set_seed(params.seed)  # before the model and the adapter are made
     tokenizer = load_tokenizer_with_options(base, params.preprocess.chat_template_kwargs)
+    if training.method == "grpo":
+        check_rewards(params.grpo.rewards, read_chat_template(tokenizer), examples["train"])
     model = load_base(base, params.quantization, precision="fp32" if is_full else precision)
     if warning := describe_unusual_rate(training.learning_rate, weights=model.num_parameters(), tuning=training.tuning):
         logger.warning(warning)

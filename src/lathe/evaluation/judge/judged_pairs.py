@@ -18,7 +18,7 @@ from lathe.common.jsonl import read_jsonl
 from lathe.evaluation.judge.judged_rows import SPLITS, AnswerPlace, JudgedRows, compute_verdict_key
 from lathe.evaluation.judge.pair_prompt import compose_pair_prompt
 from lathe.evaluation.judge.prompt import JudgePrompt
-from lathe.provenance.revisions import find_revision
+from lathe.provenance.revisions import Revision, find_revision
 
 if TYPE_CHECKING:
     from lathe.config.params import Judge
@@ -38,20 +38,30 @@ class OtherAnswers:
     commit: str | None
 
 
+def find_other_revision(artifacts: Sequence[str], against: str) -> Revision | None:
+    """Return the experiment that `judge.against` names; None if it names an artifact of this run.
+
+    Raises InputError if it names neither.
+    """
+    if against in artifacts:
+        return None
+    try:
+        return find_revision(against)
+    except InputError as error:
+        raise InputError(
+            f"judge.against: {error}; or name an artifact of this run: {', '.join(artifacts)}", code=error.code
+        ) from None
+
+
 def read_other_answers(generated: Path, artifacts: Sequence[str], against: str) -> OtherAnswers:
     """Read the answers that those of each artifact are compared with, by `judge.against`.
 
     Raises InputError if it names neither an artifact nor an experiment, or one without answers in DVC's cache.
     """
-    if against in artifacts:
+    revision = find_other_revision(artifacts, against)
+    if revision is None:
         of_split = {split: read_jsonl(generated / against / f"{split}.jsonl") for split in SPLITS}
         return OtherAnswers({(artifact, split): of_split[split] for artifact in artifacts for split in SPLITS}, None)
-    try:
-        revision = find_revision(against)
-    except InputError as error:
-        raise InputError(
-            f"judge.against: {error}; or name an artifact of this run: {', '.join(artifacts)}", code=error.code
-        ) from None
     rows = {}
     with open_repository(paths.ROOT) as repo:
         for artifact in artifacts:

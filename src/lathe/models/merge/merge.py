@@ -25,7 +25,15 @@ from lathe.models.merge.write_shards import MergeReport, divide_into_shards, wri
 from lathe.models.model_folder import Weights, open_adapter, open_model, read_config, read_untrained_names
 
 
-def merge(base: Path, adapter: Path, out: Path, *, dtype: str, max_shard_size_bytes: int) -> MergeReport:
+def merge(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    dtype: str,
+    max_shard_size_bytes: int,
+    may_change_nothing: bool = False,
+) -> MergeReport:
     """Write the base model `base` merged with the trained weights in `adapter` to the empty folder `out`.
 
     `base` is a Hugging Face model folder of safetensors in 16 or 32 bit, `adapter` a LoRA adapter saved by PEFT, or
@@ -39,7 +47,8 @@ def merge(base: Path, adapter: Path, out: Path, *, dtype: str, max_shard_size_by
     Memory: one tensor of the base at a time, mapped from its file, plus the adapter's tensors for it.
 
     Raises InputError where the two folders cannot be read or do not belong together, where something in the
-    adapter is not understood or not used, and where the result is not finite or equals the base.
+    adapter is not understood or not used, and where the result is not finite or, unless `may_change_nothing`, equals
+    the base.
     """
     if dtype != "auto" and dtype not in OUTPUT_DTYPES:
         raise InputError(
@@ -51,7 +60,7 @@ def merge(base: Path, adapter: Path, out: Path, *, dtype: str, max_shard_size_by
     shards = divide_into_shards(plan.targets, plan.base, max_shard_size_bytes)
     with _use_one_thread():
         report = write_shards(shards, plan.base, plan.adapter, out)
-    if not report.tensors_changed:
+    if not report.tensors_changed and not may_change_nothing:
         what = "all its tensors are the base's" if plan.is_full else "all its deltas are zero"
         raise InputError(f"{adapter}: merging it changes nothing, {what}: train first", code="merge-changes-nothing")
 

@@ -44,15 +44,20 @@ def identify_judge(settings: "Judge", root: Path) -> dict[str, str]:
     A GGUF file is identified by its content, so that moving or renaming it keeps its verdicts.
     """
     if settings.provider == "gguf":
-        file = root / settings.model
-        if not file.is_file():
-            raise InputError(
-                f"judge.model is {settings.model!r}: no such file; judge.provider gguf takes the path of a GGUF file",
-                code="missing-file",
-            )
-        with file.open("rb") as content:
+        with require_judge_file(settings, root).open("rb") as content:
             return {"provider": "gguf", "model_sha256": hashlib.file_digest(content, "sha256").hexdigest()}
     return {"provider": settings.provider, "model": settings.model, "address": get_address(settings)}
+
+
+def require_judge_file(settings: "Judge", root: Path) -> Path:
+    """Return the file of a judge on this machine; raises InputError if it is not there."""
+    file = root / settings.model
+    if not file.is_file():
+        raise InputError(
+            f"judge.model is {settings.model!r}: no such file; judge.provider gguf takes the path of a GGUF file",
+            code="missing-file",
+        )
+    return file
 
 
 def get_address(settings: "Judge") -> str:
