@@ -194,6 +194,27 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        ("llama-3.2", "'llama-3.2' names a preset; DVC takes a dot for a level of the file"),
+        ("smal", "model is 'smal'; must be a name under models in presets.yaml; did you mean 'small'?"),
+    ],
+)
+def test_a_name_of_a_preset_that_dvc_cannot_find_is_refused_by_lathe_first(
+    checkout: Checkout, preset: str, words: str
+) -> None:
+    if "." in preset:
+        replace(checkout.root / "presets.yaml", lambda old: old.replace(b"\n  small:", f"\n  {preset}:".encode()))
+    checkout.set({"model": preset})
+    done = checkout.run("dvc", "repro", check=False)
+    checkout.run("git", "checkout", "--", "presets.yaml", "params.yaml")
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Running stage 'fetch" not in done.stdout
+
+
 def test_dvc_repro_ends_with_the_line_of_the_stage_and_starts_nothing_behind_it(checkout: Checkout) -> None:
     params("learning_rate: 0.01", "learning_rate: 0")(checkout)
     done = checkout.run("dvc", "repro", check=False)

@@ -179,6 +179,13 @@ def return_freed_memory() -> None:
     _set_malloc(trim_threshold=TRIM_BYTES)
 
 
+def release_freed_pages() -> None:
+    """Give the pages in which malloc keeps nothing but freed blocks back to the system, once; nothing off glibc."""
+    library: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
 def count_usable_cores() -> int:
     """Return how many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
