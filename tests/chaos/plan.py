@@ -19,29 +19,29 @@ LARGE = (
 )
 # Kinds of faults of an item, the items that they are injected into in turn, and how often.
 OF_ITEMS = (
-    *((f"SIGKILL of {victim}", ITEMS, 16) for victim in VICTIMS),
+    *((f"SIGKILL of {victim}", ITEMS, 11) for victim in VICTIMS),
     ("three kills in a row", LARGE, 3),
-    ("full disk", LARGE, 8),
+    ("full disk", LARGE, 7),
     ("file size limit", LARGE, 5),
-    ("memory limit", LARGE, 6),
-    ("read-only folder", LARGE, 6),
+    ("memory limit", LARGE, 5),
+    ("read-only folder", LARGE, 5),
     ("two at once", LARGE, 5),
-    ("damaged cache object", LARGE[:-1], 6),
+    ("damaged cache object", LARGE[:-1], 5),
     ("lost cache object", LARGE[:-1], 2),
     ("truncated output", LARGE, 5),
     ("files from the future", LARGE, 3),
     ("clock set back", LARGE, 3),
 )
 OF_COMMANDS = {
-    "lathe run": 5,
-    "lathe run --temp": 3,
-    "lathe search": 3,
-    "lathe mirror": 4,
+    "lathe run": 4,
+    "lathe run --temp": 2,
+    "lathe search": 2,
+    "lathe mirror": 3,
     "dvc push": 2,
     "lathe push-runs": 2,
-    "dvc pull": 3,
-    "studio": 3,
-    "queue": 3,
+    "dvc pull": 2,
+    "studio": 2,
+    "queue": 2,
     "make setup": 1,
     "merge of two branches": 2,
 }
@@ -82,7 +82,8 @@ def make_plan(seed: int) -> list[Injection]:
     chosen += [("SIGKILL", subject) for subject, count in OF_COMMANDS.items() for _ in range(count)]
     chosen = [("dvc.lock conflict" if subject.startswith("merge of") else kind, subject) for kind, subject in chosen]
     rng.shuffle(chosen)
-    return [
-        Injection(number, kind, subject, f"{seed}-{number}-{kind}-{subject}")
-        for number, (kind, subject) in enumerate(chosen, 1)
-    ]
+    plan: list[Injection] = []
+    for number, (kind, subject) in enumerate(chosen, 1):
+        time = chosen[: number - 1].count((kind, subject)) + 1
+        plan.append(Injection(number, kind, subject, f"{seed} {kind} {subject} {time}"))  # another order changes none
+    return plan

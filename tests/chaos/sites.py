@@ -17,7 +17,7 @@ import yaml
 from conftest import Checkout, copy_of, make_reproduced, make_small_model
 from training_checkout import make_training_checkout
 
-from chaos.processes import MARK, Command, wait_for_their_end
+from chaos.processes import MARK, SECONDS_TO_END, Command, wait_for_their_end
 from chaos.state import State, describe_differences, describe_half_written, describe_leftovers, read_state
 
 LATHE = (sys.executable, "-m", "lathe")
@@ -82,9 +82,9 @@ class Site:
         files = [file for top in tops for file in (top.rglob("*") if top.is_dir() else [top]) if file.is_file()]
         return sorted(files, key=lambda file: file.stat().st_size, reverse=True)
 
-    def check_after_fault(self) -> None:
+    def check_after_fault(self, seconds: float = SECONDS_TO_END) -> None:
         """Raise AssertionError if something goes on without its parent, or what is half written counts as whole."""
-        left = wait_for_their_end(self.mark)
+        left = wait_for_their_end(self.mark, seconds)
         assert not left, f"still running: {'; '.join(left)}"
         faults = list(describe_half_written(self.root, self.expected))
         assert not faults, "; ".join(faults[:5])
@@ -111,8 +111,7 @@ class Sites:
     def __init__(self, work: Path) -> None:
         self.work = work
         self.work.mkdir(parents=True, exist_ok=True)
-        self._preloaded = tempfile.TemporaryDirectory(prefix="lathe-chaos-", ignore_cleanup_errors=True)
-        preloaded.set_up(Path(self._preloaded.name))
+        self._preloaded: Any = None
 
     @cached_property
     def small_model(self) -> Path:
@@ -168,6 +167,9 @@ class Sites:
     def _made(self, name: str, make: Callable[[Path], Any]) -> Path:
         folder, done = self.work / name, self.work / f".{name}.made"
         if not done.exists():
+            if self._preloaded is None:
+                self._preloaded = tempfile.TemporaryDirectory(prefix="lathe-chaos-", ignore_cleanup_errors=True)
+                preloaded.set_up(Path(self._preloaded.name))
             remove(folder)
             make(folder)
             done.touch()

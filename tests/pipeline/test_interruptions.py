@@ -89,6 +89,24 @@ def test_a_lock_cut_short_is_put_back_and_what_ran_since_comes_from_the_cache(
         assert output_hashes(checkout) == whole
 
 
+def test_conflicts_of_a_merge_in_the_lock_are_put_back_and_said(reproduced: Checkout, tmp_path: Path) -> None:
+    checkout = copy_of(reproduced, tmp_path / "lathe")
+    lock = checkout.root / "dvc.lock"
+    text = lock.read_text()
+    lines = text.splitlines(keepends=True)
+    where = next(number for number, line in enumerate(lines) if line.strip().startswith("md5:"))
+    other = lines[where].replace("md5: ", "md5: 0")
+    lines[where : where + 1] = ["<<<<<<< HEAD\n", lines[where], "=======\n", other, ">>>>>>> other\n"]
+    lock.write_text("".join(lines))
+    timings = checkout.root / "metrics/timings/quantize.json"
+    timings.write_text(f"<<<<<<< HEAD\n{timings.read_text()}\n>>>>>>> other\n")
+    done = checkout.run("python3", "-m", "lathe", "check", env={"PYTHONPATH": str(checkout.root / "src")})
+    assert "dvc.lock had conflicts of a merge: that of HEAD is back; " in done.stderr
+    assert lock.read_text() == text
+    run_again(checkout)
+    assert output_hashes(checkout) == output_hashes(reproduced)
+
+
 def test_a_list_of_running_commands_cut_short_is_removed(reproduced: Checkout, tmp_path: Path) -> None:
     checkout = copy_of(reproduced, tmp_path / "lathe")
     listing = checkout.root / ".dvc/tmp/rwlock"

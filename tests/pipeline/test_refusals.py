@@ -328,3 +328,26 @@ def test_a_type_that_is_a_path_or_a_command_removes_and_runs_nothing(
         assert any(text in done.stderr for text in ("is no quantization type", "overlapping output", "files are named"))
         assert [file for file in precious if not file.exists()] == []
         assert not (tmp_path / "victim.json").exists()
+
+
+def test_every_stage_alone_refuses_a_name_that_is_a_path_before_it_writes_anything(checkout: Checkout) -> None:
+    """As `dvc repro --single-item` starts it: nothing has looked at the parameters before."""
+    root, outside = checkout.root, "../../../victim"
+    checkout.set({"quantize.types": ["Q8_0", outside], "benchmark.tasks": [outside], "sampling.files": [outside]})
+    options = {"quantize": ("--type", outside), "sample": ("--file", outside)}
+    options["benchmark"] = ("--task", outside, "--artifact", "base")
+
+    def list_all() -> set[str]:
+        return {path.as_posix() for path in root.parent.rglob("*") if "__pycache__" not in path.parts}
+
+    before = list_all()
+    scripts = sorted(file.stem for file in (root / "stages").glob("[a-z]*.py"))
+    assert len(scripts) > 15
+    for name in scripts:
+        done = checkout.stage(name, *options.get(name, ()), check=False)
+        assert done.returncode == 2, f"{name}: {done.stderr}"
+        for key in ("quantize.types", "benchmark.tasks"):
+            assert key in done.stderr, f"{name}: {done.stderr}"
+        assert "Traceback" not in done.stderr
+        assert list_all() == before, name
+    checkout.run("git", "checkout", "--", "params.yaml")

@@ -293,6 +293,16 @@ def test_an_offline_run_of_wandb_holds_what_dvclive_wrote_and_is_written_once(ch
     sync = checkout.run("wandb", "sync", "--dry-run", str(folder))
     assert run.run_id in sync.stdout + sync.stderr
 
+    # Killed before it has noted its folder, and run again: one folder.
+    run_id = folder.name.rpartition("-")[2]
+    shutil.copytree(folder, folder.with_name(f"offline-run-20200101_000000-{run_id}"))
+    for note in (checkout.root / ".scratch/mirror/wandb").glob("*.json"):
+        note.unlink()
+    assert "points sent" in mirror(checkout, "--wandb", "HEAD")
+    [folder] = (checkout.root / "wandb").glob("offline-run-*")
+    [file] = folder.glob("*.wandb")
+    assert not folder.name.startswith("offline-run-2020")
+
     before = file.read_bytes()
     assert ": 0 points sent" in mirror(checkout, "--wandb", "HEAD")
     assert [folder] == list((checkout.root / "wandb").glob("offline-run-*"))

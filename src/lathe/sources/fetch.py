@@ -4,13 +4,13 @@ import hashlib
 import os
 import shlex
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.git_lfs import refuse_pointer
+from lathe.common.scratch import temporary_folder
 from lathe.config.presets import (
     GGUF_SUFFIX,
     BuiltinDataset,
@@ -183,8 +183,7 @@ def _merge_adapter(source: Path, shown: str, adapter: str, folder: Path, origin:
     from lathe.models.merge.merge import merge
 
     found = _find_local(adapter, paths.MODELS_LOCAL)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".base.") as name:
-        base = Path(name)
+    with temporary_folder(folder.parent, "base") as base:
         _place_model(source, shown, base, origin)
         try:
             merge(base, found, folder, dtype="auto", max_shard_size_bytes=MAX_SHARD_SIZE_BYTES)

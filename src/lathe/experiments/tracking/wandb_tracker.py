@@ -136,9 +136,10 @@ class WandbMirror(Mirror):
         import wandb
 
         FOLDER.mkdir(exist_ok=True)
-        if offline and self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
         if offline:
+            # That of a mirror which was killed before it had noted it, too.
+            for folder in FOLDER.glob(f"offline-run-*-{self.id}"):
+                shutil.rmtree(folder, ignore_errors=True)
             self.known, self.finished = {}, None
         self.run = wandb.init(
             project=self.target.project,
