@@ -4,7 +4,7 @@ Each is followed by the same command again, and ends with the outputs of an undi
 for a result, and no process, lock or temporary folder left. Results are kept in a file of JSON lines: a run that was
 cut goes on, and what has failed is tried again.
 
-    python -m chaos [--seed 1] [--take 15] [--only WORD] [--work FOLDER] [--fresh] [--write docs/faults.md]
+    python -m chaos [--seed 1] [--take 15] [--part 1/2] [--only WORD] [--work FOLDER] [--fresh] [--write docs/faults.md]
 
 Exit code 1: a fault was not survived. 3: injections are left to do.
 """
@@ -26,7 +26,6 @@ from chaos.pipeline_faults import FAULTS, fill_disk, room_for
 from chaos.plan import Injection, make_plan
 from chaos.sites import Sites, can_mount, remove
 from chaos.table import write_table
-
 from lathe.common import paths
 
 CODE = ("src", "stages", "data", "models", "experiments", "rewards")
@@ -46,7 +45,8 @@ def main() -> int:
     waiting = [each for each in plan if done.get(each.seed, {}).get("outcome") not in ("survived", "not run")]
     if arguments.only:
         waiting = [each for each in waiting if arguments.only in f"{each.number} {each.kind} {each.subject}"]
-    chosen = waiting[: arguments.take]
+    part, parts = map(int, arguments.part.split("/"))
+    chosen = [each for each in waiting if each.number % parts == part % parts][: arguments.take]
     sites = Sites(work)
     commands = CommandFaults(sites)
     if chosen:
@@ -75,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--seed", type=int, default=1, help="of the plan (default 1)")
     parser.add_argument("--take", type=int, help="how many injections at most")
+    parser.add_argument("--part", default="1/1", help="2/3: every third from the second on, for several at a time")
     parser.add_argument("--only", help="those whose number, kind and subject hold this text")
     parser.add_argument("--work", type=Path, help="folder of the checkouts (default: one in /tmp for this code)")
     parser.add_argument("--results", type=Path, help="file of JSON lines (default: results.jsonl in that folder)")

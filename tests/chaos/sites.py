@@ -15,6 +15,7 @@ from typing import Any
 import preloaded
 import yaml
 from conftest import Checkout, copy_of, make_reproduced, make_small_model
+from filelock import FileLock
 from training_checkout import make_training_checkout
 
 from chaos.processes import MARK, SECONDS_TO_END, Command, wait_for_their_end
@@ -166,13 +167,14 @@ class Sites:
 
     def _made(self, name: str, make: Callable[[Path], Any]) -> Path:
         folder, done = self.work / name, self.work / f".{name}.made"
-        if not done.exists():
-            if self._preloaded is None:
-                self._preloaded = tempfile.TemporaryDirectory(prefix="lathe-chaos-", ignore_cleanup_errors=True)
-                preloaded.set_up(Path(self._preloaded.name))
-            remove(folder)
-            make(folder)
-            done.touch()
+        with FileLock(self.work / f".{name}.lock"):
+            if not done.exists():
+                if self._preloaded is None:
+                    self._preloaded = tempfile.TemporaryDirectory(prefix="lathe-chaos-", ignore_cleanup_errors=True)
+                    preloaded.set_up(Path(self._preloaded.name))
+                remove(folder)
+                make(folder)
+                done.touch()
         return folder
 
 

@@ -334,7 +334,7 @@ def test_every_stage_alone_refuses_a_name_that_is_a_path_before_it_writes_anythi
     """As `dvc repro --single-item` starts it: nothing has looked at the parameters before."""
     root, outside = checkout.root, "../../../victim"
     checkout.set({"quantize.types": ["Q8_0", outside], "benchmark.tasks": [outside], "sampling.files": [outside]})
-    options = {"quantize": ("--type", outside), "sample": ("--file", outside)}
+    options: dict[str, tuple[str, ...]] = {"quantize": ("--type", outside), "sample": ("--file", outside)}
     options["benchmark"] = ("--task", outside, "--artifact", "base")
 
     def list_all() -> set[str]:

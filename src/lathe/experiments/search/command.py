@@ -17,6 +17,7 @@ from lathe.config.pipelines import CLASSIFIER, MAIN, Pipeline
 from lathe.config.yaml_files import read_yaml
 from lathe.experiments.search import environment, results, run_search, search_file, storage
 from lathe.experiments.search.study import PRUNED, REASON, Study
+from lathe.provenance.damaged_cache import remove_damaged_objects
 
 if TYPE_CHECKING:
     from lathe.experiments.search.run_search import Deliver
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace, deliver: "Deliver | None" = None) -> None:
                 applied = results.apply_best(study, args.apply or None)
             logger.info("%s is in the workspace; `git diff` shows what it changed", applied)
             return
+        remove_damaged_objects(paths.ROOT / pipeline.folder)
         study = run_search.search(
             chosen,
             params,
