@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 from machine import describe
 
-from lathe.common import paths
+from lathe.common import operating_system, paths
 from lathe.common.metric_files import unwrap_list
 from lathe.config.overrides import apply_overrides
 from lathe.config.params import Params
@@ -37,12 +37,15 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of params.yaml")
+    parser.add_argument("--keep-pages", action="store_true", help="release no pages between steps, to compare")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     steps = arguments.steps
     fixed = [f"training.max_steps={steps}", "training.logging_steps=1", f"training.save_steps={steps * 2}"]
     config = apply_overrides([*arguments.set, *fixed, f"training.eval_steps={steps}"])
     if arguments.train:
+        if arguments.keep_pages:
+            operating_system.release_freed_pages = lambda: None
         train(arguments.checkout, arguments.train, config.params)
         return
     splits = unwrap_list(json.loads((arguments.checkout / "metrics/preprocess/report.json").read_text()))["splits"]

@@ -170,9 +170,7 @@ def date_files_ahead(site: Site, item: str) -> str:
     then = time.time() + YEAR_SECONDS
     for folder in ("src", "stages", "data", "models", "metrics", ".dvc/cache/files"):
         for file in (site.root / folder).rglob("*"):
-            if file.is_file():
-                if file.stat().st_nlink > 1 and not os.access(file, os.W_OK):
-                    continue  # the template's too
+            if file.is_file() and file.stat().st_mode & 0o222:  # what is read-only is linked to the template's
                 os.utime(file, (then, then))
     for name in ("params.yaml", "presets.yaml", "dvc.lock", "dvc.yaml"):
         os.utime(site.root / name, (then, then))
