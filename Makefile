@@ -7,8 +7,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: help setup lock sbom unit deps repro classify experiments chat serve studio studio-files report remote-check ci-lock ci-summary lint format test \
 	test-all \
 	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention \
-	bench-experiments bench-studio bench-intervals \
-	bench-tracking bench-classify docs docs-serve docs-check clean
+	bench-experiments bench-studio bench-intervals bench-memory \
+	bench-tracking bench-classify chaos docs docs-serve docs-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -21,7 +21,7 @@ setup: ## make .venv and what belongs to it; PYTHON=python3.12, EXTRAS="mlflow w
 
 # What these need beside the default pipeline.
 bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention bench-experiments bench-studio \
-	bench-tracking bench-classify bench-intervals \
+	bench-tracking bench-classify bench-intervals bench-memory chaos \
 	docs docs-serve docs-check format lint lock sbom unit test test-all: EXTRAS += dev
 bench-cuda: EXTRAS += gpu
 classify: EXTRAS += classify
@@ -91,7 +91,10 @@ test: setup ## lint, documentation and all tests but the long ones
 test-all: lint docs-check ## every test
 	LATHE_ALL_TESTS=1 pytest
 
-bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-attention bench-experiments bench-studio bench-tracking bench-classify bench-intervals ## every benchmark
+chaos: setup ## more than a hundred faults: kills, full disks, damaged files, two at once; half an hour. TAKE=15 for a part
+	PYTHONPATH=src:tests python -m chaos $(if $(TAKE),--take "$(TAKE)",--write docs/faults.md)
+
+bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-attention bench-experiments bench-studio bench-tracking bench-classify bench-intervals bench-memory ## every benchmark
 
 bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B parameters
 	python benchmarks/merge.py
@@ -120,6 +123,9 @@ bench-attention: setup ## speed of decoding on the CPU with llama.cpp's FlashAtt
 
 bench-experiments: setup ## what `dvc exp show` takes with fifty experiments, and `dvc repro` with nothing to do
 	python benchmarks/experiments.py
+
+bench-memory: setup ## resident memory over 400 steps of a training, after the pipeline has run
+	python benchmarks/memory.py
 
 bench-intervals: setup ## coverage of intervals, false alarms and power, on simulated data sets
 	python benchmarks/intervals.py

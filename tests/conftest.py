@@ -94,29 +94,31 @@ def _preloading(tmp_path_factory: pytest.TempPathFactory) -> None:
     preloaded.set_up(folder_of_run(tmp_path_factory))
 
 
-@pytest.fixture(scope="session")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of one layer, built like the tiny one but hardly trained; LATHE_SMALL_MODEL names one made elsewhere."""
-    if made := os.environ.get("LATHE_SMALL_MODEL"):
-        return Path(made)
+def make_small_model(folder: Path) -> None:
+    """Write a Llama of one layer, built like the tiny one but hardly trained."""
     from dataclasses import replace
 
     from lathe.sources.builtin import tiny_model
 
-    def make(folder: Path) -> None:
-        folder.mkdir()
-        recipe = replace(
-            tiny_model.RECIPE,
-            intermediate_size=256,
-            num_hidden_layers=1,
-            documents=400,
-            steps=3,
-            batch_size=8,
-            threads=1,
-        )
-        tiny_model.build(folder, 1, recipe)
+    folder.mkdir()
+    recipe = replace(
+        tiny_model.RECIPE,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        documents=400,
+        steps=3,
+        batch_size=8,
+        threads=1,
+    )
+    tiny_model.build(folder, 1, recipe)
 
-    return made_once(tmp_path_factory, "small_model", make)
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model; LATHE_SMALL_MODEL names one made elsewhere."""
+    if made := os.environ.get("LATHE_SMALL_MODEL"):
+        return Path(made)
+    return made_once(tmp_path_factory, "small_model", make_small_model)
 
 
 class Checkout:
@@ -258,15 +260,20 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> C
     """A small checkout whose whole pipeline has run and is committed; to be copied, not changed."""
 
     def make(folder: Path) -> None:
-        checkout = make_checkout(folder / "lathe")
-        add_small_inputs(checkout, small_model)
-        ran = checkout.run("dvc", "repro").stdout
-        for name, stage in yaml.safe_load((checkout.root / "dvc.yaml").read_text())["stages"].items():
-            off = EMPTY_LISTS.intersection(map(str, stage.get("matrix", {}).values()))
-            assert (f"Running stage '{name}" in ran) == (not off), name
-        checkout.commit()
+        make_reproduced(folder / "lathe", small_model)
 
     return Checkout(made_once(tmp_path_factory, "reproduced", make) / "lathe")
+
+
+def make_reproduced(root: Path, model: Path) -> None:
+    """Make a small checkout, run its whole pipeline, and commit what that has made."""
+    checkout = make_checkout(root)
+    add_small_inputs(checkout, model)
+    ran = checkout.run("dvc", "repro").stdout
+    for name, stage in yaml.safe_load((root / "dvc.yaml").read_text())["stages"].items():
+        off = EMPTY_LISTS.intersection(map(str, stage.get("matrix", {}).values()))
+        assert (f"Running stage '{name}" in ran) == (not off), name
+    checkout.commit()
 
 
 def copy_of(checkout: Checkout, root: Path) -> Checkout:

@@ -1,7 +1,9 @@
 """Pulling the plug: whatever is killed, and whenever, a plain rerun ends as if nothing had happened."""
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -87,6 +89,46 @@ def test_a_lock_cut_short_is_put_back_and_what_ran_since_comes_from_the_cache(
         lock.write_text(text[:cut])
         run_again(checkout, "quantize@Q4_0")
         assert output_hashes(checkout) == whole
+
+
+def test_conflicts_of_a_merge_in_the_lock_are_put_back_and_said(reproduced: Checkout, tmp_path: Path) -> None:
+    checkout = copy_of(reproduced, tmp_path / "lathe")
+    lock = checkout.root / "dvc.lock"
+    text = lock.read_text()
+    lines = text.splitlines(keepends=True)
+    where = next(number for number, line in enumerate(lines) if line.strip().startswith("md5:"))
+    other = lines[where].replace("md5: ", "md5: 0")
+    lines[where : where + 1] = ["<<<<<<< HEAD\n", lines[where], "=======\n", other, ">>>>>>> other\n"]
+    lock.write_text("".join(lines))
+    timings = checkout.root / "metrics/timings/quantize.json"
+    timings.write_text(f"<<<<<<< HEAD\n{timings.read_text()}\n>>>>>>> other\n")
+    done = checkout.run("python3", "-m", "lathe", "check", env={"PYTHONPATH": str(checkout.root / "src")})
+    assert "dvc.lock had conflicts of a merge: that of HEAD is back; " in done.stderr
+    assert lock.read_text() == text
+    run_again(checkout)
+    assert output_hashes(checkout) == output_hashes(reproduced)
+
+
+@pytest.mark.parametrize("how", ["cut short", "emptied", "its listing cut short"])
+def test_a_damaged_copy_in_the_cache_is_not_taken_for_an_output(reproduced: Checkout, tmp_path: Path, how: str) -> None:
+    """DVC takes what is read-only for whole. The output is gone, and would be linked to it."""
+    checkout = copy_of(reproduced, tmp_path / "lathe")
+    md5 = next(md5 for md5 in output_hashes(checkout)["merge"] if md5.endswith(".dir"))
+    cached = checkout.root / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}"
+    if not how.startswith("its listing"):
+        weights = next(each["md5"] for each in json.loads(cached.read_text()) if "safetensors" in each["relpath"])
+        cached = checkout.root / f".dvc/cache/files/md5/{weights[:2]}/{weights[2:]}"
+    content = b"" if how == "emptied" else cached.read_bytes()[:-100]
+    cached.unlink()
+    cached.write_bytes(content)
+    cached.chmod(0o444)
+    shutil.rmtree(checkout.root / "models/merged")
+    done = checkout.run("python3", "-m", "lathe", "check", env={"PYTHONPATH": str(checkout.root / "src")})
+    assert "models/merged: DVC's copy was damaged, of another size than dvc.lock has, and is removed" in done.stderr
+    assert not cached.exists()
+    assert "Running stage 'merge'" in checkout.run("dvc", "repro").stdout
+    assert output_hashes(checkout) == output_hashes(reproduced)
+    assert (checkout.root / "dvc.lock").read_text() == (reproduced.root / "dvc.lock").read_text()
 
 
 def test_a_list_of_running_commands_cut_short_is_removed(reproduced: Checkout, tmp_path: Path) -> None:

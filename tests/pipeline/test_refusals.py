@@ -194,6 +194,27 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        ("llama-3.2", "'llama-3.2' names a preset; DVC takes a dot for a level of the file"),
+        ("smal", "model is 'smal'; must be a name under models in presets.yaml; did you mean 'small'?"),
+    ],
+)
+def test_a_name_of_a_preset_that_dvc_cannot_find_is_refused_by_lathe_first(
+    checkout: Checkout, preset: str, words: str
+) -> None:
+    if "." in preset:
+        replace(checkout.root / "presets.yaml", lambda old: old.replace(b"\n  small:", f"\n  {preset}:".encode()))
+    checkout.set({"model": preset})
+    done = checkout.run("dvc", "repro", check=False)
+    checkout.run("git", "checkout", "--", "presets.yaml", "params.yaml")
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Running stage 'fetch" not in done.stdout
+
+
 def test_dvc_repro_ends_with_the_line_of_the_stage_and_starts_nothing_behind_it(checkout: Checkout) -> None:
     params("learning_rate: 0.01", "learning_rate: 0")(checkout)
     done = checkout.run("dvc", "repro", check=False)
@@ -307,3 +328,26 @@ def test_a_type_that_is_a_path_or_a_command_removes_and_runs_nothing(
         assert any(text in done.stderr for text in ("is no quantization type", "overlapping output", "files are named"))
         assert [file for file in precious if not file.exists()] == []
         assert not (tmp_path / "victim.json").exists()
+
+
+def test_every_stage_alone_refuses_a_name_that_is_a_path_before_it_writes_anything(checkout: Checkout) -> None:
+    """As `dvc repro --single-item` starts it: nothing has looked at the parameters before."""
+    root, outside = checkout.root, "../../../victim"
+    checkout.set({"quantize.types": ["Q8_0", outside], "benchmark.tasks": [outside], "sampling.files": [outside]})
+    options: dict[str, tuple[str, ...]] = {"quantize": ("--type", outside), "sample": ("--file", outside)}
+    options["benchmark"] = ("--task", outside, "--artifact", "base")
+
+    def list_all() -> set[str]:
+        return {path.as_posix() for path in root.parent.rglob("*") if "__pycache__" not in path.parts}
+
+    before = list_all()
+    scripts = sorted(file.stem for file in (root / "stages").glob("[a-z]*.py"))
+    assert len(scripts) > 15
+    for name in scripts:
+        done = checkout.stage(name, *options.get(name, ()), check=False)
+        assert done.returncode == 2, f"{name}: {done.stderr}"
+        for key in ("quantize.types", "benchmark.tasks"):
+            assert key in done.stderr, f"{name}: {done.stderr}"
+        assert "Traceback" not in done.stderr
+        assert list_all() == before, name
+    checkout.run("git", "checkout", "--", "params.yaml")

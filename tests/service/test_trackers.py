@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import Checkout, copy_of
 from mlflow_server import MlflowServer, wait_until
+from wandb_files import read_records
 
 EXPERIMENT = "tried"
 
@@ -263,30 +263,11 @@ def test_what_cannot_be_mirrored_is_refused(checkout):
     assert "workspace: training is not as dvc.lock has it; run `dvc repro`, or name a commit" in done.stderr
 
 
-def records(file: Path) -> list[Any]:
-    """The records of a W&B run, read as the log of LevelDB that it is, behind a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
-    content, position, whole, found = file.read_bytes(), 7, b"", []
-    assert content.startswith(b":W&B")
-    while position + 7 <= len(content):
-        if (left := 32768 - position % 32768) < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
-        whole += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            found.append(Record.FromString(whole))
-            whole = b""
-    return found
-
-
 def test_an_offline_run_of_wandb_holds_what_dvclive_wrote_and_is_written_once(checkout):
     assert "points sent" in mirror(checkout, "--wandb", "HEAD")
     [folder] = (checkout.root / "wandb").glob("offline-run-*")
     [file] = folder.glob("*.wandb")
-    read = records(file)
+    read = read_records(file)
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in (record.history for record in read if record.HasField("history")):
         values = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row.item}
@@ -311,6 +292,16 @@ def test_an_offline_run_of_wandb_holds_what_dvclive_wrote_and_is_written_once(ch
     assert {"params.yaml", "dvc.lock", "models/gguf/README.md", "models/adapter/adapter_model.safetensors"} <= kept
     sync = checkout.run("wandb", "sync", "--dry-run", str(folder))
     assert run.run_id in sync.stdout + sync.stderr
+
+    # Killed before it has noted its folder, and run again: one folder.
+    run_id = folder.name.rpartition("-")[2]
+    shutil.copytree(folder, folder.with_name(f"offline-run-20200101_000000-{run_id}"))
+    for note in (checkout.root / ".scratch/mirror/wandb").glob("*.json"):
+        note.unlink()
+    assert "points sent" in mirror(checkout, "--wandb", "HEAD")
+    [folder] = (checkout.root / "wandb").glob("offline-run-*")
+    [file] = folder.glob("*.wandb")
+    assert not folder.name.startswith("offline-run-2020")
 
     before = file.read_bytes()
     assert ": 0 points sent" in mirror(checkout, "--wandb", "HEAD")

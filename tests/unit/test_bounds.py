@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rouge_score import rouge_scorer
 
+from lathe.common.bounded_output import run_bounded
 from lathe.common.errors import InputError
 from lathe.config.overrides import apply_overrides
 from lathe.evaluation.text_metrics import _WordTokenizer, compute_rouge_l
@@ -93,3 +94,15 @@ def test_a_stop_token_adds_no_instruction_to_a_modelfile(token):
     assert [line for line in lines if line.startswith("FROM")] == ["FROM ./Q8_0.gguf"]
     assert not [line for line in lines if line.startswith("SYSTEM")]
     assert not [line for line in lines if line.startswith("PARAMETER stop") and line.count('"') != 2]
+
+
+def test_what_a_host_prints_without_end_is_refused():
+    """The program goes on until it is killed; what a well-behaved one prints comes back, its errors apart."""
+    with pytest.raises(InputError, match=r"user@box: its output has not ended after 1 MiB; see what it prints"):
+        run_bounded(["sh", "-c", "yes >&2"], stdin="", name="user@box", most_bytes=1 << 20)
+    done = run_bounded(["sh", "-c", "cat; echo wrong >&2; exit 3"], stdin="grüße\n", name="user@box")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "grüße\n", "wrong\n")
+    # More than a pipe holds, each way at once.
+    text = "x" * (1 << 20)
+    assert run_bounded(["cat"], stdin=text, name="user@box").stdout == text
+    assert run_bounded(["true"], stdin=text, name="user@box").returncode == 0

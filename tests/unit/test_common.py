@@ -3,14 +3,17 @@
 import ast
 import json
 import logging
+import os
 import re
 import subprocess
+import sys
 
 import pytest
 from refusals import refused
 
 from lathe.common import dotted_keys, git, json_files, paths, progress
 from lathe.common.progress import Progress
+from lathe.common.scratch import temporary_folder
 
 MODULES = [*(paths.ROOT / "src").rglob("*.py"), *(paths.ROOT / "stages").glob("*.py")]
 
@@ -155,3 +158,26 @@ def test_progress_is_logged_now_and_then_and_at_both_ends_if_wanted(monkeypatch,
     with Progress("training", 4, unit="step", log=False, log_ends=True) as silent:
         silent.add(4)
     assert not caplog.messages
+
+
+def test_a_temporary_folder_of_a_killed_process_goes_with_the_next_and_one_in_use_stays(tmp_path):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from lathe.common.scratch import temporary_folder
+with temporary_folder(Path(sys.argv[1]), "copy") as folder:
+    (folder / "file").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(paths.ROOT / "src")}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=False)
+    [left] = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert (left / "file").exists()
+    (tmp_path / ".other.folder.lock.partial").touch()
+    with temporary_folder(tmp_path, "copy") as first:
+        assert not left.exists()
+        with temporary_folder(tmp_path, "copy") as second:
+            assert first.is_dir()
+            assert first != second
+            assert list(second.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".other.folder.lock.partial"]

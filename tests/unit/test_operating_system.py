@@ -240,3 +240,48 @@ def test_freed_memory_is_kept_until_it_is_returned_unless_the_user_has_set_mallo
     assert again < used / 4  # what was kept is used again
     assert returned < used / 4
     assert large < used / 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_pages_that_malloc_keeps_between_blocks_in_use_are_released_every_few_steps():
+    """As in a training: blocks of one step lie between those that live on, and the heap's end is never free."""
+    code = """
+import ctypes
+from types import SimpleNamespace
+import psutil
+from lathe.common import operating_system
+from lathe.training.page_release import RELEASE_STEPS, PageRelease
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+
+def allocate(size):
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    return block
+
+def resident():
+    return psutil.Process().memory_info().rss
+
+operating_system.keep_freed_memory()
+before = resident()
+blocks = [(allocate(1 << 20), allocate(4096)) for _ in range(200)]
+for large, _ in blocks:
+    libc.free(large)
+kept = resident() - before
+release = PageRelease()
+release.on_step_end(None, SimpleNamespace(global_step=RELEASE_STEPS - 1), None)
+early = resident() - before
+release.on_step_end(None, SimpleNamespace(global_step=RELEASE_STEPS), None)
+print(kept, early, resident() - before)
+"""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    environment["PYTHONPATH"] = str(paths.ROOT / "src")
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    kept, early, released = map(int, done.stdout.split())
+    assert kept > 180 << 20
+    assert early > 180 << 20
+    assert released < 40 << 20

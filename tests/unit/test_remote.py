@@ -137,6 +137,18 @@ def test_timings_name_the_machine_and_the_cost_of_their_seconds(tmp_path, monkey
     assert not {"machine", "cost"} & set(YAML(typ="safe").load((tmp_path / "timings/merge.json").read_text())[0])
 
 
+@pytest.mark.parametrize("damaged", ["<<<<<<< HEAD\n", "", "[]", "[7]", '[{"items": [{"item": "base"}]}]'])
+def test_damaged_timings_fail_no_stage_at_its_end(tmp_path, damaged, caplog):
+    file = tmp_path / "timings/convert.json"
+    file.parent.mkdir()
+    file.write_text(damaged)
+    items = ["base", "merged"]
+    metric_files.write_timings("convert", "merged", seconds=5.0, throughput={}, items=items, folder=tmp_path)
+    found = metric_files.unwrap_list(YAML(typ="safe").load(file.read_text()))
+    assert [entry["item"] for entry in found["items"]] == ["merged"]
+    assert "convert.json: damaged; the times of other items are lost, and nothing else" in caplog.text
+
+
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
     """A repository with one commit, and records of its own."""

@@ -126,12 +126,15 @@ def run_pipeline(targets: list[str]) -> None:
     """Check the parameters, run the pipeline by `dvc repro`, and exit with its code."""
     from lathe.common.workspace_lock import hold_workspace
     from lathe.experiments.dvc_command import run_dvc
+    from lathe.provenance.damaged_cache import remove_damaged_objects
     from lathe.provenance.revisions import WORKSPACE
     from lathe.reports import run_summary
 
     of_classifier = targets == [f"{CLASSIFIER.folder}/dvc.yaml"]
     with hold_workspace("lathe repro"):
         check_configuration()
+        if of_classifier:
+            remove_damaged_objects(paths.CLASSIFIER)
         os.chdir(paths.ROOT)
         with run_summary.printed_at_the_end():
             code = run_dvc([*CLASSIFIER.dvc_options, "repro"] if of_classifier else ["repro", *targets])
@@ -179,6 +182,7 @@ def check_configuration() -> None:
     from lathe.evaluation.benchmark import check_benchmark
     from lathe.experiments.interrupted import describe_detached_head
     from lathe.inference import general_text
+    from lathe.provenance.damaged_cache import remove_damaged_objects
     from lathe.provenance.repair_dvc_files import remove_truncated_rwlock, restore_truncated_lock
 
     params = load().params
@@ -188,6 +192,7 @@ def check_configuration() -> None:
         logger.warning("%s", line)
     restore_truncated_lock()
     remove_truncated_rwlock()
+    remove_damaged_objects()
 
 
 def print_schema(kind: str | None) -> None:

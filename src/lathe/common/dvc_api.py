@@ -273,9 +273,9 @@ class RemoteStorage:
         """Return the names of the files in a folder."""
         return [str(self._fs.name(str(path))) for path in self._fs.find(folder)]
 
-    def read(self, path: str) -> bytes:
-        """Return the contents of a file."""
-        return bytes(self._fs.cat_file(path))
+    def read(self, path: str, most_bytes: int) -> bytes:
+        """Return the contents of a file, of which no more is asked for than so many bytes."""
+        return bytes(self._fs.cat_file(path, start=0, end=most_bytes))
 
     def delete_file(self, path: str) -> None:
         """Delete a file."""

@@ -1,6 +1,7 @@
 """Metric files in `metrics/`: scores and counts of a stage, and separately its timings."""
 
 import csv
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -8,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common import paths
+from lathe.common.errors import InputError
 from lathe.common.json_files import read_json, write_json
 from lathe.common.operating_system import get_peak_memory_bytes
+
+_log = logging.getLogger(__name__)
 
 # Of a run on another machine: what that machine is, and what an hour of it costs, in whatever currency.
 MACHINE, PRICE = "LATHE_MACHINE", "LATHE_PRICE_PER_HOUR"
@@ -65,8 +69,7 @@ def list_timing_stems() -> list[str]:
 
 
 def _add_to_items(target: Path, content: dict[str, Any], items: Sequence[str]) -> dict[str, Any]:
-    before = unwrap_list(read_json(target))["items"] if target.exists() else []
-    by_item = {old["item"]: old for old in before} | {content["item"]: content}
+    by_item = {old["item"]: old for old in _read_items(target)} | {content["item"]: content}
     listed = [by_item[item] for item in items if item in by_item]
     total: dict[str, Any] = {
         "seconds": round(sum(entry["seconds"] for entry in listed), 2),
@@ -75,6 +78,20 @@ def _add_to_items(target: Path, content: dict[str, Any], items: Sequence[str]) -
     if all("cost" in entry for entry in listed):
         total["cost"] = round(sum(entry["cost"] for entry in listed), 6)
     return {**total, "items": listed}
+
+
+def _read_items(target: Path) -> list[dict[str, Any]]:
+    """Return the items that a file of timings has; none where it is damaged, such as by conflicts of a merge."""
+    if not target.exists():
+        return []
+    try:
+        items: list[dict[str, Any]] = unwrap_list(read_json(target))["items"]
+        if all(entry.keys() >= {"item", "seconds", "peak_memory_bytes"} for entry in items):
+            return items
+    except (InputError, KeyError, TypeError, AttributeError, IndexError):
+        pass  # what is wrong with it is said below
+    _log.warning("%s: damaged; the times of other items are lost, and nothing else", target)
+    return []
 
 
 def _describe_machine(seconds: float) -> dict[str, Any]:

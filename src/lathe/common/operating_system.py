@@ -179,6 +179,15 @@ def return_freed_memory() -> None:
     _set_malloc(trim_threshold=TRIM_BYTES)
 
 
+def release_freed_pages() -> None:
+    """Give the pages in which malloc keeps nothing but freed blocks back to the system, once.
+
+    This does nothing off glibc, and where the environment sets malloc.
+    """
+    if (library := _find_malloc()) is not None:
+        library.malloc_trim(0)
+
+
 def count_usable_cores() -> int:
     """Return how many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -272,10 +281,16 @@ def _import_or_none(name: str) -> Any:
         return None
 
 
-def _set_malloc(*, trim_threshold: int) -> None:
+def _find_malloc() -> Any:
+    """Return glibc, whose malloc can be told what to keep; None elsewhere, and where the environment tells it."""
     library: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     is_set_by_user = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
-    if is_set_by_user or not hasattr(library, "gnu_get_libc_version"):
+    return None if is_set_by_user or not hasattr(library, "gnu_get_libc_version") else library
+
+
+def _set_malloc(*, trim_threshold: int) -> None:
+    library = _find_malloc()
+    if library is None:
         return
     library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
     library.mallopt(M_TRIM_THRESHOLD, trim_threshold)

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+import shutil
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,3 +56,32 @@ def acquire_lock(file: Path) -> BinaryIO | None:
         except FileNotFoundError:
             pass
         handle.close()  # removed before this process had the lock
+
+
+@contextmanager
+def temporary_folder(parent: Path, kind: str) -> Iterator[Path]:
+    """Yield an empty folder in `parent`, which is removed after the block; Git ignores its name.
+
+    Those of this kind that killed processes have left there are removed first: a folder is in use for as long as a
+    process holds the lock beside it.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for file in parent.glob(f".{kind}.*.lock.partial"):
+        if (left := acquire_lock(file)) is not None:
+            with left:
+                _remove_with_lock(file.with_name(file.name.replace(".lock.", ".")), file)
+    name = f".{kind}.{uuid.uuid4().hex[:12]}"
+    folder, lock = parent / f"{name}.partial", parent / f"{name}.lock.partial"
+    held = acquire_lock(lock)
+    assert held is not None
+    with held:
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            _remove_with_lock(folder, lock)
+
+
+def _remove_with_lock(folder: Path, lock: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.unlink(missing_ok=True)

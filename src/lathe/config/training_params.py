@@ -1,11 +1,12 @@
 """Training parameters: method, tuning, optimizer, adapter, 4-bit base, rewards."""
 
 import re
+from contextlib import suppress
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lathe.common import launch
+from lathe.common import bounded_regex, launch
 from lathe.config.base import (
     Auto,
     Name,
@@ -247,6 +248,17 @@ class Lora(Section):
     )
     use_rslora: bool = entry("scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)")
     use_dora: bool = entry("train the magnitude of each weight column separately from its direction (DoRA)")
+
+    @field_validator("target_modules")
+    @classmethod
+    def _check_expression(cls, modules: str | list[str]) -> str | list[str]:
+        # Whether it is an expression at all is said with the layers that the model has.
+        if isinstance(modules, str) and modules != "all-linear":
+            with suppress(re.error, OverflowError, RecursionError):
+                re.compile(modules)
+                if bounded_regex.is_slow(modules):
+                    raise ValueError(f"pattern {modules!r} takes for ever on some names; {bounded_regex.REMEDY}")
+        return modules
 
     @model_validator(mode="after")
     def _check_target_parameters(self) -> "Lora":

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+from lathe.common.bounded_regex import limit_matching
+
 # A number as people write it: sign, optional thousands separators, decimals, exponent, or a fraction.
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _NUMBER = re.compile(rf"(?:(?<![\w)])[-+])?(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?!\d))?(?:/\d+)?")
@@ -50,7 +52,8 @@ def json_fields(completion: str, reference: str) -> float:
 
 def regex(completion: str, reference: str, *, pattern: str) -> float:
     r"""Return 1 if `pattern` matches anywhere in the answer; between `\A` and `\Z` it must match all of it."""
-    return float(re.search(pattern, completion) is not None)
+    with limit_matching("grpo.rewards: pattern", pattern):
+        return float(re.search(pattern, completion) is not None)
 
 
 def length(completion: str, reference: str, *, max_characters: int, min_characters: int = 0) -> float:
@@ -76,7 +79,8 @@ REWARDS: dict[str, Callable[..., float]] = {
 
 def _extract_number(text: str, pattern: str | None) -> Fraction | None:
     if pattern is not None:
-        matches = list(re.finditer(pattern, text))
+        with limit_matching("grpo.rewards: pattern", pattern):
+            matches = list(re.finditer(pattern, text))
         text = (matches[-1][1] or "") if matches else ""
     text = _SPACED_THOUSANDS.sub("", _CURRENCY.sub("", text.replace("\N{MINUS SIGN}", "-")))
     numbers = _NUMBER.findall(text)

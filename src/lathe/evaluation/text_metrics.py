@@ -16,6 +16,7 @@ from rouge_score import rouge_scorer, tokenizers
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
+from lathe.common.bounded_regex import limit_matching
 from lathe.evaluation import answer_checks
 
 Normalization = Literal["none", "text", "json"]
@@ -163,7 +164,8 @@ def _make_distinct(n: int) -> PairStatistics:
 
 
 def _extract_answer(text: str, pattern: str) -> str | None:
-    matches = list(re.finditer(pattern, text))
+    with limit_matching("evaluate.answer_pattern", pattern):
+        matches = list(re.finditer(pattern, text))
     return (matches[-1][1] or "") if matches else None
 
 

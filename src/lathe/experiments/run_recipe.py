@@ -22,6 +22,7 @@ from lathe.experiments import preflight
 from lathe.experiments.dvc_command import run_dvc
 from lathe.experiments.interrupted import refuse_detached_head
 from lathe.experiments.recipes import list_recipes, load_recipe
+from lathe.provenance.damaged_cache import remove_damaged_objects
 from lathe.provenance.revisions import list_experiments
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def run(recipe: str, further: Sequence[str], options: Options) -> int:
         return 0
     with _keep_others_out(f"lathe run {recipe}", options):
         refuse_detached_head()
+        remove_damaged_objects()
         if not options.keep:
             _refuse_left_over(recipe, {read_key(override) for override in overrides}, pipeline)
         names = [name] if len(runs) == 1 else [f"{name}-{number}" for number in range(1, len(runs) + 1)]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
+from lathe.common.bounded_regex import limit_matching
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.config.quantization_types import parse_tensor_type
@@ -26,7 +27,8 @@ def assign_types(entries: Sequence[str], tensors: Sequence[str]) -> dict[str, st
     assigned: dict[str, str] = {}
     for entry in entries:
         pattern, name = parse_tensor_type(entry)
-        matched = [tensor for tensor in tensors if pattern.search(tensor)]
+        with limit_matching("quantize.tensor_types", pattern.pattern):
+            matched = [tensor for tensor in tensors if pattern.search(tensor)]
         if not matched:
             kinds = list(
                 dict.fromkeys(re.sub(r"^blk\.\d+\.", "", tensor).removesuffix(".weight") for tensor in tensors)

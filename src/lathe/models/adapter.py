@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lathe.common.bounded_regex import limit_matching
 from lathe.common.errors import InputError
 from lathe.config.training_params import Lora
 from lathe.models.experts import (
@@ -201,8 +202,9 @@ def _find_targets(model: Any, lora: Lora) -> list[str]:
         modules_to_save=lora.modules_to_save,
     )
     try:
-        return [name for name, _ in model.named_modules() if name and _matches(config, name)]
-    except re.error as error:
+        with limit_matching("lora.target_modules", str(wanted)):
+            return [name for name, _ in model.named_modules() if name and _matches(config, name)]
+    except (re.error, OverflowError, RecursionError) as error:
         raise InputError(
             f"lora.target_modules is {wanted!r}; not a regular expression: {error}", code="layer-expression"
         ) from None

@@ -1,11 +1,11 @@
 """Merge tried before the training: whether every weight of the adapter to come would find its place in the base."""
 
-import tempfile
 from pathlib import Path
 
 import torch
 
 from lathe.common.errors import InputError
+from lathe.common.scratch import temporary_folder
 from lathe.config.training_params import Lora
 from lathe.models.adapter import add_adapter, check_adapter
 from lathe.models.merge.merge import plan_merge
@@ -28,9 +28,7 @@ def check_merge(base: Path, lora: Lora, scratch: Path) -> None:
     with torch.device("meta"):
         adapted = add_adapter(choose_model_class(config).from_config(config, trust_remote_code=False), smallest)
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="adapter.") as name:
-        folder = Path(name)
+    with temporary_folder(scratch, "adapter") as folder:
         adapted.peft_config["default"].save_pretrained(folder)
         save_file({key: torch.zeros(tensor.shape) for key, tensor in state.items()}, folder / ADAPTER_FILE)
         try:

@@ -21,10 +21,13 @@ LISTS = Path("metrics/local_files")  # that the stages write, one for each of IT
 
 
 def is_unrelated_change(stage: Mapping[str, Any], dep: str) -> bool:
-    """Tell whether `dep`, a folder of local files that is not as in the lock, has changed in other files alone.
+    """Tell whether `dep`, which is not as in the lock, has changed in what this run does not read.
 
-    `stage` is the entry in dvc.lock of the stage that depends on it. Where that cannot be told, it is false.
+    It may be a folder of local files, or presets.yaml, whose selected entries are parameters of other stages. `stage`
+    is the entry in dvc.lock of the stage that depends on it. Where that cannot be told, it is false.
     """
+    if dep == paths.PRESETS.name:
+        return is_look(stage)
     if dep.rstrip("/") not in FOLDERS:
         return False
     try:
@@ -36,6 +39,15 @@ def is_unrelated_change(stage: Mapping[str, Any], dep: str) -> bool:
         file.parent == LISTS and file.stem in ITEMS and md5 == _compute_md5(list_local_files(config, file.stem))
         for file, md5 in recorded.items()
     )
+
+
+def is_look(stage: Mapping[str, Any]) -> bool:
+    """Tell whether an entry of dvc.lock is of a stage that only looks for local files.
+
+    Its parameters are which presets are selected; those that read a preset track its entry.
+    """
+    outs = [Path(out["path"]) for out in stage.get("outs", [])]
+    return bool(outs) and all(out.parent == LISTS for out in outs)
 
 
 def find_untracked(config: Config, items: Mapping[str, Any] | None = None) -> list[str]:

@@ -198,7 +198,7 @@ def _try_operations(storage: RemoteStorage, name: str, settings: Mapping[str, An
 
     run_step("write", write)
     listed = run_step("list", lambda: storage.list_files(folder))
-    read = run_step("read", lambda: storage.read(target))
+    read = run_step("read", lambda: storage.read(target, OBJECT_BYTES + 1))
     run_step("delete", lambda: storage.delete_file(target))
     run_step("delete", lambda: storage.delete_folder(folder))
     where = _describe_with_endpoint(name, settings)

@@ -1,7 +1,8 @@
-"""Repair of DVC's files that a kill has cut short: dvc.lock, and the list of what running commands use."""
+"""Repair of DVC's files: dvc.lock, cut short by a kill or with conflicts of a merge; the list of running commands."""
 
 import json
 import logging
+import re
 import time
 
 from lathe.common import paths
@@ -12,12 +13,22 @@ from lathe.config.yaml_files import parse_yaml
 
 logger = logging.getLogger(__name__)
 
+# What Git puts around each side of a conflict.
+CONFLICT = re.compile(r"^(<{7} .*|={7}|>{7} .*)$", re.MULTILINE)
+
 
 def restore_truncated_lock() -> None:
-    """Bring the committed dvc.lock back where DVC was killed while it wrote it. Raises InputError if there is none."""
+    """Bring the committed dvc.lock back where DVC was killed while it wrote it, or a merge has left conflicts in it.
+
+    Raises InputError if there is none.
+    """
     lock = paths.ROOT / "dvc.lock"
+    if not lock.exists():
+        return
+    text = lock.read_text(encoding="utf-8", errors="replace")
+    is_conflict = CONFLICT.search(text) is not None
     # DVC does not write it atomically, and refuses a truncated one.
-    if not lock.exists() or _is_complete(lock.read_text(encoding="utf-8", errors="replace")):
+    if not is_conflict and _is_complete(text):
         return
     committed = try_git("show", "HEAD:./dvc.lock")
     if committed is None:
@@ -26,6 +37,12 @@ def restore_truncated_lock() -> None:
         )
     with paths.replace_file(lock) as partial:
         partial.write_bytes(committed)
+    if is_conflict:
+        logger.warning(
+            "dvc.lock had conflicts of a merge: that of HEAD is back; what the merge has changed runs, or comes from "
+            "DVC's cache; then `git add dvc.lock metrics`"
+        )
+        return
     logger.warning(
         "dvc.lock was cut short while DVC wrote it: the committed one is back; what ran since comes from cache"
     )
@@ -48,8 +65,6 @@ def remove_truncated_rwlock() -> None:
 
 
 def _is_complete(lock: str) -> bool:
-    if "<<<<<<<" in lock:
-        return True  # a merge conflict is the user's to resolve
     try:
         return is_complete_lock(parse_yaml(lock, "dvc.lock"))
     except InputError:

@@ -247,6 +247,8 @@ def _compare_with_lock(traced: Trace, stages: Mapping[str, Any]) -> None:
         traced.differences.append(WorkspaceChange("file", traced.made_as, traced.md5, hashed[0]))
     then: dict[str, dict[str, Any]] = {}
     for name in upstream:
+        if local_files.is_look(stages[name]):
+            continue
         for file, values in stages[name].get("params", {}).items():
             then.setdefault(file, {}).update(values)
     traced.differences += _compare_parameters(then)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lathe.common import paths
+from lathe.common.bounded_output import run_bounded
 from lathe.common.dvc_api import DvcRepository, check_host_keys, open_repository
 from lathe.common.errors import InputError
 from lathe.common.git import read_line, run_git
@@ -49,12 +50,8 @@ class Host:
 
         `variables` are for the environment there, and are in no command line.
         """
-        done = subprocess.run(
-            [*self._ssh(), self._build_command(words)],
-            input=self._write_script(variables or {}),
-            capture_output=True,
-            text=True,
-            check=False,
+        done = run_bounded(
+            [*self._ssh(), self._build_command(words)], stdin=self._write_script(variables or {}), name=self.target
         )
         if done.returncode:
             raise self._explain(done.returncode, done.stderr)

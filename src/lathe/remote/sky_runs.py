@@ -26,6 +26,7 @@ from lathe.remote.records import FOLDER, Record, write_record
 TEMPLATE = paths.ROOT / "experiments/remote/sky.yaml"
 SENT = "~/lathe-sent"
 MOUNT = "/lathe"
+MOST_BUNDLE_BYTES = 1 << 30  # of a file with the commits of a run, without its data
 # Handed on to the job as SkyPilot's secrets, where they are set here.
 SECRETS = ("HF_TOKEN", *remotes.SECRET_VARIABLES, *JUDGE_KEYS.values())
 
@@ -128,7 +129,14 @@ def fetch(record: Record) -> list[str]:
             )
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / job.bundle
-            file.write_bytes(storage.read(path))
+            content = storage.read(path, MOST_BUNDLE_BYTES + 1)
+            if len(content) > MOST_BUNDLE_BYTES:
+                raise InputError(
+                    f"{job.name}: {path} is larger than {MOST_BUNDLE_BYTES >> 20} MiB, which no run is; look "
+                    "who writes to that remote",
+                    code="endless-answer",
+                )
+            file.write_bytes(content)
             run_git("fetch", "--quiet", "--no-tags", str(file), f"{job.ref}:{job.ref}")
         commit = run_git("rev-parse", "--verify", job.ref).decode().strip()
         count = fetch_outputs(repo, commit, name)

@@ -5,13 +5,13 @@ import logging
 import os
 import shlex
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.git_lfs import refuse_pointer
+from lathe.common.scratch import temporary_folder
 from lathe.config.adapter_base import holds_adapter_alone, is_repository, read_base_name
 from lathe.config.presets import (
     GGUF_SUFFIX,
@@ -215,8 +215,7 @@ def _merge_adapter(preset: LocalModel | PackageModel | HubModel, adapter: Path, 
     from lathe.models.merge.merge import merge
 
     of = preset.id if isinstance(preset, HubModel) else preset.path
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".base.") as name:
-        base = Path(name)
+    with temporary_folder(folder.parent, "base") as base:
         try:
             origin = _place_base(preset, base)
             report = merge(

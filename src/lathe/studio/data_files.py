@@ -2,7 +2,6 @@
 
 import io
 import re
-import tempfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.scratch import temporary_folder
 from lathe.config.base import SPLITS
 from lathe.config.load import load, refuse_problems, validate_tree
 from lathe.config.presets import Presets
@@ -174,10 +174,8 @@ def resolve_gguf(path: str) -> Path:
 
 async def trace_upload(pieces: AsyncIterator[bytes]) -> Trace:
     """Return the origin of a GGUF that is sent, which is not kept. Raises InputError if it is none of Lathe's."""
-    folder = paths.SCRATCH / "studio"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        file = Path(scratch) / "dropped.gguf"
+    with temporary_folder(paths.SCRATCH / "studio", "dropped") as folder:
+        file = folder / "dropped.gguf"
         with file.open("wb") as out:
             async for piece in pieces:
                 out.write(piece)

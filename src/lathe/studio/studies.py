@@ -3,9 +3,7 @@
 import io
 import os
 import re
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +11,7 @@ from ruamel.yaml import YAML
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.scratch import temporary_folder
 from lathe.common.text import did_you_mean
 from lathe.config import overrides as overriding
 from lathe.config.load import load
@@ -128,10 +127,8 @@ def check_search_text(text: str, overrides: Sequence[str] = ()) -> search_file.P
     if len(text) > LONGEST_FILE:
         raise InputError(f"the search file has {len(text):,} characters; at most {LONGEST_FILE:,}", code="too-long")
     params = overriding.apply_overrides(overrides).params
-    scratch = paths.SCRATCH / "studio"
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        file = Path(folder) / "search.yaml"
+    with temporary_folder(paths.SCRATCH / "studio", "search") as folder:
+        file = folder / "search.yaml"
         file.write_text(text, encoding="utf-8")
         plan = search_file.read_plan(file, params.model_dump(), "search file")
         plan.check(params, "search file")

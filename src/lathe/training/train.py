@@ -37,6 +37,7 @@ from lathe.training.freeze_proof import hash_tensors
 from lathe.training.full_tuning import map_to_base_names, save_full_model
 from lathe.training.fused_lora import add_updates_in_products
 from lathe.training.measure_answers import measure_answers
+from lathe.training.page_release import PageRelease
 from lathe.training.preference_pairs import check_pairs
 from lathe.training.resume import ResumableTrainer
 from lathe.training.reward_functions import RewardFunction, get_source_file
@@ -143,7 +144,7 @@ def train(
                     params=phase.params,
                     precision=precision,
                     checkpoints=acquired[-1],
-                    callbacks=[meter, curves.make_callback(phase.curve_prefix, meter)],
+                    callbacks=[meter, curves.make_callback(phase.curve_prefix, meter), PageRelease()],
                     functions=functions or {},
                 )
             )

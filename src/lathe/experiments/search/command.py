@@ -18,6 +18,7 @@ from lathe.config.yaml_files import read_yaml
 from lathe.experiments.interrupted import wait_for_stash
 from lathe.experiments.search import environment, results, run_search, search_file, storage
 from lathe.experiments.search.study import PRUNED, REASON, Study
+from lathe.provenance.damaged_cache import remove_damaged_objects
 
 if TYPE_CHECKING:
     from lathe.experiments.search.run_search import Deliver
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace, deliver: "Deliver | None" = None) -> None:
                 applied = results.apply_best(study, args.apply or None)
             logger.info("%s is in the workspace; `git diff` shows what it changed", applied)
             return
+        remove_damaged_objects(paths.ROOT / pipeline.folder)
         study = run_search.search(
             chosen,
             params,

@@ -4,14 +4,13 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.common.progress import Progress
+from lathe.common.scratch import temporary_folder
 from lathe.config.load import load
 from lathe.experiments.tracking import run_copies, targets, unsent_runs
 from lathe.experiments.tracking.run_files import Context, MirroredRun
@@ -72,9 +71,7 @@ def _send_unsent(only: Collection[str]) -> Iterator[tuple[str, str | None]]:
 
 @contextmanager
 def _copy_run(rev: str) -> Iterator[MirroredRun]:
-    SCRATCH.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=SCRATCH) as name:  # on the file system of DVC's cache, for links
-        folder = Path(name)
+    with temporary_folder(SCRATCH, "copy") as folder:  # on the file system of DVC's cache, for links
         if commit := find_revision(rev).commit:
             names = {experiment.commit: experiment.name for experiment in list_experiments()}
             yield run_copies.copy_commit(commit, folder, Context(experiment=names.get(commit)))

@@ -12,6 +12,7 @@ from typing import Any
 
 from lathe.common import paths
 from lathe.common.json_files import read_json, write_json
+from lathe.experiments.tracking.bounded_requests import bound_responses
 from lathe.experiments.tracking.run_files import CurvePoints, MirroredRun, contradicts, find_unsent_points
 from lathe.experiments.tracking.start_mirror import SCRATCH
 from lathe.experiments.tracking.targets import WandbTarget
@@ -102,6 +103,7 @@ class WandbMirror(Mirror):
             os.environ.setdefault(name, place)
         import wandb
 
+        bound_responses()  # of its part in Python; wandb-core is a program of its own
         try:
             yield
         except (wandb.errors.Error, OSError) as error:
@@ -134,9 +136,10 @@ class WandbMirror(Mirror):
         import wandb
 
         FOLDER.mkdir(exist_ok=True)
-        if offline and self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
         if offline:
+            # That of a mirror which was killed before it had noted it, too.
+            for folder in FOLDER.glob(f"offline-run-*-{self.id}"):
+                shutil.rmtree(folder, ignore_errors=True)
             self.known, self.finished = {}, None
         self.run = wandb.init(
             project=self.target.project,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lathe.common.bounded_regex import limit_matching
 from lathe.common.errors import InputError
 from lathe.models.model_folder import ADAPTER_FILE, Weights, read_json
 from lathe.models.precision import FLOATS
@@ -208,8 +209,16 @@ def _get_rank_and_scaling(module: str, config: dict[str, Any]) -> tuple[int, flo
 def _match_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
     # As PEFT does it (`get_pattern_key`): the first match counts, and is anchored.
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
+        try:
+            with limit_matching("adapter_config.json: rank_pattern, alpha_pattern", pattern):
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    return value
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(
+                f"adapter_config.json: {pattern!r} in rank_pattern or alpha_pattern is not a regular expression: "
+                f"{error}; save the adapter again",
+                code="invalid-pattern",
+            ) from None
     return otherwise
 
 
