@@ -1,5 +1,5 @@
 # ruff: noqa: F811 - fixtures are imported, then named as arguments
-"""The server answers as the chat does, to those who have the key, on this machine alone."""
+"""The server answers as the chat does, to those who have the key, on this machine alone, whichever engine it has."""
 
 import json
 import os
@@ -16,7 +16,10 @@ import pytest
 from gguf_models import Made, tiny  # noqa: F401 - fixture
 
 from lathe.common import paths
+from lathe.gguf.build_llama_server import SERVER, find_program
 
+IS_BUILT = pytest.mark.skipif(find_program(SERVER) is None, reason="llama-server is not built: make llama-server")
+ENGINES = ["llama-cpp-python", pytest.param(SERVER, marks=IS_BUILT)]
 COMMAND = [sys.executable, "-m", "lathe"]
 
 
@@ -28,11 +31,10 @@ def environment(key: str | None) -> dict[str, str]:
 
 
 @contextmanager
-def serving(gguf: Path, key: str | None) -> Iterator[tuple[str, str]]:
+def serving(gguf: Path, key: str | None, engine: str = "llama-cpp-python") -> Iterator[tuple[str, str]]:
     """Start the server; yield its address and what it had logged by then."""
-    server = subprocess.Popen(
-        [*COMMAND, "serve", "--gguf", str(gguf), "--port", "0"], env=environment(key), stderr=subprocess.PIPE, text=True
-    )
+    command = [*COMMAND, "serve", "--gguf", str(gguf), "--port", "0", "--engine", engine, "--parallel", "4"]
+    server = subprocess.Popen(command, env=environment(key), stderr=subprocess.PIPE, text=True)
     assert server.stderr
     said = ""
     try:
@@ -54,10 +56,10 @@ def ask(address: str, key: str, text: str, **more: object) -> httpx2.Response:
     return httpx2.post(f"{address}/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60)
 
 
-@pytest.fixture(scope="module")
-def guarded(tiny: Made) -> Iterator[tuple[str, str]]:
+@pytest.fixture(scope="module", params=ENGINES)
+def guarded(tiny: Made, request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     """A server with a key: its address and its log."""
-    with serving(tiny.gguf, "the key") as started:
+    with serving(tiny.gguf, "the key", request.param) as started:
         yield started
 
 
