@@ -42,6 +42,7 @@ from lathe.gguf.build_llama_server import BATCHED_BENCH, SERVER, find_program
 from lathe.gguf.quantize import quantize
 from lathe.inference.generate import Completion, Generator
 from lathe.inference.llama_server import LlamaServer, build_environment
+from lathe.inference.serve_requests import GREEDY
 from lathe.inference.shared_prefix import SequenceStats, TokenSequence
 
 PARALLEL = 32
@@ -212,12 +213,12 @@ def _ways(workload: _Workload, stack: ExitStack) -> dict[str, Callable[[Sequence
     as_served, default = start(), start(*ITS_DEFAULTS)
     return {
         LATHE: lathe,
-        AS_SERVED: lambda prompts: asyncio.run(_ask(as_served, prompts, workload.longest)),
+        AS_SERVED: lambda prompts: asyncio.run(_ask(as_served, prompts, workload.longest, **GREEDY)),
         DEFAULT: lambda prompts: asyncio.run(_ask(default, prompts, workload.longest)),
     }
 
 
-async def _ask(server: LlamaServer, prompts: Sequence[list[int]], longest: int) -> Answers:
+async def _ask(server: LlamaServer, prompts: Sequence[list[int]], longest: int, **more: Any) -> Answers:
     answers: Answers = [[] for _ in prompts]
     waiting = iter(enumerate(prompts))
     transport = httpx2.AsyncHTTPTransport(uds=str(server.socket), limits=httpx2.Limits(max_connections=None))
@@ -226,10 +227,12 @@ async def _ask(server: LlamaServer, prompts: Sequence[list[int]], longest: int) 
 
         async def ask_one_after_another() -> None:
             for number, prompt in waiting:
-                body = {"prompt": prompt, "n_predict": longest, "temperature": 0, "return_tokens": True}
+                body = {"prompt": prompt, "n_predict": longest, "temperature": 0, "return_tokens": True, **more}
                 response = await client.post("http://engine/completion", json=body)
                 response.raise_for_status()
-                answers[number] = response.json()["tokens"]
+                answer = response.json()
+                # Without the token that ends it, as lathe's.
+                answers[number] = answer["tokens"][:-1] if answer["stop_type"] == "eos" else answer["tokens"]
 
         await asyncio.gather(*(ask_one_after_another() for _ in range(2 * PARALLEL)))
     return answers
@@ -261,7 +264,11 @@ def _run_batched_bench(workload: _Workload) -> str:
     command += ["-npp", str(prompt), "-ntg", str(workload.longest), "-npl", str(PARALLEL), "--output-format", "jsonl"]
     command += ["-t", str(os.cpu_count() or 1), "-b", "2048", "-ub", "512", "-fa", "off"]
     done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        command,
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
         env=build_environment(os.environ, ""),
     )
     [result] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -74,8 +74,9 @@ def test_an_answer_is_that_of_the_chat_where_the_request_leaves_sampling_open(gu
         text=True,
         check=True,
     ).stdout
-    # Bytes that are no character, which a random model writes, are left out by the one and marked by the other.
-    assert answer.json()["choices"][0]["message"]["content"] + "\n" == said.replace("\ufffd", "")
+    # Bytes that are no character, which a random model writes, are left out by one and marked by another.
+    content = answer.json()["choices"][0]["message"]["content"]
+    assert content.replace("\ufffd", "") + "\n" == said.replace("\ufffd", "")
 
 
 def test_a_conversation_is_rendered_by_the_template_of_training(guarded, tiny):
@@ -89,7 +90,7 @@ def test_a_conversation_is_rendered_by_the_template_of_training(guarded, tiny):
         prompt = f"{text}<|im_start|>assistant\n"
         assert answer["usage"]["prompt_tokens"] == len(generator.tokenize(prompt))
         expected = generator.complete([prompt], max_new_tokens=12)[0].text.replace("\ufffd", "")
-        assert answer["choices"][0]["message"]["content"] == expected
+        assert answer["choices"][0]["message"]["content"].replace("\ufffd", "") == expected
 
 
 def test_an_answer_names_the_model_and_not_its_path(guarded, tiny):

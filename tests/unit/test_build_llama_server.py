@@ -44,7 +44,10 @@ def stand_in_for_cmake(folder: Path, script: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(build_llama_server, "_find_tool", lambda name: str(tool))
 
 
-BUILDS = '[ "$1" = --build ] || exit 0; echo "[1/2] one"; echo "[2/2] two"; mkdir -p "$2/bin"; for p in {}; do : > "$2/bin/$p"; done'
+BUILDS = (
+    '[ "$1" = --build ] || exit 0; echo "[1/2] one"; echo "[2/2] two"; '
+    'mkdir -p "$2/bin"; for p in {}; do : > "$2/bin/$p"; done'
+)
 
 
 def test_the_programs_are_put_in_place_and_nothing_else_is_left(converter, tmp_path, monkeypatch):

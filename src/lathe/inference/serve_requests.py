@@ -32,6 +32,8 @@ WITHOUT_EFFECT = {
     *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"),
     *("n", "best_of", "modalities"),
 }
+# The likeliest token alone is kept: of 50,000, the steps of sampling behind that would take a millisecond a token.
+GREEDY = {"temperature": 0, "top_k": 1}
 MAX_TOKENS_OF_A_COMPLETION = 16  # where the request leaves it open, as OpenAI has it
 MOST_TOOLS = 128  # as OpenAI has it
 MOST_PARTS_OF_TOOLS = 4000  # of the JSON Schemas of all
@@ -55,7 +57,8 @@ def make_preparer(template: ChatTemplate, model_name: str) -> Preparer:
         prepared = _prepare_chat(given, template) if path == CHAT_PATH else _prepare_completion(given)
         if not isinstance(prepared.get("logit_bias", {}), dict):
             raise RequestError(400, "logit_bias: must be an object, from tokens to numbers")
-        return {"model": model_name, **prepared}
+        is_greedy = prepared.get("temperature", 0) == 0
+        return {"model": model_name, **prepared, **(GREEDY if is_greedy else {})}
 
     return prepare
 
