@@ -7,11 +7,11 @@ prints  Markdown: tokens per second and equal answers on each file; then each go
 
 `lathe.inference.generate`, which the stages `generate` use, and `llama-server -np 32` (`make llama-server` builds it)
 get the same prompts as token ids, answer greedily, and are asked in turn, round by round, in one run; both have loaded
-the model. llama-server is asked with twice as many requests in flight as it has slots; once with its own defaults, and
-once without weights repacked and without FlashAttention, as the pipeline measures and `lathe serve` answers. Files: the fine-tuned model
-(SmolLM2-135M) in f16, Q8_0 and Q4_K_M, and a random model of Qwen3-0.6B's shape in Q8_0, whose answers all take as many tokens as they
-may. An answer is equal if all its token ids are. llama-batched-bench decodes as many sequences of as many tokens
-without choosing any. Last, the peak memory of a process that answers 1,000 and 10,000 rows.
+the model. llama-server is asked with twice as many requests in flight as it has slots: once as `lathe serve` starts it,
+once with its own defaults. Files: the fine-tuned model (SmolLM2-135M) in f16, Q8_0 and Q4_K_M, and a random model of
+Qwen3-0.6B's shape in Q8_0, whose answers all take as many tokens as they may. An answer is equal if all its token ids
+are. llama-batched-bench decodes as many sequences of as many tokens without choosing any. Last, the peak memory of a
+process that answers 1,000 and 10,000 rows.
 """
 
 import argparse

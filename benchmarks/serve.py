@@ -177,10 +177,8 @@ def _print_table(measured: dict[str, _Measured], options: argparse.Namespace) ->
 
         tokens = {engine: [count_tokens(each.whole) for each in one.rounds] for engine, one in measured.items()}
     print(f"{options.requests} requests, {options.concurrency} at once, answers of up to {options.max_tokens} tokens\n")
-    print(
-        "| engine | requests/s | tokens/s | first token, median | p95 | whole answer, p95 | peak memory, MiB | dropped |"
-        "\n| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-    )
+    print("| engine | requests/s | tokens/s | first token, median | p95 | whole, p95 | peak memory, MiB | dropped |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for engine, one in measured.items():
         rates = [len(each.whole) / each.seconds for each in one.rounds]
         speeds = [count / each.seconds for count, each in zip(tokens[engine], one.rounds, strict=True)]

@@ -90,12 +90,12 @@ def _prepare_chat(given: dict[str, Any], template: ChatTemplate) -> dict[str, An
         definitions = [] if choice == "none" else parse_tools(_ANY_TEXT, tools, "tools")
         if definitions and not template.writes_tools:
             raise RowFault("tools", "tools", "are given, and the model's chat template writes none; leave them out")
-        messages = [_write_message(each) for each in parse_messages(_ANY_TEXT, given["messages"], "messages")]
+        parsed = parse_messages(_ANY_TEXT, given["messages"], "messages")
     except RowFault as fault:
         raise RequestError(400, str(fault.fault)) from None
-    if not messages:
+    if not parsed:
         raise RequestError(400, "messages: are all empty")
-    prepared = {**given, "messages": messages}
+    prepared = {**given, "messages": list(map(_write_message, parsed, template.form.adapt(parsed)))}
     if definitions:
         prepared |= _choose_tools(_bound_tools(definitions), choice)
     if (options := given.get("chat_template_kwargs")) is not None:
@@ -103,18 +103,20 @@ def _prepare_chat(given: dict[str, Any], template: ChatTemplate) -> dict[str, An
     return prepared
 
 
-def _write_message(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message of Lathe's in OpenAI's form, in which the arguments of calls are text."""
+def _write_message(message: dict[str, Any], adapted: dict[str, Any]) -> dict[str, Any]:
+    """Return a message in OpenAI's form: its thought where the template reads it, the arguments of calls as text."""
+    if not isinstance(adapted["content"], list):  # parts of a text, which llama-server makes of a thought itself
+        message = {**message, **adapted} if THOUGHT in adapted else adapted
     written = {key: message[key] for key in ("role", "content", THOUGHT, "name", "tool_call_id") if key in message}
     if calls := message.get("tool_calls"):
-        written["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": _write_arguments(call)}} for call in calls
-        ]
+        written["tool_calls"] = [{**call, "function": _write_function(call["function"])} for call in calls]
     return written
 
 
-def _write_arguments(call: dict[str, Any]) -> str:
-    return json.dumps(call["function"]["arguments"], ensure_ascii=False)
+def _write_function(function: dict[str, Any]) -> dict[str, Any]:
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**function, "arguments": text}
 
 
 def _bound_tools(definitions: list[dict[str, Any]]) -> list[dict[str, Any]]:
