@@ -16,6 +16,7 @@ from lathe.inference.json_schema_limits import SchemaError, count_parts, resolve
 from lathe.inference.serve_limits import CHAT_PATH, RequestError
 from lathe.models.chat_template import ChatTemplate
 from lathe.models.message_form import THOUGHT
+from lathe.models.template_text import TemplateError
 
 SAMPLING = {
     *("temperature", "top_p", "top_k", "min_p", "typical_p", "seed", "logit_bias", "stop"),
@@ -95,6 +96,10 @@ def _prepare_chat(given: dict[str, Any], template: ChatTemplate) -> dict[str, An
         raise RequestError(400, str(fault.fault)) from None
     if not parsed:
         raise RequestError(400, "messages: are all empty")
+    try:  # here within limits of steps and sizes, which llama-server's own engine does not have
+        template.render(parsed, add_generation_prompt=True, tools=definitions)
+    except TemplateError as error:
+        raise RequestError(400, str(error)) from None
     prepared = {**given, "messages": list(map(_write_message, parsed, template.form.adapt(parsed)))}
     if definitions:
         prepared |= _choose_tools(_bound_tools(definitions), choice)
