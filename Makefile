@@ -4,9 +4,9 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sbom unit deps repro classify experiments chat serve studio studio-files report remote-check ci-lock ci-summary lint format test \
+.PHONY: help setup llama-server lock sbom unit deps repro classify experiments chat serve studio studio-files report remote-check ci-lock ci-summary lint format test \
 	test-all \
-	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention \
+	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-engine bench-serve bench-attention \
 	bench-experiments bench-studio bench-intervals bench-memory \
 	bench-tracking bench-classify chaos docs docs-serve docs-check clean
 
@@ -20,12 +20,16 @@ setup: ## make .venv and what belongs to it; PYTHON=python3.12, EXTRAS="mlflow w
 	"$$starter" tools/install.py --extras "$(EXTRAS)" $(if $(PYTHON),--python "$(PYTHON)") $(if $(CUDA),--cuda "$(CUDA)")
 
 # What these need beside the default pipeline.
-bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-attention bench-experiments bench-studio \
+bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-engine bench-serve bench-attention bench-experiments bench-studio \
 	bench-tracking bench-classify bench-intervals bench-memory chaos \
 	docs docs-serve docs-check format lint lock sbom unit test test-all: EXTRAS += dev
 bench-cuda: EXTRAS += gpu
+bench-serve: EXTRAS += serve
 classify: EXTRAS += classify
 serve studio: EXTRAS += serve search
+
+llama-server: setup ## build llama.cpp's own server, by which make serve answers many requests at once
+	@python -m lathe.gguf.build_llama_server
 
 lock: setup ## rewrite requirements.lock after an edit of pyproject.toml
 	python tools/write_lock.py
@@ -94,7 +98,7 @@ test-all: lint docs-check ## every test
 chaos: setup ## more than a hundred faults: kills, full disks, damaged files, two at once; half an hour. TAKE=15 for a part
 	PYTHONPATH=src:tests python -m chaos $(if $(TAKE),--take "$(TAKE)",--write docs/faults.md)
 
-bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-attention bench-experiments bench-studio bench-tracking bench-classify bench-intervals bench-memory ## every benchmark
+bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-engine bench-serve bench-attention bench-experiments bench-studio bench-tracking bench-classify bench-intervals bench-memory ## every benchmark
 
 bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B parameters
 	python benchmarks/merge.py
@@ -117,6 +121,12 @@ bench-cuda: setup ## tests marked gpu, speed and memory of training on a GPU aga
 
 bench-generate: setup ## speed and memory of answers against a plain llama-cpp-python loop and transformers
 	python benchmarks/generate.py
+
+bench-engine: llama-server ## speed of answers against llama-server and llama-batched-bench, on the same rows
+	python benchmarks/engine.py
+
+bench-serve: llama-server ## requests per second and seconds to the first token of both engines of the server
+	python benchmarks/serve.py
 
 bench-attention: setup ## speed of decoding on the CPU with llama.cpp's FlashAttention and without
 	python benchmarks/attention.py

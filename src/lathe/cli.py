@@ -304,7 +304,19 @@ def _add_model_commands(table: Any) -> None:
     command.add_argument(
         "--port", type=int, default=8000, metavar="N", help="port on 127.0.0.1 (default: 8000; 0: any)"
     )
-    command.set_defaults(run=lambda args: general.start_server(args.gguf, args.port))
+    command.add_argument(
+        "--engine",
+        choices=("auto", "llama-server", "llama-cpp-python"),
+        default="auto",
+        help="what answers (default: auto: llama-server where `make llama-server` has built it)",
+    )
+    command.add_argument(
+        "--parallel",
+        type=int,
+        metavar="N",
+        help="requests that llama-server answers at once (default: 32, or as many as fit into a quarter of the memory)",
+    )
+    command.set_defaults(run=general.start_server)
 
     command = table.add_parser("studio", help="start, watch and compare experiments in a browser, or over HTTP")
     command.add_argument(

@@ -1,6 +1,7 @@
 # ruff: noqa: F811 - fixtures are imported, then named as arguments
 """Tools and thoughts in real files: the token ids of llama.cpp are those of training, and the server knows tools."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ from typing import Any
 import httpx2
 import pytest
 from gguf_models import Made, convert, made_with_gguf, qwen, tiny  # noqa: F401 - fixtures
-from test_serve import serving
+from test_serve import ENGINES, IS_BUILT, serving
 
 from lathe.gguf import tokenizer_parity
+from lathe.gguf.build_llama_server import SERVER
 from lathe.gguf.llama_model import LlamaModel
 from lathe.inference.generate import Generator, find_marker_tokens
 from lathe.inference.serve_tools import answer_with_calls
@@ -122,9 +124,9 @@ def test_control_tokens_that_mark_calls_are_shown_and_the_end_is_not(tiny, tmp_p
         assert generator.get_token_bytes(start) == b""
 
 
-@pytest.fixture(scope="module")
-def served(calling) -> Iterator[str]:
-    with serving(calling.gguf, "the key") as (address, _):
+@pytest.fixture(scope="module", params=ENGINES)
+def served(calling, request) -> Iterator[str]:
+    with serving(calling.gguf, "the key", request.param) as (address, _):
         yield address
 
 
@@ -179,6 +181,51 @@ def test_a_request_that_is_none_is_answered_with_400_and_its_place(served, body,
     answer = ask(served, **body)
     assert answer.status_code == 400, answer.text
     assert said in answer.text
+
+
+@IS_BUILT
+@pytest.mark.parametrize("model", ["qwen", "calling"])
+def test_llama_server_renders_as_training_and_answers_whatever_the_model_writes(request, model):
+    made: Made = request.getfixturevalue(model)
+    named = {"type": "function", "function": {"name": "weather"}}
+    other = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}
+    with serving(made.gguf, "the key", SERVER) as (address, _), LlamaModel(made.gguf, vocab_only=True) as vocabulary:
+        template = vocabulary.chat_template
+
+        def count(messages: list[dict[str, Any]], **more: Any) -> int:
+            return len(vocabulary.tokenize_prompt(template.render(messages, add_generation_prompt=True, **more)))
+
+        for row in ROWS.values():
+            messages = row["messages"][:1] if len(row["messages"]) == 2 else row["messages"][:3]
+            body = {"messages": messages, **({"tools": row["tools"]} if "tools" in row else {})}
+            answer = ask(address, max_tokens=1, **body)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["prompt_tokens"] == count(messages, tools=row.get("tools"))
+        if model == "qwen":
+            return
+        for seed, choice in itertools.product(range(6), (named, "required", "auto")):
+            body = {"tools": [TOOL, other], "tool_choice": choice, "max_tokens": 200, "temperature": 1.0, "seed": seed}
+            answer = ask(address, **body)
+            assert answer.status_code == 200, answer.text
+            [said] = answer.json()["choices"]
+            assert said["finish_reason"] in ("stop", "length", "tool_calls")
+            assert said["message"]["content"] or said["message"]["tool_calls"]
+            lines = ask(address, stream=True, **body).text.split("\n\n")
+            assert lines[-2:] == ["data: [DONE]", ""]
+            [last] = json.loads(lines[-3].removeprefix("data: "))["choices"]
+            assert last["finish_reason"] in ("stop", "length", "tool_calls")
+
+
+@IS_BUILT
+def test_an_option_of_the_template_reaches_it(qwen):
+    with serving(qwen.gguf, "the key", SERVER) as (address, _):
+        counts = {
+            thinking: ask(address, max_tokens=1, chat_template_kwargs={"enable_thinking": thinking}).json()["usage"][
+                "prompt_tokens"
+            ]
+            for thinking in (True, False)
+        }
+    assert counts[False] > counts[True]  # a thought that is empty stands before the answer
 
 
 def test_a_model_whose_template_writes_no_tools_says_so(tiny):

@@ -53,7 +53,7 @@ def package(tmp_path, monkeypatch):
                     archive.addfile(member)
             return folder / "package.tar.gz"
 
-        monkeypatch.setattr(install_converter, "_download", download)
+        monkeypatch.setattr(install_converter, "download_source", download)
         return downloads
 
     return provide

@@ -328,13 +328,19 @@ def start_chat(gguf: Path | None, prompt: str | None, system: str | None, tools:
     )
 
 
-def start_server(gguf: Path | None, port: int) -> None:
-    """Serve `gguf`, by default the artifact that scored best on validation."""
+def start_server(args: argparse.Namespace) -> None:
+    """Serve a GGUF, by default the artifact that scored best on validation."""
     from lathe.inference.serve import serve
 
-    sizes = choose_generation_sizes()
-    api_key = os.environ.get("LATHE_API_KEY") or None
-    serve(gguf or _find_best_gguf(), port=port, api_key=api_key, n_ctx=sizes.n_ctx, threads=os.cpu_count() or 1)
+    serve(
+        args.gguf or _find_best_gguf(),
+        port=args.port,
+        api_key=os.environ.get("LATHE_API_KEY") or None,
+        n_ctx=choose_generation_sizes().n_ctx,
+        threads=os.cpu_count() or 1,
+        engine=args.engine,
+        parallel="auto" if args.parallel is None else args.parallel,
+    )
 
 
 def answer_file(file: Path, gguf: Path | None, out: Path | None) -> None:

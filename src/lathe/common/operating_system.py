@@ -57,13 +57,13 @@ def unlock(handle: BinaryIO) -> None:
         fcntl.flock(handle, fcntl.LOCK_UN)
 
 
-def end_with_parent() -> None:
-    """Let this process get SIGTERM when its parent ends: a killed `dvc repro` leaves nothing running.
+def end_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
+    """Let this process get a signal, SIGTERM, when its parent ends: a killed `dvc repro` leaves nothing running.
 
-    On Linux the kernel sends it, elsewhere a thread that looks for the parent.
+    On Linux the kernel sends it, elsewhere a thread that looks for the parent, and SIGTERM always.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
         return
     global _stop_watching
     if _stop_watching is None:
@@ -98,6 +98,16 @@ def run_command(command: Sequence[str], **options: Any) -> "subprocess.Completed
         with program.open("rb"):  # raises why, if it cannot even be read
             raise PermissionError(f"{program} is not a program")
     return subprocess.run([sys.executable, __file__, *command], check=False, **options)
+
+
+def start_command(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
+    """Start a program as `subprocess.Popen` does; it ends with this process, however that ends.
+
+    On Linux it is killed when the thread ends that started it. Raises OSError where the program cannot be run.
+    """
+    if sys.platform == "linux":
+        return subprocess.Popen(command, preexec_fn=_be_killed_with_parent, **options)
+    return subprocess.Popen([sys.executable, __file__, *command], **options)
 
 
 def end_children() -> None:
@@ -296,6 +306,10 @@ def _set_malloc(*, trim_threshold: int) -> None:
     library.mallopt(M_TRIM_THRESHOLD, trim_threshold)
     if trim_threshold >= 0:
         library.malloc_trim(0)
+
+
+def _be_killed_with_parent() -> None:
+    end_with_parent(signal.SIGKILL)
 
 
 def _watch_parent(parent: int, stop: threading.Event) -> None:

