@@ -234,7 +234,7 @@ def test_a_trackers_answer_without_end_is_ended(endless: str, path: str) -> None
 
     bounded_requests.bound_responses()
     with pytest.raises(requests.exceptions.ConnectionError, match="has not ended after 64 MiB"):
-        requests.get(endless + path, timeout=10)
+        requests.get(endless + path, timeout=60)
 
 
 @pytest.mark.heavy

@@ -136,5 +136,7 @@ def test_every_reward_that_can_be_asked_for_is_known():
     from typing import get_args
 
     from lathe.config.training_params import Reward
+    from lathe.training.weighted_rewards import CALL_REWARDS
 
-    assert set(get_args(Reward.model_fields["name"].annotation)) == {*answer_checks.REWARDS, "function"}
+    names = {*answer_checks.REWARDS, *CALL_REWARDS, "function"}
+    assert set(get_args(Reward.model_fields["name"].annotation)) == names
