@@ -140,6 +140,60 @@ def add_adapter_config(model: Path) -> None:
     (model / "adapter_config.json").write_text("{}")
 
 
+def become(architecture: str) -> Callable[[Path], None]:
+    return lambda model: edit(model / "config.json", architectures=[architecture])
+
+
+def need_code(file: str, **values: Any) -> Callable[[Path], None]:
+    """Say that the model comes with code, as `auto_map` does; the code ends the process if it is run."""
+
+    def change(model: Path) -> None:
+        (model / "own.py").write_text("raise SystemExit('code of the model was run')")
+        auto = "AutoTokenizer" if file.startswith("tokenizer") else "AutoModelForCausalLM"
+        edit(model / file, auto_map={auto: "own.Own"}, **values)
+        if auto == "AutoTokenizer":
+            (model / "tokenizer.json").unlink()
+
+    return change
+
+
+def become_encoder_with_decoder(model: Path) -> None:
+    from transformers import T5Config
+
+    config = T5Config(vocab_size=50264, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    (model / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["T5Model"]}))
+
+
+def store_as_gptq(model: Path) -> None:
+    def pack(tensors: dict[str, Any]) -> None:
+        import torch
+
+        for name in [name for name in tensors if "q_proj" in name]:
+            tensors[name.replace("weight", "qweight")] = torch.zeros(8, 64, dtype=torch.int32)
+            del tensors[name]
+
+    edit_weights(model, pack)
+
+
+def name_token(key: str) -> Callable[[Path], None]:
+    return lambda model: edit(model / "tokenizer_config.json", **{key: "<|of another model|>"})
+
+
+def put(name: str, text: str) -> Callable[[Path], object]:
+    return lambda model: (model / name).write_text(text, encoding="utf-8")
+
+
+def lose_weight_map(model: Path) -> None:
+    lose_shard(model)
+    (model / "model.safetensors.index.json").write_text("{}")
+
+
+def go_deeper(model: Path) -> None:
+    (model / "inner").mkdir()
+    for file in [file for file in model.iterdir() if file.is_file()]:
+        file.rename(model / "inner" / file.name)
+
+
 def write_template(text: str) -> Callable[[Path], None]:
     def write(model: Path) -> None:
         (model / "chat_template.jinja").write_text(text)
@@ -247,6 +301,33 @@ CAUSES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "an adapter that names no base": ("adapter-as-base", become_adapter(None)),
     "an adapter with the base's configuration": ("adapter-as-base", become_adapter("models/base", config_beside=True)),
     "a model and an adapter in one folder": ("model-and-adapter", add_adapter_config),
+    "a classifier": ("no-language-model", become("LlamaForSequenceClassification")),
+    "a reward model": ("no-language-model", become("LlamaForRewardModel")),
+    "an encoder with a decoder": ("no-language-model", become_encoder_with_decoder),
+    "an architecture of its own code": ("needs-own-code", need_code("config.json", model_type="own")),
+    "a tokenizer of its own code": ("needs-own-code", need_code("tokenizer_config.json", tokenizer_class="Own")),
+    "weights of GPTQ without a word of it": ("weights-quantized", store_as_gptq),
+    "a head that the configuration denies": (
+        "tied-and-different",
+        lambda model: edit(model / "config.json", tie_word_embeddings=True),
+    ),
+    "an end token without an embedding": ("token-without-embedding", name_token("eos_token")),
+    "a padding token without an embedding": ("token-without-embedding", name_token("pad_token")),
+    "an index without a map": ("index-without-weight-map", lose_weight_map),
+    "weights of another name": (
+        "weights-missing",
+        lambda model: (model / "model.safetensors").rename(model / "model.fp16.safetensors"),
+    ),
+    "a template with a byte-order mark": ("byte-order-mark", put("chat_template.jinja", "﻿{{ messages }}")),
+    "a generation configuration that is none": ("no-json-object", put("generation_config.json", "[1]")),
+    "a tokenizer that is cut short": ("not-json", put("tokenizer.json", '{"model":')),
+    "an old scaling of RoPE that is not known": (
+        "base-not-loaded",
+        lambda model: edit(
+            model / "config.json", rope_scaling={"type": "own", "factor": 2.0}, rope_parameters=None, rope_theta=1e4
+        ),
+    ),
+    "a model in a folder of it": ("incomplete-model", go_deeper),
     "no configuration": ("incomplete-model", lambda model: (model / "config.json").unlink()),
     "no chat template": ("no-chat-template", lambda model: (model / "chat_template.jinja").unlink()),
     "a template that is no Jinja": ("template-syntax", write_template("{% for %}")),
@@ -313,6 +394,77 @@ def test_too_little_disk_is_said_by_fetch_and_warned_of_by_train(model, monkeypa
 
 def test_a_whole_model_passes_all_of_it(model):
     assert (run_fetch(model) / "model.safetensors").samefile(model / "model.safetensors")
+
+
+def rewrite_in_three_types(tensors: dict[str, Any]) -> None:
+    import torch
+
+    types = [torch.float32, torch.float16, torch.bfloat16]
+    for number, name in enumerate(sorted(tensors)):
+        tensors[name] = tensors[name].to(types[number % 3])
+
+
+def add_old_index(model: Path) -> None:
+    """Leave the index of shards that are gone beside the weights in one file, which was saved over them."""
+    add_second_weights(model)
+    (model / "model-00001-of-00001.safetensors").unlink()
+
+
+# What strangers' folders have, and is no fault.
+TAKEN: dict[str, Callable[[Path], object]] = {
+    "an index of shards that are gone": add_old_index,
+    "weights of three types": lambda model: edit_weights(model, rewrite_in_three_types),
+    "pickles, a GGUF and a trainer's files beside": lambda model: [
+        (model / name).write_bytes(b"x")
+        for name in ("pytorch_model.bin", "model-Q4_0.gguf", "optimizer.pt", "training_args.bin", "trainer_state.json")
+    ],
+    "code beside an architecture that is known": need_code("config.json"),
+    "a padding token that is the end token": lambda model: edit(
+        model / "tokenizer_config.json", pad_token="<|im_end|>"
+    ),
+    "values that generation would not take": lambda model: edit(
+        model / "generation_config.json", do_sample=False, temperature=0.6, top_p=0.9, max_length=20
+    ),
+    "RoPE scaled with the older keys": lambda model: edit(
+        model / "config.json", rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters=None, rope_theta=1e4
+    ),
+    "no word of tying": lambda model: edit(model / "config.json", tie_word_embeddings=None),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_is_no_fault_is_taken(model: Path, name: str) -> None:
+    TAKEN[name](model)
+    base = run_fetch(model)
+    assert {file.suffix for file in base.iterdir()} <= {".json", ".jinja", ".safetensors", ".txt", ".md", ".model"}
+
+
+def test_of_two_chat_templates_all_programs_get_the_one_of_transformers(model, caplog):
+    import gguf
+
+    expected = (model / "chat_template.jinja").read_text()
+    edit(model / "tokenizer_config.json", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    base = run_fetch(model)
+    assert "the other chat template, in tokenizer_config.json, is not" in caplog.text
+    assert load_tokenizer(base).chat_template == expected
+    assert gguf.SpecialVocab(base, load_merges=False).chat_template == expected  # what the converter takes
+    assert gguf.SpecialVocab(model, load_merges=False).chat_template != expected
+
+
+def test_the_chat_template_of_a_processor_is_taken_where_there_is_no_other(model):
+    text = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").unlink()
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": text}))
+    assert load_tokenizer(run_fetch(model)).chat_template == text
+
+
+def test_weights_that_nothing_reads_are_named(model, caplog):
+    def add_block(tensors: dict[str, Any]) -> None:
+        tensors |= {name.replace("s.1.", "s.2."): one.clone() for name, one in tensors.items() if "layers.1." in name}
+
+    edit_weights(model, add_block)
+    run_fetch(model)
+    assert "model.layers.2.input_layernorm.weight and 8 more of its files is read by nothing" in caplog.text
 
 
 def test_of_templates_by_name_the_default_is_taken_and_none_is_refused(model):

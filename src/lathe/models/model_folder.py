@@ -73,18 +73,13 @@ def open_model(base: Path) -> Weights:
                 f"{base / pickles[0]}: pickled weights can run code and are not read: save as safetensors",
                 code="weights-pickled",
             )
+        others = sorted(path.name for path in base.glob("*.safetensors"))
+        remedy = f"name {others[0]} so if it is all of them" if len(others) == 1 else "give a whole model folder"
         raise InputError(
-            f"{base}: no weights, neither {SINGLE_FILE} nor {INDEX_FILE}: give a whole model folder",
-            code="weights-missing",
+            f"{base}: no weights, neither {SINGLE_FILE} nor {INDEX_FILE}: {remedy}", code="weights-missing"
         )
 
-    index = read_json(base / INDEX_FILE)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(
-            f"{base / INDEX_FILE}: no 'weight_map', so no shard is known: copy the model folder again",
-            code="index-without-weight-map",
-        )
+    weight_map = _read_weight_map(base / INDEX_FILE)
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or not (base / shard).is_file():
@@ -100,6 +95,22 @@ def open_model(base: Path) -> Weights:
                 code="tensor-missing",
             )
     return Weights(base, tensors)
+
+
+def list_shards(index: Path) -> set[str]:
+    """Return the files that an index names; raises InputError where it names none."""
+    return set(_read_weight_map(index).values())
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    is_map = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
+    if not is_map or not weight_map:
+        raise InputError(
+            f"{index}: no 'weight_map', so no shard is known: copy the model folder again",
+            code="index-without-weight-map",
+        )
+    return dict(weight_map)
 
 
 def open_adapter(adapter: Path) -> Weights:

@@ -37,14 +37,15 @@ from lathe.data.split_files import require_data_files
 from lathe.models import model_folder
 from lathe.models.templates.install_template import install_template
 from lathe.sources.model_files import (
+    check_text_file,
     choose_weight_files,
     describe_lost_base,
     fetch_hub_adapter,
     fetch_hub_file,
     fetch_hub_files,
-    refuse_byte_order_mark,
     select_files,
 )
+from lathe.sources.single_template import leave_single_template
 
 if TYPE_CHECKING:
     from lathe.sources.hub import Repository
@@ -180,6 +181,7 @@ def _place_base(preset: LocalModel | PackageModel | HubModel, folder: Path) -> O
         return _place_hub_adapter(repository, folder, origin)
     else:
         _link_files(fetch_hub_files(repository), folder)
+        leave_single_template(folder, preset.id)
     return origin
 
 
@@ -198,6 +200,7 @@ def _place_model(source: Path, shown: str, folder: Path, origin: Origin) -> None
     """Fill the empty `folder` from a model folder or a GGUF file; add to `origin` what is known of such a file."""
     if source.is_dir():
         _link_files(_select_files(source, shown), folder)
+        leave_single_template(folder, shown)
         return
     if source.suffix != GGUF_SUFFIX:
         raise InputError(
@@ -225,6 +228,7 @@ def _merge_adapter(preset: LocalModel | PackageModel | HubModel, adapter: Path, 
             text = str(error).replace(str(base), of).replace(str(adapter), shown)
             text = text.removeprefix(f"{shown}: ").removeprefix(f"{of}: ")
             raise InputError(f"{shown}, an adapter of {of}: {text}", code=error.code) from None
+    leave_single_template(folder, shown)
     if not report.tensors_changed:
         logger.warning("%s, an adapter of %s: all its deltas are zero; the base is taken as it is", shown, of)
     return origin
@@ -282,12 +286,17 @@ def _select_files(source: Path, shown: str) -> dict[str, Path]:
     names = [file.name for file in source.iterdir() if file.is_file()]
     if holds_adapter_alone(names):
         raise InputError(describe_lost_base(shown, read_base_name(source)[0]), code="adapter-as-base")
+    if "config.json" not in names and (inner := sorted(source.glob("*/config.json"))):
+        name = inner[0].parent.name
+        raise InputError(
+            f"{shown}: holds no config.json; its folder {name} does: give {shown}/{name}", code="incomplete-model"
+        )
     names = select_files(names, shown)
     names = choose_weight_files(names, source, shown)
     for name in names:
         refuse_pointer(source / name, f"{shown}/{name}")
-        if name.endswith(".json"):
-            refuse_byte_order_mark(source / name, f"{shown}/{name}")
+        if name.endswith((".json", ".jinja")):
+            check_text_file(source / name, f"{shown}/{name}")
     # The headers show what would fail an hour later, in `train`, `merge` or `evaluate`.
     model_folder.read_config(source)
     model_folder.open_model(source)

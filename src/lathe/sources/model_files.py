@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lathe.common.errors import InputError
+from lathe.common.json_files import read_json_object
 from lathe.common.text import did_you_mean
 from lathe.config.adapter_base import ADAPTER_CONFIG
 from lathe.models import model_folder
@@ -116,8 +117,11 @@ def choose_weight_files(names: list[str], folder: Path, shown: str) -> list[str]
     """
     single, index = model_folder.SINGLE_FILE in names, model_folder.INDEX_FILE in names
     if single and index:
-        indexed = set(model_folder.read_json(folder / model_folder.INDEX_FILE)["weight_map"].values())
-        if indexed != {model_folder.SINGLE_FILE}:
+        indexed = model_folder.list_shards(folder / model_folder.INDEX_FILE)
+        if not indexed & set(names):  # of a model that was saved here before, in shards
+            index = False
+            names = [name for name in names if name != model_folder.INDEX_FILE]
+        elif indexed != {model_folder.SINGLE_FILE}:
             raise InputError(
                 f"{shown}: holds two sets of weights, {model_folder.SINGLE_FILE} and the files that "
                 f"{model_folder.INDEX_FILE} names; remove one of the two",
@@ -130,17 +134,22 @@ def choose_weight_files(names: list[str], folder: Path, shown: str) -> list[str]
     return names
 
 
-def refuse_byte_order_mark(file: Path, shown: str) -> None:
-    """Raise InputError if a JSON file begins with a byte-order mark, which transformers and tokenizers do not read."""
+def check_text_file(file: Path, shown: str) -> None:
+    """Raise InputError if a JSON file holds no object, or if it or a template begins with a byte-order mark.
+
+    transformers and tokenizers do not read such a mark, or take it for a part of the text.
+    """
     with file.open("rb") as content:
         if content.read(3) == b"\xef\xbb\xbf":
             raise InputError(
                 f"{shown}: begins with a byte-order mark; save it as UTF-8 without one", code="byte-order-mark"
             )
+    if file.suffix == ".json":
+        read_json_object(file, shown=shown, remedy="copy the whole folder again")
 
 
 def _select_indexed(names: list[str], index: Path, shown: str) -> list[str]:
-    shards = set(model_folder.read_json(index)["weight_map"].values())
+    shards = model_folder.list_shards(index)
     if lacking := sorted(shards - set(names)):
         raise InputError(
             f"{shown}: holds no {lacking[0]}, which {model_folder.INDEX_FILE} names; give a complete model",
