@@ -130,14 +130,14 @@ async def _pass_stream_back(response: httpx2.Response, kind: str, send: Send) ->
     last = b""
     try:
         async for piece in response.aiter_raw():
-            if UNREADABLE_CALLS in piece and b'"error"' in piece:
-                before, _, error = piece.rpartition(b'data: {"error"')
-                piece = before + (_end_stream(before or last) if UNREADABLE_CALLS in error else error)
+            before, found, error = piece.rpartition(b'data: {"error"')
+            if found and UNREADABLE_CALLS in error:
+                piece = before + _end_stream(before or last)
             last = piece
             await send({"type": "http.response.body", "body": piece, "more_body": True})
     except httpx2.HTTPError:
-        error = {"error": {"message": str(_DIED), "type": "server_error", "code": _DIED.status}}
-        await send({"type": "http.response.body", "body": f"data: {json.dumps(error)}\n\n".encode(), "more_body": True})
+        died = {"error": {"message": str(_DIED), "type": "server_error", "code": _DIED.status}}
+        await send({"type": "http.response.body", "body": f"data: {json.dumps(died)}\n\n".encode(), "more_body": True})
     await send({"type": "http.response.body", "body": b""})
 
 
