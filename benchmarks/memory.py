@@ -23,7 +23,7 @@ from lathe.common import operating_system, paths
 from lathe.common.metric_files import unwrap_list
 from lathe.config.overrides import apply_overrides
 from lathe.config.params import Params
-from lathe.estimate import estimate_training_memory
+from lathe.needs.estimate import estimate_training_memory
 
 WINDOW = 10  # steps
 SHOWN = (10, 40, 100, 200, 300, 400)

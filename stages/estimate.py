@@ -15,13 +15,13 @@ from lathe.common import json_files, paths
 from lathe.common.errors import InputError
 from lathe.config.load import Config
 
-logger = logging.getLogger("lathe.estimate")
+logger = logging.getLogger("lathe.needs.estimate")
 
 
 def main(config: Config) -> None:
     from lathe.common.text import readable_bytes
-    from lathe.estimate import describe_largest_part, estimate_training_memory
-    from lathe.fit_batch import choose_batch_sizes
+    from lathe.needs.estimate import describe_largest_part, estimate_training_memory
+    from lathe.needs.fit_batch import choose_batch_sizes
     from lathe.training.batch_sizes import has_auto, set_batch_sizes
     from lathe.training.optimizer_steps import count_training_steps
 

@@ -13,10 +13,11 @@ from contextlib import nullcontext
 
 import _path  # noqa: F401
 
-from lathe import out_of_memory, stage
+from lathe import stage
 from lathe.common import json_files, launch, paths
 from lathe.config.load import Config
 from lathe.models import model_folder
+from lathe.needs import out_of_memory
 from lathe.stage import Throughput
 from lathe.training import batch_sizes, reward_functions
 

@@ -455,7 +455,7 @@ def _estimate(place: Place, trainings: list[Training]) -> dict[str, Any]:
     from trainers import lathe_sft
 
     from lathe.config.load import load
-    from lathe.estimate import estimate_training_memory
+    from lathe.needs.estimate import estimate_training_memory
 
     estimates = {}
     for training in trainings:

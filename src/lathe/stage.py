@@ -16,10 +16,10 @@ from lathe.config.classifier_config import ClassifierConfig, load_classifier
 from lathe.config.held_out_checks import find_misfits
 from lathe.config.load import Config, load
 from lathe.config.params import Convert, Params
-from lathe.disk_space import check_disk_space, find_shortages
 from lathe.evaluation.benchmark import check_benchmark
 from lathe.experiments.tracking import start_mirror
-from lathe.later_stages import check_later_stages
+from lathe.needs.disk_space import check_disk_space, find_shortages
+from lathe.needs.later_stages import check_later_stages
 
 _log = logging.getLogger(__name__)
 

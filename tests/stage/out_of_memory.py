@@ -8,11 +8,11 @@ from pathlib import Path
 
 from toy import load_toy
 
-from lathe import out_of_memory
 from lathe.common import entry_point
 from lathe.common.jsonl import write_jsonl
 from lathe.config import params, training_params
 from lathe.config.base import get_number
+from lathe.needs import out_of_memory
 from lathe.training.train import train
 
 ROW = {"messages": [{"role": "user", "content": "lamp " * 250}, {"role": "assistant", "content": "on " * 75}]}

@@ -23,7 +23,7 @@ from lathe.doctor.checks import Circumstances
 from lathe.doctor.doctor import check_later
 from lathe.gguf.base_tensors import list_possible_tensors
 from lathe.gguf.tensor_list import list_tensors
-from lathe.later_stages import check_later_stages
+from lathe.needs.later_stages import check_later_stages
 
 CONFIG = load_toy()
 JUDGE = {"judge.enabled": True}

@@ -22,8 +22,6 @@ from lathe.common.text import readable_bytes
 from lathe.config.adapter_base import resolve_adapter
 from lathe.config.presets import HubModel, LocalModel
 from lathe.config.training_params import Lora
-from lathe.disk_space import check_disk_space, find_shortages
-from lathe.estimate import estimate_disk
 from lathe.gguf import tokenizer_parity
 from lathe.gguf.check_template import check_template
 from lathe.gguf.jinja_engine import find_engine
@@ -34,6 +32,8 @@ from lathe.models.check_merge import check_merge
 from lathe.models.merge import converted_changes
 from lathe.models.tokenizer import load_tokenizer
 from lathe.models.tokenizer_template import read_chat_template
+from lathe.needs.disk_space import check_disk_space, find_shortages
+from lathe.needs.estimate import estimate_disk
 from lathe.sources import fetch
 
 LLAMA_CPP, PARAMS = paths.LLAMA_CPP, load_toy().params

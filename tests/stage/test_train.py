@@ -27,8 +27,8 @@ from toy import PYTHONPATH, load_toy
 
 from lathe.common import paths
 from lathe.config import training_params
-from lathe.estimate import OPTIMIZER_BYTES
 from lathe.models.loss_mask import Encoded, encode
+from lathe.needs.estimate import OPTIMIZER_BYTES
 from lathe.sources.builtin import household_commands
 from lathe.training.train import TrainingResult, describe_unusual_rate, train
 

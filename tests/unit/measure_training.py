@@ -13,9 +13,9 @@ from toy import load_toy
 from lathe.common.jsonl import write_jsonl
 from lathe.config import params
 from lathe.config.base import get_number
-from lathe.estimate import estimate_training_memory
 from lathe.models.loss_mask import encode
 from lathe.models.tokenizer import load_tokenizer
+from lathe.needs.estimate import estimate_training_memory
 from lathe.training.train import train
 
 ROW = {

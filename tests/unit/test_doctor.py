@@ -15,9 +15,9 @@ from refusals import refused
 from toy import PYTHONPATH, load_toy
 
 from lathe.common import paths
-from lathe.disk_space import find_working_links
 from lathe.doctor import checks, device, doctor
 from lathe.doctor.checks import Circumstances, Finding
+from lathe.needs.disk_space import find_working_links
 
 CONFIG = load_toy()
 GB = 10**9

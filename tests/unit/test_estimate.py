@@ -17,7 +17,11 @@ from toy import PYTHONPATH, load_toy
 from lathe.common import paths
 from lathe.common.text import readable_bytes
 from lathe.config import params, training_params
-from lathe.estimate import (
+from lathe.gguf import convert
+from lathe.gguf.quantize import quantize
+from lathe.models.adapter import add_adapter
+from lathe.models.loading import load_base
+from lathe.needs.estimate import (
     OPTIMIZER_BYTES,
     TrainingMemory,
     describe_largest_part,
@@ -25,10 +29,6 @@ from lathe.estimate import (
     estimate_training_memory,
     explain,
 )
-from lathe.gguf import convert
-from lathe.gguf.quantize import quantize
-from lathe.models.adapter import add_adapter
-from lathe.models.loading import load_base
 from lathe.training import sft, training_step
 from lathe.training.loss import CHUNK_BYTES, IGNORE_INDEX
 from lathe.training.optimizer_steps import count_training_steps

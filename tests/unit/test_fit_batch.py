@@ -8,7 +8,7 @@ from refusals import refused
 from toy import load_toy
 
 from lathe.config.params import Params
-from lathe.fit_batch import choose_batch_sizes, find_largest, measure_row_memory
+from lathe.needs.fit_batch import choose_batch_sizes, find_largest, measure_row_memory
 from lathe.training.batch_sizes import BatchSizes, read_batch_sizes, set_batch_sizes
 from lathe.training.optimizer_steps import count_training_steps
 

@@ -25,7 +25,7 @@ FLOORS = [
     {"sources", "provenance", "inference"},
     {"evaluation"},
     {"training", "classify", "experiments", "reports"},
-    {"estimate", "fit_batch", "present_datasets", "stage", "out_of_memory", "disk_space", "later_stages"},
+    {"needs", "present_datasets", "stage"},
     {
         "doctor",
         "adopt",
@@ -43,12 +43,8 @@ FLOORS = [
 NEIGHBOURS = {
     ("classify", "training"),
     ("experiments", "classify"),
-    ("out_of_memory", "estimate"),
-    ("fit_batch", "estimate"),
-    ("disk_space", "estimate"),
-    ("stage", "disk_space"),
-    ("stage", "later_stages"),
-    ("doctor", "estimate"),
+    ("stage", "needs"),
+    ("doctor", "needs"),
     ("commands", "publishing"),
     ("commands", "doctor"),
     ("commands", "adopt"),

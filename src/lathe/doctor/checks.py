@@ -16,13 +16,13 @@ from lathe.common.dvc_api import read_config
 from lathe.common.errors import InputError
 from lathe.common.git import read_line, try_git
 from lathe.config.presets import GGUF_SUFFIX, list_datasets
-from lathe.disk_space import compute_needs, find_cache, find_existing, find_working_links
+from lathe.needs.disk_space import compute_needs, find_cache, find_existing, find_working_links
 from lathe.provenance import remotes
 
 if TYPE_CHECKING:
     from lathe.config.load import Config
     from lathe.config.training_params import Quantization, Training
-    from lathe.estimate import TrainingMemory
+    from lathe.needs.estimate import TrainingMemory
 
 PYTHONS = ((3, 11), (3, 12), (3, 13))
 
@@ -235,8 +235,8 @@ def check_model(config: "Config", here: Circumstances) -> Findings:
     """Estimate the memory of the training and the disk of every output, from the model's config.json."""
     import torch
 
-    from lathe.estimate import estimate_disk, estimate_training_memory
-    from lathe.fit_batch import choose_batch_sizes
+    from lathe.needs.estimate import estimate_disk, estimate_training_memory
+    from lathe.needs.fit_batch import choose_batch_sizes
     from lathe.training.batch_sizes import set_batch_sizes
 
     params = config.params
@@ -265,8 +265,8 @@ def check_memory(
 ) -> Finding:
     """Compare the estimate of a training with the memory that is free on the device that would train."""
     from lathe.common.text import readable_bytes
-    from lathe.estimate import explain
-    from lathe.fit_batch import USABLE
+    from lathe.needs.estimate import explain
+    from lathe.needs.fit_batch import USABLE
 
     parts = asdict(memory)
     shown = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts.items())

@@ -126,7 +126,7 @@ def check_tasks(config: "Config") -> Findings:
 
 def check_later(config: "Config", here: Circumstances) -> list[Finding]:
     """Check what only stages after the training need, one by one; the judge's key has a check of its own."""
-    from lathe.later_stages import list_checks
+    from lathe.needs.later_stages import list_checks
 
     found: list[Finding] = []
     for check in list_checks(config.params, here.root / "models/base", here.environment):

@@ -1,7 +1,7 @@
 """Scaling: what the training of a model of a known shape takes on named GPUs (`lathe doctor --for`), on paper.
 
-Memory and disk come from `lathe.estimate`, speed from what was measured on one H100 (docs/benchmarks.md), by the share
-of the data sheet's peak that was reached there. Several GPUs have not been measured.
+Memory and disk come from `lathe.needs.estimate`, speed from what was measured on one H100 (docs/benchmarks.md), by the
+share of the data sheet's peak that was reached there. Several GPUs have not been measured.
 """
 
 import json
@@ -18,8 +18,8 @@ from lathe.common.text import did_you_mean, readable_bytes, readable_seconds
 from lathe.config.overrides import apply_overrides, read_key
 from lathe.config.params import Params
 from lathe.doctor.checks import find_model_config
-from lathe.fit_batch import USABLE
 from lathe.models.meta_model import ignore_warnings
+from lathe.needs.fit_batch import USABLE
 
 # Memory in bytes, by a part of the device's name; the first that fits counts. From the makers' data sheets, as are the
 # peaks of `lathe.training.throughput`.
@@ -185,8 +185,8 @@ def _measure_training(
     training: str, shape: Path | Mapping[str, Any], params: Params, gpus: Gpus, rows: int
 ) -> tuple[TrainingNeeds, int, int]:
     """Return what a training takes, the number of the model's weights, and the bytes of its files."""
-    from lathe.estimate import estimate_disk, estimate_training_memory
     from lathe.models.meta_model import add_meta_adapter, load_config, make_meta_model
+    from lathe.needs.estimate import estimate_disk, estimate_training_memory
     from lathe.training.throughput import count_flops
 
     supervised = max(1, round(SUPERVISED_SHARE * params.training.max_length))

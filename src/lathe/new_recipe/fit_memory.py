@@ -10,7 +10,7 @@ from lathe.common.errors import InputError
 from lathe.common.text import readable_bytes
 from lathe.config.params import Params
 from lathe.doctor.checks import free_memory_bytes
-from lathe.fit_batch import USABLE, RowMemory, find_largest, measure_row_memory
+from lathe.needs.fit_batch import USABLE, RowMemory, find_largest, measure_row_memory
 
 # From the fastest to the smallest: 4-bit base, activations recomputed.
 FORMS = ((False, False), (False, True), (True, True))

@@ -12,7 +12,7 @@ from lathe.common.json_files import read_json_object
 from lathe.config.load import Config
 from lathe.config.presets import LocalModel, PackageModel
 from lathe.doctor.checks import find_model_config
-from lathe.estimate import estimate_disk
+from lathe.needs.estimate import estimate_disk
 from lathe.present_datasets import is_fetched
 from lathe.sources import python_package
 

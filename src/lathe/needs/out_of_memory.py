@@ -35,7 +35,7 @@ def explain_out_of_memory(base: Path, params: Params) -> Iterator[None]:
 
 def _advise(base: Path, params: Params, where: str, used: int) -> str:
     from lathe.common.text import readable_bytes
-    from lathe.estimate import estimate_training_memory, explain
+    from lathe.needs.estimate import estimate_training_memory, explain
 
     problem = f"out of memory: {where} had no more when training used {readable_bytes(used)}"
     try:

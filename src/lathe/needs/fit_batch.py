@@ -10,7 +10,7 @@ from lathe.common import operating_system
 from lathe.common.errors import InputError
 from lathe.config.base import get_number
 from lathe.config.params import Params
-from lathe.estimate import estimate_training_memory
+from lathe.needs.estimate import estimate_training_memory
 from lathe.training.batch_sizes import BatchSizes, has_auto
 
 logger = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ def _find_shortages(params: Params, root: Path, *, made_anew: tuple[str, ...]) -
     Outputs of an earlier run may be kept as they are, and then need nothing, unless they are `made_anew`. Nothing is
     said where the sizes cannot be estimated: the stage that they depend on says why.
     """
-    from lathe.estimate import estimate_disk
+    from lathe.needs.estimate import estimate_disk
 
     try:
         estimated = estimate_disk(root / "models/base", params)
