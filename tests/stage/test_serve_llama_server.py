@@ -14,10 +14,12 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
-from gguf_models import Made, countdown, tiny  # noqa: F401 - fixtures
+from gguf_models import Made, tiny  # noqa: F401 - fixture
+from refusals import refused
 from test_serve import COMMAND, chat_with, environment, post, schema_of, serving
 
 from lathe.gguf.build_llama_server import SERVER, find_program
+from lathe.inference import serve
 from lathe.inference.llama_server import LlamaServer
 from lathe.inference.serve_requests import CHAT, COMPLETION, SAMPLING, STREAMING
 
@@ -262,19 +264,16 @@ def test_a_program_that_cannot_serve_is_said_in_one_line(tiny, tmp_path):
     program = tmp_path / "llama-server"
     program.write_text("#!/bin/sh\necho 'error: no such option' >&2\nexit 1\n")
     program.chmod(0o755)
-    from lathe.common.errors import InputError
-
     server = LlamaServer(program, tiny.gguf, n_ctx=64, parallel=1, threads=1, connections=4)
-    with pytest.raises(InputError, match="no such option") as caught, server:
+    with refused("llama-server-fails", "no such option", "--engine llama-cpp-python", kept=False), server:
         pass
-    assert caught.value.code == "llama-server-fails"
 
 
-def test_an_engine_that_is_not_built_is_refused_by_name(tiny, monkeypatch):
-    from lathe.common.errors import InputError
-    from lathe.inference import serve
-
+@pytest.mark.parametrize(
+    ("parallel", "code", "said"),
+    [("auto", "llama-server-not-built", "make llama-server"), (0, "number-too-small", "must be at least 1")],
+)
+def test_an_engine_that_is_not_built_and_no_requests_at_once_are_refused(tiny, monkeypatch, parallel, code, said):
     monkeypatch.setattr(serve, "find_program", lambda name: None)
-    with pytest.raises(InputError, match="make llama-server") as caught:
-        serve.serve(tiny.gguf, port=0, api_key=None, n_ctx=64, threads=1, engine=SERVER, parallel=1)
-    assert caught.value.code == "llama-server-not-built"
+    with refused(code, said):
+        serve.serve(tiny.gguf, port=0, api_key=None, n_ctx=64, threads=1, engine=SERVER, parallel=parallel)
