@@ -1,6 +1,7 @@
 """Sites: checkouts in which nothing has gone wrong yet, made once, and a copy of one for each injection."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from chaos.processes import MARK, SECONDS_TO_END, Command, wait_for_their_end
 from chaos.state import State, describe_differences, describe_half_written, describe_leftovers, read_state
 
 LATHE = (sys.executable, "-m", "lathe")
+# A cache of torch's, and two empty folders of W&B's client, where that is installed: TRL imports it.
+OF_LIBRARIES = re.compile(r"^torchinductor_|wandb-(media|artifacts)$")
 DVC = (str(Path(sys.executable).with_name("dvc")),)
 
 
@@ -101,8 +104,8 @@ class Site:
         assert not faults, "; ".join(faults[:6])
 
     def describe_temporary_files(self) -> list[str]:
-        """Return what is left in the temporary folder, but what torch keeps there for its next process."""
-        left = [path for path in self.temporary.iterdir() if not path.name.startswith("torchinductor_")]
+        """Return what is left in the temporary folder, but what torch keeps there, and W&B's client when imported."""
+        left = [path for path in self.temporary.iterdir() if not OF_LIBRARIES.search(path.name)]
         return [f"{path.name}: left in the temporary folder" for path in left]
 
 
