@@ -13,6 +13,10 @@ from lathe.config.yaml_files import parse_yaml
 
 logger = logging.getLogger(__name__)
 
+# In a lock as DVC writes it.
+STAGE = re.compile(r"^  (\S.*):$", re.MULTILINE)
+OUTS = "\n    outs:\n"
+
 # What Git puts around each side of a conflict.
 CONFLICT = re.compile(r"^(<{7} .*|={7}|>{7} .*)$", re.MULTILINE)
 
@@ -27,10 +31,11 @@ def restore_truncated_lock() -> None:
         return
     text = lock.read_text(encoding="utf-8", errors="replace")
     is_conflict = CONFLICT.search(text) is not None
-    # DVC does not write it atomically, and refuses a truncated one.
-    if not is_conflict and _is_complete(text):
-        return
     committed = try_git("show", "HEAD:./dvc.lock")
+    # DVC does not write it atomically, and refuses a truncated one, if that is none by its form.
+    is_whole = _is_complete(text) and not _lacks_its_end(text, (committed or b"").decode(errors="replace"))
+    if not is_conflict and is_whole:
+        return
     if committed is None:
         raise InputError(
             "dvc.lock: cut short while DVC wrote it, and Git has none; remove it and run again", code="truncated-lock"
@@ -62,6 +67,26 @@ def remove_truncated_rwlock() -> None:
             continue
     listing.unlink(missing_ok=True)
     logger.warning(".dvc/tmp/rwlock was cut short while DVC wrote it: it is removed")
+
+
+def _lacks_its_end(lock: str, committed: str) -> bool:
+    """Tell whether a lock has the first stages of the committed one, in their order, and then ends.
+
+    Cut at the end of a stage, or before the outputs of the last one, it is a lock that DVC takes for whole. DVC keeps
+    the order of the entries, and those of stages that dvc.yaml no longer has.
+    """
+    ours, theirs = _split_stages(lock), _split_stages(committed)
+    if not ours or list(ours) != list(theirs)[: len(ours)]:
+        return False
+    last = list(ours)[-1]
+    cut_within = OUTS in theirs[last] and OUTS not in ours[last]
+    return len(ours) < len(theirs) or cut_within
+
+
+def _split_stages(lock: str) -> dict[str, str]:
+    """Return the text of each stage, as DVC lays a lock out: parsing the committed one too would take a second."""
+    parts = STAGE.split(lock)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def _is_complete(lock: str) -> bool:
