@@ -353,6 +353,9 @@ def run_command(arguments: Sequence[str]) -> int:
     """Run a command of DVC in this process; return its exit code."""
     from dvc.cli import main
 
+    from lathe.common.dvc_yaml import use_libyaml
+
+    use_libyaml()
     logging.getLogger("dvc").propagate = False  # it has handlers of its own, which print what is meant for the user
     return int(main(list(arguments)))
 
@@ -384,6 +387,17 @@ def find_link_types(cache: Path, workspace_file: Path) -> list[str]:
 
     kinds = ["reflink", "hardlink", "symlink", "copy"]
     return list(test_links(kinds, localfs, str(cache), localfs, str(workspace_file)))
+
+
+def read_lock(file: Path) -> dict[str, Any]:
+    """Return the content of a dvc.lock, which DVC in this process then reads at no cost; {} if it cannot be read."""
+    from lathe.common.dvc_yaml import texts
+
+    try:
+        content = texts.parse(file.read_text(encoding="utf-8"), file)
+    except Exception:  # whatever a damaged one is: DVC has words for it
+        return {}
+    return content if isinstance(content, dict) and is_complete_lock(content) else {}
 
 
 def is_complete_lock(tree: Any) -> bool:

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lathe.common import paths
-from lathe.common.dvc_api import DvcRepository, open_repository
-from lathe.common.errors import InputError
-from lathe.provenance.dvc_lock import read_listing, read_locked_stages
+from lathe.common.dvc_api import DvcRepository, open_repository, read_lock
+from lathe.provenance.dvc_lock import read_listing
 from lathe.provenance.lineage import hash_path
 
 logger = logging.getLogger(__name__)
@@ -23,13 +22,12 @@ def remove_damaged_objects(root: Path = paths.ROOT) -> None:
 
     Outputs of which the cache has only a part are not looked at, but for empty files.
     """
-    try:
-        stages = read_locked_stages(root / "dvc.lock")
-    except InputError:  # none, or one that DVC has words for
-        return
+    stages = read_lock(root / "dvc.lock").get("stages", {})
     outs = [out for stage in stages.values() for out in stage.get("outs", [])]
     sizes = {str(out["md5"]): int(out["size"]) for out in outs if "md5" in out and "size" in out}
     names = {str(out["md5"]): str(out["path"]) for out in outs if "md5" in out}
+    if not sizes:
+        return
     with open_repository(root) as repo:
         damaged = {file: names[md5] for md5, size in sizes.items() for file in _find_damaged(repo, md5, size)}
     for file, name in damaged.items():

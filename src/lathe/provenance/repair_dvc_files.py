@@ -32,6 +32,8 @@ def restore_truncated_lock() -> None:
     text = lock.read_text(encoding="utf-8", errors="replace")
     is_conflict = CONFLICT.search(text) is not None
     committed = try_git("show", "HEAD:./dvc.lock")
+    if committed is not None and text.encode() == committed:
+        return
     # DVC does not write it atomically, and refuses a truncated one, if that is none by its form.
     is_whole = _is_complete(text) and not _lacks_its_end(text, (committed or b"").decode(errors="replace"))
     if not is_conflict and is_whole:
