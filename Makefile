@@ -87,7 +87,6 @@ unit: setup ## the quick tests: pure functions and refusals, in under 90 seconds
 deps: setup ## write the library modules of each stage into dvc.yaml, from what its script imports
 	@python -m lathe.common.stage_dependencies
 
-# Types and documentation are checked side by side, and more tests at once than there are cores: many wait for a server.
 test: setup ## lint, documentation and all tests but the long ones
 	@$(MAKE) --no-print-directory -j 2 lint docs-check
 	pytest -m "not slow" -n 4 --dist loadfile --no-loadscope-reorder

@@ -170,7 +170,7 @@ def test_an_outage_ends_the_run_and_loses_nothing(ask, server):
     server.faults = [bought] * 5
     server.always = Reply(500, {"error": {"message": "down"}})
     ledger, scores = ask(make_prompts(40), max_retries=2, concurrency=2)
-    assert scores == {f"key {number}": 50 for number in range(5)}
+    assert list(scores.values()) == [50] * 5  # of which rows, two threads decide
     assert_stopped(ledger, "unavailable", server.address, "500: down")
     assert ledger.requests <= 5 + 2 * 3
     server.always = None

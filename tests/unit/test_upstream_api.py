@@ -20,7 +20,7 @@ SOURCE = paths.ROOT / "src/lathe"
 FILES = sorted(
     [
         *(file for package in ("training", "models", "gguf") for file in (SOURCE / package).rglob("*.py")),
-        *(SOURCE / name for name in ("estimate.py", "out_of_memory.py", "common/launch.py")),
+        *(SOURCE / name for name in ("needs/estimate.py", "needs/out_of_memory.py", "common/launch.py")),
     ]
 )
 LISTED = {entry.name for entry in UPSTREAM_API}

@@ -28,7 +28,7 @@ LEFT_OUT = (
 )
 
 # Targets of the Makefile that need them.
-LEFT_OUT_TARGETS = r"lint|format|unit|test|test-all|bench|bench-[a-z-]+|docs|docs-[a-z-]+|ci-[a-z-]+"
+LEFT_OUT_TARGETS = r"chaos|lint|format|unit|test|test-all|bench|bench-[a-z-]+|docs|docs-[a-z-]+|ci-[a-z-]+"
 
 MARK = "Lathe-Commit"  # names the commit of Lathe in the message of such a commit
 

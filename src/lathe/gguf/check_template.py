@@ -63,7 +63,8 @@ def _render_cases(template: ChatTemplate) -> Iterator[tuple[str, dict[str, Any],
             ("the result of a tool", [*_CALLING, _RESULT], True, tools),
         ]
     for name, messages, is_prompt, of_case in cases:
-        variables = template.list_variables(messages, add_generation_prompt=is_prompt, tools=of_case)
+        adapted = template.form.adapt(messages)
+        variables = template.list_variables(adapted, add_generation_prompt=is_prompt, tools=of_case)
         try:
             expected = template.render(messages, add_generation_prompt=is_prompt, tools=of_case)
         except TemplateError:
