@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lathe.common import paths
 from lathe.common.errors import InputError
@@ -20,6 +20,9 @@ from lathe.config.params import Params
 from lathe.doctor.checks import find_model_config
 from lathe.models.meta_model import ignore_warnings
 from lathe.needs.fit_batch import USABLE
+
+if TYPE_CHECKING:
+    from lathe.needs.estimate import TrainingMemory
 
 # Memory in bytes, by a part of the device's name; the first that fits counts. From the makers' data sheets, as are the
 # peaks of `lathe.training.throughput`.
@@ -113,9 +116,18 @@ class ModelNeeds:
     base_bytes: int
 
 
+@dataclass(frozen=True)
+class _TuningSize:
+    """Operations of a token, and bytes of all outputs on disk and of the base, by which weights are trained."""
+
+    flops: float
+    disk_bytes: int
+    base_bytes: int
+
+
 def parse_gpus(text: str) -> Gpus:
     """Return the GPUs of a text such as `8xH100`. Raises InputError for a number or a name that is not known."""
-    from lathe.training.throughput import PEAK_FLOPS, get_peak_flops
+    from lathe.training.throughput import PEAK_FLOPS
 
     found = re.fullmatch(r"(?:(\d{1,4})\s*[x×*])?\s*([A-Za-z][\w -]{1,40})", text.strip())
     count = int(found[1] or 1) if found else 0
@@ -128,7 +140,7 @@ def parse_gpus(text: str) -> Gpus:
             code="no-such-gpu",
         )
     memory = next(size for part, size in GPU_BYTES.items() if part in known)
-    return Gpus(count, known, int(memory), get_peak_flops(known) or math.nan)
+    return Gpus(count, known, int(memory), PEAK_FLOPS[known])
 
 
 def list_models() -> list[str]:
@@ -160,10 +172,18 @@ def measure_needs(name: str, gpus: Gpus, rows: int, overrides: Sequence[str]) ->
     An override of what the trainings differ in leaves those that have its value. Raises InputError for a model or an
     override that is refused.
     """
+    from lathe.models.meta_model import load_config, make_meta_model
+    from lathe.needs.estimate import estimate_training_memory
+
     shape = find_shape(name)
+    with ignore_warnings():
+        base = make_meta_model(load_config(shape), "bf16")
+    weights, largest = base.num_parameters(), _find_largest_block(base)
+    width = base.config.get_text_config().hidden_size
+    sizes: dict[str, _TuningSize] = {}
     given = {read_key(override): override.partition("=")[2].strip() for override in overrides}
     needs: list[TrainingNeeds] = []
-    weights = base = length = 0
+    length = base_bytes = 0
     for training, values in TRAININGS.items():
         if any(given.get(KEYS[key], value) != value for key, value in values.items()):
             continue
@@ -171,35 +191,48 @@ def measure_needs(name: str, gpus: Gpus, rows: int, overrides: Sequence[str]) ->
         params = apply_overrides([*COMMON, *of_training, *overrides]).params
         length = params.training.max_length
         with ignore_warnings():
-            one, weights, base = _measure_training(training, shape, params, gpus, rows)
-        needs.append(one)
+            size = sizes.get(params.training.tuning) or _measure_tuning(shape, params)
+            memory = estimate_training_memory(shape, params, supervised_tokens=max(1, round(SUPERVISED_SHARE * length)))
+        sizes[params.training.tuning], base_bytes = size, size.base_bytes
+        rate = gpus.peak * _get_share(width, params) / size.flops
+        needs.append(_place_training(training, memory, size.disk_bytes, largest, rate, length, gpus, rows))
     if not needs:
         raise InputError(
             f"-S {', '.join(given)}: none of the trainings that are compared has these values; leave some of them out",
             code="nothing-compared",
         )
-    return ModelNeeds(name, weights, gpus, length, rows, needs, base)
+    return ModelNeeds(name, weights, gpus, length, rows, needs, base_bytes)
 
 
-def _measure_training(
-    training: str, shape: Path | Mapping[str, Any], params: Params, gpus: Gpus, rows: int
-) -> tuple[TrainingNeeds, int, int]:
-    """Return what a training takes, the number of the model's weights, and the bytes of its files."""
+def _measure_tuning(shape: Path | Mapping[str, Any], params: Params) -> _TuningSize:
+    """Return what holds for all trainings of a model with the same weights trained."""
     from lathe.models.meta_model import add_meta_adapter, load_config, make_meta_model
-    from lathe.needs.estimate import estimate_disk, estimate_training_memory
+    from lathe.needs.estimate import estimate_disk
     from lathe.training.throughput import count_flops
 
-    supervised = max(1, round(SUPERVISED_SHARE * params.training.max_length))
-    memory = estimate_training_memory(shape, params, supervised_tokens=supervised)
     files = estimate_disk(shape, params)
-    disk, base_bytes = sum(size or 0 for size in files.values()), files["models/base"] or 0
-    config = load_config(shape)
-    base = make_meta_model(config, "bf16")
-    weights, largest = base.num_parameters(), _find_largest_block(base)
-    model = base if params.training.tuning == "full" else add_meta_adapter(base, params.lora)
+    model = make_meta_model(load_config(shape), "bf16")
+    if params.training.tuning != "full":
+        model = add_meta_adapter(model, params.lora)
     per_token, per_supervised = count_flops(model)
-    flops = per_token + SUPERVISED_SHARE * per_supervised
+    return _TuningSize(
+        per_token + SUPERVISED_SHARE * per_supervised,
+        sum(size or 0 for size in files.values()),
+        files["models/base"] or 0,
+    )
 
+
+def _place_training(
+    training: str,
+    memory: "TrainingMemory",
+    disk: int,
+    largest: int,
+    rate: float,
+    length: int,
+    gpus: Gpus,
+    rows: int,
+) -> TrainingNeeds:
+    """Return what a training takes on the GPUs, of which each computes `rate` tokens per second."""
     states = memory.weights + memory.adapter + memory.optimizer
     pass_bytes = max(memory.gradients + memory.activations + memory.logits, memory.evaluation)
     usable = USABLE["cuda"] * gpus.memory
@@ -214,27 +247,21 @@ def _measure_training(
     divisors = [number for number in range(1, gpus.count + 1) if gpus.count % number == 0]
     shards = next((number for number in divisors if take(number) <= usable), None)
     if shards is None:
-        return TrainingNeeds(training, take(1), None, None, None, None, None, disk), weights, base_bytes
-    rate = gpus.peak * _get_share(config.get_text_config().hidden_size, params) / flops
-    length = params.training.max_length
+        return TrainingNeeds(training, take(1), None, None, None, None, None, disk)
     received = 0.0
     if shards > 1:
         # The weights are gathered for the forward and for the backward pass, the gradients are summed once.
         received = (shards - 1) / shards * (2 * (memory.weights or memory.adapter / 2) + memory.gradients)
     tokens = gpus.count * rate
-    return (
-        TrainingNeeds(
-            training,
-            take(1),
-            shards,
-            take(shards),
-            round(tokens, 1),
-            round(rows * length / tokens, 1),
-            round(received / (length / rate) / 1e9, 1) if received else None,
-            disk,
-        ),
-        weights,
-        base_bytes,
+    return TrainingNeeds(
+        training,
+        take(1),
+        shards,
+        take(shards),
+        round(tokens, 1),
+        round(rows * length / tokens, 1),
+        round(received / (length / rate) / 1e9, 1) if received else None,
+        disk,
     )
 
 
