@@ -15,7 +15,7 @@ import _path  # noqa: F401
 from lathe import stage
 from lathe.common import json_files, paths
 from lathe.config.load import Config
-from lathe.models import added_tokens, check_base
+from lathe.models import added_tokens, check_base, weight_range
 from lathe.sources import fetch
 
 TARGETS = {"model": paths.MODEL_BASE, "dataset": paths.DATA_RAW, "encoder": paths.MODEL_ENCODER}
@@ -35,6 +35,7 @@ def _fetch(config: Config, item: str, folder: Path) -> fetch.Origin | None:
         origin = fetch.fetch_model(config.model, folder, seed=params.seed)
         added_tokens.add_tokens(folder, params.preprocess.added_tokens, f"model {params.model}")
         check_base.check_base(folder, f"model {params.model}")
+        weight_range.check_finite(folder, f"model {params.model}")
         _check_conversion(config, folder)
         return {"name": params.model, "source": config.model.source, **origin}
     if item == "dataset":
@@ -44,6 +45,7 @@ def _fetch(config: Config, item: str, folder: Path) -> fetch.Origin | None:
         paths.mark_unused(folder, "evaluate.metrics does not list bert_score: no encoder is needed")
         return None
     origin = fetch.fetch_encoder(config.encoder, folder)
+    weight_range.check_finite(folder, f"encoder {params.bert_score.model}")
     return {"name": params.bert_score.model, "source": config.encoder.source, **origin}
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lathe.common import paths
 from lathe.models.check_base import ENDING_TOKENS, check_base
+from lathe.models.weight_range import check_finite
 
 
 @pytest.fixture
@@ -63,6 +64,17 @@ def test_an_architecture_that_transformers_does_not_know_is_refused(model):
     change_json(model / "config.json", model_type="llamma", architectures=["LlammaForCausalLM"])
     with refused("base-not-loaded", "llamma", kept=False):
         check_base(model, "model mine")
+
+
+@pytest.mark.parametrize(("value", "count"), [(float("nan"), 1), (float("-inf"), 3)])
+def test_weights_that_are_no_numbers_are_refused(model, value, count):
+    check_finite(model, "model mine")
+    file, name = model / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(file)
+    tensors[name].view(-1)[-count:] = value
+    save_file(tensors, file, {"format": "pt"})
+    with refused("weights-not-finite", f"model mine: {name} holds {count} of", str(value)):
+        check_finite(model, "model mine")
 
 
 def add_token(model: Path, template: str) -> None:
