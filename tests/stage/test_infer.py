@@ -11,6 +11,7 @@ from refusals import refused
 from lathe.common import paths
 from lathe.inference.generate import Generator
 from lathe.inference.infer import infer
+from lathe.inference.kv_cache import KVCache
 from lathe.models.chat_template import ChatTemplate
 
 
@@ -56,11 +57,8 @@ def test_answers_are_written_while_later_lines_are_still_unread(generator, tmp_p
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"lamp {n}"}) + "\n" for n in range(60)))
     fed = []
-    feed = type(generator.make_cache(slots=1, length=8, min_rows=1)).feed
-    monkeypatch.setattr(
-        "lathe.inference.generate.KVCache.feed",
-        lambda self, slot, *args, **options: fed.append(slot) or feed(self, slot, *args, **options),
-    )
+    feed = KVCache.feed_to_end
+    monkeypatch.setattr(KVCache, "feed_to_end", lambda self, rows: fed.extend(rows) or feed(self, rows))
 
     behind = []
 

@@ -21,7 +21,7 @@ from lathe.common.progress import Progress
 from lathe.config.base import Auto
 from lathe.gguf.llama_library import FloatRows
 from lathe.gguf.llama_model import LlamaModel
-from lathe.inference.kv_cache import KVCache, count_bytes_per_token
+from lathe.inference.kv_cache import N_UBATCH, KVCache, count_bytes_per_token
 from lathe.inference.shared_prefix import (
     MAX_LOGITS,
     MIN_ROWS,
@@ -44,6 +44,8 @@ EndTest = Callable[[Sequence[int]], bool]
 
 # Rows decoded at once where that is `auto`: their cache takes at most this part of the memory.
 MOST_ROWS, MEMORY_SHARE = 32, 4
+# Prompts decoded together are filled up to the longest: to at most so many times their tokens.
+MOST_FILLED = 1.15
 
 
 @dataclass(frozen=True)
@@ -140,14 +142,14 @@ class Generator:
     ) -> Iterator[tuple[int, Completion]]:
         """Do the work of `iterate_completions` for prompts as tokens, of which `stats` are known.
 
-        `decode` decodes each prompt, in place of `decode_prompt`. `is_end` ends an answer (`stop`) before an
-        end-of-generation token does. `choose` chooses the tokens, in place of the likeliest.
+        `decode` decodes each prompt by itself; without it several are decoded together. `is_end` ends an answer
+        (`stop`) before an end-of-generation token does. `choose` chooses the tokens, in place of the likeliest.
         """
         waiting = (row for row in sequences if row.number not in finished)
         answers: dict[int, array[int]] = {}
         before = sum(number in finished for number in range(stats.count))
         with Progress("answers", stats.count, done=before) as progress:
-            for rows, logits in self._decode(waiting, stats, max_new_tokens, decode or decode_prompt):
+            for rows, logits in self._decode(waiting, stats, max_new_tokens, decode):
                 # All rows are advanced before one is yielded: the logits are overwritten, and rows change their slots.
                 completions = []
                 tokens = choose(rows, logits) if choose else logits.argmax(axis=1).tolist()
@@ -200,12 +202,12 @@ class Generator:
         )
 
     def _decode(
-        self, waiting: Iterator[TokenSequence], stats: SequenceStats, room: int, decode: PromptDecoder
+        self, waiting: Iterator[TokenSequence], stats: SequenceStats, room: int, decode: PromptDecoder | None
     ) -> Iterator[tuple[Sequence[TokenSequence], FloatRows]]:
         """Decode the rows slot by slot; after each call that gives logits, yield the rows and their logits.
 
-        They are one row, whose prompt is now decoded, or several, with one row of logits each. The caller may append
-        up to `room` tokens to `row.tokens`, one per yield; the slot of a row that gets none goes to the next row.
+        They are rows whose prompts are now decoded, or those that go on, with one row of logits each. The caller may
+        append up to `room` tokens to `row.tokens`, one per yield; the slot of a row that gets none goes to another.
         """
         if not stats.count:
             return
@@ -214,24 +216,21 @@ class Generator:
         min_rows = MIN_ROWS if self.n_parallel >= MIN_ROWS else 2
         with self.make_cache(slots=slots, length=length, min_rows=min_rows) as cache:
             prefix_length = decode_prefix(cache, stats, slots=slots)
-            busy: list[TokenSequence] = []  # the row at index i is in slot i
-            for slot in range(slots):
-                if row := (yield from _decode_next_prompt(cache, slot, waiting, prefix_length, decode)):
-                    busy.append(row)
-            while busy:
-                yield busy, cache.step([row.tokens[-1] for row in busy])
-                for slot in reversed(range(len(busy))):
-                    if cache.length(slot) < len(busy[slot].tokens):
-                        continue
-                    if row := (yield from _decode_next_prompt(cache, slot, waiting, prefix_length, decode)):
-                        busy[slot] = row
-                        continue
-                    # The last row moves into the gap: llama.cpp decodes only neighbouring slots together.
-                    last = busy.pop()
-                    if slot < len(busy):
-                        busy[slot] = last
-                        cache.copy(len(busy), slot)
-                    cache.cut(len(busy), prefix_length)
+            prompts = _Prompts(cache, waiting, prefix_length, decode)
+            busy: dict[int, TokenSequence] = {}  # by slot
+            while True:
+                busy |= yield from prompts.start([slot for slot in range(slots) if slot not in busy])
+                if not busy:
+                    return
+                _close_gaps(cache, busy, prefix_length)
+                rows = [busy[slot] for slot in range(len(busy))]
+                yield rows, cache.step([row.tokens[-1] for row in rows])
+                ended = [slot for slot, row in busy.items() if cache.length(slot) == len(row.tokens)]
+                for slot in ended:
+                    del busy[slot]
+                    cache.cut(slot, prefix_length)
+                if prompts.are_grouped and len(ended) > 1:
+                    _close_gaps(cache, busy, prefix_length)
 
     def _make_completion(self, answer: Iterable[int], *, ended: bool) -> Completion:
         tokens = list(answer)
@@ -251,23 +250,71 @@ def find_marker_tokens(model: LlamaModel) -> dict[int, bytes]:
 
 def decode_prompt(cache: KVCache, slot: int, row: TokenSequence) -> FloatRows:
     """Decode what a slot lacks of a prompt; return the logits after its last token, (1, n_vocab)."""
-    while cache.length(slot) < len(row.tokens):
-        logits = cache.feed(slot, row.tokens, first_output=row.first_output)
-    return logits
+    return cache.feed_to_end({slot: row.tokens})
 
 
-def _decode_next_prompt(
-    cache: KVCache, slot: int, waiting: Iterator[TokenSequence], prefix_length: int, decode: PromptDecoder
-) -> collections.abc.Generator[tuple[list[TokenSequence], FloatRows], None, TokenSequence | None]:
-    """Decode the prompt of the next row in a slot, alone, and yield its logits.
+def _close_gaps(cache: KVCache, busy: dict[int, TokenSequence], prefix_length: int) -> None:
+    """Move the last rows into the gaps before them: llama.cpp decodes only neighbouring slots together."""
+    while busy and (last := max(busy)) >= len(busy):
+        gap = next(slot for slot in range(last) if slot not in busy)
+        cache.copy(last, gap)
+        cache.cut(last, prefix_length)
+        busy[gap] = busy.pop(last)
 
-    A row whose answer ends there is followed by the next one. Returns the row that is continued in the slot, None if no
-    row is left.
+
+class _Prompts:
+    """The prompts that wait for a slot: decoded several at a time where none needs a decoder of its own.
+
+    A row whose answer ends with its first token is followed by the next one in its slot.
     """
-    for row in waiting:
-        prompt_length = len(row.tokens)
-        cache.cut(slot, prefix_length)
-        yield [row], decode(cache, slot, row)
-        if len(row.tokens) > prompt_length:
-            return row
-    return None
+
+    def __init__(
+        self, cache: KVCache, waiting: Iterator[TokenSequence], prefix_length: int, decode: PromptDecoder | None
+    ) -> None:
+        self.cache, self.waiting, self.prefix_length = cache, waiting, prefix_length
+        self.decode = decode or decode_prompt
+        self.are_grouped = decode is None and cache.can_forget_a_part
+        self._next: TokenSequence | None = None  # taken, and too long for the group before it
+
+    def start(
+        self, slots: Sequence[int]
+    ) -> collections.abc.Generator[tuple[list[TokenSequence], FloatRows], None, dict[int, TokenSequence]]:
+        """Decode prompts in the given slots, from the first on, and yield the rows of each pass with their logits.
+
+        Returns the rows that are continued, by their slots.
+        """
+        started: dict[int, TokenSequence] = {}
+        free = list(slots)
+        while free and (group := self._take_group(len(free))):
+            chosen = dict(zip(free, group, strict=False))
+            lengths = {slot: len(row.tokens) for slot, row in chosen.items()}
+            yield group, self._decode(chosen)
+            started |= {slot: row for slot, row in chosen.items() if len(row.tokens) > lengths[slot]}
+            free = [slot for slot in free if slot not in started]
+        return started
+
+    def _take_group(self, most: int) -> list[TokenSequence]:
+        """Take the next rows, as many as one pass decodes without much that only fills them up."""
+        group: list[TokenSequence] = []
+        longest = total = 0
+        while len(group) < most:
+            row = self._next or next(self.waiting, None)
+            self._next = None
+            if row is None:
+                break
+            length = len(row.tokens) - self.prefix_length
+            longest, total = max(longest, length), total + length
+            filled = longest * (len(group) + 1)
+            if group and (not self.are_grouped or filled > min(N_UBATCH, MOST_FILLED * total)):
+                self._next = row
+                break
+            group.append(row)
+        return group
+
+    def _decode(self, rows: dict[int, TokenSequence]) -> FloatRows:
+        for slot in rows:
+            self.cache.cut(slot, self.prefix_length)
+        if self.are_grouped:
+            return self.cache.feed_to_end({slot: row.tokens for slot, row in rows.items()})
+        [(slot, row)] = rows.items()
+        return self.decode(self.cache, slot, row)

@@ -1,7 +1,7 @@
 """Key-value cache of llama.cpp: sequences decoded side by side, each independent of its neighbours."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from lathe.gguf.llama_model import LlamaModel
 # Tokens in one call of llama_decode, and in one pass through the layers: more brought nothing on the CPU.
 N_BATCH = 2048
 N_UBATCH = 512
+MAX_POSITION = 2**31 - 1
 
 
 class KVCache:
@@ -87,6 +88,39 @@ class KVCache:
         self._batch.add(slot, tokens[begin:end], begin, first_output)
         return self._decode(outputs=max(0, end - max(begin, first_output)))
 
+    @property
+    def can_forget_a_part(self) -> bool:
+        """Whether the end of a sequence can be cut off: not where layers keep a state in place of tokens."""
+        model = self._model.handle
+        return not (self._library.llama_model_is_recurrent(model) or self._library.llama_model_is_hybrid(model))
+
+    def feed_to_end(self, rows: Mapping[int, Sequence[int]]) -> FloatRows:
+        """Decode the rest of each sequence, by its slot; return logits after the last token of each, (rows, n_vocab).
+
+        llama.cpp decodes sequences in one pass where each has as many tokens: several are filled up to the longest with
+        tokens that no other attends to, and which are then forgotten. So filled they take at most N_UBATCH tokens, in a
+        cache that `can_forget_a_part`. At least `min_rows` rows of logits are computed: the numbers do not depend on
+        how many sequences are decoded together.
+        """
+        outputs = -(-self._min_rows // len(rows))  # of each sequence, its last one the one that is returned
+        if len(rows) == 1:
+            [(slot, tokens)] = rows.items()
+            while self._lengths[slot] < len(tokens):
+                logits = self.feed(slot, tokens, first_output=len(tokens) - outputs)
+            return logits[-1:]
+        longest = max(len(tokens) - self._lengths[slot] for slot, tokens in rows.items())
+        self._batch.clear()
+        for slot, tokens in rows.items():
+            begin = self._lengths[slot]
+            rest = list(tokens[begin:])
+            filled = rest + rest[-1:] * (longest - len(rest))
+            self._batch.add(slot, filled, begin, len(tokens) - outputs, len(tokens) - 1)
+        counts = [min(outputs, len(tokens) - self._lengths[slot]) for slot, tokens in rows.items()]
+        logits = self._decode(outputs=sum(counts))
+        for slot, tokens in rows.items():
+            self.cut(slot, len(tokens))
+        return logits[np.cumsum(counts) - 1]
+
     def step(self, tokens: Sequence[int]) -> FloatRows:
         """Decode one more token in each of the first `len(tokens)` slots; return the logits after each."""
         companions = range(len(tokens), self._min_rows)
@@ -151,12 +185,16 @@ class _Batch:
     def clear(self) -> None:
         self._size, self._added = 0, dict[int, int]()
 
-    def add(self, slot: int, tokens: Sequence[int], position: int, first_output: int) -> None:
+    def add(
+        self, slot: int, tokens: Sequence[int], position: int, first_output: int, last_output: int = MAX_POSITION
+    ) -> None:
+        """Add tokens from a position on; logits are wanted after those from `first_output` to `last_output`."""
         begin, end = self._size, self._size + len(tokens)
         self._tokens[begin:end] = tokens
         self._positions[begin:end] = range(position, position + len(tokens))
         self._slots[begin:end] = slot
-        self._outputs[begin:end] = self._positions[begin:end] >= first_output
+        positions = self._positions[begin:end]
+        self._outputs[begin:end] = (positions >= first_output) & (positions <= last_output)
         self._size = end
         self._added[slot] = position + len(tokens)
 
