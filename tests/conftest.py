@@ -72,6 +72,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    preloaded.note_imports()
+
+
 @cache
 def _can_run_gpu_tests() -> bool:
     import torch
@@ -127,7 +131,7 @@ class Checkout:
     def __init__(self, root: Path, environment: dict[str, str] | None = None) -> None:
         self.root = root
         self.environment = environment or {
-            **os.environ,
+            **preloaded.get_environment(),
             "PATH": os.pathsep.join([str(preloaded.folder), str(Path(sys.executable).parent), os.environ["PATH"]]),
             "HF_HUB_OFFLINE": "1",
             "GIT_CONFIG_GLOBAL": os.devnull,

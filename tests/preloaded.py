@@ -54,13 +54,17 @@ READ_ONCE = (
 )
 # Those that the child takes over, and those that say again what HF_HUB_OFFLINE says.
 TAKEN_OVER = (
-    *("PYTHONPATH", "PYTHONUTF8", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"),
+    *("HOME", "PYTHONPATH", "PYTHONUTF8", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"),
     *("HF_TOKEN", "OMP_NUM_THREADS", "RANK", "WORLD_SIZE"),
 )
 # Those of the hub's client, which the child imports again where they differ. What transformers has imported of the
 # client stays as it was, offline: Lathe gives it folders alone.
-OF_THE_HUB = ("HF_HOME", "HF_ENDPOINT", "HF_HUB_")
+OF_THE_HUB = ("HOME", "HF_HOME", "HF_ENDPOINT", "HF_HUB_")
 
+# As it was before the test modules were imported: accelerate, MLflow and others set variables that no user's process
+# begins with, and by which one that is to be forked would differ from this run's.
+_before_imports = dict(os.environ)
+_set_by_imports: set[str] = set()
 folder = Path()  # of this run: with the `python3` that asks to be forked, and the socket that it asks over
 _environment: dict[str, str] = {}
 _holding: list[socket.socket] = []
@@ -70,12 +74,26 @@ _started: list["subprocess.Popen[bytes]"] = []
 # --- In the processes that run tests.
 
 
+def note_imports() -> None:
+    """Note which variables the imports of the test modules have set; to be called when all are imported."""
+    _set_by_imports.update(key for key, value in os.environ.items() if value != _before_imports.get(key))
+
+
+def get_environment() -> dict[str, str]:
+    """Return the environment of the processes that tests start: without what imports of the tests have set."""
+    mine = {key: value for key, value in os.environ.items() if key not in _set_by_imports}
+    before = {key: value for key, value in _before_imports.items() if key in _set_by_imports}
+    # As in stages/_path.py, before torch is imported: a training of a test that shares two cores with another took
+    # twice the processor time where its threads spun while they waited.
+    return {"OMP_WAIT_POLICY": "PASSIVE", **mine, **before}
+
+
 def set_up(run: Path) -> None:
     """Write the `python3` and the `dvc` of this run into its folder; nothing is started yet."""
     global folder
     folder = run / "preloaded"
     folder.mkdir(exist_ok=True)
-    _environment.update({key: value for key, value in os.environ.items() if key not in TAKEN_OVER})
+    _environment.update({key: value for key, value in get_environment().items() if key not in TAKEN_OVER})
     _environment["HF_HUB_OFFLINE"] = "1"
     # Not Python itself behind #!: its path may hold spaces, and the script is its second argument.
     python = f"'{sys.executable}' -I -S '{CLIENT}' '{sys.executable}' '{folder}'"
@@ -181,7 +199,8 @@ class Server:
             self.holding.add(connection)
             return True
         request = json.loads(_receive(connection, length))
-        if not self._is_like_this(request["environment"]):
+        if differing := self._find_differing(request["environment"]):
+            print("not forked:", *differing, request["arguments"], flush=True)  # into the log beside the socket
             connection.sendall(b"alone\n")
             return False
         child = os.fork()
@@ -192,10 +211,10 @@ class Server:
             connection.sendall(b"%d\n" % child)
         return True
 
-    def _is_like_this(self, environment: dict[str, str]) -> bool:
-        offline = {environment.get(key, "1") for key in ("TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")}
-        if offline != {"1"} or environment.get("PYTHONUTF8", "1") != "1":
-            return False
+    def _find_differing(self, environment: dict[str, str]) -> list[str]:
+        """Return the variables that were read during this process's imports, and with another value."""
+        said_again = {key: environment.get(key, "1") for key in ("TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")}
+        said_again["PYTHONUTF8"] = environment.get("PYTHONUTF8", "1")
         others = {*TAKEN_OVER, *self.set_by_imports}
         mine, theirs = (
             {
@@ -205,7 +224,8 @@ class Server:
             }
             for each in (self.environment, environment)
         )
-        return mine == theirs
+        differing = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
+        return sorted(differing | {key for key, value in said_again.items() if value != "1"})
 
     def _forget_client_of_hub(self, environment: dict[str, str]) -> None:
         """Have the hub's client imported again, if its variables are not those it was imported with."""
