@@ -148,9 +148,11 @@ class Checkout:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in the checkout; a failure that is not expected shows what it printed."""
         environment = {**self.environment, **(env or {})}
-        starts_stages = command[0] == "python3" or command[:2] in (("dvc", "repro"), ("dvc", "exp"))
-        if starts_stages and str(preloaded.folder) in environment["PATH"]:
-            preloaded.start()
+        if str(preloaded.folder) in environment["PATH"]:
+            if command[:3] == (sys.executable, "-m", "lathe"):
+                command = ("python3", *command[1:])
+            if command[0] == "python3" or command[:2] in (("dvc", "repro"), ("dvc", "exp")):
+                preloaded.start()
         done = subprocess.run(
             command, cwd=self.root, env=environment, capture_output=True, text=True, check=False, **options
         )

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -127,7 +127,7 @@ def _start(address: Path) -> None:
         listener.bind(str(address))
         listener.listen(64)
         number = listener.fileno()
-        command = [sys.executable, __file__, str(folder), str(number)]
+        command = [sys.executable, __file__, str(folder), str(number), *sorted(_set_by_imports)]
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
         process = subprocess.Popen(command, env=_environment, pass_fds=[number], start_new_session=True, **options)
     _started.append(process)
@@ -147,8 +147,10 @@ def forking() -> Iterator[None]:
 class Server:
     """Forks a child per request, tells the client how it ended, and kills it where its client is gone."""
 
-    def __init__(self, folder: Path, listener: socket.socket, environment: dict[str, str]) -> None:
-        self.folder, self.listener = folder, listener
+    def __init__(
+        self, folder: Path, listener: socket.socket, environment: dict[str, str], set_by_tests: Collection[str]
+    ) -> None:
+        self.folder, self.listener, self.set_by_tests = folder, listener, set_by_tests
         self.set_by_imports = {key: value for key, value in os.environ.items() if key not in environment}
         self.environment = environment
         self.clients: dict[int, socket.socket] = {}  # by process
@@ -215,7 +217,7 @@ class Server:
         """Return the variables that were read during this process's imports, and with another value."""
         said_again = {key: environment.get(key, "1") for key in ("TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")}
         said_again["PYTHONUTF8"] = environment.get("PYTHONUTF8", "1")
-        others = {*TAKEN_OVER, *self.set_by_imports}
+        others = {*TAKEN_OVER, *self.set_by_imports, *self.set_by_tests}
         mine, theirs = (
             {
                 key: value
@@ -363,7 +365,7 @@ def main() -> None:
     assert not [name for name in sys.modules if name.partition(".")[0] in ("lathe", "gguf")]
     gc.collect()
     gc.freeze()
-    Server(Path(sys.argv[1]), listener, environment).serve()
+    Server(Path(sys.argv[1]), listener, environment, sys.argv[3:]).serve()
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def test_the_space_of_a_search_is_a_form_and_a_text_that_follow_each_other(reade
     page.fill("#text", text.replace("low: 8", "low: 100"))
     page.locator("#n_trials").focus()
     page.wait_for_selector("#check .refusal:has-text('low must be below high')")
-    assert page.input_value("#space-0-low") == "100"
+    page.wait_for_function("() => document.querySelector('#space-0-low').value === '100'")
     page.select_option("#plan-sampler", "random")
     page.wait_for_function("() => document.querySelector('#text').value.includes('sampler: random')")
     page.select_option("#add_objective", "quantized.bytes")
