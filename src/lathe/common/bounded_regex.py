@@ -49,6 +49,20 @@ def is_slow(pattern: str) -> bool:
     return done.returncode < 0
 
 
+def compile_pattern(pattern: str, *, texts: str = "texts") -> re.Pattern[str]:
+    """Compile a regular expression of the user, which is to match `texts`.
+
+    Raises InputError if it is none (`invalid-pattern`), or takes for ever on some (`slow-pattern`).
+    """
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"pattern {pattern!r} is not a regular expression: {error}", code="invalid-pattern") from None
+    if is_slow(pattern):
+        raise InputError(f"pattern {pattern!r} takes for ever on some {texts}; {REMEDY}", code="slow-pattern")
+    return compiled
+
+
 @contextmanager
 def limit_matching(key: str, pattern: str, seconds: float = MOST_SECONDS) -> Iterator[None]:
     """Raise InputError, which names the key, where the block takes more processor time than a match should.

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lathe.common import bounded_regex
+from lathe.common.bounded_regex import compile_pattern
+from lathe.common.errors import InputError
 from lathe.common.text import shorten_value
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -44,12 +45,9 @@ def get_number(value: int | Auto) -> int:
 def count_groups(pattern: str) -> int:
     """Return the number of groups of a regular expression; raises ValueError if it is none, or may never end."""
     try:
-        groups = re.compile(pattern).groups
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
-    if bounded_regex.is_slow(pattern):
-        raise ValueError(f"pattern {pattern!r} takes for ever on some texts; {bounded_regex.REMEDY}")
-    return groups
+        return compile_pattern(pattern).groups
+    except InputError as error:
+        raise ValueError(str(error)) from None
 
 
 def require_group(pattern: str, what: str) -> str:

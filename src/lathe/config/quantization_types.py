@@ -5,7 +5,7 @@ A file's type (`Q4_K_M`) is a mixture; a tensor's type (`Q4_K`) is how its value
 
 import re
 
-from lathe.common import bounded_regex
+from lathe.common.bounded_regex import compile_pattern
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 
@@ -64,15 +64,6 @@ def parse_tensor_type(entry: str) -> tuple[re.Pattern[str], str]:
             f"{entry!r} is not of the form PATTERN=TYPE; write one such as 'attn_v=Q8_0'", code="invalid-tensor-type"
         )
     try:
-        compiled = re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(
-            f"{entry!r}: {pattern!r} is not a regular expression: {error}; escape special characters",
-            code="invalid-pattern",
-        ) from None
-    if bounded_regex.is_slow(pattern):
-        raise InputError(f"{entry!r} takes for ever on some names; {bounded_regex.REMEDY}", code="slow-pattern")
-    try:
-        return compiled, check_type(name)
+        return compile_pattern(pattern, texts="names"), check_type(name)
     except InputError as error:
         raise InputError(f"{entry!r}: {error}", code=error.code) from None

@@ -1,12 +1,13 @@
 """Training parameters: method, tuning, optimizer, adapter, 4-bit base, rewards."""
 
 import re
-from contextlib import suppress
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lathe.common import bounded_regex, launch
+from lathe.common import launch
+from lathe.common.bounded_regex import compile_pattern
+from lathe.common.errors import InputError
 from lathe.config.base import (
     Auto,
     Name,
@@ -254,10 +255,11 @@ class Lora(Section):
     def _check_expression(cls, modules: str | list[str]) -> str | list[str]:
         # Whether it is an expression at all is said with the layers that the model has.
         if isinstance(modules, str) and modules != "all-linear":
-            with suppress(re.error, OverflowError, RecursionError):
-                re.compile(modules)
-                if bounded_regex.is_slow(modules):
-                    raise ValueError(f"pattern {modules!r} takes for ever on some names; {bounded_regex.REMEDY}")
+            try:
+                compile_pattern(modules, texts="names")
+            except InputError as error:
+                if error.code == "slow-pattern":
+                    raise ValueError(str(error)) from None
         return modules
 
     @model_validator(mode="after")
