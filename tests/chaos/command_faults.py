@@ -19,6 +19,7 @@ from wandb_files import read_records
 from chaos.processes import MARK, VICTIMS, list_marked, wait_for_their_end, wait_until
 from chaos.sites import DVC, LATHE, Site, Sites, remove
 from chaos.state import State, describe_leftovers, read_state
+from lathe.common import paths
 
 SEARCH_FILE = "experiments/search/late.yaml"
 SEARCH = """\
@@ -179,6 +180,7 @@ class CommandFaults:
         with self.sites.copy(pushed, name, rng) as site:
             remote, clone = site.root / ".storage", site.folder / "clone"
             site.run("git", "clone", "--quiet", str(site.root), str(clone))
+            (clone / ".llama.cpp").symlink_to(paths.LLAMA_CPP)  # what is not pushed is converted again
             there = Site(clone, site.folder, site.mark, site.expected, rng)
             there.run(*DVC, "remote", "modify", "--local", "local", "url", str(remote))
             pull = (*DVC, "pull", "--allow-missing")

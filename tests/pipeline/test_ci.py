@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,14 @@ def test_a_lock_of_what_is_committed_is_current_without_its_outputs(clone):
     assert done.stdout == "dvc.lock is current: `dvc repro` would run nothing\n"
     assert not (clone.root / "models/adapter").exists()
     assert clone.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_the_committed_lock_has_the_stages_of_the_committed_pipeline():
+    for folder in (paths.ROOT, paths.ROOT / "classify"):
+        command = ["dvc", "stage", "list", "--name-only"]
+        listed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.split()
+        lock = yaml.safe_load((folder / "dvc.lock").read_text(encoding="utf-8"))
+        assert sorted(lock["stages"]) == sorted(listed)
 
 
 @pytest.mark.parametrize(
