@@ -2,13 +2,12 @@
 
 import json
 import re
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lathe.common import dotted_keys, dvc_api, paths
 from lathe.common.errors import InputError
+from lathe.common.scratch import temporary_folder
 from lathe.common.text import suggest_name
 from lathe.config.base import Section
 from lathe.config.load import load
@@ -28,8 +27,8 @@ def apply_overrides(overrides: Sequence[str], pipeline: Pipeline = MAIN) -> Any:
     if not overrides:
         return pipeline.read(pipeline.params) if pipeline.folder else load()
     check_keys(overrides, pipeline)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / pipeline.params_name
+    with temporary_folder(paths.SCRATCH, "overrides") as folder:
+        copy = folder / pipeline.params_name
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(pipeline.params.read_text(encoding="utf-8"), encoding="utf-8")
         try:

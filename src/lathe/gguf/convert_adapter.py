@@ -2,12 +2,12 @@
 
 import json
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InputError
 from lathe.common.json_files import read_json
+from lathe.common.scratch import temporary_folder
 from lathe.gguf.converter_process import run_converter
 
 
@@ -36,11 +36,20 @@ def convert_adapter(
     # llama.cpp scales by alpha / r, whatever the configuration says of rank-stabilised LoRA.
     if config["use_rslora"]:
         config["lora_alpha"] *= math.sqrt(config["r"])
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with temporary_folder(out.parent, "adapter-input") as parent:
+        folder = parent / "adapter"  # the converter takes parts of its name for names of the model
+        folder.mkdir()
         (folder / "adapter_model.safetensors").symlink_to((adapter / "adapter_model.safetensors").absolute())
         (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-        arguments = [name, "--base", str(base.absolute()), "--outfile", str(out.absolute()), "--outtype", outtype]
+        arguments = [
+            str(folder),
+            "--base",
+            str(base.absolute()),
+            "--outfile",
+            str(out.absolute()),
+            "--outtype",
+            outtype,
+        ]
         refusal = run_converter(
             llama_cpp, "convert_lora_to_gguf.py", {"general.name": "adapter", **metadata}, arguments, out
         )

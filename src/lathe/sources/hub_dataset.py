@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetsError
 
 from lathe.common import paths
 from lathe.common.errors import InputError
+from lathe.common.scratch import temporary_folder
 from lathe.common.text import did_you_mean, summarize_error
 from lathe.data.part_of_file import count_rows
 from lathe.data.split_files import get_suffix
@@ -52,8 +53,7 @@ class Layout:
         script = f"{repository.name.split('/')[-1]}.py"
         if script in repository.paths:
             logger.warning("%s: its %s is not run; its data files are read as they are", repository.name, script)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name).resolve()
+        with temporary_folder(paths.SCRATCH, "hub") as folder:
             self.builder = self._load_builder(folder, config)
             found = self.builder.config.data_files.items()
             self.splits = {
