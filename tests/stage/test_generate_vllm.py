@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -51,7 +52,7 @@ def made(tmp_path_factory, learnt: Made) -> Checkout:
         shutil.copy(learnt.gguf, folder / f"{name}-f16.gguf")
         shutil.copytree(learnt.folder, checkout.root / "models" / name)
     quantize(learnt.gguf, folder / "Q8_0.gguf", type="Q8_0", threads=2)
-    checkout.stage("generate")
+    checkout.stage("generate", "base_few_shot", "merged", "Q8_0")
     make_environment(checkout.root / ".vllm")
     return checkout
 
@@ -124,7 +125,9 @@ def test_it_ends_with_the_stage_that_is_killed(checkout: Checkout):
     running = subprocess.Popen(command, cwd=checkout.root, env=checkout.environment, stderr=subprocess.DEVNULL)
     children: list[psutil.Process] = []
     while not children and running.poll() is None:
-        children = [child for child in psutil.Process(running.pid).children() if "vllm_script" in str(child.cmdline())]
+        with suppress(psutil.NoSuchProcess):  # that which asks for the version has ended meanwhile
+            started = psutil.Process(running.pid).children()
+            children = [child for child in started if "vllm_script" in str(child.cmdline())]
         time.sleep(0.01)
     running.send_signal(signal.SIGKILL)
     running.wait()

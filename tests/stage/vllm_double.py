@@ -1,6 +1,7 @@
 """A double of vLLM for the tests, where no GPU is: the part of its API that Lathe uses, over transformers.
 
-`tests/stage/test_generate_vllm.py` puts this file as the package `vllm` into an environment. With VLLM_DOUBLE it misbehaves.
+`tests/stage/test_generate_vllm.py` puts this file as the package `vllm` into an environment. The variable VLLM_DOUBLE
+makes it misbehave.
 """
 
 import os

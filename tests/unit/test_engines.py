@@ -1,4 +1,4 @@
-"""Engines: which one answers for an artifact, what the parameters refuse, and that scores of two are not mixed unasked."""
+"""Engines: which one answers for an artifact, what params.yaml may not ask, and scores of two that are not mixed."""
 
 from typing import Any
 

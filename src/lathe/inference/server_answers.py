@@ -181,8 +181,11 @@ class ServerEngine:
             text, reason, tokens = choice["text"], choice["finish_reason"], choice.get("token_ids")
         except (KeyError, IndexError, TypeError, AttributeError):
             raise MalformedError("the server's response has no choices[0] with text and finish_reason") from None
-        if not isinstance(text, str) or reason not in ("stop", "length"):
-            raise MalformedError(f"the server's answer is no text that ended by itself or by its length: {reason!r}")
+        if not isinstance(text, str):
+            raise MalformedError("the server's answer has no text")
+        if reason not in ("stop", "length"):
+            shown = str(reason)[:40]
+            raise MalformedError(f"the server's answer ended neither by itself nor by its length, but by {shown!r}")
         ended = reason == "stop"
         if _are_tokens(tokens, generator):
             completion = read_tokens(generator, tokens, ended=ended)

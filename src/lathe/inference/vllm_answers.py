@@ -153,7 +153,7 @@ class VllmEngine:
 
 def find_python(settings: "Generate") -> Path:
     """Return the program that `generate.vllm_python` names. Raises InputError if it is not there."""
-    python = paths.ROOT / settings.vllm_python
+    python = paths.MAIN / settings.vllm_python  # of a temporary experiment too
     if not python.is_file() or not os.access(python, os.X_OK):
         raise InputError(
             f"generate.vllm_python is {settings.vllm_python}: no program is there; `make vllm` makes it, or name the "
