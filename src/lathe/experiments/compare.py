@@ -17,7 +17,7 @@ from lathe.experiments.comparison import ComparedRun, Comparison, SeedGroup, com
 from lathe.provenance.revisions import find_revision
 
 
-def run(names: Sequence[str], *, split: str, artifact: str | None, as_json: bool, mixed_engines: bool) -> None:
+def run(names: Sequence[str], *, split: str, artifact: str | None, as_json: bool, mixed_engines: bool = False) -> None:
     """Compare and print."""
     comparison = compare_either(names, split=split, artifact=artifact, mixed_engines=mixed_engines)
     if as_json:

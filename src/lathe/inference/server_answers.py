@@ -83,7 +83,7 @@ class ServerEngine:
 
         with Progress(f"answers of {self.served.model}", len(numbers), done=done) as progress:
             try:
-                asyncio.run(_Run(self, generator, progress, keep_counted).answer_all(rows))
+                asyncio.run(_SplitRequests(self, generator, progress, keep_counted).answer_all(rows))
             except KeyboardInterrupt:
                 text = "generate interrupted: finished answers are kept; run again to go on"
                 raise Interrupted(text, signal.SIGINT) from None
@@ -261,7 +261,7 @@ class ServerEngine:
         )
 
 
-class _Run:
+class _SplitRequests:
     """The requests for the answers of one split."""
 
     def __init__(self, engine: ServerEngine, generator: Generator, progress: Progress, keep: AnswerKeeper) -> None:

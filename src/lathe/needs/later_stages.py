@@ -16,7 +16,7 @@ from lathe.config.artifacts import list_artifacts
 from lathe.config.engines import SERVER, VLLM, choose_engine
 from lathe.config.params import BertScore, Judge, Params, Quantize
 
-# Of the extras `judge` and `server`, in pyproject.toml.
+# Of the extra `judge`, in pyproject.toml.
 CLIENT_PACKAGES = ("httpx2", "tenacity")
 # A server that is there answers at once; one of the merged model cannot be there before the training.
 SECONDS_TO_ANSWER = 3.0
@@ -66,7 +66,7 @@ def _check_judge(judge: Judge, types: list[str], environment: Mapping[str, str])
     if judge.provider == "gguf":
         require_judge_file(judge, paths.ROOT)
         return
-    _require_client("judge.enabled is true", "judge", "set judge.enabled to false")
+    _require_client("judge.enabled is true", "set judge.enabled to false")
     from lathe.evaluation.judge.certificates import load_certificates
 
     load_certificates(paths.ROOT / judge.ca_bundle if judge.ca_bundle else None)
@@ -78,10 +78,10 @@ def _check_judge(judge: Judge, types: list[str], environment: Mapping[str, str])
         yield f"{error}; judge will fail after the training"
 
 
-def _require_client(reason: str, extra: str, otherwise: str) -> None:
+def _require_client(reason: str, otherwise: str) -> None:
     if missing := [name for name in CLIENT_PACKAGES if importlib.util.find_spec(name) is None]:
         raise InputError(
-            f"{reason}, and the package {missing[0]} is not installed; `make setup EXTRAS={extra}`, or {otherwise}",
+            f"{reason}, and the package {missing[0]} is not installed; `make setup EXTRAS=judge`, or {otherwise}",
             code="missing-extra",
         )
 
@@ -96,7 +96,7 @@ def _check_engine(params: Params, environment: Mapping[str, str]) -> Iterator[st
         read_version(find_python(settings))
     if SERVER not in chosen:
         return
-    _require_client("generate.engine is server", "server", "set generate.engine to llama.cpp")
+    _require_client("generate.engine is server", "set generate.engine to llama.cpp")
     from lathe.inference.server_answers import ServerEngine
 
     hurried = settings.model_copy(update={"max_retries": 0, "timeout_seconds": SECONDS_TO_ANSWER})
