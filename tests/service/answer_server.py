@@ -28,9 +28,8 @@ class AnswerServer:
         self.authorizations: list[str | None] = []
         self.most_at_once = self._at_once = 0
         self._lock, self.closing = threading.Lock(), threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = _QuietServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
-        self._server.handle_error = lambda *_: None  # type: ignore[method-assign] - the engine has hung up
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def __enter__(self) -> "AnswerServer":
@@ -66,6 +65,11 @@ class AnswerServer:
         finally:
             with self._lock:
                 self._at_once -= 1
+
+
+class _QuietServer(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """Say nothing: the client has hung up."""
 
 
 def _handler(server: AnswerServer) -> type[BaseHTTPRequestHandler]:

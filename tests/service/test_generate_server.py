@@ -200,7 +200,7 @@ class Asked:
         self.generator, self.prompts = generator, prompts
         self.own = generator.complete(prompts, max_new_tokens=10)
         texts = {tuple(generator.tokenize(prompt)): own for prompt, own in zip(prompts, self.own, strict=True)}
-        self.by_text = {**dict(zip(prompts, self.own, strict=True)), **texts}
+        self.by_text: dict[Any, Completion] = {**dict(zip(prompts, self.own, strict=True)), **texts}
         self.kept: dict[int, Completion] = {}
         self.server = AnswerServer(
             lambda prompt: count(generator.model, prompt), lambda body: self.find(body["prompt"])

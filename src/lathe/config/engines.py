@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from lathe.config.artifacts import BASE, FEW_SHOT, UNQUANTIZED
 
 if TYPE_CHECKING:
-    from lathe.config.params import Generate, ServedArtifact
+    from lathe.config.generation_params import Generate, ServedArtifact
 
 LLAMA_CPP, SERVER, VLLM = "llama.cpp", "server", "vllm"
 

@@ -24,7 +24,7 @@ from lathe.inference.generate import Completion, Generator
 from lathe.inference.same_weights import GivenAnswer, check_weights
 
 if TYPE_CHECKING:
-    from lathe.config.params import Generate, ServedArtifact
+    from lathe.config.generation_params import Generate, ServedArtifact
 
 logger = logging.getLogger(__name__)
 
