@@ -49,6 +49,10 @@ class PatientRequests:
 
     async def send(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
         """Return what an attempt returns; one that raises UnavailableError or MalformedError is followed by another."""
+
+        async def try_once() -> Result:
+            return await attempt()
+
         retrying = AsyncRetrying(
             retry=retry_if_exception_type((UnavailableError, MalformedError)),
             stop=stop_after_attempt(self.max_retries + 1),
@@ -57,7 +61,7 @@ class PatientRequests:
             before_sleep=self._log_retry,
             reraise=True,
         )
-        return await retrying(attempt)
+        return await retrying(try_once)
 
     async def wait_for_server(self) -> None:
         """Wait for as long as the server has asked for. Raises RunStoppedError if the run stops meanwhile."""

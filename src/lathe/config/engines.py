@@ -45,7 +45,7 @@ def read_mark(content: Mapping[str, Any]) -> str:
 
 def find_engine_of(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return the engine of an artifact's answers; of several, all their names. Documents are not answered."""
-    return SEVERAL.join(dict.fromkeys(read_mark(row) for row in rows if row["finish_reason"])) or LLAMA_CPP
+    return SEVERAL.join(dict.fromkeys(read_mark(row) for row in rows if row.get("finish_reason", "stop"))) or LLAMA_CPP
 
 
 def describe_engines(report: Mapping[str, Mapping[str, Any]]) -> str | None:
