@@ -26,7 +26,8 @@ from lathe.config.base import (
     entry,
     require_group,
 )
-from lathe.config.engines import LLAMA_CPP, SERVER, list_in_process
+from lathe.config.engine_marks import LLAMA_CPP
+from lathe.config.engines import SERVER, list_in_process
 from lathe.config.generation_params import Generate, Sampling
 from lathe.config.quantization_types import (
     FILE_TYPES,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lathe.common.errors import InputError
-from lathe.config.engines import LLAMA_CPP, MARK, SEVERAL, find_engine_of
+from lathe.config.engine_marks import LLAMA_CPP, MARK, SEVERAL, find_engine_of
 
 IN_A_RUN = (
     "let one engine answer for all of them (generate.engine, generate.servers), or set evaluate.allow_mixed_engines to "

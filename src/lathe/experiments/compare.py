@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lathe.common.text import format_table, write_lines
-from lathe.config.engines import LLAMA_CPP
+from lathe.config.engine_marks import LLAMA_CPP
 from lathe.experiments.classifier_comparison import compare_classifiers, concerns_classifier
 from lathe.experiments.comparison import ComparedRun, Comparison, SeedGroup, compare, format_number
 from lathe.provenance.revisions import find_revision

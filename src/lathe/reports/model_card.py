@@ -16,7 +16,7 @@ from lathe.common import paths
 from lathe.common.json_files import read_json
 from lathe.common.metric_files import unwrap_list
 from lathe.common.text import summarize_error
-from lathe.config.engines import describe_engines
+from lathe.config.engine_marks import describe_engines
 from lathe.config.params import Params
 from lathe.config.training_params import Lora
 

@@ -16,7 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from lathe.common import paths
-from lathe.config.engines import describe_engines
+from lathe.config.engine_marks import describe_engines
 from lathe.evaluation.metric_order import orient_score
 from lathe.reports import plots, text_diff
 from lathe.reports.experiment_table import Experiments

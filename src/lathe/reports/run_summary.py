@@ -11,7 +11,7 @@ from lathe.common.errors import InputError
 from lathe.common.metric_files import list_timing_stems
 from lathe.common.text import format_table, readable_bytes, readable_seconds
 from lathe.config.artifacts import UNQUANTIZED, get_file_name
-from lathe.config.engines import describe_engines
+from lathe.config.engine_marks import describe_engines
 from lathe.evaluation.best_artifact import choose_best_artifact
 from lathe.provenance.revisions import WORKSPACE, Revision, find_revision
 from lathe.reports.split_scores import list_metrics
