@@ -12,6 +12,8 @@ writes  metrics/evaluate/{validation,test,gates}.json, metrics/evaluate/summary.
 removes files of quantization types that are no longer listed
 """
 
+import logging
+
 import _path  # noqa: F401
 
 from lathe import stage
@@ -22,6 +24,8 @@ from lathe.config.load import Config
 from lathe.evaluation.gate_results import evaluate_gate, make_metrics
 
 SPLITS = ("validation", "test")
+
+logger = logging.getLogger("lathe.evaluate")
 
 
 def main(config: Config) -> None:
@@ -40,6 +44,7 @@ def main(config: Config) -> None:
         read_general_text,
         score_rows,
     )
+    from lathe.evaluation.mixed_engines import check_engines, find_engines, mark_engines
     from lathe.evaluation.pairwise import summarize_pairs, warn_of_bias
     from lathe.evaluation.sampled_scores import evaluate_samples, list_sampled, remove_unlisted_files
     from lathe.evaluation.summary import summarize
@@ -65,6 +70,10 @@ def main(config: Config) -> None:
         )
         for split in SPLITS
     }
+    engine_of = {split: find_engines(rows) for split, rows in answers.items()}
+    for engines in engine_of.values():
+        if warning := check_engines(engines, allowed=settings.allow_mixed_engines):
+            logger.warning("%s", warning)
     if settings.cluster_by:
         for split in SPLITS:
             add_clusters(answers[split], paths.DATA_PROCESSED / f"{split}.jsonl")
@@ -127,7 +136,8 @@ def main(config: Config) -> None:
                 rows = score_rows(answers[split][artifact], scores, settings.primary_metric)
                 write_jsonl(rows, folder / artifact / f"{split}.jsonl")
     for split, report in reports.items():
-        json_files.write_json(paths.METRICS / f"evaluate/{split}.json", metric_files.wrap_in_list(report))
+        marked = mark_engines(report, engine_of[split])
+        json_files.write_json(paths.METRICS / f"evaluate/{split}.json", metric_files.wrap_in_list(marked))
     json_files.write_json(paths.METRICS / "evaluate/datasets.json", metric_files.wrap_in_list(by_dataset))
     json_files.write_json(paths.METRICS / "evaluate/pairwise.json", metric_files.wrap_in_list(pairwise))
     json_files.write_json(paths.METRICS / "evaluate/benchmark.json", metric_files.wrap_in_list(benchmark))

@@ -1,7 +1,9 @@
 """Answer the held-out rows with a GGUF, greedily, through the template of training that the file carries.
 
+With generate.engine, a server or vLLM answers in its place; the likelihood of the references is the file's.
+
 reads   models/gguf/, data/processed/{validation,test}.jsonl, metrics/preprocess/report.json (for sizes that are auto),
-        params.yaml: generate, and the file evaluate.general_text;
+        params.yaml: generate, and the file evaluate.general_text; with the engine vllm models/base or models/merged;
         base_few_shot in its place data/processed/train.jsonl, params.yaml: seed
 writes  data/generated/<ARTIFACT>/{validation,test,general}.jsonl, metrics/generate/<ARTIFACT>.json
 items   base, base_few_shot, merged and the types in quantize.types
@@ -17,7 +19,7 @@ import _path  # noqa: F401
 
 from lathe import stage
 from lathe.common import json_files, paths
-from lathe.config import artifacts
+from lathe.config import artifacts, engines
 from lathe.config.artifacts import FEW_SHOT, MERGED, UNQUANTIZED
 from lathe.config.load import Config
 from lathe.stage import Throughput
@@ -31,6 +33,7 @@ TRAIN = paths.DATA_PROCESSED / "train.jsonl"
 
 
 def main(config: Config, item: str) -> Throughput:
+    from lathe.inference.answer_engines import connect_engine
     from lathe.inference.general_text import read_paragraphs
     from lathe.inference.generate import Generator
     from lathe.inference.generation_sizes import choose_sizes
@@ -42,11 +45,23 @@ def main(config: Config, item: str) -> Throughput:
     sizes = choose_sizes(settings, report, examples=settings.few_shot if item == FEW_SHOT else 0)
     file, threads = paths.GGUF / artifacts.get_file_name(item), os.cpu_count() or 1
     read = {"gguf": file, **SPLITS}
+    engine = connect_engine(
+        settings,
+        item,
+        weights=paths.MODEL_MERGED if item == MERGED else paths.MODEL_BASE,
+        scratch=paths.SCRATCH / "vllm",
+        environment=os.environ,
+    )
+    determines = {
+        **settings.model_dump(exclude={"few_shot", "engine", "servers", "vllm_python", *engines.PATIENCE}),
+        **vars(sizes),
+        "threads": threads,
+        "engine": engine and engine.describe(),
+    }
     if item == FEW_SHOT:
-        determines = {**settings.model_dump(), **vars(sizes), "seed": seed, "threads": threads}
+        determines |= {"few_shot": settings.few_shot, "seed": seed}
         read["train"] = TRAIN
     else:
-        determines = {**settings.model_dump(exclude={"few_shot"}), **vars(sizes), "threads": threads}
         read["general"] = paths.ROOT / config.params.evaluate.general_text
         read_paragraphs(read["general"])  # refused before anything is loaded
     if item not in UNQUANTIZED:
@@ -71,13 +86,17 @@ def main(config: Config, item: str) -> Throughput:
             if settings.n_ctx == "auto":
                 for each in (generator, *against):
                     each.n_ctx = min(sizes.n_ctx, generator.model.n_ctx_train)
-            run = HeldOutRun(generator, journal, *against)
+            run = HeldOutRun(generator, journal, against[0] if against else None, engine)
             metrics = _measure(run, config, folder, sizes, gguf=file, general=read.get("general"))
             # A list, of which DVC makes no columns.
             chosen = {"max_new_tokens": sizes.max_new_tokens, "n_ctx": generator.n_ctx}
             metrics["sizes"] = [{**chosen, "n_parallel": generator.n_parallel}]
+            if engine:
+                metrics["engine"] = [engine.describe()]
         json_files.write_json(paths.METRICS / f"generate/{item}.json", metrics)
         journal.remove()
+    if engine:
+        return {f"{engine.name}_tokens_per_second": round(engine.tokens / engine.seconds, 1)} if engine.tokens else {}
     return {"tokens_per_second": round(run.tokens / run.seconds, 1)} if run.tokens else {}
 
 

@@ -1,7 +1,7 @@
 """Let a language model score or compare the answers by a rubric; each verdict is paid for once and kept.
 
-reads   data/generated/, the file judge.rubric, params.yaml: judge, evaluate.strip_thinking, quantize.types; an API key
-        from the environment
+reads   data/generated/, the file judge.rubric, params.yaml: judge, evaluate.strip_thinking,
+        evaluate.allow_mixed_engines, quantize.types; an API key from the environment
 writes  data/judged/<ARTIFACT>/{validation,test}.jsonl, data/judged/judge.json, metrics/judge.json
 removes files in data/generated of quantization types that are no longer listed
 
@@ -75,7 +75,14 @@ def _collect_rows(
         return rows, None
     others = read_other_answers(paths.DATA_GENERATED, names, settings.against)
     pairs = collect_pairs(
-        paths.DATA_GENERATED, names, rubric, settings, identity, others, strip_thinking=strip_thinking
+        paths.DATA_GENERATED,
+        names,
+        rubric,
+        settings,
+        identity,
+        others,
+        strip_thinking=strip_thinking,
+        allow_mixed_engines=config.params.evaluate.allow_mixed_engines,
     )
     return pairs, others.commit
 

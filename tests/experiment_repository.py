@@ -61,11 +61,12 @@ class Repository:
         trained: str = "0" * 32,
         better: str = "Q8_0",
         chosen: Sequence[bool] | None = None,
+        engine: str | None = None,
     ) -> str:
         """Commit a run that answered `rows`, each rightly or not; as an experiment unless it is `main`.
 
         Of the quantized files it is `better` that did, and others got no row right. `chosen` says of the documents of a
-        task, `choice`, whether `better` got them right.
+        task, `choice`, whether `better` got them right. `engine` is what answered, if not llama.cpp in process.
         """
         editor = YAML()
         tree = editor.load(self.root / "params.yaml")
@@ -94,6 +95,8 @@ class Repository:
                 scored[f"{artifact}/{split}.jsonl"] = evaluate.score_rows(answers[artifact], SCORES, "exact_match")
         outs["data/scored"] = scored
         report = evaluate.evaluate(answers, {}, dict.fromkeys(artifacts, 1000), SCORES, SAMPLING)
+        if engine:
+            report = {artifact: {**scores, "engine": engine} for artifact, scores in report.items()}
         for split in ("validation", "test"):
             self.write(f"metrics/evaluate/{split}.json", [report])
         if chosen is not None:

@@ -220,6 +220,9 @@ def _add_experiment_commands(table: Any) -> None:
     command.add_argument(
         "--split", choices=("validation", "test"), default="validation", help="of which split (default: validation)"
     )
+    command.add_argument(
+        "--mixed-engines", action="store_true", help="compare answers of different engines (generate.engine) too"
+    )
     command.add_argument("--json", action="store_true", help="print it as JSON")
     command.set_defaults(run=general.compare_experiments)
 

@@ -23,7 +23,7 @@ from gguf_models import convert, rewrite
 from judge_server import CREDENTIALS, KEY, MODELS, JudgeServer, Reply, opinion, said
 from refusals import refused
 
-from lathe.common import paths
+from lathe.common import paths, patient_requests
 from lathe.common.errors import InputError
 from lathe.config.load import load
 from lathe.evaluation.judge import request_verdicts
@@ -38,7 +38,7 @@ SETTINGS = load().params.judge.model_copy(update={"model": "careful-judge"})
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_verdicts, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(patient_requests, "FIRST_PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture

@@ -289,3 +289,27 @@ def test_rows_that_belong_together_are_resampled_together_and_told_in_the_metric
     assert all("clusters" not in delta for delta in before["Q4_1"]["deltas"])
     shown = checkout.run("dvc", "metrics", "show", "--json").stdout
     assert "detectable" not in json.dumps(list(json.loads(shown)[""]["data"]["metrics/evaluate/test.json"]["data"]))
+
+
+def test_scores_of_two_engines_are_refused_unless_that_is_asked_for_and_then_named(checkout):
+    before = checkout.json("metrics/evaluate/validation.json")
+    for artifact in ("base", "base_few_shot", "merged"):
+        for split in ("validation", "test"):
+            file = checkout.root / f"data/generated/{artifact}/{split}.jsonl"
+            write_jsonl([{**row, "engine": "vllm"} for row in read_jsonl(file)], file)
+    done = checkout.stage("evaluate", check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "vllm for base, base_few_shot, merged; llama.cpp for Q8_0, Q4_K_M, Q4_1" in done.stderr
+    assert "evaluate.allow_mixed_engines" in done.stderr
+    assert checkout.json("metrics/evaluate/validation.json") == before
+    checkout.set({"evaluate.allow_mixed_engines": True})
+    done = checkout.stage("evaluate")
+    assert "WARNING" in done.stderr
+    assert "differences are of engines as well as of weights" in done.stderr
+    marked = checkout.json("metrics/evaluate/validation.json")
+    assert {name: scores.pop("engine", None) for name, scores in marked.items()} == {
+        **dict.fromkeys(("base", "base_few_shot", "merged"), "vllm"),
+        **dict.fromkeys(TYPES),
+    }
+    assert marked == before
+    assert "vllm" not in (checkout.root / "metrics/evaluate/scores.csv").read_text()

@@ -18,6 +18,7 @@ from shared import made_once
 from toy import load_toy
 
 from lathe.common import paths
+from lathe.config.generation_params import ServedArtifact
 from lathe.config.held_out_checks import find_misfits
 from lathe.doctor.checks import Circumstances
 from lathe.doctor.doctor import check_later
@@ -84,6 +85,11 @@ BERT = {
     "bert_score.max_length": 64,
     "bert_score.baseline": None,
 }
+SERVED = [
+    ServedArtifact(artifact=artifact, url="http://127.0.0.1:9/v1", model=artifact)
+    for artifact in ("base", "merged", *CONFIG.params.quantize.types)
+]
+KEYS = {"OPENAI_API_KEY": "a-key", "LATHE_SERVER_API_KEY": "two words"}
 GENERAL, RUBRIC = CONFIG.params.evaluate.general_text, CONFIG.params.judge.rubric
 LACKING: dict[str, tuple[dict[str, Any], Callable[[Path], object], str, str]] = {
     "the general text": ({}, remove(GENERAL), "missing-file", "evaluate.general_text"),
@@ -108,6 +114,18 @@ LACKING: dict[str, tuple[dict[str, Any], Callable[[Path], object], str, str]] = 
         lambda base: subprocess.run(["git", "init", "--quiet", str(paths.ROOT)], check=True),
         "no-such-revision",
         "judge.against: ",
+    ),
+    "the environment of vLLM": (
+        {"generate.engine": "vllm", "generate.vllm_python": "no/python", "evaluate.allow_mixed_engines": True},
+        nothing,
+        "no-vllm",
+        "generate.vllm_python is no/python",
+    ),
+    "a key that is one": (
+        {"generate.engine": "server", "generate.servers": SERVED},
+        nothing,
+        "invalid-key",
+        "LATHE_SERVER_API_KEY holds a space",
     ),
     "the program that quantizes": ({"quantize.binary": "bin/llama-quantize"}, nothing, "missing-program", "binary"),
     "a right to run it": (
@@ -165,11 +183,18 @@ def test_what_a_later_stage_lacks_is_refused_before_the_training(base, lacking):
     damage(base)
     params = changed(CONFIG.params, changes)
     with refused(code, said, kept=False) as caught:
-        list(check_later_stages(params, base, {"OPENAI_API_KEY": "a-key"}))
+        list(check_later_stages(params, base, KEYS))
     assert "\n" not in str(caught.value)
-    here = Circumstances(paths.ROOT, {"OPENAI_API_KEY": "a-key"})
+    here = Circumstances(paths.ROOT, KEYS)
     findings = check_later(CONFIG.model_copy(update={"params": params}), here)
     assert [(finding.status, finding.text) for finding in findings] == [("fail", str(caught.value))]
+
+
+def test_a_server_that_does_not_answer_yet_is_warned_of_before_the_training(base):
+    params = changed(CONFIG.params, {"generate.engine": "server", "generate.servers": SERVED})
+    warnings = list(check_later_stages(params, base, {}))
+    assert len(warnings) == len(SERVED)
+    assert all("cannot be reached" in text and "unless that has changed by then" in text for text in warnings)
 
 
 def test_a_run_that_has_it_all_passes(base):

@@ -56,6 +56,24 @@ def test_what_gets_clearly_more_rows_right_is_called_better_and_by_how_much(repo
     assert "one is worse than two (-0.5" in compared("two", "one").verdict
 
 
+def test_scores_of_two_engines_are_compared_only_if_that_is_asked_for(repository, capsys):
+    repository.run("one", some(10))
+    repository.run("two", some(30), engine="server (vllm)")
+    repository.run("three", some(20), engine="server (vllm)")
+    with refused("mixed-engines", "llama.cpp for one; server (vllm) for two", "lathe compare --mixed-engines"):
+        compared("one", "two")
+    compare.run(["one", "two"], split="validation", artifact=None, as_json=False, mixed_engines=True)
+    printed = capsys.readouterr().out
+    [line] = [line for line in printed.splitlines() if line.startswith("engine ")]
+    assert line.split(maxsplit=2)[1:] == ["llama.cpp", "server (vllm)"]
+    assert "differences are of engines as well as of weights" in printed
+    alike = compared("two", "three")
+    assert [side.engine for side in alike.sides] == ["server (vllm)"] * 2
+    assert not [warning for warning in alike.warnings if "engine" in warning]
+    repository.run("asking", some(10), {"evaluate.allow_mixed_engines": True})
+    assert [warning for warning in compared("asking", "two").warnings if "different engines answered" in warning]
+
+
 def test_tasks_are_compared_on_their_documents_beside_the_answers(repository, capsys):
     repository.run("one", some(20), chosen=some(10))
     repository.run("two", some(20), {"lora.r": 8}, chosen=some(30))

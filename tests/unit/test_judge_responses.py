@@ -10,8 +10,7 @@ from threading import Thread
 import psutil
 import pytest
 
-from lathe.evaluation.judge.failures import HttpStatusError, MalformedError, UnavailableError
-from lathe.evaluation.judge.http_client import HttpSession
+from lathe.common.http_session import HttpSession, HttpStatusError, MalformedError, UnavailableError
 from lathe.evaluation.judge.providers.openai import sum_tokens
 
 
@@ -59,7 +58,9 @@ def server() -> Iterator[str]:
 
 def post(server: str, path: str) -> object:
     async def run() -> object:
-        session = HttpSession(server, certificates=None, timeout_seconds=1.0)
+        session = HttpSession(
+            server, key="judge.base_url", trust="judge.ca_bundle", certificates=None, timeout_seconds=1.0
+        )
         try:
             return await session.post(path, {}, {})
         finally:

@@ -198,3 +198,18 @@ def test_an_unknown_name_to_compare_with_is_refused_with_the_artifacts(tmp_path)
     generated(tmp_path, {"base": ["a"], "merged": ["b"]})
     with refused("no-such-revision", "judge.against", "no-such-run", "base, merged", kept=False):
         read_other_answers(tmp_path, ["base", "merged"], "no-such-run")
+
+
+def test_answers_of_two_engines_are_paired_only_if_that_is_asked_for(tmp_path, caplog):
+    source = generated(tmp_path / "generated", {"base": ["wrong", "right"], "merged": ["right", "right"]})
+    file = source / "merged/test.jsonl"
+    write_jsonl([{**row, "engine": "vllm"} for row in read_jsonl(file)], file)
+    others = read_other_answers(source, ["base", "merged"], "base")
+    asked = (source, ["base", "merged"], "r", SETTINGS, IDENTITY, others)
+    with refused("mixed-engines", "llama.cpp for base; vllm for merged", "evaluate.allow_mixed_engines"):
+        collect_pairs(*asked)
+    assert len(collect_pairs(*asked, allow_mixed_engines=True).prompts) == 2
+    assert "differences are of engines as well as of weights" in caplog.text
+    elsewhere = OtherAnswers({("merged", "test"): read_jsonl(source / "base/test.jsonl")}, "c" * 40)
+    with refused("mixed-engines", "vllm for merged; llama.cpp for merged of base"):
+        collect_pairs(source, ["merged"], "r", SETTINGS, IDENTITY, elsewhere)

@@ -42,6 +42,14 @@ SHIPPED = {
 NOT_OF_THE_MODEL = {
     *("convert", "judge", "tracking", "bert_score", "sampling", "benchmark"),
     *("evaluate.general_text", "evaluate.bootstrap_samples", "evaluate.bert_score_weight", "evaluate.judge_weight"),
+    *(
+        "generate.engine",
+        "generate.servers",
+        "generate.concurrency",
+        "generate.timeout_seconds",
+        "generate.max_retries",
+    ),
+    *("generate.vllm_python", "generate.vllm_options", "evaluate.allow_mixed_engines"),
 }
 REAL = sorted(name for name in SHIPPED if recipes.load_recipe(name).recipe.overrides["model"] != "tiny")
 

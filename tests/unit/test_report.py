@@ -469,3 +469,16 @@ def test_a_search_is_shown_with_its_trials_the_best_first(run):
     assert section.count("data-x-source") == 2, "the Pareto front"
     assert section.count("PED-ANOVA") == 1, "of the study with enough trials"
     assert 'data-source="metrics/search/rate/study.json#/importance/lora.r"' in section
+
+
+def test_the_engines_that_answered_are_named_where_one_is_not_llama_cpp(run):
+    assert "Answered by" not in rendered(run)
+    for split in ("validation", "test"):
+        file = run / f"metrics/evaluate/{split}.json"
+        [report] = json.loads(file.read_text())
+        report["merged"]["engine"] = "server (vllm)"
+        file.write_text(json.dumps([report]))
+    html = rendered(run)
+    assert html.count("Answered by") == 2
+    assert "server (vllm) for merged" in html
+    assert '<th scope="col">engine' not in html

@@ -122,6 +122,19 @@ def test_the_summary_has_each_file_the_gates_the_best_file_and_the_rows_left_out
     assert "lathe chat" in printed
 
 
+def test_the_engines_that_answered_are_named_where_one_is_not_llama_cpp(finished):
+    for split in ("validation", "test"):
+        assert "answered by" not in "\n".join(run_summary.describe_metrics(finished, split))
+        file = paths.ROOT / f"metrics/evaluate/{split}.json"
+        [report] = json.loads(file.read_text())
+        report["merged"]["engine"] = "vllm"
+        file.write_text(json.dumps([report]))
+        lines = list(run_summary.describe_metrics(finished, split))
+        assert [line for line in lines if line.startswith("answered by llama.cpp for base")]
+        assert not [line for line in lines if line.startswith("engine ")]
+    assert [line for line in run_summary.summarize_run(finished) if line.startswith("answered by llama.cpp for base")]
+
+
 def test_sampled_answers_have_a_table_of_their_own(finished):
     assert "sampled answers" not in "\n".join(run_summary.describe_metrics(finished, "test"))
     interval = {"metric": "exact_match", "low": 0.5, "high": 0.66}

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from refusals import refused
 
 from lathe.common import paths, redaction
+from lathe.common.http_session import MalformedError
 from lathe.config import params
 from lathe.config.load import load
 from lathe.evaluation.judge import api_keys
 from lathe.evaluation.judge.budget import Budget
-from lathe.evaluation.judge.failures import BudgetSpentError, MalformedError
+from lathe.evaluation.judge.failures import BudgetSpentError
 from lathe.evaluation.judge.prompt import MAX_TEXT_CHARACTERS, SYSTEM, USER, compose_prompt
 from lathe.evaluation.judge.verdict import GRAMMAR_SCHEMA, JudgeAnswer, parse_verdict
 from lathe.evaluation.judge.verdict_cache import StoredVerdict, VerdictCache

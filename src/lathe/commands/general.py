@@ -161,7 +161,9 @@ def compare_experiments(args: argparse.Namespace) -> None:
     """Print experiments beside one another."""
     from lathe.experiments import compare
 
-    compare.run(args.names, split=args.split, artifact=args.artifact, as_json=args.json)
+    compare.run(
+        args.names, split=args.split, artifact=args.artifact, as_json=args.json, mixed_engines=args.mixed_engines
+    )
 
 
 def print_config(section: str | None, stage_name: str | None, overrides: list[str]) -> None:

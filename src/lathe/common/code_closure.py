@@ -16,7 +16,7 @@ SOURCE = paths.ROOT / "src"
 CARRIERS = ("common", "config", "stage", "out_of_memory")
 
 # Modules of those packages that can.
-DECIDING = ("common.jsonl", "config.artifacts", "config.gates")
+DECIDING = ("common.jsonl", "config.artifacts", "config.engine_marks", "config.engines", "config.gates")
 
 
 def code_closure(file: Path) -> list[Path]:

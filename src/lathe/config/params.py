@@ -11,9 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.config import gates as gate_rules
-from lathe.config.artifacts import get_file_name, list_benchmarked
+from lathe.config.artifacts import get_file_name, list_artifacts, list_benchmarked
 from lathe.config.base import (
-    Auto,
     Fraction,
     Name,
     NonNegative,
@@ -27,6 +26,9 @@ from lathe.config.base import (
     entry,
     require_group,
 )
+from lathe.config.engine_marks import LLAMA_CPP
+from lathe.config.engines import SERVER, list_in_process
+from lathe.config.generation_params import Generate, Sampling
 from lathe.config.quantization_types import (
     FILE_TYPES,
     FILES_THAT_CANNOT_BE_MADE,
@@ -156,36 +158,6 @@ class Quantize(Section):
         return self
 
 
-class Generate(Section):
-    """Generation: greedy answers of every artifact to the held-out prompts."""
-
-    max_new_tokens: Positive | Auto = entry(
-        "longest answer; auto: a quarter more than the longest held-out reference", "tokens"
-    )
-    n_ctx: Annotated[int, Field(ge=16)] | Auto = entry(
-        "context size: prompt and answer of a row together; auto: as much as the held-out rows need", "tokens"
-    )
-    n_parallel: Positive | Auto = entry(
-        "rows decoded in one batch; auto: 32, or as many as fit into a quarter of the memory", "rows"
-    )
-    n_gpu_layers: NonNegative | Auto = entry(
-        "layers that a llama.cpp built for a GPU computes there; auto: all; without one it has no effect", "layers"
-    )
-    max_rows: Positive | None = entry("generate for only the first rows of each split; null: for all of them", "rows")
-    few_shot: Positive = entry("training examples in the base model's few-shot prompt, as a baseline", "rows")
-
-
-class Sampling(Section):
-    """Sampling: several drawn answers to each held-out row, beside the greedy one, for the files that are listed."""
-
-    files: list[Name] = entry("files in models/gguf that are sampled, such as [merged-f16, Q4_K_M]; []: none")
-    samples: Annotated[int, Field(ge=2)] = entry("answers to each row", "answers")
-    temperature: PositiveFloat = entry("divides the logits: above 1 rarer tokens are drawn more often")
-    top_p: Annotated[float, Field(gt=0, le=1)] = entry(
-        "draw from the likeliest tokens that together have this probability"
-    )
-
-
 class Judge(Section):
     """Judge: a language model that scores the answers from 0 to 100."""
 
@@ -276,6 +248,10 @@ class Evaluate(Section):
     )
     bert_score_weight: Fraction = entry("weight of bert_score in the score combined")
     judge_weight: Fraction = entry("weight of judge / 100 in the score combined, if the judge is enabled")
+    allow_mixed_engines: bool = entry(
+        "set scores of answers by different engines side by side, and let llama.cpp answer for what generate.engine "
+        "does not; false: refuse"
+    )
     gates: Annotated[list[Name], Field(min_length=1)] | None = entry(
         "comparisons that must hold on validation: `Q4_K_M.exact_match >= merged.exact_match - 0.03`; null: none"
     )
@@ -425,6 +401,30 @@ class Params(Section):
                 raise ValueError(f"sampling.files lists {name!r}, which is not made; {did_you_mean(name, known)}")
             if self.sampling.files.count(name) > 1:
                 raise ValueError(f"sampling.files lists {name!r} twice; name each file once")
+        return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> "Params":
+        settings, known = self.generate, list_artifacts(self.quantize.types)
+        for served in settings.servers:
+            if served.artifact not in known:
+                remedy = did_you_mean(served.artifact, known)
+                raise ValueError(f"generate.servers lists {served.artifact!r}, which is not made; {remedy}")
+        if settings.engine == LLAMA_CPP:
+            return self
+        remaining = list_in_process(settings, known)
+        if settings.engine == SERVER and remaining == known:
+            raise ValueError(
+                "generate.engine is server, and generate.servers lists none of the artifacts; add what serves "
+                f"{', '.join(known)}"
+            )
+        if remaining and not self.evaluate.allow_mixed_engines:
+            remedy = f"add what serves {'it' if len(remaining) == 1 else 'them'}, or " * (settings.engine == SERVER)
+            raise ValueError(
+                f"generate.engine is {settings.engine}, which answers for none of {', '.join(remaining)}: llama.cpp "
+                f"would, and scores of both engines would stand side by side; {remedy}set "
+                "evaluate.allow_mixed_engines to true"
+            )
         return self
 
     @model_validator(mode="after")

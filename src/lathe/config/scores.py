@@ -27,7 +27,7 @@ Metric = Literal[
 MEASURED = ("perplexity", "kl", "stop_rate", "general_perplexity", "bytes")
 
 # Keys beside the scores of an artifact, in the reports of the stage evaluate, that are none.
-NOT_SCORES = {"bytes", "intervals", "deltas", "documents", "lower_is_better", "samples", "spread"}
+NOT_SCORES = {"bytes", "intervals", "deltas", "documents", "engine", "lower_is_better", "samples", "spread"}
 
 
 def suggest_remedy(score: str, computed: list[str]) -> str:

@@ -11,27 +11,30 @@ from dataclasses import asdict
 from typing import Any
 
 from lathe.common.text import format_table, write_lines
+from lathe.config.engine_marks import LLAMA_CPP
 from lathe.experiments.classifier_comparison import compare_classifiers, concerns_classifier
 from lathe.experiments.comparison import ComparedRun, Comparison, SeedGroup, compare, format_number
 from lathe.provenance.revisions import find_revision
 
 
-def run(names: Sequence[str], *, split: str, artifact: str | None, as_json: bool) -> None:
+def run(names: Sequence[str], *, split: str, artifact: str | None, as_json: bool, mixed_engines: bool = False) -> None:
     """Compare and print."""
-    comparison = compare_either(names, split=split, artifact=artifact)
+    comparison = compare_either(names, split=split, artifact=artifact, mixed_engines=mixed_engines)
     if as_json:
         sys.stdout.write(json.dumps(asdict(comparison), indent=2, ensure_ascii=False) + "\n")
     else:
         write_lines(_format_comparison(comparison))
 
 
-def compare_either(names: Sequence[str], *, split: str, artifact: str | None) -> Comparison:
+def compare_either(
+    names: Sequence[str], *, split: str, artifact: str | None, mixed_engines: bool = False
+) -> Comparison:
     """Compare by the pipeline in which the revisions differ; see `compare` and `compare_classifiers`."""
     if artifact is None and len(set(names)) == len(names) > 1:
         revisions = [find_revision(name) for name in names]
         if concerns_classifier(revisions):
             return compare_classifiers(revisions, split=split)
-    return compare(names, split=split, artifact=artifact)
+    return compare(names, split=split, artifact=artifact, mixed_engines=mixed_engines)
 
 
 def _format_comparison(comparison: Comparison) -> Iterator[str]:
@@ -44,6 +47,8 @@ def _format_comparison(comparison: Comparison) -> Iterator[str]:
     yield from format_table(rows)
     yield ""
     rows = [[comparison.split, *(side.artifact for side in sides)]]
+    if any(side.engine != LLAMA_CPP for side in sides):
+        rows.append(["engine", *(side.engine for side in sides)])
     rows += [[name, *(_format_score(side, name) for side in sides)] for name in _list_metrics(sides)]
     yield from format_table(rows)
     if comparison.differences:

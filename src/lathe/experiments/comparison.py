@@ -12,7 +12,10 @@ from lathe.common.dvc_api import DvcRepository, open_repository
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
 from lathe.config.artifacts import UNQUANTIZED
+from lathe.config.engine_marks import LLAMA_CPP, read_mark
+from lathe.config.scores import NOT_SCORES
 from lathe.evaluation.metric_order import LOWER_IS_BETTER, orient_score
+from lathe.evaluation.mixed_engines import check_engines
 from lathe.experiments.changed_code import has_stale_timings, list_changed_code, list_scripts
 from lathe.experiments.factors import group_factors, list_changes, warn_of_factors
 from lathe.experiments.p_values import adjust_p_values
@@ -23,6 +26,12 @@ from lathe.provenance.revisions import Revision, find_revision, list_experiments
 SIGNIFICANT = 0.05
 TESTED = ("metric", "delta", "low", "high", "p", "detectable")  # keys of a delta in a report
 
+# What to do where different engines answered.
+ASKED_FOR = (
+    "let one engine answer in both (generate.engine); `lathe compare --mixed-engines`, or evaluate.allow_mixed_engines "
+    "in the first of them, asks for it"
+)
+
 # Keys that must change together: 4-bit weights cannot be trained.
 CHANGED_TOGETHER = ({"training.tuning", "quantization.load_in_4bit"},)
 PRESETS = {"models": "model", "datasets": "dataset"}
@@ -30,7 +39,7 @@ PRESETS = {"models": "model", "datasets": "dataset"}
 
 @dataclass
 class ComparedRun:
-    """One revision in a comparison: the artifact that is compared, its recorded scores, and its cost."""
+    """One revision in a comparison: the artifact that is compared, what answered, its recorded scores, and its cost."""
 
     name: str
     commit: str | None
@@ -39,6 +48,7 @@ class ComparedRun:
     scores: dict[str, float | None]
     intervals: dict[str, tuple[float, float]]
     cost: dict[str, float | None]
+    engine: str = LLAMA_CPP
 
 
 @dataclass
@@ -84,10 +94,11 @@ class Comparison:
     verdict: str = ""
 
 
-def compare(names: Sequence[str], *, split: str, artifact: str | None) -> Comparison:
+def compare(names: Sequence[str], *, split: str, artifact: str | None, mixed_engines: bool = False) -> Comparison:
     """Compare revisions by name; `artifact` is one of each, by default the one with the best validation score.
 
-    Raises InputError if a name is unknown, or if its revision has not been evaluated.
+    Raises InputError if a name is unknown, if its revision has not been evaluated, and if different engines answered,
+    unless `mixed_engines` or the first revision's evaluate.allow_mixed_engines asks for that.
     """
     if len(names) < 2:
         raise InputError(
@@ -105,8 +116,11 @@ def compare(names: Sequence[str], *, split: str, artifact: str | None) -> Compar
                 f"{side.name}: has no {metric}, the evaluate.primary_metric of {names[0]}; evaluate it so",
                 code="score-missing",
             )
+    allowed = mixed_engines or revisions[0].parameters["evaluate"].get("allow_mixed_engines", False)
+    mixture = check_engines({side.name: side.engine for side in sides}, allowed=allowed, remedy=ASKED_FOR)
     result = Comparison(split, metric, sides, _list_changed_parameters(revisions))
-    result.warnings += [*_warn_of_settings(revisions, result.parameters), *_warn_of_files(sides)]
+    result.warnings += [*filter(None, [mixture]), *_warn_of_settings(revisions, result.parameters)]
+    result.warnings += _warn_of_files(sides)
     with open_repository(paths.ROOT) as repo:
         for revision, side in zip(revisions[1:], sides[1:], strict=True):
             differences, warning = _test_differences(repo, revisions[0], sides[0], revision, side, split)
@@ -163,10 +177,11 @@ def _read_side(revision: Revision, split: str, artifact: str | None, metric: str
         commit=revision.commit,
         artifact=chosen,
         seed=revision.parameters["seed"],
-        scores={key: value for key, value in scores.items() if key not in ("bytes", "intervals", "deltas")} | of_tasks,
+        scores={key: value for key, value in scores.items() if key not in NOT_SCORES} | of_tasks,
         intervals={entry["metric"]: (entry["low"], entry["high"]) for entry in scores["intervals"]}
         | {name: (entry["low"], entry["high"]) for name, entry in intervals},
         cost={**_measure_cost(revision), "bytes": scores["bytes"]},
+        engine=read_mark(scores),
     )
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lathe.common import paths, scratch
 from lathe.common.code_closure import code_closure
@@ -16,6 +16,9 @@ from lathe.inference.journal import Journal
 from lathe.inference.row_file import RowFile
 from lathe.models.answer_reading import HeldOutPrompt, read_answer, render_prompt
 from lathe.models.answer_split import find_answer_prefix
+
+if TYPE_CHECKING:
+    from lathe.inference.answer_engines import AnswerEngine
 
 # A row of data/processed: `messages`, and `tools` if there are any.
 Example = Mapping[str, Any]
@@ -28,6 +31,7 @@ PACKAGES = ("llama-cpp-python", "numpy", "transformers", "Jinja2")
 class HeldOutRun:
     """A GGUF that is measured on held-out rows, and the journal of its finished rows.
 
+    `engine` answers in place of the GGUF, whose likelihoods are measured all the same; None: the GGUF itself answers.
     `against` is the model that the KL divergence of this one is measured from. `tokens` and `seconds` say how much this
     process generated, and how long that took, prompts and references included; rows that were in the journal before are
     not counted.
@@ -36,6 +40,7 @@ class HeldOutRun:
     generator: Generator
     journal: Journal
     against: Generator | None = None
+    engine: "AnswerEngine | None" = None
     tokens: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
 
@@ -59,14 +64,32 @@ class HeldOutRun:
         self._score_documents(prompts, references)
         asked = [number for number, row in enumerate(_read_prompts(prompts)) if not row.is_document]
         answered, scored = self.journal.list_finished(answers), self.journal.list_finished(references)
-        results = likelihood.answer_and_score(
-            self.generator,
-            lambda: ((row.prompt, row.answer) for row in _read_prompts(prompts) if not row.is_document),
-            max_new_tokens=max_new_tokens,
-            against=self.against,
-            answered={index for index, number in enumerate(asked) if number in answered},
-            scored={index for index, number in enumerate(asked) if number in scored},
-        )
+
+        def read_pairs() -> Iterator[tuple[str, str]]:
+            return ((row.prompt, row.answer) for row in _read_prompts(prompts) if not row.is_document)
+
+        is_scored = {index for index, number in enumerate(asked) if number in scored}
+        results: Iterator[tuple[int, Completion | likelihood.Likelihood]]
+        if self.engine is None:
+            results = likelihood.answer_and_score(
+                self.generator,
+                read_pairs,
+                max_new_tokens=max_new_tokens,
+                against=self.against,
+                answered={index for index, number in enumerate(asked) if number in answered},
+                scored=is_scored,
+            )
+        else:
+            self.engine.answer(
+                self.generator,
+                lambda: ((number, prompt) for number, (prompt, _) in zip(asked, read_pairs(), strict=True)),
+                max_new_tokens=max_new_tokens,
+                finished=answered,
+                keep=lambda number, completion: self.journal.add(answers, number, vars(completion)),
+            )
+            results = iter(
+                likelihood.score_references(self.generator, read_pairs, against=self.against, finished=is_scored)
+            )
         for index, result in results if asked else ():
             number = asked[index]
             if isinstance(result, Completion):
@@ -109,6 +132,7 @@ class HeldOutRun:
 
     def _join_rows(self, prompts: RowFile, answers: str, references: str) -> Iterator[dict[str, Any]]:
         template = self.generator.chat_template
+        mark = {"engine": self.engine.mark} if self.engine else {}  # without: llama.cpp, in process
         for number, row in enumerate(_read_prompts(prompts)):
             likely = self.journal.read_row(references, number)
             completion = _NO_ANSWER if row.is_document else self.journal.read_row(answers, number)
@@ -121,7 +145,7 @@ class HeldOutRun:
                 "nll": likely["nll"],
                 "reference_tokens": likely["tokens"],
                 "kl": likely["kl"],
-                **({} if row.is_document else read_answer(template, row, completion["text"])),
+                **({} if row.is_document else read_answer(template, row, completion["text"]) | mark),
             }
 
 

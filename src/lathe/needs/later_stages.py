@@ -13,10 +13,13 @@ from pathlib import Path
 from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.config.artifacts import list_artifacts
+from lathe.config.engines import SERVER, VLLM, choose_engine
 from lathe.config.params import BertScore, Judge, Params, Quantize
 
 # Of the extra `judge`, in pyproject.toml.
-JUDGE_PACKAGES = ("httpx2", "tenacity")
+CLIENT_PACKAGES = ("httpx2", "tenacity")
+# A server that is there answers at once; one of the merged model cannot be there before the training.
+SECONDS_TO_ANSWER = 3.0
 
 
 def check_later_stages(params: Params, base: Path, environment: Mapping[str, str]) -> Iterator[str]:
@@ -33,6 +36,7 @@ def list_checks(params: Params, base: Path, environment: Mapping[str, str]) -> l
     return [
         lambda: _check_texts(params),
         lambda: _check_judge(params.judge, params.quantize.types, environment),
+        lambda: _check_engine(params, environment),
         lambda: _check_program(params.quantize),
         lambda: _check_types(params.quantize, base),
         lambda: _check_range(params, base),
@@ -62,13 +66,8 @@ def _check_judge(judge: Judge, types: list[str], environment: Mapping[str, str])
     if judge.provider == "gguf":
         require_judge_file(judge, paths.ROOT)
         return
-    if missing := [name for name in JUDGE_PACKAGES if importlib.util.find_spec(name) is None]:
-        raise InputError(
-            f"judge.enabled is true, and the package {missing[0]} is not installed; `make setup EXTRAS=judge`, or set "
-            "judge.enabled to false",
-            code="missing-extra",
-        )
-    from lathe.evaluation.judge.http_client import load_certificates
+    _require_client("judge.enabled is true", "set judge.enabled to false")
+    from lathe.evaluation.judge.certificates import load_certificates
 
     load_certificates(paths.ROOT / judge.ca_bundle if judge.ca_bundle else None)
     try:
@@ -77,6 +76,37 @@ def _check_judge(judge: Judge, types: list[str], environment: Mapping[str, str])
         if error.code != "missing-key":
             raise
         yield f"{error}; judge will fail after the training"
+
+
+def _require_client(reason: str, otherwise: str) -> None:
+    if missing := [name for name in CLIENT_PACKAGES if importlib.util.find_spec(name) is None]:
+        raise InputError(
+            f"{reason}, and the package {missing[0]} is not installed; `make setup EXTRAS=judge`, or {otherwise}",
+            code="missing-extra",
+        )
+
+
+def _check_engine(params: Params, environment: Mapping[str, str]) -> Iterator[str]:
+    """Ask the servers that answer for a list of their models, or look for vLLM."""
+    settings, artifacts = params.generate, list_artifacts(params.quantize.types)
+    chosen = {choose_engine(settings, artifact) for artifact in artifacts}
+    if VLLM in chosen:
+        from lathe.inference.vllm_answers import find_python, read_version
+
+        read_version(find_python(settings))
+    if SERVER not in chosen:
+        return
+    _require_client("generate.engine is server", "set generate.engine to llama.cpp")
+    from lathe.inference.server_answers import ServerEngine
+
+    hurried = settings.model_copy(update={"max_retries": 0, "timeout_seconds": SECONDS_TO_ANSWER})
+    for served in settings.servers:
+        try:
+            ServerEngine(served, hurried, environment)
+        except InputError as error:
+            if error.code == "invalid-key":
+                raise
+            yield f"{error}; generate will fail after the training, unless that has changed by then"
 
 
 def _check_program(quantize: Quantize) -> Iterator[str]:

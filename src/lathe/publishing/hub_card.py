@@ -9,7 +9,7 @@ from lathe.evaluation.metric_order import LOWER_IS_BETTER
 from lathe.provenance.signed_statement import STATEMENT_FILE
 from lathe.publishing.licences import SourceLicence
 
-NOT_RESULTS = ("bytes", "intervals", "deltas")
+NOT_RESULTS = ("bytes", "engine", "intervals", "deltas")
 MERGED = "merged"
 
 

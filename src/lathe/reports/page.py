@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from lathe.common import paths
+from lathe.config.engine_marks import describe_engines
 from lathe.evaluation.metric_order import orient_score
 from lathe.reports import plots, text_diff
 from lathe.reports.experiment_table import Experiments
@@ -87,6 +88,7 @@ def render_page(facts: ReportFacts, experiments: Experiments) -> str:
         "verdict": format_verdict,
         "style_of": choose_style,
         "verdict_of": compare_scores,
+        "engines_of": describe_engines,
         "style": Markup((HERE / "style.css").read_text(encoding="utf-8")),
     }
     return environment.get_template("page.html.jinja").render(

@@ -11,6 +11,7 @@ from lathe.common.errors import InputError
 from lathe.common.metric_files import list_timing_stems
 from lathe.common.text import format_table, readable_bytes, readable_seconds
 from lathe.config.artifacts import UNQUANTIZED, get_file_name
+from lathe.config.engine_marks import describe_engines
 from lathe.evaluation.best_artifact import choose_best_artifact
 from lathe.provenance.revisions import WORKSPACE, Revision, find_revision
 from lathe.reports.split_scores import list_metrics
@@ -60,6 +61,8 @@ def summarize_run(revision: Revision) -> Iterator[str]:
         cells = [_format_score(reports[split].get(name, {}), metric) for split in SPLITS]
         rows.append([name, *cells, readable_bytes(scores["bytes"]) if scores.get("bytes") else ""])
     yield from format_table(rows)
+    if engines := describe_engines(reports["validation"]):
+        yield f"answered by {engines}"
     gates = revision.read_json("metrics/evaluate/gates.json")
     if gates and gates["gates"]:
         failed = [name for name, gate in gates["gates"].items() if not gate["passed"]]
@@ -84,6 +87,8 @@ def describe_metrics(revision: Revision, split: str) -> Iterator[str]:
         )
     sizes = ["size", *(readable_bytes(scores["bytes"]) for scores in report.values())]
     yield from format_table([*_list_scores(report, split), sizes])
+    if engines := describe_engines(report):
+        yield f"answered by {engines}"
     if sampled := (revision.read_json("metrics/evaluate/samples.json") or {}).get(split):
         samples = next(iter(sampled.values()))["samples"]
         yield from format_table(_list_scores(sampled, f"{split}, mean of {samples} sampled answers"))

@@ -84,8 +84,9 @@ def ask_judge(request: dict[str, Any]) -> dict[str, Any]:
 
     Raises InputError where the judge cannot be asked, or does not answer with a verdict.
     """
+    from lathe.common.http_session import HttpStatusError, MalformedError, UnavailableError
     from lathe.config.overrides import apply_overrides
-    from lathe.evaluation.judge import failures
+    from lathe.evaluation.judge.failures import RetryAtOnceError, RowRefusedError, UnknownModelError
     from lathe.evaluation.judge.judged_rows import read_rubric
     from lathe.evaluation.judge.prompt import compose_prompt
     from lathe.evaluation.judge.providers.provider import connect_provider
@@ -104,12 +105,12 @@ def ask_judge(request: dict[str, Any]) -> dict[str, Any]:
 
     begun = time.monotonic()
     problems = (
-        failures.HttpStatusError,
-        failures.UnavailableError,
-        failures.MalformedError,
-        failures.RowRefusedError,
-        failures.UnknownModelError,
-        failures.RetryAtOnceError,
+        HttpStatusError,
+        UnavailableError,
+        MalformedError,
+        RowRefusedError,
+        UnknownModelError,
+        RetryAtOnceError,
     )
     try:
         given = asyncio.run(ask())

@@ -1,10 +1,11 @@
 """API keys of judge providers: read from environment variables only, and never shown.
 
-This module imports nothing but the standard library, because `python -m lathe doctor` uses it too.
+This module imports no package, because `python -m lathe doctor` uses it too.
 """
 
 from collections.abc import Mapping
 
+from lathe.common.api_key import read_api_key
 from lathe.common.errors import InputError
 
 VARIABLES = {"openai": "OPENAI_API_KEY", "gemini": "GEMINI_API_KEY", "gigachat": "GIGACHAT_CREDENTIALS"}
@@ -21,15 +22,9 @@ def read_key(provider: str, base_url: str | None, environment: Mapping[str, str]
     Raises InputError, which names the variable and never its value.
     """
     variable = VARIABLES[provider]
-    key = environment.get(variable, "").strip()
-    if not key:
-        if get_required_variable(provider, base_url):
-            raise InputError(
-                f"{variable} is not set, and judge.provider {provider} needs it; set it to your key", code="missing-key"
-            )
-        return None
-    if not key.isascii() or not key.isprintable() or " " in key:
+    key = read_api_key(variable, environment)
+    if key is None and get_required_variable(provider, base_url):
         raise InputError(
-            f"{variable} holds a space or another character that no key has; set it to your key", code="invalid-key"
+            f"{variable} is not set, and judge.provider {provider} needs it; set it to your key", code="missing-key"
         )
     return key

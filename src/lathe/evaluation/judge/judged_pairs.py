@@ -18,6 +18,7 @@ from lathe.common.jsonl import read_jsonl
 from lathe.evaluation.judge.judged_rows import SPLITS, AnswerPlace, JudgedRows, compute_verdict_key
 from lathe.evaluation.judge.pair_prompt import compose_pair_prompt
 from lathe.evaluation.judge.prompt import JudgePrompt
+from lathe.evaluation.mixed_engines import check_engines, find_engines
 from lathe.provenance.revisions import Revision, find_revision
 
 if TYPE_CHECKING:
@@ -87,19 +88,33 @@ def collect_pairs(
     others: OtherAnswers,
     *,
     strip_thinking: bool = True,
+    allow_mixed_engines: bool = False,
 ) -> JudgedRows:
     """Pair the first `judge.max_rows` answers of each split with the others' to the same rows, in both orders.
 
-    Rows of an experiment are those with the same prompt and reference. Raises InputError if none is; rows without an
-    answer of the other side are logged, and have no verdict.
+    Rows of an experiment are those with the same prompt and reference. Raises InputError if none is, and if the answers
+    are of different engines, unless that is allowed; rows without an answer of the other side are logged, and have no
+    verdict.
     """
+    own = {
+        (artifact, split): read_jsonl(generated / artifact / f"{split}.jsonl")
+        for artifact in artifacts
+        for split in SPLITS
+    }
+    for split in SPLITS:
+        sides = {artifact: own[artifact, split] for artifact in artifacts}
+        if others.commit:
+            theirs = {artifact: rows for (artifact, of), rows in others.rows.items() if of == split}
+            sides |= {f"{artifact} of {settings.against}": rows for artifact, rows in theirs.items()}
+        if warning := check_engines(find_engines(sides), allowed=allow_mixed_engines):
+            logger.warning("%s", warning)
     keys: dict[AnswerPlace, str] = {}
     prompts: dict[str, JudgePrompt] = {}
     ties: list[AnswerPlace] = []
     differences: dict[AnswerPlace, int] = {}
     for artifact in artifacts:
         for split in SPLITS:
-            rows = read_jsonl(generated / artifact / f"{split}.jsonl")[: settings.max_rows]
+            rows = own[artifact, split][: settings.max_rows]
             found = _match_rows(rows, others.rows.get((artifact, split), []))
             if rows and len(found) < len(rows):
                 logger.warning(

@@ -1,36 +1,19 @@
 """Verdict requests: concurrent, retried with pauses, within the budget; each verdict is kept as it arrives."""
 
 import asyncio
-import contextlib
-import logging
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception_type,
-    stop_after_attempt,
-)
-from tenacity.wait import wait_exponential_jitter
-
 from lathe.common.errors import InputError, Interrupted
+from lathe.common.http_session import HttpStatusError, MalformedError, UnavailableError
+from lathe.common.patient_requests import PatientRequests, RunStoppedError, classify_status, describe_status
 from lathe.common.progress import Progress
 from lathe.evaluation.judge.api_keys import VARIABLES
 from lathe.evaluation.judge.budget import Budget
-from lathe.evaluation.judge.failures import (
-    BudgetSpentError,
-    HttpStatusError,
-    MalformedError,
-    RetryAtOnceError,
-    RowRefusedError,
-    UnavailableError,
-    UnknownModelError,
-)
+from lathe.evaluation.judge.failures import BudgetSpentError, RetryAtOnceError, RowRefusedError, UnknownModelError
 from lathe.evaluation.judge.prompt import JudgePrompt
 from lathe.evaluation.judge.providers.provider import Provider, connect_provider, get_address
 from lathe.evaluation.judge.verdict import JudgeAnswer, Verdict, parse_verdict
@@ -39,18 +22,8 @@ from lathe.evaluation.judge.verdict_cache import StoredVerdict, VerdictCache
 if TYPE_CHECKING:
     from lathe.config.params import Judge
 
-logger = logging.getLogger(__name__)
-
-# Pauses between attempts double from the first to the longest. A random part of up to FIRST_PAUSE_SECONDS is added, so
-# that requests of several runs do not keep coinciding.
-FIRST_PAUSE_SECONDS = 1.0
-LONGEST_PAUSE_SECONDS = 60.0
-LONGEST_RETRY_AFTER_SECONDS = 300.0  # if a server asks for a longer delay, the run stops
-
 # Rows without a verdict, at the beginning of a run, after which the server is taken for no judge and the run stops.
 MAX_ROWS_WITHOUT_VERDICT = 5
-
-BUSY_STATUSES = frozenset({408, 409, 425, 429})
 
 
 @dataclass
@@ -106,10 +79,6 @@ def request_verdicts(
     return requests.complete_ledger()
 
 
-class _RunStoppedError(Exception):
-    """The run is stopping: no further request is made."""
-
-
 class _VerdictRequests:
     def __init__(self, settings: "Judge", cache: VerdictCache, provider: Provider) -> None:
         free = settings.provider == "gguf"
@@ -122,10 +91,10 @@ class _VerdictRequests:
             output_price=0.0 if free else settings.output_price,
             max_tokens=settings.max_tokens,
         )
-        self._stopping = asyncio.Event()
-        self._not_before = 0.0  # a delay that the server asks for holds for all requests
+        self.patient = PatientRequests("judge", max_retries=settings.max_retries)
 
     def complete_ledger(self) -> JudgeLedger:
+        self.ledger.retries = self.patient.retries
         self.ledger.requests, self.ledger.cost = self.budget.requests, self.budget.cost
         self.ledger.input_tokens, self.ledger.output_tokens = self.budget.input_tokens, self.budget.output_tokens
         return self.ledger
@@ -145,13 +114,13 @@ class _VerdictRequests:
 
     async def _run_worker(self, waiting: Iterator[tuple[str, JudgePrompt]], progress: Progress) -> None:
         for key, prompt in waiting:
-            if self._stopping.is_set():
+            if self.patient.is_stopping:
                 return
             await self._request_verdict(key, prompt, progress)
 
     async def _request_verdict(self, key: str, prompt: JudgePrompt, progress: Progress) -> None:
         try:
-            answer, verdict = await self._request_with_retries(prompt)
+            answer, verdict = await self.patient.send(lambda: self._request_once(prompt))
         except (MalformedError, RowRefusedError) as error:
             self.ledger.unjudged[key] = str(error)
             if not self.ledger.bought and len(self.ledger.unjudged) >= MAX_ROWS_WITHOUT_VERDICT:
@@ -164,7 +133,7 @@ class _VerdictRequests:
             self._stop("budget-spent", str(error))
         except UnavailableError as error:
             self._stop("unavailable", str(error))
-        except _RunStoppedError:
+        except RunStoppedError:
             return
         else:
             stored = StoredVerdict(
@@ -174,21 +143,10 @@ class _VerdictRequests:
             self.ledger.bought += 1
         progress.add(1)
 
-    async def _request_with_retries(self, prompt: JudgePrompt) -> tuple[JudgeAnswer, Verdict]:
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type((UnavailableError, MalformedError)),
-            stop=stop_after_attempt(self.settings.max_retries + 1),
-            wait=self._compute_pause,
-            sleep=self._sleep,
-            before_sleep=self._log_retry,
-            reraise=True,
-        )
-        return await retrying(self._request_once, prompt)
-
     async def _request_once(self, prompt: JudgePrompt) -> tuple[JudgeAnswer, Verdict]:
         """Make one attempt: several requests only if the provider changes their form after a refusal."""
         while True:
-            await self._sleep(self._not_before - time.monotonic())
+            await self.patient.wait_for_server()
             try:
                 answer = await self._send_within_budget(prompt)
                 return answer, parse_verdict(answer)
@@ -223,24 +181,8 @@ class _VerdictRequests:
     def _classify_status(self, error: HttpStatusError) -> Exception:
         """Return the exception for a status that the provider has not handled itself."""
         where = get_address(self.settings)
-        status = f"{error.status}: {error}"
-        if error.status in BUSY_STATUSES or error.status >= 500:
-            if (error.retry_after or 0) > LONGEST_RETRY_AFTER_SECONDS:
-                return InputError(
-                    f"{where} asks for a delay of {error.retry_after:.0f} seconds ({status}); run again after that",
-                    code="server-busy",
-                )
-            return UnavailableError(f"{where} answers {status}", retry_after=error.retry_after)
-        if error.status in (401, 403):
-            return InputError(
-                f"{where} refuses the key ({status}); set {VARIABLES[self.settings.provider]} to a valid one",
-                code="invalid-key",
-            )
-        if error.status == 402:
-            return InputError(
-                f"{where} requires a payment ({status}); check your account there", code="payment-required"
-            )
-        return RowRefusedError(f"{where} refuses the request ({status})")
+        known = classify_status(error, where, key=VARIABLES[self.settings.provider])
+        return known or RowRefusedError(f"{where} refuses the request ({describe_status(error)})")
 
     async def _describe_unknown_model(self, error: UnknownModelError) -> str:
         where, model = get_address(self.settings), self.settings.model
@@ -257,32 +199,4 @@ class _VerdictRequests:
     def _stop(self, code: str, reason: str) -> None:
         if self.ledger.stopped is None:
             self.ledger.stop_code, self.ledger.stopped = code, reason
-        self._stopping.set()
-
-    def _compute_pause(self, state: RetryCallState) -> float:
-        pause = wait_exponential_jitter(
-            multiplier=FIRST_PAUSE_SECONDS, max=LONGEST_PAUSE_SECONDS, jitter=FIRST_PAUSE_SECONDS
-        )(state)
-        retry_after = getattr(_get_error(state), "retry_after", None)
-        if retry_after is None:
-            return pause
-        self._not_before = max(self._not_before, time.monotonic() + retry_after)
-        return max(retry_after, pause)
-
-    async def _sleep(self, seconds: float) -> None:
-        """Wait; raises _RunStoppedError if the run stops meanwhile."""
-        if seconds > 0:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), seconds)
-        if self._stopping.is_set():
-            raise _RunStoppedError
-
-    def _log_retry(self, state: RetryCallState) -> None:
-        self.ledger.retries += 1
-        logger.info(
-            "judge: %s; retrying in %.1f s", _get_error(state), state.next_action.sleep if state.next_action else 0
-        )
-
-
-def _get_error(state: RetryCallState) -> BaseException | None:
-    return state.outcome.exception() if state.outcome else None
+        self.patient.stop()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lathe.evaluation.judge.failures import MalformedError
+from lathe.common.http_session import MalformedError
 
 # JSON Schema, limited to what every provider supports.
 SCHEMA: dict[str, Any] = {

@@ -43,6 +43,8 @@ def choose_small_values(params: Params, general_text: str) -> dict[str, Any]:
         "training.save_steps": STEPS,
         "quantize.types": quantized,
         "generate.max_new_tokens": "auto",
+        "generate.engine": "llama.cpp",  # no server has the weights of two steps
+        "generate.servers": [],
         "quantize.imatrix_rows": min(params.quantize.imatrix_rows, IMATRIX_ROWS),
         "sampling.files": [name for name in params.sampling.files if name.endswith("-f16") or name in quantized],
         "sampling.samples": FEWEST_SAMPLES,

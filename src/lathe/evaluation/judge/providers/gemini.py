@@ -4,9 +4,9 @@ from typing import Any
 from urllib.parse import quote
 
 from lathe.common.errors import InputError
+from lathe.common.http_session import HttpSession, HttpStatusError, MalformedError
 from lathe.evaluation.judge.api_keys import VARIABLES
-from lathe.evaluation.judge.failures import HttpStatusError, MalformedError, RowRefusedError, UnknownModelError
-from lathe.evaluation.judge.http_client import HttpSession
+from lathe.evaluation.judge.failures import RowRefusedError, UnknownModelError
 from lathe.evaluation.judge.prompt import JudgePrompt
 from lathe.evaluation.judge.providers.openai import sum_tokens
 from lathe.evaluation.judge.verdict import JudgeAnswer

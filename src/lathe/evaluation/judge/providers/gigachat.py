@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lathe.common.errors import InputError
+from lathe.common.http_session import HttpSession, HttpStatusError, MalformedError, UnavailableError
 from lathe.evaluation.judge.api_keys import VARIABLES
-from lathe.evaluation.judge.failures import HttpStatusError, MalformedError, UnavailableError
-from lathe.evaluation.judge.http_client import HttpSession
 from lathe.evaluation.judge.prompt import JudgePrompt
 from lathe.evaluation.judge.providers.openai import OpenAI
 from lathe.evaluation.judge.verdict import SCHEMA, JudgeAnswer

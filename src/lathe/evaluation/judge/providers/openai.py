@@ -4,14 +4,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from lathe.evaluation.judge.failures import (
-    HttpStatusError,
-    MalformedError,
-    RetryAtOnceError,
-    RowRefusedError,
-    UnknownModelError,
-)
-from lathe.evaluation.judge.http_client import HttpSession
+from lathe.common.http_session import HttpSession, HttpStatusError, MalformedError
+from lathe.evaluation.judge.failures import RetryAtOnceError, RowRefusedError, UnknownModelError
 from lathe.evaluation.judge.prompt import JudgePrompt
 from lathe.evaluation.judge.verdict import GRAMMAR_SCHEMA, SCHEMA, JudgeAnswer
 

@@ -77,14 +77,21 @@ def connect_provider(
 
         return Gguf(root / settings.model, prompts, max_tokens=settings.max_tokens)
 
+    from lathe.common.http_session import HttpSession
     from lathe.evaluation.judge import api_keys
-    from lathe.evaluation.judge.http_client import HttpSession, load_certificates
+    from lathe.evaluation.judge.certificates import load_certificates
 
     key = api_keys.read_key(settings.provider, settings.base_url, environment)
     trusted = load_certificates(root / settings.ca_bundle if settings.ca_bundle else None)
 
     def open_session(url: str) -> HttpSession:
-        return HttpSession(url, certificates=trusted, timeout_seconds=settings.timeout_seconds)
+        return HttpSession(
+            url,
+            key="judge.base_url",
+            trust="judge.ca_bundle",
+            certificates=trusted,
+            timeout_seconds=settings.timeout_seconds,
+        )
 
     common: dict[str, Any] = {"model": settings.model, "max_tokens": settings.max_tokens}
     match settings.provider:

@@ -1,4 +1,4 @@
-"""HTTP client of the judge: requests to one server, without redirects; errors are one line without secrets."""
+"""HTTP session: requests to one server, bounded and without redirects; errors are one line without secrets."""
 
 import asyncio
 import json
@@ -6,28 +6,55 @@ import ssl
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any
 
 import httpx2
 
 from lathe.common.errors import InputError
 from lathe.common.redaction import hide_secrets
-from lathe.evaluation.judge.failures import HttpStatusError, MalformedError, UnavailableError
 
 _MAX_SHOWN_CHARACTERS = 300
-_MAX_RESPONSE_BYTES = 8 << 20  # unpacked; a verdict has some hundred
+_MAX_RESPONSE_BYTES = 8 << 20  # unpacked; an answer has some thousand
+
+
+class HttpStatusError(Exception):
+    """The server answered with a status other than 2xx; the message is the server's, without secrets.
+
+    `retry_after` is the delay that the server asks for, in seconds, or None.
+    """
+
+    def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.status, self.retry_after = status, retry_after
+
+
+class UnavailableError(Exception):
+    """No answer at present: the request is retried, and if that fails too, the run stops.
+
+    `billed` says that the server may have processed the request, and charge for it.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None, billed: bool = False) -> None:
+        super().__init__(message)
+        self.retry_after, self.billed = retry_after, billed
+
+
+class MalformedError(Exception):
+    """The answer is not what was asked for: the request is retried, and if that fails too, there is no answer."""
 
 
 class HttpSession:
-    """Connections to the server at `address`.
+    """Connections to the server at `address`, which `key` of params.yaml names.
 
     Redirects are not followed, so that a key is sent to no other address than the user's. Texts in `secrets` are
     removed from everything that the server returns. A response may take twice `timeout_seconds` as a whole, and 8 MiB.
+    `trust` is where a user names other certificates than the usual ones.
     """
 
-    def __init__(self, address: str, *, certificates: ssl.SSLContext | None, timeout_seconds: float) -> None:
-        self.address = address.rstrip("/")
+    def __init__(
+        self, address: str, *, key: str, trust: str, certificates: ssl.SSLContext | None, timeout_seconds: float
+    ) -> None:
+        self.address, self._key, self._trust = address.rstrip("/"), key, trust
         self.secrets: set[str] = set()
         self._deadline_seconds = 2 * timeout_seconds
         self._client = httpx2.AsyncClient(
@@ -66,13 +93,13 @@ class HttpSession:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise InputError(
                     f"{self.address}: its certificate is not trusted; name a file with the certificates of its "
-                    "authority in judge.ca_bundle",
+                    f"authority in {self._trust}",
                     code="untrusted-certificate",
                 ) from None
             raise UnavailableError(f"{self.address} cannot be reached: {self._describe_error(error)}") from None
         except (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
             raise InputError(
-                f"{self.address}: {self._describe_error(error)}; check judge.base_url", code="invalid-address"
+                f"{self.address}: {self._describe_error(error)}; check {self._key}", code="invalid-address"
             ) from None
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             raise UnavailableError(
@@ -82,7 +109,7 @@ class HttpSession:
         if response.is_redirect:
             raise InputError(
                 f"{self.address} redirects ({response.status_code}), which is not followed: the key would go "
-                "to another server; set judge.base_url to the server's own address",
+                f"to another server; set {self._key} to the server's own address",
                 code="redirect",
             )
         if not response.is_success:
@@ -106,19 +133,6 @@ class HttpSession:
 
     def _describe_error(self, error: Exception) -> str:
         return _shorten(hide_secrets(str(error), self.secrets)) or type(error).__name__
-
-
-def load_certificates(ca_bundle: Path | None) -> ssl.SSLContext | None:
-    """Return the certificates to trust instead of the usual authorities; raises InputError for a file without any."""
-    if ca_bundle is None:
-        return None
-    try:
-        return ssl.create_default_context(cafile=ca_bundle)
-    except OSError as error:  # ssl.SSLError is one
-        reason = error.strerror or "it holds no certificate"
-        raise InputError(
-            f"judge.ca_bundle is {ca_bundle}: {reason}; name a file with PEM certificates", code="invalid-ca-bundle"
-        ) from None
 
 
 def _extract_message(text: str) -> str:
