@@ -80,7 +80,8 @@ def recording_whole_weights() -> Iterator[list[str]]:
 
     from lathe.training import train as module
 
-    usual, whole = module.hash_tensors, []
+    usual = module.hash_tensors
+    whole: list[str] = []
 
     def record(model: Any, **how: Any) -> dict[str, str]:
         weights = model.named_parameters()

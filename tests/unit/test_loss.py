@@ -1,11 +1,16 @@
 """Loss in tiles: the loss and the gradients of logits that are held, for every kind of head, and less memory."""
 
 import copy
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from toy import load_toy
+from toy import PYTHONPATH, load_toy
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.kernels import chunked_logprob
 from trl.trainer import add_fused_lm_head, utils
@@ -92,6 +97,23 @@ def test_tiles_have_the_loss_and_the_gradients_of_held_logits(kind, tiles):
     model = make_model(kind)
     add_fused_lm_head(model)
     assert_same(model, "fp32", 1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_so_do_the_kernels_of_a_gpu_by_tritons_interpreter():
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("interpret_tiles.py"))],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join([PYTHONPATH, os.environ.get("PYTHONPATH", "")]),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == list(MODELS)
 
 
 @pytest.mark.parametrize("choice", [{}, {"modules_to_save": ["lm_head"]}], ids=str)

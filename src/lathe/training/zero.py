@@ -60,6 +60,7 @@ def set_up_zero() -> None:
 
 
 def _save_state(engine: Any, save_dir: str, **_: Any) -> None:
+    Path(save_dir).mkdir(exist_ok=True)  # each process comes here, and rank 0 not always first
     state = {key: value for key, value in engine.optimizer.state_dict().items() if key not in NOT_KEPT}
     torch.save(
         tree_map_only(torch.Tensor, _copy_plain, state), Path(save_dir) / STATE_FILE.format(rank=distributed.get_rank())
