@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from shared import made_once
 from small_training import SETTINGS, read_curve, train_small
 from toy import PYTHONPATH, load_toy
+from trl.trainer import add_fused_lm_head
 
 from lathe.common import paths
 from lathe.models.loading import load_base
@@ -299,3 +300,28 @@ def test_pairs_and_rewards_train(method, small_model, tmp_path):
         assert len(read_curve(tmp_path, "plots/metrics/train/reward.tsv")) == 6
     adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() and tensor.abs().max() > 0 for tensor in adapter.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_in_tiles_is_that_of_held_logits(small_model, precision):
+    tokenizer = load_tokenizer(small_model)
+    rows = household_commands.make_rows(1)["train"][:8]
+    sequences = encode(tokenizer, [row["messages"] for row in rows], supervise="all")
+    model = load_base(
+        small_model, load_toy().params.quantization.model_copy(update={"load_in_4bit": False}), precision=precision
+    )
+    assert separate_rows(model, "auto", precision=precision)
+    add_fused_lm_head(model)
+    batch = PaddingFreeCollator()(list(build_dataset(sequences)))
+    batch = {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    found = []
+    for in_tiles in (False, True):
+        model.zero_grad()
+        with autocast(DEVICE, precision):
+            loss = compute_step_loss(model, batch, in_tiles=in_tiles)
+        loss.backward()
+        found.append((loss.item(), torch.cat([weight.grad.flatten().float() for weight in model.parameters()])))
+    (held, gradient), (tiled, of_tiles) = found
+    allowed = 1e-4 if precision == "fp32" else 2e-2
+    assert tiled == pytest.approx(held, rel=allowed)
+    assert (of_tiles - gradient).norm() < allowed * gradient.norm()

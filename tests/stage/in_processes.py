@@ -7,8 +7,11 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from lathe.common import entry_point, launch
 from lathe.common.errors import InputError
@@ -29,10 +32,18 @@ def main() -> None:
     work = json.loads(Path(os.environ[WORK]).read_text())
     if work.get("sharded"):
         pass_the_cpu_off_as_gpus()
+    if work.get("zero"):
+        pass_the_cpu_off_as_gpus_of_deepspeed(work["zero"])
+    if work.get("in_tiles"):
+        compute_the_loss_in_tiles()
     if os.environ["RANK"] == "1":
         go_wrong(work.get("wrong"))
     for training in work["trainings"]:
         train_once(Path(work["base"]), training)
+        if work.get("zero"):
+            from transformers.integrations import deepspeed
+
+            deepspeed.unset_hf_deepspeed_config()  # else the next base is loaded for ZeRO-3
 
     from lathe.training import distributed
 
@@ -55,9 +66,32 @@ def train_once(base: Path, training: dict[str, Any]) -> None:
             write_jsonl(splits[split], file)
     distributed.join()
     distributed.wait()
-    trained = train(base, files, out / "adapter", out / "metrics", params=chosen, scratch=out / "scratch")
+    with recording_whole_weights() as whole:
+        trained = train(base, files, out / "adapter", out / "metrics", params=chosen, scratch=out / "scratch")
     if launch.is_main():
-        (out / "trained.json").write_text(json.dumps({"frozen": trained.frozen, "kind": kind()}))
+        told = {"frozen": trained.frozen, "kind": kind(), "whole": whole}
+        (out / "trained.json").write_text(json.dumps(told))
+
+
+@contextmanager
+def recording_whole_weights() -> Iterator[list[str]]:
+    """Yield the names of the weights that each process had whole when they were hashed last."""
+    from torch.distributed.tensor import DTensor
+
+    from lathe.training import train as module
+
+    usual = module.hash_tensors
+    whole: list[str] = []
+
+    def record(model: Any, **how: Any) -> dict[str, str]:
+        weights = model.named_parameters()
+        whole[:] = [
+            name for name, weight in weights if not isinstance(weight, DTensor) and not hasattr(weight, "ds_id")
+        ]
+        return usual(model, **how)
+
+    with mock.patch.object(module, "hash_tensors", record):
+        yield whole
 
 
 def kind() -> str:
@@ -120,6 +154,40 @@ def pass_the_cpu_off_as_gpus() -> None:
     PartialState._prepare_backend = backend
     PartialState.set_device = use_cpu
     PartialState.wait_for_everyone = lambda _: torch.distributed.barrier()
+
+
+def pass_the_cpu_off_as_gpus_of_deepspeed(stage: int) -> None:
+    """Let accelerate train with DeepSpeed on a CPU, for which DeepSpeed has an accelerator and accelerate no offer."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
+    os.environ |= {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage), "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
+
+    def backend(*_: Any) -> tuple[str, DistributedType]:
+        return "gloo", DistributedType.DEEPSPEED
+
+    def use_cpu(state: Any) -> None:
+        state.device = torch.device("cpu")
+
+    torch.distributed.init_process_group("gloo")
+    from deepspeed import comm
+
+    comm.init_distributed("gloo", auto_mpi_discovery=False)
+    PartialState._prepare_backend = backend
+    PartialState.set_device = use_cpu
+    PartialState.wait_for_everyone = lambda _: torch.distributed.barrier()
+
+
+def compute_the_loss_in_tiles() -> None:
+    """Compute the loss as a GPU does, but for the kernel."""
+    from trl.trainer import utils
+
+    from lathe.training import sft
+
+    sft.uses_tiles = lambda *_, **__: True
+    utils._use_triton = lambda device: True
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Two processes train as one with batches twice as large; what goes wrong in one ends both, and is said once."""
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -113,7 +114,9 @@ def assert_trains_as_one(work: Work, names: list[str], kind: str, **how: Any) ->
     done = work.run(*together, **how)
     assert done.returncode == 0, done.stderr
     for name in names:
-        assert json.loads((work.folder / name / "trained.json").read_text())["kind"] == kind
+        told = json.loads((work.folder / name / "trained.json").read_text())
+        assert told["kind"] == kind
+        assert bool(told["whole"]) == (kind != "FSDP" and how.get("zero") != 3)
         assert_same_training(work.folder / name, work.folder / f"{name} alone")
 
 
@@ -123,18 +126,38 @@ def test_two_processes_train_as_one_with_a_batch_twice_as_large(work):
 
 @pytest.mark.slow
 def test_a_model_whose_weights_are_shared_out_trains_as_a_whole_one(work):
-    assert_trains_as_one(work, ["padded", "packed"], "FSDP", sharded=True)
+    assert_trains_as_one(work, ["padded", "packed", "4-bit"], "FSDP", sharded=True)
 
 
-@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_signal_to_one_process_stops_all_after_the_same_step_and_they_go_on_exactly(work, sharded):
+@pytest.mark.slow
+def test_the_loss_of_shared_weights_is_the_same_in_tiles(work):
+    assert_trains_as_one(work, ["packed", "4-bit"], "FSDP", sharded=True, in_tiles=True)
+
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_as_one_process(work, stage):
+    assert_trains_as_one(work, ["padded", "accumulated", "4-bit"], "DEEPSPEED", zero=stage)
+
+
+ZERO = [pytest.param({"zero": stage}, marks=[pytest.mark.slow, needs_deepspeed]) for stage in (2, 3)]
+
+
+@pytest.mark.parametrize("how", [{}, pytest.param({"sharded": True}, marks=pytest.mark.slow), *ZERO])
+@pytest.mark.parametrize("load_in_4bit", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_they_go_on_exactly(work, how, load_in_4bit):
     changes = {"training.max_steps": 7, "training.save_steps": 2, "training.logging_steps": 3, "lora.lora_dropout": 0.1}
+    changes["quantization.load_in_4bit"] = load_in_4bit
     interrupted, expected = (work.training(name, 27, changes) for name in ("interrupted", "expected"))
-    done = work.run(interrupted, wrong="is told to stop", sharded=sharded)
+    done = work.run(interrupted, wrong="is told to stop", **how)
     assert done.returncode == 143, done.stderr
     assert done.stderr.count("interrupted at step 4 of 7; run the same command again") == 1
     assert done.stderr.count("stopping after this step") == 1
-    done = work.run(interrupted, expected, sharded=sharded)
+    done = work.run(interrupted, expected, **how)
     assert done.returncode == 0, done.stderr
     assert "going on after step 4" in done.stderr
     mine, other = (

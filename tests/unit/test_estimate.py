@@ -205,6 +205,26 @@ def test_only_supervised_positions_have_logits():
     assert 4 * wide <= memory.logits < 4 * wide + 4 * CHUNK_BYTES["cpu"]
 
 
+def test_a_gpu_holds_a_tile_where_the_logits_would_be_too_many():
+    training = changed(TRAINING, precision="bf16", gradient_checkpointing=True, max_length=4096)
+
+    def estimate(device: Any, columns: int, **changes: Any) -> TrainingMemory:
+        return estimate_training_memory(
+            QWEN3_600M, sections(training=training, **changes), supervised_tokens=columns, device=device
+        )
+
+    held, tiled = estimate("cpu", 4095), estimate("cuda", 4095)
+    wide = 2 * 4095 * QWEN3_600M["vocab_size"]
+    assert held.logits > 4 * wide
+    assert 1 << 28 <= tiled.logits < (1 << 28) + (1 << 26)  # and those of one column
+    assert tiled.total < held.total / 2
+    assert tiled.activations > held.activations  # hidden states and their gradient
+    few = [estimate(device, 100) for device in ("cpu", "cuda")]
+    assert few[0] == few[1]
+    added = sections().preprocess.model_copy(update={"added_tokens": ["<a>"]})
+    assert estimate("cuda", 4095, preprocess=added) == held
+
+
 def test_the_estimate_runs_the_step_of_the_trainer_on_a_batch_of_its_collator(small_model, monkeypatch):
     batches = []
 

@@ -63,6 +63,17 @@ def test_shorter_rows_leave_room_for_more():
     assert short.per_device_train_batch_size > 4
 
 
+def test_on_a_gpu_the_logits_of_more_rows_take_no_more():
+    wide = {**QWEN, "vocab_size": 151_936}
+    held, tiled = (
+        measure_row_memory(wide, choose(**AUTO, max_length=512), device=device) for device in ("cpu", "cuda")
+    )
+    assert held.take(64) - held.take(32) == 32 * (held.activations + held.logits)
+    assert tiled.take(64) - tiled.take(32) == 32 * tiled.activations
+    assert tiled.take(64) < held.take(64) / 2
+    assert tiled.take(1) <= held.take(1)
+
+
 def test_a_model_whose_memory_cannot_be_estimated_gets_one_row(caplog):
     sizes = choose_batch_sizes({"model_type": "unknown"}, choose(**AUTO), memory=1 << 40)
     assert sizes == BatchSizes(1, 12, 1)

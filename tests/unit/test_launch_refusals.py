@@ -3,9 +3,12 @@
 import shutil
 
 import pytest
+from conftest import changed
 from refusals import refused
+from toy import load_toy
 
 from lathe.common import launch, paths
+from lathe.training.zero import check_zero
 
 CONFIGS = sorted((paths.ROOT / launch.CONFIGS).glob("*.yaml"))
 
@@ -17,8 +20,8 @@ def configuration(tmp_path, monkeypatch):
     folder = tmp_path / launch.CONFIGS
     shutil.copytree(CONFIGS[0].parent, folder)
 
-    def make(old: str, new: str) -> str:
-        text = (folder / "cpu-2.yaml").read_text()
+    def make(old: str, new: str, name: str = "cpu-2.yaml") -> str:
+        text = (folder / name).read_text()
         assert old in text
         (folder / "mine.yaml").write_text(text.replace(old, new))
         return f"accelerate launch --config_file {launch.CONFIGS}/mine.yaml"
@@ -69,9 +72,9 @@ def test_a_launcher_that_cannot_be_started_is_refused(launcher, code, part):
         ("distributed_type: MULTI_CPU", "distributed_type: MANY", "launcher-config-invalid", "MANY"),
         (
             "distributed_type: MULTI_CPU",
-            "distributed_type: DEEPSPEED",
+            "distributed_type: MEGATRON_LM",
             "launcher-distributed-type",
-            "DEEPSPEED; must be MULTI_GPU",
+            "MEGATRON_LM; must be MULTI_GPU",
         ),
         ("distributed_type: MULTI_CPU", "distributed_type: FSDP", "launcher-fsdp-version", "fsdp_version"),
         (
@@ -97,6 +100,42 @@ def test_a_configuration_that_would_not_train_rightly_is_refused(configuration, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "code", "part"),
+    [
+        ("zero_stage: 3", "zero_stage: 1", "launcher-zero-stage", "zero_stage is 1; must be 2 or 3"),
+        ("zero_stage: 3", "deepspeed_config_file: mine.json", "launcher-deepspeed-file", "mine.json"),
+        ("offload_param_device: none", "offload_param_device: cpu", "launcher-offload", "offload_param_device is cpu"),
+        ("zero3_init_flag: false", "zero3_init_flag: true", "launcher-zero3-init", "set false"),
+        ("gradient_clipping: auto", "gradient_clipping: 1.0", "launcher-deepspeed-auto", "gradient_clipping is 1.0"),
+        ("use_cpu: false", "use_cpu: true", "launcher-cpu", "on GPUs alone"),
+        ("num_machines: 1", "num_machines: 2", "launcher-deepspeed-machines", "set standard"),
+        ("zero_stage: 3", "zero_stage: 3", "deepspeed-missing", "make setup EXTRAS=deepspeed"),
+    ],
+)
+def test_a_configuration_of_deepspeed_that_would_not_train_rightly_is_refused(
+    configuration, old, new, code, part, monkeypatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with refused(code, part, "experiments/accelerate/mine.yaml") as caught:
+        launch.run(configuration(old, new, "zero3.yaml"), "stages/train.py")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"training.method": "grpo"}, "zero-method"),
+        ({"training.precision": "fp16"}, "zero-fp16"),
+        ({"training.optim": "adafactor"}, "zero-optimizer"),
+    ],
+)
+def test_what_zero_would_train_otherwise_is_refused(changes, code, monkeypatch):
+    monkeypatch.setattr("lathe.common.launch.get_zero_stage", lambda: 3)
+    with refused(code, *changes):
+        check_zero(changed(load_toy().params, changes))
+
+
 def test_a_machine_that_the_configuration_does_not_count_is_refused():
     with refused("machine-rank-out-of-range", "--machine_rank 1: ", "cpu-2.yaml has 1 machine"):
         launch.run(f"accelerate launch --config_file {launch.CONFIGS}/cpu-2.yaml", "stages/train.py", machine_rank=1)
@@ -105,6 +144,8 @@ def test_a_machine_that_the_configuration_does_not_count_is_refused():
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_accelerate_takes_every_configuration_that_is_shipped(file, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    if "zero" in file.name:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     from accelerate.commands.launch import _validate_launch_command
 
     launcher = f"accelerate launch --config_file {launch.CONFIGS}/{file.name}"
@@ -113,5 +154,7 @@ def test_accelerate_takes_every_configuration_that_is_shipped(file, monkeypatch)
     assert read.num_processes == (16 if machine else 2)
     assert read.machine_rank == (machine or 0)
     assert read.use_fsdp == ("fsdp" in file.name)
-    assert read.multi_gpu == ("fsdp" not in file.name)
+    assert read.use_deepspeed == ("zero" in file.name)
+    assert read.multi_gpu == (not read.use_fsdp and not read.use_deepspeed)
+    assert not read.use_deepspeed or read.zero_stage == int(file.stem[-1])
     assert not read.use_fsdp or read.fsdp_version == 2

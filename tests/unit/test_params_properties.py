@@ -51,6 +51,8 @@ CHECKED_FURTHER = {
     "dpo.label_smoothing",
     "grpo.per_device_train_batch_size",
     "grpo.num_generations",
+    "grpo.vllm_mode",
+    "grpo.vllm_server_base_url",
     "judge.base_url",
     "tracking.mlflow.tracking_uri",
 }

@@ -3,6 +3,7 @@
 # The extra of pyproject.toml that a package which is imported where it is needed comes with.
 EXTRAS = {
     "cryptography": "sign",
+    "deepspeed": "deepspeed",
     "dvc_ssh": "ssh",
     "fastapi": "serve",
     "lm_eval": "benchmark",

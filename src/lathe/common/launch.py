@@ -5,6 +5,7 @@ workers: the same script, once per rank. A worker prints nothing when it fails; 
 launcher prints it once, however many workers fail alike.
 """
 
+import importlib.util
 import json
 import logging
 import os
@@ -50,8 +51,15 @@ def is_main() -> bool:
 
 
 def is_sharded() -> bool:
-    """Tell whether each process holds a part of every weight (FSDP)."""
-    return is_worker() and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    """Tell whether each process holds a part of every weight (FSDP, and stage 3 of DeepSpeed's ZeRO)."""
+    return (is_worker() and os.environ.get("ACCELERATE_USE_FSDP") == "true") or get_zero_stage() == 3
+
+
+def get_zero_stage() -> int:
+    """Return the stage of DeepSpeed's ZeRO that this worker trains with; 0 without DeepSpeed."""
+    if not is_worker() or os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return 0
+    return int(os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"])
 
 
 def end_worker(message: str, code: int) -> NoReturn:
@@ -140,11 +148,19 @@ def _parse_launcher(launcher: str, script: str, machine_rank: int | None) -> Any
             f"{file}: no configuration of accelerate: {_to_one_line(error)}; mend it", code="launcher-config-invalid"
         ) from None
     kind = getattr(config, "distributed_type", None)
-    if kind not in {DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP}:
+    if kind not in {
+        DistributedType.MULTI_GPU,
+        DistributedType.MULTI_CPU,
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+    }:
         raise InputError(
-            f"{file}: distributed_type is {getattr(kind, 'value', kind)}; must be MULTI_GPU, MULTI_CPU or FSDP",
+            f"{file}: distributed_type is {getattr(kind, 'value', kind)}; must be MULTI_GPU, MULTI_CPU, FSDP or "
+            "DEEPSPEED",
             code="launcher-distributed-type",
         )
+    if kind == DistributedType.DEEPSPEED:
+        _check_deepspeed(file, config)
     if kind == DistributedType.FSDP and (config.fsdp_config or {}).get("fsdp_version") != 2:
         raise InputError(
             f"{file}: fsdp_version is not 2; the first version is not supported; set it to 2",
@@ -189,6 +205,51 @@ def _parse_launcher(launcher: str, script: str, machine_rank: int | None) -> Any
     if not config.use_cpu:
         _check_gpus(file, processes // machines)
     return arguments
+
+
+def _check_deepspeed(file: Path, config: Any) -> None:
+    settings = config.deepspeed_config or {}
+    if "deepspeed_config_file" in settings:
+        raise InputError(
+            f"{file}: deepspeed_config_file is {settings['deepspeed_config_file']}; DeepSpeed's own file would decide "
+            "what the parameters do; write zero_stage here in its place",
+            code="launcher-deepspeed-file",
+        )
+    if (stage := settings.get("zero_stage")) not in {2, 3}:
+        raise InputError(
+            f"{file}: zero_stage is {stage}; must be 2 or 3; without ZeRO take a DDP configuration",
+            code="launcher-zero-stage",
+        )
+    for key in ("offload_optimizer_device", "offload_param_device"):
+        if (device := settings.get(key, "none")) != "none":
+            raise InputError(
+                f"{file}: {key} is {device}; checkpoints hold no states that lie elsewhere; set none",
+                code="launcher-offload",
+            )
+    if settings.get("zero3_init_flag"):
+        raise InputError(
+            f"{file}: zero3_init_flag is true; each process reads the weights before they are shared out; set false",
+            code="launcher-zero3-init",
+        )
+    for key in ("gradient_accumulation_steps", "gradient_clipping"):
+        if (value := settings.get(key, "auto")) != "auto":
+            raise InputError(f"{file}: {key} is {value}; params.yaml decides; set auto", code="launcher-deepspeed-auto")
+    if config.num_machines > 1 and settings.get("deepspeed_multinode_launcher") != "standard":
+        raise InputError(
+            f"{file}: deepspeed_multinode_launcher is not standard, so that DeepSpeed would log in to the other "
+            "machines; set standard",
+            code="launcher-deepspeed-machines",
+        )
+    if config.use_cpu:
+        raise InputError(
+            f"{file}: use_cpu is true; accelerate runs DeepSpeed on GPUs alone; set false", code="launcher-cpu"
+        )
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError(
+            f"{file}: distributed_type is DEEPSPEED; the package deepspeed is not installed; install it: "
+            "`make setup EXTRAS=deepspeed`",
+            code="deepspeed-missing",
+        )
 
 
 def _check_gpus(file: Path, needed: int) -> None:

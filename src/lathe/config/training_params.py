@@ -215,7 +215,38 @@ class Grpo(Section):
     scale_rewards: Literal["group", "batch", "none"] = entry(
         "what rewards are normalised over: the answers to one prompt, the batch, or nothing"
     )
+    vllm_mode: Literal["colocate", "server"] | None = entry(
+        "vLLM samples the answers: on the GPU that trains (colocate), or as a server; null: transformers does"
+    )
+    vllm_server_base_url: Name | None = entry("address of the vLLM server, such as http://127.0.0.1:8000; null: none")
+    vllm_server_timeout: PositiveFloat = entry("longest wait for the vLLM server before the training", "seconds")
+    vllm_group_port: Annotated[int, Field(ge=1, le=65535)] = entry(
+        "port of this machine from which the vLLM server gets the weights"
+    )
+    vllm_gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = entry(
+        "share of the GPU's memory that vLLM takes in the mode colocate"
+    )
+    vllm_tensor_parallel_size: Positive = entry("GPUs that share a model of vLLM in the mode colocate", "GPUs")
+    vllm_enable_sleep_mode: bool = entry("free vLLM's memory while a step is made, in the mode colocate; slower")
     rewards: Annotated[list[Reward], Field(min_length=1)] = entry("parts of an answer's reward, summed by weight")
+
+    @model_validator(mode="after")
+    def _check_vllm_server(self) -> "Grpo":
+        url = self.vllm_server_base_url
+        if self.vllm_mode == "server" and url is None:
+            raise ValueError(
+                "grpo.vllm_mode is 'server' and grpo.vllm_server_base_url null; set it to the server's address"
+            )
+        if self.vllm_mode != "server" and url is not None:
+            raise ValueError(
+                f"grpo.vllm_server_base_url is {url!r}, which only grpo.vllm_mode server uses; set that, or null here"
+            )
+        if url is not None and not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", url):
+            raise ValueError(
+                f"grpo.vllm_server_base_url is {url!r}; must be http:// or https://, a host and a port, without a "
+                "password"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_groups(self) -> "Grpo":

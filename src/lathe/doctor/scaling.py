@@ -192,7 +192,8 @@ def measure_needs(name: str, gpus: Gpus, rows: int, overrides: Sequence[str]) ->
         length = params.training.max_length
         with ignore_warnings():
             size = sizes.get(params.training.tuning) or _measure_tuning(shape, params)
-            memory = estimate_training_memory(shape, params, supervised_tokens=max(1, round(SUPERVISED_SHARE * length)))
+            supervised_tokens = max(1, round(SUPERVISED_SHARE * length))
+            memory = estimate_training_memory(shape, params, supervised_tokens=supervised_tokens, device="cuda")
         sizes[params.training.tuning], base_bytes = size, size.base_bytes
         rate = gpus.peak * _get_share(width, params) / size.flops
         needs.append(_place_training(training, memory, size.disk_bytes, largest, rate, length, gpus, rows))

@@ -10,10 +10,11 @@ from lathe.models.model_class import choose_model_class, read_model_config
 from lathe.models.precision import DTYPES
 
 
-def load_base(folder: Path, quantization: Quantization, *, precision: str) -> Any:
+def load_base(folder: Path, quantization: Quantization, *, precision: str, sharded: bool = False) -> Any:
     """Load the base: linear layers in 4 bits if configured, all else in the type of `precision`.
 
-    For full tuning `precision` is fp32: updates are smaller than the rounding of bf16.
+    Where weights are to be `sharded`, 4-bit ones are stored as if they were bf16: only floats are shared out. For full
+    tuning `precision` is fp32: updates are smaller than the rounding of bf16.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -22,7 +23,7 @@ def load_base(folder: Path, quantization: Quantization, *, precision: str) -> An
     model = choose_model_class(read_model_config(folder)).from_pretrained(
         folder,
         dtype=DTYPES[precision],
-        quantization_config=_make_quantization_config(quantization, precision),
+        quantization_config=_make_quantization_config(quantization, precision, sharded=sharded),
         device_map={"": device},
         trust_remote_code=False,
         use_safetensors=True,
@@ -32,7 +33,7 @@ def load_base(folder: Path, quantization: Quantization, *, precision: str) -> An
     return model
 
 
-def _make_quantization_config(quantization: Quantization, precision: str) -> Any:
+def _make_quantization_config(quantization: Quantization, precision: str, *, sharded: bool) -> Any:
     if not quantization.load_in_4bit:
         return None
     from transformers import BitsAndBytesConfig
@@ -42,6 +43,7 @@ def _make_quantization_config(quantization: Quantization, precision: str) -> Any
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_quant_storage=torch.bfloat16 if sharded else torch.uint8,
         bnb_4bit_compute_dtype=DTYPES[precision] if compute == "auto" else getattr(torch, compute),
     )
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lathe.common.errors import InputError
 from lathe.common.text import readable_bytes
@@ -73,8 +73,9 @@ def estimate_training_memory(
     *,
     length: int | None = None,
     supervised_tokens: int | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
 ) -> TrainingMemory:
-    """Estimate the memory of `lathe.training.train.train` on the device that would train.
+    """Estimate the memory of `lathe.training.train.train` on `device`, by default the one that would train here.
 
     `model` is a folder with config.json, or its content. `length` is that of the longest sequence in tokens, by default
     `training.max_length`; `supervised_tokens` is the number of batch columns with a supervised token, which get logits,
@@ -87,13 +88,15 @@ def estimate_training_memory(
     activations  live tensors at the peak of the step, counted on fake tensors, with activation checkpointing if
                  configured, and the largest 4-bit layer unpacked
     logits       the part of these that is as wide as the vocabulary: two numbers in the training precision per
-                 supervised position and vocabulary entry, in the backward pass
+                 supervised position and vocabulary entry, in the backward pass; on a GPU at most
+                 `HELD_LOGITS_BYTES`, and above that one tile
 
     These are the bytes of tensors. With malloc set to return freed memory (MALLOC_MMAP_THRESHOLD_=262144) the
     resident size grew by 0.91 to 1.09 times the estimate in ten trainings on the CPU; glibc's default keeps freed
     blocks, and made that 1.4 to 2.2 times. A 16-bit checkpoint that is packed to 4 bits stays mapped as well, in pages
     that the kernel can take back: 1.1 to 1.4 times. Memory inside kernels is not seen, and attention is counted as in
-    torch's fused kernel for the CPU. On a GPU (an H100, models of 0.6 and 8 B) the estimate was 7 to 30 % too high.
+    torch's fused kernel for the CPU. On a GPU (an H100, models of 0.6 and 8 B) the estimate was 7 to 30 % too high,
+    when all logits were held there.
 
     Raises InputError where the model or the adapter cannot be made from the configuration, and for DPO and GRPO, whose
     memory has not been measured.
@@ -122,7 +125,9 @@ def estimate_training_memory(
             # Measured on the first blocks, which have no update here; that of all blocks is alike.
             every = lora.model_copy(update={"num_layers": None})
             to_train = add_meta_adapter(make_meta_model(config, precision), every)
-        step, evaluation = _measure_peaks(to_train, params, precision, length, columns)
+        # The head of added tokens holds its logits everywhere, as the CPU does.
+        device = "cpu" if params.preprocess.added_tokens else device or get_training_device()
+        step, evaluation = _measure_peaks(to_train, params, precision, length, columns, device)
     return TrainingMemory(
         weights=frozen,
         adapter=4 * trained,
@@ -132,6 +137,13 @@ def estimate_training_memory(
         logits=step["logits"],
         evaluation=evaluation["activations"] + evaluation["logits"] + largest_packed,
     )
+
+
+def get_training_device() -> Literal["cpu", "cuda"]:
+    """Return the kind of device that this machine trains on."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def estimate_disk(model: Path | Mapping[str, Any], params: Params) -> dict[str, int | None]:
@@ -244,7 +256,7 @@ def _measure_weights(base: Any, quantization: Quantization) -> tuple[int, int]:
 
 
 def _measure_peaks(
-    adapted: Any, params: Params, precision: str, length: int, columns: int
+    adapted: Any, params: Params, precision: str, length: int, columns: int, device: str
 ) -> tuple[Counter[str], Counter[str]]:
     """Return the bytes of activations and logits at the peak of a training step, and of an evaluation batch.
 
@@ -275,7 +287,9 @@ def _measure_peaks(
                 adapted.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
                 adapted.enable_input_require_grads()
             try:
-                of_depth = [_measure_peak(adapted, *shape, precision, is_training) for is_training, shape in shapes]
+                of_depth = [
+                    _measure_peak(adapted, *shape, precision, is_training, device) for is_training, shape in shapes
+                ]
             except RuntimeError as error:
                 raise InputError(
                     f"config.json: its layers do not fit together: {' '.join(str(error).split())}",
@@ -296,12 +310,22 @@ def _measure_peaks(
     return extrapolate(step, step_of_fewer, kept), extrapolate(evaluation, evaluation_of_fewer, depth)
 
 
-def _measure_peak(model: Any, rows: int, length: int, columns: int, precision: str, is_training: bool) -> Counter[str]:
-    """Run the trainer's own step on one batch of fake tensors, and return the bytes by kind at their peak."""
+def _measure_peak(
+    model: Any, rows: int, length: int, columns: int, precision: str, is_training: bool, device: str
+) -> Counter[str]:
+    """Run the trainer's own step on one batch of fake tensors, and return the bytes by kind at their peak.
+
+    Where a GPU would compute the loss in tiles, the step has logits in one column, and a tile is added.
+    """
     import torch
 
+    from lathe.training.loss import count_tile_bytes, uses_tiles
     from lathe.training.training_step import autocast, compute_step_loss
 
+    config, positions, itemsize = model.config.get_text_config(), rows * columns, 4 if precision == "fp32" else 2
+    in_tiles = uses_tiles(device, positions, config.vocab_size, itemsize=itemsize)
+    if in_tiles:
+        columns = 1
     ids = torch.zeros(rows, length, dtype=torch.long)
     batch = {
         "input_ids": ids,
@@ -313,7 +337,7 @@ def _measure_peak(model: Any, rows: int, length: int, columns: int, precision: s
     for parameter in model.parameters():
         # Present from the second pass of an accumulated step on; counted separately.
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and is_training else None
-    counter = _make_memory_counter(model.config.get_text_config().vocab_size)
+    counter = _make_memory_counter(config.vocab_size)
     counter.leave_out([*batch.values(), *model.buffers()])
     for parameter in model.parameters():
         counter.leave_out([parameter] if parameter.grad is None else [parameter, parameter.grad])
@@ -323,7 +347,12 @@ def _measure_peak(model: Any, rows: int, length: int, columns: int, precision: s
             loss = compute_step_loss(model, batch)
         if is_training:
             loss.backward()
-    return counter.peak
+    peak = counter.peak
+    if in_tiles:
+        peak["logits"] += count_tile_bytes(positions, config.vocab_size, itemsize=itemsize)
+        # The hidden states of these positions, and their gradient in float32.
+        peak["activations"] += positions * config.hidden_size * (itemsize + 4 * is_training)
+    return peak
 
 
 def _replace_by_fake_tensors(model: Any) -> None:

@@ -1,16 +1,17 @@
 """Batch sizes that fit into the memory of a device, by the estimate of a training's memory."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lathe.common import operating_system
 from lathe.common.errors import InputError
 from lathe.config.base import get_number
 from lathe.config.params import Params
-from lathe.needs.estimate import estimate_training_memory
+from lathe.needs.estimate import estimate_training_memory, get_training_device
 from lathe.training.batch_sizes import BatchSizes, has_auto
 
 logger = logging.getLogger(__name__)
@@ -25,32 +26,48 @@ MOST_EVALUATION_ROWS = 64
 
 @dataclass(frozen=True)
 class RowMemory:
-    """Bytes of a training whatever its batch size, its gradients, a training step and an evaluation per row."""
+    """Bytes of a training whatever its batch size, its gradients, and by row a training step and an evaluation.
+
+    However many rows there are, the logits of a step take no more than `most_logits`.
+    """
 
     fixed: int
     gradients: int
-    step: int
+    activations: int
+    logits: int
     evaluation: int
+    most_logits: float
 
     def take(self, batch_size: int) -> int:
         """Return the bytes of a training step with that many rows."""
-        return self.fixed + self.gradients + batch_size * self.step
+        logits = min(batch_size * self.logits, self.most_logits)
+        return self.fixed + self.gradients + batch_size * self.activations + int(logits)
 
     def evaluate(self, batch_size: int) -> int:
         """Return the bytes of an evaluation with that many rows."""
         return self.fixed + batch_size * self.evaluation
 
 
-def measure_row_memory(model: Path | Mapping[str, Any], params: Params, *, length: int | None = None) -> RowMemory:
+def measure_row_memory(
+    model: Path | Mapping[str, Any],
+    params: Params,
+    *,
+    length: int | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+) -> RowMemory:
     """Return the memory of supervised fine-tuning by rows of `length` tokens, by default `training.max_length`.
 
-    Raises InputError if the model cannot be made from its configuration.
+    `device` is as in `estimate_training_memory`. Raises InputError if the model cannot be made from its configuration.
     """
     one = {"method": "sft", "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
     params = params.model_copy(update={"training": params.training.model_copy(update=one)})
-    memory = estimate_training_memory(model, params, length=length)
+    from lathe.training.loss import HELD_LOGITS_BYTES
+
+    device = device or get_training_device()
+    memory = estimate_training_memory(model, params, length=length, device=device)
     fixed = memory.weights + memory.adapter + memory.optimizer
-    return RowMemory(fixed, memory.gradients, memory.activations + memory.logits, memory.evaluation)
+    most_logits = math.inf if device == "cpu" else max(HELD_LOGITS_BYTES, memory.logits)
+    return RowMemory(fixed, memory.gradients, memory.activations, memory.logits, memory.evaluation, most_logits)
 
 
 def choose_batch_sizes(
@@ -72,7 +89,7 @@ def choose_batch_sizes(
             by_row = measure_row_memory(model, params, length=length)
         except InputError as error:
             logger.warning("batch sizes that are auto become 1: memory cannot be estimated: %s", error)
-            by_row = RowMemory(usable, 0, usable, usable)
+            by_row = RowMemory(usable, 0, usable, 0, usable, 0)
         if train == "auto":
             divisors = (size for size in range(1, passes + 1) if passes % size == 0)
             train = find_largest(divisors, lambda size: by_row.take(size) <= usable)

@@ -2,15 +2,15 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lathe.common.errors import InputError
 from lathe.common.text import readable_bytes
 from lathe.config.params import Params
 from lathe.doctor.checks import free_memory_bytes
-from lathe.needs.fit_batch import USABLE, RowMemory, find_largest, measure_row_memory
+from lathe.needs.fit_batch import USABLE, find_largest, measure_row_memory
 
 # From the fastest to the smallest: 4-bit base, activations recomputed.
 FORMS = ((False, False), (False, True), (True, True))
@@ -26,7 +26,7 @@ class Memory:
     """The memory that a training may take (bytes), of which device, and how that is known."""
 
     size: int
-    device: str  # cuda or cpu, a key of USABLE
+    device: Literal["cpu", "cuda"]
     source: str
 
     @property
@@ -55,7 +55,7 @@ def find_memory(gpu: str | None) -> Memory:
     if gpu is None:
         import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
         source = "free on the GPU here" if device == "cuda" else "free on this machine, which has no GPU"
         return Memory(free_memory_bytes(), device, source)
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", gpu.strip().lower())
@@ -101,8 +101,9 @@ def _fit_form(
         }
     )
     quantization = params.quantization.model_copy(update={"load_in_4bit": load_in_4bit})
-    one = measure_row_memory(model, params.model_copy(update={"training": training, "quantization": quantization}))
-    by_row = RowMemory(one.fixed, one.gradients, per_row * one.step, one.evaluation)
+    changed = params.model_copy(update={"training": training, "quantization": quantization})
+    one = measure_row_memory(model, changed, device=memory.device)
+    by_row = replace(one, activations=per_row * one.activations, logits=per_row * one.logits)
     batch_size = find_largest(_list_powers(rows), lambda size: by_row.take(size) <= memory.usable)
     eval_batch_size = find_largest(_list_powers(2 * rows), lambda size: by_row.evaluate(size) <= memory.usable)
     total = max(by_row.take(batch_size), by_row.evaluate(eval_batch_size))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import wraps
 from typing import Any, NoReturn
 
 import torch
@@ -42,6 +43,20 @@ class BaseTrainer(Trainer):
         """Return 0: transformers would walk through all parameters, and `lathe.training.throughput` counts."""
         return 0
 
+    def compute_under_autocast(self, model: Any) -> None:
+        """Let every forward pass of `model` be under the autocast of training, whoever calls it.
+
+        TRL computes new log-probabilities under autocast, and old ones without; DeepSpeed ends what is around it.
+        """
+        forward = model.forward
+
+        @wraps(forward)
+        def forward_under_autocast(*given: Any, **options: Any) -> Any:
+            with self.autocast_smart_context_manager():
+                return forward(*given, **options)
+
+        model.forward = forward_under_autocast
+
     def get_token_ids(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Return the token ids of the last forward pass, (rows, tokens)."""
         ids: torch.Tensor = inputs["input_ids"]
@@ -54,7 +69,7 @@ class BaseTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)
+        norm = torch.as_tensor(super()._clip_grad_norm(model))  # DeepSpeed gives a number
         is_finite = torch.stack([torch.isfinite(loss) for loss, _ in self.step_losses]).all()
         if not self.args.fp16:  # in fp16 the scaler skips a step whose gradient is not finite, and goes on
             is_finite &= torch.isfinite(gather_full_tensor(norm))

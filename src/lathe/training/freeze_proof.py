@@ -23,10 +23,9 @@ def hash_tensors(model: Any, *, trained: bool = False) -> dict[str, str]:
         for name, parameter in sorted(model.named_parameters()):
             if parameter.requires_grad != trained:
                 continue
-            own = parameter.data
-            tensor = gather_full_tensor(own)
+            tensor = gather_full_tensor(parameter)
             futures[name] = pool.submit(_hash_tensor, tensor)
-            if tensor is not own:  # gathered from all processes: one at a time, or all of them fill the memory
+            if tensor is not parameter:  # gathered from all processes: one at a time, or all of them fill the memory
                 futures[name].result()
     return {name: future.result() for name, future in futures.items()}
 

@@ -5,18 +5,19 @@ Source: Shao et al. 2024, DeepSeekMath (arXiv 2402.03300).
 
 import json
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, TrainerCallback
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from lathe.common.errors import InputError
 from lathe.models.adapter import unwrap
 from lathe.models.answer_reading import render_prompt
 from lathe.models.answer_syntax import find_thought_syntax
@@ -25,12 +26,14 @@ from lathe.models.loss_mask import Encoded, encode
 from lathe.models.message_form import ANSWER, EXAMPLE_CALL, QUESTION
 from lathe.models.tokenizer_template import read_chat_template
 from lathe.training import distributed
+from lathe.training.answer_sampling import AnswerSampler, TransformersSampler, VllmSampler
 from lathe.training.answer_text import AnswerDecoder
 from lathe.training.base_trainer import BaseTrainer
 from lathe.training.best_weights import BestWeights
 from lathe.training.resume import ResumableTrainer
 from lathe.training.row_attention import pad_rows
 from lathe.training.trainer_setup import TrainerSetup
+from lathe.training.vllm import build_vllm_arguments, unmerge_exactly
 from lathe.training.weighted_rewards import RewardPrompt, WeightedReward, weight_rewards
 
 # Sampled answers that later steps are still to be trained on; not in transformers' checkpoints.
@@ -45,7 +48,7 @@ def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
     """
     grpo, training, tokenizer = setup.params.grpo, setup.params.training, setup.tokenizer
     pad_rows(setup.model, training.attn_implementation)
-    _set_end_of_answer(setup.model, tokenizer)
+    ends = _set_end_of_answer(setup.model, tokenizer)
     template = read_chat_template(tokenizer)
     prompts = {split: encode_prompts(tokenizer, setup.splits[split]) for split in ("train", "validation")}
     rewards = weight_rewards(grpo.rewards, setup.functions)
@@ -69,6 +72,10 @@ def build_trainer(setup: TrainerSetup) -> ResumableTrainer:
             reward_weights=[reward.weight for reward in rewards],
             shuffle_dataset=False,  # `_shuffle_prompts` does it, in a way that a resumed run repeats
             remove_unused_columns=False,
+            chat_template_kwargs=setup.params.preprocess.chat_template_kwargs,
+            **build_vllm_arguments(
+                grpo, ends, max(len(prompt.prompt_ids) for row in prompts.values() for prompt in row)
+            ),
         )
     )
     prompts_needed = -(-grpo.max_steps // grpo.num_iterations) * arguments.generation_batch_size // grpo.num_generations
@@ -97,8 +104,6 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
     Validation prompts are answered greedily, before the first step too, and the mean reward is logged.
     """
 
-    generation_config: GenerationConfig
-
     def __init__(
         self,
         *,
@@ -108,8 +113,20 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
         **arguments: Any,
     ) -> None:
         self.prompts, self.rewards, self.template = prompts, rewards, template
-        super().__init__(reward_funcs=[self._make_reward_function(reward) for reward in rewards], **arguments)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You are using .rollout_func.")  # it may change in a release
+            super().__init__(
+                reward_funcs=[self._make_reward_function(reward) for reward in rewards],
+                rollout_func=_roll_out,
+                **arguments,
+            )
         self.decoder = AnswerDecoder(self.processing_class, template, self.eos_token_ids)
+        self.sampler: AnswerSampler = VllmSampler(self) if self.use_vllm else TransformersSampler(self)
+        if self.use_vllm and isinstance(self.model, PeftModel):
+            unmerge_exactly(self.model)
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                self.compute_under_autocast(unwrap(model))
         self.add_callback(_EvaluateFirstCallback(self))
 
     def train_to_end(self) -> None:
@@ -125,17 +142,17 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
         prompts = sorted(self.prompts["validation"], key=lambda prompt: len(prompt.prompt_ids))
         share = prompts[accelerator.process_index :: accelerator.num_processes]
         sums = torch.zeros(len(self.rewards) + 3, device=self.args.device, dtype=torch.float64)
-        self.model.eval()
-        with self._decode_greedily():
-            for start in range(0, len(share), size):
-                batch = share[start : start + size]
-                ids, _ = self._generate_single_turn([prompt.prompt_ids for prompt in batch], None, {}, 1)
-                for prompt, answer_ids in zip(batch, ids, strict=True):
-                    text = self.decoder.decode(answer_ids)
-                    values = [reward.compute(text, prompt, self.template) for reward in self.rewards]
-                    unfinished = answer_ids[-1] not in self.eos_token_ids
-                    sums += sums.new_tensor([*values, len(answer_ids), unfinished, 1])
-        self.model.train()
+        # As many of them in each, though some count for nothing: processes sample together.
+        rounds = range(0, -(-len(prompts) // accelerator.num_processes), size)
+        for start in rounds:
+            batch = share[start : start + size]
+            asked = [*batch, *prompts[: min(size, rounds.stop - start) - len(batch)]]
+            answers = self.sampler.answer_greedily([prompt.prompt_ids for prompt in asked])
+            for prompt, answer_ids in zip(batch, answers, strict=False):
+                text = self.decoder.decode(answer_ids)
+                values = [reward.compute(text, prompt, self.template) for reward in self.rewards]
+                unfinished = answer_ids[-1] not in self.eos_token_ids
+                sums += sums.new_tensor([*values, len(answer_ids), unfinished, 1])
         *means, length, unfinished, count = accelerator.reduce(sums).tolist()
         metrics = {
             f"{metric_key_prefix}_reward": sum(
@@ -165,46 +182,6 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
         """Return the prompts of the last forward pass; `inputs` are those of a whole step."""
         ids: torch.Tensor = self._buffered_inputs[(self._step - 1) % self.args.steps_per_generation]["prompt_ids"]
         return ids
-
-    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return prompts, None, {}  # they are token ids already
-
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **more: Any) -> Any:
-        is_training = self.model.training
-        self.model.eval()  # answers as the model will give them in use: without dropout
-        try:
-            with self.autocast_smart_context_manager():
-                return super()._generate_single_turn(prompt_ids, *others, **more)
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            raise InputError(
-                f"the model gives no probabilities at step {self.state.global_step + 1}, from which to sample answers; "
-                "lower grpo.learning_rate",
-                code="probabilities-not-finite",
-            ) from None
-        finally:
-            self.model.train(is_training)
-
-    def _get_per_token_logps_and_entropies(self, *others: Any, **more: Any) -> Any:
-        # TRL computes new log-probabilities under autocast, and old ones without: they would differ.
-        with self.autocast_smart_context_manager():
-            return super()._get_per_token_logps_and_entropies(*others, **more)
-
-    @contextmanager
-    def _decode_greedily(self) -> Iterator[None]:
-        sampling = self.generation_config
-        self.generation_config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=sampling.max_new_tokens,
-            pad_token_id=sampling.pad_token_id,
-            eos_token_id=sampling.eos_token_id,
-            disable_compile=True,
-        )
-        try:
-            yield
-        finally:
-            self.generation_config = sampling
 
     def _make_reward_function(self, reward: WeightedReward) -> Any:
         # TRL calls it with columns of the dataset, and logs it by its name. The texts that it gives lack the control
@@ -241,6 +218,12 @@ class RewardTrainer(BaseTrainer, ResumableTrainer, GRPOTrainer):
             self._buffered_inputs = batches
 
 
+def _roll_out(prompts: list[list[int]], trainer: RewardTrainer) -> dict[str, Any]:
+    """Return an answer to each prompt, as TRL's `rollout_func` does; the prompts are token ids already."""
+    answers, found = trainer.sampler.sample(prompts)
+    return {"prompt_ids": prompts, "completion_ids": answers, "logprobs": found}
+
+
 class _EvaluateFirstCallback(TrainerCallback):
     """Evaluates before the first step, so that the curves start with the untrained model."""
 
@@ -252,15 +235,20 @@ class _EvaluateFirstCallback(TrainerCallback):
             self.trainer.evaluate()
 
 
-def _set_end_of_answer(model: Any, tokenizer: Any) -> None:
-    """Let generation stop at the tokens that end a text and a call in the chat template, and the configured ones."""
+def _set_end_of_answer(model: Any, tokenizer: Any) -> list[int]:
+    """Let generation stop at the tokens that end a text and a call in the chat template, and the configured ones.
+
+    Returns these tokens.
+    """
     ends = {_find_end(tokenizer, [QUESTION, {"role": "assistant", "content": ANSWER}])}
     if read_chat_template(tokenizer).writes_tools:
         with suppress(TemplateError):  # one that writes definitions and no calls
             ends.add(_find_end(tokenizer, list(EXAMPLE_CALL), [EXAMPLE_TOOL]))
     config = unwrap(model).generation_config
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    config.eos_token_id = sorted({*ends, *(token for token in known if token is not None)})
+    every = sorted({*ends, *(token for token in known if token is not None)})
+    config.eos_token_id = every
+    return every
 
 
 def _find_end(tokenizer: Any, conversation: list[Any], tools: Tools | None = None) -> int:

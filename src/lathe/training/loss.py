@@ -1,4 +1,8 @@
-"""Loss: negative log-likelihood of the supervised tokens, without a float32 copy of the logits."""
+"""Loss: negative log-likelihood of the supervised tokens, without a float32 copy of the logits.
+
+On a GPU, where they would take more than `HELD_LOGITS_BYTES`, the logits are not held at all: TRL's fused head computes
+tiles of them, a part of the positions and of the vocabulary at a time, and once more in the backward pass.
+"""
 
 from typing import Any
 
@@ -7,6 +11,26 @@ import torch
 IGNORE_INDEX = -100  # label of a token that carries no loss, as in torch's cross entropy
 # Of float32 logits at a time: what stays in a processor's cache, and what keeps a GPU busy.
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 25}
+# Of logits and their gradient that a GPU holds. Below it tiles, which are multiplied twice, would take more time for
+# little memory; on the CPU they take more time whatever the size (`benchmarks/loss.py`).
+HELD_LOGITS_BYTES = 1 << 29
+TILE = (4096, 32_768)  # positions and vocabulary entries of TRL's tile; named here because TRL takes seconds to import
+
+
+def uses_tiles(device_type: str, positions: int, vocabulary: int, *, itemsize: int, sharded: bool = False) -> bool:
+    """Tell whether the loss of a forward pass is computed in tiles of the logits.
+
+    `positions` are those with logits, whose numbers have `itemsize` bytes. Where weights are `sharded`, all processes
+    must gather them in the same order, whatever is supervised in their batches: there a GPU always uses tiles.
+    """
+    if device_type == "cpu":
+        return False
+    return sharded or 2 * positions * vocabulary * itemsize > HELD_LOGITS_BYTES
+
+
+def count_tile_bytes(positions: int, vocabulary: int, *, itemsize: int) -> int:
+    """Return the bytes of a tile, which is all that TRL's head holds of the logits at a time."""
+    return min(positions, TILE[0]) * min(vocabulary, TILE[1]) * itemsize
 
 
 def sum_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -65,6 +65,8 @@ class ResumableTrainer(Trainer):
             checkpoint = self.checkpoints.find_newest()
             if checkpoint:
                 logger.info("going on after step %d, where an earlier run was interrupted", get_step(checkpoint))
+                if launch.get_zero_stage():  # whose engine reads its own part alone
+                    self._load_extra_state(checkpoint)
             with self._catch_signals(self.checkpoints):
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if self.signal:

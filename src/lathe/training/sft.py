@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import add_fused_lm_head
 
+from lathe.common import launch
 from lathe.common.errors import InputError
 from lathe.config.base import get_number
 from lathe.models.adapter import unwrap
@@ -14,6 +16,7 @@ from lathe.training import distributed
 from lathe.training.base_trainer import BaseTrainer
 from lathe.training.best_weights import BestWeights
 from lathe.training.dataset_padding import PaddingLastSampler, pad_dataset
+from lathe.training.loss import uses_tiles
 from lathe.training.packing import (
     PaddedCollator,
     PaddingFreeCollator,
@@ -24,7 +27,7 @@ from lathe.training.packing import (
 from lathe.training.resume import ResumableTrainer
 from lathe.training.row_attention import separate_rows
 from lathe.training.trainer_setup import TrainerSetup
-from lathe.training.training_step import compute_step_loss
+from lathe.training.training_step import compute_step_loss, has_plain_head
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +100,12 @@ class AnswerTrainer(BaseTrainer, ResumableTrainer, SFTTrainer):
     def __init__(self, *, examples: int, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.examples = examples  # in the training dataset, before its padding
+        inner = unwrap(self.model)
+        self.vocabulary = inner.config.get_text_config().vocab_size
+        self.has_plain_head = has_plain_head(inner)
+        add_fused_lm_head(inner)  # in place of TRL's, which computes entropy and accuracy too
+        if launch.get_zero_stage():
+            self.compute_under_autocast(inner)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -104,11 +113,21 @@ class AnswerTrainer(BaseTrainer, ResumableTrainer, SFTTrainer):
         """Return the mean negative log-likelihood per supervised token of the whole step, all passes together."""
         self.trained_tokens += inputs["tokens"] if inputs["supervised_tokens"] else 0
         self.trained_supervised_tokens += inputs["supervised_tokens"]
-        loss = compute_step_loss(model, inputs)
+        loss = self._sum_losses(model, inputs)
         if num_items_in_batch is None:
             return loss / inputs["supervised_tokens"]
         # Of all processes' passes; gradients are then averaged over the processes, and the loss that is logged too.
         return loss / num_items_in_batch * self.accelerator.num_processes
+
+    def _sum_losses(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        in_tiles = self.has_plain_head and uses_tiles(
+            self.args.device.type,
+            inputs["targets"].numel(),
+            self.vocabulary,
+            itemsize=4 if self.precision == "fp32" else 2,
+            sharded=launch.is_sharded(),
+        )
+        return compute_step_loss(model, inputs, in_tiles=in_tiles)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if len(self.train_dataset) == self.examples:
@@ -122,7 +141,7 @@ class AnswerTrainer(BaseTrainer, ResumableTrainer, SFTTrainer):
         tokens = torch.zeros((), device=self.args.device)
         for inputs in self.get_eval_dataloader(eval_dataset):
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss += compute_step_loss(self.model, self._prepare_inputs(inputs))
+                loss += self._sum_losses(self.model, self._prepare_inputs(inputs))
             tokens += inputs["supervised_tokens"]
         loss, tokens = self.accelerator.reduce(loss), self.accelerator.reduce(tokens)
         self.model.train()

@@ -45,7 +45,9 @@ from lathe.training.row_attention import check_attention
 from lathe.training.sharding import get_state_to_save
 from lathe.training.throughput import ThroughputMeter
 from lathe.training.trainer_setup import TrainerSetup, uses_liger
+from lathe.training.vllm import check_vllm
 from lathe.training.weighted_rewards import check_rewards
+from lathe.training.zero import check_zero, set_up_zero
 
 logger = logging.getLogger(__name__)
 
@@ -103,19 +105,18 @@ def train(
     examples = {split: read_jsonl(file) for split, file in splits.items()}
     if training.method == "dpo":
         check_pairs(examples)
+    if training.method == "grpo":
+        check_vllm(params)
     if not is_full:
         check_adapter(base, params.lora)
-    if launch.is_sharded() and params.quantization.load_in_4bit:
-        raise InputError(
-            "quantization.load_in_4bit is true; FSDP would leave the 4-bit base whole on every GPU; set it to false, "
-            "or set training.launcher to a DDP configuration",
-            code="sharding-4bit",
-        )
+    check_zero(params)
+    set_up_zero()
     set_seed(params.seed)  # before the model and the adapter are made
     tokenizer = load_tokenizer_with_options(base, params.preprocess.chat_template_kwargs)
     if training.method == "grpo":
         check_rewards(params.grpo.rewards, read_chat_template(tokenizer), examples["train"])
-    model = load_base(base, params.quantization, precision="fp32" if is_full else precision)
+    weights_type = "fp32" if is_full else precision
+    model = load_base(base, params.quantization, precision=weights_type, sharded=launch.is_sharded())
     if warning := describe_unusual_rate(training.learning_rate, weights=model.num_parameters(), tuning=training.tuning):
         logger.warning(warning)
     if is_full:
@@ -271,6 +272,7 @@ def _get_fingerprint_values(phase: _Phase, tensors: dict[str, str], precision: s
         "device": device,
         "processes": distributed.count_processes(),
         "sharded": launch.is_sharded(),
+        "zero_stage": launch.get_zero_stage(),
         "tensors": tensors,
     }
 
@@ -295,8 +297,9 @@ def _acquire_checkpoints(
     if scratch is None:
         yield None
         return
+    packages = (*PACKAGES, "deepspeed") if launch.get_zero_stage() else PACKAGES
     name = compute_fingerprint(
-        values, files=files, packages=PACKAGES, code=code_closure(paths.ROOT / "stages/train.py")
+        values, files=files, packages=packages, code=code_closure(paths.ROOT / "stages/train.py")
     )
     with ExitStack() as lock:
         locked = lock.enter_context(acquire_checkpoints(scratch, name)) if launch.is_main() else None

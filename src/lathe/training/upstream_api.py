@@ -133,22 +133,6 @@ OVERRIDDEN = (
         "(self, model, inputs)",
         "the reference's log-probabilities, in the precision of training",
     ),
-    UpstreamName("trl.GRPOTrainer", "_tokenize_prompts", "(self, prompts)", "prompts are token ids already"),
-    UpstreamName(
-        "trl.GRPOTrainer",
-        "_generate_single_turn",
-        "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
-        "answers without dropout, in the precision of training; also called for the evaluation",
-    ),
-    UpstreamName(
-        "trl.GRPOTrainer",
-        "_get_per_token_logps_and_entropies",
-        "(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, "
-        "compute_aux_loss=False, pixel_values=None, image_grid_thw=None, num_images=None, pixel_attention_mask=None, "
-        "spatial_shapes=None, num_tiles=None, image_sizes=None, token_type_ids=None, mm_token_type_ids=None, "
-        "image_position_ids=None)",
-        "old and new log-probabilities under the same autocast",
-    ),
 )
 
 # Attributes of trainers, models and layers that are read or written.
@@ -161,7 +145,8 @@ ATTRIBUTES = (
     UpstreamName("trl.GRPOTrainer", "_step", "", "number of passes, restored when a run resumes"),
     UpstreamName("trl.GRPOTrainer", "_buffered_inputs", "", "sampled answers of the step, which a checkpoint keeps"),
     UpstreamName("trl.GRPOTrainer", "num_iterations", "", "steps per batch of answers"),
-    UpstreamName("trl.GRPOTrainer", "generation_config", "", "exchanged for greedy decoding in the evaluation"),
+    UpstreamName("trl.GRPOTrainer", "generation_config", "", "the sampling of answers by transformers"),
+    UpstreamName("trl.GRPOTrainer", "vllm_generation", "", "the sampling of answers by vLLM"),
     UpstreamName("trl.GRPOTrainer", "eos_token_ids", "", "tells a finished answer from a cut one"),
     UpstreamName("transformers.PreTrainedConfig", "_attn_implementation", "", "which attention the model has"),
     UpstreamName("transformers.PreTrainedModel", "all_tied_weights_keys", "", "names of weights that are one"),
@@ -238,6 +223,12 @@ CALLED = (
     UpstreamName("torch._subclasses.fake_tensor", "FakeTensorMode", "", "tensors without data, for the estimate"),
     UpstreamName("torch.utils._python_dispatch", "TorchDispatchMode", "", "sees every tensor that is made"),
     UpstreamName("torch.utils._pytree", "tree_leaves", "(tree, is_leaf=None)", "the tensors in a function's result"),
+    UpstreamName(
+        "torch.utils._pytree",
+        "tree_map_only",
+        "(type_or_types_or_pred, /, func, tree, is_leaf=None)",
+        "all tensors of a state",
+    ),
     UpstreamName("llama_cpp._ggml", "libggml", "", "names and block sizes of ggml's types"),
 )
 
