@@ -111,15 +111,18 @@ class CommandFaults:
 
     def kill_temporary_run(self, name: str, rng: Random) -> str:
         """A recipe in a copy of the checkout."""
+        command = (*RUN, "--temp")
+        undisturbed = self.sites.made_by(
+            "trained-temp", self.sites.training, lambda site: self._timed("trained-temp", site, *command)
+        )
         reference = self._trained()
         expected, seconds = list_outputs(_as_checkout(reference), "longer"), self._seconds("trained")
         with self.sites.copy(self.sites.training, name, rng) as site:
-            command = (*RUN, "--temp")
             detail = site.start(*command).kill_after(rng.uniform(0.5, seconds), rng.choice(VICTIMS), rng)
             site.check_after_fault()
             run_as_told(site, *command)
             check_experiment(site, "longer", expected)
-            check_leftovers(site, site.expected)
+            check_leftovers(site, read_state(undisturbed))
             assert site.read("git", "status", "--porcelain") == "", "the workspace is not as it was"
         return detail
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from base_models import KINDS, make
 from refusals import refused
 from safetensors.torch import load_file, save_file
 
@@ -75,6 +76,17 @@ def test_weights_that_are_no_numbers_are_refused(model, value, count):
     save_file(tensors, file, {"format": "pt"})
     with refused("weights-not-finite", f"model mine: {name} holds {count} of", str(value)):
         check_finite(model, "model mine")
+
+
+# A vocabulary as large as that of Qwen3.5 takes twenty seconds.
+WRAPPED = [name for name in KINDS if name.endswith("ForConditionalGeneration")]
+SLOW = {"Qwen3_5ForConditionalGeneration": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in WRAPPED])
+def test_a_larger_model_around_a_language_model_is_taken(tmp_path, name):
+    make(name, tmp_path / "base")
+    check_base(tmp_path / "base", "model mine")
 
 
 def add_token(model: Path, template: str) -> None:

@@ -106,7 +106,8 @@ def _check_weights(folder: Path, shown: str) -> Any:
 
 def _check_tied(folder: Path, model: Any, shown: str) -> None:
     """Refuse a head of its own that config.json says is the embeddings: programs differ in which they take."""
-    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+    # As transformers asks it: of the whole configuration, not of that of the language model in it.
+    if not getattr(model.config, "tie_word_embeddings", False):
         return
     import torch
 
