@@ -46,6 +46,9 @@ CHECKED_FURTHER = {
     "evaluate.primary_metric",
     "evaluate.answer_pattern",
     "evaluate.gates",
+    "generate.engine",
+    "generate.servers",
+    "generate.vllm_options",
     "training.tuning",
     "training.launcher",
     "dpo.label_smoothing",
@@ -95,7 +98,8 @@ def allowed(value: Any, kind: str, bounds: str) -> bool:
     return any(allowed_by_one(value, name.strip(), bounds) for name in kinds)
 
 
-MAY_BE_EMPTY = ("preprocess.added_tokens", "sampling.files", "benchmark.tasks")  # lists that say nothing when they are
+# Lists that say nothing when they are empty.
+MAY_BE_EMPTY = ("preprocess.added_tokens", "sampling.files", "benchmark.tasks", "generate.servers")
 
 
 def allowed_by_one(value: Any, kind: str, bounds: str) -> bool:

@@ -9,8 +9,8 @@ from lathe.common.errors import InputError
 from lathe.inference.generate import Generator
 from lathe.inference.shared_prefix import TokenSequence
 
-# Mean of the gaps above which the weights are others. SmolLM2-135M before its training, taken for that after it, had 3.5,
-# the other way round 1.6; the files themselves and their quantized ones had at most 0.05.
+# Mean of the gaps above which the weights are others. SmolLM2-135M before its training, taken for that after it, had
+# 3.5, the other way round 1.6; the files themselves and their quantized ones had at most 0.05.
 MOST_NATS = 0.5
 
 
