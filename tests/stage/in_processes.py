@@ -120,7 +120,7 @@ def go_wrong(how: str | None) -> None:
         def poisoned(*given: Any, **how: Any) -> Any:
             return right(*given, **how) * (float("nan") if next(calls) == 1 else 1)
 
-        sft.compute_step_loss = poisoned  # type: ignore[assignment]
+        sft.compute_step_loss = poisoned
     else:
         usual = sft.AnswerTrainer._clip_grad_norm
 
