@@ -43,6 +43,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for way in WAYS:
             found[way].append(run(way))
+            print(f"{way}: {json.dumps(found[way][-1])}", file=sys.stderr)
     print("| | seconds | times the seconds of held (range) | bytes at the peak | loss |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for way, results in found.items():

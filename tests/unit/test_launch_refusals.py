@@ -147,6 +147,7 @@ def test_accelerate_takes_every_configuration_that_is_shipped(file, monkeypatch)
     if "zero" in file.name:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     from accelerate.commands.launch import _validate_launch_command
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
     launcher = f"accelerate launch --config_file {launch.CONFIGS}/{file.name}"
     machine = 1 if "machines" in file.name else None
@@ -156,5 +157,12 @@ def test_accelerate_takes_every_configuration_that_is_shipped(file, monkeypatch)
     assert read.use_fsdp == ("fsdp" in file.name)
     assert read.use_deepspeed == ("zero" in file.name)
     assert read.multi_gpu == (not read.use_fsdp and not read.use_deepspeed)
-    assert not read.use_deepspeed or read.zero_stage == int(file.stem[-1])
+    if read.use_deepspeed:
+        read.deepspeed_fields_from_accelerate_config = ""  # which launch_command sets
+        _, environment = prepare_deepspeed_cmd_env(read)
+        assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == file.stem[-1]
+        assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+        assert environment["ACCELERATE_GRADIENT_CLIPPING"] == "auto"
+        assert environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "auto"
     assert not read.use_fsdp or read.fsdp_version == 2

@@ -142,8 +142,10 @@ ATTRIBUTES = (
     UpstreamName("trl.SFTTrainer", "_metrics", "", "measures since the last log, which a checkpoint keeps"),
     UpstreamName("trl.DPOTrainer", "_metrics", "", "the same; validation is averaged over pairs there"),
     UpstreamName("trl.GRPOTrainer", "_metrics", "", "the same"),
-    UpstreamName("trl.GRPOTrainer", "_step", "", "number of passes, restored when a run resumes"),
-    UpstreamName("trl.GRPOTrainer", "_buffered_inputs", "", "sampled answers of the step, which a checkpoint keeps"),
+    UpstreamName("trl.GRPOTrainer", "_step", "", "passes so far, restored when a run resumes: TRL has no hook for it"),
+    UpstreamName(
+        "trl.GRPOTrainer", "_buffered_inputs", "", "sampled answers, kept in a checkpoint: no hook of TRL does"
+    ),
     UpstreamName("trl.GRPOTrainer", "num_iterations", "", "steps per batch of answers"),
     UpstreamName("trl.GRPOTrainer", "generation_config", "", "the sampling of answers by transformers"),
     UpstreamName("trl.GRPOTrainer", "vllm_generation", "", "the sampling of answers by vLLM"),
