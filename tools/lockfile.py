@@ -8,7 +8,7 @@ from typing import Any
 
 # What the package index has no wheel of; `make lock` refuses any other such package. They are built with the locked
 # setuptools; of everything else a wheel must be there, so that no build tool comes in without a hash.
-SOURCE_ONLY = {"antlr4-python3-runtime", "rouge-score", "sqlitedict", "word2number"}
+SOURCE_ONLY = {"antlr4-python3-runtime", "deepspeed", "rouge-score", "sqlitedict", "word2number"}
 
 
 class SetupError(Exception):

@@ -64,7 +64,7 @@ def test_each_stage_depends_on_exactly_the_library_modules_that_its_script_impor
 
 
 # Of the library modules that a stage depends on: an edit of any line of them re-runs it.
-MOST_LINES = {"card": 1150, "imatrix": 1050, "convert": 1050, "quantize": 750, "convert_adapter": 600}
+MOST_LINES = {"card": 1100, "imatrix": 1050, "convert": 1050, "quantize": 750, "convert_adapter": 600}
 
 
 @pytest.mark.parametrize(("name", "most"), MOST_LINES.items())

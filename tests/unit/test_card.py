@@ -112,15 +112,15 @@ def test_every_file_has_its_size_score_interval_and_divergence(chosen):
 
 def test_it_names_the_engines_that_answered_where_one_is_not_llama_cpp(chosen):
     plain = render_model_card(FACTS, chosen, "Q8_0")
-    assert "Answers are by" not in plain
+    assert "Answers of" not in plain
     marked = {
         name: {**scores, **({"engine": "vllm"} if name in ("base", "merged") else {})}
         for name, scores in REPORT.items()
     }
     lines = render_model_card(dataclasses.replace(FACTS, test=marked), chosen, "Q8_0").splitlines()
-    [line] = [line for line in lines if line.startswith("Answers are by")]
-    by = "vllm for base, merged; llama.cpp for Q8_0, Q2_K"
-    assert line == f"Answers are by {by}; perplexity and KL divergence are by llama.cpp for all."
+    [line] = [line for line in lines if line.startswith("Answers of")]
+    by = "`base` are by vllm; of `merged` are by vllm; of the others by llama.cpp, in process"
+    assert line == f"Answers of {by}. Perplexity and KL divergence are by llama.cpp for all."
     lines.remove(line)
     assert "\n".join(lines) + "\n" == plain
 

@@ -109,9 +109,18 @@ def test_the_lock_holds_pyproject_at_its_versions_with_a_hash_for_each_entry():
 
 def test_the_default_pipeline_needs_no_feature_that_is_off_by_default():
     needed = LOCK.closure(list_direct_packages(PROJECT, install.ALWAYS))
-    assert not needed & {"mlflow-skinny", "wandb", "optuna", "tenacity", "uvicorn", "pytest", "liger-kernel"}
+    assert not needed & {
+        "mlflow-skinny",
+        "wandb",
+        "optuna",
+        "tenacity",
+        "uvicorn",
+        "pytest",
+        "liger-kernel",
+        "deepspeed",
+    }
     assert set(LOCK.lines) == LOCK.closure(
-        list_direct_packages(PROJECT, [*install.ALWAYS, *install.DEFAULT_EXTRAS, "gpu"])
+        list_direct_packages(PROJECT, [*install.ALWAYS, *install.DEFAULT_EXTRAS, "gpu", "deepspeed"])
     )
 
 

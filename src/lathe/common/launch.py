@@ -12,7 +12,6 @@ import os
 import shlex
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from typing import Any, NoReturn
 
 from lathe.common import paths
 from lathe.common.errors import InputError, Interrupted
+from lathe.common.scratch import temporary_folder
 
 CONFIGS = Path("experiments/accelerate")  # in the checkout; the train stage depends on this folder
 REMEDY = "write python, or accelerate launch --config_file experiments/accelerate/NAME.yaml"
@@ -86,8 +86,8 @@ def run(launcher: str, script: str, *, machine_rank: int | None = None) -> dict[
 
     arguments = _parse_launcher(launcher, script, machine_rank)
     _silence_torch()
-    with tempfile.TemporaryDirectory(prefix="lathe-launch-") as folder, _forward_signals() as received:
-        arguments.log_dir = folder
+    with temporary_folder(paths.SCRATCH, "launch") as folder, _forward_signals() as received:
+        arguments.log_dir = str(folder)
         arguments.signals_to_handle = "SIGQUIT"  # else torch gives workers 30 s to save, however long a step takes
         if arguments.use_cpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -99,7 +99,7 @@ def run(launcher: str, script: str, *, machine_rank: int | None = None) -> dict[
             if isinstance(error, (ValueError, ConnectionError)):  # accelerate's own refusals
                 raise _make_refusal(launcher, error) from None
             raise
-        for file in Path(folder).rglob(THROUGHPUT_FILE):
+        for file in folder.rglob(THROUGHPUT_FILE):
             throughput: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
             return throughput
     return {}

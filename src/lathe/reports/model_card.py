@@ -16,7 +16,6 @@ from lathe.common import paths
 from lathe.common.json_files import read_json
 from lathe.common.metric_files import unwrap_list
 from lathe.common.text import summarize_error
-from lathe.config.engine_marks import describe_engines
 from lathe.config.params import Params
 from lathe.config.training_params import Lora
 
@@ -78,7 +77,7 @@ def render_model_card(facts: CardFacts, params: Params, best: str) -> str:
         metrics=metrics,
         files=[_build_row(name, scores, metrics, facts.quantized) for name, scores in facts.test.items()],
         has_kl=any(scores.get("kl") is not None for scores in facts.test.values()),
-        engines=describe_engines(facts.test),
+        engines={name: scores["engine"] for name, scores in facts.test.items() if "engine" in scores},
         has_few_shot="base_few_shot" in facts.test,
         has_intervals=any(scores.get("intervals") for scores in facts.test.values()),
         rows={
