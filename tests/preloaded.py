@@ -23,6 +23,7 @@ import struct
 import subprocess
 import sys
 import threading
+import traceback
 import types
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -286,6 +287,9 @@ class Server:
                 for stream in (sys.stdout, sys.stderr):
                     cast(io.TextIOWrapper, stream).reconfigure(write_through=True)
             code = _run(request["arguments"])
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             os._exit(code)
 
