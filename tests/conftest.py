@@ -1,5 +1,6 @@
 """Checkouts to run the real scripts in, and a model small enough for seconds."""
 
+import gc
 import json
 import logging
 import os
@@ -74,6 +75,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     preloaded.note_imports()
+    # Trainings ask for collections of garbage, which took a second each with thousands of collected tests to look at.
+    gc.collect()
+    gc.freeze()
 
 
 @cache
