@@ -13,7 +13,7 @@ from conftest import Checkout
 
 STATE = """\
 import atexit, os, sys, threading
-SET = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "PWD", "TORCHINDUCTOR_CACHE_DIR", "_MLFLOW_TELEMETRY_SESSION_ID")  # by imports
+SET = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "PWD", "TORCHINDUCTOR_CACHE_DIR", "_MLFLOW_TELEMETRY_SESSION_ID")
 assert not [name for name in sys.modules if name.partition(".")[0] in ("gguf", "conftest", "preloaded")]
 atexit.register(print, "at exit")
 threading.Timer(0.2, print, ["a thread"]).start()
