@@ -93,7 +93,7 @@ deps: setup ## write the library modules of each stage into dvc.yaml, from what 
 
 test: setup ## lint, documentation and all tests but the long ones
 	@$(MAKE) --no-print-directory -j 2 lint docs-check
-	pytest -m "not slow" -n 4 --dist loadfile --no-loadscope-reorder
+	pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-all: lint docs-check ## every test
 	LATHE_ALL_TESTS=1 pytest
