@@ -18,13 +18,14 @@ from typing import Any
 
 import pytest
 from answer_server import KEY, MODEL, AnswerServer
-from conftest import Checkout, copy_of, make_checkout
+from conftest import Checkout, copy_of
+from generation_checkout import make_generation_checkout
 from gguf_models import Made, countdown, learnt  # noqa: F401 - fixtures
 from refusals import refused
 
 from lathe.common import patient_requests
 from lathe.common.errors import InputError
-from lathe.common.jsonl import read_jsonl, write_jsonl
+from lathe.common.jsonl import read_jsonl
 from lathe.common.operating_system import start_command
 from lathe.config.load import load
 from lathe.config.params import Generate
@@ -56,16 +57,11 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, learnt: Made) -> Checkout:
     """A checkout with what the stage reads, in which every artifact has answered in process."""
-    checkout = make_checkout(tmp_path_factory.mktemp("generate") / "lathe")
-    checkout.set(SETTINGS)
-    processed = checkout.root / "data/processed"
-    processed.mkdir(parents=True)
-    rows = household_commands.make_rows(1)
-    for split, count in (("train", 20), ("validation", 12), ("test", 20)):
-        write_jsonl(rows[split][:count], processed / f"{split}.jsonl")
-    (checkout.root / "data/general.txt").write_text("switch on the attic lamp")
+    root = tmp_path_factory.mktemp("generate") / "lathe"
+    checkout = make_generation_checkout(
+        root, SETTINGS, {"train": 20, "validation": 12, "test": 20}, "switch on the attic lamp"
+    )
     folder = checkout.root / "models/gguf"
-    folder.mkdir(parents=True)
     for name in ("base", "merged"):
         shutil.copy(learnt.gguf, folder / f"{name}-f16.gguf")
     quantize(learnt.gguf, folder / "Q8_0.gguf", type="Q8_0", threads=2)

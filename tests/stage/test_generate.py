@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Checkout, copy_of, make_checkout
+from conftest import Checkout, copy_of
+from generation_checkout import make_generation_checkout
 from gguf_models import Made, learnt  # noqa: F401 - fixture
 
 from lathe.common import paths
@@ -41,16 +42,9 @@ GENERAL = "switch on the attic lamp\n\nthe kitchen radio is on\nand loud\n"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, learnt: Made) -> Checkout:
     """A checkout with what the stage reads, in which every artifact has been asked."""
-    checkout = make_checkout(tmp_path_factory.mktemp("generate") / "lathe")
-    checkout.set(SETTINGS)
-    processed = checkout.root / "data/processed"
-    processed.mkdir(parents=True)
-    rows = household_commands.make_rows(1)
-    for split, count in (("train", 40), ("validation", 14), ("test", 17)):
-        write_jsonl(rows[split][:count], processed / f"{split}.jsonl")
-    (checkout.root / "data/general.txt").write_text(GENERAL)
+    root = tmp_path_factory.mktemp("generate") / "lathe"
+    checkout = make_generation_checkout(root, SETTINGS, {"train": 40, "validation": 14, "test": 17}, GENERAL)
     folder = checkout.root / "models/gguf"
-    folder.mkdir(parents=True)
     for name in ("base", "merged"):
         shutil.copy(learnt.gguf, folder / f"{name}-f16.gguf")
     quantize(learnt.gguf, folder / "Q4_K_M.gguf", type="Q4_K_M", threads=2)

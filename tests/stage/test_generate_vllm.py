@@ -13,12 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Checkout, copy_of, make_checkout
+from conftest import Checkout, copy_of
+from generation_checkout import make_generation_checkout
 from gguf_models import Made, learnt  # noqa: F401 - fixture
 
-from lathe.common.jsonl import read_jsonl, write_jsonl
+from lathe.common.jsonl import read_jsonl
 from lathe.gguf.quantize import quantize
-from lathe.sources.builtin import household_commands
 
 SETTINGS = {
     "generate.max_new_tokens": 8,
@@ -38,16 +38,11 @@ ROWS = 12
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, learnt: Made) -> Checkout:
     """A checkout with weights, files and answers in process, and with an environment that has the double of vLLM."""
-    checkout = make_checkout(tmp_path_factory.mktemp("vllm") / "lathe")
-    checkout.set(SETTINGS)
-    processed = checkout.root / "data/processed"
-    processed.mkdir(parents=True)
-    rows = household_commands.make_rows(1)
-    for split, count in (("train", 20), ("validation", ROWS), ("test", ROWS)):
-        write_jsonl(rows[split][:count], processed / f"{split}.jsonl")
-    (checkout.root / "data/general.txt").write_text("switch on the attic lamp")
+    root = tmp_path_factory.mktemp("vllm") / "lathe"
+    checkout = make_generation_checkout(
+        root, SETTINGS, {"train": 20, "validation": ROWS, "test": ROWS}, "switch on the attic lamp"
+    )
     folder = checkout.root / "models/gguf"
-    folder.mkdir(parents=True)
     for name in ("base", "merged"):
         shutil.copy(learnt.gguf, folder / f"{name}-f16.gguf")
         shutil.copytree(learnt.folder, checkout.root / "models" / name)
