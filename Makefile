@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: help setup llama-server vllm lock sbom unit deps repro classify experiments chat serve studio studio-files report remote-check ci-lock ci-summary lint format test \
 	test-all \
 	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-engine bench-serve bench-attention \
-	bench-experiments bench-studio bench-intervals bench-memory bench-loss \
+	bench-experiments bench-studio bench-intervals bench-memory bench-loss bench-convert bench-by-hand bench-growth \
 	bench-tracking bench-classify chaos docs docs-serve docs-check clean
 
 help: ## list the targets
@@ -21,7 +21,7 @@ setup: ## make .venv and what belongs to it; PYTHON=python3.12, EXTRAS="mlflow w
 
 # What these need beside the default pipeline.
 bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-engine bench-serve bench-attention bench-experiments bench-studio \
-	bench-tracking bench-classify bench-intervals bench-memory bench-loss chaos \
+	bench-tracking bench-classify bench-intervals bench-memory bench-loss bench-convert bench-by-hand bench-growth chaos \
 	docs docs-serve docs-check format lint lock sbom unit test test-all: EXTRAS += dev
 bench-cuda: EXTRAS += gpu
 bench-serve: EXTRAS += serve
@@ -101,60 +101,67 @@ test-all: lint docs-check ## every test
 chaos: setup ## more than a hundred faults: kills, full disks, damaged files, two at once; half an hour. TAKE=15 for a part
 	PYTHONPATH=src:tests python -m chaos $(if $(TAKE),--take "$(TAKE)",--write docs/faults.md)
 
-bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-engine bench-serve bench-attention bench-experiments bench-studio bench-tracking bench-classify bench-intervals bench-memory bench-loss ## every benchmark
+bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-engine bench-serve bench-attention bench-experiments bench-studio bench-tracking bench-classify bench-intervals bench-memory bench-loss bench-convert bench-by-hand bench-growth ## every benchmark, whose tables are written into docs/benchmarks.md
 
 bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B parameters
-	python benchmarks/merge.py
+	python benchmarks/page.py "merge.py --rounds 5"
 
 bench-faithful: setup ## KL divergence of merged, converted and quantized models from the one that was trained
-	python benchmarks/faithful.py
+	python benchmarks/page.py faithful.py
 
 bench-quantize: setup ## size, KL divergence and score of every quantization type, with and without the importance matrix
-	python benchmarks/quantize.py --plot docs/quantization.svg
+	python benchmarks/page.py "quantize.py --plot docs/quantization.svg"
+
+bench-convert: llama-server ## conversion and quantization against llama.cpp's own programs: seconds, memory, equal tensors
+	python benchmarks/page.py convert.py
 
 bench-data: setup ## speed of preprocess against a plain datasets.map loop, and memory on a million rows
-	python benchmarks/data.py
-	python benchmarks/data.py --million
+	python benchmarks/page.py data.py "data.py --million"
 
 bench-train: setup ## speed, memory and start-up of training against TRL's and LLaMA-Factory's, on the device at hand
-	python benchmarks/train.py
+	python benchmarks/page.py "train.py --cases smollm2" "train.py --cases qwen3" "train.py --cases tiny"
 
 bench-cuda: setup ## tests marked gpu, speed and memory of training on a GPU against TRL, in nine minutes
 	bash benchmarks/cuda/run.sh
 
 bench-generate: setup ## speed and memory of answers against a plain llama-cpp-python loop and transformers
-	python benchmarks/generate.py
+	python benchmarks/page.py "generate.py --rounds 5 --shared-rows 32"
 
 bench-engine: llama-server ## speed of answers against llama-server and llama-batched-bench, on the same rows
-	python benchmarks/engine.py
+	python benchmarks/page.py engine.py
 
 bench-serve: llama-server ## requests per second and seconds to the first token of both engines of the server
-	python benchmarks/serve.py
+	python benchmarks/page.py serve.py
 
 bench-attention: setup ## speed of decoding on the CPU with llama.cpp's FlashAttention and without
-	python benchmarks/attention.py
+	python benchmarks/page.py attention.py
 
-bench-experiments: setup ## what `dvc exp show` takes with fifty experiments, and `dvc repro` with nothing to do
-	python benchmarks/experiments.py
+bench-experiments: setup ## what `dvc exp show` takes with a hundred experiments, and `dvc repro` with nothing to do
+	python benchmarks/page.py experiments.py
+
+bench-by-hand: llama-server ## the whole default pipeline against plain scripts of TRL, PEFT and llama.cpp; an hour
+	python benchmarks/page.py by_hand.py
+
+bench-growth: setup ## seconds and memory as rows, weights and experiments grow, with a plot
+	python benchmarks/page.py "growth.py --plot docs/growth.svg"
 
 bench-memory: setup ## resident memory over 400 steps of a training, after the pipeline has run
-	python benchmarks/memory.py
+	python benchmarks/page.py memory.py
 
 bench-loss: setup ## time and memory of a loss over a real vocabulary, logits held and in TRL's tiles
-	python benchmarks/loss.py
+	python benchmarks/page.py loss.py
 
 bench-intervals: setup ## coverage of intervals, false alarms and power, on simulated data sets
-	python benchmarks/intervals.py
+	python benchmarks/page.py intervals.py
 
 bench-studio: setup ## seconds until the studio's overview shows 500 experiments; what a live page costs a training
-	python benchmarks/studio.py
-	python benchmarks/studio.py --live
+	python benchmarks/page.py studio.py "studio.py --live"
 
 bench-tracking: setup ## seconds of the training stage while it is mirrored, to a server and to one that hangs
-	python benchmarks/tracking.py
+	python benchmarks/page.py tracking.py
 
 bench-classify: setup ## an epoch with kept features and without, and 1,000 texts by torch, ONNX Runtime and scikit-learn
-	python benchmarks/classify.py
+	python benchmarks/page.py classify.py
 
 docs: setup ## rewrite docs/params.md, schemas/, the pictures in docs/, and the tables of results
 	python -m lathe schema > docs/params.md

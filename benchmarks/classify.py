@@ -8,11 +8,11 @@ runs everything once, one after the other, so that a slow moment of the machine 
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import machine
 import torch
@@ -35,11 +35,24 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (FOLDER / "models/onnx/model.onnx").exists():
         parser.error("classify/models/onnx/model.onnx: no such file; run `make classify` first")
-    measured = measure(arguments.rounds)
-    print(json.dumps({"machine": machine.describe(), "rounds": arguments.rounds, **measured}, indent=2))
+    report(measure(arguments.rounds), arguments.rounds)
 
 
-def measure(rounds: int) -> dict[str, object]:
+def report(measured: dict[str, Any], rounds: int) -> None:
+    """Print a table."""
+    shown = {
+        "an epoch with kept features": measured["epoch_seconds"]["with_kept_features"],
+        "the same without": measured["epoch_seconds"]["without"],
+        **{f"1,000 texts, {engine}": values for engine, values in measured["seconds_per_1000_texts"].items()},
+        "times faster with kept features": measured["times_faster_with_kept_features"],
+    }
+    print(f"{machine.describe()}; {measured['epoch_of_texts']:,} texts of training; {rounds} paired rounds\n")
+    print("| | seconds, median | least | most |\n| --- | ---: | ---: | ---: |")
+    for what, values in shown.items():
+        print(f"| {what} | {values['median']} | {values['least']} | {values['most']} |")
+
+
+def measure(rounds: int) -> dict[str, Any]:
     params = load_classifier().params
     backbone, prepared = FOLDER / "models/backbone", FOLDER / "data/prepared"
     classifier, labels = load_classifier_model(FOLDER / "models/best_model", backbone)
@@ -118,8 +131,8 @@ def make_answerers(classifier: Classifier, backbone: Path, prepared: Path) -> di
 
     return {
         "torch": lambda: evaluate.compute_logits(classifier, backbone, texts, config),
-        "onnx_runtime": run_onnx,
-        "tfidf_logistic_regression": lambda: model.predict_proba(words.transform(texts)),
+        "ONNX Runtime": run_onnx,
+        "TF-IDF and logistic regression": lambda: model.predict_proba(words.transform(texts)),
     }
 
 

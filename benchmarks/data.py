@@ -48,22 +48,22 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-data-") as name:
         folder = Path(name)
-        _make_tokenizer(folder / "tokenizer")
+        make_tokenizer(folder / "tokenizer")
         if arguments.million:
-            _write_problems(folder / "raw", MILLION, words=16)
-            sys.stdout.write(_memory_report(_run_apart("lathe", folder, folder / "raw", sample_memory=True)))
+            write_problems(folder / "raw", MILLION, words=16)
+            sys.stdout.write(_memory_report(run_apart("lathe", folder, folder / "raw", sample_memory=True)))
         else:
             raw = arguments.rows or ROOT / "data/local/gsm8k"
             if not raw.is_dir():
                 raw = folder / "raw"
-                _write_problems(raw, GSM8K_ROWS, words=100)
+                write_problems(raw, GSM8K_ROWS, words=100)
             names = ["lathe", "plain", *(["before"] if arguments.before else [])]
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
             for pair in range(arguments.pairs):
                 for name in names if pair % 2 == 0 else names[::-1]:
                     checkout = arguments.before if name == "before" else None
                     child = "plain" if name == "plain" else "lathe"
-                    runs[name].append(_run_apart(child, folder, raw, checkout=checkout))
+                    runs[name].append(run_apart(child, folder, raw, checkout=checkout))
             sys.stdout.write(_speed_report(runs, "made-up rows" if raw.is_relative_to(folder) else raw.name))
 
 
@@ -82,7 +82,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _make_tokenizer(folder: Path) -> None:
+def make_tokenizer(folder: Path) -> None:
     """Make the tokenizer of the tiny model without the model."""
     from lathe.sources.builtin import household_commands, tiny_model
 
@@ -92,7 +92,7 @@ def _make_tokenizer(folder: Path) -> None:
     tiny_model._save_tokenizer(folder, vocabulary, recipe)
 
 
-def _write_problems(folder: Path, rows: int, *, words: int) -> None:
+def write_problems(folder: Path, rows: int, *, words: int) -> None:
     """Write made-up word problems of so many words each, the answer half of them, all different."""
     generator = random.Random(0)
     letters = "etaoinshrdlucmfwypvbgk"
@@ -108,7 +108,7 @@ def _write_problems(folder: Path, rows: int, *, words: int) -> None:
             lines.write(json.dumps({"question": question, "answer": answer}) + "\n")
 
 
-def _run_apart(
+def run_apart(
     child: str, folder: Path, raw: Path, *, sample_memory: bool = False, checkout: Path | None = None
 ) -> dict[str, Any]:
     """Run one case in a fresh process; return what it measured, with the peak memory of all its processes if asked."""
@@ -170,7 +170,7 @@ def _run_child(child: str, tokenizer_folder: Path, raw: Path, work: Path) -> Non
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     run = _lathe if child == "lathe" else _plain
     few = work / "few"
-    _write_problems(few, 200, words=20)
+    write_problems(few, 200, words=20)
     run(tokenizer, few, work / "first")
     started, busy = time.perf_counter(), _processor_seconds()
     rows = run(tokenizer, raw, work / "out")

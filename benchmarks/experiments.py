@@ -1,6 +1,6 @@
 """What DVC takes to show many experiments, and to find that nothing is to be run.
 
-python benchmarks/experiments.py [--experiments 50] [--folder DIR]
+python benchmarks/experiments.py [--experiments 100] [--folder DIR]
 
 Clones this checkout's last commit, makes experiments on it as `dvc exp run` leaves them (a commit below refs/exps with
 another learning rate and another score), and prints a Markdown table of `dvc exp show`: when it reads them for the
@@ -27,7 +27,7 @@ DVC = str(Path(sys.executable).parent / "dvc")
 def main() -> None:
     """Make the clone, time the commands, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiments", type=int, default=50, help="how many of them (default: 50)")
+    parser.add_argument("--experiments", type=int, default=100, help="how many of them (default: 100)")
     parser.add_argument("--folder", type=Path, help="where the clone is made (default: the system's temporary folder)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-experiments-") as name:
@@ -44,7 +44,10 @@ def main() -> None:
         _run(["cp", "-r", str(ROOT / ".dvc/cache/files"), str(clone / ".dvc/cache")], clone)
         _run([DVC, "checkout", "--quiet"], clone)
         _run([DVC, "repro", "--quiet"], clone)
-        rows.append(("`dvc repro`, nothing to do", *_seconds([DVC, "repro"], clone)))
+        for command in (["repro"], ["status"]):
+            rows.append(
+                (f"`dvc {command[0]}`, nothing to do", *min(_seconds([DVC, *command], clone) for _ in range(3)))
+            )
     sys.stdout.write(f"{machine.describe()}\n\n| | seconds | of the processor |\n| --- | ---: | ---: |\n")
     sys.stdout.writelines(f"| {what} | {wall:.2f} | {processor:.2f} |\n" for what, wall, processor in rows)
 

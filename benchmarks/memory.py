@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of params.yaml")
     parser.add_argument("--keep-pages", action="store_true", help="release no pages between steps, to compare")
+    parser.add_argument("--json", type=Path, help="file to write the sizes (bytes) to as well")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     steps = arguments.steps
@@ -51,15 +52,17 @@ def main() -> None:
     splits = unwrap_list(json.loads((arguments.checkout / "metrics/preprocess/report.json").read_text()))["splits"]
     length = max(split["tokens"]["total"]["max"] for split in splits if split["split"] != "test")
     estimate = estimate_training_memory(arguments.checkout / "models/base", config.params, length=length).total
-    print(describe())
     with tempfile.TemporaryDirectory() as folder:
         samples, before, seconds = measure([sys.executable, __file__, *sys.argv[1:], "--train", folder], Path(folder))
     most = {step: max(size for at, size in samples if step - WINDOW < at <= step) for step in SHOWN if step <= steps}
-    print(f"before the first step {before / 1e9:.2f} GB; tensors of a step, by the estimate, {estimate / 1e9:.2f} GB")
+    print(f"{describe()}; {seconds:.0f} s\n")
+    print("| | resident, GB | of that at the first step shown |\n| --- | ---: | ---: |")
+    print(f"| before the first step | {before / 1e9:.2f} | |")
     for step, size in most.items():
-        print(f"step {step:4}: {size / 1e9:.3f} GB resident, {size / most[min(most)]:.3f} of step {min(most)}")
-    print(f"{seconds:.0f} s")
-    print(json.dumps({"before": before, "estimate": estimate, "resident": most, "seconds": round(seconds, 1)}))
+        print(f"| step {step} | {size / 1e9:.3f} | {size / most[min(most)]:.3f} |")
+    print(f"| tensors of a step, by the estimate | {estimate / 1e9:.2f} | |")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"before": before, "estimate": estimate, "resident": most}))
 
 
 def measure(command: list[str], folder: Path) -> tuple[list[tuple[int, int]], int, float]:

@@ -10,8 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lathe.common import paths
-
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -55,9 +53,9 @@ QWEN_IMAGES = {
 @cache
 def make_byte_pairs(name: str = "gpt-2") -> Any:
     """Return a real vocabulary of byte pairs, with the tokens of ChatML."""
-    from transformers import AutoTokenizer
+    from gguf_models import read_vocabulary
 
-    tokenizer = AutoTokenizer.from_pretrained(paths.LLAMA_CPP / "models", gguf_file=f"ggml-vocab-{name}.gguf")
+    tokenizer = read_vocabulary(f"ggml-vocab-{name}.gguf")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.pad_token = "<|endoftext|>"

@@ -1,12 +1,14 @@
 """Small models with real vocabularies, and their GGUF files, made once per test run."""
 
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import preloaded
 import pytest
+from filelock import FileLock
 from shared import made_once
 
 from lathe.common import paths
@@ -239,12 +241,47 @@ _SMALL: dict[str, Any] = {
 
 
 def _real_tokenizer(vocabulary: str, template: str, eos_token: str) -> Any:
-    from transformers import AutoTokenizer
+    tokenizer = read_vocabulary(vocabulary)
+    tokenizer.eos_token = eos_token
+    tokenizer.chat_template = (paths.LLAMA_CPP / "models/templates" / template).read_text()
+    return tokenizer
+
+
+def read_vocabulary(file: str) -> Any:
+    """Return the tokenizer of a vocabulary that llama.cpp's source comes with.
+
+    transformers takes many seconds to read it from GGUF, so it is kept as tokenizer.json for the processes and the runs
+    that follow, unless what is kept would read text in another way.
+    """
+    import transformers
 
     models = paths.LLAMA_CPP / "models"
-    tokenizer = AutoTokenizer.from_pretrained(models, gguf_file=vocabulary)
-    tokenizer.eos_token = eos_token
-    tokenizer.chat_template = (models / "templates" / template).read_text()
+    kept = paths.ROOT / ".pytest_cache/vocabularies" / f"{file}-{transformers.__version__}"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(kept.with_name(f"{kept.name}.lock")):
+        if kept.is_dir():
+            return _load_kept_tokenizer(kept)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(models, gguf_file=file)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as name:
+            partial = Path(name) / "tokenizer"
+            tokenizer.save_pretrained(partial)
+            again = _load_kept_tokenizer(partial)
+            if (type(again), again.backend_tokenizer.to_str(), again.special_tokens_map) == (
+                type(tokenizer),
+                tokenizer.backend_tokenizer.to_str(),
+                tokenizer.special_tokens_map,
+            ):
+                partial.rename(kept)
+        return tokenizer
+
+
+def _load_kept_tokenizer(folder: Path) -> Any:
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # The class of some kinds sets a normalizer, which it does not where it reads GGUF.
+    tokenizer._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return tokenizer
 
 

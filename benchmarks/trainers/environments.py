@@ -1,4 +1,4 @@
-"""The Python that each trainer runs in: Lathe's own, or one made for a peer that wants other versions."""
+"""The Python that each program runs in: Lathe's own, or one made for a peer that wants other versions."""
 
 import shutil
 import subprocess
@@ -6,26 +6,27 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
-REQUIREMENTS = BENCHMARKS / "requirements-llamafactory.txt"
-LLAMAFACTORY = BENCHMARKS.parent / ".bench/llamafactory"
+MADE_IN = BENCHMARKS.parent / ".bench"
+APART = {"LLaMA-Factory": "llamafactory", "mergekit": "mergekit"}  # requirements-NAME.txt lists what each needs
 
 
-def python_of(trainer: str) -> str:
-    """Return the Python to run a trainer with; the first time, LLaMA-Factory's takes a minute or two to install."""
-    return _llamafactory() if trainer == "LLaMA-Factory" else sys.executable
+def python_of(program: str) -> str:
+    """Return the Python to run a program with; the first time, a peer's own takes a minute or two to install."""
+    return _make_environment(APART[program]) if program in APART else sys.executable
 
 
-def _llamafactory() -> str:
-    python, ready = LLAMAFACTORY / "bin/python", LLAMAFACTORY / ".ready"
-    wanted = REQUIREMENTS.read_text(encoding="utf-8")
+def _make_environment(name: str) -> str:
+    requirements, folder = BENCHMARKS / f"requirements-{name}.txt", MADE_IN / name
+    python, ready = folder / "bin/python", folder / ".ready"
+    wanted = requirements.read_text(encoding="utf-8")
     if ready.is_file() and ready.read_text(encoding="utf-8") == wanted:
         return str(python)
-    sys.stderr.write(f"installing LLaMA-Factory into {LLAMAFACTORY}\n")
-    shutil.rmtree(LLAMAFACTORY, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(LLAMAFACTORY)], check=True)
+    sys.stderr.write(f"installing what {requirements.name} lists into {folder}\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     pip = [str(python), "-m", "pip", "--quiet"]
-    # Both at once, so that its dependencies are chosen for this torch and none brings another.
-    subprocess.run([*pip, "install", "--requirement", str(REQUIREMENTS)], check=True)
+    # All at once, so that dependencies are chosen for this torch and none brings another.
+    subprocess.run([*pip, "install", "--requirement", str(requirements)], check=True)
     # Their compiled parts are of another build of torch and do not load beside this one. Nothing here needs them:
     # transformers does without torchvision, and LLaMA-Factory imports torchaudio for audio alone.
     subprocess.run([*pip, "uninstall", "--yes", "torchvision", "torchaudio"], check=True)

@@ -1,10 +1,13 @@
-"""Makes a random model, a tokenizer of one word per id, and rows of random words: python -m trainers.materials CASE.
+"""Makes the model, its tokenizer and the rows of a case: python -m trainers.materials CASE.
 
-Whatever a trainer does with text (its chat template, its tokenising, its packing), the same ids come of it.
+The model is random with a tokenizer of one word per id, and the rows are of random words; or it is a real one of
+ChatML with rows of its own. Whatever a trainer does with text (its chat template, its tokenising, its packing), the
+same ids come of it.
 """
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,23 @@ TEMPLATE = (
     "{{ message.content }}{{ ' </s>' if message.role == 'assistant' else ' ' }}"
     "{% endfor %}"
 )
+SYSTEM_PROMPT = "Name the intent of the question that a customer asks the bank."
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' }}"
+    "{{ '' if message.role == 'assistant' else '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
 def main() -> None:
-    """Read {folder, shape, shortest, longest, rows} from the file that is named, and fill the folder."""
+    """Read {folder, shape, shortest, longest, rows, base, rows_file} from the file named, and fill the folder."""
     case = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     folder = Path(case["folder"])
+    if case["base"]:
+        copy_model(Path(case["base"]), folder / "model")
+        write_real_rows(case, folder)
+        return
     make_model(case["shape"], folder / "model")
     write_rows(case, folder / "rows")
 
@@ -68,6 +82,38 @@ def write_rows(case: dict[str, Any], folder: Path) -> None:
         # Read without a chat template, so the end is written out.
         ended = {**reply, "content": f"{reply['content']} {EOS}"}
         forms["sharegpt"].append({"messages": [ask, ended]})
+    write_forms(forms, folder)
+
+
+def copy_model(base: Path, folder: Path) -> None:
+    """Copy a model of ChatML, with a template in which nothing follows the end of an answer."""
+    shutil.copytree(base, folder)
+    (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+
+
+def write_real_rows(case: dict[str, Any], folder: Path) -> None:
+    """Write questions of banking77 with their subjects as answers, again and again, none over the longest length."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    forms: dict[str, list[Any]] = {"messages": [], "prompt_completion": [], "sharegpt": []}
+    for line in Path(case["rows_file"]).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        asked = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": row["text"]}]
+        reply = {"role": "assistant", "content": row["subject"]}
+        if len(tokenizer.apply_chat_template([*asked, reply], return_dict=False)) > case["longest"]:
+            continue
+        forms["messages"].append({"messages": [*asked, reply]})
+        forms["prompt_completion"].append({"prompt": asked, "completion": [reply]})
+        # Read without a chat template, so the prompt is written out.
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        ended = {**reply, "content": f"{reply['content']}<|im_end|>"}
+        forms["sharegpt"].append({"messages": [{"role": "user", "content": prompt}, ended]})
+    write_forms({form: (rows * case["rows"])[: case["rows"]] for form, rows in forms.items()}, folder / "rows")
+
+
+def write_forms(forms: dict[str, list[Any]], folder: Path) -> None:
+    """Write the rows as each trainer reads them, into a new folder."""
     folder.mkdir()
     for form, rows in forms.items():
         (folder / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, trainer
 
-PAD = 0  # id of the padding token; no row holds it
+FILLER = 0  # id of what fills a row up where no mask of attention says so; no row holds it
 
 
 def record(file: Path) -> None:
@@ -34,7 +34,7 @@ class _Recorder(TrainerCallback):
 
         def observed(examples: list[dict[str, Any]]) -> Any:
             batch = collate(examples)
-            self.batch = _contents(batch["input_ids"], batch["labels"])
+            self.batch = _contents(batch)
             return batch
 
         loader.collate_fn = observed
@@ -58,9 +58,11 @@ class _Recorder(TrainerCallback):
         self.file.write_text(json.dumps(measured), encoding="utf-8")
 
 
-def _contents(input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+def _contents(batch: Any) -> dict[str, Any]:
     """Count a batch's tokens, padding aside, and name what it holds, in whatever order and form."""
-    tokens = sorted(input_ids[input_ids != PAD].tolist())
+    input_ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
+    is_token = mask.bool() if mask is not None and mask.shape == input_ids.shape else input_ids != FILLER
+    tokens = sorted(input_ids[is_token].tolist())
     supervised = sorted(labels[labels != -100].tolist())
     digest = hashlib.sha256(repr((tokens, supervised)).encode()).hexdigest()
     return {"tokens": len(tokens), "supervised_tokens": len(supervised), "digest": digest}

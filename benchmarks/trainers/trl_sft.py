@@ -54,6 +54,7 @@ def run(work: Work) -> None:
         logging_steps=work.logging_steps,
         max_length=work.max_length,
         packing=work.settings.packing,
+        padding_free=work.settings.padding_free,
         gradient_checkpointing=work.settings.checkpointing,
         dataloader_pin_memory=on_gpu,
         disable_tqdm=True,

@@ -29,6 +29,7 @@ class Settings:
     precision: str = "bf16"  # or fp32
     checkpointing: bool = False  # activations are recomputed in the backward pass
     packing: bool = False
+    padding_free: bool = False  # rows end to end; TRL alone, whose rows then see one another without FlashAttention
     compiled: bool = False  # by torch.compile; lathe alone
 
     @property
@@ -39,6 +40,7 @@ class Settings:
             self.precision,
             "checkpointing" * self.checkpointing,
             "packed" * self.packing,
+            "padding-free" * self.padding_free,
             "compiled" * self.compiled,
         ]
         return ", ".join(filter(None, parts))

@@ -43,15 +43,16 @@ def test_400_steps_of_smollm2_take_no_more_memory_than_40(tmp_path: Path) -> Non
     report = {"splits": [{"split": name, "tokens": {"total": {"max": most}}} for name, most in longest.items()]}
     (tmp_path / "metrics/preprocess").mkdir(parents=True)
     (tmp_path / "metrics/preprocess/report.json").write_text(json.dumps([report]))
+    program, measured = paths.ROOT / "benchmarks/memory.py", tmp_path / "measured.json"
     done = subprocess.run(
-        [sys.executable, str(paths.ROOT / "benchmarks/memory.py"), "--checkout", str(tmp_path), "--steps", "400"],
+        [sys.executable, program, "--checkout", tmp_path, "--steps", "400", "--json", measured],
         env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_WAIT_POLICY": "PASSIVE"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(measured.read_text())
     resident = {int(step): size for step, size in found["resident"].items()}
     assert resident[400] < 1.10 * resident[40], done.stdout
     assert resident[400] < 1.25 * (found["estimate"] + LIBRARIES_BYTES), done.stdout

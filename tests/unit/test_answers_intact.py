@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_models import read_vocabulary
 from samples import conversations, tool_conversations
 
 from lathe.common import paths
@@ -69,11 +70,10 @@ CALLING = ("Qwen2.5", "Qwen3", "Llama 3.1", "Mistral Nemo", "chatml", "llama-3")
 @pytest.fixture(scope="module")
 def vocabularies():
     """Return a function that loads a real vocabulary by the name of its GGUF, once."""
-    from transformers import AutoTokenizer
 
     @functools.cache
     def load(name):
-        return AutoTokenizer.from_pretrained(paths.LLAMA_CPP / "models", gguf_file=f"ggml-vocab-{name}.gguf")
+        return read_vocabulary(f"ggml-vocab-{name}.gguf")
 
     return load
 

@@ -8,11 +8,10 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Literal
+from functools import cache, partial
+from typing import Any, Literal
 
 import regex
-from rouge_score import rouge_scorer, tokenizers
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
@@ -102,7 +101,7 @@ def select_statistics(
     return {metric: known[metric] for metric in metrics if metric in known}
 
 
-class _WordTokenizer(tokenizers.Tokenizer):
+class _WordTokenizer:
     """Replaces rouge-score's tokenizer, which keeps only a-z and 0-9: every Russian text would score 0."""
 
     def tokenize(self, text: str) -> list[str]:
@@ -123,8 +122,14 @@ def _make_rouge(kind: str) -> PairStatistics:
     """Return ROUGE's F1 score, of n-grams or of the longest common subsequence of words (Lin 2004)."""
     if kind == "rougeL":
         return lambda completion, reference: (compute_rouge_l(completion, reference), 1.0)
-    scorer = rouge_scorer.RougeScorer([kind], tokenizer=_WordTokenizer())
-    return lambda completion, reference: (scorer.score(reference, completion)[kind].fmeasure, 1.0)
+    return lambda completion, reference: (_make_scorer(kind).score(reference, completion)[kind].fmeasure, 1.0)
+
+
+@cache
+def _make_scorer(kind: str) -> Any:
+    from rouge_score import rouge_scorer  # with nltk, half a second: only where it is asked for
+
+    return rouge_scorer.RougeScorer([kind], tokenizer=_WordTokenizer())
 
 
 def compute_rouge_l(completion: str, reference: str) -> float:

@@ -1,6 +1,6 @@
-"""Build of llama.cpp's own server, and of its benchmark of batches: `make llama-server`.
+"""Build of llama.cpp's own server, its benchmark of batches and its quantizer: `make llama-server`.
 
-Both come from the source package that the installed llama-cpp-python was compiled from, and are linked with its
+All come from the source package that the installed llama-cpp-python was compiled from, and are linked with its
 libraries: they decode with the very kernels that the pipeline does. pip downloads the package and checks its hash;
 nothing else is fetched, the web pages of llama-server neither.
 """
@@ -21,8 +21,8 @@ from lathe.gguf import install_converter
 
 logger = logging.getLogger(__name__)
 
-SERVER, BATCHED_BENCH = "llama-server", "llama-batched-bench"
-PROGRAMS = (SERVER, BATCHED_BENCH)
+SERVER, BATCHED_BENCH, QUANTIZE = "llama-server", "llama-batched-bench", "llama-quantize"
+PROGRAMS = (SERVER, BATCHED_BENCH, QUANTIZE)
 TOP = Path(__file__).with_name("llama_server.cmake")
 
 # Below vendor/llama.cpp in the source package: what is compiled, and the headers of what is linked.
@@ -36,6 +36,7 @@ SOURCES = (
     "src/llama-ext.h",
     "tools/batched-bench",
     "tools/mtmd",
+    "tools/quantize",
     "tools/server",
     "tools/ui/CMakeLists.txt",
     "tools/ui/ui.cpp.in",

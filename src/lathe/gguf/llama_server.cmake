@@ -1,4 +1,4 @@
-# llama-server and llama-batched-bench on top of the libllama, libggml and libmtmd that llama-cpp-python has installed.
+# llama-server, llama-batched-bench and llama-quantize on top of the libllama, libggml and libmtmd that llama-cpp-python has installed.
 #
 # In the place of the CMakeLists.txt at the top of llama.cpp's source, which would compile these libraries once more.
 # LIBRARIES is the folder that they are in. What is left out: the web pages, HTTPS, and everything that starts programs.
@@ -44,5 +44,6 @@ target_link_libraries(mtmd INTERFACE llama)
 add_subdirectory(vendor)
 add_subdirectory(common)
 add_subdirectory(tools/batched-bench)
+add_subdirectory(tools/quantize)
 add_subdirectory(tools/ui)
 add_subdirectory(tools/server)
