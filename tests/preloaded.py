@@ -3,16 +3,20 @@
 Importing torch, transformers and TRL takes a process 3 to 8 s, and a pipeline starts two dozen processes; DVC takes 1 s
 for its own. The PATH of a checkout begins with a `python3` and a `dvc` that ask this process to fork
 (preloaded_client.py). The child has the arguments, folder, environment, open files, import path and exit code of a
-process of its own, and no module of Lathe is imported before. Where a variable differs that is read during imports, or
+process of its own, and no module of Lathe is imported before; their sources are compiled before, once for all
+checkouts that have them. Where a variable differs that is read during imports, or
 Python is given an option, the client starts Python itself. Tests of starting, of signals and of what is killed do
 without: `Checkout.without_preloading()`.
 """
 
+import _imp
 import atexit
 import gc
 import importlib
+import importlib.machinery
 import io
 import json
+import marshal
 import os
 import random
 import runpy
@@ -42,7 +46,7 @@ PACKAGES = (
     *("torch", "torch.distributed.fsdp", "numpy", "pandas", "scipy.stats", "pydantic", "ruamel.yaml", "yaml"),
     *("transformers", "transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3"),
     *("transformers.models.auto.tokenization_auto", "transformers.trainer", "sentencepiece", "jinja2", "psutil"),
-    *("accelerate", "bitsandbytes", "peft", "datasets", "dvclive", "rouge_score.rouge_scorer"),
+    *("accelerate", "bitsandbytes", "peft", "datasets", "dvclive", "rouge_score.rouge_scorer", "lm_eval.evaluator"),
     *("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "trl.trainer.grpo_trainer"),
     *("dvc.cli.parser", "dvc.repo.reproduce", "dvc.stage.run", "dvc.stage.cache", "dvc_data.index", "dvc.render"),
 )
@@ -343,6 +347,28 @@ def _run(arguments: list[str]) -> int:
     return code
 
 
+def _compile_sources() -> None:
+    """Compile the sources that checkouts have copies of, and have the children's imports take what is compiled."""
+    root = Path(__file__).parents[1]
+    loader = importlib.machinery.SourceFileLoader
+    compiled = {}
+    for file in (*root.glob("src/lathe/**/*.py"), *root.glob("stages/*.py")):
+        source = file.read_bytes()
+        with suppress(SyntaxError):
+            compiled[source] = marshal.dumps(loader.source_to_code(loader("", ""), source, str(file)))
+    compile_source = loader.source_to_code
+
+    def source_to_code(self: Any, data: Any, path: Any, **options: Any) -> Any:
+        code = compiled.get(data) if isinstance(data, bytes) else None
+        if code is None:
+            return compile_source(self, data, path, **options)
+        of_path = marshal.loads(code)
+        vars(_imp)["_fix_co_filename"](of_path, path)
+        return of_path
+
+    vars(importlib.machinery)["SourceFileLoader"].source_to_code = source_to_code
+
+
 def _without_own_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
     while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
         trace = trace.tb_next
@@ -366,6 +392,7 @@ def main() -> None:
     environment = dict(os.environ)
     for name in PACKAGES:
         importlib.import_module(name)
+    _compile_sources()
     assert not [name for name in sys.modules if name.partition(".")[0] in ("lathe", "gguf")]
     gc.collect()
     gc.freeze()

@@ -1,6 +1,7 @@
 """Every recipe that ships can be run, says what it must, and the learner's series changes one factor at a time."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,12 @@ NOT_OF_THE_MODEL = {
     ),
     *("generate.vllm_python", "generate.vllm_options", "evaluate.allow_mixed_engines"),
 }
-REAL = sorted(name for name in SHIPPED if recipes.load_recipe(name).recipe.overrides["model"] != "tiny")
+load_recipe = cache(recipes.load_recipe)
+REAL = sorted(SHIPPED - {*SERIES, "baseline", "tiny"})
 
 
 def configured(name: str) -> Config:
-    return overrides.apply_overrides(recipes.load_recipe(name).build_overrides([]))
+    return overrides.apply_overrides(load_recipe(name).build_overrides([]))
 
 
 def read_resolved() -> dict[str, dict[str, Any]]:
@@ -77,7 +79,7 @@ def test_what_ships_is_here():
 @pytest.mark.parametrize("name", recipes.list_recipes())
 def test_the_overrides_of_a_recipe_become_the_parameters_of_its_run(name):
     config = configured(name)
-    for key, value in recipes.load_recipe(name).recipe.overrides.items():
+    for key, value in load_recipe(name).recipe.overrides.items():
         configured_value = leaf(config, key)
         if key == "grpo.rewards":
             configured_value = [reward.model_dump(exclude_none=True) for reward in configured_value]
@@ -85,12 +87,16 @@ def test_the_overrides_of_a_recipe_become_the_parameters_of_its_run(name):
         assert type(configured_value) is type(value) or {type(configured_value), type(value)} == {int, float}, key
 
 
+def test_the_others_are_of_the_toy() -> None:
+    assert {name for name in SHIPPED if load_recipe(name).recipe.overrides["model"] != "tiny"} == set(REAL)
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_a_recipe_for_a_real_model_leaves_nothing_of_training_to_params_yaml(name):
     method = configured(name).params.training.method
     unused = NOT_OF_THE_MODEL | {"dpo", "grpo"} - {method}
     wanted = {key for key in recipes.list_keys() if not {key, key.split(".")[0]} & unused}
-    assert wanted - set(recipes.load_recipe(name).recipe.overrides) == set()
+    assert wanted - set(load_recipe(name).recipe.overrides) == set()
 
 
 def test_every_key_of_params_yaml_may_stand_in_a_recipe():
@@ -100,7 +106,7 @@ def test_every_key_of_params_yaml_may_stand_in_a_recipe():
 
 @pytest.mark.parametrize("name", sorted(SERIES))
 def test_each_of_the_series_changes_one_factor_against_the_baseline(name):
-    baseline, changed = (recipes.load_recipe(recipe).recipe.overrides for recipe in ("baseline", name))
+    baseline, changed = (load_recipe(recipe).recipe.overrides for recipe in ("baseline", name))
     assert set(baseline) == set(changed)
     assert {key for key in baseline if baseline[key] != changed[key]} == SERIES[name]
 
@@ -113,9 +119,7 @@ def test_more_capacity_keeps_the_scale_of_the_update():
 
 def test_full_tuning_could_not_leave_the_base_in_4_bits():
     with refused("invalid-value", "training.tuning is 'full'", "4-bit weights cannot be trained"):
-        overrides.apply_overrides(
-            recipes.load_recipe("full-fine-tune").build_overrides(["quantization.load_in_4bit=true"])
-        )
+        overrides.apply_overrides(load_recipe("full-fine-tune").build_overrides(["quantization.load_in_4bit=true"]))
 
 
 def test_no_recipe_goes_on_without_half_of_the_rows():
@@ -130,7 +134,7 @@ def test_the_baseline_is_the_toy():
 
 def test_the_toy_sets_every_section_that_the_model_decides():
     """What is left depends on the machine and on what the user has enabled."""
-    left = set(recipes.list_keys()) - set(recipes.load_recipe("tiny").recipe.overrides)
+    left = set(recipes.list_keys()) - set(load_recipe("tiny").recipe.overrides)
     sections = {"convert", "judge", "tracking", "bert_score", "sampling", "benchmark"}
     assert left == {key for key in recipes.list_keys() if key.split(".")[0] in sections}
 
@@ -155,7 +159,7 @@ def test_the_laptop_holds_one_short_row_at_a_time():
 
 
 def test_a_further_override_takes_the_place_of_the_recipe_s_own():
-    arguments = recipes.load_recipe("dropout").build_overrides(["lora.lora_dropout=0.2,0.3", "seed=7"])
+    arguments = load_recipe("dropout").build_overrides(["lora.lora_dropout=0.2,0.3", "seed=7"])
     assert [override for override in arguments if override.startswith(("lora.lora_dropout", "seed"))] == [
         "lora.lora_dropout=0.2,0.3",
         "seed=7",
@@ -328,7 +332,7 @@ def test_a_base_is_no_recipe(folder, monkeypatch):
 def test_the_resolved_overrides_of_what_ships_are_these():
     """A change of a base is a change of every recipe that extends it: tests/unit/resolved_recipes.json shows which."""
     frozen = read_resolved()
-    resolved = {name: recipes.load_recipe(name).recipe.overrides for name in SHIPPED}
+    resolved = {name: load_recipe(name).recipe.overrides for name in SHIPPED}
     assert resolved == frozen
     # The same text too: 1 is neither 1.0 nor true.
     assert json.dumps(resolved, sort_keys=True) == json.dumps(frozen, sort_keys=True)
