@@ -17,12 +17,14 @@ import datetime
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/benchmarks.md"
 BLOCK = re.compile(r"<!-- python benchmarks/(?P<command>[^>]+?) -->\n(?P<text>.*?)<!-- end -->", re.DOTALL)
+MEASURED = ("benchmarks", "src", "stages", "params.yaml", "presets.yaml")  # what the figures are of
 PACKAGES = ("torch", "transformers", "trl", "peft", "llama-cpp-python", "dvc")
 
 
@@ -58,9 +60,10 @@ def replace_block(page: str, command: str, text: str) -> str:
 
 def describe_versions() -> str:
     """Return date, commit and versions in one line."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    commit = git(["git", "rev-parse", "--short", "HEAD"], check=True).stdout.strip()
+    if git(["git", "diff", "--quiet", "HEAD", "--", *MEASURED]).returncode:
+        commit += " with changes"
     today = datetime.datetime.now(tz=datetime.UTC).date()
     return f"{today}, commit {commit}, Python {sys.version.split()[0]}, {', '.join(map(_name_version, PACKAGES))}:"
 
