@@ -3,14 +3,14 @@
 python benchmarks/train.py [--cases NAME,…] [--rounds N] [--steps N] [--only PART] [--folder DIR]
 
 Makes random models in a temporary folder, on the CPU one of Qwen3's shape with its vocabulary of 151,936 and a tiny
-one, on a GPU one of 0.6 B and one of 8 B, 16-bit and 4-bit. Before them on the CPU comes a real one: the base model
-of this checkout, of ChatML, such as SmolLM2, on questions of banking77 with their subjects as answers. Each is trained
-for a few steps, LoRA on all linear layers, the last third of each random row supervised: by lathe, by TRL's
-`SFTTrainer` (bf16 and gradient checkpointing are its defaults) and, on the CPU, by LLaMA-Factory (float32 and gradient checkpointing are its defaults) in an environment of
-its own, which is made in `.bench/` the first time. On a GPU TRL runs with Liger's kernels too where `liger-kernel` is
-installed. All run as they are, from text to steps, each in a fresh process, in turn, in every round. Where an unpacked
-step of one holds other tokens than lathe's, or they supervise others, the benchmark stops. LLaMA-Factory packs without
-letting rows see one another (`neat_packing`), as TRL and lathe do.
+one, on a GPU one of 0.6 B and one of 8 B, 16-bit and 4-bit. Before them on the CPU comes a real one: the base model of
+this checkout, of ChatML, such as SmolLM2, on questions of banking77 with their subjects as answers. Each is trained for
+a few steps, LoRA on all linear layers, the last third of each random row supervised: by lathe, by TRL's `SFTTrainer`
+(bf16 and gradient checkpointing are its defaults) and, on the CPU, by LLaMA-Factory (float32 and gradient checkpointing
+are its defaults) in an environment of its own, which is made in `.bench/` the first time. On a GPU TRL runs with
+Liger's kernels too where `liger-kernel` is installed. All run as they are, from text to steps, each in a fresh process,
+in turn, in every round. Where an unpacked step of one holds other tokens than lathe's, or they supervise others, the
+benchmark stops. LLaMA-Factory packs without letting rows see one another (`neat_packing`), as TRL and lathe do.
 
 Prints, case by case, a Markdown table: supervised tokens per second of the steps after the second, their share of the
 rate at which this device multiplies bf16 matrices (forward, backward through the activations, and output layer where it
