@@ -46,7 +46,7 @@ PACKAGES = (
     *("torch", "torch.distributed.fsdp", "numpy", "pandas", "scipy.stats", "pydantic", "ruamel.yaml", "yaml"),
     *("transformers", "transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3"),
     *("transformers.models.auto.tokenization_auto", "transformers.trainer", "sentencepiece", "jinja2", "psutil"),
-    *("accelerate", "bitsandbytes", "peft", "datasets", "dvclive", "rouge_score.rouge_scorer", "lm_eval.evaluator"),
+    *("accelerate", "bitsandbytes", "peft", "datasets", "dvclive", "rouge_score.rouge_scorer"),
     *("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "trl.trainer.grpo_trainer"),
     *("dvc.cli.parser", "dvc.repo.reproduce", "dvc.stage.run", "dvc.stage.cache", "dvc_data.index", "dvc.render"),
 )
