@@ -192,6 +192,7 @@ class CommandFaults:
             assert not wait_for_their_end(site.mark)
             there.run(*pull)
             there.run(*LATHE, "repro")
+            (clone / ".dvc/config.local").unlink()  # where the remote is, which the undisturbed run has not been told
             there.check_at_the_end(site.expected)
         return detail
 
