@@ -70,12 +70,8 @@ class Work:
         work.write_text(json.dumps({"base": str(self.base), "trainings": trainings, **how}))
         environment = {**os.environ, "PYTHONPATH": str(paths.ROOT / "src"), "OMP_NUM_THREADS": "1"}
         preloaded.start()
-        words = [
-            str(preloaded.folder / "python3"),
-            str(PROGRAM),
-            str(work),
-            *([] if machine is None else [str(machine)]),
-        ]
+        words = [str(preloaded.folder / "python3"), str(PROGRAM), str(work)]
+        words += [] if machine is None else [str(machine)]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(words, cwd=paths.ROOT, env=environment, **pipes)
 
