@@ -38,7 +38,9 @@ from scipy import stats
 from lathe.common import paths
 from lathe.common.json_files import read_json, write_json
 from lathe.common.jsonl import read_jsonl, write_jsonl
+from lathe.config.overrides import read_key
 from lathe.config.params import Params
+from lathe.config.yaml_files import read_yaml
 from lathe.evaluation.text_metrics import exact_match
 from lathe.experiments.recipes import load_main_recipe
 from lathe.experiments.search import command
@@ -97,8 +99,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for what has been trained (default: a temporary one)")
     parser.add_argument("--write", type=Path, help="Markdown file that gets the table between its marks")
     chosen = parser.parse_args()
-    given = load_main_recipe(chosen.recipe).build_overrides(chosen.overrides)
-    prepared = command.prepare(chosen.file, given)
+    prepared = _prepare(chosen.file, chosen.recipe, chosen.overrides)
     pruner = Pruner(min_steps=chosen.min_steps, reduction=chosen.reduction)
     with tempfile.TemporaryDirectory(prefix="bench-pruning-") as temporary:
         work = (chosen.work or Path(temporary)).absolute()
@@ -128,6 +129,13 @@ def main() -> None:
             raise SystemExit(f"error: {chosen.write}: no lines {START} and {END}, between which the table goes")
         page = re.sub(f"{START}.*{END}", lambda _: f"{START}\n\n{text}\n\n{END}", page, flags=re.DOTALL)
         chosen.write.write_text(page, encoding="utf-8")
+
+
+def _prepare(file: Path, recipe: str, further: Sequence[str]) -> command.Prepared:
+    """Read the search file with the values of a recipe, but for those that are searched."""
+    searched = read_yaml(file)["space"]
+    given = load_main_recipe(recipe).build_overrides(further)
+    return command.prepare(file, [text for text in given if read_key(text) not in searched])
 
 
 def _make_model(folder: Path, seed: int) -> None:

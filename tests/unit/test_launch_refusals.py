@@ -163,7 +163,7 @@ def test_accelerate_takes_every_configuration_that_is_shipped(file, monkeypatch)
         assert command is None  # torch's launcher, in this process
         if machine:
             assert (read.nnodes, read.nproc_per_node, read.node_rank) == ("2", "8", 1)
-            assert (read.master_addr, read.master_port) == ("10.0.0.1", "29500")
+            assert read.rdzv_endpoint == "10.0.0.1:29500"
         assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
         assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == file.stem[len("zero")]
         assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
