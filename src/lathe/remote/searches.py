@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lathe.common import paths
+from lathe.common.dvc_api import open_repository
 from lathe.common.errors import InputError
 from lathe.common.git import try_git
 from lathe.experiments.search import command, run_search, storage, trial
@@ -98,6 +99,9 @@ def work(file: Path, overrides: list[str], *, jobs: int, n_trials: int | None, r
     require_origin()
     prepared = command.prepare(file, overrides)
     url = os.environ.get(storage.VARIABLE) or None
+    if remote:  # without one the data are in this host's cache, by ssh
+        with open_repository(paths.ROOT) as repo:
+            repo.fetch_sources(remote)
     deliveries = _Deliveries(remote)
     with storage.translate_connection_errors(url):
         study = run_search.open_study(prepared.plan, prepared.params, url)
