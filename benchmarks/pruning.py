@@ -35,6 +35,7 @@ import machine
 import torch
 from scipy import stats
 
+import lathe.training.sft  # noqa: F401 - TRL is imported once
 from lathe.common import paths
 from lathe.common.json_files import read_json, write_json
 from lathe.common.jsonl import read_jsonl, write_jsonl
@@ -47,14 +48,24 @@ from lathe.experiments.search import command
 from lathe.experiments.search.pruning import Losses
 from lathe.experiments.search.search_file import Plan, Pruner
 from lathe.experiments.search.study import Study
+from lathe.gguf import imatrix_file, run_converter
+from lathe.gguf.collect_imatrix import collect
+from lathe.gguf.quantize import quantize
+from lathe.inference.generate import Generator
 from lathe.models.answer_split import split_answer
+from lathe.models.merge.merge import merge
+from lathe.models.tokenizer import load_tokenizer
+from lathe.models.tokenizer_template import read_chat_template
+from lathe.sources.builtin import household_commands
+from lathe.training.train import train
 
 FORK = multiprocessing.get_context("fork")  # each training begins with everything imported
 CURVE = "metrics/plots/metrics/eval/loss.tsv"
 START, END = "<!-- pruning -->", "<!-- end of pruning -->"
-ROWS = {"train": None, "validation": 250}  # of the dataset's 2,400 and 500
-# 300 steps, as of the recipe, of a quarter of the rows: the whole benchmark is over in an hour.
-SMALLER = ("training.per_device_train_batch_size=8", "training.num_train_epochs=1")
+ROWS = {"train": 1200, "validation": 100}  # of the dataset's 2,400 and 500
+SCORED_ROWS = 250  # of validation, those of the loss among them
+# 300 steps as the recipe has them, each of an eighth of its rows.
+SMALLER = ("training.per_device_train_batch_size=4", "training.num_train_epochs=1")
 Look = Callable[[Sequence[tuple[int, float]]], tuple[int, float] | None]
 
 
@@ -255,17 +266,6 @@ def _change(params: Params, values: dict[str, Any]) -> Params:
 
 def measure_point(base: Path, folder: Path, params: Params) -> None:
     """Train, make the file Q4_K_M, and write its exact match on validation rows."""
-    from lathe.gguf import imatrix_file
-    from lathe.gguf.collect_imatrix import collect
-    from lathe.gguf.convert import convert
-    from lathe.gguf.quantize import quantize
-    from lathe.inference.generate import Generator
-    from lathe.models.merge.merge import merge
-    from lathe.models.tokenizer import load_tokenizer
-    from lathe.models.tokenizer_template import read_chat_template
-    from lathe.sources.builtin import household_commands
-    from lathe.training.train import train
-
     torch.set_num_threads(1)
     sys.stdout = (folder / "log").open("w")
     made = household_commands.make_rows(42)
@@ -279,7 +279,7 @@ def measure_point(base: Path, folder: Path, params: Params) -> None:
     train(base, files, adapter, folder / "metrics", params=params)
     merge(base, adapter, merged, dtype=params.merge.dtype, max_shard_size_bytes=params.merge.max_shard_size_bytes)
     f16, matrix, quantized = (folder / name for name in ("f16.gguf", "imatrix.gguf", "quantized.gguf"))
-    convert(merged, f16, outtype="f16", llama_cpp=paths.LLAMA_CPP, metadata={})
+    _in_a_process(_convert, merged, f16)
     tokenizer = load_tokenizer(merged)
     template = read_chat_template(tokenizer)
     chats = [template.render(row["messages"]) for row in rows["train"][: params.quantize.imatrix_rows]]
@@ -288,10 +288,23 @@ def measure_point(base: Path, folder: Path, params: Params) -> None:
     quantize(f16, quantized, type="Q4_K_M", threads=1, importance=matrix)
     settings = params.generate
     with Generator(quantized, n_parallel=32, n_ctx=int(settings.n_ctx), threads=1) as generator:
-        pairs = [split_answer(generator.chat_template, row["messages"])[:2] for row in rows["validation"]]
+        pairs = [split_answer(generator.chat_template, row["messages"])[:2] for row in made["validation"][:SCORED_ROWS]]
         answers = generator.complete([prompt for prompt, _ in pairs], max_new_tokens=int(settings.max_new_tokens))
     right = [exact_match(answer.text, wanted) for answer, (_, wanted) in zip(answers, pairs, strict=True)]
     write_json(folder / "score.json", {"score": statistics.fmean(map(float, right))})
+
+
+def _convert(model: Path, out: Path) -> None:
+    """Run llama.cpp's converter as `lathe.gguf.convert` does, but with transformers imported before."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    for name in [name for name in sys.modules if name.partition(".")[0] == "gguf"]:
+        del sys.modules[name]  # the converter brings its own
+    log = os.open(out.with_name("converter.log"), os.O_CREAT | os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    words = [str(paths.LLAMA_CPP), "convert_hf_to_gguf.py", "{}", str(model), "--outfile", str(out), "--outtype", "f16"]
+    sys.argv[1:] = words
+    run_converter.main()
 
 
 def _in_a_process(function: Callable[..., None], *arguments: Any) -> None:
@@ -306,7 +319,7 @@ def _describe(found: Sequence[tuple[Found, Found]], plan: Plan, params: Params, 
     training = params.training
     yield (
         f"{machine.describe()}. {plan.n_trials} trials of `{plan.sampler}`, `{plan.objectives[0].metric}` on "
-        f"{ROWS['validation']} validation rows, batches of {training.per_device_train_batch_size}, evaluated every "
+        f"{SCORED_ROWS} validation rows, batches of {training.per_device_train_batch_size}, evaluated every "
         f"{training.eval_steps} steps; `pruner: {{min_steps: {pruner.min_steps}, reduction: {pruner.reduction}}}`."
     )
     yield ""

@@ -26,7 +26,8 @@ from training_checkout import list_checkpoints, list_outputs, make_training_chec
 from lathe.common import paths
 
 MISSING = find_missing()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+# A host that is cut off is waited for until another takes its trial over, which takes minutes in itself.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 SETUP = f"ln -sfn {sys.prefix} .venv; ln -sfn {paths.LLAMA_CPP} .llama.cpp"
 BUCKET = "team"
 
