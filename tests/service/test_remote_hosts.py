@@ -5,6 +5,7 @@ and works on; one that is killed loses all of its processes at once.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,34 @@ def test_a_run_whose_host_is_cut_off_and_then_killed_ends_with_the_bytes_of_one_
         for checkout in (desk, place.alone)
     )
     assert mine == expected_files
+
+
+def test_a_run_that_ends_while_its_host_is_cut_off_is_delivered_by_the_same_command(
+    hosts: tuple[Network, S3Server], small_model: Path
+) -> None:
+    place = make_place(*hosts, small_model, {}, {})
+    desk, box = place.desk, place.box
+    start = command("run", "longer", "--host", "box", "--dvc-remote", "ycloud", "--setup", SETUP)
+    ended = place.folder(box) / "runs/longer/exit"
+    desk.run(*start)
+    wait_for(lambda: list_checkpoints(place.folder(box) / "checkout"), lambda: place.log(box, "longer"), 300)
+    box.cut_off()
+    wait_for(ended.exists, lambda: place.log(box, "longer"), 900)
+    told = place.log(box, "longer")
+    box.join()
+    assert ended.read_text().strip() == "2", told
+    assert "Traceback" not in told
+    last = told.splitlines()[-1]
+    assert re.match(r"error: ycloud .* at http://\S+: nobody answers there; ", last), told
+    assert "failed with 2" in desk.run(*command("status", "longer")).stdout
+
+    ended.unlink()
+    desk.run(*start)
+    wait_for(ended.exists, lambda: place.log(box, "longer"), 120)
+    assert desk.run(*command("status", "longer")).stdout.rstrip().endswith("done"), place.log(box, "longer")
+    assert "longer: had been run already" in place.log(box, "longer")
+    assert desk.run(*command("fetch", "longer")).stdout.startswith("longer: ")
+    assert hash_adapter(desk, "longer") in intact(place.s3, BUCKET)
 
 
 SEARCH = """\

@@ -150,7 +150,7 @@ def test_what_could_not_be_delivered_is_tried_again_with_the_next_and_at_the_end
 
     def push(experiment, remote):
         if is_gone[0]:
-            raise OSError("Could not connect to the endpoint URL\nand a screenful more")
+            raise InputError("ycloud: nobody answers there; check the network")
         arrived.append((experiment, remote))
 
     monkeypatch.setattr(searches, "push_experiment", push)
@@ -160,7 +160,7 @@ def test_what_could_not_be_delivered_is_tried_again_with_the_next_and_at_the_end
     deliveries.add(one)
     deliveries.send()
     deliveries.send()
-    said = "mine-1 is not delivered, and will be tried again: Could not connect to the endpoint URL"
+    said = "mine-1 is not delivered, and will be tried again: ycloud: nobody answers there; check the network"
     assert caplog.messages.count(said) == 2
     with refused("not-delivered", "mine-1", "the same command tries again"):
         deliveries.send_or_raise()

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lathe.common import paths
-from lathe.common.dvc_api import open_repository
 from lathe.common.errors import InputError
 from lathe.common.git import try_git
 from lathe.experiments.search import command, run_search, storage, trial
 from lathe.experiments.search.pruning import MARK
+from lathe.provenance.remotes import open_remote
 from lathe.provenance.revisions import Experiment, list_experiments
 from lathe.remote.job import push_experiment
 from lathe.remote.preparation import require_committed
@@ -100,8 +100,8 @@ def work(file: Path, overrides: list[str], *, jobs: int, n_trials: int | None, r
     prepared = command.prepare(file, overrides)
     url = os.environ.get(storage.VARIABLE) or None
     if remote:  # without one the data are in this host's cache, by ssh
-        with open_repository(paths.ROOT) as repo:
-            repo.fetch_sources(remote)
+        with open_remote(paths.ROOT, remote) as (repo, resolved, _):
+            repo.fetch_sources(resolved)
     deliveries = _Deliveries(remote)
     with storage.translate_connection_errors(url):
         study = run_search.open_study(prepared.plan, prepared.params, url)
@@ -135,15 +135,15 @@ class _Deliveries:
         """Take an experiment; nothing is sent yet."""
         self._waiting.append(experiment)
 
-    def send(self) -> Exception | None:
+    def send(self) -> InputError | None:
         """Send all that wait; return why one did not arrive. The network may be gone for a while: no reason to end."""
-        refusal: Exception | None = None
+        refusal: InputError | None = None
         for experiment in list(self._waiting):
             try:
                 push_experiment(experiment, self._remote)
-            except Exception as error:  # of DVC, of the bucket's client, or of Git
+            except InputError as error:
                 refusal = error
-                logger.warning("%s is not delivered, and will be tried again: %s", experiment.name, _shorten(error))
+                logger.warning("%s is not delivered, and will be tried again: %s", experiment.name, error)
             else:
                 self._waiting.remove(experiment)
         return refusal
@@ -158,14 +158,9 @@ class _Deliveries:
                 time.sleep(pause)
         names = ", ".join(experiment.name for experiment in self._waiting)
         raise InputError(
-            f"{names}: not delivered: {_shorten(refusal)}; the study has the scores, and the same command tries again",
+            f"{names}: not delivered: {refusal}; the study has the scores, and the same command tries again",
             code="not-delivered",
         ) from None
-
-
-def _shorten(error: Exception | None) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def require_origin() -> None:
