@@ -16,12 +16,14 @@ from pathlib import Path
 
 from ssh_server import SSHD
 
-# What the first process of a host does before it is sshd: a name, and nothing to be seen of the other hosts' files.
+# What the first process of a host does before it is sshd: a name, and nothing to be seen of the other hosts' files, nor
+# of what programs leave in /var/tmp.
 BOOT = """
 set -e
 hostname "$1"
 sshd=$2 config=$3
-shift 3
+mount --bind "$4" /var/tmp
+shift 4
 for other; do mount -t tmpfs none "$other"; done
 exec "$sshd" -D -e -f "$config"
 """
@@ -86,6 +88,7 @@ class NetworkHost:
         Path("/run/sshd").mkdir(exist_ok=True)
         command = ["ip", "netns", "exec", self.namespace, "unshare", "--fork", "--pid", "--mount", "--uts", "--ipc"]
         command += ["--mount-proc", "sh", "-c", BOOT, "sh", self.name, str(SSHD), str(self.folder / "sshd_config")]
+        command.append(str(self.folder / "tmp"))
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen([*command, *map(str, self.others)], stdout=log, stderr=log)
         deadline = time.monotonic() + 20

@@ -26,9 +26,8 @@ from training_checkout import list_checkpoints, list_outputs, make_training_chec
 
 from lathe.common import paths
 
-MISSING = find_missing()
 # A host that is cut off is waited for until another takes its trial over, which takes minutes in itself.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 SETUP = f"ln -sfn {sys.prefix} .venv; ln -sfn {paths.LLAMA_CPP} .llama.cpp"
 BUCKET = "team"
 
@@ -88,6 +87,8 @@ def make_place(made: Network, s3: S3Server, small_model: Path, changes: dict[str
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[tuple[Network, S3Server]]:
     """The hosts, not started yet, and an S3 server that they reach."""
+    if (missing := find_missing()) is not None:
+        pytest.skip(missing)
     (tmp_path / "s3").mkdir()
     (tmp_path / "alone").mkdir()
     with network(tmp_path, ["desk", "box", "den"]) as made, s3_server(tmp_path / "s3", address=made.address) as s3:
