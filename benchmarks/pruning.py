@@ -333,7 +333,7 @@ def _describe(found: Sequence[tuple[Found, Found]], plan: Plan, params: Params, 
         ended = sum(score is not None for score in pruned.scores)
         yield (
             f"| {seed} | {before:,} | {after:,} | {before / after:.2f} | {ended} of {len(pruned.scores)} | "
-            f"{whole.best:.1%} | {pruned.best:.1%} | {whole.best_within(after):.1%} |"
+            f"{100 * whole.best:.1f} % | {100 * pruned.best:.1f} % | {100 * whole.best_within(after):.1f} % |"
         )
     before, after = (sum(sum(each[kind].steps) for each in found) for kind in (0, 1))
     means = [
@@ -346,7 +346,7 @@ def _describe(found: Sequence[tuple[Found, Found]], plan: Plan, params: Params, 
     ]
     yield (
         f"| all | {before:,} | {after:,} | **{before / after:.2f}** | | "
-        + " | ".join(f"{mean:.1%}" for mean in means)
+        + " | ".join(f"{100 * mean:.1f} %" for mean in means)
         + " |"
     )
     if len(found) > 1:
