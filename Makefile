@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: help setup llama-server vllm lock sbom unit deps repro classify experiments chat serve studio studio-files report remote-check ci-lock ci-summary lint format test \
 	test-all \
 	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-engine bench-serve bench-attention \
-	bench-experiments bench-studio bench-intervals bench-memory bench-loss bench-convert bench-by-hand bench-growth \
+	bench-experiments bench-studio bench-intervals bench-memory bench-loss bench-convert bench-by-hand bench-growth bench-pruning \
 	bench-tracking bench-classify chaos docs docs-serve docs-check clean
 
 help: ## list the targets
@@ -21,7 +21,7 @@ setup: ## make .venv and what belongs to it; PYTHON=python3.12, EXTRAS="mlflow w
 
 # What these need beside the default pipeline.
 bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-engine bench-serve bench-attention bench-experiments bench-studio \
-	bench-tracking bench-classify bench-intervals bench-memory bench-loss bench-convert bench-by-hand bench-growth chaos \
+	bench-tracking bench-classify bench-intervals bench-memory bench-loss bench-convert bench-by-hand bench-growth bench-pruning chaos \
 	docs docs-serve docs-check format lint lock sbom unit test test-all: EXTRAS += dev
 bench-cuda: EXTRAS += gpu
 bench-serve: EXTRAS += serve
@@ -101,7 +101,7 @@ test-all: lint docs-check ## every test
 chaos: setup ## more than a hundred faults: kills, full disks, damaged files, two at once; half an hour. TAKE=15 for a part
 	PYTHONPATH=src:tests python -m chaos $(if $(TAKE),--take "$(TAKE)",--write docs/faults.md)
 
-bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-engine bench-serve bench-attention bench-experiments bench-studio bench-tracking bench-classify bench-intervals bench-memory bench-loss bench-convert bench-by-hand bench-growth ## every benchmark, whose tables are written into docs/benchmarks.md
+bench: bench-merge bench-data bench-train bench-faithful bench-quantize bench-generate bench-engine bench-serve bench-attention bench-experiments bench-studio bench-tracking bench-classify bench-intervals bench-memory bench-loss bench-convert bench-by-hand bench-growth bench-pruning ## every benchmark, whose tables are written into docs/benchmarks.md
 
 bench-merge: setup ## time and memory of the merge against PEFT's, at 0.6 B parameters
 	python benchmarks/page.py "merge.py --rounds 5"
@@ -150,6 +150,9 @@ bench-memory: setup ## resident memory over 400 steps of a training, after the p
 
 bench-loss: setup ## time and memory of a loss over a real vocabulary, logits held and in TRL's tiles
 	python benchmarks/page.py loss.py
+
+bench-pruning: setup ## steps and best score of the default search with the pruner and without, in about an hour
+	python benchmarks/page.py pruning.py
 
 bench-intervals: setup ## coverage of intervals, false alarms and power, on simulated data sets
 	python benchmarks/page.py intervals.py

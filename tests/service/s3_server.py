@@ -1,4 +1,4 @@
-"""An S3 server on 127.0.0.1 that really checks who asks: OpenStack Swift with its S3 interface, whole, in one process.
+"""An S3 server that really checks who asks: OpenStack Swift with its S3 interface, whole, in one process.
 
 Swift computes the signature of each request (AWS Signature Version 4) from the secret it knows, and compares region,
 date and hash of the body with what was signed; users have rights. Its files lie in a folder that outlives the
@@ -72,20 +72,22 @@ NO_TRAILERS = b"""<?xml version="1.0" encoding="UTF-8"?><Error><Code>XAmzContent
 class S3Server:
     """The server's process; it keeps its port and its objects when it is started again."""
 
-    def __init__(self, folder: Path, certificate: tuple[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, certificate: tuple[str, str] | None = None, address: str = "127.0.0.1") -> None:
         self.folder = folder
         self.certificate = certificate
+        self.address = address
         self.port = 0
         self.process: subprocess.Popen[str] | None = None
 
     @property
     def url(self) -> str:
         """Where it listens."""
-        return f"{'https' if self.certificate else 'http'}://127.0.0.1:{self.port}"
+        return f"{'https' if self.certificate else 'http'}://{self.address}:{self.port}"
 
     def start(self, *, at_upload: int = 0, stop: signal.Signals = signal.SIGKILL, takes_trailers: bool = True) -> None:
         """Start it; `stop` hits it in the middle of the body of the upload of that number, counted from 1."""
         options = {
+            "address": self.address,
             "port": self.port,
             "certificate": self.certificate,
             "at_upload": at_upload,
@@ -108,9 +110,11 @@ class S3Server:
 
 
 @contextmanager
-def s3_server(folder: Path, certificate: tuple[str, str] | None = None, **options: Any) -> Iterator[S3Server]:
+def s3_server(
+    folder: Path, certificate: tuple[str, str] | None = None, address: str = "127.0.0.1", **options: Any
+) -> Iterator[S3Server]:
     """Run a server for as long as the block."""
-    server = S3Server(folder, certificate)
+    server = S3Server(folder, certificate, address)
     server.start(**options)
     try:
         yield server
@@ -155,7 +159,7 @@ def serve(folder: Path, options: dict[str, Any]) -> None:
     from swift.common.ring import RingBuilder
     from swift.common.wsgi import loadapp
 
-    listening = {"proxy": eventlet.listen(("127.0.0.1", options["port"]))}
+    listening = {"proxy": eventlet.listen((options["address"], options["port"]))}
     (folder / "disks/disk").mkdir(parents=True, exist_ok=True)
     for kind in ("account", "container", "object"):
         listening[kind] = eventlet.listen(("127.0.0.1", 0))

@@ -23,9 +23,12 @@ PASSWORD = "s3cret"
 
 
 class Server:
-    """A server that asks for a password, in a folder of its own; another user runs it where this one is root."""
+    """A server that asks for a password, in a folder of its own; another user runs it where this one is root.
 
-    def __init__(self, folder: Path) -> None:
+    At another `address` than this machine's own it lets clients of `subnet` in.
+    """
+
+    def __init__(self, folder: Path, address: str = "127.0.0.1", subnet: str | None = None) -> None:
         account = pwd.getpwnam("postgres" if os.geteuid() == 0 else getpass.getuser())
         is_root = os.geteuid() == 0
         self.folder = folder
@@ -35,14 +38,20 @@ class Server:
         for path in (folder, secret):
             os.chown(path, account.pw_uid, account.pw_gid)
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((address, 0))
             self.port = probe.getsockname()[1]
-        self.url = f"postgresql://lathe:{PASSWORD}@127.0.0.1:{self.port}/postgres"
+        self.address = address
+        self.url = f"postgresql://lathe:{PASSWORD}@{address}:{self.port}/postgres"
         self._call("initdb", "--auth=scram-sha-256", f"--pwfile={secret}", "--username=lathe", "--no-sync")
+        if subnet:
+            with (folder / "data/pg_hba.conf").open("a") as rules:
+                rules.write(f"host all all {subnet} scram-sha-256\n")
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder} -c fsync=off"
+        options = (
+            f"-p {self.port} -c listen_addresses={self.address} -c unix_socket_directories={self.folder} -c fsync=off"
+        )
         self._call("pg_ctl", f"--options={options}", f"--log={self.folder}/log", "--wait", "start")
 
     def stop(self) -> None:

@@ -1,6 +1,7 @@
 """Trains the small model in two processes, for test_launch.py: `python in_processes.py WORK.json`, as a user would.
 
 WORK.json: `base`, the trainings (`params`, `rows`, `out`), and what is to go wrong on the second rank, if anything.
+With a `launcher` of two machines a second argument says which of them this process is.
 """
 
 import json
@@ -27,7 +28,10 @@ def main() -> None:
     """Start two workers, or be one."""
     if not launch.is_worker():
         os.environ[WORK] = sys.argv[1]
-        launch.run(LAUNCHER, __file__)
+        launcher = json.loads(Path(sys.argv[1]).read_text()).get("launcher")
+        if launcher:
+            count_one_gpu()
+        launch.run(launcher or LAUNCHER, __file__, machine_rank=int(sys.argv[2]) if launcher else None)
         return
     work = json.loads(Path(os.environ[WORK]).read_text())
     if work.get("sharded"):
@@ -130,6 +134,13 @@ def go_wrong(how: str | None) -> None:
             return usual(*given)
 
         sft.AnswerTrainer._clip_grad_norm = interrupted  # type: ignore
+
+
+def count_one_gpu() -> None:
+    """Let the launcher find a GPU here; its workers say themselves what they compute on."""
+    import torch
+
+    torch.cuda.device_count = lambda: 1
 
 
 def pass_the_cpu_off_as_gpus() -> None:

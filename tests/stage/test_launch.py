@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from safetensors.torch import load_file
 from test_resume import LONGER, interrupted, kill_everything, newest_step
 from toy import load_toy
 
-from lathe.common import paths
+from lathe.common import launch, paths
+from lathe.models.merge.merge import merge
 
 CONFIG = load_toy().params
 PROGRAM = paths.ROOT / "tests/stage/in_processes.py"
@@ -49,19 +51,38 @@ class Work:
         return {"out": str(self.folder / name), "rows": rows, "params": chosen.model_dump()}
 
     def run(self, *trainings: dict[str, Any], **how: Any) -> subprocess.CompletedProcess[str]:
+        return finish(self.start(*trainings, **how), 120)
+
+    def run_on_machines(self, file: str, *trainings: dict[str, Any], **how: Any) -> None:
+        """Run a configuration of two machines, here both with one process, which meet at an address of this one."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = f"accelerate launch --config_file {launch.CONFIGS}/{file} --num_processes 2"
+        launcher += f" --main_process_ip 127.0.0.1 --main_process_port {port}"
+        machines = [self.start(*trainings, machine=rank, launcher=launcher, **how) for rank in (0, 1)]
+        for machine in machines:
+            done = finish(machine, 200)
+            assert done.returncode == 0, done.stderr
+
+    def start(self, *trainings: dict[str, Any], machine: int | None = None, **how: Any) -> "subprocess.Popen[str]":
         work = self.folder / "work.json"
         work.write_text(json.dumps({"base": str(self.base), "trainings": trainings, **how}))
         environment = {**os.environ, "PYTHONPATH": str(paths.ROOT / "src"), "OMP_NUM_THREADS": "1"}
         preloaded.start()
-        return subprocess.run(
-            [str(preloaded.folder / "python3"), str(PROGRAM), str(work)],
-            cwd=paths.ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
+        words = [str(preloaded.folder / "python3"), str(PROGRAM), str(work)]
+        words += [] if machine is None else [str(machine)]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(words, cwd=paths.ROOT, env=environment, **pipes)
+
+
+def finish(process: "subprocess.Popen[str]", seconds: float) -> subprocess.CompletedProcess[str]:
+    """Wait for the end of a process, which is killed after so long."""
+    try:
+        stdout, stderr = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 @pytest.fixture
@@ -101,7 +122,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], tuple[int, int]]] = {
 }
 
 
-def assert_trains_as_one(work: Work, names: list[str], kind: str, **how: Any) -> None:
+def assert_trains_as_one(work: Work, names: list[str], kind: str, machines: str | None = None, **how: Any) -> None:
     together = []
     for name in names:
         rows, changes, (whole, half) = VARIANTS[name]
@@ -111,12 +132,17 @@ def assert_trains_as_one(work: Work, names: list[str], kind: str, **how: Any) ->
         )
         train_once(work.base, alone)
         together.append(work.training(name, rows, {**changes, batch: half}))
-    done = work.run(*together, **how)
-    assert done.returncode == 0, done.stderr
+    if machines:
+        work.run_on_machines(machines, *together, **how)
+    else:
+        done = work.run(*together, **how)
+        assert done.returncode == 0, done.stderr
     for name in names:
         told = json.loads((work.folder / name / "trained.json").read_text())
         assert told["kind"] == kind
-        assert bool(told["whole"]) == (kind != "FSDP" and how.get("zero") != 3)
+        # accelerate leaves what is outside of the layers whole after an evaluation.
+        has_whole_layers = any(".layers." in name for name in told["whole"])
+        assert has_whole_layers == (kind != "FSDP" and how.get("zero") != 3)
         assert_same_training(work.folder / name, work.folder / f"{name} alone")
 
 
@@ -142,6 +168,54 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_trains_as_one_process(work, stage):
     assert_trains_as_one(work, ["padded", "accumulated", "4-bit"], "DEEPSPEED", zero=stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "kind", "how"),
+    [
+        ("fsdp2-2-machines.yaml", "FSDP", {"sharded": True}),
+        pytest.param("zero3-2-machines.yaml", "DEEPSPEED", {"zero": 3}, marks=needs_deepspeed),
+    ],
+)
+def test_two_launchers_of_a_process_each_train_as_one_process(work, file, kind, how):
+    assert_trains_as_one(work, ["padded", "4-bit"], kind, file, **how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({"sharded": True}, id="fsdp2"),
+        *(pytest.param({"zero": stage}, id=f"zero{stage}", marks=needs_deepspeed) for stage in (2, 3)),
+    ],
+)
+def test_an_adapter_of_shared_weights_on_a_4_bit_base_merges_to_the_model_of_one_process(work, how):
+    changes = {"training.max_steps": 6, "quantization.load_in_4bit": True}
+    whole, half = ({**changes, "training.per_device_train_batch_size": rows} for rows in (4, 2))
+    train_once(work.base, work.training("alone", 24, whole))
+    done = work.run(work.training("shared", 24, half), **how)
+    assert done.returncode == 0, done.stderr
+    base = load_file(work.base / "model.safetensors")
+    expected, mine = (merged(work, name) for name in ("alone", "shared"))
+    assert base.keys() == expected.keys() == mine.keys()
+    moved = 0
+    for name, before in base.items():
+        step, away = ((each[name].double() - before.double()).norm() for each in (expected, mine))
+        moved += bool(step)
+        assert bool(step) == bool(away), name
+        # Both are rounded to the base's 16 bits, where a weight may fall to either side.
+        assert (mine[name].double() - expected[name].double()).norm() <= 0.05 * step, name
+        torch.testing.assert_close(mine[name].float(), expected[name].float(), rtol=2**-7, atol=1e-4, msg=name)
+    assert moved >= 7  # of one layer: the adapter is on all of its matrices
+
+
+def merged(work: Work, name: str) -> dict[str, torch.Tensor]:
+    """Return the weights of the base with the adapter of a training added, as the stage merge does."""
+    target = work.folder / f"{name}-merged"
+    target.mkdir()
+    merge(work.base, work.folder / name / "adapter", target, dtype="auto", max_shard_size_bytes=10**9)
+    return load_file(target / "model.safetensors")
 
 
 ZERO = [pytest.param({"zero": stage}, marks=[pytest.mark.slow, needs_deepspeed]) for stage in (2, 3)]

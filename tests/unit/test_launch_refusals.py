@@ -159,9 +159,13 @@ def test_accelerate_takes_every_configuration_that_is_shipped(file, monkeypatch)
     assert read.multi_gpu == (not read.use_fsdp and not read.use_deepspeed)
     if read.use_deepspeed:
         read.deepspeed_fields_from_accelerate_config = ""  # which launch_command sets
-        _, environment = prepare_deepspeed_cmd_env(read)
+        command, environment = prepare_deepspeed_cmd_env(read)
+        assert command is None  # torch's launcher, in this process
+        if machine:
+            assert (read.nnodes, read.nproc_per_node, read.node_rank) == ("2", "8", 1)
+            assert read.rdzv_endpoint == "10.0.0.1:29500"
         assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
-        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == file.stem[-1]
+        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == file.stem[len("zero")]
         assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
         assert environment["ACCELERATE_GRADIENT_CLIPPING"] == "auto"
         assert environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "auto"

@@ -14,8 +14,9 @@ from ruamel.yaml import YAML
 from lathe import cli
 from lathe.commands import remote as remote_commands
 from lathe.common import metric_files, paths
+from lathe.common.errors import InputError
 from lathe.experiments.preflight import Preflight
-from lathe.remote import job, preparation, records, sky_runs, slurm_runs
+from lathe.remote import job, preparation, records, searches, sky_runs, slurm_runs, ssh_runs
 from lathe.remote.host import Host
 from lathe.remote.job import Job
 
@@ -108,6 +109,66 @@ def test_what_was_started_is_remembered_until_it_is_forgotten(tmp_path, monkeypa
     records.forget_record("some")
     with refused("no-remote-run", "some"):
         records.forget_record("some")
+
+
+@pytest.fixture
+def study_on_two_hosts(tmp_path, monkeypatch):
+    """Records of a study's drivers on two hosts, of which the first cannot be reached."""
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    for name in ("box", "den"):
+        records.write_record(records.Record(f"mine-on-{name}", "ssh", {"host": name}, "today", study="mine"))
+
+    def answer(record):
+        if record.place["host"] == "box":
+            raise InputError("box: no route to host; `ssh box` must work", code="host-unreachable")
+        return ["den has it"]
+
+    monkeypatch.setattr(ssh_runs, "fetch", answer)
+    monkeypatch.setattr(ssh_runs, "stop", answer)
+    monkeypatch.setattr(ssh_runs, "read_state", lambda record: answer(record)[0])
+
+
+def test_a_host_that_cannot_be_reached_keeps_nobody_from_the_others_of_a_study(study_on_two_hosts, capsys):
+    def run(*words: str) -> str:
+        parsed = cli.build_parser().parse_args(["remote", *words])
+        parsed.run(parsed)
+        return capsys.readouterr().out
+
+    told = run("status", "mine")
+    assert "mine-on-box  box  since today  unknown: box: no route to host" in told
+    assert "mine-on-den  den  since today  den has it" in told
+    with refused("host-unreachable", "no route", kept=False):
+        run("status", "mine-on-box")
+    for command, expected in (("fetch", "den has it\n"), ("stop", "mine-on-den: told to stop")):
+        with refused("host-unreachable", "no route", kept=False):
+            run(command, "mine")
+        assert capsys.readouterr().out.startswith(expected)
+
+
+def test_what_could_not_be_delivered_is_tried_again_with_the_next_and_at_the_end(monkeypatch, caplog):
+    arrived, is_gone = [], [True]
+
+    def push(experiment, remote):
+        if is_gone[0]:
+            raise InputError("ycloud: nobody answers there; check the network")
+        arrived.append((experiment, remote))
+
+    monkeypatch.setattr(searches, "push_experiment", push)
+    monkeypatch.setattr(searches, "PAUSES", (0.0, 0.0))
+    deliveries = searches._Deliveries("ycloud")
+    one, two = (job.Experiment(f"mine-{number}", str(number) * 40, COMMIT, "") for number in (1, 2))
+    deliveries.add(one)
+    deliveries.send()
+    deliveries.send()
+    said = "mine-1 is not delivered, and will be tried again: ycloud: nobody answers there; check the network"
+    assert caplog.messages.count(said) == 2
+    with refused("not-delivered", "mine-1", "the same command tries again"):
+        deliveries.send_or_raise()
+    is_gone[0] = False
+    deliveries.add(two)
+    deliveries.send()
+    deliveries.send_or_raise()
+    assert arrived == [(one, "ycloud"), (two, "ycloud")]
 
 
 def test_without_slurm_or_sky_their_commands_are_named(monkeypatch):

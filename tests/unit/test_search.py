@@ -282,6 +282,18 @@ def test_a_trial_of_a_driver_that_was_killed_goes_on_with_its_number_and_paramet
     assert left.take_trial(3, may_begin=True) is None, "the driver lives"
 
 
+def test_who_runs_a_trial_that_another_has_ended_stops_it(kept, params):
+    plan = planned(kept, params, RATE)
+    cut_off, other = opened(plan, params), opened(plan, params)
+    begun = cut_off.take_trial(1, may_begin=True)
+    other._me = {**other._me, "machine": "another"}
+    assert other._take_over(other.trials()[0]) is not None
+    cut_off.choose_values(begun)
+    assert cut_off.finish(begun, [0.5], "c0ffee")  # back before the other has come to an end
+    assert other.send_heartbeat() == [0]
+    assert other.list_experiments() == ["c0ffee"]
+
+
 def test_who_has_lost_a_trial_stops_it_and_what_the_other_recorded_stands(kept, params):
     plan = planned(kept, params, RATE)
     slow, other = opened(plan, params), opened(plan, params)
@@ -291,8 +303,8 @@ def test_who_has_lost_a_trial_stops_it_and_what_the_other_recorded_stands(kept, 
     assert other.send_heartbeat() == []
     assert slow.send_heartbeat() == [0]
     other.choose_values(taken)
-    other.finish(taken, [0.5], "c0ffee")
-    slow.finish(begun, [0.1], "decaf")
+    assert other.finish(taken, [0.5], "c0ffee")
+    assert not slow.finish(begun, [0.1], "decaf")
     slow.fail(begun, "too late")
     [trial] = slow.trials()
     assert (trial.values, trial.user_attrs["experiment"]) == ([0.5], "c0ffee")

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,12 +178,13 @@ def _find_module(record: "Record") -> Any:
 def _show_status(args: argparse.Namespace) -> None:
     from lathe.remote.records import find_records, list_names
 
-    for record in [record for name in args.names or list_names() for record in find_records(name)]:
+    records = [record for name in args.names or list_names() for record in find_records(name)]
+    for record in records:
         where = record.place.get("host") or f"{record.by} {record.place['job']}"
         try:
             state = _find_module(record).read_state(record)
         except InputError as error:
-            if len(args.names) == 1:
+            if args.names and len(records) == 1:
                 raise
             state = f"unknown: {error}"
         write_lines([f"{record.name}  {where}  since {record.started}  {state}"])
@@ -197,18 +199,32 @@ def _show_logs(args: argparse.Namespace) -> None:
 
 
 def _stop(args: argparse.Namespace) -> None:
-    from lathe.remote.records import find_records
-
-    for record in find_records(args.name):
+    def stop(record: "Record") -> None:
         _find_module(record).stop(record)
         write_lines([f"{record.name}: told to stop; `lathe remote status {record.name}` says when it has"])
 
+    _act_on_each(args.name, stop)
+
 
 def _fetch(args: argparse.Namespace) -> None:
+    _act_on_each(args.name, lambda record: write_lines(_find_module(record).fetch(record)))
+
+
+def _act_on_each(name: str, act: Callable[["Record"], None]) -> None:
+    """Act on the run of that name, or on the drivers of that study: one that is refused keeps no other from it.
+
+    Raises InputError with a line for each that was.
+    """
     from lathe.remote.records import find_records
 
-    for record in find_records(args.name):
-        write_lines(_find_module(record).fetch(record))
+    refusals: list[InputError] = []
+    for record in find_records(name):
+        try:
+            act(record)
+        except InputError as error:
+            refusals.append(error)
+    if refusals:
+        raise InputError("\n".join(map(str, refusals)), code=refusals[0].code)
 
 
 def _forget(args: argparse.Namespace) -> None:

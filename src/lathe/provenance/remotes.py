@@ -29,6 +29,9 @@ SECONDS_FOR_A_STEP = 30.0
 
 OBJECT_BYTES = 1024
 
+# Packages whose exceptions are those of a remote.
+CLIENTS = ("aiobotocore", "aiohttp", "asyncssh", "botocore", "dvc", "dvc_data", "dvc_objects", "fsspec", "s3fs")
+
 SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 SECRET_SETTINGS = ("access_key_id", "secret_access_key", "session_token", "password", "passphrase", "client_secret")
 
@@ -151,10 +154,26 @@ def check_remote(root: Path, name: str | None) -> str:
 
 @contextmanager
 def open_remote(root: Path, name: str | None) -> Iterator[tuple[DvcRepository, str, Mapping[str, Any]]]:
-    """Yield DVC's repository at `root`, and a remote's name and settings; None: the default one. Raises InputError."""
+    """Yield DVC's repository at `root`, and a remote's name and settings; None: the default one.
+
+    Raises InputError, also for what DVC or the remote's client raises in the block, such as without a network.
+    """
     with open_repository(root) as repo:
         remote = _resolve_name(repo.config, name)
-        yield repo, remote, repo.config["remote"][remote]
+        settings = repo.config["remote"][remote]
+        try:
+            yield repo, remote, settings
+        except Exception as error:
+            if isinstance(error, InputError) or not _is_of_client(error):
+                raise
+            raise explain_error(error, "read or write", remote, settings) from None
+
+
+def _is_of_client(error: Exception) -> bool:
+    return any(
+        isinstance(cause, OSError) or type(cause).__module__.partition(".")[0] in CLIENTS
+        for cause in _walk_causes(error)
+    )
 
 
 def _resolve_name(config: Mapping[str, Any], name: str | None) -> str:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common import metric_files, operating_system, paths
-from lathe.common.dvc_api import open_repository
 from lathe.common.errors import InputError
 from lathe.common.git import run_git, try_git
 from lathe.common.json_files import read_json
 from lathe.experiments import separate_checkout
 from lathe.experiments.dvc_command import run_dvc
+from lathe.provenance.remotes import open_remote
 from lathe.provenance.revisions import Experiment, list_experiments
 from lathe.remote.outputs import push_outputs
 
@@ -150,8 +150,8 @@ def _run_experiment(job: Job) -> int:
     try:
         separate_checkout.create(checkout, job.commit, job.commit)
         if job.remote:
-            with open_repository(checkout) as repo:
-                repo.fetch_sources(job.remote)
+            with open_remote(checkout, job.remote) as (repo, name, _):
+                repo.fetch_sources(name)
                 repo.checkout()
         sets = [word for override in job.overrides for word in ("--set-param", override)]
         # Not --allow-missing: a stage whose output is in no remote would count as done.
@@ -174,13 +174,13 @@ def deliver(job: Job, made: Experiment) -> None:
     if job.git_remote:
         push_experiment(made, job.remote, job.git_remote)
     elif job.remote:
-        with open_repository(paths.ROOT) as repo:
-            push_outputs(repo, made.commit, job.remote)
+        with open_remote(paths.ROOT, job.remote) as (repo, name, _):
+            push_outputs(repo, made.commit, name)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / job.bundle
             run_git("bundle", "create", "--quiet", str(file), job.ref, f"^{job.commit}")
-            with open_repository(paths.ROOT) as repo:
-                storage = repo.remote(job.remote)
+            with open_remote(paths.ROOT, job.remote) as (repo, name, _):
+                storage = repo.remote(name)
                 storage.write(storage.join(BUNDLES, job.bundle), file.read_bytes())
         logger.info("%s: delivered to the remote %s", job.name, job.remote)
 
@@ -188,8 +188,8 @@ def deliver(job: Job, made: Experiment) -> None:
 def push_experiment(made: Experiment, remote: str | None, git_remote: str = "origin") -> None:
     """Push an experiment to a remote of Git, and before that its files to one of DVC, if there is one."""
     if remote:
-        with open_repository(paths.ROOT) as repo:
-            pushed = push_outputs(repo, made.commit, remote)
+        with open_remote(paths.ROOT, remote) as (repo, name, _):
+            pushed = push_outputs(repo, made.commit, name)
         logger.info("%d files pushed to the remote %s", pushed, remote)
     run_git("push", "--quiet", "--force", git_remote, f"{made.commit}:{made.ref}")
     logger.info("%s: delivered to %s", made.name, git_remote)

@@ -12,6 +12,7 @@ from lathe.common import paths
 from lathe.common.dvc_api import open_repository
 from lathe.common.errors import InputError
 from lathe.common.git import read_line, run_git
+from lathe.provenance.remotes import open_remote
 from lathe.remote.host import REMOTE, Host
 from lathe.remote.job import Job
 from lathe.remote.outputs import fetch_outputs
@@ -62,8 +63,9 @@ def send_data(host: Host, remote: str | None) -> None:
     """Push what `dvc add` tracks, to the remote or into the host's cache."""
     with open_repository(paths.ROOT) as repo:
         sources = repo.list_sources()
-        if sources and remote:
-            logger.info("%d files of data sent to %s", repo.push_sources(remote), remote)
+    if sources and remote:
+        with open_remote(paths.ROOT, remote) as (repo, name, _):
+            logger.info("%d files of data sent to %s", repo.push_sources(name), name)
     if sources and not remote:
         with host.open_cache() as repo:
             logger.info("%d files of data sent to %s", repo.push_sources(REMOTE), host.target)
@@ -132,8 +134,8 @@ def fetch(record: Record) -> list[str]:
         host.fetch(ref)
         commit = run_git("rev-parse", "--verify", f"{ref}^{{commit}}").decode().strip()
         if remote:
-            with open_repository(paths.ROOT) as repo:
-                count = fetch_outputs(repo, commit, remote)
+            with open_remote(paths.ROOT, remote) as (repo, name, _):
+                count = fetch_outputs(repo, commit, name)
         else:
             with host.open_cache() as repo:
                 count = fetch_outputs(repo, commit, REMOTE)

@@ -155,8 +155,7 @@ class Driver:
         pruning.end_trial(running.process)
         self.running.remove(running)
         commit = pruning.record_pruned(running.order, checkout, step, loss)
-        self.study.prune(running.trial, step, loss, commit)
-        if self.deliver:
+        if self.study.prune(running.trial, step, loss, commit) and self.deliver:
             self.deliver(running.order)
         separate_checkout.remove(checkout)
         (LOGS / f"{running.order.name}.log").unlink(missing_ok=True)
@@ -198,8 +197,8 @@ class Driver:
         except ValueError as error:
             self.study.fail(taken, str(error))
             return True
-        self.study.finish(taken, scores, str(revision.commit))
-        if self.deliver:
+        # Of a trial that two drivers have run, the study has one experiment, and the other is handed to nobody.
+        if self.study.finish(taken, scores, str(revision.commit)) and self.deliver:
             self.deliver(order)
         shown = ", ".join(f"{o.metric} {score:g}" for o, score in zip(self.study.plan.objectives, scores, strict=True))
         logger.info("trial %d: %s", taken.number, shown)
@@ -207,7 +206,7 @@ class Driver:
 
     def _send_heartbeat(self) -> None:
         for number in self.study.send_heartbeat():
-            logger.warning("trial %d has been taken over by another driver", number)
+            logger.warning("trial %d has been taken over or ended by another driver", number)
             for running in [running for running in self.running if running.trial.number == number]:
                 running.process.terminate()
                 running.process.wait()

@@ -105,9 +105,15 @@ class Study:
         self._study.sampler = samplers.create_sampler(self.plan, place, self.params)
         return samplers.suggest_values(self.plan, trial)
 
-    def finish(self, trial: "optuna.Trial", scores: Sequence[float], commit: str) -> None:
-        """Record a trial's scores, and the commit of its experiment."""
+    def finish(self, trial: "optuna.Trial", scores: Sequence[float], commit: str) -> bool:
+        """Record a trial's scores, and the commit of its experiment; return False if another driver has before."""
         self._end_trial(trial, EXPERIMENT, commit, scores)
+        return commit in self.list_experiments()
+
+    def list_experiments(self) -> list[str]:
+        """Return the commit of the experiment of each trial that has ended and has one."""
+        ended = [trial for trial in self.trials() if trial.state.is_finished()]
+        return [trial.user_attrs[EXPERIMENT] for trial in ended if EXPERIMENT in trial.user_attrs]
 
     def fail(self, trial: "optuna.Trial", reason: str) -> None:
         """Record why a trial has no scores."""
@@ -126,8 +132,11 @@ class Study:
                     return step, loss
         return None
 
-    def prune(self, trial: "optuna.Trial", step: int, loss: float, commit: str) -> None:
-        """Record that a trial was pruned, where, and the commit of what it left. It has no scores."""
+    def prune(self, trial: "optuna.Trial", step: int, loss: float, commit: str) -> bool:
+        """Record that a trial was pruned, where, and the commit of what it left; return as `finish` does.
+
+        It has no scores.
+        """
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
@@ -139,12 +148,17 @@ class Study:
         except UpdateFinishedTrialError:
             logger.warning("trial %d was ended by another driver; its record is kept", trial.number)
         self._mine.pop(trial.number, None)
+        return commit in self.list_experiments()
 
     def send_heartbeat(self) -> list[int]:
-        """Renew this driver's claim to its trials; return the numbers of those that another has taken over."""
+        """Renew this driver's claim to its trials; return the numbers of those that another has taken over or ended."""
         self._beats += 1
         by_number = {trial.number: trial for trial in self.trials()}
-        lost = [number for number in self._mine if not self._is_mine(by_number[number])]
+        lost = [
+            number
+            for number in self._mine
+            if by_number[number].state.is_finished() or not self._is_mine(by_number[number])
+        ]
         for number in lost:
             del self._mine[number]
         for trial in self._mine.values():
