@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import statistics
 import sys
 import tempfile
