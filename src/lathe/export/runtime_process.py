@@ -1,0 +1,138 @@
+"""An exported model that is asked for logits, in a process of its own: `python -m lathe.export.runtime_process`.
+
+It is run by the Python that has the runtime, and imports nothing of Lathe.
+
+    runtime_process FORMAT FOLDER N_CTX
+
+A line of standard input is a question: `{"keep": n, "tokens": [...], "outputs": k}`. The model keeps the first n of the
+tokens that it has read, reads these after them, and answers with a line `[k, n_vocab]` and the logits after the last k
+of them, as 32-bit floats in the machine's order. Before the first question it says in a line whether it can forget the
+last tokens alone. What libraries print goes to standard error.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Logits = NDArray[np.float32]
+
+
+class Runtime(Protocol):
+    """A model with the keys and values of the tokens that it has read."""
+
+    can_forget_a_part: bool
+
+    def read(self, keep: int, tokens: Sequence[int], outputs: int) -> Logits:
+        """Keep so many tokens, read others after them; return the logits after the last ones, (outputs, n_vocab)."""
+
+
+class OnnxRuntime:
+    """ONNX Runtime, by onnxruntime-genai."""
+
+    can_forget_a_part = True
+
+    def __init__(self, folder: str, n_ctx: int) -> None:
+        import onnxruntime_genai
+
+        self.model = onnxruntime_genai.Model(folder)
+        self.params = onnxruntime_genai.GeneratorParams(self.model)
+        self.params.set_search_options(do_sample=False, max_length=n_ctx, min_length=0, batch_size=1)
+        self.generator = onnxruntime_genai.Generator(self.model, self.params)
+
+    def read(self, keep: int, tokens: Sequence[int], outputs: int) -> Logits:
+        """See `Runtime`."""
+        if keep < self.generator.token_count():
+            self.generator.rewind_to(keep)
+        self.generator.append_tokens(np.array([tokens], np.int32))
+        logits = self.generator.get_output("logits")[0]
+        return np.asarray(logits[len(logits) - outputs :], np.float32)
+
+
+class MlxRuntime:
+    """MLX, by mlx-lm."""
+
+    def __init__(self, folder: str, n_ctx: int) -> None:
+        from pathlib import Path
+
+        from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
+        from mlx_lm.utils import load_model
+
+        self.model, _ = load_model(Path(folder))
+        self.make_cache = make_prompt_cache
+        self.cache = make_prompt_cache(self.model)
+        self.can_forget_a_part = can_trim_prompt_cache(self.cache)
+        self.length = 0
+
+    def read(self, keep: int, tokens: Sequence[int], outputs: int) -> Logits:
+        """See `Runtime`."""
+        import mlx.core as mx
+        from mlx_lm.models.cache import trim_prompt_cache
+
+        if keep == 0:
+            self.cache = self.make_cache(self.model)
+        elif keep < self.length:
+            trim_prompt_cache(self.cache, self.length - keep)
+        logits = self.model(mx.array([list(tokens)]), cache=self.cache)[0, len(tokens) - outputs :]
+        self.length = keep + len(tokens)
+        mx.eval(logits, [each.state for each in self.cache])
+        return np.array(logits.astype(mx.float32), dtype=np.float32)
+
+
+class TransformersRuntime:
+    """Compressed tensors as transformers reads them: on a GPU where torch sees one."""
+
+    can_forget_a_part = True
+
+    def __init__(self, folder: str, n_ctx: int) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, DynamicCache
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+        self.new_cache = DynamicCache
+        self.cache: Any = DynamicCache()
+
+    def read(self, keep: int, tokens: Sequence[int], outputs: int) -> Logits:
+        """See `Runtime`."""
+        import torch
+
+        if keep == 0:
+            self.cache = self.new_cache()
+        elif keep < self.cache.get_seq_length():
+            self.cache.crop(keep)
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)], device=self.model.device)
+            made = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=max(1, outputs))
+        logits = made.logits[0].float().cpu().numpy()
+        return logits[len(logits) - outputs :]
+
+
+def open_runtime(name: str, folder: str, n_ctx: int) -> Runtime:
+    """Load an exported model."""
+    if name.startswith("onnx"):
+        return OnnxRuntime(folder, n_ctx)
+    return MlxRuntime(folder, n_ctx) if name.startswith("mlx") else TransformersRuntime(folder, n_ctx)
+
+
+def main(name: str, folder: str, n_ctx: str) -> None:
+    """Answer questions until there are no more."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    runtime = open_runtime(name, folder, int(n_ctx))
+    answers.write(json.dumps({"can_forget_a_part": bool(runtime.can_forget_a_part)}).encode() + b"\n")
+    answers.flush()
+    for line in sys.stdin:
+        question = json.loads(line)
+        logits = np.ascontiguousarray(runtime.read(question["keep"], question["tokens"], question["outputs"]))
+        answers.write(json.dumps(logits.shape).encode() + b"\n")
+        answers.write(logits.tobytes())
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
