@@ -101,6 +101,14 @@ def test_awq_of_weights_that_divide_into_no_groups_is_refused():
         compress.choose_group_size([256, 100])
 
 
+def test_calibration_rows_are_joined_to_blocks_and_none_is_cut():
+    rows = [[1] * 200, [2] * 200, [3] * 200, [4] * 600, [5]]
+    blocks = compress.join_rows(rows)
+    assert [len(block) for block in blocks] == [400, 200, 600, 1]
+    assert [token for block in blocks for token in block] == [token for row in rows for token in row]
+    assert rows[0] == [1] * 200
+
+
 def test_what_runs_in_another_environment_imports_nothing_of_lathe():
     for module in ("compress", "runtime_process"):
         program = (

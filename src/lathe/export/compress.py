@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+BLOCK_TOKENS = 512  # of calibration rows in one pass
 GROUP_SIZES = (128, 64, 32)  # weights that share a scale: those that vLLM has kernels for
 
 
@@ -24,12 +25,15 @@ def main(name: str, merged: str, out: str, rows_file: str) -> None:
         oneshot(model=model, recipe=recipe)
     else:
         import torch
+        from llmcompressor.pipelines.cache import IntermediatesCache
         from torch.utils.data import DataLoader
 
-        rows = json.loads(Path(rows_file).read_text(encoding="utf-8"))
+        if not torch.accelerator.is_available():  # to which AWQ would have pinned memory copied
+            IntermediatesCache.pin_memory = lambda *_, **__: None
+        blocks = join_rows(json.loads(Path(rows_file).read_text(encoding="utf-8")))
         batches = [
-            {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
-            for row in rows
+            {"input_ids": torch.tensor([block]), "attention_mask": torch.ones(1, len(block), dtype=torch.long)}
+            for block in blocks
         ]
         loader: Any = DataLoader(batches, batch_size=None, shuffle=False)
         oneshot(
@@ -37,8 +41,8 @@ def main(name: str, merged: str, out: str, rows_file: str) -> None:
             tokenizer=AutoTokenizer.from_pretrained(merged),
             recipe=recipe,
             dataset=loader,
-            num_calibration_samples=len(rows),
-            max_seq_length=max(map(len, rows)),
+            num_calibration_samples=len(blocks),
+            max_seq_length=max(map(len, blocks)),
             pipeline="sequential",
         )
     model.save_pretrained(out, save_compressed=True)
@@ -58,6 +62,17 @@ def build_recipe(name: str, columns: list[int]) -> list[Any]:
     )
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
     return [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
+
+
+def join_rows(rows: list[list[int]]) -> list[list[int]]:
+    """Return rows one after another in blocks of up to BLOCK_TOKENS, as AWQ's authors calibrate; a row is never cut."""
+    blocks: list[list[int]] = []
+    for row in rows:
+        if blocks and len(blocks[-1]) + len(row) <= BLOCK_TOKENS:
+            blocks[-1].extend(row)
+        else:
+            blocks.append(list(row))
+    return blocks
 
 
 def list_columns(model: Any) -> list[int]:

@@ -59,6 +59,7 @@ def convert(
             continue  # the card of a model that is somebody else's, and the recipe with a date in it
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(file, target)
+        target.chmod(0o644)
     copy_companions(merged, out)
 
 

@@ -25,6 +25,9 @@ PACKAGES = {
 
 MOST_SHOWN = 300  # characters of a program's last line
 
+# No module is looked for in the working folder.
+_PYTHON = {"PYTHONUTF8": "1", "PYTHONSAFEPATH": "1"}
+
 # What these programs need of the environment: no key of a provider or remote.
 _PASSED_ON = ("PATH", "HOME", "USER", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "CC", "CXX")
 _PASSED_ON_PREFIXES = ("LC_", "XDG_", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "TORCH", "OMP_", "MKL_", "OPENBLAS_")
@@ -74,7 +77,7 @@ def choose_environment(environment: Mapping[str, str]) -> dict[str, str]:
     kept = {
         name: value for name, value in environment.items() if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES)
     }
-    return {**kept, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "PYTHONUTF8": "1"}
+    return {**kept, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", **_PYTHON}
 
 
 def read_last_line(log: Path) -> str:

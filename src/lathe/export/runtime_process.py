@@ -59,10 +59,13 @@ class MlxRuntime:
     def __init__(self, folder: str, n_ctx: int) -> None:
         from pathlib import Path
 
+        import mlx.core as mx
         from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
         from mlx_lm.utils import load_model
 
-        self.model, _ = load_model(Path(folder))
+        self.model, config = load_model(Path(folder))
+        if "quantization" in config and not mx.metal.is_available():
+            self.model.set_dtype(mx.float32)  # in 16 bits MLX multiplies such weights ten times slower on a CPU
         self.make_cache = make_prompt_cache
         self.cache = make_prompt_cache(self.model)
         self.can_forget_a_part = can_trim_prompt_cache(self.cache)
@@ -94,6 +97,10 @@ class TransformersRuntime:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+        for module in self.model.modules():
+            # The weights have been read as they were rounded; only what flows through them is rounded in each pass.
+            if scheme := getattr(module, "quantization_scheme", None):
+                scheme.weights = None
         self.new_cache = DynamicCache
         self.cache: Any = DynamicCache()
 
@@ -104,7 +111,7 @@ class TransformersRuntime:
         if keep == 0:
             self.cache = self.new_cache()
         elif keep < self.cache.get_seq_length():
-            self.cache.crop(keep)
+            self.cache.crop(keep - self.cache.get_seq_length())
         with torch.inference_mode():
             ids = torch.tensor([list(tokens)], device=self.model.device)
             made = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=max(1, outputs))
