@@ -28,7 +28,7 @@ def main(config: Config, item: str) -> Throughput:
     from lathe.common.code_closure import code_closure
     from lathe.common.scratch import compute_fingerprint
     from lathe.export.environments import PACKAGES, find_python, read_versions
-    from lathe.export.runtime import ExportedGenerator, RuntimeProcess, mark_answers
+    from lathe.export.runtime import ExportedGenerator, RuntimeProcess, compare_token_ids, mark_answers
     from lathe.export.weights import count_bytes
     from lathe.inference.general_text import read_paragraphs
     from lathe.inference.generate import Generator
@@ -36,6 +36,7 @@ def main(config: Config, item: str) -> Throughput:
     from lathe.inference.held_out import PACKAGES as OWN_PACKAGES
     from lathe.inference.held_out import HeldOutRun, iterate_rows
     from lathe.inference.journal import open_journal
+    from lathe.models.answer_reading import HeldOutPrompt
 
     settings, folder = config.params.generate, paths.MODELS_EXPORTED / item
     sizes = choose_sizes(settings, json_files.read_json(paths.METRICS / "preprocess/report.json"))
@@ -63,26 +64,28 @@ def main(config: Config, item: str) -> Throughput:
         with ExitStack() as stack:
             out = stack.enter_context(paths.replace_folder(paths.DATA_GENERATED / item))
             merged = stack.enter_context(
-                Generator(
-                    against, n_parallel=1, n_ctx=sizes.n_ctx, threads=threads, n_gpu_layers=settings.n_gpu_layers
-                )
+                Generator(against, n_parallel=1, n_ctx=sizes.n_ctx, threads=threads, n_gpu_layers=settings.n_gpu_layers)
             )
             if settings.n_ctx == "auto":
                 merged.n_ctx = min(sizes.n_ctx, merged.model.n_ctx_train)
             log = paths.SCRATCH / f"export/{item}-runtime.log"
             process = stack.enter_context(RuntimeProcess(item, python, folder, n_ctx=merged.n_ctx, log=log))
-            run = HeldOutRun(ExportedGenerator(merged, process), journal, merged)
-            splits = []
+            exported = ExportedGenerator(merged, process)
+            run = HeldOutRun(exported, journal, merged)
+            splits, token_ids = [], []
             for name, file in SPLITS.items():
                 rows = partial(iterate_rows, file, max_rows=settings.max_rows)
                 prompts, answers = run.store_prompts(name, rows()), out / f"{name}.jsonl"
                 measured = run.measure_split(name, prompts, answers, max_new_tokens=sizes.max_new_tokens)
                 mark_answers(answers, mark)
                 splits.append({"split": name, **measured})
+                texts = (row.prompt + (row.answer or row.reference) for row in (HeldOutPrompt(*row) for row in prompts))
+                token_ids.append({"split": name, **compare_token_ids(exported, texts)})
             perplexity = run.measure_general_text(general, out / "general.jsonl")
         # Lists, of which DVC makes no columns.
         metrics = {
             "splits": splits,
+            "token_ids": token_ids,
             "file": [{"bytes": count_bytes(folder), "general_perplexity": perplexity}],
             "sizes": [{"max_new_tokens": sizes.max_new_tokens, "n_ctx": merged.n_ctx, "n_parallel": 1}],
             "engine": [{"name": mark, **versions}],

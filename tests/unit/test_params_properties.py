@@ -36,6 +36,7 @@ CHECKED_FURTHER = {
     "model",
     "dataset",
     "quantize.types",
+    "export.formats",
     "sampling.files",
     "benchmark.tasks",
     "quantize.output_tensor_type",

@@ -40,7 +40,7 @@ SHIPPED = {
 }
 # What a recipe may leave to params.yaml, as it does not depend on the model: a new section is not among them.
 NOT_OF_THE_MODEL = {
-    *("convert", "judge", "tracking", "bert_score", "sampling", "benchmark"),
+    *("convert", "judge", "tracking", "bert_score", "sampling", "benchmark", "export"),
     *("evaluate.general_text", "evaluate.bootstrap_samples", "evaluate.bert_score_weight", "evaluate.judge_weight"),
     *(
         "generate.engine",

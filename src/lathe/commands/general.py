@@ -232,7 +232,8 @@ def check_gates() -> bool:
     listed = {*artifacts.list_artifacts(params.quantize.types), *params.export.formats}
     if set(report) != listed or list(recorded["gates"]) != expressions:
         raise InputError(
-            "metrics/evaluate is not of the evaluate.gates, quantize.types and export.formats in params.yaml; run `dvc repro`",
+            "metrics/evaluate is not of the evaluate.gates, quantize.types and export.formats in params.yaml; "
+            "run `dvc repro`",
             code="outdated-metrics",
         )
     gates = [parse_gate(expression) for expression in expressions]

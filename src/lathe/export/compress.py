@@ -1,7 +1,10 @@
 """Weights in fp8, or in 4 bits by AWQ, written as compressed-tensors by llmcompressor: what vLLM loads.
 
 It is run by the Python of llmcompressor's own environment, and imports nothing of Lathe:
-`python -m lathe.export.compress fp8|awq MODEL OUT ROWS`. ROWS is a JSON file with lists of token ids, which awq is calibrated with.
+
+    python -m lathe.export.compress fp8|awq MODEL OUT ROWS
+
+ROWS is a JSON file with lists of token ids, which awq is calibrated with.
 fp8 needs no data: the scales of weights are theirs alone, and those of activations are found as they come.
 """
 

@@ -63,9 +63,7 @@ def convert(
     copy_companions(merged, out)
 
 
-def build_command(
-    name: str, python: Path, merged: Path, made: Path, *, scratch: Path, calibration: Path
-) -> list[str]:
+def build_command(name: str, python: Path, merged: Path, made: Path, *, scratch: Path, calibration: Path) -> list[str]:
     """Return the command that writes a format to the folder `made`, which is not there yet."""
     if name in ONNX:
         # fmt: off

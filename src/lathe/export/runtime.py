@@ -5,12 +5,14 @@ likelihoods and KL divergence are computed here. Rows are decoded one after anot
 """
 
 import json
+import logging
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import numpy as np
 
@@ -25,6 +27,8 @@ from lathe.gguf.llama_library import FloatRows
 from lathe.inference.generate import Generator
 from lathe.inference.kv_cache import N_BATCH, KVCache
 from lathe.inference.shared_prefix import MAX_LOGITS
+
+logger = logging.getLogger(__name__)
 
 PROGRAM = "lathe.export.runtime_process"
 SECONDS_TO_END = 10.0
@@ -67,10 +71,8 @@ class RuntimeProcess:
     def close(self) -> None:
         """End the process."""
         for pipe in (self._questions, self._answers):
-            try:
+            with suppress(BrokenPipeError):  # what it was to read is of no use to anybody now
                 pipe.close()
-            except BrokenPipeError:  # what it was to read is of no use to anybody now
-                pass
         try:
             self._process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
@@ -80,17 +82,25 @@ class RuntimeProcess:
 
     def read(self, keep: int, tokens: Sequence[int], outputs: int) -> FloatRows:
         """Let the model keep the first tokens, and read others; return logits after the last, (outputs, n_vocab)."""
-        question = {"keep": keep, "tokens": list(tokens), "outputs": outputs}
-        try:
-            self._questions.write(json.dumps(question).encode() + b"\n")
-            self._questions.flush()
-        except BrokenPipeError:
-            raise self._describe_end() from None
+        self._ask({"keep": keep, "tokens": list(tokens), "outputs": outputs})
         rows, columns = json.loads(self._read_line())
         content = self._answers.read(rows * columns * FLOAT_BYTES)
         if len(content) < rows * columns * FLOAT_BYTES:
             raise self._describe_end()
         return np.frombuffer(content, np.float32).reshape(rows, columns)
+
+    def tokenize(self, text: str) -> list[int] | str:
+        """Return the token ids that the runtime's own tokenizer has of a text, or why it has none."""
+        self._ask({"text": text})
+        found: list[int] | str = json.loads(self._read_line())
+        return found
+
+    def _ask(self, question: dict[str, Any]) -> None:
+        try:
+            self._questions.write(json.dumps(question).encode() + b"\n")
+            self._questions.flush()
+        except BrokenPipeError:
+            raise self._describe_end() from None
 
     def _read_line(self) -> bytes:
         line = self._answers.readline()
@@ -187,3 +197,34 @@ def mark_answers(file: Path, engine: str) -> None:
         write_jsonl(
             (row if row["finish_reason"] is None else {**row, MARK: engine} for row in iterate_jsonl(file)), partial
         )
+
+
+def compare_token_ids(generator: ExportedGenerator, texts: Iterable[str]) -> dict[str, Any]:
+    """Compare the token ids of texts by the runtime's own tokenizer with llama.cpp's, which all is measured with.
+
+    Returns how many texts were compared and how many are read otherwise, with one of those. What differs is logged: a
+    user of the runtime would give the model other tokens than in training.
+    """
+    compared = differing = 0
+    example = None
+    name, bos = generator.process.name, generator.model.bos
+    for text in texts:
+        found, wanted = generator.process.tokenize(text), generator.tokenize(text)
+        if isinstance(found, str):
+            logger.warning(
+                "%s: its runtime cannot tokenize with the files in models/exported/%s (%s)", name, name, found
+            )
+            return {"rows": 0, "differing": 0, "reason": found}
+        compared += 1
+        if wanted[:1] == [bos] != found[:1]:
+            wanted = wanted[1:]  # which the vocabulary asks for, and whoever calls the runtime adds
+        if found != wanted:
+            differing += 1
+            example = example or text
+    if example is not None:
+        logger.warning(
+            "%s: its runtime's own tokenizer reads %d of %d held-out rows as other tokens than in training; give it "
+            "token ids, or tokenize with transformers; one of them: %.200r",
+            name, differing, compared, example,
+        )  # fmt: skip
+    return {"rows": compared, "differing": differing}

@@ -6,8 +6,9 @@ It is run by the Python that has the runtime, and imports nothing of Lathe.
 
 A line of standard input is a question: `{"keep": n, "tokens": [...], "outputs": k}`. The model keeps the first n of the
 tokens that it has read, reads these after them, and answers with a line `[k, n_vocab]` and the logits after the last k
-of them, as 32-bit floats in the machine's order. Before the first question it says in a line whether it can forget the
-last tokens alone. What libraries print goes to standard error.
+of them, as 32-bit floats in the machine's order. `{"text": ...}` is answered with a line: the token ids that the runtime's own
+tokenizer has of a text, or the reason why it has none. Before the first question it says in a line whether it can
+forget the last tokens alone. What libraries print goes to standard error.
 """
 
 import json
@@ -30,6 +31,9 @@ class Runtime(Protocol):
     def read(self, keep: int, tokens: Sequence[int], outputs: int) -> Logits:
         """Keep so many tokens, read others after them; return the logits after the last ones, (outputs, n_vocab)."""
 
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a text whose special tokens are written out, by the tokenizer that users have."""
+
 
 class OnnxRuntime:
     """ONNX Runtime, by onnxruntime-genai."""
@@ -39,6 +43,7 @@ class OnnxRuntime:
     def __init__(self, folder: str, n_ctx: int) -> None:
         import onnxruntime_genai
 
+        self.tokenizer: Any = None
         self.model = onnxruntime_genai.Model(folder)
         self.params = onnxruntime_genai.GeneratorParams(self.model)
         self.params.set_search_options(do_sample=False, max_length=n_ctx, min_length=0, batch_size=1)
@@ -52,11 +57,35 @@ class OnnxRuntime:
         logits = self.generator.get_output("logits")[0]
         return np.asarray(logits[len(logits) - outputs :], np.float32)
 
+    def tokenize(self, text: str) -> list[int]:
+        """See `Runtime`."""
+        if self.tokenizer is None:
+            import onnxruntime_genai
 
-class MlxRuntime:
+            self.tokenizer = onnxruntime_genai.Tokenizer(self.model)
+        return [int(token) for token in self.tokenizer.encode(text)]
+
+
+class _TransformersTokenizer:
+    """The tokenizer of a folder as transformers loads it, in the version that the runtime has."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder, self._loaded = folder, None
+
+    def tokenize(self, text: str) -> list[int]:
+        """See `Runtime`."""
+        if self._loaded is None:
+            from transformers import AutoTokenizer
+
+            self._loaded: Any = AutoTokenizer.from_pretrained(self._folder)
+        return list(self._loaded.encode(text, add_special_tokens=False))
+
+
+class MlxRuntime(_TransformersTokenizer):
     """MLX, by mlx-lm."""
 
     def __init__(self, folder: str, n_ctx: int) -> None:
+        super().__init__(folder)
         from pathlib import Path
 
         import mlx.core as mx
@@ -86,21 +115,24 @@ class MlxRuntime:
         return np.array(logits.astype(mx.float32), dtype=np.float32)
 
 
-class TransformersRuntime:
+class TransformersRuntime(_TransformersTokenizer):
     """Compressed tensors as transformers reads them: on a GPU where torch sees one."""
 
     can_forget_a_part = True
 
     def __init__(self, folder: str, n_ctx: int) -> None:
+        super().__init__(folder)
         import torch
         from transformers import AutoModelForCausalLM, DynamicCache
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
         for module in self.model.modules():
-            # The weights have been read as they were rounded; only what flows through them is rounded in each pass.
-            if scheme := getattr(module, "quantization_scheme", None):
-                scheme.weights = None
+            if hasattr(module, "quantization_status"):
+                from compressed_tensors.quantization import QuantizationStatus
+
+                # The weights have been read as they were rounded; only what they are multiplied with is rounded anew.
+                module.quantization_status = QuantizationStatus.COMPRESSED
         self.new_cache = DynamicCache
         self.cache: Any = DynamicCache()
 
@@ -126,6 +158,13 @@ def open_runtime(name: str, folder: str, n_ctx: int) -> Runtime:
     return MlxRuntime(folder, n_ctx) if name.startswith("mlx") else TransformersRuntime(folder, n_ctx)
 
 
+def _tokenize(runtime: Runtime, text: str) -> list[int] | str:
+    try:
+        return runtime.tokenize(text)
+    except Exception as error:  # whatever a tokenizer that does not know this kind raises
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 def main(name: str, folder: str, n_ctx: str) -> None:
     """Answer questions until there are no more."""
     answers = os.fdopen(os.dup(1), "wb")
@@ -135,6 +174,10 @@ def main(name: str, folder: str, n_ctx: str) -> None:
     answers.flush()
     for line in sys.stdin:
         question = json.loads(line)
+        if "text" in question:
+            answers.write(json.dumps(_tokenize(runtime, question["text"])).encode() + b"\n")
+            answers.flush()
+            continue
         logits = np.ascontiguousarray(runtime.read(question["keep"], question["tokens"], question["outputs"]))
         answers.write(json.dumps(logits.shape).encode() + b"\n")
         answers.write(logits.tobytes())

@@ -51,7 +51,9 @@ def prepare_release(repository: str, wanted: Sequence[str], params: Params, *, k
 
     `wanted` are types of quantize.types, `merged`, `adapter`, `adapter-gguf` and formats of export.formats; none: all
     types, and the adapter if there is one. A format alone is at the top of the repository, where its runtime looks for
-    it; beside other files, it is in a folder of its name. With `key` a signed statement on all files is among them. Raises InputError for a name that is none,
+    it; beside other files, it is in a folder of its name.
+
+    With `key` a signed statement on all files is among them. Raises InputError for a name that is none,
     and for a file that is not there, or differs from dvc.lock.
     """
     check_name(repository)

@@ -18,8 +18,8 @@ from lathe.common.errors import InputError, Interrupted
 from lathe.common.git import read_line
 from lathe.common.progress import Progress
 from lathe.config import overrides
-from lathe.config.export_params import list_gguf_types
 from lathe.config.classifier_params import ClassifierParams
+from lathe.config.export_params import list_gguf_types
 from lathe.config.params import Params
 from lathe.config.pipelines import MAIN, Pipeline
 from lathe.experiments import preflight, separate_checkout

@@ -83,7 +83,7 @@ def test_a_format_is_made_and_measured_by_its_runtime(made: Checkout, name: str)
     assert lineage["lathe.artifact"] == name
     assert all(key.startswith("lathe.") for key in lineage)
     report = made.json(f"metrics/quantize/{name}.json")
-    assert 3 < report["bits_per_weight"] < 34
+    assert 3 < report["bits_per_weight"] < 40  # ONNX holds tables of positions too
 
     made.stage("generate_exported", name)
     scores, merged = scores_of(made, name), scores_of(made, MERGED)
