@@ -127,11 +127,10 @@ def test_weights_that_transformers_reads_give_the_logits_of_llama_cpp(learnt: Ma
         open_process(learnt, "fp8", tmp_path) as process,
     ):
         exported = ExportedGenerator(merged, process)
-        found = dict(
-            item
-            for item in likelihood.answer_and_score(exported, lambda: pairs, max_new_tokens=6, against=merged)
-            if isinstance(item[1], likelihood.Likelihood)
-        )
+        found: dict[int, likelihood.Likelihood] = {}
+        for number, result in likelihood.answer_and_score(exported, lambda: pairs, max_new_tokens=6, against=merged):
+            if isinstance(result, likelihood.Likelihood):
+                found[number] = result
         assert len(found) == len(pairs)
         for number, own in likelihood.score_references(merged, lambda: pairs):
             assert found[number].nll == pytest.approx(own.nll, rel=2e-2)

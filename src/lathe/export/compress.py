@@ -34,7 +34,7 @@ def main(name: str, merged: str, out: str, rows_file: str) -> None:
         if not torch.accelerator.is_available():  # to which AWQ would have pinned memory copied
             IntermediatesCache.pin_memory = lambda *_, **__: None
         blocks = join_rows(json.loads(Path(rows_file).read_text(encoding="utf-8")))
-        batches = [
+        batches: Any = [
             {"input_ids": torch.tensor([block]), "attention_mask": torch.ones(1, len(block), dtype=torch.long)}
             for block in blocks
         ]

@@ -61,7 +61,9 @@ def read_versions(name: str, python: Path) -> dict[str, str]:
         text=True,
         check=False,
     )
-    versions: dict[str, str] = json.loads(done.stdout) if done.returncode == 0 else dict.fromkeys(PACKAGES[name])
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES[name])
+    if done.returncode == 0:
+        versions |= json.loads(done.stdout)
     if missing := [package for package, version in versions.items() if version is None]:
         remedy = "`make llmcompressor`" if name in COMPRESSED else "`make setup EXTRAS=export`"
         raise InputError(
@@ -69,7 +71,7 @@ def read_versions(name: str, python: Path) -> dict[str, str]:
             f"{remedy}, or take {name} off the list",
             code="missing-extra",
         )
-    return versions
+    return {package: str(version) for package, version in versions.items()}
 
 
 def choose_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -6,9 +6,9 @@ It is run by the Python that has the runtime, and imports nothing of Lathe.
 
 A line of standard input is a question: `{"keep": n, "tokens": [...], "outputs": k}`. The model keeps the first n of the
 tokens that it has read, reads these after them, and answers with a line `[k, n_vocab]` and the logits after the last k
-of them, as 32-bit floats in the machine's order. `{"text": ...}` is answered with a line: the token ids that the runtime's own
-tokenizer has of a text, or the reason why it has none. Before the first question it says in a line whether it can
-forget the last tokens alone. What libraries print goes to standard error.
+of them, as 32-bit floats in the machine's order. `{"text": ...}` is answered with a line of the token ids that the
+runtime's own tokenizer has of a text, or of the reason why it has none. Before the first question it says in a line
+whether it can forget the last tokens alone. What libraries print goes to standard error.
 """
 
 import json
@@ -70,14 +70,15 @@ class _TransformersTokenizer:
     """The tokenizer of a folder as transformers loads it, in the version that the runtime has."""
 
     def __init__(self, folder: str) -> None:
-        self._folder, self._loaded = folder, None
+        self._folder = folder
+        self._loaded: Any = None
 
     def tokenize(self, text: str) -> list[int]:
         """See `Runtime`."""
         if self._loaded is None:
             from transformers import AutoTokenizer
 
-            self._loaded: Any = AutoTokenizer.from_pretrained(self._folder)
+            self._loaded = AutoTokenizer.from_pretrained(self._folder)
         return list(self._loaded.encode(text, add_special_tokens=False))
 
 
