@@ -131,7 +131,7 @@ def test_the_baseline_is_the_toy():
 def test_the_toy_sets_every_section_that_the_model_decides():
     """What is left depends on the machine and on what the user has enabled."""
     left = set(recipes.list_keys()) - set(recipes.load_recipe("tiny").recipe.overrides)
-    sections = {"convert", "judge", "tracking", "bert_score", "sampling", "benchmark"}
+    sections = {"convert", "judge", "tracking", "bert_score", "sampling", "benchmark", "export"}
     assert left == {key for key in recipes.list_keys() if key.split(".")[0] in sections}
 
 
