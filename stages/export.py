@@ -5,7 +5,7 @@ reads   models/merged/, models/gguf/merged-f16.gguf (its lineage), data/processe
 writes  models/exported/<FORMAT>/, metrics/quantize/<FORMAT>.json
 items   the names in export.formats
 
-With each folder goes lathe.json: what it was made from, as the GGUF files carry it in their metadata.
+With each folder goes lineage.json: what it was made from, as the GGUF files carry it in their metadata.
 """
 
 import _path  # noqa: F401

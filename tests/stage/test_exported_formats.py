@@ -75,11 +75,11 @@ def test_a_format_is_made_and_measured_by_its_runtime(made: Checkout, name: str)
     made.stage("export", name)
     folder = made.root / "models/exported" / name
     names = {file.name for file in folder.iterdir()}
-    assert {"tokenizer.model", "LICENSE", "lathe.json"} <= names
+    assert {"tokenizer.model", "LICENSE", "lineage.json"} <= names
     assert not {"README.md", "recipe.yaml"} & names
     for file in ("tokenizer.model", "tokenizer_config.json"):
         assert (folder / file).read_bytes() == (made.root / "models/merged" / file).read_bytes()
-    lineage = json.loads((folder / "lathe.json").read_text())
+    lineage = json.loads((folder / "lineage.json").read_text())
     assert lineage["lathe.artifact"] == name
     assert all(key.startswith("lathe.") for key in lineage)
     report = made.json(f"metrics/quantize/{name}.json")

@@ -18,7 +18,7 @@ from lathe.export.environments import choose_environment, read_last_line
 
 COMPRESS = "lathe.export.compress"
 MLX_GROUP_SIZE = 64  # weights that share a scale
-LINEAGE_FILE = "lathe.json"
+LINEAGE_FILE = "lineage.json"
 
 # Not of the weights: what the runtimes read beside them, by which chats are rendered and tokenized as in training.
 _COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
