@@ -85,6 +85,8 @@ def test_a_format_alone_is_published_at_the_top_of_its_repository(exported: Chec
     assert all("mlx_4bit" in metric["name"] for result in entry["results"] for metric in result["metrics"])
     assert "mlx_lm.chat --model me/small-mlx" in card
     assert "llama-cli" not in card
+    assert "| mlx_4bit (here) |" in card
+    assert "text generation by mlx_4bit" in card
     assert json.loads((folder / "lineage.json").read_text())["lathe.base.digest"] in card
 
 

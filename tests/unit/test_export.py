@@ -275,7 +275,7 @@ def test_the_card_has_a_format_with_its_size_score_divergence_and_runtime():
 def test_the_card_of_a_release_without_a_gguf_says_how_its_runtime_is_used():
     chosen = changed(TOY, {"evaluate.metrics": ["exact_match"], "generate.max_rows": None})
     card = render_model_card(FACTS, chosen, "Q8_0")
-    section = format_card.describe_formats({"fp8": "./"}, ["fp8"], "me/small-fp8")
+    section = format_card.describe_formats({"fp8": format_card.TOP}, ["fp8"], "me/small-fp8")
     text = format_card.replace_use(card, section)
     assert "vllm serve me/small-fp8" in text
     assert "llama-cli" not in text

@@ -9,6 +9,7 @@ from lathe.config.export_params import MLX, ONNX
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
+TOP = ""  # of a repository
 GGUF_TAGS = ("gguf", "llama.cpp")
 
 
@@ -21,11 +22,12 @@ def set_metadata(data: "ModelCardData", formats: Sequence[str]) -> None:
 
 
 def describe_formats(names: Mapping[str, str], formats: Sequence[str], repository: str) -> str:
-    """Return a section on the formats of a repository; `names` are the folders that they are in, by format."""
-    lines = ["## Other formats", ""]
+    """Return a section on the formats of a repository; `names` are the folders that they are in, TOP for one alone."""
+    lines = ["## Use" if TOP in names.values() else "## Other formats", ""]
     for name in formats:
-        folder = "this repository" if names[name] == "./" else f"the folder `{names[name]}`"
-        lines += [f"`{name}`, {folder}:", "", "```", _describe_use(name, names[name], repository), "```", ""]
+        if names[name] != TOP:
+            lines += [f"`{names[name]}`:", ""]
+        lines += ["```", _describe_use(name, names[name], repository), "```", ""]
     return "\n".join(lines)
 
 
@@ -35,7 +37,7 @@ def replace_use(text: str, section: str) -> str:
     text = text.replace("quantized to GGUF for [llama.cpp](https://github.com/ggml-org/llama.cpp)", "exported")
     before, _, rest = text.partition("## Use\n")
     _, _, after = rest.partition("## Training\n")
-    return f"{before}{section}\n## Training\n{after}"
+    return f"{before}\n{section}\n## Training\n{after}"
 
 
 def _find_library(name: str) -> str:
@@ -43,7 +45,7 @@ def _find_library(name: str) -> str:
 
 
 def _describe_use(name: str, folder: str, repository: str) -> str:
-    is_top = folder == "./"
+    is_top = folder == TOP
     download = f"hf download {repository} --local-dir model" + ("" if is_top else f" --include '{folder}*'")
     path = "model" if is_top else f"model/{folder.rstrip('/')}"
     if name in ONNX:

@@ -48,7 +48,7 @@ def render_hub_card(
     card.data.eval_results = [
         EvalResult(
             task_type="text-generation",
-            task_name=f"text generation by {names[artifact]}",
+            task_name=f"text generation by {names[artifact] or artifact}",
             dataset_type=data["type"],
             dataset_name=data["name"],
             dataset_split="test",
@@ -81,7 +81,7 @@ def _name_files(text: str, names: Mapping[str, str], types: Sequence[str]) -> st
     for artifact in types:
         name = re.escape(f"{artifact}{'/' if artifact in FORMATS else '.gguf'}")
         if artifact in names and artifact in FORMATS:
-            text = text.replace(f"`{artifact}/`", f"`{names[artifact]}`")
+            text = text.replace(f"`{artifact}/`", f"`{names[artifact]}`" if names[artifact] else f"{artifact} (here)")
         elif artifact in names:
             text = re.sub(rf"(?<![\w.-]){name}", names[artifact], text)
         else:

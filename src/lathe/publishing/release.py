@@ -27,6 +27,7 @@ from lathe.export.convert import LINEAGE_FILE
 from lathe.gguf.description import describe_gguf
 from lathe.provenance.lineage import hash_path
 from lathe.provenance.signed_statement import STATEMENT_FILE, make_statement, sign_statement
+from lathe.publishing.format_card import TOP
 from lathe.publishing.hub_card import render_hub_card
 from lathe.publishing.licences import SourceLicence, find_licences
 
@@ -62,7 +63,7 @@ def prepare_release(repository: str, wanted: Sequence[str], params: Params, *, k
     stem = re.sub(r"[-_.]gguf$", "", repository.split("/")[1], flags=re.IGNORECASE)
     types = [name for name in chosen if name not in (ADAPTER, ADAPTER_GGUF, *FORMATS)]
     names = {name: f"{stem}-{'F16' if name == MERGED else name}.gguf" for name in types}
-    names |= {name: "./" if len(chosen) == 1 else f"{name}/" for name in chosen if name in FORMATS}
+    names |= {name: TOP if len(chosen) == 1 else f"{name}/" for name in chosen if name in FORMATS}
     lineage = _read_lineage(chosen)
     model, dataset = (read_json(paths.METRICS / f"fetch/{item}.json")["origin"][0] for item in ("model", "dataset"))
     base_licence = _read_base_licence()
