@@ -41,6 +41,8 @@ NEEDED = {"onnx": "onnxruntime_genai", "onnx_int4": "onnxruntime_genai", "mlx": 
 # KL divergence from the merged GGUF, in nats per token: of 16 bits and more, and of 4 bits.
 MOST_DIVERGENCE = {"onnx": 1e-4, "mlx": 1e-3, "fp8": 0.1, "onnx_int4": 1.0, "mlx_4bit": 1.0, "awq": 1.0}
 
+SLOW = {"mlx", "onnx_int4"}  # made by the same code as mlx_4bit and onnx
+
 
 def need(name: str) -> None:
     if name not in NEEDED:
@@ -69,7 +71,9 @@ def scores_of(checkout: Checkout, name: str) -> dict[str, float]:
     return split
 
 
-@pytest.mark.parametrize("name", MOST_DIVERGENCE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MOST_DIVERGENCE]
+)
 def test_a_format_is_made_and_measured_by_its_runtime(made: Checkout, name: str):
     need(name)
     made.stage("export", name)
