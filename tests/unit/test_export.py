@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from lathe.config.export_params import COMPRESSED, FORMATS, list_gguf_types, rem
 from lathe.config.load import refuse_problems, validate_tree
 from lathe.evaluation.summary import summarize
 from lathe.export import compress, convert, environments
-from lathe.export.runtime import RuntimeCache, mark_answers
+from lathe.export.runtime import RuntimeCache, compare_token_ids, mark_answers
 from lathe.export.weights import count_bits_per_weight
 from lathe.inference.kv_cache import N_BATCH
+from lathe.needs import disk_space
 from lathe.needs.later_stages import list_checks
 from lathe.publishing import format_card
 from lathe.reports.model_card import render_model_card
@@ -250,6 +252,40 @@ def test_an_answer_is_marked_with_its_runtime_and_a_document_is_not(tmp_path):
     write_jsonl([{"finish_reason": "stop"}, {"finish_reason": None}], file)
     mark_answers(file, "mlx-lm 1")
     assert read_jsonl(file) == [{"finish_reason": "stop", "engine": "mlx-lm 1"}, {"finish_reason": None}]
+
+
+class Words:
+    """In place of a generator and its runtime's process: each letter is a token, for the runtime each word is."""
+
+    def __init__(self, *, bos: int | None, said: Any = None) -> None:
+        self.name, self.said, self.bos = "onnx", said, bos
+        self.process: Any = SimpleNamespace(name="onnx", tokenize=lambda text: said or list(map(len, text.split())))
+        self.model: Any = SimpleNamespace(bos=bos)
+
+    def tokenize(self, text: str) -> list[int]:
+        first = [] if self.bos is None else [self.bos]
+        return [*first, *(len(letter) for letter in text if letter != " ")]
+
+
+@pytest.mark.parametrize("bos", [None, 7])
+def test_rows_that_the_runtime_reads_as_other_tokens_are_counted_and_one_is_named(caplog, bos):
+    words: Any = Words(bos=bos)
+    assert compare_token_ids(words, ["a b", "a b c"]) == {"rows": 2, "differing": 0}
+    assert caplog.text == ""
+    assert compare_token_ids(words, ["a b", "two words", "a"]) == {"rows": 3, "differing": 1}
+    assert "reads 1 of 3 held-out rows as other tokens than in training" in caplog.text
+    assert "'two words'" in caplog.text
+
+
+def test_a_runtime_without_a_tokenizer_of_the_model_is_said(caplog):
+    words: Any = Words(bos=None, said="RuntimeError: no such tokenizer")
+    found = compare_token_ids(words, ["a", "b"])
+    assert found == {"rows": 0, "differing": 0, "reason": "RuntimeError: no such tokenizer"}
+    assert "cannot tokenize with the files in models/exported/onnx" in caplog.text
+
+
+def test_the_disk_that_a_format_takes_is_known_before_the_training():
+    assert set(disk_space.SHARES) == set(FORMATS)
 
 
 def test_the_best_file_is_a_gguf_whatever_a_format_scores():

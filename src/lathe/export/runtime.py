@@ -202,8 +202,8 @@ def mark_answers(file: Path, engine: str) -> None:
 def compare_token_ids(generator: ExportedGenerator, texts: Iterable[str]) -> dict[str, Any]:
     """Compare the token ids of texts by the runtime's own tokenizer with llama.cpp's, which all is measured with.
 
-    Returns how many texts were compared and how many are read otherwise, with one of those. What differs is logged: a
-    user of the runtime would give the model other tokens than in training.
+    Returns how many texts were compared, how many are read otherwise, and the reason if none could be. What differs is
+    logged: a user of the runtime would give the model other tokens than in training.
     """
     compared = differing = 0
     example = None
