@@ -82,10 +82,11 @@ def build_command(name: str, python: Path, merged: Path, made: Path, *, scratch:
 
 
 def copy_companions(merged: Path, out: Path) -> None:
-    """Copy tokenizer, chat template and licence as they are beside the merged weights, in place of rewritten ones."""
+    """Copy tokenizer, chat template and licence as they are beside the merged weights, in place of rewritten ones.
+
+    A file that the runtime alone has stays, such as a tokenizer.json that was made of a tokenizer.model.
+    """
     for pattern in (*_COMPANIONS, *_LICENCES):
-        for file in out.glob(pattern):
-            file.unlink()
         for file in merged.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, out / file.name)

@@ -42,11 +42,11 @@ class RuntimeProcess:
     """
 
     def __init__(self, name: str, python: Path, folder: Path, *, n_ctx: int, log: Path) -> None:
-        self.name, self.log = name, log
+        self.name, self.log, self._folder = name, log, folder.absolute()
         log.parent.mkdir(parents=True, exist_ok=True)
         self._written = log.open("wb")
         self._process = start_command(
-            [str(python), "-m", PROGRAM, name, str(folder.absolute()), str(n_ctx)],
+            [str(python), "-m", PROGRAM, name, str(self._folder), str(n_ctx)],
             env={**choose_environment(os.environ), "PYTHONPATH": str(SOURCE)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -93,7 +93,8 @@ class RuntimeProcess:
         """Return the token ids that the runtime's own tokenizer has of a text, or why it has none."""
         self._ask({"text": text})
         found: list[int] | str = json.loads(self._read_line())
-        return found
+        # Without the path, which is of this machine alone.
+        return found.replace(f"{self._folder}/", "") if isinstance(found, str) else found
 
     def _ask(self, question: dict[str, Any]) -> None:
         try:
