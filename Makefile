@@ -4,7 +4,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup llama-server vllm lock sbom unit deps repro classify experiments chat serve studio studio-files report remote-check ci-lock ci-summary lint format test \
+.PHONY: help setup llama-server vllm llmcompressor lock sbom unit deps repro classify experiments chat serve studio studio-files report remote-check ci-lock ci-summary lint format test \
 	test-all \
 	bench bench-merge bench-faithful bench-quantize bench-data bench-train bench-cuda bench-generate bench-engine bench-serve bench-attention \
 	bench-experiments bench-studio bench-intervals bench-memory bench-loss bench-convert bench-by-hand bench-growth bench-pruning \
@@ -34,6 +34,10 @@ llama-server: setup ## build llama.cpp's own server, by which make serve answers
 vllm: ## make .vllm, an environment of its own with vLLM, for generate.engine: vllm; needs Linux and a GPU, gigabytes
 	python3 -m venv .vllm
 	.vllm/bin/python -m pip install --requirement requirements-vllm.txt
+
+llmcompressor: ## make .llmcompressor, an environment of its own with llmcompressor, for the formats fp8 and awq of export.formats
+	python3 -m venv .llmcompressor
+	.llmcompressor/bin/python -m pip install --requirement requirements-llmcompressor.txt
 
 lock: setup ## rewrite requirements.lock after an edit of pyproject.toml
 	python tools/write_lock.py

@@ -25,7 +25,7 @@ def main(config: Config) -> None:
     [special_tokens] = json_files.read_json(paths.METRICS / "check_converted/merged.json")["special_tokens"]
     template = ChatTemplate(metadata["tokenizer.chat_template"], **special_tokens)
     facts = read_card_facts(
-        types,
+        [*types, *config.params.export.formats],
         lineage={key.removeprefix("lathe."): text for key, text in metadata.items() if key.startswith("lathe.")},
         licence=read_license(paths.MODEL_BASE),
     )

@@ -3,13 +3,13 @@
 reads   data/generated/, metrics/generate/, data/processed/ (a row's dataset of a mixture, and cluster), models/encoder/
         where evaluate.metrics lists bert_score, data/benchmark/, data/sampled/,
         params.yaml: seed, evaluate, bert_score, judge.enabled, judge.mode,
-        quantize.types, sampling.files, benchmark.tasks, benchmark.cluster_by
+        quantize.types, export.formats, sampling.files, benchmark.tasks, benchmark.cluster_by
 writes  metrics/evaluate/{validation,test,gates}.json, metrics/evaluate/summary.json (the columns of `dvc exp show`),
         metrics/evaluate/scores.csv (for the plots), metrics/evaluate/datasets.json (each dataset of a mixture alone),
         metrics/evaluate/pairwise.json (win rates and position bias of a pairwise judge),
         metrics/evaluate/benchmark.json (tasks of benchmark.tasks),
         data/scored/<ARTIFACT>/{validation,test}.jsonl (rows with their own scores, worst first)
-removes files of quantization types that are no longer listed
+removes files of quantization types and of formats that are no longer listed
 """
 
 import logging
@@ -19,6 +19,7 @@ import _path  # noqa: F401
 from lathe import stage
 from lathe.common import json_files, metric_files, paths
 from lathe.config import artifacts
+from lathe.config.export_params import remove_unlisted_formats
 from lathe.config.gates import parse_gate
 from lathe.config.load import Config
 from lathe.evaluation.gate_results import evaluate_gate, make_metrics
@@ -50,10 +51,13 @@ def main(config: Config) -> None:
     from lathe.evaluation.summary import summarize
 
     settings, types = config.params.evaluate, config.params.quantize.types
-    names = artifacts.list_artifacts(types)
+    formats = config.params.export.formats
+    names = [*artifacts.list_artifacts(types), *formats]
     tasks, with_tasks = config.params.benchmark.tasks, artifacts.list_benchmarked(types)
     for folder in (paths.METRICS / "generate", paths.METRICS / "quantize", paths.GGUF):
         artifacts.remove_unlisted_types(folder, types)
+    for folder in (paths.METRICS / "generate", paths.METRICS / "quantize", paths.MODELS_EXPORTED):
+        remove_unlisted_formats(folder, formats)
     for folder in (paths.METRICS / "benchmark", paths.DATA_BENCHMARK):
         remove_unlisted_tasks(folder, with_tasks, tasks)
     for folder in (paths.METRICS / "sample", paths.DATA_SAMPLED):
@@ -72,7 +76,9 @@ def main(config: Config) -> None:
     }
     engine_of = {split: find_engines(rows) for split, rows in answers.items()}
     for engines in engine_of.values():
-        if warning := check_engines(engines, allowed=settings.allow_mixed_engines):
+        # That an exported model answers by its own runtime is what is measured of it.
+        of_files = {name: engine for name, engine in engines.items() if name not in formats}
+        if warning := check_engines(of_files, allowed=settings.allow_mixed_engines):
             logger.warning("%s", warning)
     if settings.cluster_by:
         for split in SPLITS:

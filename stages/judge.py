@@ -1,9 +1,9 @@
 """Let a language model score or compare the answers by a rubric; each verdict is paid for once and kept.
 
 reads   data/generated/, the file judge.rubric, params.yaml: judge, evaluate.strip_thinking,
-        evaluate.allow_mixed_engines, quantize.types; an API key from the environment
+        evaluate.allow_mixed_engines, quantize.types, export.formats; an API key from the environment
 writes  data/judged/<ARTIFACT>/{validation,test}.jsonl, data/judged/judge.json, metrics/judge.json
-removes files in data/generated of quantization types that are no longer listed
+removes files in data/generated of quantization types and of formats that are no longer listed
 
 Without judge.enabled, data/judged holds a note that says so. Verdicts are kept in .scratch/judge/ as they arrive, and
 those in data/judged are reused. After an interruption or a spent budget, the next run requests only the missing ones.
@@ -32,12 +32,15 @@ logger = logging.getLogger("lathe.judge")
 
 def main(config: Config) -> Throughput:
     from lathe.config import artifacts
+    from lathe.config.export_params import remove_unlisted_formats
     from lathe.evaluation.judge import judged_rows
     from lathe.evaluation.judge.providers.provider import identify_judge
     from lathe.evaluation.judge.verdict_cache import VerdictCache
 
-    names = artifacts.list_artifacts(config.params.quantize.types)
-    artifacts.remove_unlisted_types(paths.DATA_GENERATED, config.params.quantize.types)
+    types, formats = config.params.quantize.types, config.params.export.formats
+    names = [*artifacts.list_artifacts(types), *formats]
+    artifacts.remove_unlisted_types(paths.DATA_GENERATED, types)
+    remove_unlisted_formats(paths.DATA_GENERATED, formats)
     settings = config.params.judge
     if not settings.enabled:
         with paths.replace_folder(paths.DATA_JUDGED) as folder:

@@ -27,7 +27,7 @@ from lathe.config.load import load
 
 # Enough for every stage to do its work, not to do it well.
 # What stages are made of that the committed parameters make none of.
-EMPTY_LISTS = {"${benchmark.tasks}", "${sampling.files}"}
+EMPTY_LISTS = {"${benchmark.tasks}", "${sampling.files}", "${export.formats}"}
 SMALL = {
     "model": "small",
     "dataset": "few",

@@ -375,7 +375,7 @@ def _add_remote_commands(table: Any) -> None:
         "--files",
         nargs="+",
         metavar="NAME",
-        help="types, merged, adapter, adapter-gguf (default: all types, and the adapter)",
+        help="types, merged, adapter, adapter-gguf, formats of export.formats (default: all types, and the adapter)",
     )
     command.add_argument("--sign", type=Path, metavar="KEY", help="private key to sign with").complete = completion.FILE
     command.add_argument("--yes", action="store_true", help="upload; without it nothing is sent")

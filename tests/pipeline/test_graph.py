@@ -28,6 +28,7 @@ def all_stages():
         if "benchmark" in content:
             content["benchmark"]["tasks"] = ["mmlu"]
             content["sampling"]["files"] = ["merged-f16"]
+            content["export"]["formats"] = ["onnx"]
         return content
 
     load_path = serialize.load_path

@@ -309,6 +309,8 @@ def test_a_read_only_folder_is_one_line(small_disk: Checkout, stage: str) -> Non
         ("quantize.types", ["Q8_0"], "../../schemas/victim", "quantize@../../schemas/victim"),
         ("quantize.types", ["Q8_0"], "../../../victim", "quantize@../../../victim"),
         ("quantize.types", ["Q8_0"], "$(touch ../victim.json)Q8_0", "quantize@$(touch ../victim.json)Q8_0"),
+        ("export.formats", [], "../../../victim", "export@../../../victim"),
+        ("export.formats", [], "$(touch ../victim.json)", "export@$(touch ../victim.json)"),
         ("benchmark.tasks", [], "../../../schemas/victim", "benchmark@../../../schemas/victim-base"),
         ("benchmark.tasks", [], "$(touch ../victim.json)", "benchmark@$(touch ../victim.json)-base"),
     ],
@@ -318,14 +320,15 @@ def test_a_type_that_is_a_path_or_a_command_removes_and_runs_nothing(
 ) -> None:
     """DVC removes what a stage writes before it runs, but takes no two stages that would write one file."""
     checkout = copy_of(reproduced, tmp_path / "lathe")
-    precious = [tmp_path / "victim.gguf", checkout.root / "schemas/victim.json"]
+    precious = [tmp_path / "victim.gguf", tmp_path / "victim", checkout.root / "schemas/victim.json"]
     for file in precious:
         file.write_text("precious")
     checkout.set({key: [*others, name]})
     for command in (("repro",), ("repro", item), ("exp", "run")):
         done = checkout.run("dvc", *command, check=False)
         assert done.returncode != 0
-        assert any(text in done.stderr for text in ("is no quantization type", "overlapping output", "files are named"))
+        said = ("is no quantization type", "is no format", "overlapping output", "files are named")
+        assert any(text in done.stderr for text in said)
         assert [file for file in precious if not file.exists()] == []
         assert not (tmp_path / "victim.json").exists()
 
@@ -334,7 +337,9 @@ def test_every_stage_alone_refuses_a_name_that_is_a_path_before_it_writes_anythi
     """As `dvc repro --single-item` starts it: nothing has looked at the parameters before."""
     root, outside = checkout.root, "../../../victim"
     checkout.set({"quantize.types": ["Q8_0", outside], "benchmark.tasks": [outside], "sampling.files": [outside]})
+    checkout.set({"export.formats": [outside]})
     options: dict[str, tuple[str, ...]] = {"quantize": ("--type", outside), "sample": ("--file", outside)}
+    options |= dict.fromkeys(("export", "generate_exported"), ("--format", outside))
     options["benchmark"] = ("--task", outside, "--artifact", "base")
 
     def list_all() -> set[str]:
@@ -346,7 +351,7 @@ def test_every_stage_alone_refuses_a_name_that_is_a_path_before_it_writes_anythi
     for name in scripts:
         done = checkout.stage(name, *options.get(name, ()), check=False)
         assert done.returncode == 2, f"{name}: {done.stderr}"
-        for key in ("quantize.types", "benchmark.tasks"):
+        for key in ("quantize.types", "export.formats", "benchmark.tasks"):
             assert key in done.stderr, f"{name}: {done.stderr}"
         assert "Traceback" not in done.stderr
         assert list_all() == before, name

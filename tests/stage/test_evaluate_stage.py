@@ -110,7 +110,8 @@ def test_gate_prints_each_gate_and_its_exit_code_says_whether_all_passed(checkou
 
 
 def test_gate_refuses_metrics_that_are_not_of_these_gates(checkout: Checkout) -> None:
-    stale = "error: metrics/evaluate is not of the evaluate.gates and quantize.types in params.yaml; run `dvc repro`\n"
+    keys = "evaluate.gates, quantize.types and export.formats"
+    stale = f"error: metrics/evaluate is not of the {keys} in params.yaml; run `dvc repro`\n"
     checkout.set({"evaluate.gates": [*GATES, "Q4_1.bytes < 2000"]})
     assert gate(checkout) == (2, stale)
     checkout.set({"evaluate.gates": GATES, "quantize.types": [*TYPES, "Q2_K"]})

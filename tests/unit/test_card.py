@@ -120,7 +120,9 @@ def test_it_names_the_engines_that_answered_where_one_is_not_llama_cpp(chosen):
     lines = render_model_card(dataclasses.replace(FACTS, test=marked), chosen, "Q8_0").splitlines()
     [line] = [line for line in lines if line.startswith("Answers of")]
     by = "`base` are by vllm; of `merged` are by vllm; of the others by llama.cpp, in process"
-    assert line == f"Answers of {by}. Perplexity and KL divergence are by llama.cpp for all."
+    assert (
+        line == f"Answers of {by}. Perplexity and KL divergence are by llama.cpp for `base`, `merged` and every GGUF."
+    )
     lines.remove(line)
     assert "\n".join(lines) + "\n" == plain
 

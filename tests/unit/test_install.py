@@ -320,8 +320,8 @@ def run(root: Path, *arguments: str, **environment: str) -> subprocess.Completed
         (
             ["--extras", "mlfow"],
             None,
-            "EXTRAS=mlfow: no such extra; must be of benchmark, classify, deepspeed, dev, gpu, judge, mlflow, search, "
-            "serve, sign, ssh, wandb",
+            "EXTRAS=mlfow: no such extra; must be of benchmark, classify, deepspeed, dev, export, gpu, judge, mlflow, "
+            "search, serve, sign, ssh, wandb",
         ),
         ([], "", "git: not on the PATH"),
         ([], "git", "cc and gcc and clang: not on the PATH"),

@@ -23,7 +23,7 @@ FLOORS = [
     {"models"},
     {"data", "gguf"},
     {"sources", "provenance", "inference"},
-    {"evaluation"},
+    {"evaluation", "export"},
     {"training", "classify", "experiments", "reports"},
     {"needs", "present_datasets", "stage"},
     {

@@ -36,6 +36,7 @@ CHECKED_FURTHER = {
     "model",
     "dataset",
     "quantize.types",
+    "export.formats",
     "sampling.files",
     "benchmark.tasks",
     "quantize.output_tensor_type",
@@ -99,7 +100,7 @@ def allowed(value: Any, kind: str, bounds: str) -> bool:
 
 
 # Lists that say nothing when they are empty.
-MAY_BE_EMPTY = ("preprocess.added_tokens", "sampling.files", "benchmark.tasks", "generate.servers")
+MAY_BE_EMPTY = ("preprocess.added_tokens", "sampling.files", "benchmark.tasks", "generate.servers", "export.formats")
 
 
 def allowed_by_one(value: Any, kind: str, bounds: str) -> bool:

@@ -41,7 +41,7 @@ SHIPPED = {
 }
 # What a recipe may leave to params.yaml, as it does not depend on the model: a new section is not among them.
 NOT_OF_THE_MODEL = {
-    *("convert", "judge", "tracking", "bert_score", "sampling", "benchmark"),
+    *("convert", "judge", "tracking", "bert_score", "sampling", "benchmark", "export"),
     *("evaluate.general_text", "evaluate.bootstrap_samples", "evaluate.bert_score_weight", "evaluate.judge_weight"),
     *(
         "generate.engine",
@@ -135,7 +135,7 @@ def test_the_baseline_is_the_toy():
 def test_the_toy_sets_every_section_that_the_model_decides():
     """What is left depends on the machine and on what the user has enabled."""
     left = set(recipes.list_keys()) - set(load_recipe("tiny").recipe.overrides)
-    sections = {"convert", "judge", "tracking", "bert_score", "sampling", "benchmark"}
+    sections = {"convert", "judge", "tracking", "bert_score", "sampling", "benchmark", "export"}
     assert left == {key for key in recipes.list_keys() if key.split(".")[0] in sections}
 
 

@@ -229,9 +229,11 @@ def check_gates() -> bool:
     report, recorded = (_read_evaluation(name) for name in ("validation", "gates"))
     benchmark = _read_evaluation("benchmark") if (paths.METRICS / "evaluate/benchmark.json").exists() else {}
     expressions = params.evaluate.gates or []
-    if set(report) != set(artifacts.list_artifacts(params.quantize.types)) or list(recorded["gates"]) != expressions:
+    listed = {*artifacts.list_artifacts(params.quantize.types), *params.export.formats}
+    if set(report) != listed or list(recorded["gates"]) != expressions:
         raise InputError(
-            "metrics/evaluate is not of the evaluate.gates and quantize.types in params.yaml; run `dvc repro`",
+            "metrics/evaluate is not of the evaluate.gates, quantize.types and export.formats in params.yaml; "
+            "run `dvc repro`",
             code="outdated-metrics",
         )
     gates = [parse_gate(expression) for expression in expressions]

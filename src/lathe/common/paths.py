@@ -33,6 +33,7 @@ MODEL_ADAPTER = ROOT / "models/adapter"
 MODEL_MERGED = ROOT / "models/merged"
 IMATRIX = ROOT / "models/imatrix"
 GGUF = ROOT / "models/gguf"
+MODELS_EXPORTED = ROOT / "models/exported"
 
 REWARDS = ROOT / "rewards"
 METRICS = ROOT / "metrics"

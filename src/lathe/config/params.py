@@ -28,6 +28,7 @@ from lathe.config.base import (
 )
 from lathe.config.engine_marks import LLAMA_CPP
 from lathe.config.engines import SERVER, list_in_process
+from lathe.config.export_params import FormatExport
 from lathe.config.generation_params import Generate, Sampling
 from lathe.config.quantization_types import (
     FILE_TYPES,
@@ -354,6 +355,7 @@ class Params(Section):
     merge: Merge
     convert: Convert
     quantize: Quantize
+    export: FormatExport
     generate: Generate
     sampling: Sampling
     judge: Judge
@@ -385,7 +387,7 @@ class Params(Section):
             try:
                 gate_rules.check_names(
                     gate_rules.parse_gate(gate),
-                    types=self.quantize.types,
+                    types=[*self.quantize.types, *self.export.formats],
                     scores=self.scores,
                     tasks=bool(self.benchmark.tasks),
                 )

@@ -12,12 +12,12 @@ def summarize(
     """Return the content of `metrics/evaluate/summary.json`, of which DVC makes columns.
 
     `report` is that on validation: {artifact: {score: value or None}}. The summary has the primary score of each
-    artifact, the KL divergence of each quantization type, the best file with its size, and whether all gates hold.
+    artifact, the KL divergence of each that has one, the best file with its size, and whether all gates hold.
     """
     best = choose_best_artifact(report, types, primary_metric)
     columns: dict[str, dict[str, Any]] = {primary_metric: _select(report, list(report), primary_metric)}
     if primary_metric != "kl":
-        columns["kl"] = _select(report, types, "kl")
+        columns["kl"] = _select(report, list(report), "kl")
     return {**columns, "best": {"file": best, "bytes": report[best]["bytes"]}, "gates_passed": passed}
 
 

@@ -11,8 +11,8 @@ from lathe.common import dotted_keys, paths
 from lathe.common.dvc_api import DvcRepository, open_repository
 from lathe.common.errors import InputError
 from lathe.common.text import did_you_mean
-from lathe.config.artifacts import UNQUANTIZED
 from lathe.config.engine_marks import LLAMA_CPP, read_mark
+from lathe.config.export_params import list_gguf_types
 from lathe.config.scores import NOT_SCORES
 from lathe.evaluation.metric_order import LOWER_IS_BETTER, orient_score
 from lathe.evaluation.mixed_engines import check_engines
@@ -150,7 +150,7 @@ def _read_side(revision: Revision, split: str, artifact: str | None, metric: str
             f"{revision.name}: has no metrics/evaluate/{split}.json; run the pipeline there", code="not-evaluated"
         )
     if artifact is None:
-        candidates = [name for name in steering if name not in UNQUANTIZED]
+        candidates = list_gguf_types(steering)
         if any(metric not in steering[name] for name in candidates):
             raise InputError(
                 f"{revision.name}: has no {metric}, to choose its best file by; name one: --artifact",

@@ -12,7 +12,7 @@ from lathe.common import dotted_keys, git, paths
 from lathe.common.errors import InputError
 from lathe.common.metric_files import list_timing_stems, unwrap_list
 from lathe.common.text import summarize_error
-from lathe.config.artifacts import UNQUANTIZED
+from lathe.config.export_params import list_gguf_types
 from lathe.config.yaml_files import check_depth, check_values
 from lathe.evaluation.best_artifact import choose_best_artifact
 from lathe.provenance.revisions import WORKSPACE, list_experiments
@@ -90,7 +90,7 @@ def _read_result(files: "_RunFiles", name: str, commit: str | None, baseline: st
     now, then = files.read_parameters(commit), files.read_parameters(baseline) if baseline else {}
     metric = now.get("evaluate.primary_metric")
     report = files.read_json(commit, REPORT) or {}
-    candidates = [artifact for artifact in report if artifact not in UNQUANTIZED and metric in report[artifact]]
+    candidates = [artifact for artifact in list_gguf_types(report) if metric in report[artifact]]
     best = choose_best_artifact(report, candidates, metric) if candidates and metric else None
     scores = report[best] if best else {}
     ends: dict[str, Any] = next((entry for entry in scores.get("intervals", ()) if entry["metric"] == metric), {})

@@ -12,7 +12,9 @@ from lathe.config.params import Params
 
 CHECKPOINTS = ".scratch/train"  # there during the training alone
 OF_BASE = ("models/base", "models/gguf/base-f16.gguf", "models/gguf/mmproj")  # not made anew by a training
-AFTER_TRAINING = ("models/merged", "models/gguf/")
+AFTER_TRAINING = ("models/merged", "models/gguf/", "models/exported/")
+# The size of a format, as a share of that of the merged weights: embeddings often stay as they are.
+SHARES = {"onnx": 2.0, "onnx_int4": 1.0, "mlx": 1.0, "mlx_4bit": 0.3, "fp8": 0.7, "awq": 0.6}
 
 
 def check_disk_space(params: Params, root: Path) -> None:
@@ -38,6 +40,8 @@ def _find_shortages(params: Params, root: Path, *, made_anew: tuple[str, ...]) -
         estimated = estimate_disk(root / "models/base", params)
     except InputError:
         return
+    merged = estimated["models/merged"] or 0
+    estimated |= {f"models/exported/{name}": round(SHARES[name] * merged) for name in params.export.formats}
     outputs = {
         path: size
         for path, size in estimated.items()
@@ -56,7 +60,7 @@ def _find_shortages(params: Params, root: Path, *, made_anew: tuple[str, ...]) -
             shown = ", ".join(f"{path} {size}" for path, size in sizes.items())
             yield (
                 f"{folder}: {readable_bytes(free)} free; the outputs take about {readable_bytes(needed)} ({shown}); "
-                "free some space, `dvc gc --workspace` for one, or name fewer quantize.types"
+                "free some space, `dvc gc --workspace` for one, or name fewer quantize.types or export.formats"
             )
 
 

@@ -14,6 +14,7 @@ from lathe.common import paths
 from lathe.common.errors import InputError
 from lathe.config.artifacts import list_artifacts
 from lathe.config.engines import SERVER, VLLM, choose_engine
+from lathe.config.export_params import FormatExport
 from lathe.config.params import BertScore, Judge, Params, Quantize
 
 # Of the extra `judge`, in pyproject.toml.
@@ -35,12 +36,13 @@ def list_checks(params: Params, base: Path, environment: Mapping[str, str]) -> l
     """Return the checks one by one: `lathe doctor` goes on after one that refuses."""
     return [
         lambda: _check_texts(params),
-        lambda: _check_judge(params.judge, params.quantize.types, environment),
+        lambda: _check_judge(params.judge, [*params.quantize.types, *params.export.formats], environment),
         lambda: _check_engine(params, environment),
         lambda: _check_program(params.quantize),
         lambda: _check_types(params.quantize, base),
         lambda: _check_range(params, base),
         lambda: _check_encoder(params),
+        lambda: _check_export(params.export, base),
     ]
 
 
@@ -165,4 +167,15 @@ def _check_encoder(params: Params) -> Iterator[str]:
     encoder.load_tokenizer()
     if settings.baseline not in (None, "shuffled"):
         read_baseline(paths.ROOT / settings.baseline, encoder.num_layers)
+    yield from ()
+
+
+def _check_export(settings: FormatExport, base: Path) -> Iterator[str]:
+    """Look for the packages that formats are made with, and for the base among the models that they export."""
+    from lathe.export.environments import check_architecture, find_python, read_versions
+
+    for name in settings.formats:
+        read_versions(name, find_python(name, settings))
+        if (base / "config.json").is_file():
+            check_architecture(name, base)
     yield from ()

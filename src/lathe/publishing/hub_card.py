@@ -3,10 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 
+from lathe.config.export_params import FORMATS
 from lathe.config.params import Params
 from lathe.evaluation.best_artifact import choose_best_artifact
 from lathe.evaluation.metric_order import LOWER_IS_BETTER
 from lathe.provenance.signed_statement import STATEMENT_FILE
+from lathe.publishing.format_card import describe_formats, replace_use, set_metadata
 from lathe.publishing.licences import SourceLicence
 
 NOT_RESULTS = ("bytes", "engine", "intervals", "deltas")
@@ -33,9 +35,11 @@ def render_hub_card(
     from lathe.reports.model_card import read_card_facts, render_model_card
 
     types = [name for name in params.quantize.types if name in names]
-    facts = read_card_facts(params.quantize.types, lineage=lineage, licence=licence)
+    formats = [name for name in params.export.formats if name in names]
+    measured = [*params.quantize.types, *params.export.formats]
+    facts = read_card_facts(measured, lineage=lineage, licence=licence)
     best = choose_best_artifact(facts.validation, types or params.quantize.types, params.evaluate.primary_metric)
-    card = ModelCard(_name_files(render_model_card(facts, params, best), names, params.quantize.types))
+    card = ModelCard(_name_files(render_model_card(facts, params, best), names, measured))
     assert isinstance(card.data, ModelCardData)
     if forbidding := next((one.licence for one in licences if one.is_non_commercial), None):
         card.data.license = forbidding  # of the data too: the base's alone would promise what is not so
@@ -44,7 +48,7 @@ def render_hub_card(
     card.data.eval_results = [
         EvalResult(
             task_type="text-generation",
-            task_name=f"text generation by {names[artifact]}",
+            task_name=f"text generation by {names[artifact] or artifact}",
             dataset_type=data["type"],
             dataset_name=data["name"],
             dataset_split="test",
@@ -62,6 +66,11 @@ def render_hub_card(
             card.data["base_model_relation"] = "adapter"
     text = card.text.rstrip("\n")
     text = text.replace("## Use\n", _describe_use(repository, names, best), 1) if types else text
+    if formats:
+        section = describe_formats(names, formats, repository)
+        text = f"{text}\n\n{section.rstrip()}" if types or MERGED in names else replace_use(text, section)
+        if len(formats) == len(names):
+            set_metadata(card.data, formats)
     text += "\n\n" + "\n".join(_describe_origin(licences, has_adapter=has_adapter, signed=signed)) + "\n"
     card.text = text
     return str(card)
@@ -70,8 +79,10 @@ def render_hub_card(
 def _name_files(text: str, names: Mapping[str, str], types: Sequence[str]) -> str:
     """Put the published names in place of the pipeline's; a measured file that is not published is in brackets."""
     for artifact in types:
-        name = re.escape(f"{artifact}.gguf")
-        if artifact in names:
+        name = re.escape(f"{artifact}{'/' if artifact in FORMATS else '.gguf'}")
+        if artifact in names and artifact in FORMATS:
+            text = text.replace(f"`{artifact}/`", f"`{names[artifact]}`" if names[artifact] else f"{artifact} (here)")
+        elif artifact in names:
             text = re.sub(rf"(?<![\w.-]){name}", names[artifact], text)
         else:
             text = re.sub(rf"`{name}`", f"({artifact}, not published)", text)

@@ -20,11 +20,14 @@ from lathe.common.json_files import read_json
 from lathe.common.metric_files import unwrap_list
 from lathe.common.text import did_you_mean
 from lathe.config.artifacts import get_file_name
+from lathe.config.export_params import FORMATS
 from lathe.config.params import Params
 from lathe.evaluation.best_artifact import choose_best_artifact
+from lathe.export.convert import LINEAGE_FILE
 from lathe.gguf.description import describe_gguf
 from lathe.provenance.lineage import hash_path
 from lathe.provenance.signed_statement import STATEMENT_FILE, make_statement, sign_statement
+from lathe.publishing.format_card import TOP
 from lathe.publishing.hub_card import render_hub_card
 from lathe.publishing.licences import SourceLicence, find_licences
 
@@ -47,16 +50,20 @@ class Release:
 def prepare_release(repository: str, wanted: Sequence[str], params: Params, *, key: Path | None) -> Release:
     """Lay out what is to be published below .scratch/publish; large files are links to those of the pipeline.
 
-    `wanted` are types of quantize.types, `merged`, `adapter` and `adapter-gguf`; none: all types, and the adapter if
-    there is one. With `key` a signed statement on all files is among them. Raises InputError for a name that is none,
+    `wanted` are types of quantize.types, `merged`, `adapter`, `adapter-gguf` and formats of export.formats; none: all
+    types, and the adapter if there is one. A format alone is at the top of the repository, where its runtime looks for
+    it; beside other files, it is in a folder of its name.
+
+    With `key` a signed statement on all files is among them. Raises InputError for a name that is none,
     and for a file that is not there, or differs from dvc.lock.
     """
     check_name(repository)
     chosen = _choose_files(wanted, params)
     _check_against_lock(chosen)
     stem = re.sub(r"[-_.]gguf$", "", repository.split("/")[1], flags=re.IGNORECASE)
-    types = [name for name in chosen if name not in (ADAPTER, ADAPTER_GGUF)]
+    types = [name for name in chosen if name not in (ADAPTER, ADAPTER_GGUF, *FORMATS)]
     names = {name: f"{stem}-{'F16' if name == MERGED else name}.gguf" for name in types}
+    names |= {name: TOP if len(chosen) == 1 else f"{name}/" for name in chosen if name in FORMATS}
     lineage = _read_lineage(chosen)
     model, dataset = (read_json(paths.METRICS / f"fetch/{item}.json")["origin"][0] for item in ("model", "dataset"))
     base_licence = _read_base_licence()
@@ -97,6 +104,7 @@ def _choose_files(wanted: Sequence[str], params: Params) -> dict[str, Path]:
     known = {name: paths.GGUF / get_file_name(name) for name in [*params.quantize.types, MERGED]}
     if params.training.tuning == "lora":
         known |= {ADAPTER: paths.MODEL_ADAPTER, ADAPTER_GGUF: paths.GGUF / "adapter/adapter-f16.gguf"}
+    known |= {name: paths.MODELS_EXPORTED / name for name in params.export.formats}
     default = [*params.quantize.types, *([ADAPTER] if ADAPTER in known else [])]
     for name in wanted:
         if name not in known:
@@ -133,12 +141,12 @@ def _check_against_lock(chosen: Mapping[str, Path]) -> None:
 
 
 def _read_lineage(chosen: Mapping[str, Path]) -> dict[str, str]:
-    """Return the `lathe.*` keys of the first GGUF among the files, or of the adapter's."""
+    """Return the `lathe.*` keys of the first GGUF or format among the files, or of the adapter's GGUF."""
     candidates = [file for name, file in chosen.items() if name != ADAPTER]
     file = candidates[0] if candidates else paths.GGUF / "adapter/adapter-f16.gguf"
     if not file.exists():
         return {}
-    metadata = describe_gguf(file)["metadata"]
+    metadata = read_json(file / LINEAGE_FILE) if file.is_dir() else describe_gguf(file)["metadata"]
     return {key.removeprefix("lathe."): str(text) for key, text in metadata.items() if key.startswith("lathe.")}
 
 
@@ -157,6 +165,12 @@ def _add_files(folder: Path, name: str, file: Path, names: Mapping[str, str], mo
     if name == ADAPTER_GGUF:
         (folder / ADAPTER).mkdir(exist_ok=True)
         _link(file, folder / ADAPTER / file.name)
+        return
+    if name in FORMATS:
+        for part in (path for path in sorted(file.rglob("*")) if path.is_file()):
+            target = folder / names[name] / part.relative_to(file)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link(part, target)
         return
     if name != ADAPTER:
         _link(file, folder / names[name])

@@ -11,7 +11,8 @@ from typing import Any
 from lathe.common.errors import InputError
 from lathe.common.git import find_head, try_git
 from lathe.common.jsonl import read_jsonl
-from lathe.config.artifacts import BASE, FEW_SHOT, MERGED, UNQUANTIZED
+from lathe.config.artifacts import BASE, FEW_SHOT, MERGED
+from lathe.config.export_params import list_gguf_types
 from lathe.evaluation.best_artifact import choose_best_artifact
 from lathe.provenance.lineage import hash_path
 from lathe.reports.split_scores import SplitScores
@@ -154,7 +155,7 @@ class ReportFacts:
             return None
         report = self.splits["validation"].report.content
         scored = [name for name in report if report[name].get(self.primary_metric) is not None]
-        quantized = [name for name in scored if name not in UNQUANTIZED]
+        quantized = list_gguf_types(scored)
         candidates = quantized or [name for name in scored if name == MERGED]
         return choose_best_artifact(report, candidates, self.primary_metric) if candidates else None
 

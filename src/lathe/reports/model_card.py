@@ -43,7 +43,7 @@ class CardFacts:
 
 
 def read_card_facts(types: Sequence[str], *, lineage: Mapping[str, str], licence: Mapping[str, str]) -> CardFacts:
-    """Return the facts of this run, from the metrics of its stages; `types` are the quantization types."""
+    """Return the facts of this run, from the metrics of its stages; `types` are those of files, and other formats."""
     return CardFacts(
         model=read_json(paths.METRICS / "fetch/model.json")["origin"][0],
         dataset=read_json(paths.METRICS / "fetch/dataset.json")["origin"][0],
@@ -160,7 +160,7 @@ def _build_row(
     intervals = {entry["metric"]: entry for entry in scores.get("intervals", [])}
     shipped = name in quantized
     return {
-        "name": f"`{name}.gguf`" if shipped else f"({name})",
+        "name": f"`{name}{'.gguf' if name.isupper() else '/'}`" if shipped else f"({name})",
         "size": f"{scores['bytes'] / 1e6:,.2f} MB",
         "bits_per_weight": f"{quantized[name]['bits_per_weight']:.2f}" if shipped else "16",
         "scores": [_format_score(scores.get(metric), intervals.get(metric)) for metric in metrics],

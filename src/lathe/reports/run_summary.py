@@ -10,8 +10,9 @@ from lathe.common import dotted_keys
 from lathe.common.errors import InputError
 from lathe.common.metric_files import list_timing_stems
 from lathe.common.text import format_table, readable_bytes, readable_seconds
-from lathe.config.artifacts import UNQUANTIZED, get_file_name
+from lathe.config.artifacts import get_file_name
 from lathe.config.engine_marks import describe_engines
+from lathe.config.export_params import list_gguf_types
 from lathe.evaluation.best_artifact import choose_best_artifact
 from lathe.provenance.revisions import WORKSPACE, Revision, find_revision
 from lathe.reports.split_scores import list_metrics
@@ -54,7 +55,7 @@ def summarize_run(revision: Revision) -> Iterator[str]:
     if not all(reports.values()):
         return
     metric = revision.parameters["evaluate"]["primary_metric"]
-    candidates = [name for name in reports["validation"] if name not in UNQUANTIZED]
+    candidates = list_gguf_types(reports["validation"])
     best = choose_best_artifact(reports["validation"], candidates, metric) if candidates else None
     rows = [["file", *(f"{metric} on {split}" for split in SPLITS), "size"]]
     for name, scores in reports["validation"].items():

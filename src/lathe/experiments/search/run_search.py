@@ -18,8 +18,8 @@ from lathe.common.errors import InputError, Interrupted
 from lathe.common.git import read_line
 from lathe.common.progress import Progress
 from lathe.config import overrides
-from lathe.config.artifacts import UNQUANTIZED
 from lathe.config.classifier_params import ClassifierParams
+from lathe.config.export_params import list_gguf_types
 from lathe.config.params import Params
 from lathe.config.pipelines import MAIN, Pipeline
 from lathe.experiments import preflight, separate_checkout
@@ -192,7 +192,7 @@ class Driver:
             return False
         try:
             report = revision.read_json(str(Path(self.pipeline.folder) / "metrics/evaluate/validation.json")) or {}
-            types = [name for name in report if name not in UNQUANTIZED]
+            types = list_gguf_types(report)
             scores = [objective.read_score(report, types) for objective in self.study.plan.objectives]
         except ValueError as error:
             self.study.fail(taken, str(error))

@@ -128,7 +128,10 @@ def _keep_gates(params: Params, types: list[str]) -> list[str] | None:
     for expression in params.evaluate.gates or []:
         try:
             gates.check_names(
-                gates.parse_gate(expression), types=types, scores=params.scores, tasks=bool(params.benchmark.tasks)
+                gates.parse_gate(expression),
+                types=[*types, *params.export.formats],
+                scores=params.scores,
+                tasks=bool(params.benchmark.tasks),
             )
         except ValueError:
             continue
