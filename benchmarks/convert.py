@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each program (default 3)")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made (default: the system's)")
-    parser.add_argument("--child", choices=("convert", "quantize"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("make", "convert", "quantize", "count"), help=argparse.SUPPRESS)
     parser.add_argument("paths", nargs="*", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -66,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-convert-") as name:
         folder = Path(name)
         random = folder / "random"
-        make_base(ONE_BILLION, random, merged)
+        _run_apart("make", merged, random)
         for title, model in (("of this checkout", merged), ("random, 1.1 B", random)):
             f16 = folder / "lathe-f16.gguf"
             steps = {
@@ -80,8 +80,7 @@ def main() -> None:
                     for by in commands if number % 2 == 0 else reversed(commands):
                         begin, source = commands[by]
                         runs[by].append(_measure(_complete(begin, source, outs[by], step, by), outs[by]))
-                equal, total = _count_equal_tensors(*outs.values())
-                goals += _print(title, step, runs, f"{equal} of {total}")
+                goals += _print(title, step, runs, _run_apart("count", *outs.values()))
                 outs["llama.cpp"].unlink()
             for file in folder.glob("*.gguf"):
                 file.unlink()
@@ -109,7 +108,13 @@ def _complete(begin: list[str], source: Path, out: Path, step: str, by: str) -> 
 
 
 def _run_child(step: str, source: Path, out: Path) -> None:
-    """Do what the stage does with a model."""
+    """Do what the stage does with a model; or what is done apart, as a process begins with the peak of its parent."""
+    if step == "make":
+        make_base(ONE_BILLION, out, source)
+        return
+    if step == "count":
+        print("{} of {}".format(*_count_equal_tensors(source, out)))
+        return
     if step == "convert":
         from lathe.gguf.convert import convert
         from lathe.models.weight_range import find_beyond_f16
@@ -138,6 +143,13 @@ def _measure(command: list[str], out: Path) -> _Run:
     if status:
         raise SystemExit(f"{' '.join(command)} failed:\n{said}")
     return _Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def _run_apart(step: str, *arguments: Path) -> str:
+    command = [*_self(step), *map(str, arguments)]
+    return subprocess.run(
+        command, env=_environment(os.environ), stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
 
 
 def _environment(own: Mapping[str, str]) -> dict[str, str]:

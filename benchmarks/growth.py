@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="numbers of rows, by commas")
     parser.add_argument("--models", default=",".join(SHAPES), help=f"which, by commas, of {', '.join(SHAPES)}")
     parser.add_argument("--experiments", default=",".join(map(str, EXPERIMENTS)), help="how many, by commas")
-    parser.add_argument("--child", choices=("train", "merge", "convert", "quantize"))
+    parser.add_argument("--child", choices=("make", "train", "merge", "convert", "quantize"))
     parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -63,7 +63,7 @@ def main() -> None:
     print(f"{machine.describe()}; one run\n", flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-growth-") as name:
         folder = Path(name)
-        chosen = [SHAPES[one] for one in filter(None, arguments.models.split(","))]
+        chosen = list(filter(None, arguments.models.split(",")))
         tables = {
             "rows": _measure_rows(folder, list(_read_numbers(arguments.rows))),
             "weights": _measure_models(folder, chosen),
@@ -92,14 +92,14 @@ def _measure_rows(folder: Path, counts: list[int]) -> Points:
     return points
 
 
-def _measure_models(folder: Path, shapes: list[Shape]) -> Points:
+def _measure_models(folder: Path, names: list[str]) -> Points:
     points: Points = {"a step of training": [], "merge": [], "convert": [], "quantize": []}
-    for shape in shapes:
+    for name in names:
         base, adapter, merged = folder / "model", folder / "adapter", folder / "merged"
         f16, small = folder / "f16.gguf", folder / "Q4_K_M.gguf"
-        make_base(shape, base, paths.ROOT / "models/base")
-        make_adapter(shape, adapter)
-        size = shape.parameters
+        # Apart, as a process begins with the peak of its parent.
+        _time(_self("make", Path(name), base, adapter))
+        size = SHAPES[name].parameters
         points["a step of training"].append((size, *_time_step(folder)))
         points["merge"].append((size, *_time(_self("merge", base, adapter, merged))))
         for file in (paths.ROOT / "models/base").glob("*token*"):
@@ -171,12 +171,18 @@ def _time(command: list[str], folder: Path | None = None) -> tuple[float, int]:
 
 def _run_child(child: str, *arguments: str) -> None:
     children: dict[str, Callable[..., None]] = {
+        "make": _make,
         "train": _train,
         "merge": _merge,
         "convert": _convert,
         "quantize": _quantize,
     }
     children[child](*map(Path, arguments))
+
+
+def _make(name: Path, base: Path, adapter: Path) -> None:
+    make_base(SHAPES[str(name)], base, paths.ROOT / "models/base")
+    make_adapter(SHAPES[str(name)], adapter)
 
 
 def _train(work: Path, result: Path) -> None:

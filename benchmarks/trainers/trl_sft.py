@@ -52,7 +52,7 @@ def run(work: Work) -> None:
         lr_scheduler_type="cosine",
         warmup_steps=WARMUP,
         logging_steps=work.logging_steps,
-        max_length=work.max_length,
+        max_length=None if work.settings.padding_free else work.max_length,  # rows are no longer than that anyway
         packing=work.settings.packing,
         padding_free=work.settings.padding_free,
         gradient_checkpointing=work.settings.checkpointing,

@@ -156,7 +156,8 @@ def test_a_runtime_that_cannot_load_the_model_is_said_in_a_line(tmp_path: Path):
 def test_a_runtime_that_dies_is_said_in_a_line(learnt: Made, tmp_path: Path):
     with open_process(learnt, "fp8", tmp_path) as process:
         assert process.read(0, [1, 2, 3], 2).shape[0] == 2
-        [child] = [each for each in psutil.Process().children() if "runtime_process" in " ".join(each.cmdline())]
+        alive = [each for each in psutil.Process().children() if each.status() != psutil.STATUS_ZOMBIE]
+        [child] = [each for each in alive if "runtime_process" in " ".join(each.cmdline())]
         child.kill()
         with refused("runtime-fails", "has ended with exit code -9", kept=False):
             process.read(3, [4], 1)
@@ -177,6 +178,7 @@ def test_a_conversion_that_fails_is_said_in_a_line_and_leaves_nothing(made: Chec
     assert not list((checkout.root / ".scratch/export").glob(".export*"))
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_a_kill_is_kept_and_the_runtime_ends(made: Checkout, tmp_path: Path):
     need("mlx")
     checkout = copy_of(made, tmp_path / "lathe")
