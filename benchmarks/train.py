@@ -112,7 +112,7 @@ CPU_CASES = {
         rows=16,
         steps=10,
         rounds=1,
-        settings=tuple(one for one in ON_CPU if not (one.packing and one.checkpointing)),
+        settings=tuple(one for one in ON_CPU if one.precision == "bf16" and not (one.packing and one.checkpointing)),
         over_best=2.5,
         no_more_memory=True,
         base=BENCHMARKS.parent / "models/base",

@@ -63,7 +63,7 @@ def seconds_to_first_step(command: list[str], folder: Path, environment: Mapping
 
 def _checkout(work: Work, root: Path) -> Path:
     source = BENCHMARKS.parent
-    for name in ("stages", "src"):
+    for name in ("stages", "src", "experiments"):  # the last for the files that params.yaml names
         shutil.copytree(source / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(source / "presets.yaml", root)
     editor = YAML()
@@ -76,6 +76,7 @@ def _checkout(work: Work, root: Path) -> Path:
     (root / "models/base").symlink_to(work.model)
     processed = root / "data/processed"
     processed.mkdir(parents=True)
+    shutil.copy2(source / params["evaluate"]["general_text"], root / "data")
     rows = Path(work.rows("messages")).read_text(encoding="utf-8")
     (processed / "train.jsonl").write_text(rows, encoding="utf-8")
     (processed / "validation.jsonl").write_text(rows.partition("\n")[0] + "\n", encoding="utf-8")
