@@ -53,7 +53,7 @@ def replace_block(page: str, command: str, text: str) -> str:
     def fill(block: re.Match[str]) -> str:
         if block["command"] != command:
             return block[0]
-        return f"<!-- python benchmarks/{command} -->\n{text}\n\n<!-- end -->"
+        return f"<!-- python benchmarks/{command} -->\n\n{text}\n\n<!-- end -->"
 
     return BLOCK.sub(fill, page)
 

@@ -38,7 +38,7 @@ def test_a_block_is_replaced_and_nothing_else() -> None:
     )
     assert page.list_commands(text) == ["a.py", "a.py --more"]
     replaced = page.replace_block(text, "a.py", r"new \1")
-    assert replaced == text.replace("\nold\n", "\nnew \\1\n\n")
+    assert replaced == text.replace("\nold\n", "\n\nnew \\1\n\n")
     assert page.replace_block(replaced, "a.py", r"new \1") == replaced
 
 
