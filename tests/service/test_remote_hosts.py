@@ -19,7 +19,7 @@ import yaml
 from conftest import Checkout, copy_of
 from network_hosts import Network, NetworkHost, find_missing, network
 from s3_server import S3Server, s3_server
-from test_remote_search import command, wait_for
+from test_remote_search import SEARCH, command, wait_for
 from test_remotes import ENVIRONMENT, client, intact
 from test_search_database import PASSWORD, PROGRAMS, Server
 from training_checkout import list_checkpoints, list_outputs, make_training_checkout
@@ -205,16 +205,7 @@ def test_a_run_that_ends_while_its_host_is_cut_off_is_delivered_by_the_same_comm
     assert hash_adapter(desk, "longer") in intact(place.s3, BUCKET)
 
 
-SEARCH = """\
-study: spread
-sampler: random
-startup_trials: 1
-seed: 1
-n_trials: 8
-timeout_seconds: null
-objectives: [{metric: merged.rouge_l, direction: maximize}]
-space: {training.learning_rate: {type: float, low: 0.001, high: 0.01}}
-"""
+LONGER_SEARCH = SEARCH.replace("n_trials: 5", "n_trials: 8")
 FILE = "experiments/search/spread.yaml"
 
 
@@ -224,7 +215,7 @@ def test_a_search_of_which_one_host_is_killed_and_one_is_cut_off_is_that_of_one_
     # Evaluation is no stage here: every trial has the score of the commit.
     scores = json.dumps([{"merged": {"rouge_l": 0.5}}])
     changes = {"training.max_steps": 400, "training.eval_steps": 200, "training.save_steps": 40}
-    place = make_place(*hosts, small_model, changes, {FILE: SEARCH, "metrics/evaluate/validation.json": scores})
+    place = make_place(*hosts, small_model, changes, {FILE: LONGER_SEARCH, "metrics/evaluate/validation.json": scores})
     desk, box, den = place.desk, place.box, place.den
     desk.environment["LATHE_SEARCH_STORAGE"] = database.url
     start = command("search", FILE, "--hosts", "box,den", "--dvc-remote", "ycloud", "--setup", SETUP)

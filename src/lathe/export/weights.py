@@ -1,9 +1,9 @@
 """Size of an exported model, compared with the number of weights of the merged one."""
 
-import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
+
+from lathe.models.model_folder import open_model
 
 # Files that hold weights, by the ends of their names.
 WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".onnx.data")
@@ -17,13 +17,7 @@ def count_bits_per_weight(exported: Path, merged: Path) -> float:
 
 def count_weights(folder: Path) -> int:
     """Return the number of weights in the safetensors files of a folder."""
-    return sum(math.prod(shape) for file in sorted(folder.glob("*.safetensors")) for shape in _read_shapes(file))
-
-
-def _read_shapes(file: Path) -> Iterator[list[int]]:
-    with file.open("rb") as content:
-        header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
-    return (entry["shape"] for name, entry in header.items() if name != "__metadata__")
+    return sum(math.prod(stored.shape) for stored in open_model(folder).tensors.values())
 
 
 def count_bytes(folder: Path) -> int:
